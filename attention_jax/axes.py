@@ -1,0 +1,150 @@
+"""Axis letters, array aliases, and shape checks that name the argument.
+
+One alphabet, in annotations, einsums, tests and docs:
+
+=========  ==================================================================
+``B``      batch; ``*B`` any number of leading batch axes, also none
+``T``      query length
+``S``      key-value length
+``N``      query heads, ``N = G * K``
+``K``      key-value heads; ``K == 1`` is multi-query attention
+``G``      query heads per key-value head: query head ``n`` reads key-value
+           head ``n // G``
+``H``      width of query and key
+``D``      width of value and output
+=========  ==================================================================
+
+The layout is ``*B T N H``, as in ``jax.nn``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+AnyArray: TypeAlias = Array | np.ndarray
+
+Query = Float[AnyArray, "*B T N H"]
+Key = Float[AnyArray, "*B S K H"]
+Value = Float[AnyArray, "*B S K D"]
+Output = Float[AnyArray, "*B T N D"]
+Normaliser = Float[AnyArray, "*B T N"]
+Index = Int[AnyArray, "..."] | int
+Visible = Bool[AnyArray, "..."]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """What the axis letters stand for in one call.
+
+    >>> Sizes(B=(2,), T=5, S=7, K=3, G=2, H=11, D=13).N
+    6
+    """
+
+    B: tuple[int, ...]
+    T: int
+    S: int
+    K: int
+    G: int
+    H: int
+    D: int
+
+    @property
+    def N(self) -> int:
+        """Query heads."""
+        return self.K * self.G
+
+
+def is_array(x: Any) -> bool:
+    """True for what JAX computes on: its arrays, tracers and NumPy arrays."""
+    return isinstance(x, (jax.Array, np.ndarray, np.generic))
+
+
+def check_float_array(name: str, x: Any) -> None:
+    """Raises TypeError unless ``x`` has a shape and a floating dtype.
+
+    Anything with ``shape`` and ``dtype`` will do, so that ``explain`` can be
+    asked about a ``jax.ShapeDtypeStruct``.
+    """
+    if not (is_array(x) or isinstance(x, jax.ShapeDtypeStruct)):
+        raise TypeError(
+            f"{name} must be a JAX or NumPy array, got {type(x).__name__}: convert it with "
+            f"jnp.asarray"
+        )
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(
+            f"{name} must have a floating dtype, got {jnp.dtype(x.dtype).name}: cast it, for "
+            f"example with {name}.astype(jnp.float32)"
+        )
+
+
+def check_query_key_value(query: Any, key: Any, value: Any) -> Sizes:
+    """Checks rank, dtype and shape of the three arrays, and names their axes.
+
+    Raises:
+      TypeError: not an array, not floating, or three different dtypes.
+      ValueError: rank below 3, or axes that do not fit together.
+
+    >>> import numpy as np
+    >>> q, k = np.zeros((2, 5, 6, 4), np.float32), np.zeros((2, 7, 3, 4), np.float32)
+    >>> check_query_key_value(q, k, k)
+    Sizes(B=(2,), T=5, S=7, K=3, G=2, H=4, D=4)
+    """
+    arrays = {"query": query, "key": key, "value": value}
+    layout = {"query": "[*B T N H]", "key": "[*B S K H]", "value": "[*B S K D]"}
+    for name, x in arrays.items():
+        check_float_array(name, x)
+        if len(x.shape) < 3:
+            raise ValueError(
+                f"{name} must have at least 3 axes {layout[name]}, got shape {tuple(x.shape)}"
+            )
+    if not query.dtype == key.dtype == value.dtype:
+        raise TypeError(
+            "query, key and value must have one dtype, got "
+            + ", ".join(f"{n} {jnp.dtype(x.dtype).name}" for n, x in arrays.items())
+            + ": cast them to the one you mean"
+        )
+    *B, T, N, H = query.shape
+    *B_key, S, K, H_key = key.shape
+    *B_value, S_value, K_value, D = value.shape
+    for name, batch in (("key", B_key), ("value", B_value)):
+        if batch != B:
+            raise ValueError(
+                f"{name} has batch axes {tuple(batch)} (*B) but query has {tuple(B)}: they must "
+                f"be equal"
+            )
+    if H_key != H:
+        raise ValueError(f"key has width {H_key} (H) but query has {H}: they must be equal")
+    if S_value != S:
+        raise ValueError(f"value has length {S_value} (S) but key has {S}: they must be equal")
+    if K_value != K:
+        raise ValueError(f"value has {K_value} heads (K) but key has {K}: they must be equal")
+    if H == 0:
+        raise ValueError("query has width 0 (H): it must be at least 1")
+    if K == 0 or N % K:
+        raise ValueError(f"key has {K} heads (K) but query has {N} (N): N must be a multiple of K")
+    return Sizes(B=tuple(B), T=T, S=S, K=K, G=N // K, H=H, D=D)
+
+
+def accumulation_dtype(dtype: Any) -> jnp.dtype:
+    """The dtype softmax, lse and sums are computed in: at least float32.
+
+    >>> accumulation_dtype(jnp.bfloat16).name
+    'float32'
+    """
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def check_broadcastable(name: str, shape: tuple[int, ...], sizes: Sizes) -> None:
+    """Raises ValueError unless ``shape`` broadcasts to ``[*B N T S]``."""
+    full = (*sizes.B, sizes.N, sizes.T, sizes.S)
+    padded = (1,) * (len(full) - len(shape)) + tuple(shape)
+    if len(shape) > len(full) or any(a not in (1, f) for a, f in zip(padded, full, strict=True)):
+        raise ValueError(
+            f"{name} has shape {tuple(shape)}, which does not broadcast to [*B N T S] = {full}"
+        )

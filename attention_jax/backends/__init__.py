@@ -1,0 +1,135 @@
+"""The table of implementations: what each supports, and which is tried first where.
+
+An implementation is two functions: ``why_unsupported(request)`` says in words what it cannot do,
+or None; ``run(call, request)`` does it. Nothing is probed at import and nothing is remembered: the
+choice depends on the request alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from attention_jax.axes import Sizes
+from attention_jax.backends import blockwise, xla
+from attention_jax.lift import Call
+from attention_jax.masks import Mask
+from attention_jax.scores import Score
+
+
+class Request(NamedTuple):
+    """What is asked for: everything about a call but the numbers in its arrays."""
+
+    sizes: Sizes
+    dtype: Any
+    mask: Mask | None
+    score: tuple[Score, ...]
+    dropout_rate: float
+    platform: str
+
+
+class Implementation(NamedTuple):
+    """One way to compute attention."""
+
+    why_unsupported: Callable[[Request], str | None]
+    run: Callable[[Call, Request], tuple[jax.Array, jax.Array]]
+    extra_bytes: Callable[[Request], int]  # forward, beside arguments and results
+
+
+IMPLEMENTATIONS: dict[str, Implementation] = {
+    "blockwise": Implementation(
+        why_unsupported=lambda request: None,
+        run=lambda call, request: blockwise.run(
+            call, request.sizes, dropout_rate=request.dropout_rate
+        ),
+        extra_bytes=lambda request: blockwise.extra_bytes(
+            request.sizes, request.dtype, request.mask
+        ),
+    ),
+    "xla": Implementation(
+        why_unsupported=lambda request: None,
+        run=lambda call, request: xla.run(call, request.sizes, dropout_rate=request.dropout_rate),
+        extra_bytes=lambda request: xla.extra_bytes(request.sizes, request.dtype),
+    ),
+}
+
+# On a CPU, a head this small is done sooner in one batched product than in a loop over heads:
+# `python -m experiments bench --only short`. The choice must not depend on the
+# number of heads or examples, or an example's result would depend on its batch.
+MATERIALISE_UP_TO = 64 * 64
+
+
+def preference(request: Request) -> tuple[tuple[str, str], ...]:
+    """All implementations in the order they are tried, each with the reason for its place."""
+    pairs = request.sizes.T * request.sizes.S
+    if pairs <= MATERIALISE_UP_TO:
+        return (
+            ("xla", f"T * S = {pairs} is at most {MATERIALISE_UP_TO}: faster in one piece"),
+            ("blockwise", f"loops pay off only for T * S above {MATERIALISE_UP_TO}"),
+        )
+    return (
+        ("blockwise", "linear memory, skips empty blocks"),
+        ("xla", "makes arrays of T x S: blockwise comes first"),
+    )
+
+
+def choose(
+    implementation: str | Sequence[str] | None, request: Request
+) -> tuple[str, dict[str, str]]:
+    """The implementation to run, and for each that there is the reason for or against it.
+
+    Raises:
+      NotImplementedError: none of those asked for supports the call.
+    """
+    why_not = {name: i.why_unsupported(request) for name, i in IMPLEMENTATIONS.items()}
+    order = preference(request)
+    if implementation is None:
+        asked = tuple(name for name, _ in order)
+    else:
+        asked = (implementation,) if isinstance(implementation, str) else tuple(implementation)
+    able = [name for name in asked if why_not[name] is None]
+    if not able:
+        others = [name for name, reason in why_not.items() if reason is None]
+        raise NotImplementedError(
+            "; ".join(f"implementation {name!r} cannot: {why_not[name]}" for name in asked)
+            + f". These can: {', '.join(others) or 'none'}"
+        )
+    chosen = able[0]
+    reasons = {}
+    for name, place in order:
+        refusal = why_not[name]
+        if refusal is not None:
+            reasons[name] = f"cannot: {refusal}"
+        elif implementation is None:
+            reasons[name] = place
+        elif name == chosen:
+            reasons[name] = "asked for"
+        elif name in asked:
+            reasons[name] = f"asked for after {chosen}"
+        else:
+            reasons[name] = "not asked for"
+    return chosen, reasons
+
+
+def check_names(implementation: Any) -> str | tuple[str, ...] | None:
+    """The argument ``implementation`` in hashable form; raises for what it cannot be."""
+    if implementation is None:
+        return None
+    if isinstance(implementation, str):
+        names: tuple[Any, ...] = (implementation,)
+    elif isinstance(implementation, Sequence):
+        names = tuple(implementation)
+    else:
+        raise TypeError(
+            f"implementation must be a name, a sequence of names or None, got "
+            f"{type(implementation).__name__}"
+        )
+    known = ", ".join(IMPLEMENTATIONS)
+    if not names:
+        raise ValueError(f"implementation must name at least one of {known}, got an empty sequence")
+    for name in names:
+        if name not in IMPLEMENTATIONS:
+            raise ValueError(f"implementation must be one of {known}, or None, got {name!r}")
+    return implementation if isinstance(implementation, str) else names

@@ -1,0 +1,98 @@
+"""What ``explain`` returns: a value that prints as a table."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import numpy as np
+
+from attention_jax import blocks
+from attention_jax.axes import Sizes
+from attention_jax.backends import blockwise
+from attention_jax.masks import Mask
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """Which implementation runs, why, and what it costs.
+
+    Attributes:
+      chosen: the implementation's name, or None where none of those asked for can.
+      platform: for which platform.
+      reasons: for each implementation, the reason for or against it.
+      blocks: visited, full and skipped blocks over all heads and examples, and the block size; None
+        where the mask's arrays are known only at run time.
+      flops: of the forward pass over the visited blocks.
+      dense_flops: of the forward pass over all pairs, ``2 * B * N * T * S * (H + D)``.
+      extra_bytes: for each implementation, forward, beside arguments and results.
+    """
+
+    chosen: str | None
+    platform: str
+    reasons: dict[str, str]
+    blocks: dict[str, Any] | None
+    flops: int | None
+    dense_flops: int
+    extra_bytes: dict[str, int]
+
+    def __str__(self) -> str:
+        width = max(len(name) for name in self.reasons)
+        lines = [f"attention on {self.platform}"]
+        for name, reason in self.reasons.items():
+            mark = "->" if name == self.chosen else "  "
+            memory = _bytes(self.extra_bytes[name])
+            lines.append(f"{mark} {name:{width}}  {memory:>9} extra  {reason}")
+        if self.blocks is None:
+            lines.append("blocks: the mask holds arrays known only at run time")
+        else:
+            b = self.blocks
+            lines.append(
+                f"blocks of {b['block_q']} x {b['block_k']}: {b['visited']} visited, "
+                f"{b['full']} of them full, {b['skipped']} skipped"
+            )
+        if self.flops is not None:
+            share = self.flops / self.dense_flops if self.dense_flops else 1.0
+            lines.append(f"forward: {self.flops / 1e9:.3g} GFLOP ({share:.0%} of dense)")
+        else:
+            lines.append(f"forward: at most {self.dense_flops / 1e9:.3g} GFLOP")
+        return "\n".join(lines)
+
+
+def _bytes(n: int) -> str:
+    return f"{n / 2**20:.1f} MiB" if n >= 2**20 else f"{n / 2**10:.1f} KiB"
+
+
+def explain_blocks(mask: Mask | None, sizes: Sizes) -> dict[str, Any]:
+    """Block counts and FLOPs of the blockwise implementation, for ``Explanation``."""
+    programs = math.prod(sizes.B) * sizes.N
+    dense = 2 * programs * sizes.T * sizes.S * (sizes.H + sizes.D)
+    unknown: dict[str, Any] = {"blocks": None, "flops": None, "dense_flops": dense}
+    arrays = jax.tree.leaves(mask)
+    if any(isinstance(x, (jax.core.Tracer, jax.ShapeDtypeStruct)) for x in arrays):
+        return unknown
+    if 0 in (*sizes.B, sizes.T, sizes.S):
+        return {**unknown, "flops": 0}
+    block_q, block_k = blockwise.block_sizes(sizes.T, sizes.S, mask)
+    batch = math.prod(sizes.B)
+    kinds = np.asarray(
+        blocks.block_map(
+            mask, sizes.T, sizes.S, block_q=block_q, block_k=block_k, B=batch, N=sizes.N
+        ).kinds
+    )
+    repeat = programs * kinds.shape[-2] * kinds.shape[-1] // kinds.size
+    visited = int((kinds != blocks.EMPTY).sum()) * repeat
+    pairs = block_q * block_k
+    return {
+        "blocks": {
+            "block_q": block_q,
+            "block_k": block_k,
+            "visited": visited,
+            "full": int((kinds == blocks.FULL).sum()) * repeat,
+            "skipped": programs * kinds.shape[-2] * kinds.shape[-1] - visited,
+        },
+        "flops": min(dense, 2 * visited * pairs * (sizes.H + sizes.D)),
+        "dense_flops": dense,
+    }

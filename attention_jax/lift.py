@@ -1,0 +1,149 @@
+"""From one head of one example to all: ``vmap`` over ``*B``, ``K`` and ``G``.
+
+A head function sees
+
+    query [T H], key [S H], value [S D], a mask and scores without B and N axes,
+    sink, scale, b, n, seed (scalars)
+
+and every array is mapped where it has the axis, never repeated where it has not: keys
+and values are not copied for the ``G`` query heads that share them, nor a bias for the
+examples that share it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attention_jax.axes import Sizes
+from attention_jax.masks import Mask
+from attention_jax.scores import Score
+from attention_jax.values import leaves
+
+
+class Call(NamedTuple):
+    """The arguments of one call, checked: what every implementation is given."""
+
+    query: Any  # [*B T N H]
+    key: Any  # [*B S K H]
+    value: Any  # [*B S K D]
+    mask: Mask | None
+    score: tuple[Score, ...]
+    sinks: Any  # [N] or None
+    scale: Any  # scalar
+    seed: Any  # uint32 scalar or None
+
+
+class Head(NamedTuple):
+    """The same for one head of one example."""
+
+    query: Any  # [T H]
+    key: Any  # [S H]
+    value: Any  # [S D]
+    mask: Mask | None
+    score: tuple[Score, ...]
+    sink: Any  # scalar or None
+    scale: Any  # scalar
+    seed: Any  # uint32 scalar or None
+    b: Any  # int32 scalar
+    n: Any  # int32 scalar
+
+
+def over_heads_and_examples(
+    head: Callable[[Head], Any], call: Call, sizes: Sizes, outputs: tuple[str, ...]
+) -> tuple[jax.Array, ...]:
+    """``head`` on every head of every example.
+
+    Args:
+      head: from a ``Head`` to a tuple of arrays.
+      call: the arguments, masks and scores at full rank.
+      sizes: what the axis letters stand for.
+      outputs: per array, its axes with ``*B`` and ``N``, such as ``"*B T N D"``.
+    """
+    batch = [f"B{i}" for i in range(len(sizes.B))]
+    levels = [*batch, "K", "G"]
+
+    def named(axes: str | tuple[str, ...]) -> list[str]:
+        letters = axes.split() if isinstance(axes, str) else axes
+        spelled = {"*B": batch, "B": batch, "N": ["K", "G"]}
+        return [name for a in letters for name in spelled.get(a, [a])]
+
+    def split_heads(x: Any, axes: str | tuple[str, ...]) -> tuple[Any, list[str]]:
+        """``x`` with ``N`` as ``K, G``, without the mapped axes along which it has size 1."""
+        letters = axes.split() if isinstance(axes, str) else list(axes)
+        x = jnp.asarray(x)
+        shape: list[int] = []
+        d = 0
+        for a in letters:
+            if a in ("*B", "B"):
+                shape += x.shape[d : d + len(batch)]
+                d += len(batch)
+            elif a == "N":
+                shape += [sizes.K, sizes.G] if x.shape[d] == sizes.N else [1, 1]
+                d += 1
+            else:
+                shape.append(x.shape[d])
+                d += 1
+        names = named(axes)
+        drop = [i for i, name in enumerate(names) if name in levels and shape[i] == 1]
+        x = x.reshape(*[size for i, size in enumerate(shape) if i not in drop])
+        return x, [name for i, name in enumerate(names) if i not in drop]
+
+    b = np.arange(np.prod(sizes.B, dtype=np.int64), dtype=np.int32).reshape(sizes.B)
+    n = np.arange(sizes.N, dtype=np.int32)
+    arguments = Head(*call, b=b, n=n)
+    axes = Head("*B T N H", "*B S K H", "*B S K D", None, None, "N", "", "", "*B", "N")  # type: ignore[arg-type]
+    flat, structure = jax.tree.flatten(arguments)
+    flat_axes: list[Any] = []
+    for argument, letters in zip(arguments, axes, strict=True):
+        if letters is None:  # a mask, or scores: each array says its own axes
+            flat_axes += [leaf.axes for leaf in leaves(argument)]
+        elif argument is not None:
+            flat_axes.append(letters)
+    arrays, names = [], []
+    for x, letters in zip(flat, flat_axes, strict=True):
+        x, remaining = split_heads(x, letters)
+        arrays.append(x)
+        names.append(remaining)
+
+    mapped: Callable[..., Any] = lambda *xs: head(jax.tree.unflatten(structure, xs))  # noqa: E731
+    results = [named(o) for o in outputs]
+    plan = []
+    for level in levels:  # outermost first: each strips its axis
+        where = tuple(r.index(level) if level in r else None for r in names)
+        names = [[x for x in r if x != level] for r in names]
+        out = tuple(r.index(level) for r in results)
+        results = [[x for x in r if x != level] for r in results]
+        plan.append((where, out))
+    for (where, out), level in reversed(list(zip(plan, levels, strict=True))):
+        if all(w is None for w in where):  # every array has size 1 along this axis
+            mapped = _expand(mapped, out)
+        else:
+            mapped = jax.vmap(mapped, in_axes=where, out_axes=out)
+    outs = mapped(*arrays)
+
+    def join_heads(x: jax.Array, o: str) -> jax.Array:
+        letters = o.split()
+        lengths = dict(zip(named(o), x.shape, strict=True))
+        shape: list[int] = []
+        for a in letters:
+            if a == "*B":
+                shape += sizes.B
+            else:
+                shape.append(sizes.N if a == "N" else lengths[a])
+        return x.reshape(shape)
+
+    return tuple(join_heads(x, o) for x, o in zip(outs, outputs, strict=True))
+
+
+def _expand(fn: Callable[..., Any], axes: tuple[int, ...]) -> Callable[..., Any]:
+    """``fn`` with a new output axis of size 1: what ``vmap`` over an axis of size 1 gives."""
+
+    def expanded(*xs: Any) -> Any:
+        return tuple(jnp.expand_dims(o, a) for o, a in zip(fn(*xs), axes, strict=True))
+
+    return expanded

@@ -1,0 +1,461 @@
+"""Softmax attention, defined: NumPy, float64, forward and backward.
+
+This is the definition that everything else here is tested against, and the thing to read first.
+It is neither fast nor clever; each line is a formula from the papers:
+
+    logits  = scale * query . key         how well query t matches key s              [T S]
+    logits  = step(logits)                score steps in the given order: Softcap, Bias
+    logits  = -inf where mask is False    what a query may not see
+    weights = softmax(logits)             probabilities over the keys; a sink takes its share
+    out     = dropout(weights) . value    the values, averaged by weight              [T D]
+
+How to read it: `head` is all of attention, for one head of one example. `head_gradients` is its
+derivative, line by line in reverse. `attention` and `attention_gradients` only loop over
+examples and heads. The formulas they name follow; checking what the caller passed comes last.
+
+Axes: `*B` batch (any number of axes), `T`/`S` query/key length, `N`/`K` query/key-value heads
+with `N = G * K`, `H` width of query and key, `D` width of value. `d_x` is the gradient of a
+scalar loss with respect to `x`.
+
+A key is hidden from a query where the mask is False or the final logit is -inf. A key hidden
+from every query, or a query that sees no key, may hold anything, NaN included: nothing of it
+reaches a result. A query that sees no key gives 0 with lse -inf (with a sink: lse = the sink).
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+Float: TypeAlias = npt.NDArray[np.float64]
+Bool: TypeAlias = npt.NDArray[np.bool_]
+
+
+@dataclasses.dataclass(frozen=True)
+class Softcap:
+    """A step on the logits that keeps them between -cap and cap: `cap * tanh(s / cap)`.
+
+    It maps -inf to -cap, so a key that an earlier Bias hid is visible again.
+
+    Source: Gemma 2 (Gemma Team, 2024).
+
+    >>> Softcap(50.0)(np.array([0.0, 1e6, -np.inf])).tolist()
+    [0.0, 50.0, -50.0]
+    """
+
+    cap: float
+
+    def __post_init__(self) -> None:
+        if not self.cap > 0:
+            raise ValueError(f"cap must be a positive number, got {self.cap}")
+
+    def __call__(self, s: Float) -> Float:
+        """The step on logits of any shape."""
+        return self.cap * np.tanh(s / self.cap)
+
+    def pullback(self, s: Float, d_result: Float) -> tuple[Float, None]:
+        """The gradients of `s` and of the step's array (it has none); tanh' = 1 - tanh^2."""
+        return d_result * (1.0 - np.tanh(s / self.cap) ** 2), None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)  # == of arrays is an array, not a yes or no
+class Bias:
+    """A step on the logits: `s + array`, with `array` broadcastable to [*B N T S].
+
+    Where `array` is -inf the sum is -inf whatever s is: the key is hidden, so it may hold NaN.
+
+    >>> Bias(np.array([0.5, -np.inf]))(np.ones((1, 2))).tolist()
+    [[1.5, -inf]]
+    """
+
+    array: npt.NDArray[Any]
+
+    def __call__(self, s: Float) -> Float:
+        """The step on logits that `array` broadcasts to."""
+        array = np.asarray(self.array, np.float64)
+        return np.where(array == -np.inf, -np.inf, s + array)
+
+    def pullback(self, s: Float, d_result: Float) -> tuple[Float, Float]:
+        """The gradients of `s` and of `array`: what was copied on the way in is summed here."""
+        return d_result, _sum_to(np.shape(self.array), d_result)
+
+
+Step: TypeAlias = Softcap | Bias
+
+
+class Forward(NamedTuple):
+    """What attention returns. From `head` the same, without the axes `*B` and `N`."""
+
+    out: Float  # [*B T N D]
+    lse: Float  # [*B T N]   natural log of the softmax denominator, the sink's term included
+    weights: Float  # [*B N T S]  before dropout; rows sum to 1, less the sink's share
+
+
+class Gradients(NamedTuple):
+    """The gradient with respect to each argument, in that argument's own shape."""
+
+    query: Float
+    key: Float
+    value: Float
+    scores: tuple[Float | None, ...]  # one entry per step: the array's for Bias, else None
+    sinks: Float | None  # [N], for one head []; None without sinks
+    scale: float
+
+
+def head(
+    q: npt.ArrayLike,
+    k: npt.ArrayLike,
+    v: npt.ArrayLike,
+    *,
+    mask: npt.ArrayLike | None = None,
+    scores: Sequence[Step] = (),
+    sink: float | None = None,
+    scale: float | None = None,
+    keep: npt.ArrayLike | None = None,
+    dropout_rate: float = 0.0,
+) -> Forward:
+    """One head of one example: `dropout(softmax(mask(scores(scale * q k^T)))) v`.
+
+    Args: q [T H], k [S H], v [S D]; `mask`, `keep` and bias arrays broadcastable to [T S];
+        `sink` one number; the rest as in `attention`.
+    Returns: Forward, with out [T D], lse [T] and weights [T S].
+    Raises: ValueError, as `attention` does.
+
+    >>> q, k, v = [[2.0]], [[1.0], [1.0], [9.0]], [[3.0], [5.0], [7.0]]
+    >>> result = head(q, k, v, mask=[True, True, False])
+    >>> result.weights.tolist(), result.out.tolist()
+    ([[0.5, 0.5, 0.0]], [[4.0]])
+    """
+    q, k, v, o = _check(_ONE_HEAD, q, k, v, sink, mask, scores, scale, keep, dropout_rate)
+
+    logits, _ = _logits(q, k, o)  # [T S]
+    weights, _, lse = _softmax(logits, o.sinks)  # [T S], [T]
+    v = _blank(v, unless=np.any(logits != -np.inf, axis=0))
+    return Forward(_dropout(weights, o) @ v, lse, weights)
+
+
+def head_gradients(
+    q: npt.ArrayLike,
+    k: npt.ArrayLike,
+    v: npt.ArrayLike,
+    d_out: npt.ArrayLike,
+    d_lse: npt.ArrayLike | None = None,
+    *,
+    mask: npt.ArrayLike | None = None,
+    scores: Sequence[Step] = (),
+    sink: float | None = None,
+    scale: float | None = None,
+    keep: npt.ArrayLike | None = None,
+    dropout_rate: float = 0.0,
+) -> Gradients:
+    """The derivative of `head`: `d_logits = weights * (d_weights - delta + d_lse)`.
+
+    In a row of weights w, `d w_i / d logit_j = w_i * ([i = j] - w_j)` and `d lse / d logit_j =
+    w_j`. The loss depends on logit_j through every w_i and through lse; adding up, `d_logit_j =
+    w_j * (d_w_j - delta + d_lse)` with `delta = sum_i w_i * d_w_i`. The sink is one more key,
+    whose value is 0: its d_w is 0.
+
+    Args: d_out [T D]; d_lse [T] (None: the loss does not use lse); the rest as in `head`.
+    Returns: Gradients, in the shapes of the arguments.
+    Raises: ValueError, as `attention` does.
+
+    Source: FlashAttention (Dao et al., 2022), where delta is the row sum of `d_out * out`; the
+    two are equal, with dropout and sinks too.
+
+    >>> head_gradients([[0.0]], [[1.0], [3.0]], [[2.0], [4.0]], [[1.0]]).query.tolist()
+    [[1.0]]
+    """
+    q, k, v, o = _check(_ONE_HEAD, q, k, v, sink, mask, scores, scale, keep, dropout_rate)
+    d_out = _expect("d_out [T D]", d_out, o.sizes)
+    d_lse = np.zeros(len(q)) if d_lse is None else d_lse
+    d_lse = _expect("d_lse [T]", d_lse, o.sizes)
+
+    logits, stages = _logits(q, k, o)
+    weights, sink_share, lse = _softmax(logits, o.sinks)  # [T S], [T], [T]
+    seen = logits != -np.inf
+    q, d_out = (_blank(x, unless=np.any(seen, axis=1)) for x in (q, d_out))
+    k, v = (_blank(x, unless=np.any(seen, axis=0)) for x in (k, v))
+    d_lse = _blank(d_lse, unless=lse != -np.inf)
+
+    d_v = _dropout(weights, o).T @ d_out  # [S D]
+    d_weights = _dropout(d_out @ v.T, o)  # [T S]
+    delta = np.sum(weights * d_weights, axis=1)  # [T]
+    d_s = weights * (d_weights - delta[:, None] + d_lse[:, None])  # [T S]
+    d_sink = np.sum(sink_share * (0.0 - delta + d_lse))
+
+    d_scores: list[Float | None] = []
+    for step, s in zip(reversed(o.scores), reversed(stages), strict=True):
+        d_s, d_array = step.pullback(np.where(seen, s, 0.0), d_s)
+        d_scores.insert(0, d_array)
+
+    d_q = o.scale * d_s @ k  # [T H]
+    d_k = o.scale * d_s.T @ q  # [S H]
+    d_scale = float(np.sum(d_s * (q @ k.T)))
+    d_sinks = None if sink is None else np.asarray(d_sink)
+    return Gradients(d_q, d_k, d_v, tuple(d_scores), d_sinks, d_scale)
+
+
+def attention(
+    query: npt.ArrayLike,
+    key: npt.ArrayLike,
+    value: npt.ArrayLike,
+    *,
+    mask: npt.ArrayLike | None = None,
+    scores: Sequence[Step] = (),
+    sinks: npt.ArrayLike | None = None,
+    scale: float | None = None,
+    keep: npt.ArrayLike | None = None,
+    dropout_rate: float = 0.0,
+) -> Forward:
+    """Softmax attention: `head` for every example and head; query head n reads key head n // G.
+
+    Args:
+        query: [*B T N H].
+        key: [*B S K H].
+        value: [*B S K D].
+        mask: bool, broadcastable to [*B N T S]; True where the query may see the key.
+        scores: Softcap and Bias steps on the logits, applied in order, before the mask.
+        sinks: [N], one more logit in each head's denominator, with no value of its own.
+        scale: multiplies query . key; 1 / sqrt(H) if None.
+        keep: bool, broadcastable to [*B N T S]; False drops that probability.
+        dropout_rate: in [0, 1); what is kept is divided by 1 - dropout_rate.
+    Returns: Forward, with out [*B T N D], lse [*B T N] and weights [*B N T S], all float64.
+    Raises: ValueError naming the argument, what was expected and what came.
+
+    Source: attention, Bahdanau et al., 2015; by scaled dot products and in heads, Vaswani et
+    al., 2017; with fewer key heads, Shazeer, 2019, and Ainslie et al., 2023; sinks, Xiao et al.,
+    2023, as a learned logit per head gpt-oss (OpenAI, 2025).
+
+    >>> query, key = np.zeros((1, 2, 1)), np.zeros((3, 1, 1))  # T = 1, N = 2; S = 3, K = 1
+    >>> value = np.array([[[3.0]], [[6.0]], [[9.0]]])
+    >>> attention(query, key, value).out.tolist()
+    [[[6.0], [6.0]]]
+    >>> attention(query, key, value, sinks=[0.0, -np.inf]).weights.sum(axis=-1).tolist()
+    [[0.75], [1.0]]
+    """
+    query, key, value, o = _check(
+        _ALL_HEADS, query, key, value, sinks, mask, scores, scale, keep, dropout_rate
+    )
+    out = np.zeros(query.shape[:-1] + value.shape[-1:])
+    lse, weights = np.zeros(query.shape[:-1]), np.zeros(o.mask.shape)
+    for q, kv, n, options in _heads(o):
+        out[q], lse[q], weights[n] = head(query[q], key[kv], value[kv], **options)
+    return Forward(out, lse, weights)
+
+
+def attention_gradients(
+    query: npt.ArrayLike,
+    key: npt.ArrayLike,
+    value: npt.ArrayLike,
+    d_out: npt.ArrayLike,
+    d_lse: npt.ArrayLike | None = None,
+    *,
+    mask: npt.ArrayLike | None = None,
+    scores: Sequence[Step] = (),
+    sinks: npt.ArrayLike | None = None,
+    scale: float | None = None,
+    keep: npt.ArrayLike | None = None,
+    dropout_rate: float = 0.0,
+) -> Gradients:
+    """The derivative of `attention`: `head_gradients` of every head, summed over what they share.
+
+    Heads share their key head, sinks, scale and the axes that a bias array was broadcast along.
+
+    Args: d_out [*B T N D]; d_lse [*B T N] (None: the loss does not use lse); the rest as in
+        `attention`.
+    Returns: Gradients, in the shapes of the arguments.
+    Raises: ValueError, as `attention` does.
+
+    Source: FlashAttention (Dao et al., 2022), see `head_gradients`.
+
+    >>> query, key, value = np.zeros((1, 2, 1)), np.ones((3, 1, 1)), np.ones((3, 1, 1))
+    >>> attention_gradients(query, key, value, d_out=np.full((1, 2, 1), 1.5)).value.tolist()
+    [[[1.0]], [[1.0]], [[1.0]]]
+    """
+    query, key, value, o = _check(
+        _ALL_HEADS, query, key, value, sinks, mask, scores, scale, keep, dropout_rate
+    )
+    d_out = _expect("d_out [*B T N D]", d_out, o.sizes)
+    d_lse = np.zeros(query.shape[:-1]) if d_lse is None else d_lse
+    d_lse = _expect("d_lse [*B T N]", d_lse, o.sizes)
+
+    d_query, d_key, d_value = np.zeros_like(query), np.zeros_like(key), np.zeros_like(value)
+    d_stages = [np.zeros(o.mask.shape) for _ in o.scores]  # [*B N T S] each
+    d_sinks, d_scale = np.zeros_like(o.sinks), 0.0
+    for q, kv, n, options in _heads(o):
+        d = head_gradients(query[q], key[kv], value[kv], d_out[q], d_lse[q], **options)
+        d_query[q] = d.query
+        d_key[kv] += d.key
+        d_value[kv] += d.value
+        for d_stage, d_array in zip(d_stages, d.scores, strict=True):
+            d_stage[n] = 0.0 if d_array is None else d_array
+        d_sinks[n[-1]] += d.sinks
+        d_scale += d.scale
+
+    d_scores = tuple(
+        _sum_to(np.shape(step.array), d_stage) if isinstance(step, Bias) else None
+        for step, d_stage in zip(o.scores, d_stages, strict=True)
+    )
+    return Gradients(d_query, d_key, d_value, d_scores, None if sinks is None else d_sinks, d_scale)
+
+
+# The formulas, for one head.
+
+
+class _Options(NamedTuple):
+    """The options, checked and without defaults. Of one head: without the axes `*B` and `N`."""
+
+    sizes: dict[str, Any]  # what each axis letter stands for; a tuple for *B
+    sinks: Float  # [N]; no sink is a sink of -inf, whose share of the softmax is 0
+    mask: Bool  # [*B N T S]
+    scores: Sequence[Step]
+    scale: float
+    keep: Bool  # [*B N T S]
+    dropout_rate: float
+
+
+def _logits(q: Float, k: Float, o: _Options) -> tuple[Float, list[Float]]:
+    """The masked logits [T S], and what each score step was given, which its pullback needs."""
+    stages = []
+    with np.errstate(all="ignore"):  # hidden keys may hold NaN and inf: no cause for a warning
+        s = o.scale * (q @ k.T)
+        for step in o.scores:
+            stages.append(s)
+            s = step(s)
+    return np.where(o.mask, s, -np.inf), stages
+
+
+def _softmax(logits: Float, sink: Float) -> tuple[Float, Float, Float]:
+    """`exp(logits - lse)`, the same of the sink, and `lse = log(exp(sink) + sum exp(logits))`.
+
+    A sink is one more key. A row of -inf only gives 0, 0 and -inf. The largest logit is
+    subtracted first, so that no exponential overflows and the sum is at least 1.
+    """
+    logits = np.concatenate([logits, np.full((len(logits), 1), sink)], axis=1)  # [T S+1]
+    largest = np.max(logits, axis=1, keepdims=True)
+    empty = largest == -np.inf
+    largest = np.where(empty, 0.0, largest)  # -inf - -inf would be NaN
+    e = np.exp(logits - largest)
+    total = np.where(empty, 1.0, np.sum(e, axis=1, keepdims=True))
+    lse = np.where(empty, -np.inf, largest + np.log(total))
+    p = e / total
+    return p[:, :-1], p[:, -1], lse[:, 0]
+
+
+def _dropout(weights: Float, o: _Options) -> Float:
+    """What is kept is scaled up, so that the mean stays. Linear, and its own transpose."""
+    return np.where(o.keep, weights / (1.0 - o.dropout_rate), 0.0)
+
+
+def _blank(rows: Float, unless: Any) -> Float:
+    """Rows that take part in nothing become 0: they may hold NaN, and 0 * NaN is NaN."""
+    return np.where(np.reshape(unless, (-1,) + (1,) * (rows.ndim - 1)), rows, 0.0)
+
+
+def _sum_to(shape: tuple[int, ...], array: Float) -> Float:
+    """The transpose of broadcasting `shape` to the shape of `array`."""
+    new = array.ndim - len(shape)
+    copied = [new + i for i, size in enumerate(shape) if size == 1]
+    return np.reshape(np.sum(array, axis=(*range(new), *copied)), shape)
+
+
+def _heads(o: _Options) -> Iterator[tuple[Any, Any, Any, dict[str, Any]]]:
+    """For each head of each example: where its query, its key and its weights lie; its options."""
+    for b in np.ndindex(o.sizes["*B"]):
+        for n in range(o.sizes["N"]):
+            group = o.sizes["N"] // o.sizes["K"]
+            steps = [
+                Bias(np.broadcast_to(s.array, o.mask.shape)[*b, n]) if isinstance(s, Bias) else s
+                for s in o.scores
+            ]
+            options = {"mask": o.mask[*b, n], "scores": steps, "sink": o.sinks[n]}
+            options |= {"scale": o.scale, "keep": o.keep[*b, n], "dropout_rate": o.dropout_rate}
+            yield (*b, slice(None), n), (*b, slice(None), n // group), (*b, n), options
+
+
+# What the caller passed, checked here so that the formulas need not.
+
+_ONE_HEAD = ("q [T H]", "k [S H]", "v [S D]", "sink []", "[T S]")
+_ALL_HEADS = ("query [*B T N H]", "key [*B S K H]", "value [*B S K D]", "sinks [N]", "[*B N T S]")
+
+
+def _check(
+    expected: tuple[str, str, str, str, str],
+    query: npt.ArrayLike,
+    key: npt.ArrayLike,
+    value: npt.ArrayLike,
+    sinks: npt.ArrayLike | None,
+    mask: npt.ArrayLike | None,
+    scores: Sequence[Step],
+    scale: float | None,
+    keep: npt.ArrayLike | None,
+    dropout_rate: float,
+) -> tuple[Float, Float, Float, _Options]:
+    """The arrays in float64 and the options without defaults, or a ValueError."""
+    q_axes, k_axes, v_axes, sink_axes, weight_axes = expected
+    sizes: dict[str, Any] = {}
+    query = _expect(q_axes, query, sizes)
+    key = _expect(k_axes, key, sizes)
+    value = _expect(v_axes, value, sizes)
+    n, k = sizes.get("N", 1), sizes.get("K", 1)
+    if n and (k == 0 or n % k):
+        problem = f"key has {k} heads (K) but query has {n} (N): N must be a multiple of K"
+        raise ValueError(problem)
+    if sizes["H"] == 0:
+        raise ValueError("query and key must have a width (H) of at least 1, got 0")
+    sinks = np.full(sizes.get("N", ()), -np.inf) if sinks is None else sinks
+    sinks = _expect(sink_axes, sinks, sizes)
+    scale = 1.0 / math.sqrt(sizes["H"]) if scale is None else scale
+    if np.ndim(scale) != 0:
+        raise ValueError(f"scale must be one number, got shape {np.shape(scale)}")
+    if not 0.0 <= dropout_rate < 1.0:
+        raise ValueError(f"dropout_rate must be in [0, 1), got {dropout_rate}")
+    if dropout_rate > 0.0 and keep is None:
+        raise ValueError(f"keep must say what a dropout_rate of {dropout_rate} drops, got None")
+    if not isinstance(scores, Sequence) or not all(isinstance(s, Softcap | Bias) for s in scores):
+        raise ValueError(f"scores must be a sequence of Softcap and Bias steps, got {scores!r}")
+
+    lead = (*sizes["*B"], sizes["N"]) if "N" in sizes else ()
+    shape = (*lead, sizes["T"], sizes["S"])
+    spread = f"must broadcast to {weight_axes}"
+    for i, step in enumerate(scores):
+        if isinstance(step, Bias):
+            _expect_weights(f"scores[{i}].array {spread}", step.array, shape)
+    mask = _expect_weights(f"mask {spread}", True if mask is None else mask, shape, np.bool_)
+    keep = _expect_weights(f"keep {spread}", True if keep is None else keep, shape, np.bool_)
+    return query, key, value, _Options(sizes, sinks, mask, scores, float(scale), keep, dropout_rate)
+
+
+def _expect(expected: str, given: npt.ArrayLike, sizes: dict[str, Any]) -> Float:
+    """`given` in float64, if it is as `expected`. A letter stands for the first size it met."""
+    array = np.asarray(given, np.float64)
+    name, axes = expected.rstrip("]").split(" [")
+    letters = axes.split()
+    known = ", ".join(f"{a} = {sizes[a]}" for a in letters if a in sizes)
+    found: tuple[Any, ...] = array.shape
+    if "*B" in letters and array.ndim >= len(letters) - 1:
+        batch = array.ndim - len(letters) + 1
+        found = (found[:batch], *found[batch:])
+    if len(found) != len(letters) or any(
+        sizes.setdefault(a, size) != size for a, size in zip(letters, found, strict=True)
+    ):
+        known = f" with {known}" if known else ""
+        raise ValueError(f"{name} must have shape [{axes}]{known}, got {array.shape}")
+    return array
+
+
+def _expect_weights(
+    expected: str, given: npt.ArrayLike, shape: tuple[int, ...], dtype: type[np.bool_] | None = None
+) -> npt.NDArray[Any]:
+    """`given` broadcast to the shape of the weights, if that and its dtype are as expected."""
+    array = np.asarray(given)
+    if dtype is not None and array.dtype != dtype:
+        raise ValueError(f"{expected.split()[0]} must be bool, got {array.dtype}")
+    try:
+        return np.broadcast_to(array, shape)
+    except ValueError:
+        problem = f"{expected} = {shape}, got {array.shape}"
+        raise ValueError(problem) from None

@@ -1,0 +1,104 @@
+"""The running softmax: start, update block by block, merge, finish.
+
+Over any split of the keys into blocks, with ``s`` the logits of one block,
+
+    m = max s,   l = sum exp(s - m),   a = sum exp(s - m) v
+
+describe the block; two descriptions merge by rescaling both to the larger maximum,
+and at the end ``out = a / l`` and ``lse = m + log l``. Exact for any size of logits.
+
+Source: Milakov and Gimelshein 2018, "Online normalizer calculation for softmax";
+Rabe and Staats 2021, "Self-attention Does Not Need O(n^2) Memory".
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+class State(NamedTuple):
+    """What is known of the keys seen so far, for ``t`` queries."""
+
+    maximum: Float[Array, " t"]  # m
+    total: Float[Array, " t"]  # l
+    weighted: Float[Array, "t D"]  # a
+
+
+def start(t: int, D: int, dtype: Any) -> State:
+    """No key seen yet."""
+    return State(jnp.full((t,), -jnp.inf, dtype), jnp.zeros((t,), dtype), jnp.zeros((t, D), dtype))
+
+
+def finite(m: jax.Array) -> jax.Array:
+    """``m``, or 0 where ``m`` is ``-inf``: what may be subtracted from ``-inf`` without NaN."""
+    return jnp.where(m == -jnp.inf, jnp.zeros_like(m), m)
+
+
+def update(
+    state: State,
+    logits: Float[Array, "t s"],
+    value: Float[Array, "s D"],
+    kept: Float[Array, "t s"] | None = None,
+) -> State:
+    """Takes one more block of keys into account.
+
+    Args:
+      state: what is known so far.
+      logits: ``[t s]``; ``-inf`` hides a key.
+      value: ``[s D]``.
+      kept: what dropout multiplies the probabilities by; the normaliser never sees it.
+
+    >>> s, v = jnp.array([[0.0, 1.0, 2.0]]), jnp.array([[1.0], [2.0], [3.0]])
+    >>> halves = update(update(start(1, 1, jnp.float32), s[:, :1], v[:1]), s[:, 1:], v[1:])
+    >>> out, lse = finish(halves)
+    >>> bool(jnp.allclose(out, jax.nn.softmax(s) @ v)), bool(jnp.allclose(lse, jax.nn.logsumexp(s)))
+    (True, True)
+    """
+    m = jnp.maximum(state.maximum, logits.max(axis=-1))
+    shift = finite(m)
+    p = jnp.exp(logits - shift[:, None])
+    shrink = jnp.exp(state.maximum - shift)
+    return State(
+        m,
+        state.total * shrink + p.sum(axis=-1),
+        state.weighted * shrink[:, None] + (p if kept is None else p * kept) @ value,
+    )
+
+
+def merge(a: State, b: State) -> State:
+    """The state of both sets of keys together.
+
+    >>> s, v = jnp.array([[0.0, 1.0]]), jnp.array([[1.0], [2.0]])
+    >>> empty = start(1, 1, jnp.float32)
+    >>> merged = merge(update(empty, s[:, :1], v[:1]), update(empty, s[:, 1:], v[1:]))
+    >>> bool(jnp.allclose(finish(merged)[0], jax.nn.softmax(s) @ v))
+    True
+    """
+    m = jnp.maximum(a.maximum, b.maximum)
+    shrink_a, shrink_b = jnp.exp(a.maximum - finite(m)), jnp.exp(b.maximum - finite(m))
+    return State(
+        m,
+        a.total * shrink_a + b.total * shrink_b,
+        a.weighted * shrink_a[:, None] + b.weighted * shrink_b[:, None],
+    )
+
+
+def finish(state: State, sink: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+    """Output ``[t D]`` and natural-log normaliser ``[t]``; no key seen gives 0 and ``-inf``.
+
+    Args:
+      state: all keys.
+      sink: an extra logit in the denominator, a scalar.
+    """
+    m, total, weighted = state
+    if sink is not None:
+        m = jnp.maximum(m, sink)
+        shrink = jnp.exp(state.maximum - finite(m))
+        total, weighted = total * shrink + jnp.exp(sink - finite(m)), weighted * shrink[:, None]
+    empty = total == 0
+    safe = jnp.where(empty, jnp.ones_like(total), total)
+    return weighted / safe[:, None], jnp.where(empty, -jnp.inf, finite(m) + jnp.log(safe))

@@ -1,0 +1,127 @@
+"""One tile of pairs: cutting values to it, who sees whom in it, its logits.
+
+Everything here is for one head of one example: masks and scores have lost their ``B``
+and ``N`` axes. All of ``T x S`` is a tile too: the materialised path uses it so.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from attention_jax.masks import Mask
+from attention_jax.scores import Score, tile_indices
+from attention_jax.values import Leaf, map_leaves
+
+V = TypeVar("V")
+
+
+def local_axes(leaf: Leaf) -> tuple[str, ...]:
+    """The axes a leaf has left within one head of one example."""
+    return tuple(a for a in leaf.axes if a not in ("B", "N"))
+
+
+def as_tile(x: Any, leaf: Leaf) -> Any:
+    """An array cut to a tile, in the shape that rules see: ``[t, 1]``, ``[1, s]``, ``[t, s]``."""
+    axes = local_axes(leaf)
+    if "T" in axes and "S" not in axes:
+        return jnp.expand_dims(x, 1)
+    if "S" in axes and "T" not in axes:
+        return jnp.expand_dims(x, 0)
+    return jnp.asarray(x)
+
+
+def whole(value: V) -> V:
+    """A value cut to the tile that holds all pairs."""
+    return map_leaves(as_tile, value)
+
+
+class Visible(NamedTuple):
+    """Who sees whom in a tile."""
+
+    pairs: Bool[Array, "t s"]
+    queries: Bool[Array, " t"]  # sees some key of the tile
+    keys: Bool[Array, " s"]  # is seen by some query of the tile
+
+
+def visible(
+    mask: Mask | None,
+    scores: tuple[Score, ...],
+    b: Any,
+    n: Any,
+    shape: tuple[int, int],
+    q0: Any,
+    k0: Any,
+    own: Any = None,
+) -> Visible | None:
+    """Who sees whom in the tile at ``(q0, k0)``: mask, and biases of ``-inf``.
+
+    Args:
+      mask, scores: cut to the tile.
+      own: bool, broadcasts to ``[t s]``: False for pairs that belong to another tile.
+
+    Returns:
+      None where every query surely sees every key.
+    """
+    parts = [] if own is None else [own]
+    if mask is not None:
+        parts.append(mask.rule(b, n, *tile_indices(shape, q0, k0)))
+    for score in reversed(scores):
+        if not score.KEEPS_HIDDEN:  # what earlier scores hid, it may show again
+            break
+        if (shown := score.visible()) is not None:
+            parts.append(shown)
+    if not parts:
+        return None
+    pairs = functools.reduce(jnp.logical_and, parts)
+    pairs = jnp.broadcast_to(pairs, shape)
+    return Visible(pairs, pairs.any(1), pairs.any(0))
+
+
+def rows_or_zero(keep: Bool[Array, " r"] | None, x: Float[Array, "r c"]) -> Float[Array, "r c"]:
+    """``x`` with the rows that nobody may see replaced by zeros.
+
+    Hidden keys, values and queries may hold NaN or inf, and ``0 * nan`` is ``nan``: they must be
+    gone before any product.
+    """
+    return x if keep is None else jnp.where(keep[:, None], x, jnp.zeros_like(x))
+
+
+def apply_scores(
+    s: Float[Array, "t s"],
+    scores: tuple[Score, ...],
+    seen: Visible | None,
+    b: Any,
+    n: Any,
+    q0: Any,
+    k0: Any,
+) -> Float[Array, "t s"]:
+    """The scores in order, then the mask: ``-inf`` where a query does not see a key."""
+    for score in scores:
+        s = score.tile(s, b, n, q0, k0)
+        if seen is not None:  # what a score makes of a hidden pair must not reach the next one
+            s = jnp.where(seen.pairs, s, jnp.zeros_like(s))
+    return s if seen is None else jnp.where(seen.pairs, s, jnp.full_like(s, -jnp.inf))
+
+
+def seen_values(
+    s: Float[Array, "t s"], v: Float[Array, "s D"], scores: tuple[Score, ...]
+) -> Float[Array, "s D"]:
+    """``v`` with zeros for keys that a score hid (logit ``-inf``) from every query of the tile."""
+    if not any(score.HIDES for score in scores):
+        return v
+    return rows_or_zero((s != -jnp.inf).any(0), v)
+
+
+def product(a: jax.Array, b: jax.Array, contract_a: int, contract_b: int) -> jax.Array:
+    """A matrix product over the named axes, in full precision of the operands' dtype."""
+    return jax.lax.dot_general(
+        a,
+        b,
+        (((contract_a,), (contract_b,)), ((), ())),
+        precision=jax.lax.Precision.HIGHEST,
+    )
