@@ -56,13 +56,17 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
 }
 
 # On a CPU, a head this small is done sooner in one batched product than in a loop over heads:
-# `python -m experiments bench --only short`. The choice must not depend on the
-# number of heads or examples, or an example's result would depend on its batch.
+# `python -m experiments bench --only short`. The choice must not depend on the number of heads or examples, or an example's result would depend on its batch.
 MATERIALISE_UP_TO = 64 * 64
 
 
 def preference(request: Request) -> tuple[tuple[str, str], ...]:
     """All implementations in the order they are tried, each with the reason for its place."""
+    if request.platform != "cpu":
+        return (
+            ("xla", "all heads at once, as an accelerator needs"),
+            ("blockwise", "loops over heads and blocks, which an accelerator waits for"),
+        )
     pairs = request.sizes.T * request.sizes.S
     if pairs <= MATERIALISE_UP_TO:
         return (

@@ -1,0 +1,499 @@
+"""Speed, memory and first-call time, side by side with the others in one process.
+
+    python -m experiments bench                  # everything, about 12 minutes on 2 cores
+    python -m experiments bench --only decode    # one section
+
+Contenders run in turns, so that whatever else the machine does hits all of them; figures are
+medians after warm-up. Ratios are what to compare: absolute figures differ between machines.
+GFLOP/s count ``2 * B * N * T * S * (H + D)`` forward and 2.5 times that backward, both as if
+dense, so a causal figure above the dense one shows the blocks skipped.
+
+torch is optional (``pip install torch==2.13.0``); without it its columns are empty.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import pathlib
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import attention_jax as aj
+
+Section = Literal["short", "forward", "train", "window", "decode", "vmap", "first", "memory"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What to measure, and where to write it."""
+
+    only: Section | None = None
+    """One section; all by default."""
+    repeats: int = 7
+    """Timed runs of each contender, after two for warm-up."""
+    flex: bool = True
+    """Compile torch's flex_attention for the window rows (needs a C++ compiler)."""
+    out: pathlib.Path = pathlib.Path("runs/bench")
+    """Folder for bench.json and bench.png."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """One call: B examples, T queries, S keys, N heads, K key heads, width H = D."""
+
+    T: int
+    S: int
+    N: int
+    B: int = 1
+    K: int | None = None
+    H: int = 64
+    causal: bool = False
+    window: int | None = None
+
+    def __str__(self) -> str:
+        kind = "causal" if self.causal else f"window {self.window}" if self.window else "dense"
+        heads = f"{self.N}" if self.K is None else f"{self.N}/{self.K}"
+        lengths = f"{self.S}" if self.T == self.S else f"{self.T} x {self.S}"
+        return f"{heads} heads, {lengths}, {kind}"
+
+    @property
+    def flops(self) -> int:
+        """Of the forward pass, counted dense."""
+        return 4 * self.B * self.N * self.T * self.S * self.H
+
+    @property
+    def mask(self) -> aj.Mask | None:
+        """Our mask."""
+        if self.window:
+            return aj.masks.window(self.window - 1, 0)
+        return aj.masks.causal() if self.causal else None
+
+    def arrays(self) -> list[jax.Array]:
+        """Query, key, value."""
+        K = self.K or self.N
+        shapes = (self.T, self.N), (self.S, K), (self.S, K)
+        keys = jax.random.split(jax.random.key(0), 3)
+        return [
+            jax.random.normal(key, (self.B, length, heads, self.H))
+            for key, (length, heads) in zip(keys, shapes, strict=True)
+        ]
+
+
+# --- Contenders: from a shape to a function of no arguments that runs to completion.
+
+
+def ours(shape: Shape, *, backward: bool = False, **options: Any) -> Callable[[], Any]:
+    mask = shape.mask
+    return _jax(lambda q, k, v: aj.attention(q, k, v, mask=mask, **options), shape, backward)
+
+
+def jax_nn(shape: Shape, *, backward: bool = False) -> Callable[[], Any]:
+    window = None if shape.window is None else (shape.window - 1, 0)
+
+    def attend(q: Any, k: Any, v: Any) -> Any:
+        return jax.nn.dot_product_attention(
+            q, k, v, is_causal=shape.causal, local_window_size=window, implementation="xla"
+        )
+
+    return _jax(attend, shape, backward)
+
+
+def _jax(attend: Callable[..., Any], shape: Shape, backward: bool) -> Callable[[], Any]:
+    q, k, v = shape.arrays()
+    if not backward:
+        forward = jax.jit(attend)
+        return lambda: jax.block_until_ready(forward(q, k, v))
+    cotangent = jnp.ones_like(q)
+    both = jax.jit(lambda q, k, v: jax.vjp(attend, q, k, v)[1](cotangent))
+    return lambda: jax.block_until_ready(both(q, k, v))
+
+
+def torch_sdpa(shape: Shape, *, backward: bool = False) -> Callable[[], Any]:
+    from torch.nn.functional import scaled_dot_product_attention
+
+    def attend(q: Any, k: Any, v: Any) -> Any:
+        grouped = shape.K is not None
+        return scaled_dot_product_attention(q, k, v, is_causal=shape.causal, enable_gqa=grouped)
+
+    return _torch(attend, shape, backward)
+
+
+def torch_flex(shape: Shape) -> Callable[[], Any]:
+    import torch
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    def visible(b: Any, h: Any, q: Any, k: Any) -> Any:
+        near = q - k < shape.window if shape.window else q >= k
+        return (q >= k) & near
+
+    blocks = create_block_mask(visible, None, None, shape.T, shape.S, device="cpu")
+    compiled = torch.compile(flex_attention)
+    return _torch(lambda q, k, v: compiled(q, k, v, block_mask=blocks), shape, False)
+
+
+def _torch(attend: Callable[..., Any], shape: Shape, backward: bool) -> Callable[[], Any]:
+    import torch
+
+    q, k, v = (torch.tensor(np.asarray(x)).transpose(1, 2) for x in shape.arrays())
+    if not backward:
+
+        def forward() -> Any:
+            with torch.no_grad():
+                return attend(q, k, v)
+
+        return forward
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    cotangent = torch.ones_like(q)
+
+    def both() -> Any:
+        return torch.autograd.grad(attend(*leaves), leaves, cotangent)
+
+    return both
+
+
+def have_torch() -> bool:
+    return importlib.util.find_spec("torch") is not None
+
+
+# --- Measuring.
+
+
+def in_turns(contenders: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """Median seconds of each, run in turns."""
+    for run in contenders.values():
+        run()
+        run()
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(repeats):
+        for name, run in contenders.items():
+            start = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(s) for name, s in seconds.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of the table: seconds of each contender, and what our ratios should reach."""
+
+    section: str
+    work: str
+    seconds: dict[str, float]
+    gflops: float  # of the work
+    targets: dict[str, float]  # contender -> least ratio (its seconds over ours)
+    note: str = ""
+
+    @property
+    def ratios(self) -> dict[str, float]:
+        """How many times faster than each contender we are."""
+        us = self.seconds["ours"]
+        return {name: s / us for name, s in self.seconds.items() if name != "ours"}
+
+
+def compare(
+    section: str, shape: Shape, options: Options, targets: dict[str, float], backward: bool = False
+) -> Row:
+    contenders = {
+        "ours": ours(shape, backward=backward),
+        "jax.nn": jax_nn(shape, backward=backward),
+    }
+    if have_torch() and not shape.window:
+        contenders["torch sdpa"] = torch_sdpa(shape, backward=backward)
+    note = ""
+    if have_torch() and shape.window and options.flex:
+        try:
+            contenders["torch flex"] = torch_flex(shape)
+            contenders["torch flex"]()
+        except (RuntimeError, ImportError) as error:  # no C++ compiler, say
+            del contenders["torch flex"]
+            note = f"torch flex: {type(error).__name__}"
+    seconds = in_turns(contenders, options.repeats)
+    gflops = shape.flops * (3.5 if backward else 1.0) / 1e9
+    return Row(section, str(shape), seconds, gflops, targets, note)
+
+
+def short(options: Options) -> list[Row]:
+    """Where the materialised path ends and the blockwise one begins."""
+    rows = []
+    for T in (16, 32, 64, 96, 128, 192, 256):
+        for backward in (False, True):
+            shape = Shape(T, T, N=8, B=max(1, 2048 // T))
+            contenders = {
+                "ours": ours(shape, backward=backward, implementation="blockwise"),
+                "xla": ours(shape, backward=backward, implementation="xla"),
+                "jax.nn": jax_nn(shape, backward=backward),
+            }
+            if have_torch():
+                contenders["torch sdpa"] = torch_sdpa(shape, backward=backward)
+            gflops = shape.flops * (3.5 if backward else 1.0) / 1e9
+            work = f"blockwise, batch {shape.B}, {shape}" + (", fwd+bwd" if backward else "")
+            rows.append(Row("short", work, in_turns(contenders, options.repeats), gflops, {}))
+    return rows
+
+
+def forward(options: Options) -> list[Row]:
+    """Forward, short to long."""
+    at_least = {"torch sdpa": 1.0}
+    rows = [
+        compare("forward", shape, options, at_least)
+        for shape in (Shape(128, 128, 64), Shape(512, 512, 32), Shape(1024, 1024, 16))
+    ]
+    at_least = {"torch sdpa": 1.3, "jax.nn": 4.0}
+    return rows + [
+        compare("forward", shape, options, at_least)
+        for shape in (
+            Shape(2048, 2048, 8),
+            Shape(2048, 2048, 8, causal=True),
+            Shape(4096, 4096, 4, causal=True),
+            Shape(8192, 8192, 2, causal=True),
+        )
+    ]
+
+
+def train(options: Options) -> list[Row]:
+    """Forward and backward."""
+    long = {"torch sdpa": 1.1, "jax.nn": 2.0}
+    return [
+        compare("train", shape, options, targets, backward=True)
+        for shape, targets in (
+            (Shape(512, 512, 32), {"jax.nn": 2.0}),
+            (Shape(1024, 1024, 16), {"jax.nn": 2.0}),
+            (Shape(2048, 2048, 8), long),
+            (Shape(2048, 2048, 8, causal=True), {"torch sdpa": 1.1, "jax.nn": 4.0}),
+            (Shape(4096, 4096, 4, causal=True), long),
+        )
+    ]
+
+
+def window(options: Options) -> list[Row]:
+    """A window of 256 keys, self included."""
+    return [
+        compare("window", Shape(2048, 2048, 8, window=256), options, {}),
+        compare(
+            "window",
+            Shape(16384, 16384, 2, window=256),
+            dataclasses.replace(options, repeats=max(3, options.repeats // 2)),
+            {"jax.nn": 20.0, "torch flex": 1.0},
+        ),
+    ]
+
+
+def decode(options: Options) -> list[Row]:
+    """One query; bound by reading keys and values."""
+    rows = []
+    for S in (2048, 8192):
+        shape = Shape(1, S, N=32, K=8, H=128)
+        row = compare("decode", shape, options, {"torch sdpa": 1.0})
+        gigabytes = 2 * S * 8 * 128 * 4 / 1e9
+        note = f"{gigabytes / row.seconds['ours']:.1f} GB/s of keys and values"
+        rows.append(dataclasses.replace(row, note=note))
+    return rows
+
+
+def vmap(options: Options) -> list[Row]:
+    """``vmap`` over examples against a batch axis."""
+    rows = []
+    for shape in (Shape(128, 128, 8, B=8), Shape(1024, 1024, 4, B=4, causal=True)):
+        q, k, v = shape.arrays()
+        mask = shape.mask
+        mapped = jax.jit(jax.vmap(lambda q, k, v, mask=mask: aj.attention(q, k, v, mask=mask)))
+        contenders = {
+            "ours": lambda f=mapped, a=(q, k, v): jax.block_until_ready(f(*a)),
+            "batch axis": ours(shape),
+        }
+        seconds = in_turns(contenders, options.repeats)
+        work = f"vmap over {shape.B}, {shape}"
+        rows.append(Row("vmap", work, seconds, shape.flops / 1e9, {"batch axis": 0.9}))
+    return rows
+
+
+def first(options: Options) -> list[Row]:
+    """The first call: trace, compile, run. Median of three, caches cleared before each."""
+    rows = []
+    for backward in (False, True):
+        shape = Shape(1024, 1024, 2, causal=True)
+        seconds: dict[str, list[float]] = {"ours": [], "jax.nn": []}
+        for _ in range(3):
+            for name, contender in (("ours", ours), ("jax.nn", jax_nn)):
+                jax.clear_caches()
+                run = contender(shape, backward=backward)
+                start = time.perf_counter()
+                run()
+                seconds[name].append(time.perf_counter() - start)
+        medians = {name: statistics.median(s) for name, s in seconds.items()}
+        work = f"first call, {shape}" + (", fwd+bwd" if backward else "")
+        rows.append(Row("first", work, medians, shape.flops / 1e9, {"jax.nn": 0.5}))
+    return rows
+
+
+_MEMORY = """
+import time, jax, jax.numpy as jnp, attention_jax as aj
+def resident(field):
+    with open("/proc/self/status") as f:
+        return next(int(x.split()[1]) for x in f if x.startswith(field)) / 1024
+q, k, v = (jax.random.normal(jax.random.key(i), (1, {S}, 1, 64)) for i in range(3))
+if {backward}:
+    f = lambda q, k, v: jax.vjp(lambda *a: aj.attention(*a, mask={mask}), q, k, v)[1](jnp.ones_like(q))
+else:
+    f = lambda q, k, v: aj.attention(q, k, v, mask={mask})
+compiled = jax.jit(f).lower(q, k, v).compile()
+jax.block_until_ready((q, k, v))
+with open("/proc/self/clear_refs", "w") as f:
+    f.write("5")  # forget the peak so far
+before = resident("VmRSS")
+start = time.perf_counter()
+out = jax.block_until_ready(compiled(q, k, v))
+seconds = time.perf_counter() - start
+results = sum(x.nbytes for x in jax.tree.leaves(out)) / 2**20
+print(seconds, resident("VmHWM") - before - results, compiled.memory_analysis().temp_size_in_bytes / 2**20)
+"""
+
+
+def memory(options: Options) -> list[Row]:
+    """Memory beside arguments and results, in a process of its own."""
+    rows = []
+    for S, backward, mask, work in (
+        (65536, True, "aj.masks.causal()", "65,536 tokens, causal, forward + backward, one head"),
+        (1_000_000, False, "aj.masks.window(511, 0)", "1,000,000 tokens, window 512, forward"),
+    ):
+        program = _MEMORY.format(S=S, backward=backward, mask=mask)
+        done = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            raise RuntimeError(f"{work}: {done.stderr[-2000:]}")
+        seconds, resident, temporary = map(float, done.stdout.split())
+        note = f"{resident:.0f} MiB resident beside arguments and results, XLA plans {temporary:.0f}"
+        rows.append(Row("memory", work, {"ours": seconds}, 0.0, {}, note))
+    return rows
+
+
+SECTIONS: dict[str, Callable[[Options], list[Row]]] = {
+    "short": short,
+    "forward": forward,
+    "train": train,
+    "window": window,
+    "decode": decode,
+    "vmap": vmap,
+    "first": first,
+    "memory": memory,
+}
+
+
+# --- Printing and writing.
+
+
+def print_row(row: Row) -> None:
+    cells = [f"{name} {seconds * 1e3:.1f} ms" for name, seconds in row.seconds.items()]
+    if row.gflops and row.section in ("short", "forward", "train"):
+        cells[0] += f" ({row.gflops / row.seconds['ours']:.0f} GFLOP/s)"
+    print(f"{row.section:8} {row.work:44} " + ", ".join(cells), flush=True)
+    for name, ratio in row.ratios.items():
+        target = row.targets.get(name)
+        verdict = "" if target is None else f"  (at least {target}: {'ok' if ratio >= target else 'MISSED'})"
+        print(f"{'':8} {'':44} {ratio:.2f}x {name}{verdict}")
+    if row.note:
+        print(f"{'':8} {'':44} {row.note}")
+
+
+def write(rows: list[Row], options: Options) -> None:
+    options.out.mkdir(parents=True, exist_ok=True)
+    versions = {"python": platform.python_version(), "jax": jax.__version__}
+    if have_torch():
+        import torch
+
+        versions["torch"] = torch.__version__
+    record = {
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": {"cpu": _cpu(), "device": jax.devices()[0].platform, "cores": _cores()},
+        "versions": versions,
+        "repeats": options.repeats,
+        "rows": [{**dataclasses.asdict(row), "ratios": row.ratios} for row in rows],
+    }
+    path = options.out / "bench.json"
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    print(f"wrote {path}")
+    drawn = [row for row in rows if row.section in ("forward", "train")]
+    if drawn:
+        path = options.out / "bench.png"
+        draw(drawn, path, record)
+        print(f"wrote {path}")
+
+
+def draw(rows: list[Row], path: pathlib.Path, record: dict[str, Any]) -> None:
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    colors = {"ours": "#d1495b", "jax.nn": "#8d99ae", "torch sdpa": "#2b2d42"}
+    sections = [s for s in ("forward", "train") if any(r.section == s for r in rows)]
+    figure, panels = plt.subplots(
+        1, len(sections), figsize=(5.6 * len(sections), 4.2), squeeze=False, layout="constrained"
+    )
+    titles = {"forward": "Forward", "train": "Forward + backward"}
+    for panel, section in zip(panels[0], sections, strict=True):
+        part = [r for r in rows if r.section == section]
+        names = [n for n in colors if any(n in r.seconds for r in part)]
+        for i, name in enumerate(names):
+            at = np.arange(len(part)) + (i - (len(names) - 1) / 2) * 0.27
+            speed = [r.gflops / r.seconds[name] if name in r.seconds else 0.0 for r in part]
+            label = {"ours": "attention_jax"}.get(name, name)
+            panel.barh(at, speed, height=0.25, color=colors[name], label=label)
+        panel.set_yticks(range(len(part)), [r.work.replace(" heads", " h") for r in part])
+        panel.invert_yaxis()
+        panel.set_xlabel("GFLOP/s, counted dense (more is better)")
+        panel.set_title(titles[section])
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0][0].legend(frameon=False)
+    machine = record["machine"]
+    figure.suptitle(
+        f"float32, H = 64, {machine['cores']} cores of {machine['cpu']}, jax "
+        f"{record['versions']['jax']}",
+        fontsize=9,
+    )
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _cpu() -> str:
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), "unknown")
+
+
+def _cores() -> int:
+    import os
+
+    return len(os.sched_getaffinity(0))
+
+
+def main(options: Options) -> int:
+    rows = []
+    for name, section in SECTIONS.items():
+        if options.only in (None, name):
+            for row in section(options):
+                print_row(row)
+                rows.append(row)
+    missed = [
+        f"{row.work} ({row.section}): {row.ratios[name]:.2f}x {name}, at least {target}"
+        for row in rows
+        for name, target in row.targets.items()
+        if name in row.ratios and row.ratios[name] < target
+    ]
+    print("all targets reached" if not missed else "missed:\n  " + "\n  ".join(missed))
+    write(rows, options)
+    return 0
