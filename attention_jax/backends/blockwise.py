@@ -38,6 +38,7 @@ from attention_jax.lift import Call, Head, over_heads_and_examples
 from attention_jax.masks import Mask
 from attention_jax.softmax import finite
 from attention_jax.tiles import as_tile, product, rows_or_zero
+from attention_jax.values import leaves
 
 # --- The formulas.
 
@@ -302,21 +303,58 @@ _bind = primitive.make(
 
 # --- Block sizes.
 
+# (block_q, block_k) -> GFLOP/s of the forward loop over full blocks; two cores of an AMD EPYC,
+# float32, H = 64: `python -m experiments bench --only blocks`. Large blocks do the work of a block
+# faster, small ones leave more of it out: the least visited pairs / speed wins.
+SPEED = {
+    (1024, 1024): 164,
+    (512, 1024): 148,
+    (512, 512): 142,
+    (256, 512): 117,
+    (256, 256): 81,
+    (128, 128): 78,
+}
+# Masks whose blocks are known only at run time: neither too coarse to skip nor too small to be fast.
+UNKNOWN = (512, 512)
+# Few queries: bound by reading keys, not by arithmetic.
+FEW_QUERIES, FEW_QUERIES_BLOCK_K = 16, 2048
+# Partial blocks also compute the mask.
+PARTIAL_COST = 1.5
+# More blocks than this are not looked at one by one while tracing.
+MOST_BLOCKS = 2**22
+
 # Heads computed at once, as independent operations: small products run on one core each.
 SIDE_BY_SIDE = 2
 
 
-def _balanced(length: int, block: int) -> int:
-    """The block size that cuts ``length`` into as many blocks as ``block`` does, evenly."""
+def block_sizes(T: int, S: int, mask: Mask | None) -> tuple[int, int]:
+    """Queries and keys per block.
+
+    >>> block_sizes(4096, 4096, None), block_sizes(1, 10_000, None)
+    ((1024, 1024), (1, 2000))
+    """
+    if T <= FEW_QUERIES:
+        return T, _even(S, FEW_QUERIES_BLOCK_K)
+    if leaves(mask):
+        return _even(T, UNKNOWN[0]), _even(S, UNKNOWN[1])
+    costs = {}
+    for (block_q, block_k), speed in SPEED.items():
+        grid = Grid(T, S, _even(T, block_q), _even(S, block_k))
+        if costs and grid.rows * grid.columns > MOST_BLOCKS:
+            continue
+        kind = blocks.kinds(mask, grid, 0, 0)
+        full, partial = (kind == blocks.FULL).sum(), (kind == blocks.PARTIAL).sum()
+        pairs = grid.block_q * grid.block_k * (full + PARTIAL_COST * partial)
+        costs.setdefault((grid.block_q, grid.block_k), pairs / speed)
+    return min(costs, key=lambda size: costs[size])
+
+
+def _even(length: int, block: int) -> int:
+    """At most about ``block``, so that ``length`` is cut into blocks as equal as can be."""
     if length <= block:
         return length
     even = -(-length // -(-length // block))
     return min(length, -(-even // 16) * 16)
-
-
-def block_sizes(T: int, S: int, mask: Mask | None) -> tuple[int, int]:
-    """Queries and keys per block."""
-    return _balanced(T, 512), _balanced(S, 1024)
 
 
 def extra_bytes(sizes: Sizes, dtype: Any, mask: Mask | None) -> int:

@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
+from jax.sharding import NamedSharding, PartitionSpec
 
 from attention_jax.lift import Head
 
@@ -106,7 +107,7 @@ def make(name: str, kernel: Kernel) -> Callable[..., tuple[jax.Array, jax.Array]
         accumulation = jnp.promote_types(avals[0].dtype, jnp.float32)
         cores = ((query[0], value[1]), avals[0].dtype), ((query[0],), accumulation)
         return [
-            avals[0].update(shape=mapped_shape(c, d, static.levels), dtype=t, weak_type=False)
+            _aval(avals[0], mapped_shape(c, d, static.levels), t)
             for (c, t), d in zip(cores, static.out_dims, strict=True)
         ]
 
@@ -117,7 +118,7 @@ def make(name: str, kernel: Kernel) -> Callable[..., tuple[jax.Array, jax.Array]
             for i, d in zip(static.wrt, static.out_dims, strict=True)
         ]
         return [
-            avals[0].update(shape=shape, dtype=avals[i].dtype, weak_type=False)
+            _aval(avals[i], shape, avals[i].dtype)
             for i, shape in zip(static.wrt, shapes, strict=True)
         ]
 
@@ -254,7 +255,7 @@ def make(name: str, kernel: Kernel) -> Callable[..., tuple[jax.Array, jax.Array]
 
         primitive.def_impl(implementation)
         primitive.def_abstract_eval(lambda *avals, static, shapes=shapes: shapes(static, avals))
-        mlir.register_lowering(primitive, mlir.lower_fun(implementation, multiple_results=True))
+        mlir.register_lowering(primitive, _lowering(implementation))
         batching.primitive_batchers[primitive] = functools.partial(batch, primitive)
 
     ad.primitive_jvps[forward_p] = forward_jvp
@@ -265,7 +266,7 @@ def make(name: str, kernel: Kernel) -> Callable[..., tuple[jax.Array, jax.Array]
     def bind(head: Head, visits: Any, config: Any) -> tuple[jax.Array, jax.Array]:
         leaves, structure = jax.tree.flatten(operands(head, visits))
         static = Static(structure, config, (), ((),) * len(leaves), ((), ()))
-        out, lse = forward_p.bind(*(jnp.asarray(x) for x in leaves), static=static)
+        out, lse = forward_p.bind(*_vary_together(leaves), static=static)
         return out, lse
 
     return bind
@@ -276,3 +277,42 @@ def _insert(new: int | None, old: Dims) -> Dims:
     if new is None:
         return (None, *old)
     return (new, *(d + 1 if d is not None and d >= new else d for d in old))
+
+
+# --- shard_map types every array with the mesh axes along which it varies.
+
+
+def _vary_together(arrays: Sequence[Any]) -> list[jax.Array]:
+    """``arrays``, each marked as varying along all mesh axes that one of them varies along.
+
+    JAX's own operations do this too; its transpose is the sum over these axes that the gradient of
+    an array needs that all devices share.
+    """
+    arrays = [jnp.asarray(x) for x in arrays]
+    axes = [_varies(jax.typeof(x)) for x in arrays]
+    every = frozenset().union(*axes)
+    return [
+        jax.lax.pcast(x, tuple(sorted(every - own)), to="varying") if every - own else x
+        for x, own in zip(arrays, axes, strict=True)
+    ]
+
+
+def _varies(aval: Any) -> frozenset[Any]:
+    return frozenset(aval.manual_axis_type.varying)
+
+
+def _aval(like: Any, shape: tuple[int, ...], dtype: Any) -> Any:
+    """Shape and dtype of a result that varies along the same mesh axes as ``like``."""
+    unsharded = NamedSharding(like.sharding.mesh, PartitionSpec(*(None,) * len(shape)))
+    return like.update(shape=shape, dtype=dtype, weak_type=False, sharding=unsharded)
+
+
+def _lowering(implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """Lowers a function without the mesh axes in its types: its loops run on one device."""
+    lower = mlir.lower_fun(implementation, multiple_results=True)
+
+    def rule(ctx: Any, *args: Any, **params: Any) -> Any:
+        plain = [jax.core.ShapedArray(aval.shape, aval.dtype) for aval in ctx.avals_in]
+        return lower(ctx.replace(avals_in=plain), *args, **params)
+
+    return rule
