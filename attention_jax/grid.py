@@ -61,7 +61,7 @@ class Grid:
         return np.minimum(self.k0 + self.block_k, self.S) - 1
 
     def over_queries(self, reduce: Callable[..., Any], x: Any) -> Any:
-        """``reduce`` (``jnp.min``, ``jnp.all``, ...) of ``x [T]`` over each query block: ``[rows, 1]``."""
+        """``reduce`` (``jnp.min``, say) of ``x [T]`` over each query block: ``[rows, 1]``."""
         return reduce(_blocks(x, 0, self.rows, self.block_q), axis=1)[:, None]
 
     def over_keys(self, reduce: Callable[..., Any], x: Any) -> Any:
@@ -69,7 +69,7 @@ class Grid:
         return reduce(_blocks(x, 0, self.columns, self.block_k), axis=1)[None, :]
 
     def over_pairs(self, reduce: Callable[..., Any], x: Any) -> Any:
-        """``reduce`` of ``x [T S]`` over each block: ``[rows, columns]``; axes of size 1 broadcast."""
+        """``reduce`` of ``x [T S]`` over each block: ``[rows, columns]``; size 1 broadcasts."""
         if x.shape[0] > 1:
             x = reduce(_blocks(x, 0, self.rows, self.block_q), axis=1)
         if x.shape[1] > 1:

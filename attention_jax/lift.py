@@ -119,7 +119,7 @@ def over_heads_and_examples(
         out = tuple(r.index(level) for r in results)
         results = [[x for x in r if x != level] for r in results]
         plan.append((where, out))
-    for (where, out), level in reversed(list(zip(plan, levels, strict=True))):
+    for where, out in reversed(plan):
         if all(w is None for w in where):  # every array has size 1 along this axis
             mapped = _expand(mapped, out)
         else:

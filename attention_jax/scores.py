@@ -191,7 +191,8 @@ def bias(array: Float[AnyArray, "..."]) -> Score:
     Args:
       array: floating, broadcastable to ``[*B N T S]``, differentiable.
 
-    >>> bias(np.array([[0.5, -np.inf]])).score(np.zeros(2, np.float32), 0, 0, 0, np.arange(2)).tolist()
+    >>> score = bias(np.array([[0.5, -np.inf]]))
+    >>> score.score(np.zeros(2, np.float32), 0, 0, 0, np.arange(2)).tolist()
     [0.5, -inf]
     """
     _float_array("array", array, None)

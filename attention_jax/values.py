@@ -78,7 +78,7 @@ class Value:
             return False
         mine, structure = jax.tree.flatten(self)
         theirs, other_structure = jax.tree.flatten(other)
-        return structure == other_structure and all(
+        return structure == other_structure and all(  # type: ignore[operator]
             a is b or (_is_concrete(a) and _is_concrete(b) and np.array_equal(a, b))
             for a, b in zip(mine, theirs, strict=True)
         )

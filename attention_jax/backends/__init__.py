@@ -56,7 +56,8 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
 }
 
 # On a CPU, a head this small is done sooner in one batched product than in a loop over heads:
-# `python -m experiments bench --only short`. The choice must not depend on the number of heads or examples, or an example's result would depend on its batch.
+# `python -m experiments bench --only short`. The choice must not depend on the number of heads or
+# examples, or an example's result would depend on its batch.
 MATERIALISE_UP_TO = 64 * 64
 
 

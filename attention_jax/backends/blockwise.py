@@ -314,7 +314,7 @@ SPEED = {
     (256, 256): 81,
     (128, 128): 78,
 }
-# Masks whose blocks are known only at run time: neither too coarse to skip nor too small to be fast.
+# Masks whose blocks are known only at run time: neither too coarse to skip nor too small.
 UNKNOWN = (512, 512)
 # Few queries: bound by reading keys, not by arithmetic.
 FEW_QUERIES, FEW_QUERIES_BLOCK_K = 16, 2048
@@ -337,7 +337,7 @@ def block_sizes(T: int, S: int, mask: Mask | None) -> tuple[int, int]:
         return T, _even(S, FEW_QUERIES_BLOCK_K)
     if leaves(mask):
         return _even(T, UNKNOWN[0]), _even(S, UNKNOWN[1])
-    costs = {}
+    costs: dict[tuple[int, int], float] = {}
     for (block_q, block_k), speed in SPEED.items():
         grid = Grid(T, S, _even(T, block_q), _even(S, block_k))
         if costs and grid.rows * grid.columns > MOST_BLOCKS:

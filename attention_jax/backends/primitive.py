@@ -185,7 +185,7 @@ def make(name: str, kernel: Kernel) -> Callable[..., tuple[jax.Array, jax.Array]
             if type(tangents[i]) is not ad.Zero and jnp.issubdtype(primals[i].dtype, jnp.inexact)
         )
         if not wrt:
-            return (out, lse), tuple(ad.Zero.from_primal_value(x) for x in (out, lse))
+            return (out, lse), tuple(ad.Zero(jax.typeof(x).to_tangent_aval()) for x in (out, lse))
         in_dims = static.in_dims + static.out_dims + tuple(static.in_dims[i] for i in wrt)
         static = dataclasses.replace(static, in_dims=in_dims, wrt=wrt)
         dots = tangent_p.bind(*primals, out, lse, *(tangents[i] for i in wrt), static=static)
