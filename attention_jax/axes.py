@@ -25,17 +25,15 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
 AnyArray: TypeAlias = Array | np.ndarray
 
 Query = Float[AnyArray, "*B T N H"]
 Key = Float[AnyArray, "*B S K H"]
 Value = Float[AnyArray, "*B S K D"]
-Output = Float[AnyArray, "*B T N D"]
-Normaliser = Float[AnyArray, "*B T N"]
-Index = Int[AnyArray, "..."] | int
-Visible = Bool[AnyArray, "..."]
+Output = Float[Array, "*B T N D"]
+Normaliser = Float[Array, "*B T N"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ torch is optional (``pip install torch==2.13.0``); without it its columns are em
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
+import functools
 import json
 import pathlib
 import platform
@@ -30,8 +30,23 @@ import jax.numpy as jnp
 import numpy as np
 
 import attention_jax as aj
+from attention_jax.axes import check_query_key_value
+from attention_jax.backends import blockwise
+from attention_jax.lift import Call
+from experiments.contenders import (
+    Shape,
+    have_torch,
+    in_turns,
+    jax_nn,
+    jitted,
+    ours,
+    torch_flex,
+    torch_sdpa,
+)
 
-Section = Literal["short", "forward", "train", "window", "decode", "vmap", "first", "memory"]
+Section = Literal[
+    "forward", "train", "window", "decode", "vmap", "first", "memory", "short", "blocks"
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,148 +54,13 @@ class Options:
     """What to measure, and where to write it."""
 
     only: Section | None = None
-    """One section; all by default."""
+    """One section; by default all but ``short`` and ``blocks``, which tune the library's tables."""
     repeats: int = 7
     """Timed runs of each contender, after two for warm-up."""
     flex: bool = True
     """Compile torch's flex_attention for the window rows (needs a C++ compiler)."""
     out: pathlib.Path = pathlib.Path("runs/bench")
     """Folder for bench.json and bench.png."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    """One call: B examples, T queries, S keys, N heads, K key heads, width H = D."""
-
-    T: int
-    S: int
-    N: int
-    B: int = 1
-    K: int | None = None
-    H: int = 64
-    causal: bool = False
-    window: int | None = None
-
-    def __str__(self) -> str:
-        kind = "causal" if self.causal else f"window {self.window}" if self.window else "dense"
-        heads = f"{self.N}" if self.K is None else f"{self.N}/{self.K}"
-        lengths = f"{self.S}" if self.T == self.S else f"{self.T} x {self.S}"
-        return f"{heads} heads, {lengths}, {kind}"
-
-    @property
-    def flops(self) -> int:
-        """Of the forward pass, counted dense."""
-        return 4 * self.B * self.N * self.T * self.S * self.H
-
-    @property
-    def mask(self) -> aj.Mask | None:
-        """Our mask."""
-        if self.window:
-            return aj.masks.window(self.window - 1, 0)
-        return aj.masks.causal() if self.causal else None
-
-    def arrays(self) -> list[jax.Array]:
-        """Query, key, value."""
-        K = self.K or self.N
-        shapes = (self.T, self.N), (self.S, K), (self.S, K)
-        keys = jax.random.split(jax.random.key(0), 3)
-        return [
-            jax.random.normal(key, (self.B, length, heads, self.H))
-            for key, (length, heads) in zip(keys, shapes, strict=True)
-        ]
-
-
-# --- Contenders: from a shape to a function of no arguments that runs to completion.
-
-
-def ours(shape: Shape, *, backward: bool = False, **options: Any) -> Callable[[], Any]:
-    mask = shape.mask
-    return _jax(lambda q, k, v: aj.attention(q, k, v, mask=mask, **options), shape, backward)
-
-
-def jax_nn(shape: Shape, *, backward: bool = False) -> Callable[[], Any]:
-    window = None if shape.window is None else (shape.window - 1, 0)
-
-    def attend(q: Any, k: Any, v: Any) -> Any:
-        return jax.nn.dot_product_attention(
-            q, k, v, is_causal=shape.causal, local_window_size=window, implementation="xla"
-        )
-
-    return _jax(attend, shape, backward)
-
-
-def _jax(attend: Callable[..., Any], shape: Shape, backward: bool) -> Callable[[], Any]:
-    q, k, v = shape.arrays()
-    if not backward:
-        forward = jax.jit(attend)
-        return lambda: jax.block_until_ready(forward(q, k, v))
-    cotangent = jnp.ones_like(q)
-    both = jax.jit(lambda q, k, v: jax.vjp(attend, q, k, v)[1](cotangent))
-    return lambda: jax.block_until_ready(both(q, k, v))
-
-
-def torch_sdpa(shape: Shape, *, backward: bool = False) -> Callable[[], Any]:
-    from torch.nn.functional import scaled_dot_product_attention
-
-    def attend(q: Any, k: Any, v: Any) -> Any:
-        grouped = shape.K is not None
-        return scaled_dot_product_attention(q, k, v, is_causal=shape.causal, enable_gqa=grouped)
-
-    return _torch(attend, shape, backward)
-
-
-def torch_flex(shape: Shape) -> Callable[[], Any]:
-    import torch
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    def visible(b: Any, h: Any, q: Any, k: Any) -> Any:
-        near = q - k < shape.window if shape.window else q >= k
-        return (q >= k) & near
-
-    blocks = create_block_mask(visible, None, None, shape.T, shape.S, device="cpu")
-    compiled = torch.compile(flex_attention)
-    return _torch(lambda q, k, v: compiled(q, k, v, block_mask=blocks), shape, False)
-
-
-def _torch(attend: Callable[..., Any], shape: Shape, backward: bool) -> Callable[[], Any]:
-    import torch
-
-    q, k, v = (torch.tensor(np.asarray(x)).transpose(1, 2) for x in shape.arrays())
-    if not backward:
-
-        def forward() -> Any:
-            with torch.no_grad():
-                return attend(q, k, v)
-
-        return forward
-    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-    cotangent = torch.ones_like(q)
-
-    def both() -> Any:
-        return torch.autograd.grad(attend(*leaves), leaves, cotangent)
-
-    return both
-
-
-def have_torch() -> bool:
-    return importlib.util.find_spec("torch") is not None
-
-
-# --- Measuring.
-
-
-def in_turns(contenders: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median seconds of each, run in turns."""
-    for run in contenders.values():
-        run()
-        run()
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(repeats):
-        for name, run in contenders.items():
-            start = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(s) for name, s in seconds.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,25 +101,6 @@ def compare(
     seconds = in_turns(contenders, options.repeats)
     gflops = shape.flops * (3.5 if backward else 1.0) / 1e9
     return Row(section, str(shape), seconds, gflops, targets, note)
-
-
-def short(options: Options) -> list[Row]:
-    """Where the materialised path ends and the blockwise one begins."""
-    rows = []
-    for T in (16, 32, 64, 96, 128, 192, 256):
-        for backward in (False, True):
-            shape = Shape(T, T, N=8, B=max(1, 2048 // T))
-            contenders = {
-                "ours": ours(shape, backward=backward, implementation="blockwise"),
-                "xla": ours(shape, backward=backward, implementation="xla"),
-                "jax.nn": jax_nn(shape, backward=backward),
-            }
-            if have_torch():
-                contenders["torch sdpa"] = torch_sdpa(shape, backward=backward)
-            gflops = shape.flops * (3.5 if backward else 1.0) / 1e9
-            work = f"blockwise, batch {shape.B}, {shape}" + (", fwd+bwd" if backward else "")
-            rows.append(Row("short", work, in_turns(contenders, options.repeats), gflops, {}))
-    return rows
 
 
 def forward(options: Options) -> list[Row]:
@@ -308,8 +169,8 @@ def vmap(options: Options) -> list[Row]:
         q, k, v = shape.arrays()
         mask = shape.mask
         mapped = jax.jit(jax.vmap(lambda q, k, v, mask=mask: aj.attention(q, k, v, mask=mask)))
-        contenders = {
-            "ours": lambda f=mapped, a=(q, k, v): jax.block_until_ready(f(*a)),
+        contenders: dict[str, Callable[[], Any]] = {
+            "ours": functools.partial(lambda f, *a: jax.block_until_ready(f(*a)), mapped, q, k, v),
             "batch axis": ours(shape),
         }
         seconds = in_turns(contenders, options.repeats)
@@ -337,50 +198,72 @@ def first(options: Options) -> list[Row]:
     return rows
 
 
-_MEMORY = """
-import time, jax, jax.numpy as jnp, attention_jax as aj
-def resident(field):
-    with open("/proc/self/status") as f:
-        return next(int(x.split()[1]) for x in f if x.startswith(field)) / 1024
-q, k, v = (jax.random.normal(jax.random.key(i), (1, {S}, 1, 64)) for i in range(3))
-if {backward}:
-    f = lambda q, k, v: jax.vjp(lambda *a: aj.attention(*a, mask={mask}), q, k, v)[1](jnp.ones_like(q))
-else:
-    f = lambda q, k, v: aj.attention(q, k, v, mask={mask})
-compiled = jax.jit(f).lower(q, k, v).compile()
-jax.block_until_ready((q, k, v))
-with open("/proc/self/clear_refs", "w") as f:
-    f.write("5")  # forget the peak so far
-before = resident("VmRSS")
-start = time.perf_counter()
-out = jax.block_until_ready(compiled(q, k, v))
-seconds = time.perf_counter() - start
-results = sum(x.nbytes for x in jax.tree.leaves(out)) / 2**20
-print(seconds, resident("VmHWM") - before - results, compiled.memory_analysis().temp_size_in_bytes / 2**20)
-"""
-
-
 def memory(options: Options) -> list[Row]:
-    """Memory beside arguments and results, in a process of its own."""
+    """Memory beside arguments and results, in a process of its own: ``experiments/memory.py``."""
     rows = []
-    for S, backward, mask, work in (
-        (65536, True, "aj.masks.causal()", "65,536 tokens, causal, forward + backward, one head"),
-        (1_000_000, False, "aj.masks.window(511, 0)", "1,000,000 tokens, window 512, forward"),
+    for work, arguments in (
+        ("65,536 tokens, causal, fwd+bwd, one head", ["65536", "--backward"]),
+        ("1,000,000 tokens, window 512, fwd, one head", ["1000000", "--window", "512"]),
     ):
-        program = _MEMORY.format(S=S, backward=backward, mask=mask)
         done = subprocess.run(
-            [sys.executable, "-c", program], capture_output=True, text=True, check=False
+            [sys.executable, "-m", "experiments.memory", *arguments],
+            capture_output=True,
+            text=True,
+            check=False,
         )
         if done.returncode:
             raise RuntimeError(f"{work}: {done.stderr[-2000:]}")
-        seconds, resident, temporary = map(float, done.stdout.split())
-        note = f"{resident:.0f} MiB resident beside arguments and results, XLA plans {temporary:.0f}"
-        rows.append(Row("memory", work, {"ours": seconds}, 0.0, {}, note))
+        measured = json.loads(done.stdout)
+        note = "{resident_mib:.0f} MiB resident beside arguments and results".format(**measured)
+        rows.append(Row("memory", work, {"ours": measured["seconds"]}, 0.0, {}, note))
     return rows
 
 
+def short(options: Options) -> list[Row]:
+    """Where the materialised path ends and the blockwise one begins."""
+    rows = []
+    for T in (16, 32, 64, 96, 128, 192, 256):
+        for backward in (False, True):
+            shape = Shape(T, T, N=8, B=max(1, 2048 // T))
+            contenders = {
+                "ours": ours(shape, backward=backward, implementation="blockwise"),
+                "xla": ours(shape, backward=backward, implementation="xla"),
+                "jax.nn": jax_nn(shape, backward=backward),
+            }
+            if have_torch():
+                contenders["torch sdpa"] = torch_sdpa(shape, backward=backward)
+            gflops = shape.flops * (3.5 if backward else 1.0) / 1e9
+            work = f"blockwise, batch {shape.B}, {shape}" + (", fwd+bwd" if backward else "")
+            rows.append(Row("short", work, in_turns(contenders, options.repeats), gflops, {}))
+    return rows
+
+
+def blocks(options: Options) -> list[Row]:
+    """How fast the blockwise loops run with each block size: ``blockwise.SPEED``."""
+    rows = []
+    for size in blockwise.SPEED:
+        for causal in (False, True):
+            shape = Shape(4096, 4096, 2, causal=causal)
+            for backward in (False, True):
+                run = jitted(_with_blocks(shape, size), shape, backward)
+                seconds = in_turns({"ours": run}, options.repeats)
+                gflops = shape.flops * (3.5 if backward else 1.0) / 1e9
+                work = f"blocks of {size}, {shape}" + (", fwd+bwd" if backward else "")
+                rows.append(Row("blocks", work, seconds, gflops, {}))
+    return rows
+
+
+def _with_blocks(shape: Shape, size: tuple[int, int]) -> Callable[..., Any]:
+    def attend(q: Any, k: Any, v: Any) -> Any:
+        sizes = check_query_key_value(q, k, v)
+        scale = jnp.asarray(shape.H**-0.5, q.dtype)
+        call = Call(q, k, v, shape.mask, (), None, scale, None)
+        return blockwise.run(call, sizes, dropout_rate=0.0, block=size)[0]
+
+    return attend
+
+
 SECTIONS: dict[str, Callable[[Options], list[Row]]] = {
-    "short": short,
     "forward": forward,
     "train": train,
     "window": window,
@@ -388,7 +271,10 @@ SECTIONS: dict[str, Callable[[Options], list[Row]]] = {
     "vmap": vmap,
     "first": first,
     "memory": memory,
+    "short": short,
+    "blocks": blocks,
 }
+TUNING = ("short", "blocks")
 
 
 # --- Printing and writing.
@@ -396,12 +282,16 @@ SECTIONS: dict[str, Callable[[Options], list[Row]]] = {
 
 def print_row(row: Row) -> None:
     cells = [f"{name} {seconds * 1e3:.1f} ms" for name, seconds in row.seconds.items()]
-    if row.gflops and row.section in ("short", "forward", "train"):
+    if row.gflops and row.section in ("forward", "train", *TUNING):
         cells[0] += f" ({row.gflops / row.seconds['ours']:.0f} GFLOP/s)"
     print(f"{row.section:8} {row.work:44} " + ", ".join(cells), flush=True)
     for name, ratio in row.ratios.items():
         target = row.targets.get(name)
-        verdict = "" if target is None else f"  (at least {target}: {'ok' if ratio >= target else 'MISSED'})"
+        verdict = (
+            ""
+            if target is None
+            else f"  (at least {target}: {'ok' if ratio >= target else 'MISSED'})"
+        )
         print(f"{'':8} {'':44} {ratio:.2f}x {name}{verdict}")
     if row.note:
         print(f"{'':8} {'':44} {row.note}")
@@ -484,7 +374,7 @@ def _cores() -> int:
 def main(options: Options) -> int:
     rows = []
     for name, section in SECTIONS.items():
-        if options.only in (None, name):
+        if options.only == name or (options.only is None and name not in TUNING):
             for row in section(options):
                 print_row(row)
                 rows.append(row)
