@@ -307,12 +307,12 @@ _bind = primitive.make(
 # float32, H = 64: `python -m experiments bench --only blocks`. Large blocks do the work of a block
 # faster, small ones leave more of it out: the least visited pairs / speed wins.
 SPEED = {
-    (1024, 1024): 164,
-    (512, 1024): 148,
-    (512, 512): 142,
-    (256, 512): 117,
-    (256, 256): 81,
-    (128, 128): 78,
+    (1024, 512): 163,
+    (512, 1024): 158,
+    (512, 512): 146,
+    (256, 512): 110,
+    (256, 256): 83,
+    (128, 128): 77,
 }
 # Masks whose blocks are known only at run time: neither too coarse to skip nor too small.
 UNKNOWN = (512, 512)
@@ -331,7 +331,7 @@ def block_sizes(T: int, S: int, mask: Mask | None) -> tuple[int, int]:
     """Queries and keys per block.
 
     >>> block_sizes(4096, 4096, None), block_sizes(1, 10_000, None)
-    ((1024, 1024), (1, 2000))
+    ((1024, 512), (1, 2000))
     """
     if T <= FEW_QUERIES:
         return T, _even(S, FEW_QUERIES_BLOCK_K)

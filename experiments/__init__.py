@@ -1,0 +1,1 @@
+"""Training tasks, comparisons and benchmarks on ``attention_jax``: ``python -m experiments``."""

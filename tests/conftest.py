@@ -1,0 +1,63 @@
+"""What every test runs under: eight devices, strict dtypes, checked annotations.
+
+Eight host devices are what ``shard_map`` is tested on. They must be asked for before JAX starts,
+and the import hook must be there before the package is imported: hence the order below.
+"""
+
+import os
+
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+
+import importlib.util
+import pkgutil
+
+import hypothesis
+import jax
+import jaxtyping
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+# Not the reference: it is NumPy alone, has its own checks, and says how in its annotations.
+_PACKAGE = importlib.util.find_spec("attention_jax")
+_CHECKED = [
+    f"attention_jax.{module.name}"
+    for module in pkgutil.iter_modules(_PACKAGE.submodule_search_locations)
+    if module.name != "reference"
+]
+# An int may stand where a float is expected; and beartype cannot check Self outside a class.
+jaxtyping.install_import_hook(
+    _CHECKED,
+    "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True, "
+    "hint_overrides=beartype.FrozenDict({beartype.typing.Self: object})))",
+)
+
+hypothesis.settings.register_profile(
+    "default",
+    deadline=None,  # the first example of a shape compiles
+    derandomize=True,
+    max_examples=30,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("default")
+
+
+@pytest.fixture
+def x64():
+    """float64 and int64 for one test."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture(scope="module")
+def small_blocks():
+    """Blockwise attention in blocks of 3 x 4, so that short sequences have several, and ragged."""
+    from attention_jax.backends import blockwise  # after the import hook
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blockwise, "block_sizes", lambda T, S, *_: (min(T, 3), min(S, 4)))
+        jax.clear_caches()  # what was compiled holds other blocks
+        yield
+    jax.clear_caches()

@@ -1,0 +1,80 @@
+"""The suite that every implementation must pass: the checker's catalogue, and who is checked.
+
+``IMPLEMENTATIONS`` are functions with the signature of ``attention``; a new backend adds itself
+there, and its share of the catalogue to ``CHECKS``. The blockwise backend runs in small blocks
+besides its own, or every small case would be one tile.
+"""
+
+import functools
+import sys
+from unittest import mock
+
+import attention_jax
+from attention_jax import testing
+from attention_jax.backends import blockwise
+
+# The module, which the function of the same name hides.
+_module = sys.modules["attention_jax.attention"]
+
+
+def implementation(name):
+    return functools.partial(attention_jax.attention, implementation=name)
+
+
+def in_blocks(block_q, block_k):
+    """The blockwise backend with blocks of this size, or of the whole length if that is less."""
+
+    def attention(query, key, value, **options):
+        run = blockwise.run
+
+        def with_block(call, sizes, **rest):
+            block = min(block_q, sizes.T), min(block_k, sizes.S)
+            return run(call, sizes, **{**rest, "block": block})
+
+        # Not through the jitted function: what it has traced before, with other blocks, it keeps.
+        with (
+            mock.patch.object(_module, "_attention", _module._attention.__wrapped__),
+            mock.patch.object(blockwise, "run", with_block),
+        ):
+            return attention_jax.attention(query, key, value, **options, implementation="blockwise")
+
+    return attention
+
+
+IMPLEMENTATIONS = {
+    "xla": implementation("xla"),
+    "blockwise": implementation("blockwise"),
+    "blockwise 16x32": in_blocks(16, 32),
+    "blockwise 7x5": in_blocks(7, 5),
+    "auto": implementation(None),
+}
+
+PROMISES = [case for case in testing.cases() if not case.name[:3].isdigit()]
+PAIRS = testing.cases()[len(PROMISES) :]
+SMALL_PAIRS = [case for case in PAIRS if case.sizes.T * case.sizes.S < 2000]
+CHECKS = {
+    "xla": [*PROMISES, *PAIRS[::2]],
+    "blockwise": PROMISES[2::4],
+    "blockwise 16x32": [*PROMISES, *(c for c in PAIRS if c not in SMALL_PAIRS[::3])],
+    "blockwise 7x5": SMALL_PAIRS[::3],
+    "auto": PROMISES[3::8],
+}
+
+# Most of a test's time is the compiler's, which here optimises for a single run. What users get,
+# with the compiler as it comes, is checked under "auto".
+QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+
+
+@functools.lru_cache(maxsize=8)
+def prepared(case):
+    return testing.trial(case, compiler_options=QUICK)
+
+
+def assert_right(name, case):
+    report = testing.check(
+        IMPLEMENTATIONS[name],
+        cases=[prepared(case)],
+        compiler_options=None if name == "auto" else QUICK,
+    )
+    wrong = [row for row in report.rows if row.verdict != "ok"]  # a refusal is wrong here
+    assert not wrong, f"{name}: {case}\n{report}"

@@ -1,0 +1,415 @@
+"""Properties of ``attention`` that hold whatever the numbers are, for each implementation."""
+
+import functools
+
+import chex
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+
+from attention_jax import attention, attention_weights, backends, masks, scores
+from attention_jax.axes import Sizes
+from attention_jax.backends import blockwise
+from attention_jax.dropout import seed
+from attention_jax.lift import Call
+
+B, T, S, N, K, H, D = 3, 5, 7, 4, 2, 3, 6
+pytestmark = pytest.mark.usefixtures("small_blocks")
+each_implementation = pytest.mark.parametrize("implementation", ["xla", "blockwise"])
+seeds = st.integers(0, 2**32 - 1)
+
+
+def inputs(seed=0, B=(B,), T=T, S=S, dtype=np.float32):
+    rng = np.random.default_rng(seed)
+    shapes = (*B, T, N, H), (*B, S, K, H), (*B, S, K, D)
+    return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
+
+
+def close(a, b, tolerance=2e-5):
+    chex.assert_trees_all_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def hiding(seed, share=0.4):
+    """A dense mask with whole rows and columns hidden."""
+    rng = np.random.default_rng(seed)
+    array = rng.random((B, N, T, S)) > share
+    array[:, :, rng.integers(T)] = False
+    array[..., rng.integers(S)] = False
+    return array
+
+
+# --- Properties.
+
+
+@each_implementation
+def test_the_order_of_keys_does_not_matter(implementation):
+    @settings(max_examples=15)
+    @given(seeds, st.permutations(range(S)))
+    def check(seed, order):
+        (q, k, v), order = inputs(seed), np.asarray(order)
+        bias = np.random.default_rng(seed).normal(size=(N, 1, S)).astype(np.float32)
+        run = functools.partial(attention, implementation=implementation, return_lse=True)
+        before = run(q, k, v, score=(scores.bias(bias), scores.softcap(3.0)))
+        bias = bias[..., order]
+        after = run(q, k[:, order], v[:, order], score=(scores.bias(bias), scores.softcap(3.0)))
+        close(before, after)
+
+    check()
+
+
+@each_implementation
+def test_halves_merge_by_lse_to_the_whole(implementation):
+    @settings(max_examples=15)
+    @given(seeds)
+    def check(seed):
+        q, k, v = inputs(seed, S=8)
+        mask = hiding(seed, share=0.7)
+        mask = np.concatenate([mask, mask[..., :1]], axis=-1)
+        run = functools.partial(attention, q, implementation=implementation, return_lse=True)
+        whole, lse = run(k, v, mask=mask)
+        parts = [run(k[:, s], v[:, s], mask=mask[..., s]) for s in (np.s_[:4], np.s_[4:])]
+        (a, lse_a), (b, lse_b) = parts
+        total = jnp.logaddexp(lse_a, lse_b)
+        shift = jnp.where(total == -jnp.inf, 0.0, total)
+        merged = a * jnp.exp(lse_a - shift)[..., None] + b * jnp.exp(lse_b - shift)[..., None]
+        assert (lse == -jnp.inf).any()
+        close((whole, lse), (merged, total))
+
+    check()
+
+
+@each_implementation
+def test_a_constant_on_all_logits_moves_only_lse(implementation):
+    @settings(max_examples=15)
+    @given(seeds, st.floats(-100, 100, width=32))
+    def check(seed, constant):
+        q, k, v = inputs(seed)
+        run = functools.partial(
+            attention, q, k, v, mask=hiding(seed), implementation=implementation, return_lse=True
+        )
+        out, lse = run(score=scores.bias(np.zeros((1,), np.float32)))
+        moved_out, moved_lse = run(score=scores.bias(np.full((1,), constant, np.float32)))
+        close(out, moved_out, 1e-4)
+        close(lse + constant, moved_lse, 1e-4)
+
+    check()
+
+
+@each_implementation
+def test_query_head_n_reads_key_head_n_over_g(implementation):
+    q, k, v = inputs()
+    run = functools.partial(attention, mask=masks.causal(), implementation=implementation)
+
+    def loss(q, k, v):
+        return jnp.sin(run(q, k, v)).sum()
+
+    def repeated(q, k, v):
+        return loss(q, jnp.repeat(k, N // K, axis=2), jnp.repeat(v, N // K, axis=2))
+
+    grad = functools.partial(jax.value_and_grad, argnums=(0, 1, 2))
+    close(grad(loss)(q, k, v), grad(repeated)(q, k, v))
+
+
+# --- An example's result does not depend on the others: bit by bit.
+
+BATCHED = {
+    "plain": {},
+    "options": {
+        "mask": masks.causal(align="end") & masks.lengths(key=np.array([20, 0, 47], np.int32)),
+        "score": (scores.alibi(), scores.softcap(5.0)),
+        "dropout_rate": 0.3,
+        "dropout_key": jax.random.key(0),
+    },
+}
+
+
+@each_implementation
+@pytest.mark.parametrize("name", BATCHED)
+def test_an_example_alone_gives_the_same_bits(name, implementation):
+    q, k, v = inputs(B=(B,), T=33, S=47)
+    options = dict(BATCHED[name])
+    mask = options.pop("mask", None)
+
+    @jax.jit
+    def run(q, k, v, mask):
+        def loss(q, k, v):
+            out, lse = attention(
+                q, k, v, mask=mask, **options, implementation=implementation, return_lse=True
+            )
+            return jnp.sin(out).sum(), (out, lse)
+
+        return jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(q, k, v)
+
+    one = run(q[:1], k[:1], v[:1], jax.tree.map(lambda x: x[:1], mask))
+    together = run(q, k, v, mask)
+    spoilt = run(*(x.at[1:].set(jnp.nan) for x in (q, k, v)), mask)
+    for batched in (together, spoilt):
+        chex.assert_trees_all_equal(one, jax.tree.map(lambda x: x[:1], batched))
+
+
+@each_implementation
+def test_results_are_the_same_bits_each_time(implementation):
+    q, k, v = inputs(T=33, S=47)
+    run = functools.partial(attention, q, k, v, mask=masks.causal(), implementation=implementation)
+    chex.assert_trees_all_equal(run(), run())
+
+
+# --- Blocks.
+
+OPTIONS = {
+    "mask and scores": {
+        "mask": masks.causal(1) & masks.lengths(key=np.array([7, 4, 0], np.int32)),
+        "score": (
+            scores.bias(np.linspace(-1, 1, B * T * S, dtype=np.float32).reshape(B, 1, T, S)),
+            scores.softcap(2.0),
+        ),
+        "sinks": jnp.linspace(-1.0, 1.0, N),
+        "dropout_rate": 0.3,
+    },
+    "static mask": {"mask": masks.window(1, 0, align="end") | masks.prefix(2)},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_the_block_size_does_not_matter(name):
+    q, k, v = inputs()
+    options = OPTIONS[name]
+    key = jax.random.key(1)
+    sizes = Sizes(B=(B,), T=T, S=S, K=K, G=N // K, H=H, D=D)
+    rate = options.get("dropout_rate", 0.0)
+    mask = options.get("mask")
+    mask = None if mask is None else mask.resolve(T, S, N)
+    score = options.get("score", ())
+
+    def loss(run, q, k, v):
+        out, lse = run(q, k, v)
+        return jnp.sin(out).sum() + jnp.cos(jnp.where(lse == -jnp.inf, 0, lse)).sum(), (out, lse)
+
+    def blocked(block, q, k, v):
+        call = Call(
+            q, k, v, mask, score, options.get("sinks"), jnp.float32(H**-0.5),
+            seed(key) if rate else None,
+        )  # fmt: skip
+        return blockwise.run(call, sizes, dropout_rate=rate, block=block)
+
+    def plain(q, k, v):
+        extra = {"dropout_key": key} if rate else {}
+        return attention(q, k, v, **options, **extra, implementation="xla", return_lse=True)
+
+    gradient = functools.partial(jax.grad, argnums=(0, 1, 2), has_aux=True)
+    expected = jax.jit(gradient(functools.partial(loss, plain)))(q, k, v)
+    for block in [(2, 3), (5, 2)]:
+        run = jax.jit(gradient(functools.partial(loss, functools.partial(blocked, block))))
+        close(run(q, k, v), expected, 1e-4)
+
+
+# --- vmap is the batch axis.
+
+
+def moved(arrays, axes):
+    return [jnp.moveaxis(x, 0, a) for x, a in zip(arrays, axes, strict=True)]
+
+
+@each_implementation
+@pytest.mark.parametrize("axes", [(0, 0, 0), (1, 2, 3), (3, 0, 1)])
+def test_vmap_over_any_axes_is_the_batch_axis(axes, implementation):
+    q, k, v = inputs()
+    run = functools.partial(
+        attention, mask=masks.causal(), implementation=implementation, return_lse=True
+    )
+    mapped = jax.vmap(run, in_axes=axes)(*moved((q, k, v), axes))
+    close(mapped, run(q, k, v), 1e-6)
+
+
+def partial_problems():
+    rng = np.random.default_rng(3)
+    q, k, v = inputs(B=())
+    base = {
+        "query": q,
+        "key": k,
+        "value": v,
+        "mask": masks.lengths(key=jnp.int32(5)) & masks.causal(jnp.int32(1)),
+        "score": (scores.bias(jnp.asarray(rng.normal(size=(1, T, S)), jnp.float32)),),
+        "sinks": jnp.linspace(-1.0, 1.0, N),
+        "scale": jnp.float32(0.4),
+        "dropout_key": jax.random.key(0),
+    }
+    more = {
+        "query": [inputs(i, B=())[0] for i in range(B)],
+        "value": [inputs(i, B=())[2] for i in range(B)],
+        "mask": [
+            masks.lengths(key=jnp.int32(n)) & masks.causal(jnp.int32(o))
+            for n, o in ((0, 0), (3, 5), (7, -1))
+        ],
+        "score": [
+            (scores.bias(jnp.asarray(rng.normal(size=(1, T, S)), jnp.float32)),) for _ in range(B)
+        ],
+        "sinks": [jnp.linspace(-i, 1.0, N) for i in range(B)],
+        "scale": [jnp.float32(x) for x in (-0.5, 0.0, 2.0)],
+        "dropout_key": list(jax.random.split(jax.random.key(4), B)),
+    }
+    return base, more
+
+
+@pytest.mark.parametrize(
+    ("name", "implementation"),
+    [*((name, "blockwise") for name in partial_problems()[1]), ("mask", "xla"), ("score", "xla")],
+)
+def test_vmap_over_one_argument_is_a_loop(name, implementation):
+    base, more = partial_problems()
+
+    @jax.jit
+    def run(argument):
+        arguments = {**base, name: argument}
+        return attention(
+            **arguments, dropout_rate=0.3, implementation=implementation, return_lse=True
+        )
+
+    stack = lambda *xs: jnp.stack(xs)  # noqa: E731
+    mapped = jax.vmap(run)(jax.tree.map(stack, *more[name]))
+    close(mapped, jax.tree.map(stack, *map(run, more[name])), 1e-6)
+
+
+# --- Compilations.
+
+
+@pytest.fixture
+def traces(monkeypatch):
+    """Counts how often an implementation is traced."""
+    count = []
+    xla = backends.IMPLEMENTATIONS["xla"]
+
+    def run(call, request):
+        count.append(request)
+        return xla.run(call, request)
+
+    monkeypatch.setitem(backends.IMPLEMENTATIONS, "xla", xla._replace(run=run))
+    jax.clear_caches()
+    return count
+
+
+def fresh_masks(i):
+    """Equal in structure, each built anew; arrays differ with ``i``."""
+    return [
+        masks.causal(align="end") & masks.window(3, None),
+        masks.lengths(key=np.array([i, 5, 7], np.int32)) | masks.prefix(2),
+        masks.block_sparse(np.eye(4, dtype=bool), 2),
+        np.arange(S) % (2 + i) > 0,
+    ]
+
+
+def test_equal_shapes_and_masks_trace_once(traces):
+    for which in range(4):
+        traces.clear()
+        for i in range(3):
+            q, k, v = inputs(i)
+            attention(q, k, v, mask=fresh_masks(i)[which], score=scores.softcap(2.0), scale=0.1 * i)
+        assert len(traces) == 1
+    attention(q, k, v, mask=masks.dense(fresh_masks(i)[3]), score=scores.softcap(2.0), scale=1.0)
+    assert len(traces) == 1  # a bool array is short for dense
+    attention(q, k, v, mask=masks.window(2, None))
+    assert len(traces) == 2
+
+
+def test_under_jit_too_equal_masks_trace_once():
+    @jax.jit
+    @chex.assert_max_traces(1)
+    def run(q, k, v, mask):
+        return attention(q, k, v, mask=mask, score=scores.alibi())
+
+    for i in range(3):
+        run(*inputs(i), fresh_masks(i)[1] & fresh_masks(i)[2])
+
+
+# --- dtypes, emptiness.
+
+
+def test_a_python_int_is_a_scale():
+    q, k, v = inputs()
+    chex.assert_trees_all_equal(attention(q, k, v, scale=2), attention(q, k, v, scale=2.0))
+
+
+@each_implementation
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_output_in_the_dtype_of_the_query_and_lse_in_at_least_float32(dtype, implementation, x64):
+    q, k, v = inputs(dtype=dtype)
+    options = {
+        "mask": masks.causal(),
+        "score": (scores.alibi(), scores.bias(np.ones((T, S), np.float32)), scores.softcap(9.0)),
+        "sinks": jnp.ones(N, jnp.float32),
+        "scale": jnp.float64(0.7),
+    }
+    wide = "float64" if dtype == "float64" else "float32"
+
+    def loss(q, k, v, sinks):
+        out, lse = attention(
+            q, k, v, **{**options, "sinks": sinks}, implementation=implementation, return_lse=True
+        )
+        assert (out.dtype, lse.dtype) == (dtype, wide)
+        return out.astype(wide).sum() + lse.sum()
+
+    gradients = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))(q, k, v, options["sinks"])
+    assert [g.dtype for g in gradients] == [dtype, dtype, dtype, "float32"]
+    assert attention_weights(q, k, **options).dtype == wide
+
+
+@each_implementation
+def test_float64_is_float64_throughout(implementation, x64):
+    """A float32 anywhere inside would show at 1e-7."""
+    q, k, v = inputs(dtype=np.float64)
+    out = attention(q, k, v, mask=masks.causal(align="end"), implementation=implementation)
+    logits = np.einsum("btkgh,bskh->bkgts", q.reshape(B, T, K, N // K, H), k) / H**0.5
+    i, j = np.arange(T)[:, None], np.arange(S)
+    e = np.where(j <= i + S - T, np.exp(logits), 0)
+    p = e / e.sum(-1, keepdims=True)
+    expected = np.einsum("bkgts,bskd->btkgd", p, v).reshape(B, T, N, D)
+    np.testing.assert_allclose(out, expected, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "blockwise", None])
+@pytest.mark.parametrize(("b", "t", "s"), [(B, T, 0), (B, 0, S), (0, T, S), (0, 0, 0)])
+def test_no_keys_no_queries_no_examples(b, t, s, implementation):
+    q, k, v = inputs(B=(b,), T=t, S=s)
+    ids = np.zeros((b, t + s), np.int32)
+    options = {
+        "mask": masks.segments(ids[:, :t], ids[:, t:]) & masks.lengths(key=ids[:, :1].sum(1)),
+        "score": (scores.bias(jnp.ones((b, 1, t, s))), scores.alibi(offset=ids[:, :1].sum(1))),
+        "sinks": jnp.linspace(-1.0, 1.0, N),
+        "dropout_rate": 0.5,
+        "dropout_key": jax.random.key(0),
+    }
+    for chosen, lse_is in (({}, -np.inf), (options, options["sinks"])):
+
+        def loss(q, k, v, chosen=chosen):
+            out, lse = attention(q, k, v, **chosen, implementation=implementation, return_lse=True)
+            return (jnp.sin(out) + 1).sum(), (out, lse)
+
+        gradients, (out, lse) = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(q, k, v)
+        assert out.shape == (b, t, N, D)
+        assert (out == 0).all()
+        np.testing.assert_array_equal(lse, np.broadcast_to(lse_is, (b, t, N)))
+        assert [g.shape for g in gradients] == [q.shape, k.shape, v.shape]
+        assert all((g == 0).all() for g in gradients)
+    assert attention_weights(q, k).shape == (b, N, t, s)
+
+
+# --- Weights.
+
+
+def test_weights_are_the_probabilities_behind_the_output():
+    q, k, v = inputs()
+    mask, sinks = hiding(0), jnp.linspace(-1.0, 1.0, N)
+    options = {"mask": mask, "score": (scores.softcap(2.0), scores.alibi()), "scale": -0.3}
+    weights = attention_weights(q, k, **options)
+    assert weights.shape == (B, N, T, S)
+    assert (np.asarray(weights)[~mask] == 0).all()
+    close(weights.sum(-1), mask.any(-1).astype(np.float32), 1e-6)
+    with_sinks = attention_weights(q, k, sinks=sinks, **options)
+    for p, more in ((weights, {}), (with_sinks, {"sinks": sinks})):
+        out, lse = attention(q, k, v, **options, **more, return_lse=True)
+        close(jnp.einsum("bnts,bsnd->btnd", p, jnp.repeat(v, N // K, axis=2)), out)
+    share = jnp.exp(sinks - lse).transpose(0, 2, 1)
+    close(with_sinks.sum(-1) + share, jnp.ones((B, N, T)))

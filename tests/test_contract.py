@@ -1,0 +1,12 @@
+"""Every implementation against the oracle, on the checker's catalogue (see ``contract``)."""
+
+import pytest
+from contract import CHECKS, PAIRS, PROMISES, assert_right
+
+# Case by case, so that those who are checked on one share the oracle's answer.
+EACH = [(name, case) for case in (*PROMISES, *PAIRS) for name in CHECKS if case in CHECKS[name]]
+
+
+@pytest.mark.parametrize(("name", "case"), EACH, ids=[f"{case.name}-{name}" for name, case in EACH])
+def test_equals_the_oracle(name, case):
+    assert_right(name, case)

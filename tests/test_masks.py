@@ -1,0 +1,252 @@
+"""Masks against formulas written a second time in NumPy; masks as values."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attention_jax import masks
+
+B, N, T, S = 3, 2, 11, 13
+SQUARE = 12  # T and S of masks that want them equal
+RNG = np.random.default_rng(0)
+OFFSETS = np.array([-3, 0, 4], np.int32)
+LENGTHS = np.array([0, 5, 13], np.int32)
+QUERY_IDS = np.array([0, 0, 2, 2, -1, 1, 1, -2, 3, 0, -1])
+KEY_IDS = np.array([-1, 0, 2, 2, 5, 1, 1, -2, 3, 0, -1, 1, 2])
+IDS = RNG.integers(-2, 4, (B, T + S))
+LAYOUT = RNG.random((4, 5)) < 0.5
+DENSE = RNG.random((B, N, T, S)) < 0.5
+FLAGS = RNG.random((B, SQUARE)) < 0.3
+TABLE = RNG.random((B, N, T + S)) < 0.5
+
+
+def neighbors(i, j, shape, size):
+    """Pair by pair: on every axis the box's centre is clamped and its reach is half its size."""
+    visible = np.ones((SQUARE, SQUARE), bool)
+    for i, j in itertools.product(range(SQUARE), repeat=2):
+        cells = np.unravel_index(i, shape), np.unravel_index(j, shape)
+        for a, b, n, w in zip(*cells, shape, size, strict=True):
+            visible[i, j] &= abs(min(max(a, w // 2), n - 1 - w // 2) - b) <= w // 2
+    return visible
+
+
+def looked_up(b, n, q, k, table):
+    return jnp.asarray(table)[b, n, q + k]
+
+
+# The mask, and for each example b and head n its rule on queries i [T 1] and keys j [1 S].
+RULES = {
+    "causal": (masks.causal(), lambda b, n, i, j: j <= i),
+    "causal offset": (masks.causal(3), lambda b, n, i, j: j <= i + 3),
+    "causal negative offset": (masks.causal(-2), lambda b, n, i, j: j <= i - 2),
+    "causal offsets": (masks.causal(OFFSETS), lambda b, n, i, j: j <= i + OFFSETS[b]),
+    "causal end": (masks.causal(align="end"), lambda b, n, i, j: j <= i + (S - T)),
+    "causal offsets end": (
+        masks.causal(OFFSETS, align="end"),
+        lambda b, n, i, j: j <= i + OFFSETS[b] + (S - T),
+    ),
+    "window": (masks.window(2, 1), lambda b, n, i, j: (i - 2 <= j) & (j <= i + 1)),
+    "window no left": (masks.window(None, 1), lambda b, n, i, j: j <= i + 1),
+    "window no right": (masks.window(2, None), lambda b, n, i, j: i - 2 <= j),
+    "window no bound": (masks.window(None, None), lambda b, n, i, j: True),
+    "window of self": (masks.window(0, 0), lambda b, n, i, j: i == j),
+    "window offset": (
+        masks.window(2, 1, offset=3),
+        lambda b, n, i, j: (i - 2 <= j - 3) & (j - 3 <= i + 1),
+    ),
+    "window offsets end": (
+        masks.window(3, 0, offset=OFFSETS, align="end"),
+        lambda b, n, i, j: (i - 3 <= j - OFFSETS[b] - (S - T)) & (j - OFFSETS[b] - (S - T) <= i),
+    ),
+    "dilated": (masks.dilated(3), lambda b, n, i, j: (i - j) % 3 == 0),
+    "dilated by 1": (masks.dilated(1), lambda b, n, i, j: True),
+    "prefix": (masks.prefix(5), lambda b, n, i, j: j < 5),
+    "prefix of nothing": (masks.prefix(0), lambda b, n, i, j: False),
+    "prefix lengths": (masks.prefix(LENGTHS), lambda b, n, i, j: j < LENGTHS[b]),
+    "lengths": (masks.lengths(7, 9), lambda b, n, i, j: (i < 7) & (j < 9)),
+    "lengths of queries": (masks.lengths(query=7), lambda b, n, i, j: i < 7),
+    "lengths of keys": (masks.lengths(key=LENGTHS), lambda b, n, i, j: j < LENGTHS[b]),
+    "lengths of both": (
+        masks.lengths(LENGTHS[::-1].copy(), LENGTHS),
+        lambda b, n, i, j: (i < LENGTHS[B - 1 - b]) & (j < LENGTHS[b]),
+    ),
+    "no lengths": (masks.lengths(), lambda b, n, i, j: True),
+    "segments": (
+        masks.segments(QUERY_IDS, KEY_IDS),
+        lambda b, n, i, j: (QUERY_IDS[i] == KEY_IDS[j]) & (QUERY_IDS[i] >= 0) & (KEY_IDS[j] >= 0),
+    ),
+    "segments batched": (
+        masks.segments(IDS[:, :T], IDS[:, T:]),
+        lambda b, n, i, j: (IDS[b, i] == IDS[b, T + j]) & (IDS[b, i] >= 0),
+    ),
+    "chunked": (masks.chunked(4), lambda b, n, i, j: i // 4 == j // 4),
+    "block_sparse": (masks.block_sparse(LAYOUT, 3), lambda b, n, i, j: LAYOUT[i // 3, j // 3]),
+    "block_sparse data": (
+        masks.block_sparse(jnp.asarray(LAYOUT), 3),
+        lambda b, n, i, j: LAYOUT[i // 3, j // 3],
+    ),
+    "dense": (masks.dense(DENSE), lambda b, n, i, j: DENSE[b, n, i, j]),
+    "dense TS": (masks.dense(DENSE[0, 1]), lambda b, n, i, j: DENSE[0, 1, i, j]),
+    "dense N1S": (masks.dense(DENSE[0, :, 2:3]), lambda b, n, i, j: DENSE[0, n, 2, j]),
+    "dense B1T1": (masks.dense(DENSE[:, :1, :, :1]), lambda b, n, i, j: DENSE[b, 0, i, 0]),
+    "mask_fn": (
+        masks.mask_fn(lambda b, n, q, k: (q + n) * k % 3 <= b),
+        lambda b, n, i, j: (i + n) * j % 3 <= b,
+    ),
+    "mask_fn arrays": (masks.mask_fn(looked_up, TABLE), lambda b, n, i, j: TABLE[b, n, i + j]),
+    "and or not": (
+        masks.causal() & ~masks.segments(QUERY_IDS, KEY_IDS) | masks.prefix(LENGTHS),
+        lambda b, n, i, j: (
+            ((j <= i) & ~((QUERY_IDS[i] == KEY_IDS[j]) & (QUERY_IDS[i] >= 0))) | (j < LENGTHS[b])
+        ),
+    ),
+}
+SQUARE_RULES = {
+    "segments of self": (
+        masks.segments(IDS[:, :SQUARE]),
+        lambda b, n, i, j: (IDS[b, i] == IDS[b, j]) & (IDS[b, i] >= 0),
+    ),
+    "global_tokens": (masks.global_tokens(FLAGS), lambda b, n, i, j: FLAGS[b, i] | FLAGS[b, j]),
+    "neighborhood 1d": (
+        masks.neighborhood((12,), 5),
+        lambda b, n, i, j: neighbors(i, j, (12,), (5,)),
+    ),
+    "neighborhood 2d": (
+        masks.neighborhood((3, 4), 3),
+        lambda b, n, i, j: neighbors(i, j, (3, 4), (3, 3)),
+    ),
+    "neighborhood 3d": (
+        masks.neighborhood((2, 3, 2), (1, 3, 1)),
+        lambda b, n, i, j: neighbors(i, j, (2, 3, 2), (1, 3, 1)),
+    ),
+}
+ALL = [(*case, T, S) for case in RULES.values()] + [
+    (*case, SQUARE, SQUARE) for case in SQUARE_RULES.values()
+]
+each_rule = pytest.mark.parametrize(("mask", "rule", "T", "S"), ALL, ids=[*RULES, *SQUARE_RULES])
+
+
+def written_out(rule, T, S):
+    """bool [B N T S]."""
+    i, j = np.arange(T)[:, None], np.arange(S)[None, :]
+    heads = [np.broadcast_to(rule(b, n, i, j), (T, S)) for b in range(B) for n in range(N)]
+    return np.reshape(heads, (B, N, T, S))
+
+
+@each_rule
+def test_each_constructor_follows_its_rule(mask, rule, T, S):
+    expected = written_out(rule, T, S)
+    np.testing.assert_array_equal(mask.to_dense(T, S, B=B, N=N), expected)
+    np.testing.assert_array_equal(mask.to_dense(T, S), expected[0, 0])
+
+
+@each_rule
+def test_mask_answers_for_scattered_pairs(mask, rule, T, S):
+    expected, rng = written_out(rule, T, S), np.random.default_rng(1)
+    q, k = rng.integers(0, T, 20), rng.integers(0, S, 20)
+    got = np.broadcast_to(mask.resolve(T, S, N).mask(2, 1, q, k), 20)
+    np.testing.assert_array_equal(got, expected[2, 1, q, k])
+    assert bool(mask.resolve(T, S, N).mask(1, 0, 4, 3)) == expected[1, 0, 4, 3]
+
+
+def test_examples_count_over_all_batch_axes():
+    offsets = np.array([[-3, 0, 1], [2, 5, 40]], np.int32)
+    dense = masks.causal(offsets).to_dense(T, S, B=6)
+    for b, offset in enumerate(offsets.reshape(-1)):
+        np.testing.assert_array_equal(dense[b], masks.causal(int(offset)).to_dense(T, S))
+
+
+def test_align_end_has_no_rule_before_the_lengths_are_known():
+    with pytest.raises(ValueError, match=r"once T and S are known"):
+        masks.causal(align="end").mask(0, 0, 1, 1)
+
+
+# --- Values: equality, trees, tracing, printing.
+
+BUILD = {
+    "causal": masks.causal,
+    "causal(1)": lambda: masks.causal(1),
+    "causal(array)": lambda: masks.causal(OFFSETS.copy()),
+    "window": lambda: masks.window(2, 1),
+    "dilated": lambda: masks.dilated(2),
+    "chunked": lambda: masks.chunked(2),
+    "lengths": lambda: masks.lengths(key=LENGTHS.copy()),
+    "segments": lambda: masks.segments(QUERY_IDS.copy()),
+    "neighborhood": lambda: masks.neighborhood((3, 4), 3),
+    "block_sparse": lambda: masks.block_sparse(LAYOUT.copy(), 3),
+    "block_sparse other": lambda: masks.block_sparse(~LAYOUT, 3),
+    "dense": lambda: masks.dense(DENSE.copy()),
+    "mask_fn": lambda: masks.mask_fn(looked_up, TABLE.copy()),
+    "and": lambda: masks.causal() & masks.chunked(2),
+    "or": lambda: masks.causal() | masks.chunked(2),
+    "not": lambda: ~masks.causal(),
+}
+
+
+@pytest.mark.parametrize("name", BUILD)
+def test_equal_masks_are_equal_hash_alike_and_share_one_compilation(name):
+    build, traces = BUILD[name], []
+
+    @jax.jit
+    def first_pair(mask):
+        traces.append(mask)
+        return mask.mask(0, 0, 0, 0)
+
+    first_pair(build())
+    first_pair(build())
+    assert len(traces) == 1
+    assert build() == build()
+    assert hash(build()) == hash(build())
+    assert [other for other in BUILD if BUILD[other]() == build()] == [name]
+
+
+def test_arrays_of_other_values_share_a_compilation_but_are_not_equal():
+    a, b = masks.lengths(key=LENGTHS), masks.lengths(key=LENGTHS + 1)
+    assert a != b
+    assert hash(a) == hash(b)
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    assert masks.prefix(3) != masks.prefix(4)
+    assert jax.tree.structure(masks.prefix(3)) != jax.tree.structure(masks.prefix(4))
+    assert a != object()
+
+
+@each_rule
+def test_a_mask_is_a_tree_and_may_be_traced(mask, rule, T, S):
+    leaves, structure = jax.tree.flatten(mask)
+    assert jax.tree.unflatten(structure, leaves) == mask
+    traced = jax.jit(lambda m: m.to_dense(T, S, B=B, N=N))(mask)
+    np.testing.assert_array_equal(traced, written_out(rule, T, S))
+
+
+def test_leaves_have_names():
+    paths = jax.tree_util.tree_leaves_with_path(masks.causal(OFFSETS) & masks.prefix(LENGTHS))
+    assert [jax.tree_util.keystr(path) for path, _ in paths] == [".left.offset", ".right.key"]
+
+
+def test_vmap_over_the_arrays_of_a_mask():
+    mask = masks.causal(OFFSETS) & masks.lengths(key=LENGTHS) | masks.segments(
+        IDS[:, :T], IDS[:, T:]
+    )
+    mapped = jax.vmap(lambda m: m.to_dense(T, S))(mask)
+    np.testing.assert_array_equal(mapped, mask.to_dense(T, S, B=B))
+    axes = jax.tree.map(lambda x: 0 if x.ndim == 1 else 1, mask)
+    moved = jax.tree.map(lambda x: x if x.ndim == 1 else x.T, mask)
+    mapped = jax.vmap(lambda m: m.to_dense(T, S), in_axes=(axes,))(moved)
+    np.testing.assert_array_equal(mapped, mask.to_dense(T, S, B=B))
+
+
+@each_rule
+def test_printing_draws_a_picture(mask, rule, T, S):
+    lines = str(mask).splitlines()
+    assert set("".join(lines)) <= set("█▒·")
+    assert len({len(line) for line in lines}) == 1
+
+
+def test_repr_shows_fields():
+    assert repr(masks.window(2, None)) == "Band(left=2, right=None, offset=0, align='start')"
+    assert "offset=[-3, 0, 4]" in repr(masks.causal(OFFSETS))
+    assert "float32" not in repr(~masks.dense(DENSE))
+    assert "bool[3, 2, 11, 13]" in repr(~masks.dense(DENSE))

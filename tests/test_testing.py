@@ -1,0 +1,443 @@
+"""The checker can fail: wrong attentions fail where they should, and there only."""
+
+import dataclasses
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import attention_jax
+from attention_jax import _cases, _problems, _rules, dropout, masks, testing
+from attention_jax.axes import Sizes
+
+QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+right = functools.partial(attention_jax.attention, implementation="xla")
+
+
+def failing(fn, *names, **changes):
+    """The names of the results that are off, over the cases of these names."""
+    cases = [
+        dataclasses.replace(case, **changes) for name in names for case in testing.cases(name=name)
+    ]
+    assert len(cases) == len(names)
+    report = testing.check(fn, cases=cases, compiler_options=QUICK)
+    return {row.what for row in report.failures}
+
+
+def formula(query, key, value, *, mask, score, sinks, scale, dropout_rate, dropout_key, return_lse,
+            hidden=-jnp.inf, drop_logits=False, repeat=jnp.repeat):  # fmt: skip
+    """Attention as one writes it down, for no batch axis but one, with ways to go wrong."""
+    B, T, N, H = query.shape
+    S, K = key.shape[1:3]
+    key, value = repeat(key, N // K, 2), repeat(value, N // K, 2)
+    s = jnp.einsum("btnh,bsnh->bnts", query, key) * (H**-0.5 if scale is None else scale)
+    if mask is not None:
+        s = jnp.where(mask.to_dense(T, S, B=B, N=N), s, hidden)
+    kept = 1.0
+    if dropout_rate:
+        indices = jnp.meshgrid(*map(jnp.arange, (B, N, T, S)), indexing="ij", sparse=True)
+        keep = dropout.keep(dropout.seed(dropout_key), *indices, rate=dropout_rate)
+        s = jnp.where(keep, s, -jnp.inf) if drop_logits else s
+        kept = keep / (1 - dropout_rate)
+    p = jax.nn.softmax(s, -1) * kept
+    out = jnp.einsum("bnts,bsnd->btnd", p, value)
+    return (out, jnp.einsum("bnt->btn", jax.nn.logsumexp(s, -1))) if return_lse else out
+
+
+def with_options(**changes):
+    """Attention that takes some arguments for others: a function of each, or a value."""
+
+    def fn(query, key, value, **options):
+        options |= {k: v(options[k]) if callable(v) else v for k, v in changes.items()}
+        return right(query, key, value, **options)
+
+    return fn
+
+
+def changed(**changes):
+    """Attention with something done to arguments or results."""
+
+    def fn(query, key, value, **options):
+        arrays = {"query": query, "key": key, "value": value}
+        arrays |= {k: v(arrays[k]) for k, v in changes.items() if k in arrays}
+        results = right(**arrays, **options)
+        if not options["return_lse"]:
+            return changes.get("out", lambda x: x)(results)
+        return tuple(
+            changes.get(k, lambda x: x)(x) for k, x in zip(("out", "lse"), results, strict=False)
+        )
+
+    return fn
+
+
+# Right ones.
+
+
+@pytest.mark.parametrize("fn", [right, formula], ids=["ours", "one's own"])
+def test_what_is_right_passes(fn):
+    assert failing(fn, "plain", "causal, T < S", "causal end, T > S") == set()
+    assert failing(fn, "plain", dropout_rate=0.3, scale=0.5) == set()
+
+
+# Wrong ones.
+
+BACKWARD = {"d query", "d key", "d value"}
+ALL = {"out", "lse", *BACKWARD}
+
+
+def test_causal_from_the_wrong_corner():
+    def top_left(mask):
+        return masks.causal() if getattr(mask, "align", None) == "end" else mask
+
+    wrong = with_options(mask=top_left)
+    assert failing(wrong, "causal, T < S", "causal, T > S") == set()
+    assert failing(wrong, "causal end, T < S") == ALL
+    assert failing(wrong, "causal end, T > S") == ALL
+
+
+def test_dropout_before_the_normaliser():
+    wrong = functools.partial(formula, drop_logits=True)
+    assert failing(wrong, "plain") == set()
+    assert failing(wrong, "plain", dropout_rate=0.3) == ALL
+
+
+def test_another_dropout():
+    assert failing(with_options(dropout_key=jax.random.key(0)), "plain") == set()
+    wrong = with_options(dropout_key=lambda key: jax.random.fold_in(key, 1))
+    assert failing(wrong, "plain", dropout_rate=0.3) == {"out", *BACKWARD}
+
+
+def test_no_care_for_empty_rows():
+    assert failing(formula, "empty rows by mask") == {"out", *BACKWARD}
+    large = functools.partial(formula, hidden=-1e9)
+    assert {"out", "lse"} <= failing(large, "empty rows by mask")
+
+
+def test_hidden_keys_that_leak():
+    large = functools.partial(formula, hidden=-1e9)
+    assert failing(large, "planted", planted=False, mask="causal") == set()
+    assert "out" in failing(large, "planted")
+
+
+def test_query_heads_in_another_order():
+    def repeat(x, G, axis):
+        return jnp.concatenate([x] * G, axis)
+
+    wrong = functools.partial(formula, repeat=repeat)
+    assert failing(wrong, "plain") == ALL
+    one = Sizes(B=(2,), T=5, S=7, K=1, G=3, H=11, D=13)
+    assert failing(wrong, "plain", sizes=one) == set()
+
+
+def test_a_bias_without_gradient():
+    wrong = with_options(score=lambda score: jax.tree.map(jax.lax.stop_gradient, score))
+    assert failing(wrong, "planted, bias") == {"d bias.array"}
+    assert failing(wrong, "planted, T5") == {"d relative_bias.table"}
+    shaw = {"d relative_embedding.query", "d relative_embedding.table"}
+    assert failing(wrong, "planted, Shaw") == shaw
+
+
+def test_an_lse_without_gradient():
+    wrong = changed(lse=jax.lax.stop_gradient)
+    assert failing(wrong, "plain") == {"d query", "d key"}
+    assert failing(wrong, "plain", lse=False) == set()
+
+
+def test_a_gradient_that_stops():
+    assert failing(changed(key=jax.lax.stop_gradient), "plain") == {"d key"}
+    assert failing(with_options(scale=0.5), "plain", scale=0.5) == {"d scale"}
+
+
+def test_scores_in_another_order():
+    wrong = with_options(score=lambda score: score[::-1])
+    case = {"score": "bias, softcap", "mask": "none"}
+    assert failing(wrong, "plain", **case) >= ALL
+
+
+def test_sinks_ignored_or_counted_twice():
+    assert failing(with_options(sinks=None), "plain", sinks=True) == {*ALL, "d sinks"}
+    twice = with_options(sinks=lambda sinks: sinks + np.float32(np.log(2.0)))
+    assert failing(twice, "plain", sinks=True) == {*ALL, "d sinks"}
+
+
+def test_half_precision_on_the_way():
+    def rounded(x):
+        return x.astype(jnp.bfloat16).astype(x.dtype)
+
+    assert "out" in failing(changed(query=rounded), "plain")
+    assert failing(changed(out=rounded), "plain", dtype="bfloat16") == set()
+    assert "out" in failing(changed(value=lambda x: x.astype("float32").astype(x.dtype)), "plain",
+                            dtype="float64")  # fmt: skip
+
+
+def test_wrong_dtypes_and_shapes():
+    report = testing.check(
+        changed(out=lambda x: x.astype(jnp.float32), lse=lambda x: x.astype(jnp.bfloat16)),
+        cases=testing.cases(name="planted, bfloat16"),
+        gradients=False,
+        compiler_options=QUICK,
+    )
+    assert [row.verdict for row in report.rows] == [
+        "wrong: dtype float32, expected bfloat16",
+        "wrong: dtype bfloat16, expected float32",
+    ]
+    transposed = changed(lse=lambda x: jnp.moveaxis(x, -1, -2))
+    report = testing.check(transposed, cases=testing.cases(name="plain"), compiler_options=QUICK)
+    verdicts = {row.what: row.verdict for row in report.rows}
+    assert verdicts["out"] == "ok"
+    assert verdicts["lse"] == "wrong: shape (2, 6, 23), expected (2, 23, 6)"
+    assert verdicts["gradients"].startswith("error: ")
+
+
+def test_refusals_and_errors():
+    def refuses(*arrays, mask, **options):
+        if mask is not None:
+            raise NotImplementedError("no masks here\nat all")
+        raise KeyError("mine")
+
+    report = testing.check(refuses, cases=testing.cases(name="causal, T < S"))
+    assert report.ok
+    assert report.rows[0].verdict == "refused: no masks here"
+    report = testing.check(refuses, cases=testing.cases(name="plain"))
+    assert not report.ok
+    assert report.rows[0].verdict == "error: KeyError: 'mine'"
+
+
+def test_refusing_the_gradient_only():
+    @jax.custom_vjp
+    def no_gradient(x):
+        return x
+
+    def refuse(*args):
+        raise NotImplementedError("no gradient")
+
+    no_gradient.defvjp(lambda x: (x, None), refuse)
+    report = testing.check(
+        changed(out=no_gradient), cases=testing.cases(name="plain"), compiler_options=QUICK
+    )
+    assert report.ok
+    assert [(r.what, r.verdict) for r in report.rows] == [
+        ("out", "ok"),
+        ("lse", "ok"),
+        ("gradients", "refused: no gradient"),
+    ]
+
+
+def test_a_report_prints_the_worst_row_and_all_that_fail():
+    report = testing.Report(
+        (
+            testing.Row("a", "out", 1e-7, 1e-6, "ok"),
+            testing.Row("a", "lse", 5e-7, 1e-6, "ok"),
+            testing.Row("b", "out", 3.0, 0.25, "wrong"),
+            testing.Row("b", "d query", np.inf, 0.25, "wrong"),
+            testing.Row("b", "d key", 0.0, 0.25, "ok"),
+            testing.Row("c", "all", np.nan, np.nan, "refused: no"),
+        )
+    )
+    assert not report.ok
+    assert [r.what for r in report.failures] == ["out", "d query"]
+    assert str(report).splitlines() == [
+        "case  what     error  allowed  verdict",
+        "a     lse      5e-07  1e-06    ok",
+        "b     out      3      0.25     wrong",
+        "b     d query  inf    0.25     wrong",
+        "c     all                      refused: no",
+        "3 cases: 1 right, 1 refused, 1 failed",
+    ]
+
+
+# Peers.
+
+
+def verdicts(peer, *names, **changes):
+    cases = [
+        dataclasses.replace(case, **changes) for name in names for case in testing.cases(name=name)
+    ]
+    with jax.numpy_dtype_promotion("standard"):
+        report = testing.check(peer, cases=cases, compiler_options=QUICK)
+    return {row.what: row.verdict for row in report.rows}
+
+
+SQUARE = Sizes(B=(2,), T=23, S=37, K=3, G=1, H=11, D=11)
+PEERS = {"jax.nn": testing.jax_nn, "linen": testing.flax_linen, "nnx": testing.flax_nnx}
+each_peer = pytest.mark.parametrize("peer", PEERS.values(), ids=PEERS.keys())
+
+
+@each_peer
+def test_peers_are_right_where_nothing_is_special(peer):
+    for mask in ("none", "causal end"):
+        found = verdicts(
+            peer, "plain", sizes=SQUARE, mask=mask, score="bias", bias="N T S", lse=False
+        )
+        assert set(found.values()) == {"ok"}, found
+
+
+@each_peer
+def test_peers_take_the_mean_where_nothing_is_visible(peer):
+    found = verdicts(peer, "empty rows by mask", sizes=SQUARE, lse=False)
+    assert found["out"] == "wrong"
+    assert found["d value"] == "wrong"
+
+
+@each_peer
+def test_peers_give_nan_where_a_bias_hides_everything(peer):
+    found = verdicts(peer, "empty rows by -inf bias", sizes=SQUARE, lse=False)
+    assert found["out"] == "wrong"
+
+
+@each_peer
+def test_peers_let_padding_through(peer):
+    found = verdicts(peer, "planted", sizes=SQUARE, lse=False)
+    assert found["out"] == "wrong"
+    assert found["d query"] == "wrong"
+
+
+def test_peers_in_float64():
+    found = {
+        name: verdicts(peer, "plain", sizes=SQUARE, dtype="float64", lse=False)["out"]
+        for name, peer in PEERS.items()
+    }
+    assert found == {"jax.nn": "wrong", "linen": "ok", "nnx": "wrong"}
+
+
+def test_the_lse_of_jax_nn_has_no_gradient():
+    found = verdicts(testing.jax_nn, "plain", sizes=SQUARE)
+    assert found == {
+        "out": "ok",
+        "lse": "ok",
+        "d query": "wrong",
+        "d key": "wrong",
+        "d value": "ok",
+    }
+    found = verdicts(testing.jax_nn, "plain", sizes=SQUARE, dtype="bfloat16")
+    assert found["lse"] == "wrong: dtype bfloat16, expected float32"
+
+
+@each_peer
+def test_peers_refuse_what_they_have_no_argument_for(peer):
+    for option in ({"sinks": True}, {"dropout_rate": 0.3}, {"score": "softcap"}):
+        found = verdicts(peer, "plain", sizes=SQUARE, lse=False, **option)
+        assert list(found) == ["all"]
+        assert found["all"].startswith("refused: ")
+
+
+# The catalogue.
+
+
+def test_every_two_values_of_two_options_meet():
+    rows = _cases.pairwise(_cases.OPTIONS, _cases.possible)
+    met = {pair for row in rows for pair in itertools.combinations(row.items(), 2)}
+    for (a, xs), (b, ys) in itertools.combinations(_cases.OPTIONS.items(), 2):
+        for x, y in itertools.product(xs, ys):
+            assert ((a, x), (b, y)) in met or not _cases.possible({a: x, b: y}), (a, x, b, y)
+    assert all(_cases.possible(row) for row in rows)
+    assert len(rows) == len(_cases.MASKS) * len(_cases.SCORES)  # it cannot be done with fewer
+
+
+def test_a_bias_broadcasts_in_every_pattern():
+    patterns = {case.bias for case in testing.cases() if case.score in ("bias", "bias, softcap")}
+    assert len(patterns) >= 14
+    patterns |= {case.bias for case in testing.cases(score="-inf bias")}
+    every = {" ".join(itertools.compress("BNTS", x)) for x in itertools.product((0, 1), repeat=4)}
+    assert patterns >= every
+
+
+def test_names_are_unique_and_cases_print():
+    cases = testing.cases()
+    assert len({case.name for case in cases}) == len(cases)
+    assert str(cases[0]) == (
+        "no keys: float32 B=(2,) T=23 S=0 K=2 G=3 H=11 D=7 score='bias, softcap'"
+    )
+    with pytest.raises(TypeError, match=r"cases can be chosen by name, sizes, .*, got color"):
+        testing.cases(color=1)
+
+
+def test_numbers_are_the_same_each_time():
+    (case,) = testing.cases(name="everything")
+    first, second = (_problems.problem(case) for _ in range(2))
+    for a, b in zip(jax.tree.leaves(first.planted), jax.tree.leaves(second.planted), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_nothing_planted_is_used():
+    for case in testing.cases(planted=True):
+        p = _problems.problem(case)
+        for clean, planted in zip(p.clean[:3], p.planted[:3], strict=True):
+            finite = np.isfinite(planted.astype(np.float32))
+            np.testing.assert_array_equal(clean[finite], planted[finite])
+        visible = _problems.oracle(p, gradients=False)["out"]
+        assert np.all(np.isfinite(visible))
+
+
+# The second writing of rules and formulas, against the first.
+
+ONE_OF_EACH = Sizes(B=(2, 3), T=35, S=35, K=2, G=3, H=11, D=7)
+each_mask = pytest.mark.parametrize("kind", _rules.MASKS)
+each_score = pytest.mark.parametrize("kind", _rules.SCORES)
+
+
+@each_mask
+def test_masks_and_their_rules_agree(kind):
+    case = testing.Case(kind, ONE_OF_EACH, mask=kind)
+    mask, rule = _rules.MASKS[kind](case, np.random.default_rng(0))
+    if mask is not None:
+        dense = mask.to_dense(35, 35, B=6, N=6).reshape(2, 3, 6, 35, 35)
+        np.testing.assert_array_equal(dense, np.broadcast_to(rule, dense.shape))
+        assert kind == "nothing" or 0 < rule.mean() < 1
+
+
+@each_score
+def test_scores_and_their_formulas_agree(kind):
+    case = testing.Case(kind, ONE_OF_EACH, score=kind)
+    p = _problems.problem(case)
+    q, k = jnp.arange(35)[:, None], jnp.arange(35)[None, :]
+    for term in p.terms:
+        leaves = jax.tree.leaves(term.build(**term.arrays))
+        floating = [x for x in leaves if jnp.issubdtype(x.dtype, jnp.floating)]
+        assert len(floating) == len(term.arrays)
+        score = term.build(**term.arrays).resolve(35, 35, 6)
+        added = 0.5 * 2.5 if term.add is None else term.add(np, **term.arrays)
+        added = np.broadcast_to(added, (2, 3, 6, 35, 35)).reshape(6, 6, 35, 35)
+        for b, n in itertools.product((0, 4), (0, 5)):
+            s = jnp.full((35, 35), 0.5, jnp.float32)
+            found = score.score(s, b, n, q, k)
+            expected = 0.5 + added[b, n] if term.add else 2.5 * np.tanh(0.5 / 2.5)
+            np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_dropout_hash_and_its_copy_agree():
+    words = np.array([123456789, 4000000000], np.uint32)
+    ours = dropout.seed(jax.random.wrap_key_data(jnp.asarray(words), impl="threefry2x32"))
+    shape = (2, 3, 5, 7, 11)
+    copy = _problems._keep(words, shape, 2, 0.3)
+    indices = np.indices((6, 5, 7, 11))
+    np.testing.assert_array_equal(dropout.keep(ours, *indices, rate=0.3).reshape(shape), copy)
+
+
+@each_score
+def test_gradients_of_what_scores_hold_are_exact(kind):
+    # The plain formula is differentiated by JAX: in float64 it differs from the oracle by rounding,
+    # or the chain rule written beside a formula is wrong and the tolerance with it.
+    sizes = Sizes(B=(2, 3), T=7, S=13, K=2, G=3, H=5, D=3)
+    case = testing.Case(kind, sizes, score=kind, dtype="float64", mask="causal", sinks=True)
+    t = testing.trial(case, compiler_options=QUICK)
+    for name, x in t.right.items():
+        largest = np.max(np.abs(x), initial=0.0, where=np.isfinite(x))
+        assert t.allowed[name] < 1e-12 * max(1.0, largest), name
+
+
+@pytest.mark.parametrize("dtype", _cases.OPTIONS["dtype"])
+def test_tolerances_mean_something(dtype):
+    # Results of zero, and gradients of zero, are off in every row.
+    def nothing(query, key, value, *, sinks, return_lse, **options):
+        out = jnp.zeros((*query.shape[:-1], value.shape[-1]), query.dtype)
+        lse = jnp.zeros(query.shape[:-1], jnp.float64 if dtype == "float64" else jnp.float32)
+        return (out, lse) if return_lse else out
+
+    found = failing(nothing, "everything", dtype=dtype, sizes=ONE_OF_EACH)
+    (case,) = testing.cases(name="everything")
+    assert found == set(testing.trial(case, compiler_options=QUICK).right)
+    assert len(found) == 8
