@@ -1,0 +1,67 @@
+"""Masks: frozen values that say which query may see which key, and compose.
+
+A mask is a pytree with ``&``, ``|``, ``~`` and one method, ``mask(b, n, q, k)``:
+True where query ``q`` of head ``n`` in example ``b`` sees key ``k``. The indices
+are integers or integer arrays that broadcast. ``T x S`` is never materialised;
+``to_dense`` does so on request, and ``print(mask)`` draws a small picture.
+
+>>> from attention_jax.masks import causal, window
+>>> print(causal() & window(3, 0))
+█·······
+██······
+███·····
+████····
+·████···
+··████··
+···████·
+····████
+
+Each class says three things: its fields, its ``rule`` for one tile of pairs (see
+``values`` for what a field looks like there), and ``block``: for whole blocks of
+pairs, whether some pair may be visible and whether every pair surely is. ``block``
+is interval arithmetic: on static ints it runs in NumPy while tracing, on arrays in
+JAX at run time.
+"""
+
+from attention_jax.masks.bands import Band as Band
+from attention_jax.masks.bands import Dilated as Dilated
+from attention_jax.masks.bands import causal as causal
+from attention_jax.masks.bands import dilated as dilated
+from attention_jax.masks.bands import window as window
+from attention_jax.masks.base import And as And
+from attention_jax.masks.base import Mask as Mask
+from attention_jax.masks.base import Not as Not
+from attention_jax.masks.base import Or as Or
+from attention_jax.masks.layouts import BlockSparse as BlockSparse
+from attention_jax.masks.layouts import Dense as Dense
+from attention_jax.masks.layouts import MaskFn as MaskFn
+from attention_jax.masks.layouts import Neighborhood as Neighborhood
+from attention_jax.masks.layouts import block_sparse as block_sparse
+from attention_jax.masks.layouts import dense as dense
+from attention_jax.masks.layouts import mask_fn as mask_fn
+from attention_jax.masks.layouts import neighborhood as neighborhood
+from attention_jax.masks.spans import Chunked as Chunked
+from attention_jax.masks.spans import GlobalTokens as GlobalTokens
+from attention_jax.masks.spans import Lengths as Lengths
+from attention_jax.masks.spans import Segments as Segments
+from attention_jax.masks.spans import chunked as chunked
+from attention_jax.masks.spans import global_tokens as global_tokens
+from attention_jax.masks.spans import lengths as lengths
+from attention_jax.masks.spans import prefix as prefix
+from attention_jax.masks.spans import segments as segments
+
+__all__ = [
+    "Mask",
+    "block_sparse",
+    "causal",
+    "chunked",
+    "dense",
+    "dilated",
+    "global_tokens",
+    "lengths",
+    "mask_fn",
+    "neighborhood",
+    "prefix",
+    "segments",
+    "window",
+]
