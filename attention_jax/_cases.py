@@ -17,9 +17,11 @@ from attention_jax.axes import Sizes
 
 Row = dict[str, Any]
 
-# Three batch axes' worth of sizes, head counts and widths: primes, none twice in one call.
+# Primes, none twice in one call.
 SMALL = Sizes(B=(2,), T=23, S=37, K=2, G=3, H=11, D=7)
 LONG = dataclasses.replace(SMALL, T=151, S=293)
+# What the narrowest of functions can do: as many key heads as query heads, one width.
+NARROW = dataclasses.replace(SMALL, K=3, G=1, D=11)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -284,12 +286,27 @@ def _promises() -> list[Case]:
             dropout_rate=0.3,
         ),
     }
+    narrow = {
+        "plain, narrow": Case(""),
+        "causal end, narrow": Case("", mask="causal end"),
+        "bias, narrow": Case("", score="bias", bias="N T S"),
+        "empty rows by mask, narrow": Case("", mask="dense"),
+        "empty rows by -inf bias, narrow": Case("", score="-inf bias"),
+        "planted, narrow": Case("", mask="lengths", planted=True),
+        "float64, narrow": Case("", dtype="float64"),
+        "bfloat16, narrow": Case("", dtype="bfloat16"),
+        "no keys, narrow": Case("", _sized(S=0)),
+    }
     replace = dataclasses.replace
     return [
         *(replace(c, name=name) for name, c in nothing.items()),
         *(replace(c, name=f"{name}, sinks", sinks=True) for name, c in nothing.items()),
         *(replace(c, name=name, planted=True) for name, c in planted.items()),
         *(replace(c, name=name) for name, c in others.items()),
+        *(
+            replace(c, name=name, sizes=replace(NARROW, S=c.sizes.S), lse=False)
+            for name, c in narrow.items()
+        ),
     ]
 
 

@@ -123,8 +123,8 @@ def variants(p: Problem, number: int) -> tuple[Inputs, Order]:
     rng, z = np.random.default_rng(0), p.case.sizes
     eps = float(jnp.finfo(p.case.dtype).eps)
 
-    def rounded(x: np.ndarray) -> np.ndarray:
-        moved = np.asarray(x, np.float64) * (1.0 + eps * rng.choice((-1.0, 1.0), np.shape(x)))
+    def rounded(x: Any) -> Any:
+        moved = np.asarray(x, np.float64) * (1.0 + eps * rng.choice((-1.0, 1.0), x.shape))
         return moved.astype(x.dtype)
 
     identity = Order(*map(np.arange, (z.S, z.H, z.D)))

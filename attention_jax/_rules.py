@@ -70,8 +70,8 @@ def _lengths(case: Case, rng: np.random.Generator, least: int = 1) -> tuple[Mask
     i, j = _ij(case)
     query, t = _per_example(case, rng, least, max(case.sizes.T, 2))
     key, s = _per_example(case, rng, least, max(case.sizes.S, 2))
-    if least == 0:  # one with no keys, one with no queries
-        key[0], query[-1] = 0, 0
+    if least == 0:  # one example with no keys, one with no queries
+        key.flat[0], query.flat[-1] = 0, 0
     return masks.lengths(query=query, key=key), (i < t) & (j < s)
 
 

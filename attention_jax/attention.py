@@ -135,10 +135,9 @@ def attention(
     """
     mask, score = _as_mask(mask), _as_scores(score)
     arrays = {"query": query, "key": key, "value": value, "sinks": sinks, "scale": scale}
-    _check_types(arrays)
+    arrays = _check_types(arrays)
     dropout.check(dropout_rate, dropout_key)
-    if not isinstance(return_lse, bool):
-        raise TypeError(f"return_lse must be True or False, got {return_lse!r}")
+    _check_flag("return_lse", return_lse)
     out, lse = _attention(
         arrays,
         mask,
@@ -179,7 +178,7 @@ def attention_weights(
     """
     mask, score = _as_mask(mask), _as_scores(score)
     arrays = {"query": query, "key": key, "sinks": sinks, "scale": scale}
-    _check_types(arrays)
+    arrays = _check_types(arrays)
     return _weights(arrays, mask, score)
 
 
@@ -221,6 +220,7 @@ def explain(
     _check_scalars_and_sinks(sinks, scale, sizes)
     if dropout_rate:
         dropout.check(dropout_rate, dropout_key)
+    _check_flag("return_lse", return_lse)
     mask, score = _resolve(mask, score, sizes)
     platform = platform or jax.default_backend()
     if platform not in ("cpu", "gpu", "tpu"):
@@ -239,7 +239,10 @@ def explain(
         chosen=chosen,
         platform=platform,
         reasons=reasons,
-        extra_bytes={n: i.extra_bytes(request) for n, i in backends.IMPLEMENTATIONS.items()},
+        extra_bytes={
+            name: 0 if _nothing_to_see(sizes) else i.extra_bytes(request)
+            for name, i in backends.IMPLEMENTATIONS.items()
+        },
         **explain_blocks(mask, sizes),
     )
 
@@ -351,16 +354,27 @@ def _as_scores(score: Any) -> tuple[Score, ...]:
     return tuple(scores)
 
 
-def _check_types(arrays: dict[str, Any]) -> None:
+def _check_types(arrays: dict[str, Any]) -> dict[str, Any]:
     """What must be known before tracing: that everything is an array or a number."""
     for name, x in arrays.items():
         if x is None and name in ("sinks", "scale"):
             continue
-        if name == "scale" and isinstance(x, (int, float)) and not isinstance(x, bool):
+        if name == "scale" and _is_number(x):
             continue
         check_float_array(name, x)
         if isinstance(x, jax.ShapeDtypeStruct):
             raise TypeError(f"{name} must be an array, got ShapeDtypeStruct: only explain takes it")
+    scale = arrays["scale"]
+    return {**arrays, "scale": float(scale) if _is_number(scale) else scale}
+
+
+def _check_flag(name: str, x: Any) -> None:
+    if not isinstance(x, bool):
+        raise TypeError(f"{name} must be True or False, got {x!r}")
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, (int, float)) and not isinstance(x, bool)
 
 
 def _check_scalars_and_sinks(sinks: Any, scale: Any, sizes: Sizes) -> None:
@@ -372,6 +386,7 @@ def _check_scalars_and_sinks(sinks: Any, scale: Any, sizes: Sizes) -> None:
                 f"head"
             )
     if scale is not None:
-        _check_types({"scale": scale})
+        if not _is_number(scale):
+            check_float_array("scale", scale)
         if np.ndim(scale) != 0:
             raise ValueError(f"scale must be a number, got shape {np.shape(scale)}")

@@ -135,7 +135,7 @@ def accumulation_dtype(dtype: Any) -> jnp.dtype:
     >>> accumulation_dtype(jnp.bfloat16).name
     'float32'
     """
-    return jnp.promote_types(dtype, jnp.float32)
+    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
 def check_broadcastable(name: str, shape: tuple[int, ...], sizes: Sizes) -> None:

@@ -60,6 +60,13 @@ def block_map(
       block_q, block_k: queries and keys per block.
       B, N: number of examples and heads, where the mask depends on them.
 
+    Returns:
+      The kind of every block.
+
+    Raises:
+      TypeError: ``mask`` is no mask.
+      ValueError: a block size below 1.
+
     >>> from attention_jax import masks
     >>> print(block_map(masks.causal() & masks.window(256, 0), 1024, 1024))
     ▒·······
@@ -71,6 +78,14 @@ def block_map(
     ····▒█▒·
     ·····▒█▒
     """
+    for name, size in (("block_q", block_q), ("block_k", block_k)):
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1, got {size}")
+    if not (mask is None or isinstance(mask, Mask)):
+        raise TypeError(
+            f"mask must be a Mask or None, got {type(mask).__name__}: a bool array is "
+            f"masks.dense(array)"
+        )
     grid = Grid(T, S, block_q, block_k)
     if mask is None:
         return BlockMap(grid, np.full((grid.rows, grid.columns), FULL))

@@ -1,7 +1,7 @@
 """Every JAX transformation of ``attention``, in float64, over several ragged blocks.
 
-``blockwise`` is a primitive with rules of its own; ``xla`` is plain JAX, whose derivatives are
-JAX's, and those are held against finite differences.
+``xla`` is plain JAX, and held against finite differences. ``blockwise`` is a primitive with rules
+of its own, and held against finite differences once and against ``xla`` everywhere.
 """
 
 import functools
@@ -11,14 +11,14 @@ import jax.numpy as jnp
 import jax.test_util
 import numpy as np
 import pytest
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from attention_jax import attention, masks, scores
 
 B, T, S, N, K, H, D = 2, 5, 7, 4, 2, 3, 2
 pytestmark = pytest.mark.usefixtures("small_blocks", "x64")
-each_path = pytest.mark.parametrize("implementation", [None, "blockwise"])
-each_setting = pytest.mark.parametrize("setting", ["plain", "masked", "scored"])
+each_setting = pytest.mark.parametrize("setting", ["plain", "everything"])
 KEY = jax.random.key(0)
 
 
@@ -33,50 +33,44 @@ def parameters(setting, batch=(B,)):
         "key": normal(1, *batch, S, K, H),
         "value": normal(2, *batch, S, K, D),
     }
-    if setting != "plain":
+    if setting == "everything":
         p |= {"sinks": normal(3, N), "scale": jnp.asarray(0.6)}
-    if setting == "scored":
         p |= {"bias": normal(4, N, 1, S), "slopes": abs(normal(5, N))}
     return p
 
 
-def masked(batch=(B,)):
-    """The arrays of a mask: offsets and lengths of each example; the second hides a whole row."""
+def some_mask(b=B):
+    """Offsets and lengths of each example; the second has queries that see nothing."""
     offsets, lengths = jnp.array([2, -1], "int32"), jnp.array([7, 4], "int32")
-    return masks.causal(jnp.resize(offsets, batch)) & masks.lengths(key=jnp.resize(lengths, batch))
+    return masks.causal(jnp.resize(offsets, b)) & masks.lengths(key=jnp.resize(lengths, b))
 
 
-def run(p, setting="plain", mask=None, implementation="blockwise"):
+def run(p, mask=None, *, implementation, dropout=True):
     """Output and lse, the lse of rows that see nothing put to 0."""
     p, options = dict(p), {"mask": mask}
     bias, slopes = p.pop("bias", None), p.pop("slopes", None)
     if bias is not None:
         options["score"] = scores.bias(bias), scores.alibi(slopes), scores.softcap(2.0)
-    if setting == "masked":
-        options |= {"dropout_rate": 0.3, "dropout_key": KEY}
+        if dropout:
+            options |= {"dropout_rate": 0.3, "dropout_key": KEY}
     out, lse = attention(**p, **options, implementation=implementation, return_lse=True)
     return out, jnp.where(lse == -jnp.inf, 0.0, lse)
 
 
-def setup(setting, implementation, batch=(B,)):
-    """A function of its parameters, the parameters, and the same by way of ``xla``."""
-    mask = None if setting == "plain" else masked(batch)
-
-    def f(implementation, p):
-        return run(p, setting, mask, implementation)
-
-    p = parameters(setting, batch)
-    return functools.partial(f, implementation), p, functools.partial(f, "xla")
+def setup(setting, *implementations, b=B):
+    """Parameters, and functions of them by each of these ways."""
+    mask = None if setting == "plain" else some_mask(b)
+    ways = [functools.partial(run, mask=mask, implementation=i) for i in implementations]
+    return parameters(setting, (b,)), *ways
 
 
 def scalar(f):
     """A loss that uses output and lse, with cotangents that vary."""
 
-    def loss(p):
-        out, lse = f(p)
-        return (jnp.sin(out) * jnp.linspace(0.5, 1, out.size).reshape(out.shape)).sum() + jnp.cos(
-            lse
-        ).sum()
+    def loss(*args):
+        out, lse = f(*args)
+        weights = jnp.linspace(0.5, 1.0, out.size).reshape(out.shape)
+        return (jnp.sin(out) * weights).sum() + jnp.cos(lse).sum()
 
     return loss
 
@@ -85,73 +79,71 @@ def tangents(p, seed=7):
     return {name: normal(seed + i, *x.shape) for i, (name, x) in enumerate(p.items())}
 
 
+def dot(a, b):
+    products = jax.tree.map(jnp.vdot, a, b)
+    return sum(jax.tree.leaves(products))
+
+
 def close(a, b, tolerance=1e-9):
     assert jax.tree.structure(a) == jax.tree.structure(b)
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance)
 
 
+def stacked(xs):
+    return jax.tree.map(lambda *x: jnp.stack(x), *xs)
+
+
 # --- Derivatives.
 
 
-ON_EACH_PATH = [("plain", "blockwise"), ("masked", "blockwise"), ("scored", "blockwise")]
-ON_EACH_PATH += [("masked", None), ("scored", None)]
-on_each_path = pytest.mark.parametrize(("setting", "implementation"), ON_EACH_PATH)
-
-
-@on_each_path
-def test_derivatives_to_second_order_are_finite_differences(setting, implementation):
-    f, p, _ = setup(setting, implementation)
-    for g in (f, jax.grad(scalar(f))):  # of first order; of first order again, that is of second
-        jax.test_util.check_grads(jax.jit(g), (p,), order=1, modes=("fwd", "rev"), eps=1e-5)
+@pytest.mark.parametrize("implementation", [None, "blockwise"])
+def test_derivatives_to_second_order_are_finite_differences(implementation):
+    p, f = setup("everything", implementation)
+    check = functools.partial(jax.test_util.check_grads, args=(p,), order=1, eps=1e-5)
+    check(jax.jit(f), modes=("fwd", "rev"))
+    check(jax.jit(jax.grad(scalar(f))), modes=("rev",))  # first order of the first, that is second
 
 
 @each_setting
 def test_gradients_equal_the_materialised_ones(setting):
-    f, p, plain = setup(setting, "blockwise")
+    p, f, plain = setup(setting, "blockwise", "xla")
     got, expected = (jax.jit(jax.value_and_grad(scalar(g)))(p) for g in (f, plain))
     close(got, expected)
     assert all((g != 0).any() for g in jax.tree.leaves(got[1]))
 
 
-@on_each_path
-def test_jvp_and_linearize_agree_with_vjp(setting, implementation):
-    f, p, plain = setup(setting, implementation)
+def test_jvp_linearize_and_vjp_agree():
+    p, f, plain = setup("everything", "blockwise", "xla")
     dots = tangents(p)
-    out, out_dot = jax.jit(lambda p, d: jax.jvp(f, (p,), (d,)))(p, dots)
-    close((out, out_dot), jax.jit(lambda p, d: jax.jvp(plain, (p,), (d,)))(p, dots))
-    again, push = jax.linearize(jax.jit(f), p)
-    close((again, push(dots)), (out, out_dot))
+    expected = jax.jit(lambda p, d: jax.jvp(plain, (p,), (d,)))(p, dots)
+    close(jax.jit(lambda p, d: jax.jvp(f, (p,), (d,)))(p, dots), expected)
+    out, push = jax.linearize(jax.jit(f), p)
+    close((out, push(dots)), expected)
     cotangents = jax.tree.map(jnp.cos, out)
-    _, pull = jax.vjp(jax.jit(f), p)
-    pairing = lambda a, b: sum(jax.tree.leaves(jax.tree.map(jnp.vdot, a, b)))  # noqa: E731
-    close(pairing(cotangents, out_dot), pairing(*pull(cotangents), dots))
-    (transposed,) = jax.linear_transpose(push, dots)(cotangents)
-    close(transposed, pull(cotangents)[0])
+    (pulled,) = jax.vjp(jax.jit(f), p)[1](cotangents)
+    close(dot(cotangents, expected[1]), dot(pulled, dots))
+    close(jax.linear_transpose(push, dots)(cotangents)[0], pulled)
 
 
-@each_setting
-def test_hessians_equal_the_materialised_ones(setting):
-    f, p, plain = setup(setting, "blockwise")
-    shared = [n for n in p if n in ("query", "scale", "bias", "slopes")]  # the rest held fixed
+def test_hessians_equal_the_materialised_ones():
+    p, f, plain = setup("everything", "blockwise", "xla")
+    q = {n: p[n] for n in p if n in ("query", "scale", "bias", "slopes")}  # the rest held fixed
 
-    def part(g):
-        return lambda q: scalar(g)({**p, **q})
+    def hessian(g):
+        return jax.jit(jax.hessian(lambda q: scalar(g)({**p, **q})))(q)
 
-    q = {n: p[n] for n in shared}
-    expected = jax.jit(jax.hessian(part(plain)))(q)
-    close(jax.jit(jax.hessian(part(f)))(q), expected)
+    expected = hessian(plain)
+    close(hessian(f), expected)
     assert all((h != 0).any() for h in jax.tree.leaves(expected))
 
 
-@each_setting
-def test_higher_derivatives_in_every_order(setting):
-    f, p, plain = setup(setting, "blockwise")
-    dots, more = tangents(p), tangents(p, 17)
+def test_second_and_third_derivatives_in_any_order():
+    p, f, plain = setup("everything", "blockwise", "xla")
+    dots, more = tangents(p), tangents(setup("plain")[0], 17)
 
     def reverse_over_reverse(g):
-        along = lambda p: pair(jax.grad(scalar(g))(p), dots)  # noqa: E731
-        return jax.grad(along)(p)
+        return jax.grad(lambda p: dot(jax.grad(scalar(g))(p), dots))(p)
 
     def forward_over_reverse(g):
         return jax.jvp(jax.grad(scalar(g)), (p,), (dots,))[1]
@@ -160,22 +152,165 @@ def test_higher_derivatives_in_every_order(setting):
         return jax.grad(lambda p: jax.jvp(scalar(g), (p,), (dots,))[1])(p)
 
     def third(g):
-        slope = lambda p: jax.jvp(scalar(g), (p,), (dots,))[1]  # noqa: E731
+        slope = lambda p: jax.jvp(scalar(g), (p,), ({n: dots[n] for n in p},))[1]  # noqa: E731
         return jax.grad(lambda p: jax.jvp(slope, (p,), (more,))[1])(p)
 
-    def pair(a, b):
-        return sum(jnp.vdot(x, y) for x, y in zip(a.values(), b.values(), strict=True))
-
     expected = jax.jit(lambda: forward_over_reverse(plain))()
-    for way in (reverse_over_reverse, forward_over_reverse, reverse_over_forward):
+    for way in (reverse_over_reverse, reverse_over_forward):
         close(jax.jit(functools.partial(way, f))(), expected, 1e-8)
+    p, f, plain = setup("plain", "blockwise", "xla")
     close(jax.jit(lambda: third(f))(), jax.jit(lambda: third(plain))(), 1e-7)
 
 
-@each_path
-def test_jacobians_forward_and_reverse_agree(implementation):
-    f, p, plain = setup("masked", implementation)
-    g, h = (lambda query, f=f: f({**p, "query": query})[0] for f in (f, plain))
-    expected = jax.jit(jax.jacrev(h))(p["query"])
-    close(jax.jit(jax.jacfwd(g))(p["query"]), expected)
-    close(jax.jit(jax.jacrev(g))(p["query"]), expected)
+def test_jacobians_forward_and_reverse():
+    p, f, plain = setup("everything", "blockwise", "xla")
+    g, h = (lambda value, f=f: f({**p, "value": value})[0] for f in (f, plain))
+    expected = jax.jit(jax.jacrev(h))(p["value"])
+    close(jax.jit(jax.jacfwd(g))(p["value"]), expected)
+    close(jax.jit(jax.jacrev(g))(p["value"]), expected)
+
+
+def test_arrays_of_learned_scores_have_derivatives_to_second_order():
+    """T5's table, Shaw's table and query, arrays of a function; from one score into the next."""
+    query, key, value = (parameters("plain")[n] for n in ("query", "key", "value"))
+    p = {
+        "t5": normal(1, 8, N),
+        "shaw": normal(2, 5, N, H),
+        "query": query,
+        "factor": normal(3, N),
+        "column": normal(4, B, S),
+    }
+
+    def changed(s, b, n, q, k, factor, column):
+        return s * factor[n] + column[b, k]
+
+    def f(implementation, p):
+        score = (
+            scores.relative_bias(p["t5"], max_distance=9, align="end"),
+            scores.relative_embedding(p["query"], p["shaw"], offset=1),
+            scores.score_fn(changed, p["factor"], p["column"]),
+            scores.softcap(4.0),
+        )
+        options = {"mask": some_mask(), "score": score, "implementation": implementation}
+        out, lse = attention(query, key, value, **options, return_lse=True)
+        return out, jnp.where(lse == -jnp.inf, 0.0, lse)
+
+    def derivatives(implementation):
+        loss = scalar(functools.partial(f, implementation))
+        return jax.jit(lambda p, d: jax.jvp(jax.grad(loss), (p,), (d,)))(p, tangents(p))
+
+    got, expected = derivatives("blockwise"), derivatives("xla")
+    close(got, expected)
+    assert all((g != 0).any() for g in jax.tree.leaves(got))
+
+
+# --- Control flow.
+
+
+def test_checkpoint():
+    p, f, plain = setup("everything", "blockwise", "xla")
+    expected = jax.jit(jax.grad(scalar(plain)))(p)
+    close(jax.jit(jax.grad(jax.checkpoint(scalar(f))))(p), expected)
+
+
+def test_scan_over_layers_and_its_gradient():
+    x, scales = normal(0, B, T, N, H), jnp.array([0.3, -0.5, 0.9])
+    mask = masks.causal()
+
+    def layer(implementation, x, scale):
+        out = attention(x, x, x, mask=mask, scale=scale, implementation=implementation)
+        return x + out, out.sum()
+
+    def looped(x, scales):
+        sums = []
+        for scale in scales:
+            x, total = layer("xla", x, scale)
+            sums.append(total)
+        return x, jnp.stack(sums)
+
+    def scanned(x, scales):
+        step = jax.checkpoint(functools.partial(layer, "blockwise"))
+        return jax.lax.scan(step, x, scales)
+
+    got, expected = (
+        jax.jit(jax.value_and_grad(scalar(f), argnums=(0, 1)))(x, scales) for f in (scanned, looped)
+    )
+    close(got, expected)
+
+
+# --- vmap.
+
+
+def test_vmap_of_grad_and_grad_of_vmap():
+    p, f, plain = setup("everything", "blockwise", "xla")
+    many = [jax.tree.map(lambda x, i=i: x * (1 + 0.1 * i), p) for i in range(3)]
+    one = jax.jit(jax.grad(scalar(plain)))
+    expected = stacked([one(q) for q in many])
+    close(jax.jit(jax.vmap(jax.grad(scalar(f))))(stacked(many)), expected)
+    total = jax.jit(jax.grad(lambda p: jax.vmap(scalar(f))(p).sum()))
+    close(total(stacked(many)), expected)
+
+
+@pytest.mark.parametrize("name", ["query", "bias"])
+def test_vmap_of_derivatives_over_one_argument(name):
+    """Only that argument, or only tangents and cotangents, have the axis; as the last of theirs."""
+    p, f, plain = setup("everything", "blockwise", "xla")
+    xs = [normal(i, *p[name].shape) for i in range(3)]
+    dots, shape = tangents(p), jax.eval_shape(f, p)
+
+    def along(g, x, dot):
+        return jax.jvp(g, ({**p, name: x},), ({**dots, name: dot},))[1]
+
+    def back(g, x, cotangent):
+        pull = jax.vjp(g, {**p, name: x})[1]
+        return pull((jnp.full(shape[0].shape, cotangent), jnp.ones(shape[1].shape)))[0]
+
+    last = functools.partial(jnp.stack, axis=-1)
+    for h, second, at in ((along, xs, last(xs)), (back, [0.5, -1.0, 2.0], jnp.array([0.5, -1, 2]))):
+        one = jax.jit(functools.partial(h, plain))
+        mapped = jax.jit(jax.vmap(functools.partial(h, f), in_axes=(-1, None)))
+        close(mapped(last(xs), second[0]), stacked([one(x, second[0]) for x in xs]))
+        mapped = jax.jit(jax.vmap(functools.partial(h, f), in_axes=(None, -1)))
+        close(mapped(xs[0], at), stacked([one(xs[0], d) for d in second]))
+
+
+# --- Several devices.
+
+SPECS = {
+    "batch": {"query": P("x"), "key": P("x"), "value": P("x")},
+    "heads": {"query": P(None, None, "x"), "key": P(None, None, "x"), "value": P(None, None, "x")},
+}
+SPECS["heads"] |= {"sinks": P("x"), "bias": P("x"), "slopes": P("x")}
+
+
+@pytest.mark.parametrize("implementation", [None, "blockwise"])
+@pytest.mark.parametrize("over", ["batch", "heads"])
+def test_shard_map_and_its_gradients(over, implementation):
+    devices = 8 if over == "batch" else 2
+    p, plain = setup("everything", "xla", b=8)
+    mesh, spec = Mesh(np.array(jax.devices()[:devices]), "x"), SPECS[over]
+    specs = {name: spec.get(name, P()) for name in p}
+    lse_spec = spec["query"]
+    mask = some_mask(8)
+    mask_specs = jax.tree.map(lambda _: P("x") if over == "batch" else P(), mask)
+
+    def local(p, mask):
+        return run(p, mask, implementation=implementation, dropout=False)
+
+    sharded = jax.shard_map(
+        local, mesh=mesh, in_specs=(specs, mask_specs), out_specs=(spec["query"], lse_spec)
+    )
+    plain = functools.partial(plain, dropout=False)
+    got = jax.jit(jax.value_and_grad(scalar(lambda p: sharded(p, mask))))(p)
+    close(got, jax.jit(jax.value_and_grad(scalar(plain)))(p))
+
+
+@pytest.mark.parametrize("implementation", [None, "blockwise"])
+def test_sharded_arrays_under_jit_drop_the_same_pairs(implementation):
+    p, f, plain = setup("everything", implementation, "xla", b=8)
+    mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("b", "n"))
+    split = NamedSharding(mesh, P("b", None, "n"))
+    placed = {n: jax.device_put(x, split) if x.ndim == 4 else x for n, x in p.items()}
+    placed["bias"] = p["bias"]
+    got = jax.jit(jax.value_and_grad(scalar(f)))(placed)
+    close(got, jax.jit(jax.value_and_grad(scalar(plain)))(p))

@@ -31,6 +31,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import NamedSharding, PartitionSpec
 
+from attention_jax.axes import accumulation_dtype
 from attention_jax.lift import Head
 
 # Where each mapped axis of an array is, outermost first; None: the array does not have it.
@@ -104,7 +105,7 @@ def make(name: str, kernel: Kernel) -> Callable[..., tuple[jax.Array, jax.Array]
         query, _, value = (
             core_shape(x.shape, d) for x, d in zip(avals[:3], static.in_dims, strict=False)
         )
-        accumulation = jnp.promote_types(avals[0].dtype, jnp.float32)
+        accumulation = accumulation_dtype(avals[0].dtype)
         cores = ((query[0], value[1]), avals[0].dtype), ((query[0],), accumulation)
         return [
             _aval(avals[0], mapped_shape(c, d, static.levels), t)

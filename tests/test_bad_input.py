@@ -1,0 +1,287 @@
+"""Wrong calls: each an error that names the argument, what was expected and what came.
+
+Under the tests' import hook a wrong call fails at the annotations, before the library's own
+checks. What a user sees is asked of one process without it: this file, run as a script.
+"""
+
+import ast
+import functools
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+B, T, S, N, K, H, D = 2, 5, 7, 4, 2, 3, 6
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def f(*shape, dtype=np.float32):
+    return np.ones(shape, dtype)
+
+
+def i(*shape):
+    return np.ones(shape, np.int32)
+
+
+def b(*shape):
+    return np.ones(shape, np.bool_)
+
+
+def good():
+    return {"query": f(B, T, N, H), "key": f(B, S, K, H), "value": f(B, S, K, D)}
+
+
+def wrong_arguments():
+    """Of ``attention``: what is wrong, the error, and what its message says."""
+    from attention_jax import masks, scores
+
+    value, type_ = "ValueError", "TypeError"
+    key = jax.random.key(0)
+    struct = jax.ShapeDtypeStruct((B, T, N, H), "float32")
+    return [
+        ({"query": f(T, H)}, value, "query", "at least 3 axes [*B T N H]", "(5, 3)"),
+        ({"key": f(H)}, value, "key", "[*B S K H]", "(3,)"),
+        ({"value": f()}, value, "value", "[*B S K D]", "()"),
+        ({"key": f(3, S, K, H)}, value, "key has batch axes (3,) (*B)", "query has (2,)"),
+        ({"value": f(S, K, D)}, value, "value has batch axes () (*B)", "query has (2,)"),
+        ({"key": f(B, S, K, 4)}, value, "key has width 4 (H)", "query has 3"),
+        ({"value": f(B, 6, K, D)}, value, "value has length 6 (S)", "key has 7"),
+        ({"value": f(B, S, 1, D)}, value, "value has 1 heads (K)", "key has 2"),
+        (
+            {"key": f(B, S, 3, H), "value": f(B, S, 3, D)},
+            value,
+            "key has 3 heads (K)",
+            "query has 4 (N): N must be a multiple of K",
+        ),
+        ({"key": f(B, S, 0, H), "value": f(B, S, 0, D)}, value, "key has 0 heads (K)", "4 (N)"),
+        ({"query": f(B, T, N, 0), "key": f(B, S, K, 0)}, value, "query has width 0 (H)"),
+        ({"query": i(B, T, N, H)}, type_, "query", "floating dtype", "int32"),
+        ({"key": i(B, S, K, H)}, type_, "key", "floating dtype", "int32"),
+        ({"value": b(B, S, K, D)}, type_, "value", "floating dtype", "bool"),
+        ({"value": f(B, S, K, D, dtype=np.complex64)}, type_, "value", "floating", "complex64"),
+        ({"key": f(B, S, K, H, dtype=np.float16)}, type_, "one dtype", "key float16"),
+        ({"query": good()["query"].tolist()}, type_, "query", "array", "list"),
+        ({"key": None}, type_, "key", "array", "NoneType"),
+        ({"value": 1.0}, type_, "value", "array", "float"),
+        ({"query": struct}, type_, "query", "ShapeDtypeStruct", "explain"),
+        ({"mask": f(T, S)}, type_, "mask", "bool array", "float32", "scores.bias"),
+        ({"mask": i(T, S)}, type_, "mask", "bool array", "int32"),
+        ({"mask": b(T, S).tolist()}, type_, "mask", "bool array", "list"),
+        ({"mask": "causal"}, type_, "mask", "Mask", "str"),
+        ({"mask": scores.softcap(1.0)}, type_, "mask", "Mask", "Softcap"),
+        ({"mask": b(3)}, value, "mask", "(3,)", "[*B N T S] = (2, 4, 5, 7)"),
+        ({"mask": b(1, B, N, T, S)}, value, "mask", "(1, 2, 4, 5, 7)", "= (2, 4, 5, 7)"),
+        ({"mask": masks.causal() & masks.dense(b(3, S))}, value, "mask", "(3, 7)", "5, 7)"),
+        ({"mask": masks.lengths(key=i(3))}, value, "mask: key of lengths", "(3,)", "[*B] = (2)"),
+        ({"mask": masks.causal(i(B, 1))}, value, "mask: offset of", "(2, 1)", "[*B] = (2)"),
+        ({"mask": masks.segments(i(B, T), i(B, T))}, value, "key_ids", "(2, 5)", "(2, 7)"),
+        ({"mask": masks.segments(i(B, S))}, value, "query_ids", "(2, 7)", "[*B T] = (2, 5)"),
+        ({"mask": masks.global_tokens(b(T))}, value, "flags", "(5,)", "7)"),
+        ({"mask": masks.neighborhood((3, 4), 3)}, value, "mask", "(3, 4)", "12 cells", "(T)"),
+        ({"mask": masks.block_sparse(b(2, 3), 2)}, value, "layout", "(2, 3)", "T = 5", "S = 7"),
+        ({"score": f(T, S)}, type_, "score", "a sequence of them", "scores.bias(array)"),
+        ({"score": None}, type_, "score", "Score", "NoneType"),
+        ({"score": [scores.softcap(1.0), f(S)]}, type_, "score", "list of Softcap, ndarray"),
+        ({"score": masks.causal()}, type_, "score", "Score", "Band"),
+        ({"score": scores.bias(f(T, 6))}, value, "score", "bias", "(5, 6)", "(2, 4, 5, 7)"),
+        ({"score": scores.alibi(f(3))}, value, "score: slopes of alibi", "(3,)", "[N] = (4)"),
+        ({"score": scores.alibi(offset=i(3))}, value, "offset of alibi", "(3,)", "[*B] = (2)"),
+        ({"score": scores.relative_bias(f(8, 3))}, value, "table of relativebias", "(8, 3)", "4)"),
+        (
+            {"score": scores.relative_embedding(f(B, T, 3, H), f(5, H))},
+            value,
+            "query of relativeembedding",
+            "(2, 5, 3, 3)",
+            "[*B T N H]",
+        ),
+        ({"sinks": f(3)}, value, "sinks", "(3,)", "[N] = (4,)"),
+        ({"sinks": f()}, value, "sinks", "()", "[N] = (4,)"),
+        ({"sinks": i(N)}, type_, "sinks", "floating", "int32"),
+        ({"sinks": [0.0] * N}, type_, "sinks", "array", "list"),
+        ({"scale": f(N)}, value, "scale", "number", "(4,)"),
+        ({"scale": "big"}, type_, "scale", "str"),
+        ({"scale": True}, type_, "scale", "bool"),
+        ({"scale": i()}, type_, "scale", "floating", "int32"),
+        ({"dropout_rate": 1.0, "dropout_key": key}, value, "dropout_rate", "[0, 1)", "1.0"),
+        ({"dropout_rate": -0.1, "dropout_key": key}, value, "dropout_rate", "[0, 1)", "-0.1"),
+        ({"dropout_rate": np.nan, "dropout_key": key}, value, "dropout_rate", "[0, 1)", "nan"),
+        ({"dropout_rate": 0.1}, value, "dropout_rate is 0.1", "dropout_key is None"),
+        ({"dropout_rate": "0.1"}, type_, "dropout_rate", "float in [0, 1)", "str"),
+        ({"dropout_rate": jnp.float32(0.1), "dropout_key": key}, type_, "dropout_rate", "traced"),
+        ({"dropout_rate": 0.1, "dropout_key": 3}, type_, "dropout_key", "random key", "int"),
+        ({"dropout_rate": 0.1, "dropout_key": f(2)}, type_, "dropout_key", "key", "float32"),
+        (
+            {"dropout_rate": 0.1, "dropout_key": jax.random.split(key)},
+            value,
+            "dropout_key",
+            "one key",
+            "(2,)",
+        ),
+        ({"implementation": "flash"}, value, "implementation", "blockwise, xla", "'flash'"),
+        ({"implementation": ["xla", "flash"]}, value, "implementation", "'flash'"),
+        ({"implementation": []}, value, "implementation", "at least one", "empty"),
+        ({"implementation": 3}, type_, "implementation", "name", "int"),
+        ({"return_lse": 1}, type_, "return_lse", "True or False", "1"),
+    ]
+
+
+def wrong_constructions():
+    from attention_jax import block_map, explain, masks, scores
+
+    value, type_ = "ValueError", "TypeError"
+    explain = functools.partial(explain, **good())
+    return [
+        (lambda: masks.causal(1.5), type_, "offset", "integer", "float"),
+        (lambda: masks.causal(True), type_, "offset", "integer", "bool"),
+        (lambda: masks.causal(f(B)), type_, "offset", "integer", "float32"),
+        (lambda: masks.causal(np.ones(B, np.uint8)), type_, "offset", "signed", "uint8"),
+        (lambda: masks.causal(align="bottom"), value, "align", '"start" or "end"', "'bottom'"),
+        (lambda: masks.window(-1, 0), value, "left", "at least 0", "-1"),
+        (lambda: masks.window(0, -2), value, "right", "at least 0", "-2"),
+        (lambda: masks.window(1.5, 0), type_, "left", "int", "1.5"),
+        (lambda: masks.window(0, i()), type_, "right", "int", "ndarray"),
+        (lambda: masks.window(1, 1, align=None), value, "align", "None"),
+        (lambda: masks.dilated(0), value, "stride", "at least 1", "0"),
+        (lambda: masks.dilated(2.0), type_, "stride", "int", "2.0"),
+        (lambda: masks.prefix(1.5), type_, "length", "integer", "float"),
+        (lambda: masks.lengths(key=1.5), type_, "key", "integer", "float"),
+        (lambda: masks.lengths(query=b(B)), type_, "query", "integer", "bool"),
+        (lambda: masks.segments([0, 0, 1]), type_, "query_ids", "integer array", "list"),
+        (lambda: masks.segments(f(T)), type_, "query_ids", "integer array", "float32"),
+        (lambda: masks.segments(i()), value, "query_ids", "at least 1 axes", "()"),
+        (lambda: masks.segments(i(T), f(S)), type_, "key_ids", "integer array", "float32"),
+        (lambda: masks.segments(i(T), np.ones(S, np.int8)), type_, "one dtype", "int8"),
+        (lambda: masks.chunked(0), value, "size", "at least 1", "0"),
+        (lambda: masks.global_tokens(i(T)), type_, "flags", "bool array", "int32"),
+        (lambda: masks.neighborhood((4,), 2), value, "size", "odd", "(4,)", "(2,)"),
+        (lambda: masks.neighborhood((4,), 5), value, "size", "at most", "(4,)", "(5,)"),
+        (lambda: masks.neighborhood((2, 4), (1,)), value, "size", "per axis", "(1,)"),
+        (lambda: masks.neighborhood((0, 4), 1), value, "shape", "at least 1", "0"),
+        (lambda: masks.block_sparse(f(2, 2), 2), type_, "layout", "bool array", "float32"),
+        (lambda: masks.block_sparse(b(2, 2, 2), 2), value, "layout", "2 axes", "(2, 2, 2)"),
+        (lambda: masks.block_sparse(b(2, 2), 0), value, "block", "at least 1", "0"),
+        (lambda: masks.dense(f(T, S)), type_, "array", "bool array", "float32"),
+        (lambda: masks.dense([[True]]), type_, "array", "bool array", "list"),
+        (lambda: masks.mask_fn(b(T, S)), type_, "fn", "function of (b, n, q, k", "ndarray"),
+        (lambda: masks.mask_fn(max, [1]), type_, "arrays", "list"),
+        (lambda: masks.causal() & b(T, S), type_, "&", "mask", "ndarray", "masks.dense"),
+        (lambda: masks.causal() | None, type_, "|", "mask", "NoneType"),
+        (lambda: scores.softcap(0), value, "cap", "positive and finite", "0"),
+        (lambda: scores.softcap(-1.0), value, "cap", "positive", "-1.0"),
+        (lambda: scores.softcap(np.inf), value, "cap", "finite", "inf"),
+        (lambda: scores.softcap("50"), type_, "cap", "float", "str"),
+        (lambda: scores.alibi(f(2, N)), value, "slopes", "1 axes", "(2, 4)"),
+        (lambda: scores.alibi(i(N)), type_, "slopes", "floating array", "int32"),
+        (lambda: scores.alibi(offset=0.5), type_, "offset", "int", "0.5"),
+        (lambda: scores.alibi(align="left"), value, "align", '"start" or "end"', "'left'"),
+        (lambda: scores.bias(b(T, S)), type_, "array", "floating array", "bool"),
+        (lambda: scores.bias([0.0]), type_, "array", "floating array", "list"),
+        (lambda: scores.relative_bias(f(8)), value, "table", "2 axes", "(8,)"),
+        (lambda: scores.relative_bias(f(7, N)), value, "table", "even number", "(7, 4)"),
+        (lambda: scores.relative_bias(f(32, N), max_distance=8), value, "max_distance", "8"),
+        (lambda: scores.relative_embedding(f(T, N), f(5, H)), value, "query", "[*B T N H]"),
+        (lambda: scores.relative_embedding(f(T, N, H), f(5, 4)), value, "table", "4 (H)", "3"),
+        (lambda: scores.relative_embedding(f(T, N, H), f(4, H)), value, "table", "odd", "(4, 3)"),
+        (lambda: scores.score_fn("tanh"), type_, "fn", "function of (s, b, n, q, k", "str"),
+        (lambda: scores.score_fn(max, 3), type_, "arrays", "int"),
+        (lambda: explain(platform="cuda"), value, "platform", '"gpu"', "'cuda'"),
+        (lambda: explain(implementation="flash"), value, "implementation", "'flash'"),
+        (lambda: explain(sinks=f(3)), value, "sinks", "(3,)", "[N] = (4,)"),
+        (lambda: explain(dropout_rate=0.1), value, "dropout_rate", "dropout_key is None"),
+        (lambda: explain(dropout_rate=-0.5), value, "dropout_rate", "[0, 1)", "-0.5"),
+        (lambda: explain(scale="big"), type_, "scale", "str"),
+        (lambda: explain(return_lse=1), type_, "return_lse", "1"),
+        (lambda: block_map(b(T, S), T, S), type_, "mask", "ndarray"),
+        (lambda: block_map(masks.causal(), T, S, block_q=0), value, "block_q", "0"),
+    ]
+
+
+def wrong_calls():
+    """Name, function, error, parts of its message: every wrong call there is."""
+    from attention_jax import Mask, Score, attention, attention_weights, explain
+
+    def jitted(arguments):
+        traced = {
+            n: x
+            for n, x in arguments.items()
+            if isinstance(x, (np.ndarray, jax.Array, Mask, Score))
+        }
+        rest = {n: x for n, x in arguments.items() if n not in traced}
+        return jax.jit(lambda traced: attention(**traced, **rest))(traced)
+
+    def struct(x):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype) if isinstance(x, np.ndarray) else x
+
+    for wrong, error, *parts in wrong_arguments():
+        arguments = {**good(), **wrong}
+        name = f"{', '.join(wrong)}: {parts[-1]}"
+        yield f"attention {name}", functools.partial(attention, **arguments), error, parts
+        yield f"under jit {name}", functools.partial(jitted, arguments), error, parts
+        if "ShapeDtypeStruct" not in parts:
+            yield f"explain {name}", functools.partial(explain, **arguments), error, parts
+            three = {n: struct(x) if n in good() else x for n, x in arguments.items()}
+            yield f"explain shapes {name}", functools.partial(explain, **three), error, parts
+        if not wrong.keys() & {"value", "dropout_rate", "implementation", "return_lse"}:
+            del arguments["value"]
+            yield f"weights {name}", functools.partial(attention_weights, **arguments), error, parts
+    for number, (call, error, *parts) in enumerate(wrong_constructions()):
+        yield f"construction {number} {parts[:3]}", call, error, parts
+
+
+def outcome(call):
+    try:
+        call()
+    except Exception as e:  # noqa: BLE001  whatever it is, it is what we report
+        return type(e).__name__, str(e)
+    return None, "no error"
+
+
+def report():
+    rows = [[name, *outcome(call), error, parts] for name, call, error, parts in wrong_calls()]
+    json.dump(rows, sys.stdout)
+
+
+@functools.cache
+def outcomes():
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, __file__]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_wrong_calls_raise_errors_that_say_what_is_wrong():
+    assert len(outcomes()) > 300
+    failures = [
+        f"{name}\n    expected {error} with {parts}\n    got {got}: {message}"
+        for name, got, message, error, parts in outcomes()
+        if got != error or not all(part in message for part in parts)
+    ]
+    assert not failures, f"{len(failures)} of {len(outcomes())}:\n" + "\n".join(failures)
+
+
+SOURCES = sorted((ROOT / "attention_jax").rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_no_bare_assert_and_no_blind_except(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        assert not isinstance(node, ast.Assert), f"line {node.lineno}: raise ValueError instead"
+        if isinstance(node, ast.ExceptHandler):
+            if path.name == "testing.py":  # runs what is not ours, and reports how it fails
+                continue
+            caught = ast.unparse(node.type) if node.type else "everything"
+            blind = {"everything", "Exception", "BaseException"} & set(
+                caught.strip("()").split(", ")
+            )
+            assert not blind, f"line {node.lineno}: says what it expects, not {caught}"
+
+
+if __name__ == "__main__":
+    report()

@@ -1,0 +1,163 @@
+"""What imports what, what is public, and what stands at the top of the repository."""
+
+import ast
+import doctest
+import importlib
+import inspect
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+import attention_jax
+
+PACKAGE = pathlib.Path(attention_jax.__file__).parent
+ROOT = PACKAGE.parent
+
+# Data flows one way: a file imports only from layers above its own. "" is the package itself.
+LAYERS = [
+    {"axes", "reference", "grid"},
+    {"values"},
+    {"masks.arguments", "masks.base", "scores", "dropout"},
+    {"masks.bands", "masks.spans", "masks.layouts"},
+    {"masks"},
+    {"softmax", "blocks", "tiles", "lift"},
+    {"backends.xla", "backends.primitive"},
+    {"backends.program"},
+    {"backends.blockwise"},
+    {"backends"},
+    {"explanation"},
+    {"attention"},
+    {"_cases", "_peers"},
+    {"_rules"},
+    {"_problems"},
+    {"testing"},
+    {""},
+]
+RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}
+
+PUBLIC = {
+    "": [
+        "BlockMap",
+        "Explanation",
+        "Mask",
+        "Score",
+        "attention",
+        "attention_weights",
+        "block_map",
+        "explain",
+        "masks",
+        "reference",
+        "scores",
+    ],
+    "masks": [
+        "Mask",
+        "block_sparse",
+        "causal",
+        "chunked",
+        "dense",
+        "dilated",
+        "global_tokens",
+        "lengths",
+        "mask_fn",
+        "neighborhood",
+        "prefix",
+        "segments",
+        "window",
+    ],
+    "scores": [
+        "Score",
+        "alibi",
+        "alibi_slopes",
+        "bias",
+        "relative_bias",
+        "relative_buckets",
+        "relative_embedding",
+        "score_fn",
+        "softcap",
+    ],
+}
+
+
+def module_name(path):
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def imported(path):
+    """The full names of what a file imports: for ``from a import b`` that of ``b`` if a module."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                yield full if full.removeprefix("attention_jax.") in MODULES else node.module
+
+
+def test_every_module_has_a_layer():
+    assert set(RANK) == set(MODULES)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_file_imports_only_from_layers_above_its_own(module):
+    for name in imported(MODULES[module]):
+        top, _, rest = name.partition(".")
+        assert top not in ("experiments", "tests", "conftest")
+        if top == "attention_jax":
+            assert rest in MODULES, f"{name} is not a module of ours"
+            assert RANK[rest] < RANK[module], f"{module or 'the package'} imports {name}"
+
+
+def test_the_reference_is_numpy_and_the_standard_library():
+    tops = {name.partition(".")[0] for name in imported(MODULES["reference"])}
+    assert tops <= {"numpy", *sys.stdlib_module_names}
+
+
+def test_importing_the_package_starts_no_backend():
+    code = (
+        "import attention_jax, jax._src.xla_bridge as bridge; "
+        "assert not bridge.backends_are_initialized()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize("module", PUBLIC)
+def test_public_names(module):
+    found = importlib.import_module(f"attention_jax.{module}".rstrip("."))
+    assert sorted(found.__all__) == PUBLIC[module]
+    missing = [name for name in found.__all__ if not hasattr(found, name)]
+    assert not missing
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [(m, n) for m, names in PUBLIC.items() for n in names if n not in PUBLIC],
+)
+def test_public_functions_have_docstrings_and_examples_that_run(module, name):
+    thing = getattr(importlib.import_module(f"attention_jax.{module}".rstrip(".")), name)
+    if inspect.ismodule(thing):
+        assert thing.__doc__
+        return
+    doc = inspect.getdoc(thing)
+    assert doc, f"{name} has no docstring"
+    assert doc.splitlines()[0].endswith((".", ":"))
+    if inspect.isfunction(thing):
+        assert doctest.DocTestParser().get_examples(doc), f"{name} has no example"
+
+
+def test_nothing_else_stands_at_the_top():
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    if listed.returncode:
+        pytest.skip("not a git repository")
+    tops = {line.split("/")[0] for line in listed.stdout.splitlines()}
+    allowed = {"attention_jax", "experiments", "tests", "pyproject.toml"}
+    allowed |= {"README.md", "LICENSE", "CHANGELOG.md"}
+    assert {top for top in tops if not top.startswith(".")} <= allowed
