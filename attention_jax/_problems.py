@@ -107,11 +107,12 @@ def oracle(p: Problem, gradients: bool) -> dict[str, np.ndarray]:
 
 
 class Order(NamedTuple):
-    """The order in which the plain formula meets keys and the entries of both widths."""
+    """The order in which the plain formula does things that it may do in any order."""
 
-    S: Any
-    H: Any
-    D: Any
+    first: Any  # is the query scaled, or the logits
+    S: Any  # keys
+    H: Any  # entries of query and key
+    D: Any  # entries of value
 
 
 def variants(p: Problem, number: int) -> tuple[Inputs, Order]:
@@ -127,10 +128,10 @@ def variants(p: Problem, number: int) -> tuple[Inputs, Order]:
         moved = np.asarray(x, np.float64) * (1.0 + eps * rng.choice((-1.0, 1.0), x.shape))
         return moved.astype(x.dtype)
 
-    identity = Order(*map(np.arange, (z.S, z.H, z.D)))
-    pairs = [(p.clean, identity)]
-    for _ in range(number - 1):
-        pairs.append((jax.tree.map(rounded, p.clean), Order(*map(rng.permutation, identity))))
+    pairs = [(p.clean, Order(np.False_, *map(np.arange, (z.S, z.H, z.D))))]
+    for i in range(1, number):
+        order = Order(np.bool_(i % 2), *map(rng.permutation, (z.S, z.H, z.D)))
+        pairs.append((jax.tree.map(rounded, p.clean), order))
     stacked: tuple[Inputs, Order] = jax.tree.map(lambda *x: np.stack(x), *pairs)
     return stacked
 
@@ -145,8 +146,9 @@ def plain(p: Problem, x: Inputs, seen: Any, keep: Any, order: Order) -> tuple[An
     q, k = x.query[..., order.H], jnp.repeat(x.key[..., order.H], G, axis=-2)
     v = jnp.repeat(x.value[..., order.D], G, axis=-2)
     k, v, seen = k[..., order.S, :, :], v[..., order.S, :, :], seen[..., order.S]
-    scale = p.case.sizes.H**-0.5 if x.scale is None else x.scale
-    s = jnp.einsum("...tnh,...snh->...nts", q, k) * jnp.asarray(scale, dtype)
+    scale = jnp.asarray(p.case.sizes.H**-0.5 if x.scale is None else x.scale, dtype)
+    q = q * jnp.where(order.first, scale, 1)
+    s = jnp.einsum("...tnh,...snh->...nts", q, k) * jnp.where(order.first, 1, scale)
     for term, arrays in zip(p.terms, x.scores, strict=True):
         if term.add is None:
             s = term.cap * jnp.tanh(s / term.cap)

@@ -76,6 +76,8 @@ def over_heads_and_examples(
         """``x`` with ``N`` as ``K, G``, without the mapped axes along which it has size 1."""
         letters = axes.split() if isinstance(axes, str) else list(axes)
         x = jnp.asarray(x)
+        if not letters:  # a scalar, or an array of a function: whole for every head
+            return x, []
         shape: list[int] = []
         d = 0
         for a in letters:

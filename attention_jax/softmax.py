@@ -54,7 +54,8 @@ def update(
 
     >>> s, v = jnp.array([[0.0, 1.0, 2.0]]), jnp.array([[1.0], [2.0], [3.0]])
     >>> halves = update(update(start(1, 1, jnp.float32), s[:, :1], v[:1]), s[:, 1:], v[1:])
-    >>> out, lse = finish(halves)
+    >>> out, m, log_l = finish(halves)
+    >>> lse = m + log_l
     >>> bool(jnp.allclose(out, jax.nn.softmax(s) @ v)), bool(jnp.allclose(lse, jax.nn.logsumexp(s)))
     (True, True)
     """
@@ -87,8 +88,10 @@ def merge(a: State, b: State) -> State:
     )
 
 
-def finish(state: State, sink: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
-    """Output ``[t D]`` and natural-log normaliser ``[t]``; no key seen gives 0 and ``-inf``.
+def finish(state: State, sink: jax.Array | None = None) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Output ``[t D]``, ``m [t]`` and ``log l [t]`` with ``lse = m + log l``.
+
+    No key seen gives output 0 and ``log l = -inf``; ``m`` is finite.
 
     Args:
       state: all keys.
@@ -101,4 +104,4 @@ def finish(state: State, sink: jax.Array | None = None) -> tuple[jax.Array, jax.
         total, weighted = total * shrink + jnp.exp(sink - finite(m)), weighted * shrink[:, None]
     empty = total == 0
     safe = jnp.where(empty, jnp.ones_like(total), total)
-    return weighted / safe[:, None], jnp.where(empty, -jnp.inf, finite(m) + jnp.log(safe))
+    return weighted / safe[:, None], finite(m), jnp.where(empty, -jnp.inf, jnp.log(safe))

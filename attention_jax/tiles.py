@@ -91,6 +91,18 @@ def rows_or_zero(keep: Bool[Array, " r"] | None, x: Float[Array, "r c"]) -> Floa
     return x if keep is None else jnp.where(keep[:, None], x, jnp.zeros_like(x))
 
 
+def clean(scores: V, seen: Visible) -> V:
+    """Scores with zeros in the rows of their arrays that belong to queries that see nothing."""
+
+    def rows(x: Any, leaf: Leaf) -> Any:
+        axes = local_axes(leaf)
+        if "T" not in axes or "S" in axes or not jnp.issubdtype(x.dtype, jnp.floating):
+            return x
+        return jnp.where(seen.queries.reshape(-1, *(1,) * (x.ndim - 1)), x, jnp.zeros_like(x))
+
+    return map_leaves(rows, scores)
+
+
 def apply_scores(
     s: Float[Array, "t s"],
     scores: tuple[Score, ...],

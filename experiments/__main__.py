@@ -5,6 +5,7 @@ Nothing heavy is imported before it is known what to do.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple, NoReturn, TypeVar
 from experiments.tasks import TASKS, load
 
 PROGRAM = "python -m experiments"
+EXTRA = ("matplotlib", "sklearn", "tqdm", "tyro")  # modules of the extra [experiments]
 Options = TypeVar("Options")
 
 
@@ -32,7 +34,13 @@ def main(arguments: Sequence[str]) -> int:
     name, *rest = arguments
     if name not in VERBS:
         fail(f"unknown verb {name!r}", "verbs", VERBS)
-    return VERBS[name].run(rest)
+    try:
+        return VERBS[name].run(rest)
+    except ModuleNotFoundError as missing:
+        if missing.name not in EXTRA:
+            raise
+        print(f'error: {missing}: python -m pip install -e ".[experiments]"', file=sys.stderr)
+        return 2
 
 
 def listing() -> str:
@@ -42,13 +50,14 @@ def listing() -> str:
         lines.append(f"  {verb.usage:42} {verb.does}")
     lines += ["", "Tasks for train:"]
     for name, row in TASKS.items():
-        lines.append(f"  {name:8} {row.data}; {row.minutes}: {row.score}")
+        lines.append(f"  {name}")
+        lines += [f"    {word:7} {said}" for word, said in row._asdict().items()]
     lines += ["", f"Options: {PROGRAM} VERB --help; for train, {PROGRAM} train TASK --help"]
     return "\n".join(lines)
 
 
 def _train(arguments: Sequence[str]) -> int:
-    """``TASK [PRESET] [--option value ...]``."""
+    """``TASK [--preset NAME] [--option value ...]``."""
     if arguments and arguments[0] in ("-h", "--help"):
         print(listing())
         return 0
@@ -61,16 +70,27 @@ def _train(arguments: Sequence[str]) -> int:
     from experiments import train
 
     task = load(name)
-    preset = next(iter(task.presets))
-    if rest and not rest[0].startswith("-"):
-        preset = rest.pop(0)
-        if preset not in task.presets:
-            fail(f"unknown preset {preset!r} of {name}", "presets", task.presets)
+    preset, rest = split_preset(rest, next(iter(task.presets)))
+    if preset not in task.presets:
+        fail(f"unknown preset {preset!r} of {name}", "presets", task.presets)
     default = task.presets[preset]
-    presets = f"Presets: {', '.join(task.presets)}. The defaults below are those of {preset}."
-    config = parse(type(default), rest, f"train {name} {preset}", default, presets)
+    config = parse(
+        type(default),
+        rest,
+        f"train {name} --preset {preset}",
+        default,
+        f"Presets: {', '.join(task.presets)}. The defaults below are those of {preset}.",
+    )
     train.run(task, config, preset=preset)
     return 0
+
+
+def split_preset(arguments: Sequence[str], default: str) -> tuple[str, list[str]]:
+    """The value of ``--preset``, and the other arguments: it decides what their defaults are."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, prog=PROGRAM)
+    parser.add_argument("--preset", default=default)
+    found, rest = parser.parse_known_args(arguments)
+    return found.preset, rest
 
 
 def _compare(arguments: Sequence[str]) -> int:
@@ -86,7 +106,7 @@ def _bench(arguments: Sequence[str]) -> int:
 
 
 VERBS = {
-    "train": Verb("train TASK [PRESET] [--option ...]", "trains a model on a task", _train),
+    "train": Verb("train TASK [--preset NAME] [--option ...]", "trains a model on a task", _train),
     "compare": Verb(
         "compare [--option ...]", "checks us and our peers against the float64 oracle", _compare
     ),

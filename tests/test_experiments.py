@@ -52,7 +52,8 @@ def test_lists_verbs_and_tasks_without_importing_what_it_does_not_need():
         ("nope", ["unknown verb 'nope'", "train", "compare", "bench"]),
         ("train", ["needs a task", "digits"]),
         ("train nope", ["unknown task 'nope'", "digits"]),
-        ("train digits nope", ["unknown preset 'nope'", "cpu", "smoke"]),
+        ("train digits nope", ["unknown option 'nope'", "--steps", "--patch"]),
+        ("train digits --preset nope", ["unknown preset 'nope'", "cpu", "smoke"]),
         ("train digits --nope 1", ["unknown option '--nope'", "--steps", "--patch"]),
         ("train digits --attention nope", ["nope", "blockwise", "xla"]),
         ("train digits --steps 0", ["steps must be above 0"]),
@@ -145,7 +146,7 @@ def test_a_smoke_run_writes_a_line_of_json_and_a_picture(tmp_path, capsys):
     from matplotlib.image import imread
 
     options = f"--steps 3 --width 16 --depth 1 --seed 7 --attention xla --out {tmp_path}"
-    assert main(["train", "digits", "smoke", *options.split()]) == 0
+    assert main(["train", "digits", "--preset", "smoke", *options.split()]) == 0
     file = tmp_path / "digits" / "smoke.jsonl"
     picture = tmp_path / "digits" / "smoke-seed7-attention.png"
     printed = capsys.readouterr().out

@@ -22,7 +22,7 @@ import numpy as np
 from attention_jax import blocks, softmax
 from attention_jax.axes import Sizes, accumulation_dtype
 from attention_jax.backends import primitive, xla
-from attention_jax.backends.primitive import Dims, Static
+from attention_jax.backends.primitive import RESULTS, Dims, Static
 from attention_jax.backends.program import (
     Config,
     Formula,
@@ -47,12 +47,13 @@ def _result_cores(static: Static, arrays: tuple[Any, ...]) -> list[tuple[tuple[i
     query, _, value = (
         primitive.core_shape(x.shape, d) for x, d in zip(arrays[:3], static.in_dims, strict=False)
     )
-    dtype = arrays[0].dtype
-    return [((query[0], value[1]), dtype), ((query[0],), accumulation_dtype(dtype))]
+    dtype = accumulation_dtype(arrays[0].dtype)
+    rows = [((query[0],), dtype)] * (len(static.out_dims) - 1)
+    return [((query[0], value[1]), dtype), *rows]
 
 
 def forward(static: Static, *arrays: Any) -> tuple[Any, ...]:
-    """Output ``[T D]`` and lse ``[T]`` by a running softmax over each row's blocks."""
+    """Output ``[T D]``, ``m [T]`` and ``log l [T]`` by a running softmax over a row's blocks."""
 
     def start(p: Program, row: Row) -> softmax.State:
         return softmax.start(p.grid.block_q, p.D, p.dtype)
@@ -76,6 +77,18 @@ def _write(p: Program, row: Row, buffers: list[Any], results: Any) -> list[Any]:
     ]
 
 
+def _normaliser(p: Program, row: Row) -> tuple[jax.Array, jax.Array]:
+    """``m [t]`` and ``log l [t]`` of a row, as the forward pass found them, both finite."""
+    _, m, log_l = (p.rows(view, row.q0, p.grid.block_q) for view in p.rest[:RESULTS])
+    return m, finite(log_l)
+
+
+def _probabilities(s: jax.Array, lse: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """``exp(s - lse)``, in the order that loses nothing where logits are large."""
+    m, log_l = lse
+    return jnp.exp((s - m[:, None]) - log_l[:, None])
+
+
 class Numbers(NamedTuple):
     """The number of each differentiable operand among the leaves; None where there is none."""
 
@@ -94,16 +107,18 @@ def _numbers(static: Static) -> Numbers:
 
 
 def tangent(static: Static, *arrays: Any) -> tuple[Any, ...]:
-    """Tangents of output and lse, with ``s`` the logits and a dot for tangents::
+    """Tangents of output and ``log l``, with ``s`` the logits and a dot for tangents::
 
-    d lse_i = sum_j p_ij ds_ij + p_sink dsink
-    d out_i = sum_j p_ij (ds_ij v_j + dv_j) - (d lse_i) out_i
+        d lse_i = sum_j p_ij ds_ij + p_sink dsink
+        d out_i = sum_j p_ij (ds_ij v_j + dv_j) - (d lse_i) out_i
+
+    where ``p`` is that of the forward pass, and the whole of ``d lse`` counts as ``d log l``.
     """
     number = _numbers(static)
 
     def dot(p: Program, which: int | None) -> View | None:
         """The tangent of an operand; None where it does not vary."""
-        return p.rest[2 + static.wrt.index(which)] if which in static.wrt else None
+        return p.rest[RESULTS + static.wrt.index(which)] if which in static.wrt else None
 
     def start(p: Program, row: Row) -> Any:
         t = p.grid.block_q
@@ -112,7 +127,7 @@ def tangent(static: Static, *arrays: Any) -> tuple[Any, ...]:
             dq = dq + p.scale * p.rows(view, row.q0, t)
         if view := dot(p, number.scale):
             dq = dq + view.cut({}).astype(p.dtype) * row.raw_q
-        lse = finite(p.rows(p.rest[1], row.q0, t))
+        lse = _normaliser(p, row)
         return dq, lse, jnp.zeros((t,), p.dtype), jnp.zeros((t, p.D), p.dtype)
 
     def dscores(p: Program, row: Row, tile: Tile) -> list[Any]:
@@ -138,7 +153,7 @@ def tangent(static: Static, *arrays: Any) -> tuple[Any, ...]:
             dk = rows_or_zero(tile.seen and tile.seen.keys, p.rows(view, *keys))
             ds0 = ds0 + product(tile.q, dk, 1, 1)
         s, ds = jax.jvp(tile.apply, (s0, tile.scores), (ds0, dscores(p, row, tile)))
-        prob = jnp.exp(s - lse[:, None])
+        prob = _probabilities(s, lse)
         pds = prob * ds
         dropped = (lambda x: x) if tile.kept is None else (lambda x: x * tile.kept)
         weighted = weighted + product(dropped(pds), p.clean_values(tile, s), 1, 0)
@@ -151,7 +166,7 @@ def tangent(static: Static, *arrays: Any) -> tuple[Any, ...]:
         _, lse, dlse, weighted = state
         out = p.rows(p.rest[0], row.q0, p.grid.block_q)
         if (view := dot(p, number.sink)) and p.sink is not None:
-            dlse = dlse + jnp.exp(p.sink - lse) * view.cut({}).astype(p.dtype)
+            dlse = dlse + _probabilities(p.sink, lse)[:, 0] * view.cut({}).astype(p.dtype)
         return _write(p, row, buffers, (weighted - dlse[:, None] * out, dlse))
 
     buffers = empty(static, _result_cores(static, arrays))
@@ -181,15 +196,16 @@ def backward(static: Static, *arrays: Any) -> tuple[Any, ...]:
         return [*buffers[:at], view.add(part.astype(dtype), window), *buffers[at + 1 :]]
 
     def start(p: Program, row: Row) -> Any:
-        out, lse, do, dlse = (p.rows(view, row.q0, p.grid.block_q) for view in p.rest)
-        # A row that sees nothing has no gradient, whatever its cotangent holds.
-        do = rows_or_zero(lse != -jnp.inf, do)
-        dlse = jnp.where(lse == -jnp.inf, jnp.zeros_like(dlse), dlse)
-        shift = dlse - (do * out).sum(-1)  # dlse - delta
-        return do, finite(lse), shift, jnp.zeros_like(row.raw_q)
+        out, _, log_l, do, dlse = (p.rows(view, row.q0, p.grid.block_q) for view in p.rest)
+        # A row that sees nothing has no gradient, whatever its cotangent holds: its output is 0.
+        dlse = jnp.where(log_l == -jnp.inf, jnp.zeros_like(dlse), dlse)
+        delta = jnp.where(out == 0, jnp.zeros_like(out), do * out).sum(-1)
+        dq, dscale = jnp.zeros_like(row.raw_q), jnp.zeros((), p.dtype)
+        return do, _normaliser(p, row), dlse - delta, dq, dscale
 
     def step(p: Program, row: Row, tile: Tile, state: Any, buffers: list[Any]) -> Any:
-        do, lse, shift, dq = state
+        do, lse, shift, dq, dscale = state
+        clean_do = rows_or_zero(tile.seen and tile.seen.queries, do)
 
         def logits(s0: Any, *xs: Any) -> Any:
             arrays = list(tile.scores)
@@ -199,8 +215,8 @@ def backward(static: Static, *arrays: Any) -> tuple[Any, ...]:
 
         s0 = product(tile.q, tile.k, 1, 1)
         s, pull = jax.vjp(logits, s0, *(tile.scores[m] for m in varying))
-        prob = jnp.exp(s - lse[:, None])
-        dp = product(do, p.clean_values(tile, s), 1, 1)
+        prob = _probabilities(s, lse)
+        dp = product(clean_do, p.clean_values(tile, s), 1, 1)
         dropped = prob if tile.kept is None else prob * tile.kept
         ds = prob * ((dp if tile.kept is None else dp * tile.kept) + shift[:, None])
         if tile.seen is not None:
@@ -208,22 +224,23 @@ def backward(static: Static, *arrays: Any) -> tuple[Any, ...]:
         ds0, *dscores = pull(ds)
         keys = {1: (tile.k0, p.grid.block_k)}
         if number.value in wrt:
-            buffers = add(p, buffers, number.value, product(do, dropped, 0, 0), keys)
+            buffers = add(p, buffers, number.value, product(clean_do, dropped, 0, 0), keys)
         if number.key in wrt:
             buffers = add(p, buffers, number.key, product(tile.q, ds0, 0, 0), keys)
         for m, part in zip(varying, dscores, strict=True):
             window = p.leaf_window(p.score_leaves[m], p.score_axes[m], row.q0, tile.k0)
             buffers = add(p, buffers, number.score[m], part, window)
-        return (do, lse, shift, dq + product(ds0, tile.k, 1, 0)), buffers
+        if number.scale in wrt:
+            dscale = dscale + (ds0 * product(tile.raw_q, tile.k, 1, 1)).sum()
+        return (do, lse, shift, dq + product(ds0, tile.k, 1, 0), dscale), buffers
 
     def finish(p: Program, row: Row, state: Any, buffers: list[Any]) -> list[Any]:
-        _, lse, shift, dq = state  # dq is that of scale * q
+        _, lse, shift, dq, dscale = state  # dq is that of scale * q
         buffers = add(p, buffers, number.query, p.scale * dq, {0: (row.q0, p.grid.block_q)})
         if number.scale in wrt:
-            dscale = jnp.where(dq == 0, jnp.zeros_like(dq), dq * row.raw_q).sum()
             buffers = add(p, buffers, number.scale, dscale, {})
         if p.sink is not None and number.sink in wrt:
-            dsink = jnp.exp(p.sink - lse) * shift
+            dsink = _probabilities(p.sink, lse)[:, 0] * shift
             dsink = dsink if row.own is None else jnp.where(row.own, dsink, jnp.zeros_like(dsink))
             buffers = add(p, buffers, number.sink, dsink.sum(), {})
         return buffers
@@ -292,7 +309,7 @@ def _together(run: Callable[..., Any], most_rows: int) -> Callable[..., Any]:
     return wrapped
 
 
-def _plain(head: Head, config: Config) -> tuple[jax.Array, jax.Array]:
+def _plain(head: Head, config: Config) -> tuple[jax.Array, jax.Array, jax.Array]:
     return xla.attend(head, dropout_rate=config.dropout_rate)
 
 
@@ -380,7 +397,8 @@ def attend(head: Head, *, dropout_rate: float, sizes: tuple[int, int]) -> tuple[
         single=known and grid.columns == 1 and bool((visits.visited == 1).all()),
         side_by_side=SIDE_BY_SIDE,
     )
-    return _bind(head, visits, config)
+    out, lse = _bind(head, visits, config)
+    return out.astype(head.query.dtype), lse
 
 
 def run(

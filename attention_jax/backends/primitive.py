@@ -3,9 +3,13 @@
 ``jax.custom_vjp`` alone refuses ``jvp`` and, under ``vmap``, batches the loops inside it, which on
 a CPU makes every tile product four times slower. Three primitives do better::
 
-    forward (operands)                      -> out, lse
-    tangent (operands, out, lse, tangents)  -> d out, d lse        linear in the tangents
-    backward(operands, out, lse, cotangents)-> cotangents of the operands: the transpose of tangent
+    forward (operands)                          -> out, m, log_l
+    tangent (operands, results, tangents)       -> d out, d log_l    linear in the tangents
+    backward(operands, results, cotangents)     -> cotangents of the operands: tangent's transpose
+
+where ``lse = m + log_l``: the largest logit and what remains. They stay apart because their sum
+would round ``log_l`` away where logits are large, and with it the probabilities that are computed
+again in tangent and backward. ``m`` counts as a constant: only the sum ever matters.
 
 - ``jvp`` of forward is tangent; its transpose, hence ``grad``, is backward.
 - ``vmap`` of any of them only notes, for each array, where the new axis is (or that there is none).
@@ -34,6 +38,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from attention_jax.axes import accumulation_dtype
 from attention_jax.lift import Head
 
+# out, m and log_l.
+RESULTS = 3
+
 # Where each mapped axis of an array is, outermost first; None: the array does not have it.
 Dims = tuple[int | None, ...]
 
@@ -57,7 +64,7 @@ class Kernel:
     forward: Callable[..., Any]
     tangent: Callable[..., Any]
     backward: Callable[..., Any]
-    plain: Callable[..., Any]  # (operands, config) -> out, lse: materialised, one head
+    plain: Callable[..., Any]  # (head, config) -> out, m, log_l: materialised
 
 
 def core_shape(shape: Sequence[int], dims: Dims) -> tuple[int, ...]:
@@ -101,15 +108,15 @@ def make(name: str, kernel: Kernel) -> Callable[..., tuple[jax.Array, jax.Array]
     )
 
     def results(static: Static, avals: Sequence[Any]) -> list[Any]:
-        """Shape and dtype of out and lse."""
+        """Shape and dtype of out, (m,) log_l: at least float32, the caller rounds."""
         query, _, value = (
             core_shape(x.shape, d) for x, d in zip(avals[:3], static.in_dims, strict=False)
         )
         accumulation = accumulation_dtype(avals[0].dtype)
-        cores = ((query[0], value[1]), avals[0].dtype), ((query[0],), accumulation)
+        cores = [(query[0], value[1])] + [(query[0],)] * (len(static.out_dims) - 1)
         return [
-            _aval(avals[0], mapped_shape(c, d, static.levels), t)
-            for (c, t), d in zip(cores, static.out_dims, strict=True)
+            _aval(avals[0], mapped_shape(core, dims, static.levels), accumulation)
+            for core, dims in zip(cores, static.out_dims, strict=True)
         ]
 
     def cotangents(static: Static, avals: Sequence[Any]) -> list[Any]:
@@ -127,17 +134,18 @@ def make(name: str, kernel: Kernel) -> Callable[..., tuple[jax.Array, jax.Array]
 
     def split(static: Static, arrays: Sequence[Any]) -> tuple[list[Any], list[Any]]:
         n = static.structure.num_leaves
-        return list(arrays[:n]), list(arrays[n + 2 :])  # out and lse are recomputed
+        return list(arrays[:n]), list(arrays[n + RESULTS :])  # the results are recomputed
 
     def plain_of(static: Static, arrays: list[Any]) -> Callable[..., Any]:
-        """out, lse as a function of the operands that vary."""
+        """out, log_l as a function of the operands that vary."""
 
         def fn(*varying: Any) -> Any:
             new = list(arrays)
             for i, x in zip(static.wrt, varying, strict=True):
                 new[i] = x
             head, _ = as_head(jax.tree.unflatten(static.structure, new))
-            return kernel.plain(head, static.config)
+            out, m, log_l = kernel.plain(head, static.config)
+            return out, jax.lax.stop_gradient(m) + log_l
 
         return fn
 
@@ -178,7 +186,8 @@ def make(name: str, kernel: Kernel) -> Callable[..., tuple[jax.Array, jax.Array]
     # --- Rules.
 
     def forward_jvp(primals: Any, tangents: Any, *, static: Static) -> Any:
-        out, lse = forward_p.bind(*primals, static=static)
+        out, m, log_l = forward_p.bind(*primals, static=static)
+        constant = ad.Zero(jax.typeof(m).to_tangent_aval())
         possible = num_differentiable(static.structure)
         wrt = tuple(
             i
@@ -186,14 +195,18 @@ def make(name: str, kernel: Kernel) -> Callable[..., tuple[jax.Array, jax.Array]
             if type(tangents[i]) is not ad.Zero and jnp.issubdtype(primals[i].dtype, jnp.inexact)
         )
         if not wrt:
-            return (out, lse), tuple(ad.Zero(jax.typeof(x).to_tangent_aval()) for x in (out, lse))
+            zeros = (ad.Zero(jax.typeof(x).to_tangent_aval()) for x in (out, log_l))
+            return (out, m, log_l), (next(zeros), constant, next(zeros))
         in_dims = static.in_dims + static.out_dims + tuple(static.in_dims[i] for i in wrt)
-        static = dataclasses.replace(static, in_dims=in_dims, wrt=wrt)
-        dots = tangent_p.bind(*primals, out, lse, *(tangents[i] for i in wrt), static=static)
-        return (out, lse), tuple(dots)
+        static = dataclasses.replace(
+            static, in_dims=in_dims, out_dims=(static.out_dims[0], static.out_dims[2]), wrt=wrt
+        )
+        varying = (tangents[i] for i in wrt)
+        dout, dlog_l = tangent_p.bind(*primals, out, m, log_l, *varying, static=static)
+        return (out, m, log_l), (dout, constant, dlog_l)
 
     def tangent_transpose(cots: Any, *args: Any, static: Static) -> Any:
-        n = static.structure.num_leaves + 2
+        n = static.structure.num_leaves + RESULTS
         cots = [ad.instantiate_zeros(c) for c in cots]
         tangent_dims = static.in_dims[n:]
         static = dataclasses.replace(
@@ -229,8 +242,8 @@ def make(name: str, kernel: Kernel) -> Callable[..., tuple[jax.Array, jax.Array]
         # Results carry the new axis where their operand does, so that nothing is transposed.
         sources = static.wrt if primitive is backward_p else (0,) * len(static.out_dims)
         places = [dims[i] if dims[i] is not None else 0 for i in sources]
-        if primitive is not backward_p:  # lse has one axis less than the query
-            places = [min(p, len(core) + 0) for p, core in zip(places, _ranks(static), strict=True)]
+        if primitive is not backward_p:  # m and log_l have one axis less than the query
+            places = [min(p, len(core)) for p, core in zip(places, _ranks(static), strict=True)]
         out_dims = tuple(_insert(p, old) for p, old in zip(places, static.out_dims, strict=True))
         static = dataclasses.replace(
             static, levels=(size, *static.levels), in_dims=in_dims, out_dims=out_dims
@@ -238,9 +251,10 @@ def make(name: str, kernel: Kernel) -> Callable[..., tuple[jax.Array, jax.Array]
         return primitive.bind(*args, static=static), places
 
     def _ranks(static: Static) -> list[range]:
-        """Axes of out and lse before the new one is inserted."""
+        """Axes of out, (m,) log_l before the new one is inserted."""
         kept = [sum(d is not None for d in dims) for dims in static.out_dims]
-        return [range(core + k) for core, k in zip((2, 1), kept, strict=True)]
+        cores = (2,) + (1,) * (len(kept) - 1)
+        return [range(core + k) for core, k in zip(cores, kept, strict=True)]
 
     for primitive, run, shapes in (
         (forward_p, kernel.forward, results),
@@ -266,9 +280,9 @@ def make(name: str, kernel: Kernel) -> Callable[..., tuple[jax.Array, jax.Array]
 
     def bind(head: Head, visits: Any, config: Any) -> tuple[jax.Array, jax.Array]:
         leaves, structure = jax.tree.flatten(operands(head, visits))
-        static = Static(structure, config, (), ((),) * len(leaves), ((), ()))
-        out, lse = forward_p.bind(*_vary_together(leaves), static=static)
-        return out, lse
+        static = Static(structure, config, (), ((),) * len(leaves), ((),) * RESULTS)
+        out, m, log_l = forward_p.bind(*_vary_together(leaves), static=static)
+        return out, m + log_l
 
     return bind
 

@@ -26,6 +26,7 @@ from attention_jax.tiles import (
     Visible,
     apply_scores,
     as_tile,
+    clean,
     local_axes,
     rows_or_zero,
     seen_values,
@@ -95,6 +96,7 @@ class Tile(NamedTuple):
     """One tile, cut and cleaned: what the formulas below see."""
 
     q: jax.Array  # [t H], scaled
+    raw_q: jax.Array  # [t H]
     k: jax.Array  # [s H]
     v: jax.Array  # [s D]
     k0: Any  # its first key
@@ -177,8 +179,10 @@ class Program:
                 own = columns if own is None else own & columns
         scores = jax.tree.unflatten(self.score_structure, arrays)
         seen = visible(mask, scores, self.b, self.n, (t, s), row.q0, k0, own)
-        q = row.q
+        q, raw_q = row.q, row.raw_q
         if seen is not None:
+            raw_q = rows_or_zero(seen.queries, raw_q)
+            arrays = jax.tree.leaves(clean(scores, seen))
             q, k, v = (
                 rows_or_zero(r, x) for r, x in ((seen.queries, q), (seen.keys, k), (seen.keys, v))
             )
@@ -193,7 +197,7 @@ class Program:
             scores = jax.tree.unflatten(self.score_structure, arrays)
             return apply_scores(logits, scores, seen, self.b, self.n, row.q0, k0)
 
-        return Tile(q, k, v, k0, seen, kept, arrays, apply)
+        return Tile(q, raw_q, k, v, k0, seen, kept, arrays, apply)
 
     def leaf_window(self, view: View, leaf: Leaf, q0: Any, k0: Any) -> dict[int, Any]:
         """The window of a mask's or score's array for the tile at ``(q0, k0)``."""

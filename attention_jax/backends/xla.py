@@ -16,11 +16,19 @@ from attention_jax import dropout
 from attention_jax.axes import Sizes, accumulation_dtype
 from attention_jax.lift import Call, Head, over_heads_and_examples
 from attention_jax.softmax import finite
-from attention_jax.tiles import apply_scores, product, rows_or_zero, seen_values, visible, whole
+from attention_jax.tiles import (
+    apply_scores,
+    clean,
+    product,
+    rows_or_zero,
+    seen_values,
+    visible,
+    whole,
+)
 
 
-def weights(head: Head) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Probabilities ``p [T S]``, lse ``[T]``, and the values ``[S D]`` with hidden rows zeroed.
+def weights(head: Head) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Probabilities ``p [T S]``, ``m [T]`` and ``log l [T]``, and values without hidden rows.
 
     s = scale * q k^T -> scores -> mask
     lse = log(sum_j exp s_j + exp sink),  p = exp(s - lse)
@@ -35,6 +43,7 @@ def weights(head: Head) -> tuple[jax.Array, jax.Array, jax.Array]:
             rows_or_zero(r, x)
             for r, x in zip((seen.queries, seen.keys, seen.keys), (q, k, v), strict=True)
         )
+        scores = clean(scores, seen)
     s = product(q * head.scale.astype(dtype), k, 1, 1)
     s = apply_scores(s, scores, seen, head.b, head.n, 0, 0)
     v = seen_values(s, v, head.score)
@@ -50,27 +59,30 @@ def weights(head: Head) -> tuple[jax.Array, jax.Array, jax.Array]:
         total = total + jnp.exp(head.sink.astype(dtype) - m)
     empty = total == 0
     total = jnp.where(empty, jnp.ones_like(total), total)
-    lse = jnp.where(empty, -jnp.inf, m + jnp.log(total))
-    return e / total[:, None], lse, v
+    log_l = jnp.where(empty, -jnp.inf, jnp.log(total))
+    return e / total[:, None], m, log_l, v
 
 
-def attend(head: Head, *, dropout_rate: float) -> tuple[jax.Array, jax.Array]:
-    """Output ``[T D]`` in the query's dtype and lse ``[T]``: ``out_i = sum_j p_ij v_j``."""
-    p, lse, v = weights(head)
+def attend(head: Head, *, dropout_rate: float) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Output ``[T D]``, ``m [T]`` and ``log l [T]``: ``out_i = sum_j p_ij v_j``."""
+    p, m, log_l, v = weights(head)
     some = None if head.mask is None and not head.score else (p > 0).any(axis=-1)
     if head.seed is not None:
         q, k = jnp.arange(p.shape[0])[:, None], jnp.arange(p.shape[1])[None, :]
         kept = dropout.keep(head.seed, head.b, head.n, q, k, rate=dropout_rate)
         p = jnp.where(kept, p / (1.0 - dropout_rate), jnp.zeros_like(p))
     # A row that sees nothing is 0 whatever its cotangent holds.
-    return rows_or_zero(some, product(p, v, 1, 0)).astype(head.query.dtype), lse
+    return rows_or_zero(some, product(p, v, 1, 0)), m, log_l
 
 
 def run(call: Call, sizes: Sizes, *, dropout_rate: float) -> tuple[jax.Array, jax.Array]:
     """Output ``[*B T N D]`` and lse ``[*B T N]``."""
-    out, lse = over_heads_and_examples(
-        lambda head: attend(head, dropout_rate=dropout_rate), call, sizes, ("*B T N D", "*B T N")
-    )
+
+    def head(one: Head) -> tuple[jax.Array, jax.Array]:
+        out, m, log_l = attend(one, dropout_rate=dropout_rate)
+        return out.astype(one.query.dtype), m + log_l
+
+    out, lse = over_heads_and_examples(head, call, sizes, ("*B T N D", "*B T N"))
     return out, lse
 
 

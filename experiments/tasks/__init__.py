@@ -13,7 +13,7 @@ class Row(NamedTuple):
     """What is said of a task before its file, with all that it imports, is loaded."""
 
     data: str
-    minutes: str
+    time: str
     score: str
 
 
@@ -21,7 +21,7 @@ class Row(NamedTuple):
 TASKS: dict[str, Row] = {
     "digits": Row(
         data="1797 handwritten digits of 8 x 8 pixels, part of scikit-learn",
-        minutes="1 minute on 2 CPU cores",
+        time="1 minute on 2 CPU cores",
         score="test accuracy 99 %",
     ),
 }
