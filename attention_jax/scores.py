@@ -402,7 +402,7 @@ class ScoreFn(Score):
     arrays: tuple[Any, ...]
 
     def rule(self, s: Any, b: Any, n: Any, q: Any, k: Any) -> Any:
-        return self.fn(s, b, n, q, k, *self.arrays)
+        return self.fn(s, b, n, q, k, *map(jnp.asarray, self.arrays))
 
 
 def score_fn(fn: Callable[..., Any], *arrays: AnyArray) -> Score:

@@ -208,6 +208,17 @@ def test_the_block_size_does_not_matter(name):
         close(run(q, k, v), expected, 1e-4)
 
 
+def test_many_queries_of_the_heads_that_share_keys():
+    """Few of them go through a tile together, many do not."""
+    q, k, v = inputs(T=70)
+    mask = masks.causal() & masks.lengths(key=np.array([7, 4, 0], np.int32))
+    a, b = (
+        jit(functools.partial(attention, mask=mask, implementation=i, return_lse=True))(q, k, v)
+        for i in ("xla", "blockwise")
+    )
+    close(a, b)
+
+
 # --- vmap is the batch axis.
 
 
@@ -239,19 +250,20 @@ def partial_problems():
         "scale": jnp.float32(0.4),
         "dropout_key": jax.random.key(0),
     }
+    bias = lambda: scores.bias(jnp.asarray(rng.normal(size=(1, T, S)), jnp.float32))  # noqa: E731
+    keys = jax.random.split(jax.random.key(4), B)
     more = {
-        "query": [inputs(i, B=())[0] for i in range(B)],
-        "value": [inputs(i, B=())[2] for i in range(B)],
+        "query": [{"query": inputs(i, B=())[0]} for i in range(B)],
+        "value": [{"value": inputs(i, B=())[2]} for i in range(B)],
         "mask": [
-            masks.lengths(key=jnp.int32(n)) & masks.causal(jnp.int32(o))
+            {"mask": masks.lengths(key=jnp.int32(n)) & masks.causal(jnp.int32(o))}
             for n, o in ((0, 0), (3, 5), (7, -1))
         ],
-        "score": [
-            (scores.bias(jnp.asarray(rng.normal(size=(1, T, S)), jnp.float32)),) for _ in range(B)
+        "score": [{"score": (bias(),)} for _ in range(B)],
+        "numbers": [
+            {"sinks": jnp.linspace(-x, 1.0, N), "scale": x, "dropout_key": key}
+            for x, key in zip(jnp.array([-0.5, 0.0, 2.0]), keys, strict=True)
         ],
-        "sinks": [jnp.linspace(-i, 1.0, N) for i in range(B)],
-        "scale": [jnp.float32(x) for x in (-0.5, 0.0, 2.0)],
-        "dropout_key": list(jax.random.split(jax.random.key(4), B)),
     }
     return base, more
 
@@ -260,11 +272,11 @@ def partial_problems():
     ("name", "implementation"),
     [*((name, "blockwise") for name in partial_problems()[1]), ("mask", "xla"), ("score", "xla")],
 )
-def test_vmap_over_one_argument_is_a_loop(name, implementation):
+def test_vmap_over_some_arguments_is_a_loop(name, implementation):
     base, more = partial_problems()
 
-    def run(argument):
-        arguments = {**base, name: argument}
+    def run(own):
+        arguments = {**base, **own}
         return attention(
             **arguments, dropout_rate=0.3, implementation=implementation, return_lse=True
         )

@@ -211,7 +211,8 @@ class MaskFn(Mask):
     evaluate: bool
 
     def rule(self, b: Any, n: Any, q: Any, k: Any) -> Any:
-        return self.fn(b, n, q, k, *self.arrays)
+        # JAX arrays: a NumPy array cannot be indexed by what is being traced.
+        return self.fn(b, n, q, k, *map(jnp.asarray, self.arrays))
 
     def block(self, grid: Grid, b: Any, n: Any) -> tuple[Any, Any]:
         if not self.evaluate:
@@ -220,7 +221,7 @@ class MaskFn(Mask):
         def one(q0: Any, k0: Any) -> tuple[Any, Any]:
             q, k = q0 + np.arange(grid.block_q)[:, None], k0 + np.arange(grid.block_k)[None, :]
             inside = (q < grid.T) & (k < grid.S)
-            seen = jnp.asarray(self.fn(b, n, q, k, *self.arrays))
+            seen = jnp.asarray(self.rule(b, n, q, k))
             return jnp.any(seen & inside), jnp.all(seen | ~inside)
 
         def row(q0: Any) -> tuple[Any, Any]:
