@@ -214,7 +214,10 @@ def memory(options: Options) -> list[Row]:
         if done.returncode:
             raise RuntimeError(f"{work}: {done.stderr[-2000:]}")
         measured = json.loads(done.stdout)
-        note = "{resident_mib:.0f} MiB resident beside arguments and results".format(**measured)
+        note = (
+            f"beside arguments and results {measured['planned_mib']:.0f} MiB planned, "
+            f"{max(0.0, measured['resident_mib']):.0f} MiB seen resident"
+        )
         rows.append(Row("memory", work, {"ours": measured["seconds"]}, 0.0, {}, note))
     return rows
 
