@@ -2,8 +2,8 @@
 
     python -m experiments.memory 65536 --backward
 
-Prints one JSON line: seconds; MiB that the compiler plans for temporaries; MiB by which the kernel's
-count of resident pages grew (Linux; too low where the call reuses pages freed before it).
+Prints one JSON line: seconds; MiB that the compiler plans for temporaries; MiB by which the count
+of resident pages grew (Linux; too low where the call reuses pages freed before it).
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ def main() -> None:
     results = jax.block_until_ready(compiled(q, k, v))
     seconds = time.perf_counter() - start
     returned = sum(x.nbytes for x in jax.tree.leaves(results)) / 2**20
-    planned = compiled.memory_analysis().temp_size_in_bytes / 2**20
+    analysis = compiled.memory_analysis()
+    planned = 0.0 if analysis is None else analysis.temp_size_in_bytes / 2**20
     resident = status("VmHWM") - before - returned
     print(json.dumps({"seconds": seconds, "planned_mib": planned, "resident_mib": resident}))
 
