@@ -54,7 +54,11 @@ class Head(NamedTuple):
 
 
 def over_heads_and_examples(
-    head: Callable[[Head], Any], call: Call, sizes: Sizes, outputs: tuple[str, ...]
+    head: Callable[[Head], Any],
+    call: Call,
+    sizes: Sizes,
+    outputs: tuple[str, ...],
+    inputs: tuple[str, str, str] = ("*B T N H", "*B S K H", "*B S K D"),
 ) -> tuple[jax.Array, ...]:
     """``head`` on every head of every example.
 
@@ -63,6 +67,7 @@ def over_heads_and_examples(
       call: the arguments, masks and scores at full rank.
       sizes: what the axis letters stand for.
       outputs: per array, its axes with ``*B`` and ``N``, such as ``"*B T N D"``.
+      inputs: the axes of query, key and value.
     """
     batch = [f"B{i}" for i in range(len(sizes.B))]
     levels = [*batch, "K", "G"]
@@ -98,7 +103,7 @@ def over_heads_and_examples(
     b = np.arange(np.prod(sizes.B, dtype=np.int64), dtype=np.int32).reshape(sizes.B)
     n = np.arange(sizes.N, dtype=np.int32)
     arguments = Head(*call, b=b, n=n)
-    axes = Head("*B T N H", "*B S K H", "*B S K D", None, None, "N", "", "", "*B", "N")  # type: ignore[arg-type]
+    axes = Head(*inputs, None, None, "N", "", "", "*B", "N")  # type: ignore[arg-type]
     flat, structure = jax.tree.flatten(arguments)
     flat_axes: list[Any] = []
     for argument, letters in zip(arguments, axes, strict=True):

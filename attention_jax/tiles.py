@@ -117,7 +117,19 @@ def apply_scores(
         s = score.tile(s, b, n, q0, k0)
         if seen is not None:  # what a score makes of a hidden pair must not reach the next one
             s = jnp.where(seen.pairs, s, jnp.zeros_like(s))
-    return s if seen is None else jnp.where(seen.pairs, s, jnp.full_like(s, -jnp.inf))
+    return s if seen is None else _hide(s, seen.pairs)
+
+
+@jax.custom_jvp
+def _hide(s: Float[Array, "t s"], pairs: Bool[Array, "t s"]) -> Float[Array, "t s"]:
+    """``-inf`` where a query does not see a key, as a minimum: XLA fuses it with the products."""
+    return jnp.minimum(s, jnp.where(pairs, jnp.inf, -jnp.inf).astype(s.dtype))
+
+
+@_hide.defjvp
+def _hide_jvp(primals: Any, tangents: Any) -> Any:
+    (s, pairs), (ds, _) = primals, tangents
+    return _hide(s, pairs), jnp.where(pairs, ds, jnp.zeros_like(ds))
 
 
 def seen_values(

@@ -60,7 +60,7 @@ class Options:
     flex: bool = True
     """Compile torch's flex_attention for the window rows (needs a C++ compiler)."""
     out: pathlib.Path = pathlib.Path("runs/bench")
-    """Folder for bench.json and bench.png."""
+    """Folder for bench.json, bench.md and bench.png."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,7 +246,7 @@ def blocks(options: Options) -> list[Row]:
     rows = []
     for size in blockwise.SPEED:
         for causal in (False, True):
-            shape = Shape(4096, 4096, 2, causal=causal)
+            shape = Shape(4096, 4096, 4, causal=causal)
             for backward in (False, True):
                 run = jitted(_with_blocks(shape, size), shape, backward)
                 seconds = in_turns({"ours": run}, options.repeats)
@@ -314,14 +314,47 @@ def write(rows: list[Row], options: Options) -> None:
         "repeats": options.repeats,
         "rows": [{**dataclasses.asdict(row), "ratios": row.ratios} for row in rows],
     }
-    path = options.out / "bench.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"wrote {path}")
+    for name, text in (
+        ("bench.json", json.dumps(record, indent=1) + "\n"),
+        ("bench.md", table(rows)),
+    ):
+        (options.out / name).write_text(text)
+        print(f"wrote {options.out / name}")
     drawn = [row for row in rows if row.section in ("forward", "train")]
     if drawn:
         path = options.out / "bench.png"
         draw(drawn, path, record)
         print(f"wrote {path}")
+
+
+def table(rows: list[Row]) -> str:
+    """The rows as Markdown: ratios are how many times faster we are, bold where the aim is met."""
+
+    def cell(row: Row, name: str) -> str:
+        if name not in row.seconds:
+            return ""
+        ratio, target = row.ratios[name], row.targets.get(name)
+        if target is None:
+            return f"{ratio:.2f}x"
+        return (
+            f"**{ratio:.2f}x** (aim {target:g}x)"
+            if ratio >= target
+            else (f"{ratio:.2f}x (aim {target:g}x)")
+        )
+
+    others = ("jax.nn", "torch sdpa", "torch flex", "batch axis")
+    lines = [
+        "| work | ours | vs jax.nn | vs torch SDPA | vs torch flex | vs the batch axis | note |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        kind = {"forward": "forward", "train": "forward + backward", "window": "forward"}
+        work = ", ".join(filter(None, (kind.get(row.section), row.work)))
+        if row.section == "decode":
+            work = f"decode, {work}"
+        cells = [f"{row.seconds['ours'] * 1e3:,.1f} ms", *(cell(row, name) for name in others)]
+        lines.append(f"| {work} | " + " | ".join(cells) + f" | {row.note} |")
+    return "\n".join(lines) + "\n"
 
 
 def draw(rows: list[Row], path: pathlib.Path, record: dict[str, Any]) -> None:

@@ -53,11 +53,15 @@ def x64():
 
 @pytest.fixture(scope="module")
 def small_blocks():
-    """Blockwise attention in blocks of 3 x 4, so that short sequences have several, and ragged."""
+    """Blockwise attention in blocks of 3 x 4, so that short sequences have several, and ragged.
+
+    Two heads are computed together, and the rest in turns.
+    """
     from attention_jax.backends import blockwise  # after the import hook
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(blockwise, "block_sizes", lambda T, S, *_: (min(T, 3), min(S, 4)))
+        patch.setattr(blockwise, "TOGETHER", 2 * 3 * 4)
         jax.clear_caches()  # what was compiled holds other blocks
         yield
     jax.clear_caches()

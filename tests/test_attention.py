@@ -1,6 +1,7 @@
 """Properties of ``attention`` that hold whatever the numbers are, for each implementation."""
 
 import functools
+import math
 
 import chex
 import hypothesis.strategies as st
@@ -208,15 +209,37 @@ def test_the_block_size_does_not_matter(name):
         close(run(q, k, v), expected, 1e-4)
 
 
-def test_many_queries_of_the_heads_that_share_keys():
-    """Few of them go through a tile together, many do not."""
-    q, k, v = inputs(T=70)
-    mask = masks.causal() & masks.lengths(key=np.array([7, 4, 0], np.int32))
-    a, b = (
-        jit(functools.partial(attention, mask=mask, implementation=i, return_lse=True))(q, k, v)
-        for i in ("xla", "blockwise")
-    )
-    close(a, b)
+@pytest.mark.parametrize("each", [False, True])
+@pytest.mark.parametrize("T", [2, 20])
+@pytest.mark.parametrize("heads", [1, 2, 4, 8, 100])
+def test_how_many_heads_are_computed_together_does_not_matter(heads, T, each, monkeypatch):
+    q, k, v = inputs(B=(4,), T=T)
+    mask = masks.window(2, 0)
+    if each:
+        mask &= masks.lengths(key=np.array([7, 4, 1, 6], np.int32))
+
+    def run(implementation):
+        def loss(q, k, v):
+            options = {"mask": mask, "implementation": implementation, "return_lse": True}
+            out, lse = attention(q, k, v, **options)
+            return jnp.sin(out).sum(), (out, lse)
+
+        return jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(q, k, v)
+
+    looped = []
+
+    def spy(static, *rest):
+        looped.append(math.prod(static.levels))
+        return over_rows(static, *rest)
+
+    over_rows = blockwise.over_rows
+    monkeypatch.setattr(blockwise, "over_rows", spy)
+    monkeypatch.setattr(blockwise, "TOGETHER", heads * min(T, 3) * 4)
+    jax.clear_caches()
+    close(run("blockwise"), run("xla"))
+    # Few queries: only heads that share keys. Other blocks for each example: not those.
+    most = N // K if T == 2 else N if each else 4 * N
+    assert set(looped) == {4 * N // min(heads, most)}
 
 
 # --- vmap is the batch axis.

@@ -24,7 +24,7 @@ LAYERS = [
     {"masks"},
     {"softmax", "blocks", "tiles", "lift"},
     {"backends.xla", "backends.primitive"},
-    {"backends.program"},
+    {"backends.program", "backends.together"},
     {"backends.blockwise"},
     {"backends"},
     {"explanation"},

@@ -11,8 +11,7 @@ Source: Rabe and Staats 2021, "Self-attention Does Not Need O(n^2) Memory"; Dao 
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +21,7 @@ import numpy as np
 from attention_jax import blocks, softmax
 from attention_jax.axes import Sizes, accumulation_dtype
 from attention_jax.backends import primitive, xla
-from attention_jax.backends.primitive import RESULTS, Dims, Static
+from attention_jax.backends.primitive import RESULTS, Static
 from attention_jax.backends.program import (
     Config,
     Formula,
@@ -33,6 +32,7 @@ from attention_jax.backends.program import (
     empty,
     over_rows,
 )
+from attention_jax.backends.together import together
 from attention_jax.grid import Grid
 from attention_jax.lift import Call, Head, over_heads_and_examples
 from attention_jax.masks import Mask
@@ -246,7 +246,7 @@ def backward(static: Static, *arrays: Any) -> tuple[Any, ...]:
         return buffers
 
     # The cotangents of key and value are gathered as [H S] and [D S]: a product that leaves the
-    # keys as columns reads the tile as it lies; one that leaves them as rows is half as fast.
+    # keys as columns is twice as fast as one that leaves them as rows.
     columns = [i for i in wrt if i in (number.key, number.value)]
     cores = []
     for i in wrt:
@@ -261,60 +261,13 @@ def backward(static: Static, *arrays: Any) -> tuple[Any, ...]:
     return tuple(results)
 
 
-# --- Few queries: the heads that share keys go through one tile together.
-
-
-def _together(run: Callable[..., Any], most_rows: int) -> Callable[..., Any]:
-    """``run``, the innermost mapped axis taken by ``vmap`` where keys lack it and rows are few.
-
-    When decoding, one query of each of the ``G`` heads that share keys is too little work for a
-    product, and reading the keys is what costs: then ``G`` queries read them together. A ``vmap``
-    of the loops is right wherever the blocks to visit are the same for all.
-    """
-
-    def wrapped(static: Static, *arrays: Any) -> Any:
-        if not static.levels:
-            return run(static, *arrays)
-        where = [dims[-1] for dims in static.in_dims]
-        queries = primitive.core_shape(arrays[0].shape, static.in_dims[0])[0]
-        keys, visits = (
-            where[1:3],
-            where[static.structure.num_leaves - 3 : static.structure.num_leaves],
-        )
-        rows = queries * static.levels[-1]
-        if any(d is not None for d in (*keys, *visits)) or rows > most_rows or where[0] is None:
-            return run(static, *arrays)
-
-        def without(all_dims: tuple[Dims, ...]) -> tuple[Dims, ...]:
-            return tuple(
-                tuple(
-                    d - 1 if d is not None and dims[-1] is not None and d > dims[-1] else d
-                    for d in dims[:-1]
-                )
-                for dims in all_dims
-            )
-
-        inner = dataclasses.replace(
-            static,
-            levels=static.levels[:-1],
-            in_dims=without(static.in_dims),
-            out_dims=without(static.out_dims),
-        )
-        outs = [dims[-1] for dims in static.out_dims]
-        results = jax.vmap(
-            lambda *xs: run(inner, *xs), in_axes=where, out_axes=tuple(o or 0 for o in outs)
-        )(*arrays)
-        return tuple(x.sum(0) if o is None else x for x, o in zip(results, outs, strict=True))
-
-    return wrapped
-
-
 def _plain(head: Head, config: Config) -> tuple[jax.Array, jax.Array, jax.Array]:
     return xla.attend(head, dropout_rate=config.dropout_rate)
 
 
 _bind = primitive.make(
-    "attention_blockwise", primitive.Kernel(_together(forward, 128), tangent, backward, _plain)
+    "attention_blockwise",
+    primitive.Kernel(together(forward), together(tangent), together(backward), _plain),
 )
 
 
@@ -340,8 +293,10 @@ PARTIAL_COST = 1.5
 # More blocks than this are not looked at one by one while tracing.
 MOST_BLOCKS = 2**22
 
-# Heads computed at once, as independent operations: small products run on one core each.
-SIDE_BY_SIDE = 2
+# So many pairs are computed at once, of as many heads as that takes; forward and backward, GFLOP/s
+# of 32 heads of 512 x 512: 83 and 95 one by one, 95 and 109 with 2**19, 104 and 111 with 2**20,
+# 91 and 82 with 2**22 (two cores of an Intel Xeon).
+TOGETHER = 2**20
 
 
 def block_sizes(T: int, S: int, mask: Mask | None) -> tuple[int, int]:
@@ -375,11 +330,17 @@ def _even(length: int, block: int) -> int:
 
 
 def extra_bytes(sizes: Sizes, dtype: Any, mask: Mask | None) -> int:
-    """Logits, probabilities and a copy of one tile, the running softmax, and the block lists."""
+    """Logits, probabilities and a copy of the tiles computed together, and the block lists."""
     block_q, block_k = block_sizes(sizes.T, sizes.S, mask)
     tile = 3 * block_q * block_k + (block_q + 2 * block_k) * (sizes.H + sizes.D)
+    tile *= max(1, min(_together(block_q, block_k), math.prod(sizes.B) * sizes.N))
     grid = Grid(sizes.T, sizes.S, block_q, block_k)
     return tile * accumulation_dtype(dtype).itemsize + 4 * grid.rows * grid.columns
+
+
+def _together(block_q: int, block_k: int) -> int:
+    """How many heads to compute at once."""
+    return TOGETHER // max(1, block_q * block_k)
 
 
 def attend(head: Head, *, dropout_rate: float, sizes: tuple[int, int]) -> tuple[Any, Any]:
@@ -395,7 +356,8 @@ def attend(head: Head, *, dropout_rate: float, sizes: tuple[int, int]) -> tuple[
         some_full=not known or bool(visits.full.any()),
         some_partial=not known or bool((visits.visited > visits.full).any()),
         single=known and grid.columns == 1 and bool((visits.visited == 1).all()),
-        side_by_side=SIDE_BY_SIDE,
+        together=_together(*sizes),
+        sharing=T <= FEW_QUERIES,
     )
     out, lse = _bind(head, visits, config)
     return out.astype(head.query.dtype), lse

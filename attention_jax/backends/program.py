@@ -8,12 +8,14 @@ row walks through the key blocks that the mask lets it see.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from attention_jax import dropout
@@ -45,7 +47,8 @@ class Config:
     some_full: bool  # may there be full blocks, and partial ones: else their loop is left out
     some_partial: bool
     single: bool  # every query block visits exactly one key block
-    side_by_side: int  # heads computed at once
+    together: int  # at most so many heads are computed at once
+    sharing: bool  # and only heads that share their keys
 
 
 # --- Cutting tiles out of arrays with mapped axes, and putting them back.
@@ -69,27 +72,31 @@ class View:
             else:
                 start, size = window.get(core, (0, length))
                 core += 1
-            starts.append(jnp.asarray(start, jnp.int32))
+            starts.append(start if isinstance(start, jax.Array) else np.int32(start))
             sizes.append(size)
         return starts, sizes
 
     def cut(self, window: dict[int, tuple[Any, int]]) -> jax.Array:
         """The part of one head of one example in ``window``: axis -> (start, size)."""
         starts, sizes = self._window(window)
-        part = lax.dynamic_slice(self.array, starts, sizes)
+        part = _slice(self.array, starts, sizes)
         return part.reshape([n for a, n in enumerate(sizes) if a not in self.dims])
 
     def put(self, part: jax.Array, window: dict[int, tuple[Any, int]]) -> jax.Array:
         """The whole array with ``part`` in place of what ``cut`` gives."""
         starts, sizes = self._window(window)
-        return lax.dynamic_update_slice(self.array, part.reshape(sizes), starts)
+        return _update(self.array, part.reshape(sizes), starts)
 
     def add(self, part: jax.Array, window: dict[int, tuple[Any, int]]) -> jax.Array:
         """The whole array with ``part`` added to what ``cut`` gives."""
         starts, sizes = self._window(window)
         part = part.reshape(sizes)
-        old = lax.dynamic_slice(self.array, starts, sizes)
-        return lax.dynamic_update_slice(self.array, old + part, starts)
+        return _update(self.array, _slice(self.array, starts, sizes) + part, starts)
+
+
+# No index here is negative: saying so spares the compiler three operations for each.
+_slice = functools.partial(lax.dynamic_slice, allow_negative_indices=False)
+_update = functools.partial(lax.dynamic_update_slice, allow_negative_indices=False)
 
 
 class Tile(NamedTuple):
@@ -239,73 +246,51 @@ def over_rows(static: Static, arrays: tuple[Any, ...], buffers: Any, formula: Fo
     before it owns, which then writes what is right.
     """
     config: Config = static.config
-    side_by_side = _side_by_side(static)
 
-    def heads(e: Any, buffers: Any) -> Any:
-        programs = [
-            Program(static, arrays, _place(e * side_by_side + u, static.levels))
-            for u in range(side_by_side)
-        ]
-        count = programs[0].grid.rows
+    def head(e: Any, buffers: Any) -> Any:
+        program = Program(static, arrays, _place(e, static.levels))
+        count = program.grid.rows
 
-        def row_of_each(r: Any, buffers: Any) -> Any:
-            rows = [p.row(count - 1 - r) for p in programs]
+        def one_row(r: Any, buffers: Any) -> Any:
+            row = program.row(count - 1 - r)
 
             def visit(j: Any, masked: bool, carry: Any) -> Any:
-                states, buffers = carry
-                after = []
-                for p, row, state in zip(programs, rows, states, strict=True):
-                    state, buffers = formula.step(p, row, p.tile(row, j, masked), state, buffers)
-                    after.append(state)
-                return after, buffers
+                return formula.step(program, row, program.tile(row, j, masked), *carry)
 
-            carry: Any = ([formula.start(*x) for x in zip(programs, rows, strict=True)], buffers)
+            carry: Any = (formula.start(program, row), buffers)
             if config.single and not config.some_partial:
                 carry = visit(jnp.int32(0), False, carry)
             else:
-                index, full, visited = programs[0].visits_of(rows[0])
+                index, full, visited = program.visits_of(row)
+                at = functools.partial(
+                    lax.dynamic_index_in_dim, keepdims=False, allow_negative_indices=False
+                )
                 if config.some_full:
                     carry = lax.fori_loop(
-                        jnp.int32(0), full, lambda m, x: visit(index[m], False, x), carry
+                        jnp.int32(0), full, lambda m, x: visit(at(index, m), False, x), carry
                     )
                 if config.some_partial:
                     carry = lax.fori_loop(
-                        full, visited, lambda m, x: visit(index[m], True, x), carry
+                        full, visited, lambda m, x: visit(at(index, m), True, x), carry
                     )
-            states, buffers = carry
-            for p, row, state in zip(programs, rows, states, strict=True):
-                buffers = formula.finish(p, row, state, buffers)
-            return buffers
+            return formula.finish(program, row, *carry)
 
         if count == 1:
-            return row_of_each(jnp.int32(0), buffers)
-        return lax.fori_loop(jnp.int32(0), jnp.int32(count), row_of_each, buffers)
+            return one_row(jnp.int32(0), buffers)
+        return lax.fori_loop(jnp.int32(0), jnp.int32(count), one_row, buffers)
 
-    rounds = math.prod(static.levels) // side_by_side
-    return lax.fori_loop(jnp.int32(0), jnp.int32(rounds), heads, buffers)
-
-
-def _side_by_side(static: Static) -> int:
-    """How many heads to compute at once, as separate operations that can run on separate cores.
-
-    They walk in step, so the blocks to visit must be the same for all of them.
-    """
-    most = static.config.side_by_side
-    same = 1
-    visits = static.in_dims[static.structure.num_leaves - 3 : static.structure.num_leaves]
-    for level in reversed(range(len(static.levels))):
-        if any(dims[level] is not None for dims in visits):
-            break
-        same *= static.levels[level]
-    return next(n for n in range(most, 0, -1) if same % n == 0)
+    heads = math.prod(static.levels)
+    if heads == 1:
+        return head(jnp.int32(0), buffers)
+    return lax.fori_loop(jnp.int32(0), jnp.int32(heads), head, buffers)
 
 
 def _place(e: Any, levels: tuple[int, ...]) -> tuple[Any, ...]:
     """Number ``e`` as an index along each mapped axis."""
     place = []
     for size in reversed(levels):
-        place.append(e % size)
-        e = e // size
+        place.append(lax.rem(e, np.int32(size)))
+        e = lax.div(e, np.int32(size))
     return tuple(reversed(place))
 
 

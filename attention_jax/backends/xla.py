@@ -7,7 +7,7 @@ heads and examples. It makes arrays of ``T x S``, and JAX differentiates it as o
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,12 +27,19 @@ from attention_jax.tiles import (
 )
 
 
-def weights(head: Head) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Probabilities ``p [T S]``, ``m [T]`` and ``log l [T]``, and values without hidden rows.
+class Parts(NamedTuple):
+    """What output, weights and lse of one head of one example are made of."""
 
-    s = scale * q k^T -> scores -> mask
-    lse = log(sum_j exp s_j + exp sink),  p = exp(s - lse)
-    """
+    e: jax.Array  # [T S] = exp(s - m)
+    total: jax.Array  # [T] = sum_j e_ij + exp(sink - m_i), and 1 where that is 0; p = e / total
+    m: jax.Array  # [T], lse = m + log l
+    log_l: jax.Array  # [T], -inf where l is 0
+    sees: jax.Array | None  # bool [T]: the query sees some key; None: every query does
+    value: jax.Array  # [S D], without hidden rows
+
+
+def parts(head: Head) -> Parts:
+    """``s = scale * q k^T -> scores -> mask``, then its softmax with the sink in the sum."""
     dtype = accumulation_dtype(head.query.dtype)
     q, k, v = (x.astype(dtype) for x in head[:3])
     T, S = q.shape[0], k.shape[0]
@@ -44,35 +51,53 @@ def weights(head: Head) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
             for r, x in zip((seen.queries, seen.keys, seen.keys), (q, k, v), strict=True)
         )
         scores = clean(scores, seen)
-    s = product(q * head.scale.astype(dtype), k, 1, 1)
+    s = head.scale.astype(dtype) * product(q, k, 1, 1)
     s = apply_scores(s, scores, seen, head.b, head.n, 0, 0)
     v = seen_values(s, v, head.score)
 
+    sees = None if seen is None else seen.queries
     m = s.max(axis=-1, initial=-jnp.inf)
+    if any(score.HIDES for score in head.score) or S == 0:
+        sees = m != -jnp.inf
     if head.sink is not None:
-        m = jnp.maximum(m, head.sink.astype(dtype))
+        m = finite(jnp.maximum(m, head.sink.astype(dtype)))
+    elif sees is not None:  # a maximum rather than a selection: XLA fuses it with the products
+        m = jnp.maximum(m, jnp.where(sees, -jnp.inf, 0.0).astype(dtype))
     # The result does not depend on what is subtracted, so its gradient must not either.
-    m = jax.lax.stop_gradient(finite(m))
+    m = jax.lax.stop_gradient(m)
     e = jnp.exp(s - m[:, None])
     total = e.sum(axis=-1)
+    empty = None if sees is None else ~sees
     if head.sink is not None:
         total = total + jnp.exp(head.sink.astype(dtype) - m)
-    empty = total == 0
-    total = jnp.where(empty, jnp.ones_like(total), total)
-    log_l = jnp.where(empty, -jnp.inf, jnp.log(total))
-    return e / total[:, None], m, log_l, v
+        empty = total == 0
+    if empty is None:
+        return Parts(e, total, m, jnp.log(total), sees, v)
+    total = total + empty.astype(dtype)
+    return Parts(e, total, m, jnp.where(empty, -jnp.inf, jnp.log(total)), sees, v)
+
+
+@jax.custom_jvp
+def average(e: jax.Array, total: jax.Array, v: jax.Array) -> jax.Array:
+    """``out_i = sum_j p_ij v_j`` with ``p = e / total``, divided last: it is smaller."""
+    return product(e, v, 1, 0) / total[:, None]
+
+
+@average.defjvp
+def _average_jvp(primals: Any, tangents: Any) -> Any:
+    """Of the formula as it stands: where one key has all the weight, its terms cancel exactly."""
+    return jax.jvp(lambda e, t, v: product(e / t[:, None], v, 1, 0), primals, tangents)
 
 
 def attend(head: Head, *, dropout_rate: float) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Output ``[T D]``, ``m [T]`` and ``log l [T]``: ``out_i = sum_j p_ij v_j``."""
-    p, m, log_l, v = weights(head)
-    some = None if head.mask is None and not head.score else (p > 0).any(axis=-1)
+    e, total, m, log_l, sees, v = parts(head)
     if head.seed is not None:
-        q, k = jnp.arange(p.shape[0])[:, None], jnp.arange(p.shape[1])[None, :]
+        q, k = jnp.arange(e.shape[0])[:, None], jnp.arange(e.shape[1])[None, :]
         kept = dropout.keep(head.seed, head.b, head.n, q, k, rate=dropout_rate)
-        p = jnp.where(kept, p / (1.0 - dropout_rate), jnp.zeros_like(p))
+        e, v = jnp.where(kept, e, jnp.zeros_like(e)), v / (1.0 - dropout_rate)
     # A row that sees nothing is 0 whatever its cotangent holds.
-    return rows_or_zero(some, product(p, v, 1, 0)), m, log_l
+    return rows_or_zero(sees, average(e, total, v)), m, log_l
 
 
 def run(call: Call, sizes: Sizes, *, dropout_rate: float) -> tuple[jax.Array, jax.Array]:
@@ -82,13 +107,26 @@ def run(call: Call, sizes: Sizes, *, dropout_rate: float) -> tuple[jax.Array, ja
         out, m, log_l = attend(one, dropout_rate=dropout_rate)
         return out.astype(one.query.dtype), m + log_l
 
-    out, lse = over_heads_and_examples(head, call, sizes, ("*B T N D", "*B T N"))
-    return out, lse
+    # Heads first: a batched product reads its batch from the outermost axes.
+    query, key, value = (jnp.swapaxes(x, -2, -3) for x in call[:3])
+    out, lse = over_heads_and_examples(
+        head,
+        call._replace(query=query, key=key, value=value),
+        sizes,
+        ("*B N T D", "*B T N"),
+        inputs=("*B N T H", "*B K S H", "*B K S D"),
+    )
+    return jnp.swapaxes(out, -2, -3), lse
 
 
 def attention_weights(call: Call, sizes: Sizes) -> jax.Array:
     """Probabilities ``[*B N T S]``."""
-    (p,) = over_heads_and_examples(lambda head: weights(head)[:1], call, sizes, ("*B N T S",))
+
+    def weights(head: Head) -> tuple[jax.Array]:
+        e, total, *_ = parts(head)
+        return (e / total[:, None],)
+
+    (p,) = over_heads_and_examples(weights, call, sizes, ("*B N T S",))
     return p
 
 

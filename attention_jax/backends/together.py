@@ -1,0 +1,93 @@
+"""Heads whose tiles are small are computed together, in one batched product.
+
+A loop over heads does one head at a time: right for large tiles, each work enough for all cores.
+A small one is not worth the trip through the loop, and a few queries over many keys are bound by
+reading those keys, which heads that share them do once (and others are better off one by one:
+together, their keys would first be copied side by side).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from attention_jax.backends.primitive import Dims, Static
+
+Run = Callable[..., tuple[Any, ...]]  # (static, *arrays) -> arrays
+
+
+def together(run: Run) -> Run:
+    """``run``, with the innermost mapped axes, ``static.config.together`` in all, under ``vmap``.
+
+    A ``vmap`` of the loops is right wherever the blocks to visit are the same for all.
+    """
+
+    def wrapped(static: Static, *arrays: Any) -> tuple[Any, ...]:
+        return _innermost(run, static, arrays, static.config.together)
+
+    return wrapped
+
+
+def _innermost(run: Run, static: Static, arrays: tuple[Any, ...], most: int) -> tuple[Any, ...]:
+    if not static.levels or most < 2:
+        return run(static, *arrays)
+    apart = static.in_dims[static.structure.num_leaves - 3 : static.structure.num_leaves]  # visits
+    if static.config.sharing:
+        apart += static.in_dims[1:3]  # key and value
+    if any(dims[-1] is not None for dims in apart):
+        return run(static, *arrays)
+    size = static.levels[-1]
+    if size > most:
+        most = next(n for n in range(most, 0, -1) if size % n == 0)
+        return _split(run, static, arrays, most) if most > 1 else run(static, *arrays)
+    inner = dataclasses.replace(
+        static,
+        levels=static.levels[:-1],
+        in_dims=tuple(_without_last(dims) for dims in static.in_dims),
+        out_dims=tuple(_without_last(dims) for dims in static.out_dims),
+    )
+    outs = [dims[-1] for dims in static.out_dims]
+    results = jax.vmap(
+        lambda *xs: _innermost(run, inner, xs, most // size),
+        in_axes=[dims[-1] for dims in static.in_dims],
+        out_axes=tuple(o or 0 for o in outs),
+        axis_size=size,
+    )(*arrays)
+    return tuple(x.sum(0) if o is None else x for x, o in zip(results, outs, strict=True))
+
+
+def _split(run: Run, static: Static, arrays: tuple[Any, ...], size: int) -> tuple[Any, ...]:
+    """The innermost mapped axis as two, the inner one of ``size``."""
+
+    def split(dims: Dims) -> Dims:
+        *rest, last = dims
+        if last is None:
+            return (*rest, None, None)
+        return (*(d + 1 if d is not None and d > last else d for d in rest), last, last + 1)
+
+    def reshape(x: Any, dims: Dims) -> Any:
+        d = dims[-1]
+        return x if d is None else x.reshape(*x.shape[:d], -1, size, *x.shape[d + 1 :])
+
+    def join(x: Any, dims: Dims) -> Any:
+        d = dims[-1]
+        return x if d is None else x.reshape(*x.shape[:d], -1, *x.shape[d + 2 :])
+
+    finer = dataclasses.replace(
+        static,
+        levels=(*static.levels[:-1], static.levels[-1] // size, size),
+        in_dims=tuple(split(dims) for dims in static.in_dims),
+        out_dims=tuple(split(dims) for dims in static.out_dims),
+    )
+    cut = [reshape(x, dims) for x, dims in zip(arrays, static.in_dims, strict=True)]
+    results = _innermost(run, finer, tuple(cut), size)
+    return tuple(join(x, dims) for x, dims in zip(results, static.out_dims, strict=True))
+
+
+def _without_last(dims: Dims) -> Dims:
+    """Where the mapped axes are once the innermost one is gone."""
+    *rest, last = dims
+    return tuple(d - 1 if d is not None and last is not None and d > last else d for d in rest)
