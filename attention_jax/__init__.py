@@ -1,6 +1,7 @@
 """attention_jax: attention for JAX that can be trusted, read and afforded."""
 
 from attention_jax import masks as masks
+from attention_jax import positions as positions
 from attention_jax import reference as reference
 from attention_jax import scores as scores
 from attention_jax.attention import attention as attention
@@ -24,6 +25,7 @@ __all__ = [
     "block_map",
     "explain",
     "masks",
+    "positions",
     "reference",
     "scores",
 ]
