@@ -1,5 +1,6 @@
 """attention_jax: attention for JAX that can be trusted, read and afforded."""
 
+from attention_jax import cache as cache
 from attention_jax import masks as masks
 from attention_jax import positions as positions
 from attention_jax import reference as reference
@@ -9,6 +10,7 @@ from attention_jax.attention import attention_weights as attention_weights
 from attention_jax.attention import explain as explain
 from attention_jax.blocks import BlockMap as BlockMap
 from attention_jax.blocks import block_map as block_map
+from attention_jax.cache import KVCache as KVCache
 from attention_jax.explanation import Explanation as Explanation
 from attention_jax.masks import Mask as Mask
 from attention_jax.scores import Score as Score
@@ -18,11 +20,13 @@ __version__ = "0.1.0"
 __all__ = [
     "BlockMap",
     "Explanation",
+    "KVCache",
     "Mask",
     "Score",
     "attention",
     "attention_weights",
     "block_map",
+    "cache",
     "explain",
     "masks",
     "positions",

@@ -281,7 +281,7 @@ def _positive(value: Any, *names: str) -> None:
 
 
 def frequencies(
-    width: int, *, theta: float = 10_000.0, scaling: Any = None, length: Any = None
+    width: int, *, theta: float = 10_000.0, scaling: Scaling | None = None, length: Any = None
 ) -> tuple[Float[Array, "h"], float]:
     """Radians per position of each pair, and what cosine and sine are multiplied by.
 
@@ -319,7 +319,7 @@ def rotary(
     theta: float = 10_000.0,
     width: int | None = None,
     interleaved: bool = False,
-    scaling: Any = None,
+    scaling: Scaling | None = None,
     length: Any = None,
 ) -> Float[Array, "*B T N H"]:
     """Each pair ``(a, b)`` of the first ``width`` numbers turned by ``position * f``::

@@ -242,6 +242,20 @@ def test_how_many_heads_are_computed_together_does_not_matter(heads, T, each, mo
     assert set(looped) == {4 * N // min(heads, most)}
 
 
+def test_heads_together_where_a_mapped_axis_comes_last(monkeypatch):
+    """The mapped axis is the outermost, and after the one that is taken in two parts."""
+    monkeypatch.setattr(blockwise, "TOGETHER", 8 * 3 * 4)  # of 4 examples of 4 heads
+    jax.clear_caches()
+    arrays = [jnp.stack([x, 2 * x], axis=-1) for x in inputs(B=(4,), T=20)]
+
+    def run(implementation):
+        attend = functools.partial(attention, implementation=implementation)
+        mapped = jax.vmap(attend, in_axes=-1, out_axes=-1)
+        return jit(jax.value_and_grad(lambda x: jnp.sin(mapped(*x)).sum()))(arrays)
+
+    close(run("blockwise"), run("xla"))
+
+
 # --- vmap is the batch axis.
 
 

@@ -202,6 +202,70 @@ def wrong_constructions():
     ]
 
 
+def wrong_positions():
+    """Of positions and caches, likewise."""
+    from attention_jax import cache, masks, positions
+
+    value, type_ = "ValueError", "TypeError"
+    x, at = f(B, T, N, H), np.arange(T)
+    rotary = functools.partial(positions.rotary, f(B, T, N, 12), at)
+    k, v = f(B, 3, K, H), f(B, 3, K, D)
+
+    def empty(batch=(B,), capacity=8, **sizes):
+        sizes = {"num_kv_heads": K, "head_dim": H, "value_dim": D, **sizes}
+        return cache.init(batch, capacity=capacity, **sizes)
+
+    return [
+        (lambda: rotary(width=3), value, "width must be even", "3"),
+        (lambda: rotary(width=14), value, "width must be at most 12", "14"),
+        (lambda: rotary(theta=0.0), value, "theta must be positive", "0"),
+        (lambda: rotary(scaling=2.0), type_, "scaling must be a Scaling", "float"),
+        (lambda: rotary(scaling=positions.DynamicNTK(2.0, 8)), value, "length must be given"),
+        (
+            lambda: positions.rotary(x, i(T + 1)),
+            value,
+            "positions must broadcast",
+            "(2, 5)",
+            "(6,)",
+        ),
+        (lambda: positions.rotary(x, i(3, B, T)), value, "positions must broadcast", "(3, 2, 5)"),
+        (lambda: positions.rotary(x, at / 2), type_, "positions must be integers", "float64"),
+        (lambda: positions.sinusoidal([0.5], 4), type_, "positions must be integers", "float64"),
+        (lambda: positions.sinusoidal(at, 0), value, "width must be even and positive", "0"),
+        (lambda: positions.learned(f(3, 2), i(1) * 3), value, "positions", "0 to 2", "3 to 3"),
+        (lambda: positions.learned(f(3, 2), -i(1)), value, "positions", "0 to 2", "-1 to -1"),
+        (lambda: positions.Linear(0.0), value, "factor must be positive", "0.0"),
+        (lambda: positions.DynamicNTK(2.0, 0), value, "original must be positive", "0"),
+        (lambda: positions.Llama3(low=4.0, high=1.0), value, "low must be less", "4.0 and 1.0"),
+        (lambda: empty(capacity=2).append(k, v), value, "capacity 2", "3 tokens", "larger"),
+        (lambda: empty().append(x[:, :3], v), value, "key must have shape (2, 'T', 2, 3)"),
+        (lambda: empty().append(k, k), value, "value must have shape (2, 'T', 2, 6)"),
+        (lambda: empty((3,)).append(k, v), value, "key must have shape", "(2, 3, 2, 3)"),
+        (lambda: empty().append(k[0], v), value, "key must have shape", "(3, 2, 3)"),
+        (lambda: empty().append(k.astype("float16"), v), type_, "key", "float32", "float16"),
+        (lambda: empty().append(k.astype(int), v), type_, "key", "floating dtype", "int64"),
+        (lambda: empty().append(k[:, :2], v), value, "key has 2 tokens", "value has 3"),
+        (lambda: empty().append(k, v, 4), value, "count must be from 0 to T = 3", "4"),
+        (lambda: empty().append(k, v, 1.5), type_, "count must be integers", "float64"),
+        (lambda: cache.attend(empty(), x, k, v), value, "query has 5 tokens", "key has 3"),
+        (lambda: empty(capacity=0), value, "capacity must be at least 1", "0"),
+        (lambda: empty(head_dim=1.5), type_, "head_dim must be an int", "1.5"),
+        (lambda: masks.at_positions(None, at, at), type_, "mask must be a Mask", "NoneType"),
+        (
+            lambda: masks.at_positions(masks.causal(), f(T), i(S)),
+            type_,
+            "query_positions must be a signed integer array",
+            "float32",
+        ),
+        (
+            lambda: masks.at_positions(masks.causal(), at, i(S)),
+            type_,
+            "one dtype",
+            "int64 and int32",
+        ),
+    ]
+
+
 def wrong_calls():
     """Name, function, error, parts of its message: every wrong call there is."""
     from attention_jax import Mask, Score, attention, attention_weights, explain
@@ -230,7 +294,7 @@ def wrong_calls():
         if not wrong.keys() & {"value", "dropout_rate", "implementation", "return_lse"}:
             del arguments["value"]
             yield f"weights {name}", functools.partial(attention_weights, **arguments), error, parts
-    for number, (call, error, *parts) in enumerate(wrong_constructions()):
+    for number, (call, error, *parts) in enumerate([*wrong_constructions(), *wrong_positions()]):
         yield f"construction {number} {parts[:3]}", call, error, parts
 
 

@@ -171,33 +171,3 @@ def test_transformer_xl_in_attention_equals_its_formula():
         p = np.exp(s - s.max(-1, keepdims=True))
         expected = p / p.sum(-1, keepdims=True) @ v[0, :, n]
         np.testing.assert_allclose(out[0, :, n], expected, atol=1e-5)
-
-
-X = np.zeros((B, T, N, H), np.float32)
-WRONG = {
-    "odd width": (lambda: positions.rotary(X, np.arange(T), width=3), "width must be even"),
-    "no width": (lambda: positions.sinusoidal(np.arange(T), 0), "width must be even"),
-    "wide": (lambda: positions.rotary(X, np.arange(T), width=14), "width must be at most 12"),
-    "theta": (lambda: positions.rotary(X, np.arange(T), theta=0), "theta must be positive"),
-    "shape": (lambda: positions.rotary(X, np.arange(T + 1)), "positions must broadcast to"),
-    "too many axes": (lambda: positions.rotary(X, np.zeros((3, B, T), int)), "must broadcast"),
-    "floats": (lambda: positions.rotary(X, np.arange(T) / 2), "positions must be integers"),
-    "float vectors": (lambda: positions.sinusoidal([0.5], 4), "positions must be integers"),
-    "beyond": (lambda: positions.learned(X[0, 0], np.array([3])), "from 0 to 2"),
-    "negative": (lambda: positions.learned(X[0, 0], np.array([-1])), "from 0 to 2"),
-    "scaling": (lambda: positions.rotary(X, np.arange(T), scaling=2.0), "scaling must be"),
-    "factor": (lambda: Linear(0.0), "factor must be positive"),
-    "original": (lambda: DynamicNTK(2.0, 0), "original must be positive"),
-    "ramp": (lambda: Llama3(low=4.0, high=1.0), "low must be less than high"),
-    "length": (
-        lambda: positions.rotary(X, np.arange(T), scaling=DynamicNTK(2.0, 8)),
-        "length must be given",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", WRONG)
-def test_what_is_wrong_is_named(name):
-    call, message = WRONG[name]
-    with pytest.raises((ValueError, TypeError), match=message):
-        call()

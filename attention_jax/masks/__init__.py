@@ -40,6 +40,8 @@ from attention_jax.masks.layouts import block_sparse as block_sparse
 from attention_jax.masks.layouts import dense as dense
 from attention_jax.masks.layouts import mask_fn as mask_fn
 from attention_jax.masks.layouts import neighborhood as neighborhood
+from attention_jax.masks.places import Placed as Placed
+from attention_jax.masks.places import at_positions as at_positions
 from attention_jax.masks.spans import Chunked as Chunked
 from attention_jax.masks.spans import GlobalTokens as GlobalTokens
 from attention_jax.masks.spans import Lengths as Lengths
@@ -52,6 +54,7 @@ from attention_jax.masks.spans import segments as segments
 
 __all__ = [
     "Mask",
+    "at_positions",
     "block_sparse",
     "causal",
     "chunked",

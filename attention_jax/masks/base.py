@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,10 @@ from attention_jax.values import Value
 
 class Mask(Value):
     """Which query may see which key. Subclasses give ``rule`` and, to skip blocks, ``block``."""
+
+    # True where ``block`` is right for any intervals ``q0 .. q1``, ``k0 .. k1`` that hold the
+    # positions of a block, also where those have gaps.
+    BY_INTERVALS: ClassVar[bool] = True
 
     def mask(self, b: Any, n: Any, q: Any, k: Any) -> Any:
         """True where query ``q`` of head ``n`` in example ``b`` sees key ``k``.
@@ -100,7 +104,7 @@ class Mask(Value):
         """Sizes to draw at: the natural ones, else enough for the largest int."""
         T = S = None
         largest = 3
-        for part in _parts(self):
+        for part in parts(self):
             natural_T, natural_S = part.natural_size()
             T, S = T or natural_T, S or natural_S
             for x in vars(part).values():
@@ -110,11 +114,12 @@ class Mask(Value):
         return T or S or length, S or T or length
 
 
-def _parts(mask: Mask) -> Iterator[Mask]:
+def parts(mask: Mask) -> Iterator[Mask]:
+    """The mask, and all those it is made of."""
     yield mask
     for x in vars(mask).values():
         if isinstance(x, Mask):
-            yield from _parts(x)
+            yield from parts(x)
 
 
 def _as_mask(x: Any, operator: str) -> Mask:

@@ -24,6 +24,8 @@ from attention_jax.values import StaticArray
 class Neighborhood(Mask):
     """A box around each cell of an n-d grid, shifted inwards at the borders."""
 
+    BY_INTERVALS = False
+
     shape: tuple[int, ...]
     size: tuple[int, ...]
 
@@ -115,6 +117,8 @@ def neighborhood(shape: tuple[int, ...], size: int | tuple[int, ...]) -> Mask:
 class BlockSparse(Mask):
     """``layout[i // block_size, j // block_size]``."""
 
+    BY_INTERVALS = False
+
     layout: Any  # an array, or a StaticArray
     block_size: int
 
@@ -205,6 +209,8 @@ def dense(array: Bool[AnyArray, "..."]) -> Mask:
 
 class MaskFn(Mask):
     """Any function."""
+
+    BY_INTERVALS = False
 
     fn: Callable[..., Any]
     arrays: tuple[Any, ...]

@@ -1,0 +1,173 @@
+"""Decoding with a cache equals attention over the whole sequence, however it is cut into calls."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attention_jax import attention, cache, masks, scores
+
+B, T, N, K, H, D = 2, 9, 4, 2, 3, 5
+WINDOW = 4
+MASKS = {
+    "none": None,
+    "window": masks.window(WINDOW - 1, 0),
+    "chunked": masks.chunked(3),
+    "dilated": masks.dilated(2),
+    "prefix or window": masks.prefix(2) | masks.window(1, 0),
+    "not": ~masks.window(0, 0),
+    "function": masks.mask_fn(lambda b, n, q, k: (q + k) % 3 != 0),
+}
+CUTS = {"at once": [9], "chunks": [4, 1, 3, 1], "one by one": [1] * 9}
+
+
+def normal(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def inputs(T=T, batch=(B,)):
+    return [normal(i, *batch, T, n, w) for i, (n, w) in enumerate([(N, H), (K, H), (K, D)])]
+
+
+def empty(capacity=T, rolling=False, batch=(B,)):
+    return cache.init(
+        batch, capacity=capacity, num_kv_heads=K, head_dim=H, value_dim=D, rolling=rolling
+    )
+
+
+def cut(arrays, lengths):
+    ends = np.cumsum(lengths)
+    return [[x[:, a:b] for x in arrays] for a, b in zip(ends - lengths, ends, strict=True)]
+
+
+def close(a, b):
+    chex.assert_trees_all_close(a, b, rtol=2e-5, atol=2e-5)
+
+
+def whole(arrays, mask, **options):
+    causal = masks.causal()
+    return attention(*arrays, mask=causal if mask is None else mask & causal, **options)
+
+
+@pytest.mark.parametrize("jitted", [False, True])
+@pytest.mark.parametrize("cuts", CUTS)
+@pytest.mark.parametrize("name", MASKS)
+def test_any_way_to_cut_equals_the_whole(name, cuts, jitted):
+    arrays, kept, mask = inputs(), empty(capacity=T + 2), MASKS[name]
+    step = functools.partial(cache.attend, mask=mask, return_lse=True)
+    step = jax.jit(step) if jitted else step
+    parts = []
+    for part in cut(arrays, CUTS[cuts]):
+        result, kept = step(kept, *part)
+        parts.append(result)
+    got = [jnp.concatenate(x, axis=1) for x in zip(*parts, strict=True)]
+    close(got, list(whole(arrays, mask, return_lse=True)))
+    np.testing.assert_array_equal(kept.length, [T] * B)
+
+
+@pytest.mark.parametrize("capacity", [WINDOW, WINDOW + 1, 2 * T])
+@pytest.mark.parametrize("cuts", CUTS)
+def test_a_rolling_cache_equals_a_window(cuts, capacity):
+    arrays, kept = inputs(), empty(capacity, rolling=True)
+    parts = []
+    for part in cut(arrays, CUTS[cuts]):
+        out, kept = jax.jit(functools.partial(cache.attend, mask=MASKS["window"]))(kept, *part)
+        parts.append(out)
+    close(jnp.concatenate(parts, axis=1), whole(arrays, MASKS["window"]))
+    assert kept.key.shape == (B, capacity, K, H)
+    assert not kept.overflowed.any()
+
+
+@pytest.mark.parametrize("cuts", CUTS)
+def test_a_rolling_cache_alone_is_a_window_of_its_capacity(cuts):
+    arrays, kept, parts = inputs(), empty(WINDOW, rolling=True), []
+    for part in cut(arrays, CUTS[cuts]):
+        out, kept = cache.attend(kept, *part)
+        parts.append(out)
+    close(jnp.concatenate(parts, axis=1), whole(arrays, MASKS["window"]))
+
+
+@pytest.mark.parametrize("rolling", [False, True])
+def test_rows_of_different_lengths(rolling):
+    """Prompts padded on the right, then one token each; padding holds NaN."""
+    arrays, count = inputs(T=6), np.array([5, 2])
+    spoilt = [np.array(x) for x in arrays]
+    for x in spoilt:
+        x[1, 2:] = np.nan
+    kept = empty(capacity=8, rolling=rolling)
+    prompt, kept = cache.attend(kept, *(x[:, :5] for x in spoilt), count=count)
+    last = [np.stack([x[0, 5:6], x[1, 2:3]]) for x in arrays]
+    token, kept = cache.attend(kept, *last)
+    expected = whole(arrays, None)
+    close(prompt[0], expected[0, :5])
+    close(prompt[1, :2], expected[1, :2])
+    close(token[:, 0], jnp.stack([expected[0, 5], expected[1, 2]]))
+    np.testing.assert_array_equal(kept.length, count + 1)
+
+
+def test_scan_and_vmap():
+    arrays = inputs()
+
+    def decode(arrays):
+        def step(kept, token):
+            out, kept = cache.attend(kept, *(x[None] for x in token))
+            return kept, out[0]
+
+        return jax.lax.scan(step, empty(batch=()), arrays)[1]
+
+    close(jax.jit(jax.vmap(decode))(tuple(map(jnp.asarray, arrays))), whole(arrays, None))
+
+
+def test_a_score_with_an_offset():
+    arrays, score = inputs(), lambda start: scores.alibi(offset=start)
+    expected = whole(arrays, None, score=score(0))
+    _, kept = cache.attend(empty(), *(x[:, :5] for x in arrays), score=score(0))
+    out, _ = cache.attend(kept, *(x[:, 5:] for x in arrays), score=score(kept.length))
+    close(out, expected[:, 5:])
+
+
+def test_a_donated_cache_is_updated_in_place():
+    kept = empty(capacity=512, batch=(1,))
+    token = [x[:1, :1] for x in inputs()]
+    step = jax.jit(lambda kept, k, v: kept.append(k, v), donate_argnums=0)
+    compiled = step.lower(kept, *token[1:]).compile()
+    memory = compiled.memory_analysis()
+    size = kept.key.nbytes + kept.value.nbytes
+    assert memory.alias_size_in_bytes >= size
+    assert memory.temp_size_in_bytes < size / 4
+
+
+def test_traced_overflow_writes_over_nothing():
+    _, k, v = inputs(T=3)
+    step = jax.jit(lambda kept, k, v: kept.append(k, v))
+    kept = step(empty(capacity=4), k, v)
+    full = step(kept, 2 * k, 2 * v)
+    np.testing.assert_array_equal(full.key[:, :3], k)
+    np.testing.assert_array_equal(full.key[:, 3], 2 * k[:, 0])
+    assert not kept.overflowed.any()
+    assert full.overflowed.all()
+
+
+def test_appending_more_than_a_rolling_cache_holds_keeps_the_last():
+    _, k, v = inputs()
+    kept = empty(capacity=4, rolling=True).append(k, v)
+    for slot, position in enumerate(np.asarray(kept.positions())[0]):
+        np.testing.assert_array_equal(kept.value[:, slot], v[:, position])
+    assert sorted(np.asarray(kept.positions())[0]) == [5, 6, 7, 8]
+
+
+def test_padding_takes_no_place_in_a_rolling_cache():
+    _, k, v = inputs()
+    kept = empty(capacity=4, rolling=True).append(k[:, :4], v[:, :4])
+    kept = kept.append(k[:, 4:8], v[:, 4:8], count=np.array([1, 0]))
+    np.testing.assert_array_equal(kept.positions(), [[4, 1, 2, 3], [0, 1, 2, 3]])
+    for b, positions in enumerate(np.asarray(kept.positions())):
+        np.testing.assert_array_equal(kept.key[b], k[b, positions])
+
+
+def test_a_dtype_of_its_own():
+    kept = cache.init((B,), capacity=4, num_kv_heads=K, head_dim=H, dtype=jnp.bfloat16)
+    assert kept.key.dtype == kept.value.dtype == jnp.bfloat16
