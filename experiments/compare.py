@@ -2,8 +2,8 @@
 
 ::
 
-    python -m experiments compare            # all cases of the checker, N minutes on 2 CPU cores
-    python -m experiments compare --quick    # one case for each option, N minute
+    python -m experiments compare            # all cases, a quarter of an hour on 2 cores
+    python -m experiments compare --quick    # one case for each option
 
 Prints a table for each implementation, then one of all options: ``ok``, ``differs`` (wrong
 numbers), ``error`` (it raised) or ``refused`` (there is no argument for it). A case of that last

@@ -209,9 +209,8 @@ def test_the_block_size_does_not_matter(name):
         close(run(q, k, v), expected, 1e-4)
 
 
-@pytest.mark.parametrize("each", [False, True])
-@pytest.mark.parametrize("T", [2, 20])
-@pytest.mark.parametrize("heads", [1, 2, 4, 8, 100])
+@pytest.mark.parametrize(("T", "each"), [(2, False), (20, False), (20, True)])
+@pytest.mark.parametrize("heads", [1, 8, 100])
 def test_how_many_heads_are_computed_together_does_not_matter(heads, T, each, monkeypatch):
     q, k, v = inputs(B=(4,), T=T)
     mask = masks.window(2, 0)
