@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from attention_jax.attention import attention
 from attention_jax.axes import AnyArray, check_float_array
-from attention_jax.masks import Mask, at_positions, lengths, window
+from attention_jax.masks import Mask, at_positions, window
 from attention_jax.masks.arguments import int_at_least
 
 __all__ = ["KVCache", "attend", "init"]
@@ -119,7 +119,7 @@ class KVCache:
         slot = jnp.where(keep, slot, self.capacity)  # out of range: dropped
 
         def store(old: jax.Array, x: Any, at: jax.Array) -> jax.Array:
-            return old.at[at].set(x, mode="drop", unique_indices=False)
+            return old.at[at].set(x, mode="drop")
 
         for _ in batch:
             store = jax.vmap(store)
@@ -241,6 +241,4 @@ def attend(
     else:
         at, keys, values = after.positions(), after.key, after.value
     seen = at_positions(seen, queries, at)
-    if not cache.rolling:  # says which blocks are empty
-        seen = seen & lengths(key=after.length)
     return attention(query, keys, values, mask=seen, **options), after

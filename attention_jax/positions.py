@@ -71,7 +71,7 @@ def sinusoidal(
     Source: Vaswani et al. 2017, "Attention Is All You Need", section 3.5.
     """
     f, _ = frequencies(width, theta=theta)
-    angles = _angles(positions, f)
+    angles = _angles(check_positions(positions), f)
     pair = jnp.sin(angles), jnp.cos(angles)
     if interleaved:
         return jnp.stack(pair, axis=-1).reshape(*angles.shape[:-1], width)
@@ -108,19 +108,18 @@ def learned(table: Float[AnyArray, "P E"], positions: Any) -> Float[Array, "*B T
     return jnp.take(jnp.asarray(table), positions, axis=0, mode="fill", fill_value=jnp.nan)
 
 
-def check_positions(positions: Any, name: str = "positions") -> Any:
+def check_positions(positions: Any) -> Any:
     """The argument as an array; raises where it cannot be positions."""
     if not is_array(positions):
         positions = np.asarray(positions)
     if not jnp.issubdtype(positions.dtype, jnp.integer):
-        raise TypeError(f"{name} must be integers, got {positions.dtype}")
+        raise TypeError(f"positions must be integers, got {positions.dtype}")
     return positions
 
 
 def _angles(positions: Any, f: Any) -> jax.Array:
     """``position * f_i`` in float32: ``[*B T, i]``."""
-    positions = jnp.asarray(check_positions(positions))
-    return positions[..., None].astype(jnp.float32) * f
+    return jnp.asarray(positions)[..., None].astype(jnp.float32) * f
 
 
 # --- Rotary.

@@ -336,11 +336,8 @@ def table(rows: list[Row]) -> str:
         ratio, target = row.ratios[name], row.targets.get(name)
         if target is None:
             return f"{ratio:.2f}x"
-        return (
-            f"**{ratio:.2f}x** (aim {target:g}x)"
-            if ratio >= target
-            else (f"{ratio:.2f}x (aim {target:g}x)")
-        )
+        bold = "**" if ratio >= target else ""
+        return f"{bold}{ratio:.2f}x{bold} (aim {target:g}x)"
 
     others = ("jax.nn", "torch sdpa", "torch flex", "batch axis")
     lines = [

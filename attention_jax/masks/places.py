@@ -53,11 +53,10 @@ class Placed(Mask):
             grid.over_keys(jnp.min, jnp.where(k < 0, jnp.iinfo(k.dtype).max, k)),
             grid.over_keys(jnp.max, k),
         )
-        real = grid.over_keys(jnp.all, k >= 0) & (placed.q0 == placed.q0)
-        if not all(part.BY_INTERVALS for part in parts(self.mask_)):
-            return (placed.k1 >= 0) & (real | ~real), real & False
-        some, every = self.mask_.block(placed, b, n)
-        return some & (placed.k1 >= 0), every & real
+        by_intervals = all(part.BY_INTERVALS for part in parts(self.mask_))
+        block = self.mask_.block if by_intervals else super().block
+        some, every = block(placed, b, n)
+        return some & (placed.k1 >= 0), every & grid.over_keys(jnp.all, k >= 0)
 
 
 def at_positions(

@@ -6,6 +6,8 @@ query that a mask lets see no key gives 0 here, where they give the mean of all 
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -176,8 +178,7 @@ def dot_product_attention(
             "implementation 'cudnn' cannot be called from here: use jax.nn.dot_product_attention"
         )
     query, key, value = (jnp.asarray(x) for x in (query, key, value))
-    options = _options(None, None, is_causal)
-    visible = [] if options["mask"] is None else [options["mask"]]
+    visible = [masks.causal()] if is_causal else []
     if mask is not None:
         visible.append(masks.dense(_of_rank(mask, query.ndim)))
     if query_seq_lengths is not None or key_value_seq_lengths is not None:
@@ -191,9 +192,7 @@ def dot_product_attention(
             local_window_size = local_window_size, local_window_size
         left, right = local_window_size
         visible.append(masks.window(left, right))
-    together = None
-    for part in visible:
-        together = part if together is None else together & part
+    together = functools.reduce(operator.and_, visible) if visible else None
     rest: dict[str, Any] = {
         "score": () if bias is None else scores.bias(_of_rank(bias, query.ndim)),
         "scale": scale,
