@@ -9,6 +9,8 @@ import functools
 import sys
 from unittest import mock
 
+from quick import QUICK
+
 import attention_jax
 from attention_jax import testing
 from attention_jax.backends import blockwise
@@ -61,12 +63,10 @@ CHECKS = {
     "blockwise": PROMISES[2::4],
     "blockwise 16x32": [*PROMISES, *(case for case in LOOPED if case not in TINY)],
     "blockwise 7x5": TINY,
+    # With the compiler as it comes, as users have it; the others are compiled for a single run,
+    # since most of a test's time is the compiler's.
     "auto": PROMISES[3::8],
 }
-
-# Most of a test's time is the compiler's, which here optimises for a single run. What users get,
-# with the compiler as it comes, is checked under "auto".
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 
 
 @functools.lru_cache(maxsize=8)

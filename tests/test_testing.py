@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from quick import QUICK
 
 import attention_jax
 from attention_jax import _cases, _problems, _rules, dropout, masks, testing
 from attention_jax.axes import Sizes
 
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 right = functools.partial(attention_jax.attention, implementation="xla")
 
 
