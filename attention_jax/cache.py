@@ -1,7 +1,8 @@
 """The keys and values of the tokens so far, kept for decoding: a pytree of fixed size.
 
-    keys, values, mask = cache.seen(query_positions, mask)     what a query can attend to
-    cache = cache.append(key, value)                            one token or many, per row
+    cache = cache.append(key, value)                      one token or many, per row
+    keys, values, mask, cache = extend(cache, key, value)  and what their queries attend to
+    result, cache = attend(cache, query, key, value)       and attention to it
 
 A plain cache stores token ``p`` at slot ``p`` and holds ``capacity`` tokens. A rolling one stores
 it at ``p % capacity``, over the oldest, for models that look back no further than a window.
@@ -22,7 +23,7 @@ from attention_jax.axes import AnyArray, check_float_array
 from attention_jax.masks import Mask, at_positions, window
 from attention_jax.masks.arguments import int_at_least
 
-__all__ = ["KVCache", "attend", "init"]
+__all__ = ["KVCache", "attend", "extend", "init"]
 
 
 @jax.tree_util.register_dataclass
@@ -188,6 +189,54 @@ def init(
     )
 
 
+def extend(
+    cache: KVCache,
+    key: Float[AnyArray, "*B T K H"],
+    value: Float[AnyArray, "*B T K D"],
+    *,
+    mask: Mask | None = None,
+    count: Any = None,
+) -> tuple[Any, Any, Mask, KVCache]:
+    """What ``T`` new queries attend to: keys, values and mask; and the cache with the new tokens.
+
+    Args:
+      cache: what came before.
+      key, value: of the new tokens.
+      mask: in terms of positions; and-ed with ``causal()``, and in a rolling cache with a window of
+        ``capacity``.
+      count: how many of them are real, an int or int array ``[*B]``; default T.
+
+    Returns:
+      Keys ``[*B S K H]`` and values ``[*B S K D]``; a mask of the new queries, which are at
+      positions ``length + t``, and these keys; the cache.
+
+    >>> x = np.ones((2, 1, 2), np.float32)
+    >>> keys, values, mask, _ = extend(init((), capacity=3, num_kv_heads=1, head_dim=2), x, x)
+    >>> print(mask)
+    █··
+    ██·
+    """
+    if mask is not None and not isinstance(mask, Mask):
+        raise TypeError(
+            f"mask must be a Mask in terms of positions with a cache, got {type(mask).__name__}: "
+            f"see masks.mask_fn"
+        )
+    after = cache.append(key, value, count)
+    new = jnp.arange(key.shape[-3], dtype=jnp.int32)
+    queries = cache.length[..., None] + new
+    back = cache.capacity - 1 if cache.rolling else None
+    seen = window(back, 0) if mask is None else mask & window(back, 0)
+    if cache.rolling and len(new) > 1:
+        # Some keys that the first queries see are written over by the last: take both.
+        real = new < (after.length - cache.length)[..., None]
+        at = jnp.concatenate([cache.positions(), jnp.where(real, queries, -1)], axis=-1)
+        keys = jnp.concatenate([cache.key, jnp.asarray(key)], axis=-3)
+        values = jnp.concatenate([cache.value, jnp.asarray(value)], axis=-3)
+    else:
+        at, keys, values = after.positions(), after.key, after.value
+    return keys, values, at_positions(seen, queries, at), after
+
+
 def attend(
     cache: KVCache,
     query: Float[AnyArray, "*B T N H"],
@@ -223,22 +272,10 @@ def attend(
     >>> bool(jnp.allclose(jnp.concatenate([first, second]), whole, atol=1e-6))
     True
     """
-    after = cache.append(key, value, count)
     T = query.shape[-3]
     if key.shape[-3] != T:
         raise ValueError(
             f"query has {T} tokens (T) but key has {key.shape[-3]}: both are of the new tokens"
         )
-    queries = cache.length[..., None] + jnp.arange(T, dtype=jnp.int32)
-    back = cache.capacity - 1 if cache.rolling else None
-    seen = window(back, 0) if mask is None else mask & window(back, 0)
-    if cache.rolling and T > 1:
-        # Some keys that the first queries see are written over by the last: take both.
-        real = jnp.arange(T, dtype=jnp.int32) < (after.length - cache.length)[..., None]
-        at = jnp.concatenate([cache.positions(), jnp.where(real, queries, -1)], axis=-1)
-        keys = jnp.concatenate([cache.key, jnp.asarray(key)], axis=-3)
-        values = jnp.concatenate([cache.value, jnp.asarray(value)], axis=-3)
-    else:
-        at, keys, values = after.positions(), after.key, after.value
-    seen = at_positions(seen, queries, at)
+    keys, values, seen, after = extend(cache, key, value, mask=mask, count=count)
     return attention(query, keys, values, mask=seen, **options), after

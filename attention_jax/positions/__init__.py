@@ -1,0 +1,47 @@
+"""Positions: sinusoidal and learned vectors, rotary angles and their scalings, relative terms.
+
+Positions are explicit integers ``[*B T]``, so packed, padded and cached sequences need nothing
+special. Rotary embedding turns pairs of numbers of a query or key by an angle that grows with the
+position, so that their product depends on the distance alone::
+
+    angle_i = position * f_i,   f_i = theta ** (-2 i / width)
+
+A ``Scaling`` is a value that changes the frequencies ``f`` for sequences longer than those that a
+model was trained on. Slopes and buckets (ALiBi, T5) and Shaw's vectors are scores: see ``scores``.
+"""
+
+from attention_jax.positions.relative import transformer_xl as transformer_xl
+from attention_jax.positions.rope import Rotary as Rotary
+from attention_jax.positions.rope import rotary as rotary
+from attention_jax.positions.scalings import NTK as NTK
+from attention_jax.positions.scalings import DynamicNTK as DynamicNTK
+from attention_jax.positions.scalings import Linear as Linear
+from attention_jax.positions.scalings import Llama3 as Llama3
+from attention_jax.positions.scalings import Scaling as Scaling
+from attention_jax.positions.scalings import YaRN as YaRN
+from attention_jax.positions.scalings import frequencies as frequencies
+from attention_jax.positions.vectors import learned as learned
+from attention_jax.positions.vectors import sinusoidal as sinusoidal
+from attention_jax.scores import alibi as alibi
+from attention_jax.scores import alibi_slopes as alibi_slopes
+from attention_jax.scores import relative_bias as relative_bias
+from attention_jax.scores import relative_embedding as relative_embedding
+
+__all__ = [
+    "NTK",
+    "DynamicNTK",
+    "Linear",
+    "Llama3",
+    "Rotary",
+    "Scaling",
+    "YaRN",
+    "alibi",
+    "alibi_slopes",
+    "frequencies",
+    "learned",
+    "relative_bias",
+    "relative_embedding",
+    "rotary",
+    "sinusoidal",
+    "transformer_xl",
+]

@@ -1,0 +1,200 @@
+"""Rotary frequencies, and the values that change them for longer sequences."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+
+class Scaling:
+    """A change of rotary frequencies. Subclasses give ``scaled``."""
+
+    def scaled(self, f: np.ndarray, width: int, theta: float, length: Any) -> tuple[Any, float]:
+        """New frequencies, and what cosine and sine are multiplied by.
+
+        Args:
+          f: ``theta ** (-2 i / width)``, float64.
+          width, theta: as for ``rotary``.
+          length: of the sequence: an int, or an int array, whose axes come before that of ``f``;
+            None: unknown.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} must define scaled(f, width, theta, length)"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Linear(Scaling):
+    """``f / factor``: positions squeezed into the trained range.
+
+    Source: Chen et al. 2023, "Extending Context Window of Large Language Models via Positional
+    Interpolation".
+    """
+
+    factor: float
+
+    def __post_init__(self) -> None:
+        _positive(self, "factor")
+
+    def scaled(self, f: np.ndarray, width: int, theta: float, length: Any) -> tuple[Any, float]:
+        return f / self.factor, 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class NTK(Scaling):
+    """``theta * factor ** (width / (width - 2))``: slow pairs squeezed, fast ones hardly.
+
+    Source: bloc97 2023, "NTK-aware scaled RoPE"; Peng et al. 2023 (YaRN), section 3.1.
+    """
+
+    factor: float
+
+    def __post_init__(self) -> None:
+        _positive(self, "factor")
+
+    def scaled(self, f: np.ndarray, width: int, theta: float, length: Any) -> tuple[Any, float]:
+        return _ntk(f, self.factor, width), 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class DynamicNTK(Scaling):
+    """``NTK`` by as much as the present length needs: nothing up to ``original`` tokens.
+
+    With ``L = max(length, original)`` the factor is ``factor * L / original - (factor - 1)``.
+
+    Source: emozilla 2023, "Dynamically scaled RoPE"; Peng et al. 2023 (YaRN), section 3.3.
+    """
+
+    factor: float
+    original: int
+
+    def __post_init__(self) -> None:
+        _positive(self, "factor", "original")
+
+    def scaled(self, f: np.ndarray, width: int, theta: float, length: Any) -> tuple[Any, float]:
+        if length is None:
+            raise ValueError("length must be given: DynamicNTK depends on it")
+        if isinstance(length, jax.Array):
+            longest = jnp.maximum(length, self.original).astype(jnp.float32)
+        else:
+            longest = max(length, self.original)
+        return _ntk(f, self.factor * longest / self.original - (self.factor - 1), width), 1.0
+
+
+def _ntk(f: np.ndarray, factor: Any, width: int) -> Any:
+    """``(theta * g) ** (-2 i / width) = f * g ** (-2 i / width)``."""
+    if width == 2:
+        return f  # the one pair has i = 0
+    power = -2.0 * np.arange(width // 2) / width * (width / (width - 2))
+    if isinstance(factor, jax.Array):
+        return jnp.asarray(f, jnp.float32) * factor[..., None] ** jnp.asarray(power, jnp.float32)
+    return f * factor**power
+
+
+@dataclasses.dataclass(frozen=True)
+class YaRN(Scaling):
+    """Pairs that turn often are kept, those that turn less than once squeezed, between: a ramp.
+
+    A pair turns ``original * f / (2 pi)`` times within ``original`` tokens. Its share of ``f``
+    against ``f / factor`` falls linearly in its number from where that is ``fast`` to where it is
+    ``slow``. Cosine and sine are multiplied by ``0.1 ln(factor) + 1``, or by ``attention_factor``,
+    which makes up for the flatter softmax.
+
+    Source: Peng et al. 2023, "YaRN: Efficient Context Window Extension of Large Language Models".
+    """
+
+    factor: float
+    original: int
+    fast: float = 32.0
+    slow: float = 1.0
+    attention_factor: float | None = None
+    truncate: bool = True
+    """Whether the ends of the ramp are whole numbers of pairs."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "factor", "original", "fast", "slow")
+
+    def scaled(self, f: np.ndarray, width: int, theta: float, length: Any) -> tuple[Any, float]:
+        def pair(turns: float) -> float:
+            return width * math.log(self.original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+        low, high = pair(self.fast), pair(self.slow)
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, width - 1)
+        span = high - low or 0.001
+        squeezed = np.clip((np.arange(width // 2) - low) / span, 0.0, 1.0)
+        scale = self.attention_factor
+        if scale is None:
+            scale = 0.1 * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
+        return f / self.factor * squeezed + f * (1 - squeezed), scale
+
+
+@dataclasses.dataclass(frozen=True)
+class Llama3(Scaling):
+    """Long wavelengths squeezed by ``factor``, short ones kept, between: a ramp.
+
+    With ``turns = original * f / (2 pi)``: kept above ``high``, squeezed below ``low``.
+
+    Source: Grattafiori et al. 2024, "The Llama 3 Herd of Models", and the models' configurations.
+    """
+
+    factor: float = 8.0
+    original: int = 8192
+    low: float = 1.0
+    high: float = 4.0
+
+    def __post_init__(self) -> None:
+        _positive(self, "factor", "original", "low", "high")
+        if self.low >= self.high:
+            raise ValueError(f"low must be less than high, got {self.low} and {self.high}")
+
+    def scaled(self, f: np.ndarray, width: int, theta: float, length: Any) -> tuple[Any, float]:
+        turns = self.original * f / (2 * np.pi)
+        kept = np.clip((turns - self.low) / (self.high - self.low), 0.0, 1.0)
+        return f / self.factor * (1 - kept) + f * kept, 1.0
+
+
+def _positive(value: Any, *names: str) -> None:
+    for name in names:
+        if not getattr(value, name) > 0:
+            raise ValueError(f"{name} must be positive, got {getattr(value, name)!r}")
+
+
+def frequencies(
+    width: int, *, theta: float = 10_000.0, scaling: Scaling | None = None, length: Any = None
+) -> tuple[Float[Array, "*B h"], float]:
+    """Radians per position of each pair, and what cosine and sine are multiplied by.
+
+    Args:
+      width: numbers that are turned, even; there are ``h = width / 2`` pairs.
+      theta: ``f_i = theta ** (-2 i / width)``.
+      scaling: changes them.
+      length: of the sequence, for scalings that depend on it; an int or an int array, whose axes
+        come before those of the frequencies.
+
+    Raises:
+      ValueError: ``width`` is odd or not positive, ``theta`` not positive, ``length`` missing.
+      TypeError: ``scaling`` is not a ``Scaling``.
+
+    >>> f, scale = frequencies(4, scaling=Linear(2.0))
+    >>> print(f, scale)
+    [0.5   0.005] 1.0
+    """
+    if width < 2 or width % 2:
+        raise ValueError(f"width must be even and positive, got {width}")
+    if not theta > 0:
+        raise ValueError(f"theta must be positive, got {theta}")
+    f: Any = theta ** (-2.0 * np.arange(width // 2) / width)
+    scale = 1.0
+    if scaling is not None:
+        if not isinstance(scaling, Scaling):
+            raise TypeError(f"scaling must be a Scaling or None, got {type(scaling).__name__}")
+        f, scale = scaling.scaled(f, width, theta, length)
+    return jnp.asarray(f, jnp.float32), scale

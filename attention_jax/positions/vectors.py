@@ -1,0 +1,66 @@
+"""Vectors that are added to the inputs: sinusoidal and learned."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from attention_jax.axes import AnyArray
+from attention_jax.positions.arguments import angles, check_positions, rows
+from attention_jax.positions.scalings import frequencies
+
+
+def sinusoidal(
+    positions: Any, width: int, *, theta: float = 10_000.0, interleaved: bool = True
+) -> Float[Array, "*B T E"]:
+    """``sin(position * f_i)`` and ``cos(position * f_i)``, ``f_i = theta ** (-2 i / width)``.
+
+    Args:
+      positions: integers ``[*B T]``.
+      width: numbers per position (E), even.
+      theta: the longest wavelength is ``2 pi theta``.
+      interleaved: sine and cosine in turns, as in the paper; else all sines first.
+
+    Returns:
+      float32 ``[*B T E]``.
+
+    Raises:
+      ValueError: ``width`` is odd or not positive, ``theta`` not positive.
+      TypeError: ``positions`` are not integers.
+
+    >>> import numpy as np
+    >>> print(np.asarray(sinusoidal(np.arange(2), 4)).round(2))
+    [[0.   1.   0.   1.  ]
+     [0.84 0.54 0.01 1.  ]]
+
+    Source: Vaswani et al. 2017, "Attention Is All You Need", section 3.5.
+    """
+    f, _ = frequencies(width, theta=theta)
+    turned = angles(check_positions(positions), f)
+    pair = jnp.sin(turned), jnp.cos(turned)
+    if interleaved:
+        return jnp.stack(pair, axis=-1).reshape(*turned.shape[:-1], width)
+    return jnp.concatenate(pair, axis=-1)
+
+
+def learned(table: Float[AnyArray, "P E"], positions: Any) -> Float[Array, "*B T E"]:
+    """``table[position]``.
+
+    Args:
+      table: one vector for each position ``[P E]``, differentiable.
+      positions: integers ``[*B T]`` from 0 to ``P - 1``.
+
+    Returns:
+      ``[*B T E]``; where positions are known only at run time, NaN for those out of range.
+
+    Raises:
+      ValueError: a position known before is out of range.
+      TypeError: ``positions`` are not integers.
+
+    >>> import numpy as np
+    >>> learned(np.array([[1.0, 2.0], [3.0, 4.0]], np.float32), np.array([1, 0])).tolist()
+    [[3.0, 4.0], [1.0, 2.0]]
+    """
+    return rows(table, positions, "positions")
