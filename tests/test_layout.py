@@ -7,6 +7,7 @@ import inspect
 import pathlib
 import subprocess
 import sys
+import tomllib
 
 import pytest
 
@@ -18,10 +19,11 @@ ROOT = PACKAGE.parent
 # Data flows one way: a file imports only from layers above its own. "" is the package itself.
 LAYERS = [
     {"axes", "reference", "grid"},
-    {"values"},
+    {"values", "positions.arguments", "positions.scalings"},
     {"masks.arguments", "masks.base", "scores", "dropout"},
-    {"masks.bands", "masks.spans", "masks.layouts", "masks.places", "positions"},
-    {"masks"},
+    {"masks.bands", "masks.spans", "masks.layouts", "masks.places"},
+    {"positions.vectors", "positions.rope", "positions.relative"},
+    {"masks", "positions"},
     {"softmax", "blocks", "tiles", "lift"},
     {"backends.xla", "backends.primitive"},
     {"backends.program", "backends.together"},
@@ -29,8 +31,20 @@ LAYERS = [
     {"backends"},
     {"explanation"},
     {"attention"},
-    {"cache", "nn.drop_in"},
+    {"cache"},
+    {"nn.attention", "nn.drop_in", "nn.norms"},
+    {"nn.feed_forward", "nn.blocks", "nn.embeddings"},
+    {"nn.pooling"},
     {"nn"},
+    {"models.layers"},
+    {"models.decoder", "models.encoder", "models.vision"},
+    {"models.encoder_decoder"},
+    {"models.decoding"},
+    {"models.beams"},
+    {"models.pretrained.safetensors", "models.pretrained.tensors", "models.pretrained.entries"},
+    {f"models.pretrained.{family}" for family in ("bert", "gpt2", "llama", "t5", "vit")},
+    {"models.pretrained"},
+    {"models"},
     {"_cases", "_peers"},
     {"_rules"},
     {"_problems"},
@@ -71,6 +85,57 @@ PUBLIC = {
         "prefix",
         "segments",
         "window",
+    ],
+    "models": [
+        "Beams",
+        "Decoder",
+        "DecoderConfig",
+        "Encoder",
+        "EncoderConfig",
+        "EncoderDecoder",
+        "EncoderDecoderConfig",
+        "Generated",
+        "Layers",
+        "Relative",
+        "Sampling",
+        "VisionConfig",
+        "VisionTransformer",
+        "beam_search",
+        "generate",
+        "pretrained",
+    ],
+    "models.pretrained": ["load", "save"],
+    "nn": [
+        "AttentionPooling",
+        "Block",
+        "ClassToken",
+        "Embeddings",
+        "FeedForward",
+        "KeysValues",
+        "MultiHeadAttention",
+        "OnePlusRMSNorm",
+        "Residual",
+        "attention_fn",
+        "dot_product_attention",
+        "pooling",
+    ],
+    "positions": [
+        "DynamicNTK",
+        "Linear",
+        "Llama3",
+        "NTK",
+        "Rotary",
+        "Scaling",
+        "YaRN",
+        "alibi",
+        "alibi_slopes",
+        "frequencies",
+        "learned",
+        "relative_bias",
+        "relative_embedding",
+        "rotary",
+        "sinusoidal",
+        "transformer_xl",
     ],
     "scores": [
         "Score",
@@ -120,6 +185,14 @@ def test_a_file_imports_only_from_layers_above_its_own(module):
             assert RANK[rest] < RANK[module], f"{module or 'the package'} imports {name}"
 
 
+def test_every_folder_of_modules_is_installed():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    packages = project["tool"]["setuptools"]["packages"]
+    tops = [PACKAGE, ROOT / "experiments"]
+    folders = {path.parent for top in tops for path in top.rglob("__init__.py")}
+    assert sorted(packages) == sorted(str(f.relative_to(ROOT)).replace("/", ".") for f in folders)
+
+
 def test_the_reference_is_numpy_and_the_standard_library():
     tops = {name.partition(".")[0] for name in imported(MODULES["reference"])}
     assert tops <= {"numpy", *sys.stdlib_module_names}
@@ -136,7 +209,7 @@ def test_importing_the_package_starts_no_backend():
 @pytest.mark.parametrize("module", PUBLIC)
 def test_public_names(module):
     found = importlib.import_module(f"attention_jax.{module}".rstrip("."))
-    assert sorted(found.__all__) == PUBLIC[module]
+    assert sorted(found.__all__) == sorted(PUBLIC[module])
     missing = [name for name in found.__all__ if not hasattr(found, name)]
     assert not missing
 

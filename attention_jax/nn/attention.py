@@ -1,0 +1,410 @@
+"""Multi-head attention as a Flax module: projections around ``attention``, which does the rest."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Collection
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Float
+
+from attention_jax import cache as caches
+from attention_jax.attention import attention, attention_weights
+from attention_jax.axes import AnyArray
+from attention_jax.cache import KVCache
+from attention_jax.masks import Mask, dense
+from attention_jax.masks.arguments import int_at_least
+from attention_jax.positions import DynamicNTK, Rotary
+from attention_jax.scores import Score
+
+KERNEL_INIT, BIAS_INIT = nnx.initializers.lecun_normal(), nnx.initializers.zeros_init()
+PROJECTIONS = ("query", "key", "value", "gate", "out")
+
+Scores = Score | tuple[Score, ...]
+
+
+class KeysValues(NamedTuple):
+    """Keys ``[*B S K H]`` and values ``[*B S K D]`` of a context, projected once for many calls."""
+
+    key: Any
+    value: Any
+
+
+class MultiHeadAttention(nnx.Module):
+    """Self-attention, or attention to a context, in ``N`` heads::
+
+        q, k, v = x W_q, c W_k, c W_v                  c = x, or the context
+        out     = concat_n(attention(q_n, k_n, v_n)) W_o
+
+    A variant is a value: a mask (local, global, causal), a score, a rotary. With ``norm`` queries
+    and keys are normalised per head before they are turned; with ``gate`` the heads are multiplied
+    by ``sigmoid(x W_g)`` before the last projection; with ``sinks`` each head has a learned logit
+    that takes probability and gives no value.
+
+    >>> import numpy as np
+    >>> from attention_jax import masks
+    >>> module = MultiHeadAttention(8, num_heads=2, mask=masks.causal(), rngs=nnx.Rngs(0))
+    >>> module(np.ones((1, 5, 8), np.float32)).shape
+    (1, 5, 8)
+
+    Source: Vaswani et al. 2017, "Attention Is All You Need", section 3.2.2.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        num_heads: int,
+        *,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        value_dim: int | None = None,
+        context_features: int | None = None,
+        out_features: int | None = None,
+        fused: bool = False,
+        bias: bool | Collection[str] = True,
+        mask: Mask | None = None,
+        score: Scores = (),
+        scale: float | None = None,
+        rotary: Rotary | None = None,
+        norm: Callable[..., nnx.Module] | None = None,
+        sinks: bool = False,
+        gate: bool = False,
+        dropout_rate: float = 0.0,
+        deterministic: bool = False,
+        implementation: str | tuple[str, ...] | None = None,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        kernel_init: nnx.Initializer = KERNEL_INIT,
+        bias_init: nnx.Initializer = BIAS_INIT,
+        rngs: nnx.Rngs,
+    ) -> None:
+        """Makes the projections.
+
+        Args:
+          features: width of the model (E).
+          num_heads: query heads (N).
+          num_kv_heads: key-value heads (K), of which ``num_heads`` is a multiple; default N.
+          head_dim: width of queries and keys (H); default ``features / num_heads``.
+          value_dim: width of values (D); default ``head_dim``.
+          context_features: width of the context; it says that there must be one.
+          out_features: width of the result; default ``features``.
+          fused: query, key and value in one product (key and value where there is a context).
+          bias: which projections have one: all, none, or some of ``"query"``, ``"key"``,
+            ``"value"``, ``"gate"``, ``"out"``.
+          mask, score: of every call; more can come with a call.
+          scale: of the logits; default ``1 / sqrt(H)``.
+          rotary: turns queries and keys by their positions.
+          norm: makes what normalises queries and keys, ``norm(head_dim, rngs=rngs)``.
+          sinks, gate: see above.
+          dropout_rate: probability of dropping a probability.
+          deterministic: drop nothing; ``train()`` and ``eval()`` set it.
+          implementation: of ``attention``.
+          dtype: of the computation; default: what inputs and parameters promote to.
+          param_dtype: of the parameters.
+          kernel_init, bias_init: initialisers of the projections.
+          rngs: for parameters, and for dropout where there is any.
+
+        Raises:
+          ValueError: sizes that do not fit, or an unknown projection.
+        """
+        head_dim = default_head_dim(features, num_heads) if head_dim is None else head_dim
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        value_dim = head_dim if value_dim is None else value_dim
+        sizes = {
+            "features": features,
+            "num_heads": num_heads,
+            "num_kv_heads": num_kv_heads,
+            "head_dim": head_dim,
+            "value_dim": value_dim,
+        }
+        for name, x in sizes.items():
+            int_at_least(name, x, 1)
+        if num_heads % num_kv_heads:
+            raise ValueError(
+                f"num_heads must be a multiple of num_kv_heads, got {num_heads} and {num_kv_heads}"
+            )
+        if not 0 <= dropout_rate < 1:
+            raise ValueError(f"dropout_rate must be in [0, 1), got {dropout_rate}")
+        if rotary is not None and context_features is not None:
+            raise ValueError(
+                "rotary must be None with context_features: positions in two sequences have no "
+                "distance"
+            )
+        has_bias = _has_bias(bias)
+        self.features, self.context_features = features, context_features
+        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
+        self.head_dim, self.value_dim = head_dim, value_dim
+        self.mask, self.score = _held(mask), _held(score)
+        self.scale, self.rotary = scale, rotary
+        self.dropout_rate, self.deterministic = dropout_rate, deterministic
+        self.implementation = implementation
+        self.dtype, self.param_dtype = dtype, param_dtype
+
+        linear = functools.partial(
+            nnx.Linear,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            kernel_init=kernel_init,
+            bias_init=bias_init,
+            rngs=rngs,
+        )
+        N, K, H, D = num_heads, num_kv_heads, head_dim, value_dim
+        widths = {"query": N * H, "key": K * H, "value": K * D}
+        together = [["query"], ["key"], ["value"]]
+        if fused:
+            together = [["query", "key", "value"]]
+            if context_features is not None:
+                together = [["query"], ["key", "value"]]
+        for names in together:
+            biases = {has_bias(name) for name in names}
+            if len(biases) > 1:
+                raise ValueError(f"bias must be the same for {names} where they are fused")
+            source = features
+            if context_features is not None and names != ["query"]:
+                source = context_features
+            width = sum(widths[name] for name in names)
+            setattr(self, "_".join(names), linear(source, width, use_bias=biases.pop()))
+        self.together = tuple(tuple(names) for names in together)
+        self.query_norm = nnx.data(None if norm is None else norm(H, rngs=rngs))
+        self.key_norm = nnx.data(None if norm is None else norm(H, rngs=rngs))
+        self.sinks = nnx.data(nnx.Param(jnp.zeros(N, param_dtype)) if sinks else None)
+        self.gate = nnx.data(linear(features, N * D, use_bias=has_bias("gate")) if gate else None)
+        self.out = linear(
+            N * D, features if out_features is None else out_features, use_bias=has_bias("out")
+        )
+        self.rngs = nnx.data(rngs.dropout.fork() if dropout_rate else None)
+
+    # --- Calls.
+
+    def __call__(
+        self,
+        x: Float[AnyArray, "*B T E"],
+        context: Float[AnyArray, "*B S C"] | KeysValues | None = None,
+        *,
+        mask: Any = None,
+        score: Scores = (),
+        positions: Any = None,
+        cache: KVCache | None = None,
+        count: Any = None,
+        return_weights: bool = False,
+        deterministic: bool | None = None,
+        rngs: Any = None,
+    ) -> Any:
+        """What each of the tokens gathers.
+
+        Args:
+          x: tokens ``[*B T E]``.
+          context: what to attend to, ``[*B S C]`` or what ``keys_values`` made of it; default
+            ``x`` itself.
+          mask: beside that of the module: a ``Mask``, or a bool array that broadcasts to
+            ``[*B N T S]``. With a cache, a ``Mask`` in terms of positions.
+          score: after those of the module.
+          positions: of the tokens, integers that broadcast to ``[*B T]``, for ``rotary``; default
+            from 0, or from where the cache ends.
+          cache: the tokens before these.
+          count: how many of the tokens are real, with a cache; see ``cache.attend``.
+          return_weights: also the probabilities ``[*B N T S]``, without dropout.
+          deterministic, rngs: as in Flax; default those of the module.
+
+        Returns:
+          ``[*B T E]``; then the weights, where asked for; then the new cache, where there is one.
+
+        Raises:
+          ValueError: a context is missing, or is not for this module; shapes that do not fit.
+        """
+        T = self._check(x, context, cache)
+        if positions is None:
+            positions = jnp.arange(T, dtype=jnp.int32)
+            if cache is not None:
+                positions = cache.length[..., None] + positions
+        if isinstance(context, KeysValues):
+            (query,) = self._project(x, None, "query")
+            key, value = context
+        else:
+            source = x if context is None else context
+            query, key, value = self._project(x, source, "query", "key", "value")
+            key = self._placed(key, self.key_norm, positions)
+        query = self._placed(query, self.query_norm, positions)
+        seen = _both(self.mask, mask)
+        after = None
+        if cache is not None:
+            key, value, seen, after = caches.extend(cache, key, value, mask=seen, count=count)
+        options = {
+            "mask": seen,
+            "score": (*_as_tuple(self.score), *_as_tuple(score)),
+            "sinks": None if self.sinks is None else self.sinks[...],
+            "scale": self.scale,
+        }
+        heads = attention(
+            query,
+            key,
+            value,
+            **options,
+            **self._dropout(deterministic, rngs),
+            implementation=self.implementation,
+        )
+        result = self._finish(heads, x)
+        more: tuple[Any, ...] = ()
+        if return_weights:
+            more = (attention_weights(query, key, **options),)
+        if cache is not None:
+            more = (*more, after)
+        return (result, *more) if more else result
+
+    def keys_values(self, context: Float[AnyArray, "*B S C"]) -> KeysValues:
+        """Keys and values of a context, to be given to many calls in its place.
+
+        >>> import numpy as np
+        >>> module = MultiHeadAttention(8, num_heads=2, context_features=6, rngs=nnx.Rngs(0))
+        >>> module.keys_values(np.ones((1, 5, 6), np.float32)).key.shape
+        (1, 5, 2, 4)
+        """
+        self._check_context(context)
+        key, value = self._project(None, context, "key", "value")
+        return KeysValues(self._placed(key, self.key_norm, None), value)
+
+    def init_cache(
+        self, batch: tuple[int, ...], capacity: int, *, dtype: Any = None, rolling: bool = False
+    ) -> KVCache:
+        """An empty cache for the keys and values of this module; see ``cache.init``."""
+        return caches.init(
+            batch,
+            capacity=capacity,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            value_dim=self.value_dim,
+            dtype=dtype or self.dtype or self.param_dtype,
+            rolling=rolling,
+        )
+
+    # --- Parts.
+
+    def _check(self, x: Any, context: Any, cache: Any) -> int:
+        if x.ndim < 2 or x.shape[-1] != self.features:
+            raise ValueError(f"x must have shape [*B T E] with E = {self.features}, got {x.shape}")
+        if context is None and self.context_features is not None:
+            raise ValueError(
+                f"context must be given: this module attends to one, of width "
+                f"{self.context_features} (context_features)"
+            )
+        scaling: Any = None if self.rotary is None else self.rotary.scaling
+        dynamic = isinstance(scaling, DynamicNTK) and cache is not None
+        if dynamic and (cache.rolling or cache.capacity > scaling.original):
+            raise NotImplementedError(
+                f"cache cannot be used with DynamicNTK beyond its {scaling.original} original "
+                f"tokens: cached keys would have to be turned again; use another scaling"
+            )
+        if context is not None:
+            if cache is not None:
+                raise ValueError(
+                    "cache must be None with a context: project it once, with keys_values"
+                )
+            self._check_context(context)
+        return int(x.shape[-2])
+
+    def _check_context(self, context: Any) -> None:
+        if self.rotary is not None:
+            raise ValueError(
+                "context must be None with rotary: positions in two sequences have no distance"
+            )
+        if "query" in self.together[0] and len(self.together[0]) > 1:
+            raise ValueError(
+                "context must be None where query, key and value are fused: make the module with "
+                "context_features"
+            )
+        width = self.context_features or self.features
+        if not isinstance(context, KeysValues) and context.shape[-1] != width:
+            raise ValueError(
+                f"context must have shape [*B S C] with C = {width}, got {context.shape}"
+            )
+
+    def _project(self, x: Any, context: Any, *wanted: str) -> list[jax.Array]:
+        """Heads ``[*B T N H]`` by name: queries of ``x``, keys and values of ``context``."""
+        shapes = {
+            "query": (self.num_heads, self.head_dim),
+            "key": (self.num_kv_heads, self.head_dim),
+            "value": (self.num_kv_heads, self.value_dim),
+        }
+        heads = {}
+        for names in self.together:
+            if set(names) & set(wanted):
+                flat = getattr(self, "_".join(names))(x if "query" in names else context)
+                ends = itertools.accumulate(math.prod(shapes[name]) for name in names)
+                for name, part in zip(
+                    names, jnp.split(flat, list(ends)[:-1], axis=-1), strict=True
+                ):
+                    heads[name] = part.reshape(*part.shape[:-1], *shapes[name])
+        return [heads[name] for name in wanted]
+
+    def _placed(self, heads: jax.Array, norm: Any, positions: Any) -> jax.Array:
+        """Queries or keys, normalised and turned."""
+        heads = heads if norm is None else norm(heads)
+        return heads if self.rotary is None else self.rotary(heads, positions)
+
+    def _finish(self, heads: jax.Array, x: Any) -> jax.Array:
+        """Heads ``[*B T N D]``, gated and projected to ``[*B T E]``."""
+        flat = heads.reshape(*heads.shape[:-2], -1)
+        if self.gate is not None:
+            flat = flat * jax.nn.sigmoid(self.gate(x))
+        return self.out(flat)
+
+    def _dropout(self, deterministic: bool | None, rngs: Any) -> dict[str, Any]:
+        """Options of ``attention``."""
+        deterministic = self.deterministic if deterministic is None else deterministic
+        if deterministic or not self.dropout_rate:
+            return {}
+        return {
+            "dropout_rate": self.dropout_rate,
+            "dropout_key": dropout_key(self.rngs if rngs is None else rngs),
+        }
+
+    def set_view(self, deterministic: bool | None = None) -> None:
+        """For ``nnx.view``."""
+        if deterministic is not None:
+            self.deterministic = deterministic
+
+
+def dropout_key(rngs: Any) -> jax.Array:
+    """The next key of ``nnx.Rngs`` or of a stream of them, or a key as it is."""
+    if isinstance(rngs, nnx.Rngs):
+        rngs = rngs.dropout
+    return rngs() if isinstance(rngs, nnx.RngStream) else rngs
+
+
+def default_head_dim(features: int, num_heads: int) -> int:
+    """``features / num_heads``, which must be whole."""
+    int_at_least("num_heads", num_heads, 1)
+    if features % num_heads:
+        raise ValueError(
+            f"features must be a multiple of num_heads, got {features} and {num_heads}: or give "
+            f"head_dim"
+        )
+    return features // num_heads
+
+
+def _has_bias(bias: bool | Collection[str]) -> Callable[[str], bool]:
+    names = set(PROJECTIONS if bias is True else bias or ())
+    if unknown := names - set(PROJECTIONS):
+        raise ValueError(f"bias must name some of {PROJECTIONS}, got {sorted(unknown)}")
+    return names.__contains__
+
+
+def _held(value: Any) -> Any:
+    """A mask or scores as an attribute: with arrays it is data to Flax, without it is static."""
+    return nnx.data(value) if jax.tree.leaves(value) else value
+
+
+def _as_tuple(score: Scores) -> tuple[Score, ...]:
+    return (score,) if isinstance(score, Score) else tuple(score)
+
+
+def _both(own: Mask | None, mask: Any) -> Any:
+    """The mask of the module and that of the call."""
+    if own is None or mask is None:
+        return own if mask is None else mask
+    return own & (mask if isinstance(mask, Mask) else dense(mask))

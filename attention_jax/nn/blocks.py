@@ -1,0 +1,162 @@
+"""One layer of a transformer: sublayers, each with a residual connection and its norms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from flax import nnx
+from jaxtyping import Float
+
+from attention_jax.axes import AnyArray
+from attention_jax.cache import KVCache
+from attention_jax.nn.attention import MultiHeadAttention
+
+ORDERS = ("pre", "post", "both")
+
+
+class Residual(nnx.Module):
+    """``x`` and what a sublayer makes of it, with the norm in its place::
+
+        pre    x + f(norm(x))
+        post   norm(x + f(x))
+        both   x + norm_after(f(norm(x)))
+
+    What the sublayer returns beside its result is passed on.
+
+    >>> import numpy as np
+    >>> norm = lambda: nnx.LayerNorm(8, rngs=nnx.Rngs(0))
+    >>> Residual(nnx.Linear(8, 8, rngs=nnx.Rngs(0)), norm)(np.ones((5, 8), np.float32)).shape
+    (5, 8)
+
+    Source: Xiong et al. 2020, "On Layer Normalization in the Transformer Architecture"; Gemma Team
+    2024, "Gemma 2" (both).
+    """
+
+    def __init__(
+        self,
+        sublayer: Callable[..., Any],
+        norm: Callable[[], nnx.Module],
+        *,
+        order: str = "pre",
+        dropout_rate: float = 0.0,
+        rngs: nnx.Rngs | None = None,
+    ) -> None:
+        """Takes the sublayer and makes its norms.
+
+        Args:
+          sublayer: a module, or any function of ``x``.
+          norm: makes a norm.
+          order: see above.
+          dropout_rate: probability of dropping a number of what the sublayer gives.
+          rngs: for dropout.
+
+        Raises:
+          ValueError: an unknown order.
+        """
+        if order not in ORDERS:
+            raise ValueError(f"order must be one of {ORDERS}, got {order!r}")
+        self.sublayer, self.order = sublayer, order
+        self.norm = norm()
+        self.norm_after = nnx.data(norm() if order == "both" else None)
+        self.dropout = nnx.Dropout(dropout_rate, rngs=rngs if dropout_rate else None)
+
+    def __call__(self, x: Any, *args: Any, **options: Any) -> Any:
+        """``x`` with what the sublayer adds to it; ``args`` and ``options`` are the sublayer's."""
+        result = self.sublayer(x if self.order == "post" else self.norm(x), *args, **options)
+        added, *more = result if isinstance(result, tuple) else (result,)
+        if self.norm_after is not None:
+            added = self.norm_after(added)
+        x = x + self.dropout(added)
+        if self.order == "post":
+            x = self.norm(x)
+        return (x, *more) if more else x
+
+
+class Block(nnx.Module):
+    """Tokens attend to each other, then to a context where there is one, then each by itself.
+
+    >>> import functools, numpy as np
+    >>> from attention_jax.nn import FeedForward
+    >>> rngs = nnx.Rngs(0)
+    >>> block = Block(
+    ...     MultiHeadAttention(8, num_heads=2, rngs=rngs),
+    ...     FeedForward(8, 32, rngs=rngs),
+    ...     norm=functools.partial(nnx.LayerNorm, 8, rngs=rngs),
+    ... )
+    >>> block(np.ones((1, 5, 8), np.float32)).shape
+    (1, 5, 8)
+    """
+
+    def __init__(
+        self,
+        attention: MultiHeadAttention,
+        feed_forward: Callable[[Any], Any],
+        *,
+        norm: Callable[[], nnx.Module],
+        cross_attention: MultiHeadAttention | None = None,
+        order: str = "pre",
+        dropout_rate: float = 0.0,
+        rngs: nnx.Rngs | None = None,
+    ) -> None:
+        """Takes the sublayers and gives each its ``Residual``.
+
+        Args:
+          attention: of the tokens to each other.
+          feed_forward: of each token by itself.
+          norm: makes a norm.
+          cross_attention: of the tokens to a context, between the two.
+          order: ``"pre"``, ``"post"`` or ``"both"``.
+          dropout_rate: of what each sublayer gives.
+          rngs: for dropout.
+        """
+
+        def residual(sublayer: Any) -> Residual:
+            return Residual(sublayer, norm, order=order, dropout_rate=dropout_rate, rngs=rngs)
+
+        self.attention = residual(attention)
+        self.cross_attention = nnx.data(
+            None if cross_attention is None else residual(cross_attention)
+        )
+        self.feed_forward = residual(feed_forward)
+
+    def __call__(
+        self,
+        x: Float[AnyArray, "*B T E"],
+        context: Any = None,
+        *,
+        mask: Any = None,
+        context_mask: Any = None,
+        score: Any = (),
+        positions: Any = None,
+        cache: KVCache | None = None,
+        count: Any = None,
+    ) -> Any:
+        """Tokens ``[*B T E]`` to tokens of the same shape.
+
+        Args:
+          x: the tokens.
+          context: for the cross-attention: ``[*B S C]``, or its ``keys_values``.
+          mask, score, positions, cache, count: of the self-attention.
+          context_mask: of the cross-attention.
+
+        Returns:
+          The tokens; with a cache also the new one.
+
+        Raises:
+          ValueError: a context without a cross-attention, or the other way round.
+        """
+        if (context is None) != (self.cross_attention is None):
+            has, given = ("no", "one") if context is not None else ("a", "none")
+            raise ValueError(
+                f"context must be given exactly where there is a cross-attention: the block has "
+                f"{has} cross-attention, got {given}"
+            )
+        result = self.attention(
+            x, mask=mask, score=score, positions=positions, cache=cache, count=count
+        )
+        x, after = result if cache is not None else (result, None)
+        if self.cross_attention is not None:
+            x = self.cross_attention(x, context, mask=context_mask)
+        x = self.feed_forward(x)
+        return x if cache is None else (x, after)

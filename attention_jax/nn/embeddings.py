@@ -1,0 +1,123 @@
+"""From tokens to vectors, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Float
+
+from attention_jax.axes import AnyArray
+from attention_jax.masks.arguments import int_at_least
+from attention_jax.positions import learned, sinusoidal
+from attention_jax.positions.arguments import check_positions, rows
+
+EMBED_INIT = nnx.initializers.normal(0.02)
+POSITIONS = (None, "learned", "sinusoidal")
+
+
+class Embeddings(nnx.Module):
+    """``scale * table[token] + positions[position] + types[type]``, then the norm, then dropout.
+
+    >>> import numpy as np
+    >>> embed = Embeddings(10, 8, positions="learned", max_length=5, rngs=nnx.Rngs(0))
+    >>> embed(np.array([[3, 1, 4]])).shape
+    (1, 3, 8)
+    >>> embed.logits(np.ones((1, 3, 8), np.float32)).shape
+    (1, 3, 10)
+    """
+
+    def __init__(
+        self,
+        vocabulary: int,
+        features: int,
+        *,
+        positions: str | None = None,
+        max_length: int | None = None,
+        types: int = 0,
+        scale: float = 1.0,
+        norm: Callable[[], nnx.Module] | None = None,
+        dropout_rate: float = 0.0,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        embedding_init: nnx.Initializer = EMBED_INIT,
+        rngs: nnx.Rngs,
+    ) -> None:
+        """Makes the tables.
+
+        Args:
+          vocabulary: number of tokens (V).
+          features: width of the model (E).
+          positions: ``"learned"``, ``"sinusoidal"`` or None.
+          max_length: rows of the table of learned positions.
+          types: number of token types (segments of BERT), 0 for none.
+          scale: of the tokens' vectors.
+          norm: makes what normalises the sum.
+          dropout_rate: probability of dropping a number of it.
+          dtype, param_dtype: of the result and of the tables.
+          embedding_init: initialiser of the tables.
+          rngs: for parameters, and for dropout where there is any.
+
+        Raises:
+          ValueError: unknown ``positions``, or learned ones without ``max_length``.
+        """
+        for name, x in {"vocabulary": vocabulary, "features": features}.items():
+            int_at_least(name, x, 1)
+        if positions not in POSITIONS:
+            raise ValueError(f"positions must be one of {POSITIONS}, got {positions!r}")
+
+        def table(rows: int) -> nnx.Param[jax.Array]:
+            return nnx.Param(embedding_init(rngs.params(), (rows, features), param_dtype))
+
+        self.tokens = table(vocabulary)
+        if positions == "learned" and max_length is None:
+            raise ValueError("max_length must be given with learned positions")
+        self.positions = nnx.data(table(max_length) if positions == "learned" else None)  # type: ignore[arg-type]
+        self.types = nnx.data(table(types) if types else None)
+        self.norm = nnx.data(None if norm is None else norm())
+        self.dropout = nnx.Dropout(dropout_rate, rngs=rngs if dropout_rate else None)
+        self.sinusoidal = positions == "sinusoidal"
+        self.scale, self.dtype = scale, dtype
+
+    def __call__(self, tokens: Any, *, positions: Any = None, types: Any = None) -> jax.Array:
+        """Vectors ``[*B T E]``.
+
+        Args:
+          tokens: integers ``[*B T]``.
+          positions: integers that broadcast to ``[*B T]``; default from 0.
+          types: integers that broadcast to ``[*B T]``; default 0.
+
+        Raises:
+          ValueError: a token, position or type that is known to be out of range; where it is not
+            known, its vector is NaN.
+          TypeError: not integers.
+        """
+        tokens = check_positions(tokens, "tokens")
+        if positions is None:
+            positions = jnp.arange(tokens.shape[-1], dtype=jnp.int32)
+        x = self._cast(rows(self.tokens[...], tokens, "tokens"))
+        if self.scale != 1.0:
+            x = x * jnp.asarray(self.scale, x.dtype)
+        if self.positions is not None:
+            x = x + self._cast(learned(self.positions[...], positions))
+        if self.sinusoidal:
+            x = x + sinusoidal(positions, x.shape[-1]).astype(x.dtype)
+        if self.types is not None:
+            types = jnp.zeros((), jnp.int32) if types is None else types
+            x = x + self._cast(rows(self.types[...], types, "types"))
+        elif types is not None:
+            raise ValueError("types must be None: the embeddings were made without (types=0)")
+        x = x if self.norm is None else self.norm(x)
+        return self.dropout(x)
+
+    def logits(self, x: Float[AnyArray, "*B T E"]) -> jax.Array:
+        """``x . table[token]`` for each token: the tied head, ``[*B T V]``."""
+        table = self.tokens[...]
+        dtype = self.dtype or jnp.promote_types(x.dtype, table.dtype)
+        return jnp.asarray(x, dtype) @ table.astype(dtype).T
+
+    def _cast(self, x: jax.Array) -> jax.Array:
+        return x if self.dtype is None else x.astype(self.dtype)

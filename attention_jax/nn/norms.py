@@ -1,0 +1,48 @@
+"""The one normalisation that Flax does not have."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Float
+
+from attention_jax.axes import AnyArray, accumulation_dtype
+
+
+class OnePlusRMSNorm(nnx.Module):
+    """``x / sqrt(mean(x^2) + epsilon) * (1 + scale)``, in float32 or wider; ``scale`` starts at 0.
+
+    That weight decay pulls the factor to 1 and not to 0 is what the 1 is for.
+
+    >>> import numpy as np
+    >>> norm = OnePlusRMSNorm(2, epsilon=0.0, rngs=nnx.Rngs(0))
+    >>> norm(np.array([[3.0, 3.0]], np.float32)).tolist()
+    [[1.0, 1.0]]
+
+    Source: Gemma Team 2024, "Gemma", the published code.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        epsilon: float = 1e-6,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.normalise = nnx.RMSNorm(num_features, epsilon=epsilon, use_scale=False, rngs=rngs)
+        self.scale = nnx.Param(jnp.zeros(num_features, param_dtype))
+        self.dtype = dtype
+
+    def __call__(self, x: Float[AnyArray, "... E"]) -> jax.Array:
+        """Normalised over the last axis."""
+        x = jnp.asarray(x)
+        scale = self.scale[...]
+        dtype = self.dtype or jnp.promote_types(x.dtype, scale.dtype)
+        wide = accumulation_dtype(dtype)
+        normalised = self.normalise(x.astype(wide))
+        return (normalised * (1 + scale.astype(wide))).astype(dtype)

@@ -1,0 +1,122 @@
+"""From the vectors of all tokens to one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from attention_jax.axes import AnyArray, accumulation_dtype
+from attention_jax.nn.attention import MultiHeadAttention
+from attention_jax.nn.embeddings import EMBED_INIT
+
+
+def mean(
+    x: Float[AnyArray, "*B T E"], real: Bool[AnyArray, "*B T"] | None = None
+) -> Float[Array, "*B E"]:
+    """The mean over the real tokens; 0 where there is none.
+
+    Args:
+      x: tokens ``[*B T E]``; what padding holds is not read.
+      real: bool ``[*B T]``, False for padding; default: all are real.
+
+    >>> import numpy as np
+    >>> mean(np.array([[1.0], [3.0], [np.nan]], np.float32), np.array([True, True, False])).tolist()
+    [2.0]
+    """
+    x = jnp.asarray(x)
+    wide = x.astype(accumulation_dtype(x.dtype))
+    if real is None:
+        total, count = wide.sum(axis=-2), x.shape[-2]
+        return (total / max(count, 1)).astype(x.dtype)
+    total = jnp.where(real[..., None], wide, 0).sum(axis=-2)
+    number = jnp.maximum(jnp.sum(real, axis=-1, dtype=total.dtype), 1)
+    return (total / number[..., None]).astype(x.dtype)
+
+
+class ClassToken(nnx.Module):
+    """A learned token before the others, to be read in place of a mean.
+
+    >>> import numpy as np
+    >>> ClassToken(8, rngs=nnx.Rngs(0))(np.ones((2, 5, 8), np.float32)).shape
+    (2, 6, 8)
+
+    Source: Devlin et al. 2019, "BERT"; Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words".
+    """
+
+    def __init__(
+        self,
+        features: int,
+        *,
+        param_dtype: Any = jnp.float32,
+        init: nnx.Initializer = EMBED_INIT,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.token = nnx.Param(init(rngs.params(), (1, features), param_dtype))
+
+    def __call__(self, x: Float[AnyArray, "*B T E"]) -> Float[Array, "*B T1 E"]:
+        """``[*B T E]`` to ``[*B 1+T E]``."""
+        token = self.token[...].astype(x.dtype)
+        return jnp.concatenate(
+            [jnp.broadcast_to(token, (*x.shape[:-2], 1, x.shape[-1])), x], axis=-2
+        )
+
+
+class AttentionPooling(nnx.Module):
+    """Learned queries attend to the tokens.
+
+    >>> import numpy as np
+    >>> pool = AttentionPooling(8, num_heads=2, rngs=nnx.Rngs(0))
+    >>> pool(np.ones((2, 5, 8), np.float32)).shape
+    (2, 8)
+
+    Source: Lee et al. 2019, "Set Transformer", section 3.2.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        num_heads: int,
+        *,
+        queries: int = 1,
+        param_dtype: Any = jnp.float32,
+        init: nnx.Initializer = EMBED_INIT,
+        rngs: nnx.Rngs,
+        **options: Any,
+    ) -> None:
+        """Makes the queries and their attention.
+
+        Args:
+          features: width of the tokens (E).
+          num_heads: heads (N).
+          queries: how many vectors to make of the tokens.
+          param_dtype, init: of the queries.
+          rngs: for parameters.
+          **options: of ``MultiHeadAttention``.
+        """
+        self.queries = nnx.Param(init(rngs.params(), (queries, features), param_dtype))
+        self.attention = MultiHeadAttention(
+            features,
+            num_heads,
+            context_features=features,
+            param_dtype=param_dtype,
+            rngs=rngs,
+            **options,
+        )
+
+    def __call__(
+        self, x: Float[AnyArray, "*B T E"], real: Bool[AnyArray, "*B T"] | None = None
+    ) -> jax.Array:
+        """``[*B T E]``, of which ``real [*B T]`` are no padding, to ``[*B E]``.
+
+        With several queries, to ``[*B queries E]``.
+        """
+        queries = self.queries[...].astype(x.dtype)
+        mask = None if real is None else real[..., None, None, :]
+        batch = x.shape[:-2]
+        queries = jnp.broadcast_to(queries, (*batch, *queries.shape))
+        pooled = self.attention(queries, x, mask=mask)
+        return pooled[..., 0, :] if queries.shape[-2] == 1 else pooled
