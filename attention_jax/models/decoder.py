@@ -1,0 +1,155 @@
+"""A decoder alone, as GPT and Llama: each token predicts the next."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Float
+
+from attention_jax.axes import AnyArray, accumulation_dtype
+from attention_jax.cache import KVCache
+from attention_jax.masks import Mask
+from attention_jax.models.layers import Layers, Stack, both, padding, positions_after
+from attention_jax.nn import Embeddings
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """What a ``Decoder`` is made of."""
+
+    vocabulary: int
+    """Number of tokens (V)."""
+    layers: Layers
+    positions: str | None = None
+    """Vectors added to the tokens': ``"learned"``, ``"sinusoidal"``; None where rotary."""
+    max_length: int | None = None
+    """Rows of learned positions; without those, how long the model was trained for."""
+    embedding_scale: float = 1.0
+    tied: bool = True
+    """Whether the table of tokens is also the head."""
+    logits_softcap: float | None = None
+    dropout_rate: float = 0.0
+    """Of the embeddings."""
+
+
+class Decoder(nnx.Module):
+    """Tokens to the logits of the next: embeddings, causal layers, head.
+
+    >>> import numpy as np
+    >>> config = DecoderConfig(vocabulary=10, layers=Layers(features=8, num_layers=2, num_heads=2),
+    ...                        positions="sinusoidal")
+    >>> model = Decoder(config, rngs=nnx.Rngs(0))
+    >>> tokens = np.array([[3, 1, 4, 1]])
+    >>> model(tokens).shape
+    (1, 4, 10)
+    >>> logits, caches = model(tokens, caches=model.init_caches((1,), capacity=6))
+
+    Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"; Touvron et
+    al. 2023, "LLaMA".
+    """
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs) -> None:
+        layers = config.layers
+        self.config = config
+        self.embed = Embeddings(
+            config.vocabulary,
+            layers.features,
+            positions=config.positions,
+            max_length=config.max_length,
+            scale=config.embedding_scale,
+            dropout_rate=config.dropout_rate,
+            **layers.dtypes,
+            rngs=rngs,
+        )
+        self.stack = Stack(layers, causal=True, rngs=rngs)
+        self.head = nnx.data(None)
+        if not config.tied:
+            self.head = nnx.Linear(
+                layers.features, config.vocabulary, use_bias=False, **layers.dtypes, rngs=rngs
+            )
+
+    def __call__(
+        self,
+        tokens: Any,
+        *,
+        real: Any = None,
+        mask: Mask | None = None,
+        positions: Any = None,
+        caches: tuple[KVCache, ...] | None = None,
+        count: Any = None,
+    ) -> Any:
+        """The logits ``[*B T V]`` of what follows each token.
+
+        Args:
+          tokens: integers ``[*B T]``.
+          real: bool ``[*B T]``, False for padding; without caches.
+          mask: beside the causal one.
+          positions: of the tokens, integers that broadcast to ``[*B T]``; default from 0, or from
+            where the caches end.
+          caches: of the tokens before; see ``init_caches``.
+          count: how many of the tokens are real, an int or int array ``[*B]``; with caches.
+
+        Returns:
+          The logits, in float32 or wider; with caches also the new ones.
+
+        Raises:
+          ValueError: ``real`` with caches.
+        """
+        result = self.hidden(
+            tokens, real=real, mask=mask, positions=positions, caches=caches, count=count
+        )
+        if caches is None:
+            return self.logits(result)
+        return self.logits(result[0]), result[1]
+
+    def hidden(
+        self,
+        tokens: Any,
+        *,
+        real: Any = None,
+        mask: Mask | None = None,
+        positions: Any = None,
+        caches: tuple[KVCache, ...] | None = None,
+        count: Any = None,
+    ) -> Any:
+        """What the head sees, ``[*B T E]``; arguments and result as for a call."""
+        if caches is not None and real is not None:
+            raise ValueError("real must be None with caches: put padding last and give count")
+        if caches is not None and positions is None:
+            positions = positions_after(caches, tokens.shape[-1], count)
+        x = self.embed(tokens, positions=positions)
+        return self.stack(
+            x, mask=both(padding(real), mask), positions=positions, caches=caches, count=count
+        )
+
+    def logits(self, x: Float[AnyArray, "*B T E"]) -> jax.Array:
+        """The head: ``[*B T E]`` to ``[*B T V]``, in float32 or wider."""
+        x = jnp.asarray(x)
+        y = self.embed.logits(x) if self.head is None else self.head(x)
+        y = y.astype(accumulation_dtype(y.dtype))
+        cap = self.config.logits_softcap
+        return y if cap is None else cap * jnp.tanh(y / cap)
+
+    def init_caches(
+        self, batch: tuple[int, ...], capacity: int, *, dtype: Any = None
+    ) -> tuple[KVCache, ...]:
+        """Empty caches, one for each layer; see ``Stack.init_caches``.
+
+        Raises:
+          ValueError: more tokens than there are learned positions.
+        """
+        check_capacity(capacity, self.config)
+        return self.stack.init_caches(batch, capacity, dtype=dtype)
+
+
+def check_capacity(capacity: int, config: Any) -> None:
+    """Raises where a model has no positions for as many tokens."""
+    if config.positions == "learned" and capacity > config.max_length:
+        raise ValueError(
+            f"capacity must be at most {config.max_length}, the learned positions (max_length), "
+            f"got {capacity}"
+        )

@@ -1,0 +1,123 @@
+"""An encoder over the patches of an image, as ViT."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Float
+
+from attention_jax.axes import AnyArray, accumulation_dtype
+from attention_jax.models.layers import Layers, Stack
+from attention_jax.nn import AttentionPooling, ClassToken, pooling
+from attention_jax.nn.embeddings import EMBED_INIT
+
+POOLS = ("class", "mean", "attention")
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionConfig:
+    """What a ``VisionTransformer`` is made of."""
+
+    image: tuple[int, int]
+    """Rows and columns of pixels."""
+    patch: int
+    """Side of a patch in pixels."""
+    layers: Layers
+    classes: int | None = None
+    """Number of classes (C); None: the vectors of the tokens."""
+    channels: int = 3
+    pool: str = "class"
+    """``"class"`` is a class token before the patches; ``"mean"``; ``"attention"``."""
+    dropout_rate: float = 0.0
+    """Of the embeddings."""
+
+    def __post_init__(self) -> None:
+        if self.pool not in POOLS:
+            raise ValueError(f"pool must be one of {POOLS}, got {self.pool!r}")
+        if any(side % self.patch for side in self.image):
+            raise ValueError(f"patch must divide the image {self.image}, got {self.patch}")
+
+    @property
+    def patches(self) -> int:
+        """How many there are."""
+        return (self.image[0] // self.patch) * (self.image[1] // self.patch)
+
+
+class VisionTransformer(nnx.Module):
+    """Images to logits of classes, or to the vectors of their patches.
+
+    >>> import numpy as np
+    >>> config = VisionConfig(image=(8, 8), patch=4, channels=1, classes=3,
+    ...                       layers=Layers(features=8, num_layers=2, num_heads=2))
+    >>> VisionTransformer(config, rngs=nnx.Rngs(0))(np.ones((2, 8, 8, 1), np.float32)).shape
+    (2, 3)
+
+    Source: Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words".
+    """
+
+    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs) -> None:
+        layers = config.layers
+        E, param_dtype = layers.features, layers.param_dtype
+        self.config = config
+        self.embed = nnx.Linear(config.patch**2 * config.channels, E, **layers.dtypes, rngs=rngs)
+        self.class_token = nnx.data(None)
+        if config.pool == "class":
+            self.class_token = ClassToken(E, param_dtype=param_dtype, rngs=rngs)
+        tokens = config.patches + (config.pool == "class")
+        self.positions = nnx.Param(EMBED_INIT(rngs.params(), (tokens, E), param_dtype))
+        self.dropout = nnx.Dropout(config.dropout_rate, rngs=rngs if config.dropout_rate else None)
+        self.stack = Stack(layers, causal=False, rngs=rngs)
+        self.pooling = self.classify = nnx.data(None)
+        if config.pool == "attention":
+            self.pooling = AttentionPooling(E, layers.num_heads, **layers.dtypes, rngs=rngs)
+        if config.classes is not None:
+            self.classify = nnx.Linear(E, config.classes, **layers.dtypes, rngs=rngs)
+
+    def __call__(self, images: Float[AnyArray, "*B rows columns channels"]) -> jax.Array:
+        """``[*B C]`` in float32 or wider; without classes the tokens ``[*B T E]``."""
+        x = self.hidden(images)
+        if self.classify is None:
+            return x
+        y = self.classify(self.pooled(x))
+        return y.astype(accumulation_dtype(y.dtype))
+
+    def tokens(self, images: Float[AnyArray, "*B rows columns channels"]) -> jax.Array:
+        """``[*B T E]``: the class token where there is one, then the patches row by row."""
+        expected = (*self.config.image, self.config.channels)
+        if images.shape[-3:] != expected:
+            raise ValueError(
+                f"images must have shape [*B rows columns channels] with {expected}, got "
+                f"{images.shape}"
+            )
+        x = self.embed(patches(images, self.config.patch))
+        if self.class_token is not None:
+            x = self.class_token(x)
+        return self.dropout(x + self.positions[...].astype(x.dtype))
+
+    def hidden(self, images: Float[AnyArray, "*B rows columns channels"]) -> jax.Array:
+        """The tokens after the layers, ``[*B T E]``."""
+        return self.stack(self.tokens(images))
+
+    def pooled(self, x: Float[AnyArray, "*B T E"]) -> jax.Array:
+        """One vector for all tokens, ``[*B E]``."""
+        if self.pooling is not None:
+            return self.pooling(x)
+        x = jnp.asarray(x)
+        return x[..., 0, :] if self.config.pool == "class" else pooling.mean(x)
+
+
+def patches(images: Any, side: int) -> Any:
+    """``[*B rows columns channels]`` to ``[*B patches numbers]``, patches row by row.
+
+    >>> import numpy as np
+    >>> patches(np.arange(8).reshape(2, 4, 1), 2).tolist()
+    [[0, 1, 4, 5], [2, 3, 6, 7]]
+    """
+    *batch, rows, columns, channels = images.shape
+    x = jnp.asarray(images).reshape(*batch, rows // side, side, columns // side, side, channels)
+    x = jnp.swapaxes(x, -4, -3)
+    return x.reshape(*batch, (rows // side) * (columns // side), side * side * channels)

@@ -1,0 +1,261 @@
+"""The models: padding changes nothing, caches change nothing, every parameter learns."""
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from quick import quickly
+from test_nn import randomised
+
+from attention_jax import masks, models, positions
+from attention_jax.models import Layers, Relative
+
+V, B, T, S = 13, 2, 9, 5
+SMALL = Layers(features=12, num_layers=2, num_heads=3, hidden=16)
+
+
+def tokens(seed, *shape):
+    return np.random.default_rng(seed).integers(0, V, shape)
+
+
+def close(a, b, atol=2e-5):
+    chex.assert_trees_all_close(a, b, rtol=2e-5, atol=atol)
+
+
+def layers(**changes):
+    return dataclasses.replace(SMALL, **changes)
+
+
+DECODERS = {
+    "learned": models.DecoderConfig(V, SMALL, positions="learned", max_length=T),
+    "sinusoidal, untied": models.DecoderConfig(V, SMALL, positions="sinusoidal", tied=False),
+    "rotary, windows": models.DecoderConfig(
+        V,
+        layers(
+            num_layers=3,
+            windows=(3, None),
+            rotary=positions.Rotary(),
+            head_dim=4,
+            num_kv_heads=1,
+            norm="rms",
+            gated=True,
+            activation="silu",
+        ),
+    ),
+    "relative, a window": models.DecoderConfig(
+        V, layers(relative=Relative(8, 6), windows=(4,), scale=1.0)
+    ),
+    "capped, both norms": models.DecoderConfig(
+        V,
+        layers(
+            rotary=positions.Rotary(),
+            head_dim=6,
+            windows=(2,),
+            softcap=2.0,
+            order="both",
+            norm="one_plus_rms",
+        ),
+        embedding_scale=3.0,
+        logits_softcap=4.0,
+    ),
+    "sinks, gate, norm of heads, post": models.DecoderConfig(
+        V, layers(sinks=True, gate=True, query_key_norm=True, order="post"), positions="sinusoidal"
+    ),
+}
+
+
+call = quickly(lambda model, *args: model(*args))
+step = quickly(lambda model, x, caches, count: model(x, caches=caches, count=count))
+padded = quickly(lambda model, x, real: model(x, real=real))
+
+
+def decoder(name):
+    return randomised(models.Decoder(DECODERS[name], rngs=nnx.Rngs(0)))
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_caches_give_the_same(name):
+    model, x = decoder(name), tokens(0, B, T)
+    whole = call(model, x)
+    assert whole.shape == (B, T, V)
+    for cuts in ([T], [4, 1, 4], [1] * T):
+        caches, start, parts = model.init_caches((B,), T), 0, []
+        for n in cuts:
+            logits, caches = step(model, x[:, start : start + n], caches, np.array([n, n]))
+            parts.append(logits)
+            start += n
+        close(jnp.concatenate(parts, axis=1), whole, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_ragged_chunks_give_the_same(name):
+    """Row 0 gets 6 tokens and then 3, row 1 gets 2 and then 4, in chunks with padding last."""
+    model, x = decoder(name), tokens(0, B, T)
+    whole, caches = call(model, x), model.init_caches((B,), T)
+    first = np.stack([x[0, :6], np.concatenate([x[1, :2], [0] * 4])])
+    second = np.stack([np.concatenate([x[0, 6:], [0]]), x[1, 2:6]])
+    a, caches = step(model, first, caches, np.array([6, 2]))
+    b, caches = step(model, second, caches, np.array([3, 4]))
+    close(a[0], whole[0, :6], atol=1e-4)
+    close(a[1, :2], whole[1, :2], atol=1e-4)
+    close(b[0, :3], whole[0, 6:], atol=1e-4)
+    close(b[1], whole[1, 2:6], atol=1e-4)
+
+
+def test_a_window_needs_no_more_room_than_itself():
+    config = DECODERS["rotary, windows"]
+    caches = models.Decoder(config, rngs=nnx.Rngs(0)).init_caches((B,), 100)
+    assert [c.capacity for c in caches] == [3, 100, 3]
+    assert [c.rolling for c in caches] == [True, False, True]
+    assert caches[0].key.shape == (B, 3, 1, 4)  # one key head, as the layers have
+
+
+def test_a_token_does_not_see_the_next():
+    model, x = decoder("learned"), tokens(0, B, T)
+    other = x.copy()
+    other[:, -1] = (other[:, -1] + 1) % V
+    a, b = call(model, x), call(model, other)
+    close(a[:, :-1], b[:, :-1])
+    assert np.abs(a[:, -1] - b[:, -1]).max() > 1e-3
+
+
+def test_a_window_of_an_encoder_is_on_both_sides():
+    config = models.EncoderConfig(V, layers(num_layers=1, windows=(4,)), max_length=T)
+    model, x = randomised(models.Encoder(config, rngs=nnx.Rngs(0))), tokens(0, 1, T)
+    for j in range(T):
+        other = x.copy()
+        other[0, j] = (other[0, j] + 1) % V
+        changed = np.abs(call(model, x) - call(model, other)).max(axis=(0, 2)) > 1e-6
+        i = np.arange(T)
+        np.testing.assert_array_equal(changed, (i - 2 <= j) & (j <= i + 1))
+
+
+ENCODERS = {
+    "vectors": {},
+    "tokens": {"head": "tokens", "types": 2, "embedding_norm": True},
+    "classes": {"head": "classes", "classes": 4, "pooler": True},
+    "mean": {"head": "classes", "classes": 4, "pool": "mean"},
+}
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_padding_is_nothing(name):
+    config = models.EncoderConfig(V, layers(order="post"), max_length=T, **ENCODERS[name])
+    model = randomised(models.Encoder(config, rngs=nnx.Rngs(0)))
+    x, lengths = tokens(0, B, T), np.array([4, T])
+    got = padded(model, x, np.arange(T) < lengths[:, None])
+    alone = call(model, x[:1, :4])
+    close(got[:1] if config.head == "classes" else got[:1, :4], alone)
+
+
+def test_more_masks_compose():
+    model, x = decoder("learned"), tokens(0, B, T)
+    documents = np.array([[0] * 4 + [1] * 5] * B)
+    at = np.array([[0, 1, 2, 3, 0, 1, 2, 3, 4]] * B)
+    packed = model(x, mask=masks.segments(documents), positions=at)
+    close(packed[:, :4], model(x[:, :4]))
+    close(packed[:, 4:], model(x[:, 4:]))
+
+
+SEQUENCES = {
+    "Vaswani": models.EncoderDecoderConfig(
+        V, layers(order="post"), layers(order="post"), embedding_scale=12**0.5
+    ),
+    "T5": models.EncoderDecoderConfig(
+        V,
+        layers(relative=Relative(8, 6), scale=1.0, bias=False, norm="rms"),
+        layers(relative=Relative(8, 6), scale=1.0, bias=False, norm="rms", num_layers=3),
+        positions=None,
+        tied=False,
+        head_scale=0.5,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SEQUENCES)
+def test_encoder_decoder(name):
+    model = randomised(models.EncoderDecoder(SEQUENCES[name], rngs=nnx.Rngs(0)))
+    source, target = tokens(0, B, S), tokens(1, B, T)
+    real = np.arange(S) < np.array([3, S])[:, None]
+    whole = quickly(lambda m, a, b, real: m(a, b, source_real=real))(model, source, target, real)
+    close(whole[:1], call(model, source[:1, :3], target[:1]), atol=1e-4)  # padding is nothing
+    memory = quickly(lambda m, a, real: m.encode(a, real=real))(model, source, real)
+    decode = quickly(lambda m, x, memory, caches: m.decode(x, memory, caches=caches))
+    caches, parts = model.init_caches((B,), T), []
+    for cut in np.split(target, [5, 6, 7], axis=1):
+        logits, caches = decode(model, cut, memory, caches)
+        parts.append(logits)
+    close(jnp.concatenate(parts, axis=1), whole, atol=1e-4)
+
+
+@pytest.mark.parametrize("pool", ["class", "mean", "attention"])
+def test_vision(pool):
+    config = models.VisionConfig((4, 6), 2, SMALL, classes=5, channels=3, pool=pool)
+    model = randomised(models.VisionTransformer(config, rngs=nnx.Rngs(0)))
+    images = np.random.default_rng(0).normal(size=(B, 4, 6, 3)).astype(np.float32)
+    assert call(model, images).shape == (B, 5)
+    assert model.tokens(images).shape == (B, 6 + (pool == "class"), 12)
+    other = images.copy()
+    other[:, :2, 2:4] += 1  # the second patch of the first row
+    changed = np.abs(
+        model.embed(models.vision.patches(images, 2)) - model.embed(models.vision.patches(other, 2))
+    ).max(axis=(0, 2))
+    assert (changed > 1e-6).tolist() == [False, True, False, False, False, False]
+
+
+MODELS = {
+    "decoder": lambda rngs: models.Decoder(DECODERS["sinks, gate, norm of heads, post"], rngs=rngs),
+    "encoder": lambda rngs: models.Encoder(
+        models.EncoderConfig(V, SMALL, max_length=T, types=2, embedding_norm=True, head="tokens"),
+        rngs=rngs,
+    ),
+    "encoder-decoder": lambda rngs: models.EncoderDecoder(SEQUENCES["T5"], rngs=rngs),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_parameter_learns(name):
+    model, x = randomised(MODELS[name](nnx.Rngs(0))), tokens(0, B, T)
+
+    def loss(model):
+        logits = model(x, x) if name == "encoder-decoder" else model(x, **more)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, (x + 1) % V).mean()
+
+    more = {"types": x % 2} if name == "encoder" else {}
+    value, gradients = nnx.jit(nnx.value_and_grad(loss))(model)
+    for path, leaf in nnx.to_flat_state(gradients):
+        assert np.abs(leaf.get_value()).max() > 1e-9, path
+    optimizer = nnx.Optimizer(model, optax.adam(3e-2), wrt=nnx.Param)
+
+    @nnx.jit
+    @jax.numpy_dtype_promotion("standard")  # Optax's own
+    def step(model, optimizer):
+        now, gradients = nnx.value_and_grad(loss)(model)
+        optimizer.update(model, gradients)
+        return now
+
+    for _ in range(15):
+        last = step(model, optimizer)
+    assert last < 0.7 * value
+
+
+def test_equal_configurations_are_equal():
+    short = Layers(features=12, num_layers=4, num_heads=3, windows=(2, None))
+    long = Layers(12, 4, 3, num_kv_heads=3, head_dim=4, hidden=48, windows=(2, None, 2, None))
+    assert short == long
+    assert hash(short) == hash(long)
+
+
+@jax.numpy_dtype_promotion("standard")  # Flax's own, in its norms
+def test_bfloat16_computes_in_it_and_gives_float32():
+    config = dataclasses.replace(DECODERS["learned"], layers=layers(dtype=jnp.bfloat16))
+    model, x = models.Decoder(config, rngs=nnx.Rngs(0)), tokens(0, B, T)
+    logits, caches = model(x, caches=model.init_caches((B,), T))
+    assert logits.dtype == jnp.float32
+    assert caches[0].key.dtype == jnp.bfloat16
+    assert jax.tree.leaves(nnx.state(model, nnx.Param))[0].dtype == jnp.float32
