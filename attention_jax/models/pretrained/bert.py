@@ -1,0 +1,130 @@
+"""BERT: vectors of tokens with a pooler, logits of tokens, or logits of classes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from flax import nnx
+
+from attention_jax.models.encoder import Encoder, EncoderConfig
+from attention_jax.models.layers import Layers
+from attention_jax.models.pretrained.entries import ACTIVATION_NAMES, Entries
+from attention_jax.models.pretrained.tensors import Tensor, block, linear, norm
+
+TYPES = ("bert",)
+PREFIX = "bert."
+IGNORED = (r".*embeddings\.position_ids", r"cls\.predictions\.decoder\.(weight|bias)")
+ARCHITECTURES = {
+    "BertModel": None,
+    "BertForMaskedLM": "tokens",
+    "BertForSequenceClassification": "classes",
+}
+
+
+def config(x: Entries, names: set[str]) -> EncoderConfig:
+    """Our configuration from theirs."""
+    architecture = (x.take("architectures", None) or ["BertModel"])[0]
+    if architecture not in ARCHITECTURES:
+        x.wrong.append(f"architecture {architecture} is not supported, only {list(ARCHITECTURES)}")
+    head = ARCHITECTURES.get(architecture)
+    dropout = x.rate("hidden_dropout_prob", 0.1)
+    x.only("position_embedding_type", "absolute", None)
+    x.only("is_decoder", False)
+    x.only("add_cross_attention", False)
+    x.only("tie_word_embeddings", True)
+    x.only("chunk_size_feed_forward", 0)
+    classes = None
+    if head == "classes":
+        classes = len(x.take("id2label", None) or range(x.take("num_labels", 2)))
+        dropout_before = x.take("classifier_dropout", None)
+        if dropout_before not in (None, dropout):
+            x.wrong.append(f"classifier_dropout = {dropout_before} must be hidden_dropout_prob")
+    else:
+        x.take("classifier_dropout", None)
+    return EncoderConfig(
+        vocabulary=x.number("vocab_size"),
+        layers=Layers(
+            features=x.number("hidden_size"),
+            num_layers=x.number("num_hidden_layers"),
+            num_heads=x.number("num_attention_heads"),
+            hidden=x.number("intermediate_size"),
+            activation=x.activation("hidden_act", "gelu"),
+            norm_epsilon=x.number("layer_norm_eps", 1e-12),
+            order="post",
+            dropout_rate=dropout,
+            attention_dropout_rate=x.rate("attention_probs_dropout_prob", 0.1),
+        ),
+        max_length=x.number("max_position_embeddings", 512),
+        types=x.number("type_vocab_size", 2),
+        embedding_norm=True,
+        pooler=head != "tokens",
+        head=head,
+        classes=classes,
+        dropout_rate=dropout,
+    )
+
+
+def entries(config: EncoderConfig) -> dict[str, Any]:
+    """Theirs from ours."""
+    layers = config.layers
+    architecture = {head: name for name, head in ARCHITECTURES.items()}[config.head]
+    x: dict[str, Any] = {
+        "model_type": "bert",
+        "architectures": [architecture],
+        "vocab_size": config.vocabulary,
+        "hidden_size": layers.features,
+        "num_hidden_layers": layers.num_layers,
+        "num_attention_heads": layers.num_heads,
+        "intermediate_size": layers.hidden,
+        "hidden_act": ACTIVATION_NAMES[layers.activation],
+        "hidden_dropout_prob": layers.dropout_rate,
+        "attention_probs_dropout_prob": layers.attention_dropout_rate,
+        "layer_norm_eps": layers.norm_epsilon,
+        "max_position_embeddings": config.max_length,
+        "type_vocab_size": config.types,
+    }
+    if config.classes is not None:
+        x["id2label"] = {str(i): f"LABEL_{i}" for i in range(config.classes)}
+        x["label2id"] = {f"LABEL_{i}": i for i in range(config.classes)}
+    return x
+
+
+def model(config: EncoderConfig, rngs: nnx.Rngs) -> Encoder:
+    """The model of a configuration."""
+    return Encoder(config, rngs=rngs)
+
+
+def tensors(config: EncoderConfig) -> Iterator[Tensor]:
+    """All of a checkpoint's tensors."""
+    start = "" if config.head is None else PREFIX
+    at = f"{start}embeddings"
+    yield Tensor(f"{at}.word_embeddings.weight", ("embed", "tokens"))
+    yield Tensor(f"{at}.position_embeddings.weight", ("embed", "positions"))
+    yield Tensor(f"{at}.token_type_embeddings.weight", ("embed", "types"))
+    yield from norm(f"{at}.LayerNorm", ("embed", "norm"))
+    for i in range(config.layers.num_layers):
+        at, paths = f"{start}encoder.layer.{i}", block(("stack",), i)
+        for part in ("query", "key", "value"):
+            yield from linear(f"{at}.attention.self.{part}", (*paths["attention"], part))
+        yield from linear(f"{at}.attention.output.dense", (*paths["attention"], "out"))
+        yield from norm(f"{at}.attention.output.LayerNorm", paths["attention_norm"])
+        yield from linear(f"{at}.intermediate.dense", (*paths["feed_forward"], "up"))
+        yield from linear(f"{at}.output.dense", (*paths["feed_forward"], "down"))
+        yield from norm(f"{at}.output.LayerNorm", paths["feed_forward_norm"])
+    if config.pooler:
+        yield from linear(f"{start}pooler.dense", ("pooler",))
+    if config.head == "classes":
+        yield from linear("classifier", ("classify",))
+    if config.head == "tokens":
+        at = "cls.predictions"
+        yield from linear(f"{at}.transform.dense", ("transform",))
+        yield from norm(f"{at}.transform.LayerNorm", ("transform_norm",))
+        yield Tensor(f"{at}.bias", ("token_bias",))
+
+
+def renamed(name: str) -> str:
+    """The present name of a tensor, for files of before."""
+    return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace(
+        "LayerNorm.beta", "LayerNorm.bias"
+    )

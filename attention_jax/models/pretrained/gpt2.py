@@ -1,0 +1,102 @@
+"""GPT-2."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from flax import nnx
+
+from attention_jax.models.decoder import Decoder, DecoderConfig
+from attention_jax.models.layers import Layers
+from attention_jax.models.pretrained.entries import ACTIVATION_NAMES, Entries
+from attention_jax.models.pretrained.tensors import Tensor, block, norm
+
+TYPES = ("gpt2",)
+PREFIX = "transformer."
+# Masks that were once stored; and a copy of the table.
+IGNORED = (r".*\.attn\.(masked_)?bias", r"lm_head\.weight")
+
+
+def config(x: Entries, names: set[str]) -> DecoderConfig:
+    """Our configuration from theirs."""
+    E = x.number("n_embd")
+    longest = x.number("n_positions", 1024)
+    x.only("scale_attn_by_inverse_layer_idx", False)
+    x.only("add_cross_attention", False)
+    x.only("tie_word_embeddings", True)
+    x.flag("reorder_and_upcast_attn", False)  # the softmax is in float32 in any case
+    for name in ("type", "use_proj", "activation", "first_dropout", "proj_to_labels"):
+        x.take(f"summary_{name}", None)  # of a head that is not ours
+    return DecoderConfig(
+        vocabulary=x.number("vocab_size"),
+        layers=Layers(
+            features=E,
+            num_layers=x.number("n_layer"),
+            num_heads=x.number("n_head"),
+            hidden=x.number("n_inner", None) or 4 * E,
+            activation=x.activation("activation_function", "gelu_new"),
+            norm_epsilon=x.number("layer_norm_epsilon", 1e-5),
+            fused=True,
+            scale=None if x.flag("scale_attn_weights", True) else 1.0,
+            dropout_rate=x.rate("resid_pdrop", 0.1),
+            attention_dropout_rate=x.rate("attn_pdrop", 0.1),
+        ),
+        positions="learned",
+        max_length=longest,
+        dropout_rate=x.rate("embd_pdrop", 0.1),
+    )
+
+
+def entries(config: DecoderConfig) -> dict[str, Any]:
+    """Theirs from ours."""
+    layers = config.layers
+    return {
+        "model_type": "gpt2",
+        "architectures": ["GPT2LMHeadModel"],
+        "vocab_size": config.vocabulary,
+        "n_positions": config.max_length,
+        "n_embd": layers.features,
+        "n_layer": layers.num_layers,
+        "n_head": layers.num_heads,
+        "n_inner": layers.hidden,
+        # The two names of the tanh form differ by rounding: this is the one of the family.
+        "activation_function": {"gelu_tanh": "gelu_new"}.get(
+            layers.activation, ACTIVATION_NAMES[layers.activation]
+        ),
+        "layer_norm_epsilon": layers.norm_epsilon,
+        "scale_attn_weights": layers.scale is None,
+        "resid_pdrop": layers.dropout_rate,
+        "attn_pdrop": layers.attention_dropout_rate,
+        "embd_pdrop": config.dropout_rate,
+    }
+
+
+def model(config: DecoderConfig, rngs: nnx.Rngs) -> Decoder:
+    """The model of a configuration."""
+    return Decoder(config, rngs=rngs)
+
+
+def tensors(config: DecoderConfig) -> Iterator[Tensor]:
+    """All of a checkpoint's tensors. Its projections are ``[in, out]``, as ours."""
+    yield Tensor(f"{PREFIX}wte.weight", ("embed", "tokens"))
+    yield Tensor(f"{PREFIX}wpe.weight", ("embed", "positions"))
+    for i in range(config.layers.num_layers):
+        at, paths = f"{PREFIX}h.{i}", block(("stack",), i)
+        projections = {
+            "attn.c_attn": (*paths["attention"], "query_key_value"),
+            "attn.c_proj": (*paths["attention"], "out"),
+            "mlp.c_fc": (*paths["feed_forward"], "up"),
+            "mlp.c_proj": (*paths["feed_forward"], "down"),
+        }
+        for name, path in projections.items():
+            yield Tensor(f"{at}.{name}.weight", (*path, "kernel"))
+            yield Tensor(f"{at}.{name}.bias", (*path, "bias"))
+        yield from norm(f"{at}.ln_1", paths["attention_norm"])
+        yield from norm(f"{at}.ln_2", paths["feed_forward_norm"])
+    yield from norm(f"{PREFIX}ln_f", ("stack", "norm"))
+
+
+def renamed(name: str) -> str:
+    """The present name of a tensor, for files of before."""
+    return name

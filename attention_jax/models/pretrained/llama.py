@@ -1,0 +1,162 @@
+"""Llama, Mistral and Gemma 2: rotary positions, RMS norms, gated feed-forward layers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from flax import nnx
+
+from attention_jax.models.decoder import Decoder, DecoderConfig
+from attention_jax.models.layers import Layers
+from attention_jax.models.pretrained.entries import ACTIVATION_NAMES, Entries, rope_parameters
+from attention_jax.models.pretrained.tensors import Tensor, block, linear, norm
+
+TYPES = ("llama", "mistral", "gemma2")
+PREFIX = "model."
+IGNORED = (r".*rotary_emb\.inv_freq",)
+
+
+def config(x: Entries, names: set[str]) -> DecoderConfig:
+    """Our configuration from theirs."""
+    kind = x.take("model_type", "llama")
+    num_layers, num_heads = x.number("num_hidden_layers"), x.number("num_attention_heads")
+    E = x.number("hidden_size")
+    longest = x.number("max_position_embeddings", 2048)
+    shared: dict[str, Any] = {
+        "features": E,
+        "num_layers": num_layers,
+        "num_heads": num_heads,
+        "num_kv_heads": x.number("num_key_value_heads", None) or num_heads,
+        "head_dim": x.number("head_dim", None) or E // num_heads,
+        "hidden": x.number("intermediate_size"),
+        "gated": True,
+        "norm_epsilon": x.number("rms_norm_eps", 1e-6),
+        "bias": kind != "mistral" and x.flag("attention_bias", False),
+        "feed_forward_bias": kind == "llama" and x.flag("mlp_bias", False),
+        "rotary": x.rotary(longest),
+        "attention_dropout_rate": x.rate("attention_dropout", 0.0),
+    }
+    x.only("pretraining_tp", 1, *range(2, 65))  # how products are split, not what they are
+    vocabulary, tied = x.number("vocab_size"), x.flag("tie_word_embeddings", kind == "gemma2")
+    window = x.number("sliding_window", None) if kind != "llama" else None
+    if kind != "gemma2":
+        layers = Layers(
+            **shared,
+            norm="rms",
+            activation=x.activation("hidden_act", "silu"),
+            windows=(window,),
+        )
+        return DecoderConfig(vocabulary, layers, max_length=longest, tied=tied)
+    x.only("use_bidirectional_attention", None, False)
+    x.take("hidden_act", None)  # hidden_activation takes its place
+    activation = x.take("hidden_activation", None) or "gelu_pytorch_tanh"
+    x.left["hidden_activation"] = activation
+    cap = x.take("attn_logit_softcapping", None)
+    logits_cap = x.take("final_logit_softcapping", None)
+    layers = Layers(
+        **shared,
+        norm="one_plus_rms",
+        order="both",
+        activation=x.activation("hidden_activation", "gelu_pytorch_tanh"),
+        scale=x.number("query_pre_attn_scalar", 256) ** -0.5,
+        softcap=None if cap is None else float(cap),
+        windows=_windows(x, num_layers, window),
+    )
+    return DecoderConfig(
+        vocabulary,
+        layers,
+        max_length=longest,
+        tied=tied,
+        embedding_scale=math.sqrt(E),
+        logits_softcap=None if logits_cap is None else float(logits_cap),
+    )
+
+
+def _windows(x: Entries, num_layers: int, window: int | None) -> tuple[int | None, ...]:
+    names = {"sliding_attention": window, "full_attention": None}
+    types = x.take("layer_types", None)
+    if types is None:
+        types = [("sliding_attention", "full_attention")[i % 2] for i in range(num_layers)]
+    if len(types) != num_layers or not set(types) <= set(names):
+        x.wrong.append(f"layer_types must be {num_layers} of {sorted(names)}, got {types}")
+        return (None,)
+    return tuple(names[t] for t in types)
+
+
+def entries(config: DecoderConfig) -> dict[str, Any]:
+    """Theirs from ours."""
+    layers = config.layers
+    gemma, windows = layers.norm == "one_plus_rms", set(layers.windows) - {None}
+    kind = "gemma2" if gemma else "mistral" if windows else "llama"
+    name = {"gemma2": "Gemma2", "mistral": "Mistral", "llama": "Llama"}[kind]
+    x: dict[str, Any] = {
+        "model_type": kind,
+        "architectures": [f"{name}ForCausalLM"],
+        "vocab_size": config.vocabulary,
+        "hidden_size": layers.features,
+        "intermediate_size": layers.hidden,
+        "num_hidden_layers": layers.num_layers,
+        "num_attention_heads": layers.num_heads,
+        "num_key_value_heads": layers.num_kv_heads,
+        "head_dim": layers.head_dim,
+        "hidden_activation" if gemma else "hidden_act": ACTIVATION_NAMES[layers.activation],
+        "max_position_embeddings": config.max_length or 2048,
+        "rms_norm_eps": layers.norm_epsilon,
+        "rope_parameters": rope_parameters(layers.rotary),  # type: ignore[arg-type]
+        "tie_word_embeddings": config.tied,
+        "attention_dropout": layers.attention_dropout_rate,
+    }
+    if kind != "mistral":
+        x["attention_bias"] = layers.bias
+    if kind == "llama":
+        x["mlp_bias"] = layers.feed_forward_bias
+    if kind == "mistral":
+        (x["sliding_window"],) = windows
+    if gemma:
+        x |= {
+            "query_pre_attn_scalar": round(layers.scale**-2),  # type: ignore[operator]
+            "sliding_window": next(iter(windows), 4096),
+            "layer_types": [
+                "full_attention" if w is None else "sliding_attention" for w in layers.windows
+            ],
+            "attn_logit_softcapping": layers.softcap,
+            "final_logit_softcapping": config.logits_softcap,
+        }
+    return x
+
+
+def model(config: DecoderConfig, rngs: nnx.Rngs) -> Decoder:
+    """The model of a configuration."""
+    return Decoder(config, rngs=rngs)
+
+
+def tensors(config: DecoderConfig) -> Iterator[Tensor]:
+    """All of a checkpoint's tensors."""
+    layers = config.layers
+    bias = bool(layers.bias)
+    yield Tensor(f"{PREFIX}embed_tokens.weight", ("embed", "tokens"))
+    for i in range(layers.num_layers):
+        at, paths = f"{PREFIX}layers.{i}", block(("stack",), i)
+        for theirs, ours in (("q", "query"), ("k", "key"), ("v", "value"), ("o", "out")):
+            path = *paths["attention"], ours
+            yield from linear(f"{at}.self_attn.{theirs}_proj", path, bias=bias)
+        for name in ("gate", "up", "down"):
+            path = *paths["feed_forward"], name
+            yield from linear(f"{at}.mlp.{name}_proj", path, bias=layers.feed_forward_bias)
+        norms = {"input": "attention_norm", "post_attention": "feed_forward_norm"}
+        if layers.order == "both":
+            norms["post_attention"] = "attention_norm_after"
+            norms["pre_feedforward"] = "feed_forward_norm"
+            norms["post_feedforward"] = "feed_forward_norm_after"
+        for theirs, ours in norms.items():
+            yield from norm(f"{at}.{theirs}_layernorm", paths[ours], bias=False)
+    yield from norm(f"{PREFIX}norm", ("stack", "norm"), bias=False)
+    if not config.tied:
+        yield from linear("lm_head", ("head",), bias=False)
+
+
+def renamed(name: str) -> str:
+    """The present name of a tensor, for files of before."""
+    return name

@@ -1,0 +1,57 @@
+"""Where each tensor of a checkpoint belongs in a model, and in what form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+Path = tuple[str | int, ...]
+
+
+class Form(NamedTuple):
+    """How a tensor is laid out there and here."""
+
+    into: Callable[[np.ndarray], np.ndarray]
+    """From the checkpoint into the model."""
+    back: Callable[[Any], Any]
+    """The other way round."""
+
+
+SAME = Form(lambda x: x, lambda x: x)
+TRANSPOSED = Form(lambda x: x.T, lambda x: x.T)  # torch's Linear has [out, in]
+
+
+class Tensor(NamedTuple):
+    """One tensor of a checkpoint."""
+
+    name: str
+    path: Path
+    """In the state of the model."""
+    form: Form = SAME
+
+
+def linear(name: str, path: Path, *, bias: bool = True) -> Iterator[Tensor]:
+    """A projection as torch has it."""
+    yield Tensor(f"{name}.weight", (*path, "kernel"), TRANSPOSED)
+    if bias:
+        yield Tensor(f"{name}.bias", (*path, "bias"))
+
+
+def norm(name: str, path: Path, *, bias: bool = True) -> Iterator[Tensor]:
+    """A norm."""
+    yield Tensor(f"{name}.weight", (*path, "scale"))
+    if bias:
+        yield Tensor(f"{name}.bias", (*path, "bias"))
+
+
+def block(path: Path, i: int) -> dict[str, Path]:
+    """The paths of what layer ``i`` of the stack at ``path`` is made of."""
+    at = (*path, "blocks", i)
+    parts = {"attention": "attention", "cross": "cross_attention", "feed_forward": "feed_forward"}
+    paths = {name: (*at, part, "sublayer") for name, part in parts.items()}
+    for name, part in parts.items():
+        paths[f"{name}_norm"] = (*at, part, "norm")
+        paths[f"{name}_norm_after"] = (*at, part, "norm_after")
+    return paths

@@ -1,0 +1,116 @@
+"""ViT: logits of classes, or the vectors of the patches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from flax import nnx
+
+from attention_jax.models.layers import Layers
+from attention_jax.models.pretrained.entries import ACTIVATION_NAMES, Entries
+from attention_jax.models.pretrained.tensors import Form, Tensor, block, linear, norm
+from attention_jax.models.vision import VisionConfig, VisionTransformer
+
+TYPES = ("vit",)
+PREFIX = "vit."
+IGNORED = (r"(vit\.)?pooler\.dense\.(weight|bias)",)  # of a head that is not ours
+WITHOUT_BATCH = Form(lambda x: x[0], lambda x: x[None])
+ARCHITECTURES = ("ViTModel", "ViTForImageClassification")
+
+
+def config(x: Entries, names: set[str]) -> VisionConfig:
+    """Our configuration from theirs."""
+    architecture = (x.take("architectures", None) or ["ViTModel"])[0]
+    if architecture not in ARCHITECTURES:
+        x.wrong.append(f"architecture {architecture} is not supported, only {ARCHITECTURES}")
+    size, patch = x.take("image_size", 224), x.number("patch_size", 16)
+    dropout = x.rate("hidden_dropout_prob", 0.0)
+    for name in ("encoder_stride", "pooler_output_size", "pooler_act"):
+        x.take(name, None)  # of heads that are not ours
+    classes = None
+    if architecture == "ViTForImageClassification":
+        classes = len(x.take("id2label", None) or range(x.take("num_labels", 2)))
+    bias: Any = x.flag("qkv_bias", True) or ("out",)
+    return VisionConfig(
+        image=(size, size) if isinstance(size, int) else tuple(size),
+        patch=patch,
+        channels=x.number("num_channels", 3),
+        classes=classes,
+        layers=Layers(
+            features=x.number("hidden_size"),
+            num_layers=x.number("num_hidden_layers"),
+            num_heads=x.number("num_attention_heads"),
+            hidden=x.number("intermediate_size"),
+            activation=x.activation("hidden_act", "gelu"),
+            norm_epsilon=x.number("layer_norm_eps", 1e-12),
+            bias=bias,
+            dropout_rate=dropout,
+            attention_dropout_rate=x.rate("attention_probs_dropout_prob", 0.0),
+        ),
+        dropout_rate=dropout,
+    )
+
+
+def entries(config: VisionConfig) -> dict[str, Any]:
+    """Theirs from ours."""
+    layers, (rows, columns) = config.layers, config.image
+    x: dict[str, Any] = {
+        "model_type": "vit",
+        "architectures": [ARCHITECTURES[config.classes is not None]],
+        "image_size": rows if rows == columns else [rows, columns],
+        "patch_size": config.patch,
+        "num_channels": config.channels,
+        "hidden_size": layers.features,
+        "num_hidden_layers": layers.num_layers,
+        "num_attention_heads": layers.num_heads,
+        "intermediate_size": layers.hidden,
+        "hidden_act": ACTIVATION_NAMES[layers.activation],
+        "hidden_dropout_prob": layers.dropout_rate,
+        "attention_probs_dropout_prob": layers.attention_dropout_rate,
+        "layer_norm_eps": layers.norm_epsilon,
+        "qkv_bias": layers.bias is True,
+    }
+    if config.classes is not None:
+        x["id2label"] = {str(i): f"LABEL_{i}" for i in range(config.classes)}
+        x["label2id"] = {f"LABEL_{i}": i for i in range(config.classes)}
+    return x
+
+
+def model(config: VisionConfig, rngs: nnx.Rngs) -> VisionTransformer:
+    """The model of a configuration."""
+    return VisionTransformer(config, rngs=rngs)
+
+
+def tensors(config: VisionConfig) -> Iterator[Tensor]:
+    """All of a checkpoint's tensors."""
+    start = "" if config.classes is None else PREFIX
+    E, p, c = config.layers.features, config.patch, config.channels
+    convolution = Form(
+        lambda x: x.transpose(2, 3, 1, 0).reshape(p * p * c, E),
+        lambda x: x.reshape(p, p, c, E).transpose(3, 2, 0, 1),
+    )
+    at = f"{start}embeddings"
+    yield Tensor(f"{at}.cls_token", ("class_token", "token"), WITHOUT_BATCH)
+    yield Tensor(f"{at}.position_embeddings", ("positions",), WITHOUT_BATCH)
+    yield Tensor(f"{at}.patch_embeddings.projection.weight", ("embed", "kernel"), convolution)
+    yield Tensor(f"{at}.patch_embeddings.projection.bias", ("embed", "bias"))
+    biased = config.layers.bias is True
+    for i in range(config.layers.num_layers):
+        at, paths = f"{start}encoder.layer.{i}", block(("stack",), i)
+        for part in ("query", "key", "value"):
+            name = f"{at}.attention.attention.{part}"
+            yield from linear(name, (*paths["attention"], part), bias=biased)
+        yield from linear(f"{at}.attention.output.dense", (*paths["attention"], "out"))
+        yield from norm(f"{at}.layernorm_before", paths["attention_norm"])
+        yield from norm(f"{at}.layernorm_after", paths["feed_forward_norm"])
+        yield from linear(f"{at}.intermediate.dense", (*paths["feed_forward"], "up"))
+        yield from linear(f"{at}.output.dense", (*paths["feed_forward"], "down"))
+    yield from norm(f"{start}layernorm", ("stack", "norm"))
+    if config.classes is not None:
+        yield from linear("classifier", ("classify",))
+
+
+def renamed(name: str) -> str:
+    """The present name of a tensor, for files of before."""
+    return name
