@@ -7,10 +7,12 @@ and ``N`` axes. All of ``T x S`` is a tile too: the materialised path uses it so
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from attention_jax.masks import Mask
@@ -18,6 +20,7 @@ from attention_jax.scores import Score, tile_indices
 from attention_jax.values import Leaf, map_leaves
 
 V = TypeVar("V")
+MOST_KNOWN = 2**18  # pairs to look at while tracing: a millisecond
 
 
 def local_axes(leaf: Leaf) -> tuple[str, ...]:
@@ -44,8 +47,8 @@ class Visible(NamedTuple):
     """Who sees whom in a tile."""
 
     pairs: Bool[Array, "t s"]
-    queries: Bool[Array, " t"]  # sees some key of the tile
-    keys: Bool[Array, " s"]  # is seen by some query of the tile
+    queries: Bool[Array, " t"] | None  # sees some key of the tile; None: every query does
+    keys: Bool[Array, " s"] | None  # is seen by some query of the tile; None: every key is
 
 
 def visible(
@@ -79,7 +82,27 @@ def visible(
         return None
     pairs = functools.reduce(jnp.logical_and, parts)
     pairs = jnp.broadcast_to(pairs, shape)
-    return Visible(pairs, pairs.any(1), pairs.any(0))
+    queries: jax.Array | None = pairs.any(1)
+    keys: jax.Array | None = pairs.any(0)
+    if len(parts) == 1 and mask is not None and (known := _known(mask, b, n, shape, q0, k0)):
+        every_query, every_key = known
+        queries, keys = None if every_query else queries, None if every_key else keys
+    return Visible(pairs, queries, keys)
+
+
+def _known(
+    mask: Mask, b: Any, n: Any, shape: tuple[int, int], q0: Any, k0: Any
+) -> tuple[bool, bool] | None:
+    """Whether every query sees some key, and every key is seen, where that is known by now."""
+    static = isinstance(q0, int) and isinstance(k0, int) and not jax.tree.leaves(mask)
+    if not static or math.prod(shape) > MOST_KNOWN:
+        return None
+    q, k = (np.arange(size, dtype=np.int32) for size in shape)
+    pairs = mask.rule(b, n, q0 + q[:, None], k0 + k[None, :])
+    if not isinstance(pairs, np.ndarray | np.bool_):
+        return None
+    pairs = np.broadcast_to(pairs, shape)
+    return bool(pairs.any(1).all()), bool(pairs.any(0).all())
 
 
 def rows_or_zero(keep: Bool[Array, " r"] | None, x: Float[Array, "r c"]) -> Float[Array, "r c"]:
@@ -94,11 +117,15 @@ def rows_or_zero(keep: Bool[Array, " r"] | None, x: Float[Array, "r c"]) -> Floa
 def clean(scores: V, seen: Visible) -> V:
     """Scores with zeros in the rows of their arrays that belong to queries that see nothing."""
 
+    queries = seen.queries
+    if queries is None:
+        return scores
+
     def rows(x: Any, leaf: Leaf) -> Any:
         axes = local_axes(leaf)
         if "T" not in axes or "S" in axes or not jnp.issubdtype(x.dtype, jnp.floating):
             return x
-        return jnp.where(seen.queries.reshape(-1, *(1,) * (x.ndim - 1)), x, jnp.zeros_like(x))
+        return jnp.where(queries.reshape(-1, *(1,) * (x.ndim - 1)), x, jnp.zeros_like(x))
 
     return map_leaves(rows, scores)
 

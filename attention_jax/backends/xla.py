@@ -27,19 +27,18 @@ from attention_jax.tiles import (
 )
 
 
-class Parts(NamedTuple):
+class Logits(NamedTuple):
     """What output, weights and lse of one head of one example are made of."""
 
-    e: jax.Array  # [T S] = exp(s - m)
-    total: jax.Array  # [T] = sum_j e_ij + exp(sink - m_i), and 1 where that is 0; p = e / total
-    m: jax.Array  # [T], lse = m + log l
-    log_l: jax.Array  # [T], -inf where l is 0
+    s: jax.Array  # [T S], less m; -inf where hidden
+    sink: jax.Array | None  # [T], less m
+    m: jax.Array  # [T], the largest of a row
     sees: jax.Array | None  # bool [T]: the query sees some key; None: every query does
     value: jax.Array  # [S D], without hidden rows
 
 
-def parts(head: Head) -> Parts:
-    """``s = scale * q k^T -> scores -> mask``, then its softmax with the sink in the sum."""
+def logits(head: Head) -> Logits:
+    """``s = scale * q k^T -> scores -> mask``."""
     dtype = accumulation_dtype(head.query.dtype)
     q, k, v = (x.astype(dtype) for x in head[:3])
     T, S = q.shape[0], k.shape[0]
@@ -59,45 +58,81 @@ def parts(head: Head) -> Parts:
     m = s.max(axis=-1, initial=-jnp.inf)
     if any(score.HIDES for score in head.score) or S == 0:
         sees = m != -jnp.inf
-    if head.sink is not None:
-        m = finite(jnp.maximum(m, head.sink.astype(dtype)))
+    sink = None if head.sink is None else head.sink.astype(dtype)
+    if sink is not None:
+        m = finite(jnp.maximum(m, sink))
     elif sees is not None:  # a maximum rather than a selection: XLA fuses it with the products
         m = jnp.maximum(m, jnp.where(sees, -jnp.inf, 0.0).astype(dtype))
     # The result does not depend on what is subtracted, so its gradient must not either.
     m = jax.lax.stop_gradient(m)
-    e = jnp.exp(s - m[:, None])
+    return Logits(s - m[:, None], None if sink is None else sink - m, m, sees, v)
+
+
+def exponentials(
+    s: jax.Array, sink: jax.Array | None, sees: jax.Array | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """``e_ij = exp s_ij``, ``total_i = sum_j e_ij + exp sink``, 1 where that is 0, and its log."""
+    e = jnp.exp(s)
     total = e.sum(axis=-1)
     empty = None if sees is None else ~sees
-    if head.sink is not None:
-        total = total + jnp.exp(head.sink.astype(dtype) - m)
+    if sink is not None:
+        total = total + jnp.exp(sink)
         empty = total == 0
     if empty is None:
-        return Parts(e, total, m, jnp.log(total), sees, v)
-    total = total + empty.astype(dtype)
-    return Parts(e, total, m, jnp.where(empty, -jnp.inf, jnp.log(total)), sees, v)
+        return e, total, jnp.log(total)
+    total = total + empty.astype(s.dtype)
+    return e, total, jnp.where(empty, -jnp.inf, jnp.log(total))
 
 
 @jax.custom_jvp
-def average(e: jax.Array, total: jax.Array, v: jax.Array) -> jax.Array:
-    """``out_i = sum_j p_ij v_j`` with ``p = e / total``, divided last: it is smaller."""
-    return product(e, v, 1, 0) / total[:, None]
+def average(
+    s: jax.Array,
+    sink: jax.Array | None,
+    v: jax.Array,
+    sees: jax.Array | None,
+    kept: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+    """``out_i = sum_j kept_ij p_ij v_j`` with ``p = e / total``, and ``log total``.
+
+    Divided last, where it is smaller.
+    """
+    e, total, log_l = exponentials(s, sink, sees)
+    return product(only(kept, e), v, 1, 0) / total[:, None], log_l
 
 
 @average.defjvp
 def _average_jvp(primals: Any, tangents: Any) -> Any:
-    """Of the formula as it stands: where one key has all the weight, its terms cancel exactly."""
-    return jax.jvp(lambda e, t, v: product(e / t[:, None], v, 1, 0), primals, tangents)
+    """``dp = p (ds - sum_j p_j ds_j)``: of all that is ``T x S`` only ``p`` need be remembered.
+
+    Where one key has all the weight the difference is exactly 0.
+    """
+    (s, sink, v, sees, kept), (ds, dsink, dv, _, _) = primals, tangents
+    e, total, _ = exponentials(s, sink, sees)
+    p = e / total[:, None]
+    mean = (p * ds).sum(axis=-1)
+    if sink is not None:
+        mean = mean + jnp.exp(sink) / total * dsink
+    dp = only(kept, p * (ds - mean[:, None]))
+    dout = product(dp, v, 1, 0) + product(only(kept, p), dv, 1, 0)
+    return average(s, sink, v, sees, kept), (dout, mean)
+
+
+def only(kept: jax.Array | None, x: jax.Array) -> jax.Array:
+    """``x`` with zeros for what dropout drops."""
+    return x if kept is None else jnp.where(kept, x, jnp.zeros_like(x))
 
 
 def attend(head: Head, *, dropout_rate: float) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Output ``[T D]``, ``m [T]`` and ``log l [T]``: ``out_i = sum_j p_ij v_j``."""
-    e, total, m, log_l, sees, v = parts(head)
+    s, sink, m, sees, v = logits(head)
+    kept = None
     if head.seed is not None:
-        q, k = jnp.arange(e.shape[0])[:, None], jnp.arange(e.shape[1])[None, :]
+        q, k = jnp.arange(s.shape[0])[:, None], jnp.arange(s.shape[1])[None, :]
         kept = dropout.keep(head.seed, head.b, head.n, q, k, rate=dropout_rate)
-        e, v = jnp.where(kept, e, jnp.zeros_like(e)), v / (1.0 - dropout_rate)
+        v = v / (1.0 - dropout_rate)
+    out, log_l = average(s, sink, v, sees, kept)
     # A row that sees nothing is 0 whatever its cotangent holds.
-    return rows_or_zero(sees, average(e, total, v)), m, log_l
+    return rows_or_zero(sees, out), m, log_l
 
 
 def run(call: Call, sizes: Sizes, *, dropout_rate: float) -> tuple[jax.Array, jax.Array]:
@@ -123,7 +158,8 @@ def attention_weights(call: Call, sizes: Sizes) -> jax.Array:
     """Probabilities ``[*B N T S]``."""
 
     def weights(head: Head) -> tuple[jax.Array]:
-        e, total, *_ = parts(head)
+        s, sink, _, sees, _ = logits(head)
+        e, total, _ = exponentials(s, sink, sees)
         return (e / total[:, None],)
 
     (p,) = over_heads_and_examples(weights, call, sizes, ("*B N T S",))
