@@ -15,6 +15,7 @@ from attention_jax.cache import KVCache
 from attention_jax.masks import Mask
 from attention_jax.models.layers import Layers, Stack, both, padding, positions_after
 from attention_jax.nn import Embeddings
+from attention_jax.nn.linear import Linear
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Decoder(nnx.Module):
         self.stack = Stack(layers, causal=True, rngs=rngs)
         self.head = nnx.data(None)
         if not config.tied:
-            self.head = nnx.Linear(
+            self.head = Linear(
                 layers.features, config.vocabulary, use_bias=False, **layers.dtypes, rngs=rngs
             )
 

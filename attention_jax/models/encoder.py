@@ -15,6 +15,7 @@ from attention_jax.masks import Mask
 from attention_jax.models.layers import Layers, Stack, both, padding
 from attention_jax.nn import Embeddings, pooling
 from attention_jax.nn.feed_forward import ACTIVATIONS
+from attention_jax.nn.linear import Linear
 
 HEADS = (None, "tokens", "classes")
 POOLS = ("first", "mean")
@@ -88,14 +89,14 @@ class Encoder(nnx.Module):
         self.pooler = self.classify = self.transform = self.transform_norm = nnx.data(None)
         self.token_bias = nnx.data(None)
         if config.pooler:
-            self.pooler = nnx.Linear(E, E, **layers.dtypes, rngs=rngs)
+            self.pooler = Linear(E, E, **layers.dtypes, rngs=rngs)
         if config.classes is not None:
-            self.classify = nnx.Linear(E, config.classes, **layers.dtypes, rngs=rngs)
+            self.classify = Linear(E, config.classes, **layers.dtypes, rngs=rngs)
             self.dropout = nnx.Dropout(
                 config.dropout_rate, rngs=rngs if config.dropout_rate else None
             )
         if config.head == "tokens":
-            self.transform = nnx.Linear(E, E, **layers.dtypes, rngs=rngs)
+            self.transform = Linear(E, E, **layers.dtypes, rngs=rngs)
             self.transform_norm = norm()
             self.token_bias = nnx.Param(jnp.zeros(config.vocabulary, layers.param_dtype))
 

@@ -15,6 +15,7 @@ from attention_jax.cache import KVCache
 from attention_jax.models.decoder import check_capacity
 from attention_jax.models.layers import Layers, Stack, padding, positions_after
 from attention_jax.nn import Embeddings
+from attention_jax.nn.linear import Linear
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +86,7 @@ class EncoderDecoder(nnx.Module):
         self.dropout = nnx.Dropout(config.dropout_rate, rngs=rngs if config.dropout_rate else None)
         self.head = nnx.data(None)
         if not config.tied:
-            self.head = nnx.Linear(E, config.vocabulary, use_bias=False, **dtypes, rngs=rngs)
+            self.head = Linear(E, config.vocabulary, use_bias=False, **dtypes, rngs=rngs)
 
     def __call__(
         self,

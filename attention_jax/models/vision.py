@@ -14,6 +14,7 @@ from attention_jax.axes import AnyArray, accumulation_dtype
 from attention_jax.models.layers import Layers, Stack
 from attention_jax.nn import AttentionPooling, ClassToken, pooling
 from attention_jax.nn.embeddings import EMBED_INIT
+from attention_jax.nn.linear import Linear
 
 POOLS = ("class", "mean", "attention")
 
@@ -63,7 +64,7 @@ class VisionTransformer(nnx.Module):
         layers = config.layers
         E, param_dtype = layers.features, layers.param_dtype
         self.config = config
-        self.embed = nnx.Linear(config.patch**2 * config.channels, E, **layers.dtypes, rngs=rngs)
+        self.embed = Linear(config.patch**2 * config.channels, E, **layers.dtypes, rngs=rngs)
         self.class_token = nnx.data(None)
         if config.pool == "class":
             self.class_token = ClassToken(E, param_dtype=param_dtype, rngs=rngs)
@@ -75,7 +76,7 @@ class VisionTransformer(nnx.Module):
         if config.pool == "attention":
             self.pooling = AttentionPooling(E, layers.num_heads, **layers.dtypes, rngs=rngs)
         if config.classes is not None:
-            self.classify = nnx.Linear(E, config.classes, **layers.dtypes, rngs=rngs)
+            self.classify = Linear(E, config.classes, **layers.dtypes, rngs=rngs)
 
     def __call__(self, images: Float[AnyArray, "*B rows columns channels"]) -> jax.Array:
         """``[*B C]`` in float32 or wider; without classes the tokens ``[*B T E]``."""

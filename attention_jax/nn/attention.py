@@ -19,10 +19,10 @@ from attention_jax.axes import AnyArray
 from attention_jax.cache import KVCache
 from attention_jax.masks import Mask, dense
 from attention_jax.masks.arguments import int_at_least
+from attention_jax.nn.linear import BIAS_INIT, KERNEL_INIT, Linear
 from attention_jax.positions import DynamicNTK, Rotary
 from attention_jax.scores import Score
 
-KERNEL_INIT, BIAS_INIT = nnx.initializers.lecun_normal(), nnx.initializers.zeros_init()
 PROJECTIONS = ("query", "key", "value", "gate", "out")
 
 Scores = Score | tuple[Score, ...]
@@ -146,7 +146,7 @@ class MultiHeadAttention(nnx.Module):
         self.dtype, self.param_dtype = dtype, param_dtype
 
         linear = functools.partial(
-            nnx.Linear,
+            Linear,
             dtype=dtype,
             param_dtype=param_dtype,
             kernel_init=kernel_init,

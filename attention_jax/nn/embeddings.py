@@ -117,7 +117,8 @@ class Embeddings(nnx.Module):
         """``x . table[token]`` for each token: the tied head, ``[*B T V]``."""
         table = self.tokens[...]
         dtype = self.dtype or jnp.promote_types(x.dtype, table.dtype)
-        return jnp.asarray(x, dtype) @ table.astype(dtype).T
+        flat = jnp.asarray(x, dtype).reshape(-1, x.shape[-1])  # see nn.linear
+        return (flat @ table.astype(dtype).T).reshape(*x.shape[:-1], table.shape[0])
 
     def _cast(self, x: jax.Array) -> jax.Array:
         return x if self.dtype is None else x.astype(self.dtype)

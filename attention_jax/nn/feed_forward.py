@@ -13,7 +13,7 @@ from jaxtyping import Float
 
 from attention_jax.axes import AnyArray
 from attention_jax.masks.arguments import int_at_least
-from attention_jax.nn.attention import BIAS_INIT, KERNEL_INIT
+from attention_jax.nn.linear import BIAS_INIT, KERNEL_INIT, Linear
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
@@ -75,7 +75,7 @@ class FeedForward(nnx.Module):
                 )
             activation = ACTIVATIONS[activation]
         linear = functools.partial(
-            nnx.Linear,
+            Linear,
             use_bias=bias,
             dtype=dtype,
             param_dtype=param_dtype,

@@ -82,9 +82,12 @@ def load(
     files = _files(folder)
     family = _family(described)
     stored = _present_names(files, family)
-    entries = Entries(described)
-    config = family.config(entries, set(stored))
-    entries.finish(str(described["model_type"]))
+    entries, kind = Entries(described), str(described["model_type"])
+    try:
+        config = family.config(entries, set(stored))
+    except (TypeError, ValueError) as e:  # sizes that do not fit, often after a wrong entry
+        raise entries.refusal(kind, str(e)) from e
+    entries.finish(kind)
     changes = {"dtype": dtype, "param_dtype": param_dtype, "implementation": implementation}
     config = _with_layers(config, changes)
 
@@ -92,7 +95,7 @@ def load(
     leaves = dict(nnx.to_flat_state(state))
     tensors = {tensor.name: tensor for tensor in family.tensors(config)}
     used = _used(stored, tensors, (*family.IGNORED, *ignore))
-    _check(described["model_type"], used, tensors, leaves)
+    _check(kind, used, tensors, leaves)
     filled = _random_state(leaves, seed)
     for name, (file, theirs) in used.items():
         tensor = tensors[name]

@@ -140,9 +140,14 @@ class Entries:
         unknown = sorted(
             name for name, x in self.left.items() if name not in HARMLESS and x is not None
         )
-        wrong = [*self.wrong, *(f"{name} = {self.left[name]!r} is unknown" for name in unknown)]
-        if wrong:
-            raise ValueError(f"config.json of a {family} cannot be loaded: " + "; ".join(wrong))
+        more = [f"{name} = {self.left[name]!r} is unknown" for name in unknown]
+        if self.wrong or more:
+            raise self.refusal(family, *more)
+
+    def refusal(self, family: str, *more: str) -> ValueError:
+        """The error that lists all that was wrong so far, and more."""
+        wrong = "; ".join([*self.wrong, *more])
+        return ValueError(f"config.json of a {family} cannot be loaded: {wrong}")
 
 
 def _scaling(kind: str, parameters: dict[str, Any], longest: int) -> Scaling | None:

@@ -176,7 +176,7 @@ def write(path: Path, shapes: Mapping[str, Any], arrays: Iterable[Any]) -> None:
         file.write(len(raw).to_bytes(8, "little"))
         file.write(raw)
         for (name, expected), x in zip(shapes.items(), arrays, strict=True):
-            array = np.ascontiguousarray(x)
+            array = np.asarray(x, order="C")
             if array.shape != tuple(expected.shape) or array.dtype != expected.dtype:
                 raise ValueError(
                     f"{name} must be {expected.dtype}{list(expected.shape)}, got "
