@@ -43,9 +43,31 @@ from experiments.contenders import (
     torch_flex,
     torch_sdpa,
 )
+from experiments.language_models import (
+    Decoding,
+    Size,
+    cache_rows,
+    decode_hugging_face,
+    decode_ours,
+    have_transformers,
+    train_flax,
+    train_ours,
+    train_torch,
+)
 
 Section = Literal[
-    "forward", "train", "window", "decode", "vmap", "first", "memory", "short", "blocks"
+    "forward",
+    "train",
+    "window",
+    "decode",
+    "vmap",
+    "first",
+    "memory",
+    "step",
+    "generate",
+    "cache",
+    "short",
+    "blocks",
 ]
 
 
@@ -77,7 +99,7 @@ class Row:
     @property
     def ratios(self) -> dict[str, float]:
         """How many times faster than each contender we are."""
-        us = self.seconds["ours"]
+        us = self.seconds.get("ours", 0.0)
         return {name: s / us for name, s in self.seconds.items() if name != "ours"}
 
 
@@ -222,6 +244,43 @@ def memory(options: Options) -> list[Row]:
     return rows
 
 
+def step(options: Options) -> list[Row]:
+    """A training step of a whole decoder, with AdamW."""
+    rows = []
+    for T, targets in (
+        (256, {"flax": 1.05, "torch": 0.9}),
+        (1024, {"flax": 2.0, "torch": 1.2}),
+    ):
+        size = Size(T)
+        contenders = {"ours": train_ours(size), "flax": train_flax(size)}
+        if have_torch():
+            contenders["torch"] = train_torch(size)
+        seconds = in_turns(contenders, max(3, options.repeats // 2))
+        note = f"{size.B * T / seconds['ours']:,.0f} tokens/s"
+        rows.append(Row("step", f"training step, {size}", seconds, 0.0, targets, note))
+    return rows
+
+
+def generate(options: Options) -> list[Row]:
+    """Greedy decoding of one prompt with caches; the longer runs show the cost of a token."""
+    rows = []
+    for new in (32, 256, 896):
+        decoding = Decoding(new=new)
+        contenders = {"ours": decode_ours(decoding)}
+        if have_transformers():
+            contenders["transformers"] = decode_hugging_face(decoding)
+        seconds = in_turns(contenders, 3)
+        note = f"{seconds['ours'] / new * 1e3:.1f} ms a token"
+        work = f"generate, {decoding}"
+        rows.append(Row("generate", work, seconds, 0.0, {"transformers": 1.0}, note))
+    return rows
+
+
+def cache(options: Options) -> list[Row]:
+    """Memory of the caches, counted."""
+    return [Row("cache", work, {}, 0.0, {}, note) for work, note in cache_rows()]
+
+
 def short(options: Options) -> list[Row]:
     """Where the materialised path ends and the blockwise one begins."""
     rows = []
@@ -274,10 +333,14 @@ SECTIONS: dict[str, Callable[[Options], list[Row]]] = {
     "vmap": vmap,
     "first": first,
     "memory": memory,
+    "step": step,
+    "generate": generate,
+    "cache": cache,
     "short": short,
     "blocks": blocks,
 }
 TUNING = ("short", "blocks")
+MODELS = ("step", "generate", "cache")
 
 
 # --- Printing and writing.
@@ -345,12 +408,24 @@ def table(rows: list[Row]) -> str:
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
+        if row.section in MODELS:
+            continue
         kind = {"forward": "forward", "train": "forward + backward", "window": "forward"}
         work = ", ".join(filter(None, (kind.get(row.section), row.work)))
         if row.section == "decode":
             work = f"decode, {work}"
         cells = [f"{row.seconds['ours'] * 1e3:,.1f} ms", *(cell(row, name) for name in others)]
         lines.append(f"| {work} | " + " | ".join(cells) + f" | {row.note} |")
+    lines += [
+        "",
+        "| work | ours | vs flax.nnx | vs torch | vs transformers | note |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        if row.section in MODELS:
+            ours = f"{row.seconds['ours'] * 1e3:,.0f} ms" if row.seconds else ""
+            cells = [ours, *(cell(row, name) for name in ("flax", "torch", "transformers"))]
+            lines.append(f"| {row.work} | " + " | ".join(cells) + f" | {row.note} |")
     return "\n".join(lines) + "\n"
 
 

@@ -202,6 +202,211 @@ def wrong_constructions():
     ]
 
 
+def wrong_modules():
+    """Of modules, likewise."""
+    from flax import nnx
+
+    from attention_jax import masks, nn, positions
+
+    value, type_ = "ValueError", "TypeError"
+    rngs, x, c = nnx.Rngs(0), f(B, T, 8), f(B, S, 6)
+    new = functools.partial(nn.MultiHeadAttention, 8, 2, rngs=rngs)
+    feed = functools.partial(nn.FeedForward, 8, 16, rngs=rngs)
+    embed = functools.partial(nn.Embeddings, 10, 8, rngs=rngs)
+    norm = functools.partial(nnx.LayerNorm, 8, rngs=rngs)
+    cross, own, fused = new(context_features=6), new(), new(fused=True)
+    turned = new(rotary=positions.Rotary())
+    dynamic = new(rotary=positions.Rotary(scaling=positions.DynamicNTK(2.0, 4)))
+    return [
+        (lambda: nn.MultiHeadAttention(9, 2, rngs=rngs), value, "multiple of num_heads", "9 and 2"),
+        (lambda: nn.MultiHeadAttention(8, 0, rngs=rngs), value, "num_heads must be at least 1"),
+        (lambda: new(num_kv_heads=3), value, "multiple of num_kv_heads", "2 and 3"),
+        (lambda: new(head_dim=0), value, "head_dim must be at least 1", "0"),
+        (lambda: new(value_dim=2.5), type_, "value_dim must be an int", "2.5"),
+        (lambda: new(bias=("query", "keys")), value, "bias must name some of", "keys"),
+        (lambda: new(bias=("query",), fused=True), value, "bias must be the same for", "fused"),
+        (lambda: new(dropout_rate=1.0), value, "dropout_rate must be in [0, 1)", "1.0"),
+        (
+            lambda: new(context_features=6, rotary=positions.Rotary()),
+            value,
+            "rotary must be None with context_features",
+        ),
+        (lambda: own(f(B, T, 7)), value, "x must have shape [*B T E] with E = 8", "(2, 5, 7)"),
+        (lambda: cross(x), value, "context must be given", "width 6"),
+        (lambda: cross(x, f(B, S, 8)), value, "C = 6", "(2, 7, 8)"),
+        (lambda: own(x, c), value, "C = 8", "(2, 7, 6)"),
+        (lambda: fused(x, f(B, S, 8)), value, "context must be None where", "fused"),
+        (lambda: fused.keys_values(f(B, S, 8)), value, "fused"),
+        (lambda: turned(x, f(B, S, 8)), value, "context must be None with rotary"),
+        (lambda: cross(x, c, cache=cross.init_cache((B,), 9)), value, "cache must be None"),
+        (lambda: own(x, cache=own.init_cache((B,), 3)), value, "capacity 3", "5 tokens"),
+        (lambda: own(x, cache=own.init_cache((3,), 9)), value, "key must have shape (3,"),
+        (
+            lambda: own(x, cache=own.init_cache((B,), 9, dtype="float16")),
+            type_,
+            "cache's dtype float16",
+            "float32",
+        ),
+        (
+            lambda: own(x, cache=own.init_cache((B,), 9), mask=np.ones((T, T), bool)),
+            type_,
+            "mask must be a Mask in terms of positions",
+            "ndarray",
+        ),
+        (
+            lambda: dynamic(x, cache=dynamic.init_cache((B,), 9)),
+            "NotImplementedError",
+            "DynamicNTK",
+            "4 original tokens",
+        ),
+        (lambda: turned(x, positions=i(3)), value, "positions must broadcast", "(3,)"),
+        (lambda: feed(activation="swish"), value, "activation must be one of", "'swish'"),
+        (lambda: nn.FeedForward(8, 0, rngs=rngs), value, "hidden must be at least 1"),
+        (lambda: nn.Residual(feed(), norm, order="mid"), value, "order must be one of", "'mid'"),
+        (
+            lambda: nn.Block(own, feed(), norm=norm)(x, c),
+            value,
+            "context must be given exactly where",
+            "no cross-attention",
+        ),
+        (
+            lambda: nn.Block(own, feed(), norm=norm, cross_attention=cross)(x),
+            value,
+            "context must be given exactly where",
+            "got none",
+        ),
+        (lambda: embed(positions="fixed"), value, "positions must be one of", "'fixed'"),
+        (lambda: embed(positions="learned"), value, "max_length must be given"),
+        (lambda: embed()(i(B, T) + 9), value, "tokens must be from 0 to 9", "10 to 10"),
+        (lambda: embed()(-i(B, T)), value, "tokens must be from 0 to 9", "-1 to -1"),
+        (lambda: embed()(x[..., 0]), type_, "tokens must be integers", "float32"),
+        (
+            lambda: embed(positions="learned", max_length=4)(i(B, T)),
+            value,
+            "positions must be from 0 to 3",
+            "0 to 4",
+        ),
+        (lambda: embed()(i(B, T), types=i(B, T)), value, "types must be None"),
+        (
+            lambda: nn.AttentionPooling(8, 3, rngs=rngs),
+            value,
+            "features must be a multiple of num_heads",
+        ),
+        (lambda: own(x, mask=masks.causal(), score=(1.0,)), type_, "score", "float"),
+    ]
+
+
+def wrong_models():
+    """Of models and decoding, likewise."""
+    from flax import nnx
+
+    from attention_jax import models
+    from attention_jax.models import Layers, Sampling, beam_search, generate
+
+    value, type_ = "ValueError", "TypeError"
+    small = Layers(8, 1, 2)
+    config = models.DecoderConfig(10, small, positions="learned", max_length=6)
+    decoder = models.Decoder(config, rngs=nnx.Rngs(0))
+    both = models.EncoderDecoder(models.EncoderDecoderConfig(10, small, small), rngs=nnx.Rngs(0))
+    images = models.VisionTransformer(
+        models.VisionConfig((4, 4), 2, small, channels=1), rngs=nnx.Rngs(0)
+    )
+    prompt, real = np.array([[3, 1, 4]] * B), np.array([[True] * 3, [False] * 3])
+    go = functools.partial(generate, decoder, prompt, max_new_tokens=2)
+    other = models.DecoderConfig(10, small)
+    free = models.Decoder(other, rngs=nnx.Rngs(0))
+    return [
+        (lambda: Layers(9, 1, 2), value, "features must be a multiple of num_heads", "9 and 2"),
+        (lambda: Layers(8, 0, 2), value, "num_layers must be at least 1", "0"),
+        (lambda: Layers(8, 1, 2, norm="batch"), value, "norm must be one of", "'batch'"),
+        (lambda: Layers(8, 1, 2, windows=()), value, "windows must have an entry"),
+        (lambda: Layers(8, 1, 2, windows=(0,)), value, "windows must be at least 1", "0"),
+        (lambda: models.EncoderConfig(10, small, head="words"), value, "head must be one of"),
+        (lambda: models.EncoderConfig(10, small, head="classes"), value, "classes must be given"),
+        (
+            lambda: models.EncoderConfig(10, small, pool="max"),
+            value,
+            "pool must be one of",
+            "'max'",
+        ),
+        (
+            lambda: models.EncoderDecoderConfig(10, small, Layers(4, 1, 2)),
+            value,
+            "one width",
+            "8 and 4",
+        ),
+        (lambda: models.VisionConfig((4, 6), 4, small), value, "patch must divide", "4"),
+        (lambda: models.VisionConfig((4, 4), 2, small, pool="all"), value, "pool must be one of"),
+        (lambda: images(f(B, 4, 4, 3)), value, "images must have shape", "(4, 4, 1)"),
+        (lambda: decoder(i(B, 7)), value, "positions must be from 0 to 5", "0 to 6"),
+        (lambda: decoder.init_caches((B,), 7), value, "capacity must be at most 6", "7"),
+        (
+            lambda: decoder(prompt, real=real, caches=decoder.init_caches((B,), 4)),
+            value,
+            "real must be None with caches",
+        ),
+        (lambda: go(max_new_tokens=0), value, "max_new_tokens must be at least 1", "0"),
+        (lambda: go(max_new_tokens=9), value, "capacity must be at most 6", "11"),
+        (lambda: go(capacity=3), value, "capacity must be at least 4", "got 3"),
+        (lambda: go(real=real), value, "real must have a token in every row"),
+        (lambda: go(real=real[:1]), value, "real must be bool of the prompt's shape", "(1, 3)"),
+        (lambda: go(real=real.astype(int)), value, "real must be bool", "int64"),
+        (lambda: go(sampling=Sampling()), value, "key must be given with sampling"),
+        (lambda: go(source=prompt), value, "source must be None for a Decoder"),
+        (
+            lambda: go(caches=decoder.init_caches((B,), 3)),
+            value,
+            "caches have capacity 3",
+            "4 tokens",
+        ),
+        (lambda: go(caches=decoder.init_caches((5,), 6)), value, "caches must be of 2 rows", "5"),
+        (
+            lambda: go(caches=decoder.init_caches((B,), 6), capacity=6),
+            value,
+            "capacity must be None with caches",
+        ),
+        (
+            lambda: generate(
+                free,
+                prompt,
+                real=np.array([[True] * 3, [True, False, False]]),
+                max_new_tokens=3,
+                capacity=4,
+            ),
+            value,
+            "capacity must be at least 5",
+            "got 4",
+        ),
+        (
+            lambda: generate(decoder, prompt[0], max_new_tokens=1),
+            value,
+            "prompt must have shape [B T]",
+            "(3,)",
+        ),
+        (
+            lambda: generate(decoder, prompt / 2, max_new_tokens=1),
+            type_,
+            "prompt must be integers",
+            "float64",
+        ),
+        (lambda: generate(both, prompt, max_new_tokens=1), value, "source must be given"),
+        (lambda: generate(images, prompt, max_new_tokens=1), type_, "VisionTransformer"),
+        (lambda: Sampling(temperature=0.0), value, "temperature must be positive", "greedy"),
+        (lambda: Sampling(top_k=0), value, "top_k must be at least 1", "0"),
+        (lambda: Sampling(top_p=1.5), value, "top_p must be in (0, 1]", "1.5"),
+        (
+            lambda: beam_search(decoder, prompt, max_new_tokens=1, beams=0),
+            value,
+            "beams must be at least 1",
+        ),
+        (
+            lambda: beam_search(decoder, prompt, max_new_tokens=1, beams=2, length_penalty=-1.0),
+            value,
+            "length_penalty must not be negative",
+        ),
+    ]
+
+
 def wrong_positions():
     """Of positions and caches, likewise."""
     from attention_jax import cache, masks, positions
@@ -294,7 +499,8 @@ def wrong_calls():
         if not wrong.keys() & {"value", "dropout_rate", "implementation", "return_lse"}:
             del arguments["value"]
             yield f"weights {name}", functools.partial(attention_weights, **arguments), error, parts
-    for number, (call, error, *parts) in enumerate([*wrong_constructions(), *wrong_positions()]):
+    wrong = [*wrong_constructions(), *wrong_positions(), *wrong_modules(), *wrong_models()]
+    for number, (call, error, *parts) in enumerate(wrong):
         yield f"construction {number} {parts[:3]}", call, error, parts
 
 
