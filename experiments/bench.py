@@ -262,10 +262,10 @@ def step(options: Options) -> list[Row]:
 
 
 def generate(options: Options) -> list[Row]:
-    """Greedy decoding of one prompt with caches; the longer runs show the cost of a token."""
+    """Greedy decoding with caches: a prompt, then tokens one by one, few and many before them."""
     rows = []
-    for new in (32, 256, 896):
-        decoding = Decoding(new=new)
+    for prompt, new in ((64, 32), (64, 256), (768, 64)):
+        decoding = Decoding(prompt=prompt, new=new)
         contenders = {"ours": decode_ours(decoding)}
         if have_transformers():
             contenders["transformers"] = decode_hugging_face(decoding)

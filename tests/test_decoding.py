@@ -43,7 +43,9 @@ def by_hand(model, prompt, new=NEW):
     return tokens[len(prompt) :]
 
 
-@pytest.mark.parametrize("name", ["rotary, windows", "relative, a window", "sinusoidal, untied"])
+@pytest.mark.parametrize(
+    "name", ["rotary, windows", pytest.param("relative, a window", marks=pytest.mark.slow)]
+)
 def test_greedy_is_the_likeliest_each_time(name):
     model = decoder(name)
     expected = [by_hand(model, p) for p in PROMPTS]
@@ -155,8 +157,7 @@ def scores(model, prompt, new):
     return every, each
 
 
-@pytest.mark.parametrize("penalty", [0.0, 1.0, 2.0])
-@pytest.mark.parametrize("stop", [(), (3,), (3, 8)])
+@pytest.mark.parametrize(("stop", "penalty"), [((), 1.0), ((3,), 0.0), ((3, 8), 2.0)])
 def test_as_many_beams_as_continuations_find_the_best(stop, penalty):
     model, new, found = decoder(), 2, 6
     tokens, real = padded("left")
@@ -186,6 +187,7 @@ def test_one_beam_is_greedy():
     chex.assert_trees_all_close(beams.score[:, 0], greedy.log_probability, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_beams_of_a_row_are_its_own():
     model = decoder("relative, a window")
     tokens, real = padded("left")
@@ -197,6 +199,7 @@ def test_beams_of_a_row_are_its_own():
         chex.assert_trees_all_close(alone.score[0], together.score[row], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_beams_of_an_encoder_decoder():
     model = randomised(models.EncoderDecoder(SEQUENCES["Vaswani"], rngs=nnx.Rngs(0)))
     source, real = padded("right")

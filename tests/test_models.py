@@ -83,7 +83,7 @@ def test_caches_give_the_same(name):
     model, x = decoder(name), tokens(0, B, T)
     whole = call(model, x)
     assert whole.shape == (B, T, V)
-    for cuts in ([T], [4, 1, 4], [1] * T):
+    for cuts in ([T], [4, 4, 1], [1] * T):
         caches, start, parts = model.init_caches((B,), T), 0, []
         for n in cuts:
             logits, caches = step(model, x[:, start : start + n], caches, np.array([n, n]))
@@ -92,7 +92,7 @@ def test_caches_give_the_same(name):
         close(jnp.concatenate(parts, axis=1), whole, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("name", ["learned", "rotary, windows", "relative, a window"])
 def test_ragged_chunks_give_the_same(name):
     """Row 0 gets 6 tokens and then 3, row 1 gets 2 and then 4, in chunks with padding last."""
     model, x = decoder(name), tokens(0, B, T)

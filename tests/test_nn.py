@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from quick import quickly
 
 from attention_jax import attention, masks, nn, positions, reference, scores
 
@@ -149,13 +150,16 @@ CACHED = {
 }
 
 
-@pytest.mark.parametrize("cuts", [[T], [4, 1, 2], [1] * T])
+step = quickly(lambda module, x, cache: module(x, cache=cache))
+
+
+@pytest.mark.parametrize("cuts", [[4, 2, 1], [1] * T])
 @pytest.mark.parametrize("name", CACHED)
 def test_a_cache_gives_the_same(name, cuts):
     module, x = new(**CACHED[name]), normal(B, T, E)
     cache, parts, start = module.init_cache((B,), T + 1), [], 0
     for n in cuts:
-        out, cache = nnx.jit(lambda m, x, c: m(x, cache=c))(module, x[:, start : start + n], cache)
+        out, cache = step(module, x[:, start : start + n], cache)
         parts.append(out)
         start += n
     whole = module(x, mask=masks.causal())
@@ -304,6 +308,7 @@ def test_layers_under_scan_and_models_under_vmap():
     close(together, jnp.stack([layer(x) for layer in each]))
 
 
+@pytest.mark.slow
 def test_dropout_in_a_block_under_scan():
     keys = jax.random.split(jax.random.key(0), 2)
     layers = nnx.vmap(lambda key: block(nnx.Rngs(key), dropout_rate=0.3))(keys)
