@@ -186,6 +186,31 @@ def test_older_names_are_known(folder):
     np.testing.assert_array_equal(pretrained.load(rewritten(folder, older))(TOKENS), expected)
 
 
+def test_older_names_of_bert(tmp_path):
+    layers = models.Layers(8, 1, 2, order="post", hidden=12)
+    config = models.EncoderConfig(11, layers, types=2, embedding_norm=True, head="tokens")
+    pretrained.save(models.Encoder(config, rngs=nnx.Rngs(0)), tmp_path)
+    expected = pretrained.load(tmp_path)(TOKENS)
+
+    def older(arrays):
+        def name(x):
+            return x.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
+                "LayerNorm.bias", "LayerNorm.beta"
+            )
+
+        copies = {
+            "cls.predictions.decoder.weight": arrays["bert.embeddings.word_embeddings.weight"]
+        }
+        positions = {"bert.embeddings.position_ids": np.arange(512)[None]}
+        return {name(x): array for x, array in arrays.items()} | copies | positions
+
+    np.testing.assert_array_equal(pretrained.load(rewritten(tmp_path, older))(TOKENS), expected)
+    headless = {"cls.seq_relationship.weight": np.zeros((2, 8), np.float32)}
+    rewritten(tmp_path, lambda arrays: arrays | headless)
+    with pytest.raises(ValueError, match=r"seq_relationship\.weight is not expected"):
+        pretrained.load(tmp_path)
+
+
 REFUSED = {
     "activation_function": ("tanhexp", "activation_function = 'tanhexp' is not supported"),
     "scale_attn_by_inverse_layer_idx": (True, "scale_attn_by_inverse_layer_idx = True"),

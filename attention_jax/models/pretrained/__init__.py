@@ -34,6 +34,9 @@ from attention_jax.models.pretrained.tensors import Tensor
 
 __all__ = ["load", "save"]
 
+# Each is a module with TYPES (its names as ``model_type``), IGNORED (patterns of tensors that are no
+# parameters), RENAMED (parts of names, for files of before), and four functions: ``config`` and
+# ``entries`` from their configuration to ours and back, ``model``, and ``tensors``.
 FAMILIES: tuple[ModuleType, ...] = (bert, gpt2, llama, t5, vit)
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -220,7 +223,9 @@ def _present_names(files: list[safetensors.File], family: ModuleType) -> Stored:
     stored: Stored = {}
     for file in files:
         for name in file:
-            new = family.renamed(name)
+            new = name
+            for old, present in family.RENAMED.items():
+                new = new.replace(old, present)
             if new in stored:
                 raise ValueError(f"{name} stands twice, in {stored[new][0].path.name} and again")
             stored[new] = file, name

@@ -9,12 +9,13 @@ from flax import nnx
 
 from attention_jax.models.encoder import Encoder, EncoderConfig
 from attention_jax.models.layers import Layers
-from attention_jax.models.pretrained.entries import ACTIVATION_NAMES, Entries
+from attention_jax.models.pretrained.entries import ACTIVATION_NAMES, Entries, labels
 from attention_jax.models.pretrained.tensors import Tensor, block, linear, norm
 
 TYPES = ("bert",)
 PREFIX = "bert."
 IGNORED = (r".*embeddings\.position_ids", r"cls\.predictions\.decoder\.(weight|bias)")
+RENAMED = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 ARCHITECTURES = {
     "BertModel": None,
     "BertForMaskedLM": "tokens",
@@ -36,7 +37,7 @@ def config(x: Entries, names: set[str]) -> EncoderConfig:
     x.only("chunk_size_feed_forward", 0)
     classes = None
     if head == "classes":
-        classes = len(x.take("id2label", None) or range(x.take("num_labels", 2)))
+        classes = x.classes()
         dropout_before = x.take("classifier_dropout", None)
         if dropout_before not in (None, dropout):
             x.wrong.append(f"classifier_dropout = {dropout_before} must be hidden_dropout_prob")
@@ -84,10 +85,7 @@ def entries(config: EncoderConfig) -> dict[str, Any]:
         "max_position_embeddings": config.max_length,
         "type_vocab_size": config.types,
     }
-    if config.classes is not None:
-        x["id2label"] = {str(i): f"LABEL_{i}" for i in range(config.classes)}
-        x["label2id"] = {f"LABEL_{i}": i for i in range(config.classes)}
-    return x
+    return x | labels(config.classes)
 
 
 def model(config: EncoderConfig, rngs: nnx.Rngs) -> Encoder:
@@ -121,10 +119,3 @@ def tensors(config: EncoderConfig) -> Iterator[Tensor]:
         yield from linear(f"{at}.transform.dense", ("transform",))
         yield from norm(f"{at}.transform.LayerNorm", ("transform_norm",))
         yield Tensor(f"{at}.bias", ("token_bias",))
-
-
-def renamed(name: str) -> str:
-    """The present name of a tensor, for files of before."""
-    return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace(
-        "LayerNorm.beta", "LayerNorm.bias"
-    )

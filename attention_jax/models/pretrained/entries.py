@@ -114,6 +114,10 @@ class Entries:
             return "gelu"
         return ACTIVATIONS[x]
 
+    def classes(self) -> int:
+        """How many labels there are; Hugging Face leaves two unsaid."""
+        return len(self.take("id2label", None) or range(self.take("num_labels", 2)))
+
     def rotary(self, longest: int) -> Rotary:
         """From ``rope_parameters``, or ``rope_theta`` and ``rope_scaling`` as they were before."""
         theta = self.take("rope_theta", 10_000.0)
@@ -148,6 +152,17 @@ class Entries:
         """The error that lists all that was wrong so far, and more."""
         wrong = "; ".join([*self.wrong, *more])
         return ValueError(f"config.json of a {family} cannot be loaded: {wrong}")
+
+
+def labels(classes: int | None) -> dict[str, Any]:
+    """Names for classes, which is how Hugging Face counts them."""
+    if classes is None:
+        return {}
+    names = [f"LABEL_{i}" for i in range(classes)]
+    return {
+        "id2label": {str(i): name for i, name in enumerate(names)},
+        "label2id": {name: i for i, name in enumerate(names)},
+    }
 
 
 def _scaling(kind: str, parameters: dict[str, Any], longest: int) -> Scaling | None:

@@ -14,6 +14,7 @@ from attention_jax.models.pretrained.tensors import Tensor, block, norm
 
 TYPES = ("gpt2",)
 PREFIX = "transformer."
+RENAMED: dict[str, str] = {}
 # Masks that were once stored; and a copy of the table.
 IGNORED = (r".*\.attn\.(masked_)?bias", r"lm_head\.weight")
 
@@ -95,8 +96,3 @@ def tensors(config: DecoderConfig) -> Iterator[Tensor]:
         yield from norm(f"{at}.ln_1", paths["attention_norm"])
         yield from norm(f"{at}.ln_2", paths["feed_forward_norm"])
     yield from norm(f"{PREFIX}ln_f", ("stack", "norm"))
-
-
-def renamed(name: str) -> str:
-    """The present name of a tensor, for files of before."""
-    return name

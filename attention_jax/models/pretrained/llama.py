@@ -15,6 +15,7 @@ from attention_jax.models.pretrained.tensors import Tensor, block, linear, norm
 
 TYPES = ("llama", "mistral", "gemma2")
 PREFIX = "model."
+RENAMED: dict[str, str] = {}
 IGNORED = (r".*rotary_emb\.inv_freq",)
 
 
@@ -155,8 +156,3 @@ def tensors(config: DecoderConfig) -> Iterator[Tensor]:
     yield from norm(f"{PREFIX}norm", ("stack", "norm"), bias=False)
     if not config.tied:
         yield from linear("lm_head", ("head",), bias=False)
-
-
-def renamed(name: str) -> str:
-    """The present name of a tensor, for files of before."""
-    return name

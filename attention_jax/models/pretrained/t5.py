@@ -14,7 +14,7 @@ from attention_jax.models.pretrained.entries import ACTIVATION_NAMES, ACTIVATION
 from attention_jax.models.pretrained.tensors import Tensor, block, linear, norm
 
 TYPES = ("t5",)
-PREFIX = ""
+RENAMED: dict[str, str] = {}
 # Copies of the shared table, and a bias that was stored and never used.
 IGNORED = (
     r"(encoder|decoder)\.embed_tokens\.weight",
@@ -132,8 +132,3 @@ def tensors(config: EncoderDecoderConfig) -> Iterator[Tensor]:
         yield from norm(f"{stack}.final_layer_norm", (stack, "norm"), bias=False)
     if not config.tied:
         yield from linear("lm_head", ("head",), bias=False)
-
-
-def renamed(name: str) -> str:
-    """The present name of a tensor, for files of before."""
-    return name

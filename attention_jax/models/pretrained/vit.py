@@ -8,12 +8,13 @@ from typing import Any
 from flax import nnx
 
 from attention_jax.models.layers import Layers
-from attention_jax.models.pretrained.entries import ACTIVATION_NAMES, Entries
+from attention_jax.models.pretrained.entries import ACTIVATION_NAMES, Entries, labels
 from attention_jax.models.pretrained.tensors import Form, Tensor, block, linear, norm
 from attention_jax.models.vision import VisionConfig, VisionTransformer
 
 TYPES = ("vit",)
 PREFIX = "vit."
+RENAMED: dict[str, str] = {}
 IGNORED = (r"(vit\.)?pooler\.dense\.(weight|bias)",)  # of a head that is not ours
 WITHOUT_BATCH = Form(lambda x: x[0], lambda x: x[None])
 ARCHITECTURES = ("ViTModel", "ViTForImageClassification")
@@ -30,7 +31,7 @@ def config(x: Entries, names: set[str]) -> VisionConfig:
         x.take(name, None)  # of heads that are not ours
     classes = None
     if architecture == "ViTForImageClassification":
-        classes = len(x.take("id2label", None) or range(x.take("num_labels", 2)))
+        classes = x.classes()
     bias: Any = x.flag("qkv_bias", True) or ("out",)
     return VisionConfig(
         image=(size, size) if isinstance(size, int) else tuple(size),
@@ -71,10 +72,7 @@ def entries(config: VisionConfig) -> dict[str, Any]:
         "layer_norm_eps": layers.norm_epsilon,
         "qkv_bias": layers.bias is True,
     }
-    if config.classes is not None:
-        x["id2label"] = {str(i): f"LABEL_{i}" for i in range(config.classes)}
-        x["label2id"] = {f"LABEL_{i}": i for i in range(config.classes)}
-    return x
+    return x | labels(config.classes)
 
 
 def model(config: VisionConfig, rngs: nnx.Rngs) -> VisionTransformer:
@@ -109,8 +107,3 @@ def tensors(config: VisionConfig) -> Iterator[Tensor]:
     yield from norm(f"{start}layernorm", ("stack", "norm"))
     if config.classes is not None:
         yield from linear("classifier", ("classify",))
-
-
-def renamed(name: str) -> str:
-    """The present name of a tensor, for files of before."""
-    return name
