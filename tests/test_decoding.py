@@ -104,6 +104,8 @@ def test_sampling_is_of_the_key_and_the_row():
     assert len({tuple(row.tolist()) for row in a}) > 20
     fewer = generate(model, prompt[:5], key=jax.random.key(0), **options).tokens
     np.testing.assert_array_equal(fewer, a[:5])  # no matter who else is there
+    old = generate(model, prompt[:5], key=jax.random.PRNGKey(0), **options).tokens
+    np.testing.assert_array_equal(old, fewer)  # keys of both kinds
     keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(0), i))(jnp.arange(40))
     own = generate(model, prompt[3:9], key=keys[3:9], **options).tokens
     np.testing.assert_array_equal(own, a[3:9])

@@ -153,7 +153,9 @@ def generate(
         if key is None:
             raise ValueError("key must be given with sampling: a key of jax.random")
         rows = jnp.arange(prompt.shape[0])
-        keys = key if jnp.ndim(key) else jax.vmap(lambda i: jax.random.fold_in(key, i))(rows)
+        one = 0 if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else 1  # axes of one key
+        own = jax.vmap(lambda i: jax.random.fold_in(key, i))
+        keys = own(rows) if key.ndim == one else key
     settings = _Settings(max_new_tokens, sampling, as_stop(stop), pad_token)
     graph, state = nnx.split(model)
     return _run(graph, settings, state, prompt, count, memory, keys, caches)

@@ -34,9 +34,9 @@ from attention_jax.models.pretrained.tensors import Tensor
 
 __all__ = ["load", "save"]
 
-# Each is a module with TYPES (its names as ``model_type``), IGNORED (patterns of tensors that are no
-# parameters), RENAMED (parts of names, for files of before), and four functions: ``config`` and
-# ``entries`` from their configuration to ours and back, ``model``, and ``tensors``.
+# Each is a module with TYPES (its names as ``model_type``), IGNORED (patterns of tensors that are
+# not parameters), RENAMED (parts of names, for files of before), and four functions: ``config``
+# and ``entries`` from their configuration to ours and back, ``model``, and ``tensors``.
 FAMILIES: tuple[ModuleType, ...] = (bert, gpt2, llama, t5, vit)
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
