@@ -180,6 +180,7 @@ def test_as_many_beams_as_continuations_find_the_best(stop, penalty):
         ][:found] == [key for key, _ in best]
 
 
+@pytest.mark.slow
 def test_one_beam_is_greedy():
     model = decoder("rotary, windows")
     tokens, real = padded("left")

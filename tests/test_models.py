@@ -251,6 +251,7 @@ def test_equal_configurations_are_equal():
     assert hash(short) == hash(long)
 
 
+@pytest.mark.slow
 @jax.numpy_dtype_promotion("standard")  # Flax's own, in its norms
 def test_bfloat16_computes_in_it_and_gives_float32():
     config = dataclasses.replace(DECODERS["learned"], layers=layers(dtype=jnp.bfloat16))
