@@ -13,7 +13,7 @@ from jaxtyping import Float
 from attention_jax.axes import AnyArray, accumulation_dtype
 from attention_jax.cache import KVCache
 from attention_jax.masks import Mask
-from attention_jax.models.layers import Layers, Stack, both, padding, positions_after
+from attention_jax.models.layers import Layers, Stack, positions_after
 from attention_jax.nn import Embeddings
 from attention_jax.nn.linear import Linear
 
@@ -118,14 +118,10 @@ class Decoder(nnx.Module):
         count: Any = None,
     ) -> Any:
         """What the head sees, ``[*B T E]``; arguments and result as for a call."""
-        if caches is not None and real is not None:
-            raise ValueError("real must be None with caches: put padding last and give count")
         if caches is not None and positions is None:
             positions = positions_after(caches, tokens.shape[-1], count)
         x = self.embed(tokens, positions=positions)
-        return self.stack(
-            x, mask=both(padding(real), mask), positions=positions, caches=caches, count=count
-        )
+        return self.stack(x, real=real, mask=mask, positions=positions, caches=caches, count=count)
 
     def logits(self, x: Float[AnyArray, "*B T E"]) -> jax.Array:
         """The head: ``[*B T E]`` to ``[*B T V]``, in float32 or wider."""

@@ -12,7 +12,7 @@ from jaxtyping import Float
 
 from attention_jax.axes import AnyArray, accumulation_dtype
 from attention_jax.masks import Mask
-from attention_jax.models.layers import Layers, Stack, both, padding
+from attention_jax.models.layers import Layers, Stack
 from attention_jax.nn import Embeddings, pooling
 from attention_jax.nn.feed_forward import ACTIVATIONS
 from attention_jax.nn.linear import Linear
@@ -136,7 +136,7 @@ class Encoder(nnx.Module):
     ) -> jax.Array:
         """The vectors of the tokens, ``[*B T E]``; arguments as for a call."""
         x = self.embed(tokens, positions=positions, types=types)
-        return self.stack(x, mask=both(padding(real), mask), positions=positions)
+        return self.stack(x, real=real, mask=mask, positions=positions)
 
     def pooled(self, x: Float[AnyArray, "*B T E"], real: Any = None) -> jax.Array:
         """One vector for all tokens, ``[*B E]``."""

@@ -108,7 +108,7 @@ class EncoderDecoder(nnx.Module):
 
     def encode(self, source: Any, *, real: Any = None) -> Memory:
         """The source ``[*B S]`` as the decoder's layers see it."""
-        x = self.dropout(self.encoder(self.embed(source), mask=padding(real)))
+        x = self.dropout(self.encoder(self.embed(source), real=real))
         return Memory(self.decoder.contexts(x), real)
 
     def decode(
@@ -147,8 +147,6 @@ class EncoderDecoder(nnx.Module):
         count: Any = None,
     ) -> Any:
         """What the head sees, ``[*B T E]``; arguments and result as for ``decode``."""
-        if caches is not None and real is not None:
-            raise ValueError("real must be None with caches: put padding last and give count")
         T = target.shape[-1]
         positions = jnp.arange(T, dtype=jnp.int32)
         if caches is not None:
@@ -156,7 +154,7 @@ class EncoderDecoder(nnx.Module):
         result = self.decoder(
             self.embed(target, positions=positions),
             memory.contexts,
-            mask=padding(real),
+            real=real,
             context_mask=padding(memory.real, T),
             positions=positions,
             caches=caches,

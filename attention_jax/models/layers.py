@@ -164,6 +164,7 @@ class Stack(nnx.Module):
         x: Float[AnyArray, "*B T E"],
         contexts: Any = None,
         *,
+        real: Bool[AnyArray, "*B T"] | None = None,
         mask: Mask | None = None,
         context_mask: Mask | None = None,
         positions: Any = None,
@@ -175,6 +176,7 @@ class Stack(nnx.Module):
         Args:
           x: the tokens.
           contexts: what ``contexts`` made, one for each layer.
+          real: bool ``[*B T]``, False for padding; without caches.
           mask: beside that of the layers.
           context_mask: who sees what of the context.
           positions: of the tokens, for rotary; default from 0, or from where the caches end.
@@ -183,7 +185,13 @@ class Stack(nnx.Module):
 
         Returns:
           The tokens; with caches also the new ones.
+
+        Raises:
+          ValueError: ``real`` with caches.
         """
+        if caches is not None and real is not None:
+            raise ValueError("real must be None with caches: put padding last and give count")
+        mask = both(padding(real), mask)
         score = self._score(None if caches is None else caches[0])
         after = []
         for i, block in enumerate(self.blocks):

@@ -34,9 +34,10 @@ from attention_jax.models.pretrained.tensors import Tensor
 
 __all__ = ["load", "save"]
 
-# Each is a module with TYPES (its names as ``model_type``), IGNORED (patterns of tensors that are
-# not parameters), RENAMED (parts of names, for files of before), and four functions: ``config``
-# and ``entries`` from their configuration to ours and back, ``model``, and ``tensors``.
+# Each is a module with TYPES (its names as ``model_type``), PREFIX (of the names of a model within
+# one with a head), IGNORED (patterns of tensors that are not parameters), RENAMED (parts of names,
+# for files of before), and four functions: ``config`` and ``entries`` from their configuration to
+# ours and back, ``model``, and ``tensors``.
 FAMILIES: tuple[ModuleType, ...] = (bert, gpt2, llama, t5, vit)
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -97,7 +98,7 @@ def load(
     graph, state = nnx.split(nnx.eval_shape(lambda: family.model(config, nnx.Rngs(0))))
     leaves = dict(nnx.to_flat_state(state))
     tensors = {tensor.name: tensor for tensor in family.tensors(config)}
-    used = _used(stored, tensors, (*family.IGNORED, *ignore))
+    used = _used(stored, tensors, family.PREFIX, (*family.IGNORED, *ignore))
     _check(kind, used, tensors, leaves)
     filled = _random_state(leaves, seed)
     for name, (file, theirs) in used.items():
@@ -161,8 +162,8 @@ def _family(described: Mapping[str, Any]) -> ModuleType:
 
 def _described(config: Any) -> tuple[ModuleType, dict[str, Any]]:
     """The family of a configuration, and its entries; what they say must be all there is."""
-    plain = _with_layers(config, dict.fromkeys(("dtype", "implementation")))
-    plain = _with_layers(plain, {"param_dtype": jnp.float32})
+    ours = {"dtype": None, "param_dtype": jnp.float32, "implementation": None}
+    plain = _with_layers(config, ours)
     names = set() if getattr(config, "tied", True) else {"lm_head.weight"}
     for family in FAMILIES:
         try:
@@ -232,12 +233,13 @@ def _present_names(files: list[safetensors.File], family: ModuleType) -> Stored:
     return stored
 
 
-def _used(stored: Stored, tensors: Mapping[str, Tensor], ignored: Collection[str]) -> Stored:
+def _used(
+    stored: Stored, tensors: Mapping[str, Tensor], prefix: str, ignored: Collection[str]
+) -> Stored:
     """Without what may be ignored, under the names expected: with or without the prefix."""
     used: Stored = {}
     for name, place in stored.items():
-        prefixes = {name.split(".")[0] + ".", *(f"{t.split('.')[0]}." for t in tensors)}
-        others = [name, *(p + name for p in prefixes), name.partition(".")[2]]
+        others = name, prefix + name, name.removeprefix(prefix)
         known = [n for n in others if n in tensors]
         if known:
             if known[0] in used:

@@ -14,6 +14,7 @@ from attention_jax.models.pretrained.entries import ACTIVATION_NAMES, ACTIVATION
 from attention_jax.models.pretrained.tensors import Tensor, block, linear, norm
 
 TYPES = ("t5",)
+PREFIX = ""
 RENAMED: dict[str, str] = {}
 # Copies of the shared table, and a bias that was stored and never used.
 IGNORED = (
