@@ -135,17 +135,22 @@ def attention(
     """
     mask, score = _as_mask(mask), _as_scores(score)
     arrays = {"query": query, "key": key, "value": value, "sinks": sinks, "scale": scale}
-    arrays = _check_types(arrays)
+    _check_types(arrays)
     dropout.check(dropout_rate, dropout_key)
     _check_flag("return_lse", return_lse)
+    platform = backends.platform()
+    arrays["scale"], number = _scale(scale, query)
     out, lse = _attention(
         arrays,
         mask,
         score,
         dropout_key if dropout_rate > 0.0 else None,
+        # Part of the program where kernels need it so; on a CPU another number is not traced again.
+        scale=None if platform == "cpu" else number,
         dropout_rate=float(dropout_rate),
         implementation=backends.check_names(implementation),
-        platform=jax.default_backend(),
+        return_lse=return_lse,
+        platform=platform,
     )
     return (out, lse) if return_lse else out
 
@@ -178,7 +183,8 @@ def attention_weights(
     """
     mask, score = _as_mask(mask), _as_scores(score)
     arrays = {"query": query, "key": key, "sinks": sinks, "scale": scale}
-    arrays = _check_types(arrays)
+    _check_types(arrays)
+    arrays["scale"], _ = _scale(scale, query)
     return _weights(arrays, mask, score)
 
 
@@ -222,10 +228,20 @@ def explain(
         dropout.check(dropout_rate, dropout_key)
     _check_flag("return_lse", return_lse)
     mask, score = _resolve(mask, score, sizes)
-    platform = platform or jax.default_backend()
+    platform = platform or backends.platform()
     if platform not in ("cpu", "gpu", "tpu"):
         raise ValueError(f'platform must be "cpu", "gpu" or "tpu", got {platform!r}')
-    request = Request(sizes, query.dtype, mask, score, float(dropout_rate), platform)
+    request = Request(
+        sizes=sizes,
+        dtype=query.dtype,
+        mask=mask,
+        score=score,
+        scale=_scale(scale, query)[1],
+        sinks=sinks is not None,
+        dropout_rate=float(dropout_rate),
+        return_lse=return_lse,
+        platform=platform,
+    )
     names = backends.check_names(implementation)
     try:
         chosen, reasons = backends.choose(names, request)
@@ -250,21 +266,36 @@ def explain(
 # --- From arguments to a Call. What follows runs while tracing, once per shape.
 
 
-@functools.partial(jax.jit, static_argnames=("dropout_rate", "implementation", "platform"))
+@functools.partial(
+    jax.jit,
+    static_argnames=("scale", "dropout_rate", "implementation", "return_lse", "platform"),
+)
 def _attention(
     arrays: dict[str, Any],
     mask: Mask | None,
     score: tuple[Score, ...],
     dropout_key: Any,
     *,
+    scale: float | None,
     dropout_rate: float,
     implementation: str | tuple[str, ...] | None,
+    return_lse: bool,
     platform: str,
 ) -> tuple[jax.Array, jax.Array]:
     sizes = check_query_key_value(arrays["query"], arrays["key"], arrays["value"])
     seed = None if dropout_key is None else dropout.seed(dropout_key)
     call = _call(arrays, mask, score, seed, sizes)
-    request = Request(sizes, call.query.dtype, call.mask, call.score, dropout_rate, platform)
+    request = Request(
+        sizes=sizes,
+        dtype=call.query.dtype,
+        mask=call.mask,
+        score=call.score,
+        scale=scale,
+        sinks=call.sinks is not None,
+        dropout_rate=dropout_rate,
+        return_lse=return_lse,
+        platform=platform,
+    )
     chosen, _ = backends.choose(implementation, request)
     if _nothing_to_see(sizes):
         return _unseen(call, sizes)
@@ -292,7 +323,6 @@ def _call(
     sinks, scale = arrays["sinks"], arrays["scale"]
     _check_scalars_and_sinks(sinks, scale, sizes)
     mask, score = _resolve(mask, score, sizes)
-    scale = 1.0 / math.sqrt(sizes.H) if scale is None else scale
     return Call(
         query=jnp.asarray(arrays["query"]),
         key=jnp.asarray(arrays["key"]),
@@ -354,7 +384,7 @@ def _as_scores(score: Any) -> tuple[Score, ...]:
     return tuple(scores)
 
 
-def _check_types(arrays: dict[str, Any]) -> dict[str, Any]:
+def _check_types(arrays: dict[str, Any]) -> None:
     """What must be known before tracing: that everything is an array or a number."""
     for name, x in arrays.items():
         if x is None and name in ("sinks", "scale"):
@@ -364,8 +394,6 @@ def _check_types(arrays: dict[str, Any]) -> dict[str, Any]:
         check_float_array(name, x)
         if isinstance(x, jax.ShapeDtypeStruct):
             raise TypeError(f"{name} must be an array, got ShapeDtypeStruct: only explain takes it")
-    scale = arrays["scale"]
-    return {**arrays, "scale": float(scale) if _is_number(scale) else scale}
 
 
 def _check_flag(name: str, x: Any) -> None:
@@ -375,6 +403,13 @@ def _check_flag(name: str, x: Any) -> None:
 
 def _is_number(x: Any) -> bool:
     return isinstance(x, (int, float)) and not isinstance(x, bool)
+
+
+def _scale(scale: Any, query: Any) -> tuple[Any, float | None]:
+    """The scale, and the number that it is where that is known; None is ``1 / sqrt(H)``."""
+    if scale is None:
+        scale = 1.0 / math.sqrt(query.shape[-1] or 1) if query.shape else 1.0
+    return (float(scale), float(scale)) if _is_number(scale) else (scale, None)
 
 
 def _check_scalars_and_sinks(sinks: Any, scale: Any, sizes: Sizes) -> None:

@@ -131,7 +131,7 @@ BATCHED = {
 
 @each_implementation
 @pytest.mark.parametrize("name", BATCHED)
-def test_an_example_alone_gives_the_same_bits(name, implementation):
+def test_an_example_does_not_depend_on_the_others(name, implementation):
     q, k, v = inputs(B=(B,), T=33, S=47)
     options = dict(BATCHED[name])
     mask = options.pop("mask", None)
@@ -149,8 +149,12 @@ def test_an_example_alone_gives_the_same_bits(name, implementation):
     one = run(q[:1], k[:1], v[:1], jax.tree.map(lambda x: x[:1], mask))
     together = run(q, k, v, mask)
     spoilt = run(*(x.at[1:].set(jnp.nan) for x in (q, k, v)), mask)
-    for batched in (together, spoilt):
-        chex.assert_trees_all_equal(one, jax.tree.map(lambda x: x[:1], batched))
+    first = jax.tree.map(lambda x: x[:1], together)
+    chex.assert_trees_all_equal(first, jax.tree.map(lambda x: x[:1], spoilt))
+    if implementation == "xla":  # XLA may take another kernel for another number of examples
+        close(one, first)
+    else:
+        chex.assert_trees_all_equal(one, first)
 
 
 @each_implementation

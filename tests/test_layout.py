@@ -25,7 +25,7 @@ LAYERS = [
     {"positions.vectors", "positions.rope", "positions.relative"},
     {"masks", "positions"},
     {"softmax", "blocks", "tiles", "lift"},
-    {"backends.xla", "backends.primitive"},
+    {"backends.request", "backends.xla", "backends.primitive"},
     {"backends.program", "backends.together"},
     {"backends.blockwise"},
     {"backends"},

@@ -12,23 +12,10 @@ from typing import Any, NamedTuple
 
 import jax
 
-from attention_jax.axes import Sizes
 from attention_jax.backends import blockwise, xla
+from attention_jax.backends.request import Request as Request
 from attention_jax.lift import Call
-from attention_jax.masks import Mask
-from attention_jax.scores import Score
 from attention_jax.values import leaves
-
-
-class Request(NamedTuple):
-    """What is asked for: everything about a call but the numbers in its arrays."""
-
-    sizes: Sizes
-    dtype: Any
-    mask: Mask | None
-    score: tuple[Score, ...]
-    dropout_rate: float
-    platform: str
 
 
 class Implementation(NamedTuple):
@@ -65,6 +52,20 @@ MATERIALISE_UP_TO = 256
 # a loop, in which XLA copies the cache for every loop inside. GPT-2's size, ms per token, blockwise
 # and in one piece: 43 and 17 with room for 1,000 tokens, 64 and 22 for 2,000, 152 and 45 for 6,000.
 MOST_PAIRS_OF_A_CACHE = 2**20
+
+
+def platform() -> str:
+    """``"cpu"``, ``"gpu"`` or ``"tpu"``: where what is being traced will run.
+
+    The platform of the mesh in use (``jax.set_mesh``), which may be one that this machine does not
+    have: so programs are compiled ahead of time. Else that of the default device, if one is set,
+    else the default backend.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device or jax.config.jax_default_device  # type: ignore[attr-defined]
+    if device is None:
+        return jax.default_backend()
+    name = device if isinstance(device, str) else device.platform
+    return "gpu" if name in ("cuda", "rocm") else name
 
 
 def preference(request: Request) -> tuple[tuple[str, str], ...]:
