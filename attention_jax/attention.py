@@ -259,7 +259,9 @@ def explain(
             name: 0 if _nothing_to_see(sizes) else i.extra_bytes(request)
             for name, i in backends.IMPLEMENTATIONS.items()
         },
-        **explain_blocks(mask, sizes),
+        **explain_blocks(
+            mask, sizes, None if chosen is None else backends.IMPLEMENTATIONS[chosen].block(request)
+        ),
     )
 
 

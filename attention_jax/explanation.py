@@ -65,8 +65,13 @@ def _bytes(n: int) -> str:
     return f"{n / 2**20:.1f} MiB" if n >= 2**20 else f"{n / 2**10:.1f} KiB"
 
 
-def explain_blocks(mask: Mask | None, sizes: Sizes) -> dict[str, Any]:
-    """Block counts and FLOPs of the blockwise implementation, for ``Explanation``."""
+def explain_blocks(
+    mask: Mask | None, sizes: Sizes, block: tuple[int, int] | None
+) -> dict[str, Any]:
+    """Block counts and FLOPs of what walks through blocks of this size, for ``Explanation``.
+
+    Without a size, those of the blockwise implementation, which every platform has.
+    """
     programs = math.prod(sizes.B) * sizes.N
     dense = 2 * programs * sizes.T * sizes.S * (sizes.H + sizes.D)
     unknown: dict[str, Any] = {"blocks": None, "flops": None, "dense_flops": dense}
@@ -75,7 +80,7 @@ def explain_blocks(mask: Mask | None, sizes: Sizes) -> dict[str, Any]:
         return unknown
     if 0 in (*sizes.B, sizes.T, sizes.S):
         return {**unknown, "flops": 0}
-    block_q, block_k = blockwise.block_sizes(sizes.T, sizes.S, mask)
+    block_q, block_k = block or blockwise.block_sizes(sizes.T, sizes.S, mask)
     batch = math.prod(sizes.B)
     kinds = np.asarray(
         blocks.block_map(

@@ -27,7 +27,7 @@ import numpy as np
 from jaxtyping import Float
 
 from attention_jax.axes import AnyArray, is_array
-from attention_jax.values import Value
+from attention_jax.values import Value, indexable
 
 __all__ = [
     "Score",
@@ -402,7 +402,7 @@ class ScoreFn(Score):
     arrays: tuple[Any, ...]
 
     def rule(self, s: Any, b: Any, n: Any, q: Any, k: Any) -> Any:
-        return self.fn(s, b, n, q, k, *map(jnp.asarray, self.arrays))
+        return self.fn(s, b, n, q, k, *map(indexable, self.arrays))
 
 
 def score_fn(fn: Callable[..., Any], *arrays: AnyArray) -> Score:

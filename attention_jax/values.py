@@ -259,3 +259,38 @@ class StaticArray:
 
     def __repr__(self) -> str:
         return f"{self.array.dtype}{list(self.array.shape)}"
+
+
+class Lookup:
+    """An array inside a kernel, of which a rule can only look up entries: ``x[i]``, ``x[i, j]``.
+
+    Indices are ints or integer arrays that broadcast, as many as there are axes; as in JAX, they
+    are clipped to the array and negative ones count from its end.
+    """
+
+    def __init__(self, entry: Callable[..., Any], shape: tuple[int, ...], dtype: Any) -> None:
+        self._entry, self.shape, self.dtype = entry, shape, dtype
+
+    def __getitem__(self, index: Any) -> Any:
+        index = index if isinstance(index, tuple) else (index,)
+        integers = all(
+            (is_array(i) or type(i) is int) and jnp.issubdtype(jnp.result_type(i), jnp.integer)
+            for i in index
+        )
+        if not integers or len(index) != len(self.shape):
+            raise NotImplementedError(
+                f"an array of shape {self.shape} can only be indexed by {len(self.shape)} integers "
+                f"or integer arrays inside a kernel"
+            )
+        where = []
+        for i, n in zip(index, self.shape, strict=True):
+            i = jnp.asarray(i, jnp.int32)
+            where.append(
+                jnp.clip(jnp.where(i < 0, i + np.int32(n), i), np.int32(0), np.int32(n - 1))
+            )
+        return self._entry(*where)
+
+
+def indexable(x: Any) -> Any:
+    """An array that can be indexed by what is being traced, as a NumPy array cannot."""
+    return x if isinstance(x, Lookup) else jnp.asarray(x)

@@ -12,8 +12,8 @@ from unittest import mock
 from quick import QUICK
 
 import attention_jax
-from attention_jax import testing
-from attention_jax.backends import blockwise
+from attention_jax import backends, testing
+from attention_jax.backends import blockwise, pallas_gpu
 
 # The module, which the function of the same name hides.
 _module = sys.modules["attention_jax.attention"]
@@ -43,7 +43,26 @@ def in_blocks(block_q, block_k):
     return attention
 
 
+def in_table(name, entry):
+    """An implementation that only tests have, called by its name as the others are."""
+
+    def attention(query, key, value, **options):
+        with mock.patch.dict(backends.IMPLEMENTATIONS, {name: entry}):
+            return attention_jax.attention(query, key, value, **options, implementation=name)
+
+    return attention
+
+
+# Small tiles, so that short sequences have several; in the interpreter of kernels.
+_TILES = pallas_gpu.Tiles(32, 16, 4, 2), pallas_gpu.Tiles(16, 32, 4, 2)
+PALLAS_GPU = backends.Implementation(
+    why_unsupported=lambda request: pallas_gpu.why_unsupported(request._replace(platform="gpu")),
+    run=lambda call, request: pallas_gpu.run(call, request, tiles=_TILES, interpret=True),
+    extra_bytes=pallas_gpu.extra_bytes,
+)
+
 IMPLEMENTATIONS = {
+    "pallas_gpu interpreted": in_table("pallas_gpu interpreted", PALLAS_GPU),
     "xla": implementation("xla"),
     "blockwise": implementation("blockwise"),
     "blockwise 16x32": in_blocks(16, 32),

@@ -466,3 +466,10 @@ def test_weights_are_the_probabilities_behind_the_output():
         close(jnp.einsum("bnts,bsnd->btnd", p, jnp.repeat(v, N // K, axis=2)), out)
     share = jnp.exp(sinks - lse).transpose(0, 2, 1)
     close(with_sinks.sum(-1) + share, jnp.ones((B, N, T)))
+
+
+def test_a_function_evaluated_at_run_time_in_blocks_of_the_librarys_own():
+    q, k, v = inputs(B=(1,), T=300, S=300)
+    mask = masks.mask_fn(lambda b, n, q, k: (q - k) ** 2 < 900, evaluate=True)
+    run = functools.partial(attention, q, k, v, mask=mask)
+    close(run(implementation="blockwise"), run(implementation="xla"))

@@ -190,3 +190,46 @@ def test_the_reason_is_explained(picky):
     assert asked.reasons["picky"] == "cannot: it knows no scores"
     assert asked.reasons["xla"] == "not asked for"
     assert math.isfinite(asked.flops)
+
+
+# --- Kernels of other platforms.
+
+
+def kernel_shapes(T=1024, S=1024, H=64, dtype="bfloat16"):
+    return [jax.ShapeDtypeStruct((2, n, h, H), dtype) for n, h in ((T, 8), (S, 2), (S, 2))]
+
+
+def test_a_gpu_takes_cudnn_where_it_computes_exactly_this_else_our_kernel():
+    gpu = {"platform": "gpu"}
+    assert explain(*kernel_shapes(), mask=masks.causal(), **gpu).chosen == "cudnn"
+    for options in (
+        {"score": scores.softcap(30.0)},
+        {"mask": masks.window(100, 100)},
+        {"return_lse": True},
+        {"sinks": np.zeros(8, np.float32)},
+    ):
+        assert explain(*kernel_shapes(), **options, **gpu).chosen == "pallas_gpu"
+    assert explain(*kernel_shapes(dtype="float32"), **gpu).chosen == "pallas_gpu"
+    with jax.enable_x64(True):
+        assert explain(*kernel_shapes(dtype="float64"), **gpu).chosen == "blockwise"
+
+
+def test_blocks_are_those_of_the_kernel_that_is_chosen():
+    options = {"mask": masks.causal(), "score": scores.softcap(30.0), "platform": "gpu"}
+    assert explain(*kernel_shapes(), **options).blocks == {
+        "block_q": 128,
+        "block_k": 64,
+        "visited": 2 * 8 * (2 + 4 + 6 + 8 + 10 + 12 + 14 + 16),
+        "full": 2 * 8 * (0 + 2 + 4 + 6 + 8 + 10 + 12 + 14),
+        "skipped": 2 * 8 * (14 + 12 + 10 + 8 + 6 + 4 + 2),
+    }
+
+
+def test_the_platform_is_that_of_the_mesh_in_use():
+    card = jax.sharding.AbstractDevice(device_kind="any", num_cores=None, platform="gpu")
+    mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=card)
+    assert explain(*shapes()).platform == "cpu"
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert explain(*shapes()).platform == "gpu"
+    with jax.default_device("cpu"):
+        assert explain(*shapes()).platform == "cpu"

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from attention_jax.backends import blockwise, xla
+from attention_jax.backends import blockwise, cudnn, pallas_gpu, xla
 from attention_jax.backends.request import Request as Request
 from attention_jax.lift import Call
 from attention_jax.values import leaves
@@ -24,6 +24,8 @@ class Implementation(NamedTuple):
     why_unsupported: Callable[[Request], str | None]
     run: Callable[[Call, Request], tuple[jax.Array, jax.Array]]
     extra_bytes: Callable[[Request], int]  # forward, beside arguments and results
+    # Queries and keys per block, where cost follows the blocks that a mask leaves; else None.
+    block: Callable[[Request], tuple[int, int] | None] = lambda request: None
 
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
@@ -35,12 +37,27 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
         extra_bytes=lambda request: blockwise.extra_bytes(
             request.sizes, request.dtype, request.mask
         ),
+        block=lambda request: blockwise.block_sizes(request.sizes.T, request.sizes.S, request.mask),
     ),
     "xla": Implementation(
         why_unsupported=lambda request: None,
         run=lambda call, request: xla.run(call, request.sizes, dropout_rate=request.dropout_rate),
         extra_bytes=lambda request: xla.extra_bytes(request.sizes, request.dtype),
     ),
+    "cudnn": Implementation(cudnn.why_unsupported, cudnn.run, cudnn.extra_bytes),
+    "pallas_gpu": Implementation(
+        pallas_gpu.why_unsupported, pallas_gpu.run, pallas_gpu.extra_bytes, pallas_gpu.block
+    ),
+}
+
+# The kernels of each platform, in the order they are tried, before what runs everywhere.
+KERNELS = {
+    "cpu": (),
+    "gpu": (
+        ("cudnn", "the vendor's fused kernel, where it computes exactly this"),
+        ("pallas_gpu", "linear memory, any mask and score, skips empty blocks"),
+    ),
+    "tpu": (),
 }
 
 # On a CPU, heads this short are done sooner in one batched product, which XLA fuses with the
@@ -70,11 +87,19 @@ def platform() -> str:
 
 def preference(request: Request) -> tuple[tuple[str, str], ...]:
     """All implementations in the order they are tried, each with the reason for its place."""
-    if request.platform != "cpu":
-        return (
-            ("xla", "all heads at once, as an accelerator needs"),
-            ("blockwise", "loops over heads and blocks, which an accelerator waits for"),
-        )
+    kernels = KERNELS[request.platform]
+    everywhere = _everywhere(request)
+    elsewhere = tuple(
+        (name, f"for a {platform}")
+        for platform, others in KERNELS.items()
+        if platform != request.platform
+        for name, _ in others
+    )
+    return (*kernels, *everywhere, *elsewhere)
+
+
+def _everywhere(request: Request) -> tuple[tuple[str, str], ...]:
+    """What needs no kernel of a platform's own."""
     if max(request.sizes.T, request.sizes.S) <= MATERIALISE_UP_TO:
         return (
             ("xla", f"T and S are at most {MATERIALISE_UP_TO}: faster in one piece"),

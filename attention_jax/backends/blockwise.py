@@ -43,7 +43,8 @@ from attention_jax.values import leaves
 # --- The formulas.
 
 
-def _result_cores(static: Static, arrays: tuple[Any, ...]) -> list[tuple[tuple[int, ...], Any]]:
+def result_cores(static: Static, arrays: tuple[Any, ...]) -> list[tuple[tuple[int, ...], Any]]:
+    """Shape, without mapped axes, and dtype of output, (m,) and log l."""
     query, _, value = (
         primitive.core_shape(x.shape, d) for x, d in zip(arrays[:3], static.in_dims, strict=False)
     )
@@ -65,7 +66,7 @@ def forward(static: Static, *arrays: Any) -> tuple[Any, ...]:
     def finish(p: Program, row: Row, state: softmax.State, buffers: Any) -> Any:
         return _write(p, row, buffers, softmax.finish(state, p.sink))
 
-    buffers = empty(static, _result_cores(static, arrays))
+    buffers = empty(static, result_cores(static, arrays))
     return tuple(over_rows(static, arrays, buffers, Formula(start, step, finish)))
 
 
@@ -100,7 +101,8 @@ class Numbers(NamedTuple):
     scale: int
 
 
-def _numbers(static: Static) -> Numbers:
+def numbers(static: Static) -> Numbers:
+    """Where each differentiable operand is among the leaves."""
     numbered = jax.tree.unflatten(static.structure, range(static.structure.num_leaves))
     (query, key, value, score, sink, scale), _ = numbered
     return Numbers(query, key, value, jax.tree.leaves(score), sink, scale)
@@ -114,7 +116,7 @@ def tangent(static: Static, *arrays: Any) -> tuple[Any, ...]:
 
     where ``p`` is that of the forward pass, and the whole of ``d lse`` counts as ``d log l``.
     """
-    number = _numbers(static)
+    number = numbers(static)
 
     def dot(p: Program, which: int | None) -> View | None:
         """The tangent of an operand; None where it does not vary."""
@@ -169,7 +171,7 @@ def tangent(static: Static, *arrays: Any) -> tuple[Any, ...]:
             dlse = dlse + _probabilities(p.sink, lse)[:, 0] * view.cut({}).astype(p.dtype)
         return _write(p, row, buffers, (weighted - dlse[:, None] * out, dlse))
 
-    buffers = empty(static, _result_cores(static, arrays))
+    buffers = empty(static, result_cores(static, arrays))
     return tuple(over_rows(static, arrays, buffers, Formula(start, step, finish)))
 
 
@@ -184,7 +186,7 @@ def backward(static: Static, *arrays: Any) -> tuple[Any, ...]:
 
     where ``ds`` is pulled back through the scores, whose arrays get theirs on the way.
     """
-    number, wrt = _numbers(static), static.wrt
+    number, wrt = numbers(static), static.wrt
     dtype = accumulation_dtype(arrays[0].dtype)
     varying = [m for m, which in enumerate(number.score) if which in wrt]
 
@@ -265,10 +267,8 @@ def _plain(head: Head, config: Config) -> tuple[jax.Array, jax.Array, jax.Array]
     return xla.attend(head, dropout_rate=config.dropout_rate)
 
 
-_bind = primitive.make(
-    "attention_blockwise",
-    primitive.Kernel(together(forward), together(tangent), together(backward), _plain),
-)
+KERNEL = primitive.Kernel(together(forward), together(tangent), together(backward), _plain)
+_bind = primitive.make("attention_blockwise", KERNEL)
 
 
 # --- Block sizes.
@@ -315,6 +315,8 @@ def block_sizes(T: int, S: int, mask: Mask | None) -> tuple[int, int]:
         if costs and grid.rows * grid.columns > MOST_BLOCKS:
             continue
         kind = blocks.kinds(mask, grid, 0, 0)
+        if not isinstance(kind, np.ndarray):  # a function is evaluated at run time
+            return _even(T, UNKNOWN[0]), _even(S, UNKNOWN[1])
         full, partial = (kind == blocks.FULL).sum(), (kind == blocks.PARTIAL).sum()
         pairs = grid.block_q * grid.block_k * (full + PARTIAL_COST * partial)
         costs.setdefault((grid.block_q, grid.block_k), pairs / speed)
@@ -343,22 +345,29 @@ def _together(block_q: int, block_k: int) -> int:
     return TOGETHER // max(1, block_q * block_k)
 
 
-def attend(head: Head, *, dropout_rate: float, sizes: tuple[int, int]) -> tuple[Any, Any]:
-    """Output ``[T D]`` and lse ``[T]``."""
+def plan(
+    head: Head, block: tuple[int, int], *, dropout_rate: float
+) -> tuple[blocks.Visits, Config]:
+    """The blocks to visit, and what the loops depend on."""
     T, S = head.query.shape[0], head.key.shape[0]
-    grid = Grid(T, S, *sizes)
+    grid = Grid(T, S, *block)
     kind = blocks.kinds(head.mask, grid, head.b, head.n)
     visits = blocks.visits(kind, grid)
     known = isinstance(kind, np.ndarray)
-    config = Config(
-        *sizes,
+    return visits, Config(
+        *block,
         dropout_rate=dropout_rate,
         some_full=not known or bool(visits.full.any()),
         some_partial=not known or bool((visits.visited > visits.full).any()),
         single=known and grid.columns == 1 and bool((visits.visited == 1).all()),
-        together=_together(*sizes),
+        together=_together(*block),
         sharing=T <= FEW_QUERIES,
     )
+
+
+def attend(head: Head, *, dropout_rate: float, sizes: tuple[int, int]) -> tuple[Any, Any]:
+    """Output ``[T D]`` and lse ``[T]``."""
+    visits, config = plan(head, sizes, dropout_rate=dropout_rate)
     out, lse = _bind(head, visits, config)
     return out.astype(head.query.dtype), lse
 

@@ -248,7 +248,7 @@ def over_rows(static: Static, arrays: tuple[Any, ...], buffers: Any, formula: Fo
     config: Config = static.config
 
     def head(e: Any, buffers: Any) -> Any:
-        program = Program(static, arrays, _place(e, static.levels))
+        program = Program(static, arrays, place_of(e, static.levels))
         count = program.grid.rows
 
         def one_row(r: Any, buffers: Any) -> Any:
@@ -285,7 +285,7 @@ def over_rows(static: Static, arrays: tuple[Any, ...], buffers: Any, formula: Fo
     return lax.fori_loop(jnp.int32(0), jnp.int32(heads), head, buffers)
 
 
-def _place(e: Any, levels: tuple[int, ...]) -> tuple[Any, ...]:
+def place_of(e: Any, levels: tuple[int, ...]) -> tuple[Any, ...]:
     """Number ``e`` as an index along each mapped axis."""
     place = []
     for size in reversed(levels):

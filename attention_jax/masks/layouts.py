@@ -18,7 +18,7 @@ from attention_jax.masks.arguments import (
     int_at_least,
 )
 from attention_jax.masks.base import Mask
-from attention_jax.values import StaticArray
+from attention_jax.values import StaticArray, indexable
 
 
 class Neighborhood(Mask):
@@ -139,7 +139,7 @@ class BlockSparse(Mask):
         return self.layout.array if isinstance(self.layout, StaticArray) else self.layout
 
     def rule(self, b: Any, n: Any, q: Any, k: Any) -> Any:
-        return jnp.asarray(self._layout())[q // self.block_size, k // self.block_size]
+        return indexable(self._layout())[q // self.block_size, k // self.block_size]
 
     def block(self, grid: Grid, b: Any, n: Any) -> tuple[Any, Any]:
         layout = self._layout()
@@ -218,7 +218,7 @@ class MaskFn(Mask):
 
     def rule(self, b: Any, n: Any, q: Any, k: Any) -> Any:
         # JAX arrays: a NumPy array cannot be indexed by what is being traced.
-        return self.fn(b, n, q, k, *map(jnp.asarray, self.arrays))
+        return self.fn(b, n, q, k, *map(indexable, self.arrays))
 
     def block(self, grid: Grid, b: Any, n: Any) -> tuple[Any, Any]:
         if not self.evaluate:

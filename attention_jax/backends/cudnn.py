@@ -1,0 +1,357 @@
+"""cuDNN's flash attention on NVIDIA GPUs, by way of ``jax.nn.dot_product_attention``.
+
+An adapter: it says which calls cuDNN computes right, refuses the others, and does around the kernel
+what the kernel does not promise. Inside, every query sees at least one key; rows that see nothing,
+and keys that nothing sees, are zeros before the call, and such rows zeros again after it, so that
+neither garbage nor NaN passes, forward or backward.
+
+It is differentiable once and in reverse, as ``jax.nn``'s call of cuDNN is: no ``jvp``, no
+``hessian``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from attention_jax.axes import Sizes
+from attention_jax.backends.request import Request
+from attention_jax.lift import Call
+from attention_jax.masks import And, Band, Dense, Lengths, Mask
+from attention_jax.scores import Bias, Score
+
+# On cards before Hopper; which card there is a request does not know.
+WIDEST_HEAD = 128
+# Where the last tile of keys was not whole, backward has given NaN for rows of very small logits,
+# unless told the lengths. Tiles are of this many rows, or a divisor.
+TILE = 128
+# What hides a pair in a bias: its exponential is 0 beside any logit, and unlike -inf it can be
+# subtracted from itself. Float16 holds no such number.
+HIDDEN = -(2.0**41)
+# Rows whose bias is below this throughout are raised: sums of such numbers have no precision left,
+# and the lowest ones overflow in base 2.
+FAR = -(2.0**20)
+
+
+class Plan(NamedTuple):
+    """A mask in cuDNN's terms."""
+
+    causal: bool
+    window: int | None  # keys before self that a query sees; None: all
+    query_lengths: tuple[Any, ...]  # ints or int arrays [*B]; the least counts
+    key_lengths: tuple[Any, ...]
+
+
+class Seen(NamedTuple):
+    """Who sees, who is seen, in which pairs; axes may have size 1, None is everyone."""
+
+    queries: Any  # bool [B T N]
+    keys: Any  # bool [B S K]
+    pairs: Any  # bool [B N T S], only where there is a bias
+
+
+def why_unsupported(request: Request) -> str | None:
+    """What of the request cuDNN, as ``jax.nn`` calls it, does not do or not do right; or None."""
+    z, dtype, scale = request.sizes, jnp.dtype(request.dtype), request.scale
+    refusals = (
+        (
+            request.platform != "gpu",
+            f"cuDNN is for NVIDIA GPUs, the platform is {request.platform}",
+        ),
+        (
+            dtype not in (jnp.bfloat16, jnp.float16),
+            f"cuDNN computes in bfloat16 and float16 only, query is {dtype.name}",
+        ),
+        (z.D != z.H, f"jax.nn wants value as wide as key, got widths {z.D} (D) and {z.H} (H)"),
+        (z.H % 8 != 0, f"the width of a head must be a multiple of 8, got {z.H} (H)"),
+        (
+            z.H > WIDEST_HEAD,
+            f"heads wider than {WIDEST_HEAD} are not for every card, got {z.H} (H)",
+        ),
+        (request.sinks, "softmax sinks have no place in cuDNN's kernel as jax.nn calls it"),
+        (
+            request.dropout_rate > 0.0,
+            "dropout is a hash of the key and the indices here, cuDNN draws its own",
+        ),
+        (request.return_lse, "jax.nn stops the gradient of the lse and rounds it"),
+        (scale is None, "scale is an array, cuDNN needs a number known while tracing"),
+        (
+            scale is not None and not (scale > 0.0 and math.isfinite(scale)),
+            f"scale is {scale}, which must be positive and finite: kernels may scale a maximum",
+        ),
+    )
+    for refused, reason in refusals:
+        if refused:
+            return reason
+    plan = _plan(request.mask, z)
+    if isinstance(plan, str):
+        return plan
+    return _why_not_scores(request.score, dtype, plan, z)
+
+
+def run(call: Call, request: Request) -> tuple[jax.Array, jax.Array]:
+    """Output ``[*B T N D]``, and zeros ``[*B T N]`` in the place of the lse.
+
+    Nobody sees those zeros: a call that asks for the lse is refused, and of any other call only the
+    output is returned.
+    """
+    z = request.sizes
+    plan = _plan(call.mask, z)
+    if isinstance(plan, str):
+        raise NotImplementedError(f"implementation 'cudnn' cannot: {plan}")
+    B = math.prod(z.B)
+    query, key, value = (x.reshape(B, *x.shape[len(z.B) :]) for x in call[:3])
+    bias = _flat_bias(call.score[0].array, z) if call.score else None  # type: ignore[attr-defined]
+    query_length = _length(plan.query_lengths, z.T, z)
+    key_length = _length(plan.key_lengths, z.S, z)
+
+    seen = _seen(plan, bias, query_length, key_length, z)
+    query = _only(seen.queries, query)
+    key, value = _only(seen.keys, key), _only(seen.keys, value)
+    if bias is not None:
+        bias = _tame(bias, seen)
+
+    # Padded queries are computed as well, from zeros: cuDNN does not say what it leaves in rows
+    # beyond a query length, and backward reads them.
+    lengths = None
+    if key_length is not None or z.T % TILE or z.S % TILE:
+        keys = jnp.full((B,), z.S, jnp.int32) if key_length is None else jnp.maximum(key_length, 1)
+        lengths = jnp.full((B,), z.T, jnp.int32), keys
+    out = _only(seen.queries, _attend(query, key, value, bias, lengths, plan, request.scale))
+    shape = (*z.B, z.T, z.N)
+    return out.reshape(*shape, z.D), jnp.zeros(shape, jnp.float32)
+
+
+def extra_bytes(request: Request) -> int:
+    """Copies with zeros for what is padding, and of the bias without ``-inf``."""
+    z, plan = request.sizes, _plan(request.mask, request.sizes)
+    if isinstance(plan, str):
+        return 0
+    B, width = math.prod(z.B), jnp.dtype(request.dtype).itemsize
+    padded = bool(plan.query_lengths or plan.key_lengths)
+    entries = 0
+    if padded or request.score:
+        entries += 2 * B * z.T * z.N * z.H + 2 * B * z.S * z.K * z.H  # query, output; key, value
+    for score in request.score:
+        if isinstance(score, Bias):
+            *batch, n, _, _ = score.array.shape
+            entries += (B if padded or math.prod(batch) > 1 else 1) * n * z.T * z.S
+    return entries * width
+
+
+# --- From our terms to cuDNN's.
+
+
+def _plan(mask: Mask | None, sizes: Sizes) -> Plan | str:
+    """The mask in cuDNN's terms, or why it has none."""
+    bands, spans = [], []
+    for part in _conjuncts(mask):
+        if isinstance(part, Lengths):
+            spans.append(part)
+        elif isinstance(part, Band):
+            if not isinstance(part.offset, int):
+                return "mask has an offset per example, cuDNN's causal mask starts top-left"
+            if part.offset != 0:
+                return f"mask has offset {part.offset}, cuDNN's causal mask starts top-left"
+            bands.append(part)
+        elif isinstance(part, Dense):
+            return "mask is a bool array, which jax.nn would turn into a bias of T x S"
+        else:
+            return f"mask {type(part).__name__} has no place in cuDNN's kernel as jax.nn calls it"
+    # A bound that reaches over all positions is none.
+    left = min((b.left for b in bands if b.left is not None and b.left < sizes.T - 1), default=None)
+    right = min(
+        (b.right for b in bands if b.right is not None and b.right < sizes.S - 1), default=None
+    )
+    plan = Plan(
+        causal=right == 0,
+        window=left,
+        query_lengths=tuple(s.query for s in spans if s.query is not None),
+        key_lengths=tuple(s.key for s in spans if s.key is not None),
+    )
+    if right is not None and right > 0:
+        return f"mask sees {right} keys after the query, cuDNN's window ends with it"
+    if left is not None and not plan.causal:
+        return "mask has a left window without causal, from which jax.nn drops the future's bound"
+    if plan.causal and sizes.T != sizes.S:
+        return (
+            f"mask is causal and T is {sizes.T} but S is {sizes.S}: kernels differ in where the "
+            f"diagonal is then"
+        )
+    if left is not None and plan.key_lengths:
+        return "mask has a window and key lengths, which leave queries that see nothing"
+    return plan
+
+
+def _conjuncts(mask: Mask | None) -> Iterator[Mask]:
+    if isinstance(mask, And):
+        yield from _conjuncts(mask.left)
+        yield from _conjuncts(mask.right)
+    elif mask is not None:
+        yield mask
+
+
+def _why_not_scores(scores: tuple[Score, ...], dtype: Any, plan: Plan, sizes: Sizes) -> str | None:
+    for score in scores:
+        if not isinstance(score, Bias):
+            return f"score {type(score).__name__} has no place in cuDNN's kernel as jax.nn calls it"
+    if not scores:
+        return None
+    if len(scores) > 1:
+        return f"score has {len(scores)} biases, cuDNN takes one"
+    array = scores[0].array  # type: ignore[attr-defined]
+    if dtype != jnp.bfloat16:
+        return f"score is a bias in a call of {dtype.name}, which holds no number that hides a pair"
+    if array.dtype != dtype:
+        return (
+            f"score is a bias of {jnp.dtype(array.dtype).name}, cuDNN wants {dtype.name}, as query"
+        )
+    if array.shape[-2:] != (sizes.T, sizes.S):
+        return (
+            f"score is a bias of shape {tuple(array.shape)}, whose last axes must be T and S = "
+            f"({sizes.T}, {sizes.S}) in full"
+        )
+    if sizes.T % 2 or sizes.S % 2:
+        return f"score is a bias, whose T and S must be even, got {sizes.T} and {sizes.S}"
+    if plan.window is not None:
+        return "score is a bias and mask a window, which not every cuDNN takes together"
+    return None
+
+
+def _flat_bias(array: Any, sizes: Sizes) -> jax.Array:
+    """``[B or 1, N or 1, T, S]``."""
+    array = jnp.asarray(array)
+    batch, rest = array.shape[:-3], array.shape[-3:]
+    if math.prod(batch) > 1:
+        array = jnp.broadcast_to(array, (*sizes.B, *rest))
+    return array.reshape(-1, *rest)
+
+
+def _length(lengths: tuple[Any, ...], most: int, sizes: Sizes) -> jax.Array | None:
+    """The least of the lengths, ``[B]``, from 0 to ``most``; None where there are none."""
+    if not lengths:
+        return None
+    # Clipped before the cast, which could not hold every int64.
+    least, *others = (jnp.clip(jnp.asarray(x), 0, most).astype(jnp.int32) for x in lengths)
+    for x in others:
+        least = jnp.minimum(least, x)
+    return jnp.broadcast_to(least, sizes.B).reshape(-1)
+
+
+def _seen(plan: Plan, bias: Any, query_length: Any, key_length: Any, sizes: Sizes) -> Seen:
+    """Who sees and who is seen, by the rule that causal has ``T == S`` and no offset."""
+    i, j = jnp.arange(sizes.T, dtype=jnp.int32), jnp.arange(sizes.S, dtype=jnp.int32)
+    if bias is None and query_length is None and key_length is None:
+        return Seen(None, None, None)
+    real_queries = (
+        jnp.ones((1, sizes.T), bool) if query_length is None else i < query_length[:, None]
+    )
+    real_keys = jnp.ones((1, sizes.S), bool) if key_length is None else j < key_length[:, None]
+    if bias is None:
+        # The first key is seen by whoever sees one, and under causal key j by query j, or by none.
+        queries = real_queries & real_keys[:, :1]
+        keys = real_keys & (real_queries if plan.causal else real_queries[:, :1])
+        return Seen(queries[:, :, None], keys[:, :, None], None)
+    pairs = real_queries[:, None, :, None] & real_keys[:, None, None, :] & (bias != -jnp.inf)
+    if plan.causal:
+        pairs = pairs & (j[None, :] <= i[:, None])
+    keys = pairs.any(axis=2)  # [B N S]
+    if keys.shape[1] != 1:  # a key head is seen where one of its query heads sees it
+        keys = keys.reshape(-1, sizes.K, sizes.G, sizes.S).any(axis=2)
+    return Seen(jnp.swapaxes(pairs.any(axis=3), 1, 2), jnp.swapaxes(keys, 1, 2), pairs)
+
+
+def _tame(bias: jax.Array, seen: Seen) -> jax.Array:
+    """The bias without ``-inf``, and up to a constant per row, which does not change the result."""
+    sees = jnp.swapaxes(seen.queries, 1, 2)[..., None]
+    top = jnp.where(seen.pairs, bias, -jnp.inf).max(axis=-1, keepdims=True)
+    zero, hidden = jnp.zeros((), bias.dtype), jnp.asarray(HIDDEN, bias.dtype)
+    shift = jax.lax.stop_gradient(jnp.where(sees & (top < FAR), top, zero))
+    # Rows that see nothing are 0: were all hidden, they would be such sums.
+    return jnp.where(seen.pairs, jnp.maximum(bias - shift, hidden), jnp.where(sees, hidden, zero))
+
+
+def _only(rows: Any, x: jax.Array) -> jax.Array:
+    """``x`` with zeros for the other rows: a selection, which NaN does not pass."""
+    return x if rows is None else jnp.where(rows[..., None], x, jnp.zeros((), x.dtype))
+
+
+# --- The call. Its rule for vmap wants all arrays mapped, along axis 0, the cotangent too.
+
+
+def _attend(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    bias: jax.Array | None,
+    lengths: tuple[jax.Array, jax.Array] | None,
+    plan: Plan,
+    scale: float | None,
+) -> jax.Array:
+    query, key, value, bias, lengths = _mapped_together((query, key, value, bias, lengths))
+    out = jax.nn.dot_product_attention(
+        query,
+        key,
+        value,
+        bias,
+        scale=scale,
+        # Never a window alone: without causal, jax.nn forgets that it ends with the query.
+        is_causal=plan.causal,
+        # Keys beside self, for jax.nn; it adds self for cuDNN.
+        local_window_size=None if plan.window is None else (plan.window, 0),
+        query_seq_lengths=None if lengths is None else lengths[0],
+        key_value_seq_lengths=None if lengths is None else lengths[1],
+        implementation="cudnn",
+    )
+    return _cotangent_mapped(out)
+
+
+@jax.custom_batching.custom_vmap
+def _align(arrays: Any) -> Any:
+    """The arrays as they are; under ``vmap``, all of them mapped where one is."""
+    return arrays
+
+
+@_align.def_vmap
+def _align_mapped(size: int, mapped: Any, arrays: Any) -> Any:
+    query, bias = arrays[0], arrays[3] if len(arrays) > 3 else None
+    if bias is not None and bias.shape[-4:-2] != (query.shape[-4], query.shape[-2]):
+        # Each mapped example has its own gradient of the bias, which cuDNN sums over these axes.
+        raise NotImplementedError(
+            "implementation 'cudnn' cannot: under vmap the bias of score must have the axes *B and "
+            "N in full. Implementation 'xla' can"
+        )
+    mapped_arrays = jax.tree.map(
+        lambda x, is_mapped: x if is_mapped else jnp.broadcast_to(x, (size, *x.shape)),
+        arrays,
+        mapped[0],
+    )
+    # Again, for a vmap around this one.
+    return _align(mapped_arrays), jax.tree.map(lambda x: True, arrays)
+
+
+@jax.custom_vjp
+def _mapped_together(arrays: Any) -> Any:
+    return _align(arrays)
+
+
+# The lengths are integers, whose cotangents come as float0 and go as None.
+_mapped_together.defvjp(
+    lambda arrays: (_align(arrays), None),
+    lambda _, cotangents: ((*cotangents[:4], None),),
+)
+
+
+@jax.custom_vjp
+def _cotangent_mapped(out: jax.Array) -> jax.Array:
+    return out
+
+
+_cotangent_mapped.defvjp(
+    lambda out: (out, out),
+    lambda out, cotangent: (_align((cotangent, out))[0],),
+)

@@ -1,0 +1,297 @@
+"""The kernels for GPUs: the contract in the interpreter, what they refuse, and that they lower."""
+
+import functools
+import re
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from contract import IMPLEMENTATIONS, PAIRS, PROMISES, assert_right
+from jax import export
+from jax._src.pallas.triton import lowering
+
+from attention_jax import attention, explain, masks, scores
+from attention_jax.backends import kernel_rules, pallas_gpu
+from attention_jax.values import Lookup
+
+NAME = "pallas_gpu interpreted"
+interpreted = IMPLEMENTATIONS[NAME]
+
+# --- The contract: all promises, and every other of the pairs.
+
+CASES = [
+    case
+    for case in (*PROMISES, *PAIRS[1::2])
+    if case.dtype != "float64" and not case.score.startswith("relative_embedding")
+]
+# Those that a default run has time for: each mask and score once, in one dtype or another.
+QUICK_CASES = {
+    "planted, bias",
+    "everything",
+    "empty rows by both, sinks",
+    "heads in order",
+    "traced layout",
+    "large logits, float16",
+}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(c, id=c.name, marks=[] if c.name in QUICK_CASES else [pytest.mark.slow])
+        for c in CASES
+    ],
+)
+def test_equals_the_oracle(case):
+    assert_right(NAME, case)
+
+
+# --- Transformations.
+
+
+def inputs(B=(2,), T=21, S=37, N=4, K=2, H=5, D=3):
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = (*B, T, N, H), (*B, S, K, H), (*B, S, K, D)
+    return [jax.random.normal(k, shape) for k, shape in zip(keys, shapes, strict=True)]
+
+
+def loss(fn, *args, **options):
+    return jnp.sin(fn(*args, **options)).sum()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("in_axes", [(0, 0, 0), (None, 0, 0), (0, None, None), (1, 0, None)])
+def test_vmap_equals_one_by_one(in_axes):
+    q, k, v = inputs(B=(2,))
+    args = [
+        x[0] if axis is None else jnp.moveaxis(x, 0, axis)
+        for x, axis in zip((q, k, v), in_axes, strict=True)
+    ]
+
+    def run(q, k, v, fn):
+        return jax.vmap(functools.partial(fn, mask=masks.causal()), in_axes)(q, k, v)
+
+    def value_and_grads(fn):
+        return jax.value_and_grad(lambda *xs: jnp.sin(run(*xs, fn)).sum(), (0, 1, 2))(*args)
+
+    xla = functools.partial(attention, implementation="xla")
+    chex.assert_trees_all_close(value_and_grads(interpreted), value_and_grads(xla), atol=2e-5)
+
+
+@pytest.mark.slow
+def test_forward_mode_and_second_derivatives():
+    q, k, v = inputs(T=9, S=17)
+    options = {"mask": masks.window(5, 1), "score": scores.softcap(2.0)}
+    xla = functools.partial(attention, implementation="xla")
+    for derive in (
+        lambda f: jax.jvp(f, (q,), (jnp.cos(q),)),
+        lambda f: jax.jvp(jax.grad(f), (q,), (jnp.cos(q),)),
+    ):
+        results = [
+            derive(lambda q, fn=fn: loss(fn, q, k, v, **options)) for fn in (interpreted, xla)
+        ]
+        chex.assert_trees_all_close(*results, rtol=1e-4, atol=1e-4)
+
+
+def test_results_are_the_same_bits_each_time():
+    q, k, v = inputs()
+    grad = jax.jit(jax.grad(lambda *xs: loss(interpreted, *xs, mask=masks.causal()), (0, 1, 2)))
+    chex.assert_trees_all_equal(grad(q, k, v), grad(q, k, v))
+
+
+def test_blocks_that_the_mask_leaves_empty_are_not_visited():
+    q, k, v = inputs(T=64, S=64)
+    mask = masks.mask_fn(lambda b, n, q, k: k < 16, evaluate=True)
+    seen = masks.causal() & masks.lengths(key=16)
+    # A mask that says so of no pair but of every block: what it lets pass would be seen.
+    lying = Blank(seen)
+    out = interpreted(q, k, v, mask=lying)
+    assert not np.any(out)
+    assert np.any(interpreted(q, k, v, mask=mask))
+
+
+class Blank(masks.Mask):
+    """Every block is empty, though pairs are not."""
+
+    mask_: masks.Mask
+
+    def rule(self, b, n, q, k):
+        return self.mask_.rule(b, n, q, k)
+
+    def block(self, grid, b, n):
+        return np.False_, np.False_
+
+
+# --- For a real GPU, ahead of time.
+
+LOWERED = {
+    "causal, bfloat16": ("bfloat16", {"mask": masks.causal()}),
+    "window, softcap, float32": (
+        "float32",
+        {"mask": masks.window(255, 0), "score": scores.softcap(30.0)},
+    ),
+    "segments, float16": ("float16", {"mask": masks.segments(np.arange(500)[None] // 90)}),
+    "dropout, sinks": (
+        "bfloat16",
+        {
+            "dropout_rate": 0.1,
+            "dropout_key": jax.random.key(0),
+            "sinks": np.zeros(8, jnp.bfloat16),
+        },
+    ),
+    "layout, complement": (
+        "bfloat16",
+        {
+            "mask": (masks.block_sparse(np.eye(8, dtype=bool), 64) | masks.dilated(3))
+            & ~masks.chunked(7)
+        },
+    ),
+    "functions with arrays, T5, ALiBi": (
+        "bfloat16",
+        {
+            "mask": masks.mask_fn(lambda b, n, q, k, ids: ids[q] == ids[k], np.arange(500) // 7),
+            "score": [
+                scores.score_fn(lambda s, b, n, q, k, t: s + t[q - k], np.zeros(1000, np.float32)),
+                scores.relative_bias(np.zeros((32, 8), np.float32)),
+                scores.alibi(),
+            ],
+        },
+    ),
+    "places, global tokens, bias": (
+        "bfloat16",
+        {
+            "mask": masks.at_positions(masks.causal(), np.arange(500)[None], np.arange(500)[None])
+            | masks.global_tokens(np.arange(500) < 3),
+            "score": scores.bias(np.zeros((500, 500), np.float32)),
+        },
+    ),
+    "neighborhood, lengths": (
+        "bfloat16",
+        {"mask": masks.neighborhood((10, 50), (3, 5)) & masks.lengths(key=np.array([5]))},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LOWERED)
+def test_lowers_for_cuda_forward_and_backward(name):
+    dtype, options = LOWERED[name]
+    q, k = (jax.ShapeDtypeStruct((1, 500, n, 64), dtype) for n in (8, 2))
+    v = jax.ShapeDtypeStruct((1, 500, 2, 32), dtype)
+    card = jax.sharding.AbstractDevice(device_kind="any", num_cores=None, platform="gpu")
+    mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=card)
+
+    def grads(q, k, v):
+        run = lambda *xs: attention(*xs, **options).astype("float32").sum()  # noqa: E731
+        return jax.grad(run, (0, 1, 2))(q, k, v)
+
+    kernel = "__gpu$xla.gpu.triton"
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert explain(q, k, v, **options).chosen == "pallas_gpu"
+        exported = export.export(
+            jax.jit(grads),
+            platforms=["cuda"],
+            disabled_checks=[export.DisabledSafetyCheck.custom_call(kernel)],
+        )(q, k, v)
+    text = exported.mlir_module()
+    assert (
+        len(re.findall(r"custom_call @" + re.escape(kernel), text)) == 3
+    )  # forward, rows, columns
+    if "bias" not in name:
+        assert "500x500" not in text
+
+
+def test_a_kernel_has_all_operations_that_rules_may_use():
+    names = {primitive.name for primitive in lowering.triton_lowering_rules}
+    assert {*kernel_rules.POINTWISE, *kernel_rules.CALLS} <= names
+
+
+# --- What is refused.
+
+
+def reason(*, dtype="bfloat16", H=64, platform="gpu", **options):
+    q, k = (jax.ShapeDtypeStruct((2, 1000, n, H), dtype) for n in (8, 2))
+    return explain(q, k, k, platform=platform, implementation="pallas_gpu", **options).reasons[
+        "pallas_gpu"
+    ]
+
+
+IDS = jnp.arange(1000)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"platform": "cpu"}, "for GPUs, this is a cpu"),
+        ({"platform": "tpu"}, "for GPUs, this is a tpu"),
+        ({"dtype": "float64"}, "float64"),
+        ({"H": 4096}, "shared memory"),
+        (
+            {
+                "score": scores.relative_embedding(
+                    np.zeros((2, 1000, 8, 64), jnp.bfloat16), np.zeros((9, 64), jnp.bfloat16)
+                )
+            },
+            "relative_embedding",
+        ),
+        ({"mask": masks.mask_fn(lambda b, n, q, k: IDS[q] == IDS[k])}, "pass it as an argument"),
+        (
+            {"mask": masks.mask_fn(lambda b, n, q, k, x: jnp.take(x, q) == k, IDS)},
+            "look entries up",
+        ),
+        (
+            {"mask": masks.mask_fn(lambda b, n, q, k, x: x[:3].sum() + q > k, IDS)},
+            "can only be indexed by 1 integers",
+        ),
+        (
+            {"score": scores.score_fn(lambda s, b, n, q, k: s - s.max())},
+            "reduce_max",
+        ),
+    ],
+)
+def test_refuses_with_a_reason(options, words):
+    if options.get("dtype") == "float64":
+        with jax.enable_x64(True):
+            assert words in reason(**options)
+    else:
+        assert words in reason(**options)
+
+
+def test_a_function_with_its_array_as_argument_is_taken():
+    fn = masks.mask_fn(lambda b, n, q, k, ids: ids[q] == ids[k], IDS)
+    assert reason(mask=fn) == "asked for"
+
+
+def test_by_name_on_another_platform_says_who_can():
+    q, k, v = inputs()
+    with pytest.raises(NotImplementedError, match=r"for GPUs, this is a cpu.*blockwise, xla"):
+        attention(q, k, v, implementation="pallas_gpu")
+
+
+def test_tiles_fit_shared_memory_or_there_are_none():
+    for itemsize in (2, 4):
+        for H in (16, 64, 128, 200, 256, 512):
+            for candidates in (pallas_gpu.FORWARD, pallas_gpu.BACKWARD):
+                tiles = pallas_gpu.choose_tiles(candidates, 4096, 4096, H, H, itemsize)
+                if tiles is not None:
+                    used = pallas_gpu.shared_bytes(tiles, H, H, itemsize)
+                    assert used <= pallas_gpu.SHARED_MEMORY
+    assert pallas_gpu.choose_tiles(pallas_gpu.FORWARD, 64, 64, 4096, 64, 4) is None
+
+
+# --- Looking entries up.
+
+
+def test_lookup_clips_and_wraps_as_jax_does():
+    x = jnp.arange(10.0)
+    lookup = Lookup(lambda i: x[i], x.shape, x.dtype)
+    i = jnp.array([-11, -10, -1, 0, 9, 10, 99])
+    chex.assert_trees_all_equal(lookup[i], x[i])
+
+
+@pytest.mark.parametrize("index", [..., slice(2), 1.0, (0, 0), np.array([True])])
+def test_lookup_refuses_what_is_no_index(index):
+    lookup = Lookup(lambda i: i, (10,), jnp.float32)
+    with pytest.raises(NotImplementedError, match="1 integers"):
+        lookup[index]
