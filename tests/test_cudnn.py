@@ -1,0 +1,540 @@
+"""The adapter to cuDNN, without a card: what it asks of ``jax.nn``, what it refuses, what it mends.
+
+The kernel's place takes ``jax.nn``'s own formula, in float32, made worse: rows that cuDNN does not
+define are NaN, and so is every gradient that flows through them, even from a cotangent of 0. What
+``jax.nn`` makes of its arguments for a card is read from the program that it compiles for one.
+"""
+
+import functools
+import json
+import math
+import re
+import subprocess
+import sys
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.cudnn import fused_attention_stablehlo
+from quick import QUICK
+
+from attention_jax import masks, reference, scores
+from attention_jax.backends import Request, cudnn, xla
+
+_module = sys.modules["attention_jax.attention"]
+_dot_product_attention = jax.nn.dot_product_attention
+
+B, T, K, G, H = (2, 3), 10, 2, 3, 8
+N = K * G
+BF16, F32 = jnp.bfloat16, jnp.float32
+
+
+def normal(seed, *shape, dtype=BF16):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+
+
+def inputs(T=T, S=None, B=B, dtype=BF16, H=H, D=None):
+    S, D = T if S is None else S, H if D is None else D
+    return (
+        normal(0, *B, T, N, H, dtype=dtype),
+        normal(1, *B, S, K, H, dtype=dtype),
+        normal(2, *B, S, K, D, dtype=dtype),
+    )
+
+
+def prepared(query, key, value, mask=None, score=(), scale=0.3, sinks=None, **options):
+    """``Call`` and ``Request``, as ``attention`` makes them."""
+    arrays = {"query": query, "key": key, "value": value, "sinks": sinks, "scale": scale}
+    sizes = _module.check_query_key_value(query, key, value)
+    call = _module._call(arrays, _module._as_mask(mask), _module._as_scores(score), None, sizes)
+    request = Request(
+        sizes=sizes,
+        dtype=call.query.dtype,
+        mask=call.mask,
+        score=call.score,
+        scale=scale if isinstance(scale, float) else None,
+        sinks=sinks is not None,
+        **{"dropout_rate": 0.0, "return_lse": False, "platform": "gpu", **options},
+    )
+    return call, request
+
+
+def output(query, key, value, **options):
+    call, request = prepared(query, key, value, **options)
+    assert cudnn.why_unsupported(request) is None
+    out, lse = cudnn.run(call, request)
+    assert out.shape == query.shape
+    assert out.dtype == query.dtype
+    assert lse.shape == query.shape[:-1]
+    assert lse.dtype == jnp.float32
+    return out
+
+
+def by_xla(query, key, value, **options):
+    call, request = prepared(query, key, value, **options)
+    return xla.run(call, request.sizes, dropout_rate=0.0)[0]
+
+
+def quickly(fn, *arguments):
+    return jax.jit(fn).lower(*arguments).compile(QUICK)(*arguments)
+
+
+@pytest.fixture
+def calls():
+    """The kernel's stand-in; the arguments that it was called with."""
+    made = []
+
+    def stand_in(query, key, value, bias=None, **options):
+        made.append({"query": query, "key": key, "value": value, "bias": bias, **options})
+        assert options.pop("implementation") == "cudnn"
+        wide = [None if x is None else x.astype(F32) for x in (query, key, value, bias)]
+        out = _dot_product_attention(*wide, **options, implementation="xla").astype(query.dtype)
+        undefined = jnp.zeros(query.shape[:2], bool)
+        if options["query_seq_lengths"] is not None:
+            i, last = jnp.arange(query.shape[1]), options["query_seq_lengths"][:, None]
+            keys = options["key_value_seq_lengths"][:, None]
+            window = options["local_window_size"]
+            reach = keys if window is None else keys + window[0]
+            undefined = (
+                (i >= last)
+                | (keys == 0)
+                | (options["is_causal"] & (i >= reach) & (window is not None))
+            )
+        # A product, not a selection: what comes back is NaN as well.
+        return out * jnp.where(undefined, jnp.nan, 1.0)[..., None, None].astype(out.dtype)
+
+    with mock.patch.object(jax.nn, "dot_product_attention", stand_in):
+        yield made
+
+
+# --- What is asked of jax.nn.
+
+
+lengths = np.array([[10, 7, 4], [1, 9, 10]], np.int32)
+other_lengths = np.array([[3, 10, 5], [8, 1, 10]], np.int32)
+shared_bias = normal(4, N, T, T)
+own_bias = normal(5, *B, 1, T, T)
+
+SUPPORTED = {
+    "plain": {},
+    "causal": {"mask": masks.causal()},
+    "causal, aligned at the end of equal lengths": {"mask": masks.causal(align="end")},
+    "window": {"mask": masks.window(3, 0)},
+    "window of self alone": {"mask": masks.window(0, 0)},
+    "window and causal": {"mask": masks.causal() & masks.window(4, None)},
+    "least of two windows": {"mask": masks.window(5, 2) & masks.causal() & masks.window(2, 7)},
+    "key lengths": {"mask": masks.lengths(key=lengths)},
+    "both lengths": {"mask": masks.lengths(query=lengths, key=other_lengths)},
+    "lengths of one axis": {
+        "mask": masks.lengths(key=lengths[:1]) & masks.lengths(query=lengths[:, :1])
+    },
+    "least of two lengths": {"mask": masks.lengths(key=lengths) & masks.prefix(other_lengths)},
+    "causal and lengths": {"mask": masks.causal() & masks.lengths(other_lengths, lengths)},
+    "window and query lengths": {"mask": masks.window(2, 0) & masks.lengths(query=lengths)},
+    "bias": {"score": scores.bias(shared_bias)},
+    "bias per example": {"score": scores.bias(own_bias), "mask": masks.causal()},
+    "bias and lengths": {
+        "score": scores.bias(shared_bias[:1]),
+        "mask": masks.lengths(lengths, other_lengths) & masks.causal(),
+    },
+}
+
+
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_equals_the_oracle(name, calls):
+    options = SUPPORTED[name]
+    x, cotangent = inputs(), normal(3, *B, T, N, H)
+    bias = [options["score"].array] if "score" in options else []
+
+    def both(fn):
+        def program(x, bias):
+            score = {"score": scores.bias(*bias)} if bias else {}
+            out, pull = jax.vjp(lambda x, bias: fn(*x, **{**options, **score}), x, bias)
+            return out, pull(cotangent)
+
+        return jax.tree.leaves(quickly(program, x, [jnp.asarray(b) for b in bias]))
+
+    ours, plain = both(output), both(by_xla)
+    seen = np.ones((math.prod(B), N, T, T), bool)
+    if "mask" in options:
+        seen = options["mask"].resolve(T, T, N)
+        seen = np.asarray(
+            _module.full_rank(seen, prepared(*x)[1].sizes, "mask").to_dense(T, T, B=6, N=N)
+        )
+    wide = [np.asarray(a, np.float64) for a in (*x, *bias)]
+    rule = {
+        "mask": seen.reshape(*B, N, T, T),
+        "scale": 0.3,
+        "scores": [reference.Bias(b) for b in wide[3:]],
+    }
+    right = reference.attention_gradients(*wide[:3], np.asarray(cotangent, np.float64), **rule)
+    right = [reference.attention(*wide[:3], **rule).out, *right[:3], *(right.scores)]
+    assert len(ours) == len(plain) == len(right)
+    for times, a, b, r in zip((2, 3, 3, 3, 3), ours, plain, right, strict=False):
+        a, b = (np.asarray(y, np.float64) for y in (a, b))
+        allowed = times * np.abs(b - r).max() + float(jnp.finfo(BF16).eps) * np.abs(r).max()
+        assert np.abs(a - r).max() <= allowed
+
+
+def recorded(calls, **options):
+    T = options.pop("T", 10)
+    jax.eval_shape(functools.partial(output, **options), *inputs(T))
+    return calls.pop()
+
+
+def test_arguments(calls):
+    call = recorded(calls, T=128)
+    assert call["query"].shape == (6, 128, N, H)
+    assert call["key"].shape == call["value"].shape == (6, 128, K, H)
+    assert call["bias"] is None
+    assert call["scale"] == 0.3
+    assert call["is_causal"] is False
+    assert call["local_window_size"] is None
+    assert call["query_seq_lengths"] is call["key_value_seq_lengths"] is None
+    assert recorded(calls, mask=masks.causal())["is_causal"] is True
+    call = recorded(calls, mask=masks.window(3, 0))
+    assert call["is_causal"] is True
+    assert call["local_window_size"] == (3, 0)
+    assert recorded(calls, mask=masks.window(T, 0))["local_window_size"] is None
+    assert recorded(calls, score=scores.bias(own_bias[:1]))["bias"].shape == (6, 1, T, T)
+    assert recorded(calls, score=scores.bias(own_bias[:1, :1]))["bias"].shape == (1, 1, T, T)
+    assert recorded(calls, score=scores.bias(shared_bias))["bias"].shape == (1, N, T, T)
+
+
+def test_lengths_are_told(calls):
+    def told(T, mask):
+        def program(*x):
+            output(*x, mask=mask)
+            call = calls.pop()
+            return call["query_seq_lengths"], call["key_value_seq_lengths"]
+
+        return [x.tolist() for x in quickly(program, *inputs(T))]
+
+    many = np.int16(99) * lengths.astype(np.int16)
+    assert told(10, masks.lengths(lengths - 1, many)) == [[10] * 6, [10] * 6]
+    none = np.array([[0, -3, 4], [1, 9, 11]])
+    assert told(10, masks.lengths(key=none)) == [[10] * 6, [1, 1, 4, 1, 9, 10]]
+    assert told(9, masks.causal()) == [[9] * 6, [9] * 6]  # in full, where a tile is not
+
+
+# --- What is refused.
+
+
+def bias(*shape, dtype=BF16):
+    return scores.bias(jnp.zeros(shape, dtype))
+
+
+REFUSED = [
+    ({"platform": "cpu"}, "NVIDIA GPUs, the platform is cpu"),
+    ({"platform": "tpu"}, "NVIDIA GPUs, the platform is tpu"),
+    ({"dtype": np.float32}, "bfloat16 and float16 only, query is float32"),
+    ({"D": 16}, r"widths 16 \(D\) and 8 \(H\)"),
+    ({"H": 12}, r"multiple of 8, got 12 \(H\)"),
+    ({"H": 136}, r"wider than 128 .* got 136 \(H\)"),
+    ({"sinks": np.zeros(N, np.float32)}, "softmax sinks have no place in cuDNN's kernel"),
+    ({"dropout_rate": 0.1}, "dropout is a hash .* cuDNN draws its own"),
+    ({"return_lse": True}, "gradient of the lse"),
+    ({"scale": jnp.float32(0.3)}, "scale is an array"),
+    ({"scale": -0.3}, "scale is -0.3, which must be positive"),
+    ({"scale": 0.0}, "scale is 0.0, which must be positive"),
+    ({"scale": math.nan}, "scale is nan, which must be positive and finite"),
+    ({"scale": math.inf}, "scale is inf, which must be positive and finite"),
+    ({"mask": np.ones((T, T), bool)}, "bool array, which jax.nn would turn into a bias"),
+    ({"mask": masks.causal() & masks.dense(np.ones((T, T), bool))}, "bool array"),
+    ({"mask": masks.causal() | masks.prefix(3)}, "mask Or has no place"),
+    ({"mask": ~masks.prefix(3)}, "mask Not has no place"),
+    ({"mask": masks.segments(np.zeros((*B, T), np.int32))}, "mask Segments has no place"),
+    ({"mask": masks.chunked(2) & masks.causal()}, "mask Chunked has no place"),
+    ({"mask": masks.dilated(2)}, "mask Dilated has no place"),
+    ({"mask": masks.mask_fn(lambda b, n, q, k: q == k)}, "mask MaskFn has no place"),
+    ({"mask": masks.causal(2)}, "offset 2, .* top-left"),
+    ({"mask": masks.causal(lengths)}, "offset per example, .* top-left"),
+    ({"mask": masks.causal(), "S": 12}, "causal and T is 10 but S is 12"),
+    ({"mask": masks.causal(), "S": 8}, "causal and T is 10 but S is 8"),
+    ({"mask": masks.causal(align="end"), "S": 12}, "offset 2, .* top-left"),
+    ({"mask": masks.window(2, 0), "S": 8}, "causal and T is 10 but S is 8"),
+    ({"mask": masks.window(2, None)}, "left window without causal"),
+    ({"mask": masks.window(2, None), "S": 8}, "left window without causal"),
+    ({"mask": masks.window(3, 1)}, "sees 1 keys after the query"),
+    ({"mask": masks.window(2, 0) & masks.lengths(key=lengths)}, "window and key lengths"),
+    ({"score": scores.softcap(2.0)}, "score Softcap has no place"),
+    ({"score": scores.alibi()}, "score Alibi has no place"),
+    ({"score": [bias(T, T), scores.softcap(2.0)]}, "score Softcap has no place"),
+    ({"score": [bias(T, T), bias(T, T)]}, "score has 2 biases"),
+    ({"score": bias(T, T, dtype=F32)}, "bias of float32, cuDNN wants bfloat16"),
+    ({"score": bias(T, T, dtype=np.float16), "dtype": np.float16}, "holds no number that hides"),
+    ({"score": bias(1, T)}, r"last axes must be T and S = \(10, 10\) in full"),
+    ({"score": bias(T, 1)}, r"last axes must be T and S = \(10, 10\) in full"),
+    ({"score": bias(9, 10), "T": 9, "S": 10}, "must be even, got 9 and 10"),
+    ({"score": bias(10, 9), "T": 10, "S": 9}, "must be even, got 10 and 9"),
+    ({"score": bias(T, T), "mask": masks.window(2, 0)}, "bias and mask a window"),
+]
+
+
+@pytest.mark.parametrize(("options", "reason"), REFUSED, ids=[r for _, r in REFUSED])
+def test_refuses(options, reason):
+    options = dict(options)
+    shape = {name: options.pop(name) for name in ("T", "S", "D", "H", "dtype") if name in options}
+    call, request = prepared(*inputs(**shape), **options)
+    found = cudnn.why_unsupported(request)
+    assert found is not None
+    assert re.search(reason, found), found
+    assert cudnn.extra_bytes(request) >= 0
+    if found.startswith("mask"):
+        with pytest.raises(NotImplementedError, match=reason):
+            cudnn.run(call, request)
+
+
+# --- Rows that see nothing, keys that nothing sees.
+
+
+hiding = np.asarray(normal(6, 1, T, T)).copy()
+hiding[:, 3] = hiding[:, :, 6] = -np.inf
+
+EMPTY = {
+    "key lengths": masks.lengths(key=np.array([[0, 7, -1], [1, 0, 10]])),
+    "no key": masks.lengths(key=0),
+    "query lengths": masks.lengths(query=np.array([[0, 7, -1], [1, 0, 10]])),
+    "both": masks.lengths(np.array([[0, 5, 9], [3, 2, 10]]), np.array([[4, 0, 3], [8, 1, 10]])),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "causal", "with_bias"),
+    [
+        ("key lengths", False, False),
+        ("no key", True, False),
+        ("query lengths", False, True),
+        ("both", True, False),
+        ("both", True, True),
+    ],
+)
+def test_padding_reaches_nothing(name, causal, with_bias, calls):
+    mask = EMPTY[name] & masks.causal() if causal else EMPTY[name]
+    query, key, value = inputs()
+    options = {"score": scores.bias(hiding)} if with_bias else {}
+    sizes = prepared(query, key, value)[1].sizes
+    dense = np.asarray(_module.full_rank(mask, sizes, "mask").to_dense(T, T, B=6, N=N))
+    dense = dense.reshape(*B, N, T, T)
+    if with_bias:
+        dense = dense & (hiding != -np.inf)
+    sees = np.moveaxis(dense.any(-1), -2, -1)[..., None]  # [*B T N 1]
+    seen = np.moveaxis(dense.any(-2).reshape(*B, K, G, T).any(-2), -2, -1)[..., None]  # [*B S K 1]
+    planted = [
+        jnp.where(keep, x, jnp.asarray(bad, BF16))
+        for keep, x, bad in ((sees, query, np.nan), (seen, key, np.inf), (seen, value, np.nan))
+    ]
+
+    def loss(x):
+        out = output(*x, mask=mask, **options)
+        return (out * normal(7, *out.shape)).astype(F32).sum(), out
+
+    run = jax.jit(jax.grad(loss, has_aux=True)).lower(planted).compile(QUICK)
+    clean, out = run([query, key, value])
+    found, out_planted = run(planted)
+    for a, b in zip((out, *clean), (out_planted, *found), strict=True):
+        assert jnp.isfinite(a).all()
+        np.testing.assert_array_equal(a, b)
+    assert (out[~np.broadcast_to(sees, out.shape)] == 0).all()
+    for x, keep in zip(clean, (sees, seen, seen), strict=True):
+        assert (x[~np.broadcast_to(keep, x.shape)] == 0).all()
+
+
+def test_bias_that_hides(calls):
+    """The gradient of what hides is 0, and no number near the limits of float32 is summed."""
+
+    def program(x, array):
+        def loss(array):
+            return output(*x, score=scores.bias(array)).astype(F32).sum()
+
+        d = jax.grad(loss)(array)
+        calls.clear()
+        loss(array)
+        return d, calls.pop()["bias"]
+
+    lowest = jnp.finfo(BF16).min
+    far = jnp.asarray(hiding).at[0, 1].set(lowest).at[0, 2, :4].set(lowest)
+    d, told = quickly(program, inputs(), far)
+    assert jnp.isfinite(d).all()
+    assert (d[far == -np.inf] == 0).all()
+    assert jnp.isfinite(told).all()
+    assert (told >= -(2.0**41)).all()
+    assert (told[0, 0, 3] == 0).all()  # a row that sees nothing
+    assert told[0, 0, 1].max() == 0  # one that sees what is all but hidden
+    rest, as_told = hiding[0, 4:], np.asarray(told[0, 0, 4:])
+    np.testing.assert_array_equal(as_told[rest != -np.inf], rest[rest != -np.inf])
+
+
+# --- What jax.nn makes of it for a card.
+
+
+class FakeVersions:
+    """Of cuDNN, which is not installed here."""
+
+    @staticmethod
+    def cudnn_get_version():
+        return 91300
+
+
+def compiled(fn, *arguments):
+    """The calls of cuDNN in the program for a card: target, configuration, types."""
+    with mock.patch.object(fused_attention_stablehlo, "cuda_versions", FakeVersions):
+        text = jax.jit(fn).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    found = []
+    for line in text.splitlines():
+        if match := re.search(r'@__(cudnn\S+)\(.*?backend_config = "(.*?)", .* : (\(.*)', line):
+            config = json.loads(match[2].replace("\\22", '"'))["cudnn_fmha_backend_config"]
+            found.append((match[1], config, match[3]))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "window"),
+    [
+        ("plain", "PADDING", 0),
+        ("causal", "PADDING_CAUSAL", 0),
+        ("window", "PADDING_CAUSAL", 4),  # (i - 4, i]: three keys beside self
+        ("window of self alone", "PADDING_CAUSAL", 1),
+        ("key lengths", "PADDING", 0),
+        ("causal and lengths", "PADDING_CAUSAL", 0),
+    ],
+)
+def test_program_for_a_card(name, kind, window):
+    fn = functools.partial(output, **SUPPORTED[name])
+    ((target, config, types),) = compiled(fn, *inputs())
+    assert target == "cudnn$fmhaSoftmax"
+    assert config["mask_type"] == kind
+    assert config["sliding_window_length"] == window
+    assert config["fmha_scale"] == 0.3
+    assert config["dropout_rate"] == 0.0
+    assert types.startswith("(tensor<6x10x6x8xbf16>, tensor<6x10x2x8xbf16>, tensor<6x10x2x8xbf16>")
+
+
+def test_program_without_lengths():
+    """Whole tiles: nothing is said of lengths."""
+    for mask, kind in (
+        (None, "NO_MASK"),
+        (masks.causal(), "CAUSAL"),
+        (masks.window(3, 0), "CAUSAL"),
+    ):
+        ((_, config, types),) = compiled(functools.partial(output, mask=mask), *inputs(128))
+        assert config["mask_type"] == kind
+        assert "i32" not in types
+
+
+def test_program_in_float16():
+    fn = functools.partial(output, mask=masks.causal())
+    ((_, config, types),) = compiled(fn, *inputs(dtype=np.float16))
+    assert config["intermediate_tensor_shape"]["element_type"] == "F16"
+    assert "bf16" not in types
+
+
+def gradients(*x, **options):
+    return jax.grad(lambda x: output(*x, **options).astype(F32).sum())(x)
+
+
+def test_program_of_gradients():
+    fn = functools.partial(gradients, **SUPPORTED["causal and lengths"])
+    forward, backward = compiled(fn, *inputs())
+    assert forward[0] == "cudnn$fmhaSoftmax"
+    assert backward[0] == "cudnn$fmhaSoftmaxBackward"
+    assert backward[1]["mask_type"] == "PADDING_CAUSAL"
+
+    def of_bias(*x):
+        return jax.grad(lambda b: output(*x, score=scores.bias(b)).astype(F32).sum())(shared_bias)
+
+    _, (target, _, types) = compiled(of_bias, *inputs())
+    assert target == "cudnn$fmhaScaleBiasSoftmaxBackward"
+    assert "tensor<1x6x10x10xbf16>" in types.split("->")[1]
+
+
+@pytest.mark.parametrize(
+    ("order", "in_axes"), [("grad of vmap", (1, 0, None)), ("vmap of grad", (None, 2, 0))]
+)
+def test_vmap(order, in_axes, calls):
+    """Any axis, or none, of any array: one call for all, the same numbers, on a card as well."""
+    x = tuple(
+        a if axis is None else jnp.moveaxis(jnp.stack([a, a + a]), 0, axis)
+        for a, axis in zip(inputs(B=()), in_axes, strict=True)
+    )
+    own = np.array([3, 10], np.int32)
+
+    def one(q, k, v, length, b):
+        mask = masks.causal() & masks.lengths(length, length)
+        return output(q, k, v, mask=mask, score=scores.bias(b)).astype(F32).sum()
+
+    axes = (*in_axes, 0, None)
+    if order == "vmap of grad":
+        program = jax.vmap(jax.grad(one, (0, 1, 2, 4)), axes)
+    else:
+        program = jax.grad(lambda *x: jax.vmap(one, axes)(*x).sum(), (0, 1, 2, 4))
+    arguments = (*x, own, shared_bias)
+    found = quickly(program, *arguments)
+    picked = [
+        [
+            a if axis is None else jnp.take(a, i, axis)
+            for a, axis in zip(arguments, axes, strict=True)
+        ]
+        for i in range(2)
+    ]
+    each = [quickly(jax.grad(one, (0, 1, 2, 4)), *p) for p in picked]
+    for d, axis, *parts in zip(found, (*in_axes, None), *each, strict=True):
+        if order == "vmap of grad":
+            right = jnp.stack(parts)
+        else:
+            right = sum(parts) if axis is None else jnp.stack(parts, axis)
+        np.testing.assert_allclose(d.astype(F32), right.astype(F32), rtol=0.02, atol=0.02)
+    with mock.patch.object(jax.nn, "dot_product_attention", _dot_product_attention):
+        for _, _, types in compiled(program, *arguments):
+            assert types.startswith("(tensor<2x10x6x8xbf16>")
+
+
+def test_vmap_of_vmap():
+    x = jnp.stack([jnp.stack([inputs(B=())[0]] * 3)] * 2)
+    key, value = inputs(B=())[1:]
+    inner = jax.vmap(gradients, (0, None, None))
+    ((_, _, types), _) = compiled(jax.vmap(inner, (0, None, None)), x, key, value)
+    assert types.startswith("(tensor<6x10x6x8xbf16>")
+
+
+def test_vmap_of_a_shared_bias_is_refused():
+    def one(q, k, v):
+        return output(q, k, v, score=scores.bias(shared_bias[:1]))
+
+    with pytest.raises(
+        NotImplementedError, match=r"under vmap the bias of score must have .* 'xla' can"
+    ):
+        compiled(jax.vmap(one), *inputs(B=(2,)))
+
+
+# --- What it costs.
+
+
+def test_extra_bytes():
+    x = inputs()
+    rows = 2 * math.prod(B) * T * H * 2
+    assert cudnn.extra_bytes(prepared(*x)[1]) == 0
+    assert cudnn.extra_bytes(prepared(*x, mask=masks.causal())[1]) == 0
+    assert cudnn.extra_bytes(prepared(*x, mask=masks.prefix(3))[1]) == rows * (N + K)
+    request = prepared(*x, score=scores.bias(shared_bias))[1]
+    assert cudnn.extra_bytes(request) == rows * (N + K) + 2 * N * T * T
+    request = prepared(*x, score=scores.bias(own_bias))[1]
+    assert cudnn.extra_bytes(request) == rows * (N + K) + 2 * 6 * T * T
+
+
+def test_nothing_is_probed():
+    """Importing the adapter and asking it starts no backend, let alone one of a card."""
+    program = (
+        "import jax, ml_dtypes\n"
+        "from jax._src import xla_bridge\n"
+        "from attention_jax.axes import Sizes\n"
+        "from attention_jax.backends import Request, cudnn\n"
+        "sizes = Sizes(B=(2,), T=128, S=128, K=2, G=1, H=64, D=64)\n"
+        "request = Request(sizes, ml_dtypes.bfloat16, None, (), 0.1, False, 0.0, False, 'gpu')\n"
+        "assert cudnn.why_unsupported(request) is None\n"
+        "assert cudnn.extra_bytes(request) == 0\n"
+        "assert not xla_bridge._backends\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
