@@ -24,7 +24,10 @@ from attention_jax.tiles import rows_or_zero
 
 
 def over_blocks(visits: Any, i: Any, step: Callable[[Any, bool, Any], Any], carry: Any) -> Any:
-    """Folds ``step(block, masked, carry)`` over what block ``i`` visits, full blocks first."""
+    """Folds ``step(block, masked, carry)`` over what block ``i`` visits, full blocks first.
+
+    A full block lies within the arrays: one that the length does not fill counts as partial.
+    """
     index, full, visited = visits
     count, end = full.entry(i), visited.entry(i)
     carry = lax.fori_loop(np.int32(0), count, lambda m, x: step(index.entry(i, m), False, x), carry)
@@ -39,7 +42,7 @@ def forward(p: Refs, i: Any, out: RefView, m: RefView, log_l: RefView) -> None:
 
     def step(j: Any, masked: bool, state: Any) -> Any:
         largest, total, weighted = state
-        k, v = (p.rows(x, j * s, s) for x in (p.head.key, p.head.value))
+        k, v = (p.rows(x, j * s, s, inside=not masked) for x in (p.head.key, p.head.value))
         tile = p.tile(q, k, q0, j * s, masked=masked)
         new = jnp.maximum(largest, tile.s.max(1))
         shift = finite(new)
@@ -119,7 +122,7 @@ def rows(
 
     def step(j: Any, masked: bool, state: Any) -> Any:
         sum_q, sum_scale = state
-        k, v = (p.rows(x, j * s, s) for x in (p.head.key, p.head.value))
+        k, v = (p.rows(x, j * s, s, inside=not masked) for x in (p.head.key, p.head.value))
         tile = p.tile(q, k, q0, j * s, masked=masked, slope=True)
         k, v = (rows_or_zero(tile.seen and tile.seen.keys, x) for x in (k, v))
         clean_do = rows_or_zero(tile.seen and tile.seen.queries, do).astype(v.dtype)
@@ -155,8 +158,10 @@ def columns(
 
         def step(i: Any, masked: bool, state: Any) -> Any:
             sum_k, sum_v = state
-            q = p.rows(p.head.query, i * t, t)
-            _, m, log_l, do, _, shift = (p.rows(x, i * t, t) for x in p.rest)
+            operands = (p.head.query, *p.rest)
+            q, _, m, log_l, do, _, shift = (
+                p.rows(x, i * t, t, inside=not masked) for x in operands
+            )
             tile = p.tile(q, k, i * t, k0, masked=masked, slope=True)
             seen = tile.seen
             q = rows_or_zero(seen and seen.queries, q)
