@@ -13,7 +13,7 @@ from quick import QUICK
 
 import attention_jax
 from attention_jax import backends, testing
-from attention_jax.backends import blockwise, pallas_gpu
+from attention_jax.backends import blockwise, pallas_gpu, splash
 
 # The module, which the function of the same name hides.
 _module = sys.modules["attention_jax.attention"]
@@ -60,8 +60,14 @@ PALLAS_GPU = backends.Implementation(
     run=lambda call, request: pallas_gpu.run(call, request, tiles=_TILES, interpret=True),
     extra_bytes=pallas_gpu.extra_bytes,
 )
+SPLASH = backends.Implementation(
+    why_unsupported=lambda request: splash.why_unsupported(request._replace(platform="tpu")),
+    run=lambda call, request: splash.run(call, request, interpret=True),
+    extra_bytes=splash.extra_bytes,
+)
 
 IMPLEMENTATIONS = {
+    "splash interpreted": in_table("splash interpreted", SPLASH),
     "pallas_gpu interpreted": in_table("pallas_gpu interpreted", PALLAS_GPU),
     "xla": implementation("xla"),
     "blockwise": implementation("blockwise"),

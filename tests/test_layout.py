@@ -27,7 +27,7 @@ LAYERS = [
     {"softmax", "blocks", "tiles", "lift"},
     {"backends.request", "backends.xla", "backends.primitive"},
     {"backends.program", "backends.together", "backends.kernel_rules", "backends.pallas_tiles"},
-    {"backends.blockwise", "backends.cudnn"},
+    {"backends.blockwise", "backends.cudnn", "backends.splash"},
     {"backends.pallas_kernels"},
     {"backends.pallas_gpu"},
     {"backends"},

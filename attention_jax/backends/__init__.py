@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from attention_jax.backends import blockwise, cudnn, pallas_gpu, xla
+from attention_jax.backends import blockwise, cudnn, pallas_gpu, splash, xla
 from attention_jax.backends.request import Request as Request
 from attention_jax.lift import Call
 from attention_jax.values import leaves
@@ -48,6 +48,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "pallas_gpu": Implementation(
         pallas_gpu.why_unsupported, pallas_gpu.run, pallas_gpu.extra_bytes, pallas_gpu.block
     ),
+    "splash": Implementation(splash.why_unsupported, splash.run, splash.extra_bytes, splash.block),
 }
 
 # The kernels of each platform, in the order they are tried, before what runs everywhere.
@@ -57,7 +58,7 @@ KERNELS = {
         ("cudnn", "the vendor's fused kernel, where it computes exactly this"),
         ("pallas_gpu", "linear memory, any mask and score, skips empty blocks"),
     ),
-    "tpu": (),
+    "tpu": (("splash", "JAX's own kernel: linear memory, skips empty blocks"),),
 }
 
 # On a CPU, heads this short are done sooner in one batched product, which XLA fuses with the

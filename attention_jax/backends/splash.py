@@ -1,0 +1,383 @@
+"""JAX's own kernel for TPUs, splash attention: an adapter.
+
+A mask without arrays becomes one of its lazy masks, asked block by block while tracing; segments
+and lengths become its segment ids. What it leaves undefined is mended around it: rows that see
+nothing are zeros before and after the call, and so are keys that nobody sees.
+
+Differentiable once and in reverse, as the kernel is: no ``jvp``, no ``hessian``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attention_jax import blocks, masks
+from attention_jax.axes import Sizes
+from attention_jax.backends.request import Request
+from attention_jax.grid import Grid
+from attention_jax.lift import Call
+from attention_jax.masks import And, Lengths, Mask, Segments
+from attention_jax.masks.base import parts
+from attention_jax.scores import Score, Softcap
+
+LANES = 128  # lengths are multiples of this, and so are blocks
+BLOCKS = (512, 256, 128)
+# Segment ids of what sees nothing: a query's and a key's differ.
+NO_QUERY, NO_KEY = -1, -2
+# While tracing, masks are asked about blocks of this size.
+ASKED = 512
+
+
+class Plan(NamedTuple):
+    """A mask in splash's terms: all of these must hold."""
+
+    static: Mask | None  # holds no arrays
+    segments: Segments | None
+    lengths: tuple[Lengths, ...]  # with arrays
+
+
+def why_unsupported(request: Request) -> str | None:
+    """What of the request splash attention does not do, or not do exactly, in words; or None."""
+    dtype = jnp.dtype(request.dtype)
+    refusals = (
+        (request.platform != "tpu", f"its kernel is for TPUs, this is a {request.platform}"),
+        (
+            dtype not in (jnp.bfloat16, jnp.float32),
+            f"{dtype.name}: its products are of bfloat16 or float32",
+        ),
+        (request.dropout_rate > 0.0, "dropout has no place in its kernel"),
+    )
+    for refused, reason in refusals:
+        if refused:
+            return reason
+    for score in request.score:
+        if not isinstance(score, Softcap):
+            return f"score {type(score).__name__}: its kernel has softcap alone"
+    if len(request.score) > 1:
+        return "more than one softcap: its kernel has one"
+    if request.score and request.return_lse:
+        return "lse with softcap: of the lse its kernel has no gradient, and ours holds without one"
+    plan = _plan(request.mask)
+    return plan if isinstance(plan, str) else None
+
+
+def run(call: Call, request: Request, *, interpret: bool = False) -> tuple[jax.Array, jax.Array]:
+    """Output ``[*B T N D]`` and lse ``[*B T N]``; zeros in its place where it is not asked for.
+
+    Args:
+      interpret: run the kernel step by step, on any platform, to test it.
+    """
+    z, plan = request.sizes, _plan(call.mask)
+    if isinstance(plan, str):
+        raise NotImplementedError(f"implementation 'splash' cannot: {plan}")
+    one: Callable[..., Any] = functools.partial(
+        _example, plan=plan, sizes=z, call=call, request=request, interpret=interpret
+    )
+    ids = _segment_ids(plan, z)
+    B = math.prod(z.B)
+    arrays = [x.reshape(B, *x.shape[len(z.B) :]) for x in call[:3]]
+    out, lse = jax.vmap(one, in_axes=(0, 0, 0, None if ids is None else 0))(*arrays, ids)
+    return out.reshape(*z.B, *out.shape[1:]), lse.reshape(*z.B, *lse.shape[1:])
+
+
+def extra_bytes(request: Request) -> int:
+    """Operands and output heads first, at lengths that are multiples of 128."""
+    z = request.sizes
+    T, S = _padded(z.T), _padded(z.S)
+    entries = T * z.N * (z.H + z.D) + S * z.K * (z.H + z.D)
+    return math.prod(z.B) * entries * jnp.dtype(request.dtype).itemsize
+
+
+def block(request: Request) -> tuple[int, int] | None:
+    """Queries and keys per block."""
+    return _block(_padded(request.sizes.T)), _block(_padded(request.sizes.S))
+
+
+def _padded(length: int) -> int:
+    return -(-length // LANES) * LANES
+
+
+def _block(length: int) -> int:
+    return next(size for size in BLOCKS if length % size == 0)
+
+
+# --- From our masks to splash's.
+
+
+def _plan(mask: Mask | None) -> Plan | str:
+    """The mask in splash's terms, or why it has none."""
+    static: Mask | None = None
+    segments: list[Segments] = []
+    lengths: list[Lengths] = []
+    for part in _conjuncts(mask):
+        if any(isinstance(p, masks.MaskFn) for p in parts(part)):
+            return "mask_fn may depend on the example and its kernel has one mask for all"
+        if not jax.tree.leaves(part):
+            static = part if static is None else static & part
+        elif isinstance(part, Segments):
+            segments.append(part)
+        elif isinstance(part, Lengths):
+            lengths.append(part)
+        else:
+            return (
+                f"mask {type(part).__name__} holds arrays, known only at run time, and its kernel "
+                f"wants its mask while tracing"
+            )
+    if len(segments) > 1:
+        return f"mask has {len(segments)} segments, its kernel takes one"
+    return Plan(static, segments[0] if segments else None, tuple(lengths))
+
+
+def _conjuncts(mask: Mask | None) -> Iterator[Mask]:
+    if isinstance(mask, And):
+        yield from _conjuncts(mask.left)
+        yield from _conjuncts(mask.right)
+    elif mask is not None:
+        yield mask
+
+
+class Ids(NamedTuple):
+    """Who may see whom at run time: equal ids. ``[B T]`` and ``[B S]``."""
+
+    query: jax.Array
+    key: jax.Array
+
+
+def _segment_ids(plan: Plan, sizes: Sizes) -> Ids | None:
+    """Segments and lengths as ids; None where the mask has neither."""
+    if plan.segments is None and not plan.lengths:
+        return None
+    T, S = jnp.arange(sizes.T, dtype=jnp.int32), jnp.arange(sizes.S, dtype=jnp.int32)
+    shape = *sizes.B, sizes.T
+    query, key = jnp.zeros(shape, jnp.int32), jnp.zeros((*sizes.B, sizes.S), jnp.int32)
+    if plan.segments is not None:
+        query, key = (
+            jnp.broadcast_to(jnp.asarray(x).astype(jnp.int32), y.shape)
+            for x, y in ((plan.segments.query_ids, query), (plan.segments.key_ids, key))
+        )
+    real_query, real_key = query >= 0, key >= 0
+    for part in plan.lengths:
+        if part.query is not None:
+            real_query &= jnp.asarray(part.query)[..., None] > T
+        if part.key is not None:
+            real_key &= jnp.asarray(part.key)[..., None] > S
+    query, key = jnp.where(real_query, query, NO_QUERY), jnp.where(real_key, key, NO_KEY)
+    return Ids(query.reshape(-1, sizes.T), key.reshape(-1, sizes.S))
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """A mask without arrays, asked in NumPy about intervals of queries and keys."""
+
+    mask: Mask | None
+    T: int
+    S: int
+
+    def pairs(self, q: slice, k: slice) -> np.ndarray:
+        """Bool ``[t s]``; padded queries see what the last one does, padded keys are hidden."""
+        i = np.minimum(np.arange(q.start, q.stop, dtype=np.int32), self.T - 1)[:, None]
+        j = np.arange(k.start, k.stop, dtype=np.int32)[None, :]
+        inside = np.broadcast_to(j < self.S, (i.shape[0], j.shape[1]))
+        if self.mask is None:
+            return inside
+        with jax.ensure_compile_time_eval():
+            return inside & np.asarray(self.mask.rule(0, 0, i, np.minimum(j, self.S - 1)))
+
+    def seen(self) -> tuple[np.ndarray, np.ndarray]:
+        """Bool ``[T]`` and ``[S]``: the query sees some key, the key is seen by some query."""
+        grid = Grid(self.T, self.S, ASKED, ASKED)
+        kind = blocks.kinds(self.mask, grid, 0, 0)
+        queries, keys = np.zeros(self.T, np.bool_), np.zeros(self.S, np.bool_)
+        for row, column in zip(*np.nonzero(kind != blocks.EMPTY), strict=True):
+            q = slice(row * ASKED, min((row + 1) * ASKED, self.T))
+            k = slice(column * ASKED, min((column + 1) * ASKED, self.S))
+            if queries[q].all() and keys[k].all():
+                continue
+            pairs = self.pairs(q, k)
+            queries[q] |= pairs.any(1)
+            keys[k] |= pairs.any(0)
+        return queries, keys
+
+
+def _lazy(asked: Asked, T: int, S: int) -> Any:
+    """Splash's lazy mask of ``T x S`` pairs, multiples of 128."""
+    from jax.experimental.pallas.ops.tpu import splash_attention
+
+    class Lazy(splash_attention.Mask):
+        """Equal to another of the same mask, so that heads share what is found of it."""
+
+        shape = (T, S)
+
+        def __getitem__(self, index: tuple[slice, slice]) -> np.ndarray:
+            q, k = (slice(*i.indices(n)[:2]) for i, n in zip(index, self.shape, strict=True))
+            return asked.pairs(q, k)
+
+        def __eq__(self, other: object) -> bool:
+            return isinstance(other, type(self))
+
+        def __hash__(self) -> int:
+            return hash((asked, T, S))
+
+    return Lazy()
+
+
+# --- One example.
+
+
+def _example(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    ids: Ids | None,
+    *,
+    plan: Plan,
+    sizes: Sizes,
+    call: Call,
+    request: Request,
+    interpret: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """Output ``[T N D]`` and lse ``[T N]``."""
+    z, asked = sizes, Asked(plan.static, sizes.T, sizes.S)
+    sees, seen = _seen(asked, ids)
+    sinks = None if call.sinks is None else call.sinks.astype(jnp.float32)
+    if isinstance(sees, np.ndarray) and not sees.any():
+        lse = jnp.float32(-jnp.inf) if sinks is None else sinks
+        return jnp.zeros((z.T, z.N, z.D), query.dtype), jnp.broadcast_to(lse, (z.T, z.N))
+    query = (query.astype(jnp.float32) * call.scale.astype(jnp.float32)).astype(query.dtype)
+    T, S = _padded(z.T), _padded(z.S)
+    q, k, v = (
+        jnp.pad(jnp.swapaxes(_only(rows, x), 0, 1), ((0, 0), (0, n - x.shape[0]), (0, 0)))
+        for rows, x, n in ((sees, query, T), (seen, key, S), (seen, value, S))
+    )
+    if ids is not None:
+        ids = Ids(
+            *(
+                jnp.pad(x, (0, n - x.shape[0]), constant_values=none)
+                for x, n, none in zip(ids, (T, S), (NO_QUERY, NO_KEY), strict=True)
+            )
+        )
+    kernel = functools.partial(_kernel, asked, _cap(request.score), interpret)
+    precision = "highest" if query.dtype == jnp.float32 else None
+    with jax.default_matmul_precision(precision):
+        if request.return_lse:
+            out, lse = _with_lse(kernel)(q, k, v, sinks, ids)
+        else:
+            out, lse = kernel(q, k, v, sinks, ids), jnp.zeros((z.N, T), jnp.float32)
+    out, lse = jnp.swapaxes(out, 0, 1)[: z.T], lse.T[: z.T]
+    nothing = jnp.float32(-jnp.inf) if sinks is None else sinks
+    return _only(sees, out), jnp.where(jnp.asarray(sees)[:, None], lse, nothing)
+
+
+def _cap(score: tuple[Score, ...]) -> float | None:
+    return score[0].cap if score else None  # type: ignore[attr-defined]
+
+
+def _only(rows: Any, x: jax.Array) -> jax.Array:
+    """``x [r n c]`` with zeros for the other rows: a selection, which NaN does not pass."""
+    if isinstance(rows, np.ndarray) and rows.all():
+        return x
+    return jnp.where(jnp.asarray(rows)[:, None, None], x, jnp.zeros((), x.dtype))
+
+
+def _seen(asked: Asked, ids: Ids | None) -> tuple[Any, Any]:
+    """Bool ``[T]`` and ``[S]``: the query sees some key, the key is seen by some query."""
+    if ids is None:
+        return asked.seen()
+    t = math.gcd(_padded(asked.T), ASKED)
+    count = -(-asked.T // t)
+    padded = jnp.pad(ids.query, (0, count * t - asked.T), constant_values=NO_QUERY)
+    k = jnp.arange(asked.S, dtype=jnp.int32)[None, :]
+
+    def block(seen: jax.Array, i: jax.Array) -> tuple[jax.Array, jax.Array]:
+        q = i * t + jnp.arange(t, dtype=jnp.int32)
+        pairs = padded[q][:, None] == ids.key[None, :]
+        if asked.mask is not None:
+            pairs &= asked.mask.rule(0, 0, jnp.minimum(q, asked.T - 1)[:, None], k)
+        return seen | pairs.any(0), pairs.any(1)
+
+    seen, sees = jax.lax.scan(
+        block, jnp.zeros((asked.S,), bool), jnp.arange(count, dtype=jnp.int32)
+    )
+    return sees.reshape(-1)[: asked.T], seen
+
+
+def _kernel(
+    asked: Asked,
+    cap: float | None,
+    interpret: bool,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    sinks: jax.Array | None,
+    ids: Ids | None,
+    *,
+    residuals: bool = False,
+) -> Any:
+    """Output ``[N T D]``; with ``residuals`` also the lse ``[N T]``, and neither has a gradient."""
+    from jax.experimental.pallas.ops.tpu import splash_attention
+
+    (N, T, _), S = query.shape, key.shape[1]
+    bq, bk = _block(T), _block(S)
+    sizes = splash_attention.BlockSizes(
+        block_q=bq,
+        block_kv=bk,
+        block_kv_compute=bk,
+        block_q_dkv=bq,
+        block_kv_dkv=bk,
+        block_kv_dkv_compute=bk,
+        block_q_dq=bq,
+        block_kv_dq=bk,
+    )
+    kernel = splash_attention.make_splash_mha(
+        splash_attention.MultiHeadMask([_lazy(asked, T, S)] * N),
+        block_sizes=sizes,
+        save_residuals=residuals,
+        attn_logits_soft_cap=cap,
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=interpret,
+    )
+    segments = None if ids is None else splash_attention.SegmentIds(*ids)
+    out = kernel(query, key, value, segments, sinks)
+    return (out[0], out[1][0]) if residuals else out
+
+
+def _with_lse(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """``(query, key, value, sinks, ids) -> out, lse``, with the gradient that the lse lacks::
+
+        dquery_i = dlse_i sum_j p_ij key_j,   dkey_j = sum_i p_ij dlse_i query_i
+        dsink = sum_i p_sink,i dlse_i
+
+    which is attention to the keys as values, and its gradient.
+    """
+
+    @jax.custom_vjp
+    def fn(query: Any, key: Any, value: Any, sinks: Any, ids: Any) -> Any:
+        return kernel(query, key, value, sinks, ids, residuals=True)
+
+    def forward(query: Any, key: Any, value: Any, sinks: Any, ids: Any) -> Any:
+        out, lse = fn(query, key, value, sinks, ids)
+        return (out, lse), (query, key, value, sinks, ids, lse)
+
+    def backward(residuals: Any, cotangents: Any) -> Any:
+        (query, key, value, sinks, ids, lse), (dout, dlse) = residuals, cotangents
+        _, pull = jax.vjp(lambda *xs: kernel(*xs, ids), query, key, value, sinks)
+        dquery, dkey, dvalue, dsinks = pull(dout)
+        keys, pull = jax.vjp(lambda values: kernel(query, key, values, sinks, ids), key)
+        dlse = jnp.where(jnp.isfinite(lse), dlse, 0.0)[..., None]
+        (more,) = pull((dlse * query.astype(jnp.float32)).astype(query.dtype))
+        dquery = dquery + (dlse * keys.astype(jnp.float32)).astype(query.dtype)
+        if sinks is not None:
+            dsinks = dsinks + (jnp.exp(sinks[:, None] - lse) * dlse[..., 0]).sum(1)
+        return dquery, dkey + more, dvalue, dsinks, None  # ids are integers
+
+    fn.defvjp(forward, backward)
+    return fn
