@@ -275,7 +275,8 @@ def test_tiles_fit_shared_memory_or_there_are_none():
             for candidates in (pallas_gpu.FORWARD, pallas_gpu.BACKWARD):
                 tiles = pallas_gpu.choose_tiles(candidates, 4096, 4096, H, H, itemsize)
                 if tiles is not None:
-                    used = pallas_gpu.shared_bytes(tiles, H, H, itemsize)
+                    backward = candidates is pallas_gpu.BACKWARD
+                    used = pallas_gpu.shared_bytes(tiles, H, H, itemsize, backward=backward)
                     assert used <= pallas_gpu.SHARED_MEMORY
     assert pallas_gpu.choose_tiles(pallas_gpu.FORWARD, 64, 64, 4096, 64, 4) is None
 

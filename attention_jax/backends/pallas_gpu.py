@@ -62,11 +62,17 @@ BACKWARD = (
 SHARED_MEMORY = 99 * 1024
 
 
-def shared_bytes(tiles: Tiles, H: int, D: int, itemsize: int) -> int:
-    """What a kernel keeps in shared memory: its own block, those under way, a tile of pairs."""
-    own = tiles.block_q * (padded(H) + padded(D))
-    under_way = tiles.stages * tiles.block_k * (padded(H) + padded(D))
-    return itemsize * (own + under_way + tiles.block_q * tiles.block_k)
+def shared_bytes(tiles: Tiles, H: int, D: int, itemsize: int, *, backward: bool) -> int:
+    """What a program keeps in shared memory at the most.
+
+    Its own rows (forward those of the query, backward also of the cotangent), the rows that are
+    loaded or under way, and a tile of pairs, which forward and in 16 bits stays in registers.
+    """
+    H, D = padded(H), padded(D)
+    own = tiles.block_q * (H + D if backward else H)
+    under_way = tiles.stages * tiles.block_k * (H + D)
+    pairs = tiles.block_q * tiles.block_k if backward or itemsize > 2 else 0
+    return itemsize * (own + under_way + pairs)
 
 
 def choose_tiles(
@@ -74,16 +80,17 @@ def choose_tiles(
 ) -> Tiles | None:
     """The first that fits into shared memory, no longer than the sequences; None: none fits.
 
-    >>> choose_tiles(FORWARD, 4096, 4096, 64, 64, 2)
-    Tiles(block_q=128, block_k=64, warps=8, stages=3)
-    >>> choose_tiles(FORWARD, 1, 4096, 256, 256, 4)
+    >>> choose_tiles(FORWARD, 4096, 4096, 128, 128, itemsize=2)
+    Tiles(block_q=128, block_k=64, warps=8, stages=2)
+    >>> choose_tiles(FORWARD, 1, 4096, 256, 256, itemsize=4)
     Tiles(block_q=16, block_k=32, warps=4, stages=1)
     """
     for tiles in candidates:
         tiles = tiles._replace(
             block_q=min(tiles.block_q, padded(T)), block_k=min(tiles.block_k, padded(S))
         )
-        if shared_bytes(tiles, H, D, itemsize) <= SHARED_MEMORY:
+        used = shared_bytes(tiles, H, D, itemsize, backward=candidates is BACKWARD)
+        if used <= SHARED_MEMORY:
             return tiles
     return None
 
