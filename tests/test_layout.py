@@ -29,6 +29,7 @@ LAYERS = [
     {"backends.program", "backends.together", "backends.kernel_rules", "backends.pallas_tiles"},
     {"backends.blockwise", "backends.cudnn", "backends.splash"},
     {"backends.pallas_kernels"},
+    {"backends.pallas_launch"},
     {"backends.pallas_gpu"},
     {"backends"},
     {"explanation"},

@@ -2,6 +2,7 @@
 
 import functools
 import re
+from unittest import mock
 
 import chex
 import jax
@@ -13,7 +14,7 @@ from jax import export
 from jax._src.pallas.triton import lowering
 
 from attention_jax import attention, explain, masks, scores
-from attention_jax.backends import kernel_rules, pallas_gpu
+from attention_jax.backends import kernel_rules, pallas_gpu, pallas_launch
 from attention_jax.values import Lookup
 
 NAME = "pallas_gpu interpreted"
@@ -93,6 +94,26 @@ def test_forward_mode_and_second_derivatives():
             derive(lambda q, fn=fn: loss(fn, q, k, v, **options)) for fn in (interpreted, xla)
         ]
         chex.assert_trees_all_close(*results, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("heads", [(2, 4), (1, 4), (2, 1)])
+def test_gradients_of_a_bias_and_of_slopes_come_from_a_kernel(heads):
+    q, k, v = inputs()
+    bias = jax.random.normal(jax.random.key(1), (*heads, 21, 37))
+    slopes = jnp.array([0.1, 0.2, 0.3, 0.4])
+
+    def run(bias, slopes, fn):
+        score = [scores.bias(bias), scores.softcap(3.0), scores.alibi(slopes)]
+        return loss(fn, q, k, v, score=score, mask=masks.window(9, 5))
+
+    grad = jax.value_and_grad(run, (0, 1))
+    looped = mock.Mock(side_effect=pallas_launch._looped)
+    with mock.patch.object(pallas_launch, "_looped", looped):
+        ours = grad(bias, slopes, interpreted)
+    assert looped.call_args.args[2] == ()  # nothing was left to the loops
+    xla = functools.partial(attention, implementation="xla")
+    chex.assert_trees_all_close(ours, grad(bias, slopes, xla), atol=2e-5)
 
 
 def test_results_are_the_same_bits_each_time():

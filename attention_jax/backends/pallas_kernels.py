@@ -72,7 +72,7 @@ def forward(p: Refs, i: Any, out: RefView, m: RefView, log_l: RefView) -> None:
 
 
 class Gradients(NamedTuple):
-    """Of one tile: ``p`` times what dropout keeps, and ``ds`` before the scores."""
+    """Of one tile: ``p`` times what dropout keeps, and ``ds`` times the tile's slope."""
 
     dropped: jax.Array
     ds: jax.Array
@@ -180,3 +180,39 @@ def columns(
     for view, x in ((dk, sum_k), (dv, sum_v)):
         if view is not None:
             p.put(view, x, k0, s)
+
+
+def pairs(
+    count: int, head: Callable[[Any], Refs], leaf: int, tile_index: tuple[Any, Any], out: RefView
+) -> None:
+    """What an array of the scores gets from one tile, of all heads that share it::
+
+        dx_ij = ds_ij (d s_ij / d x_ij)
+
+    An array of ``T x S`` gets it pair by pair, a number in sum.
+
+    Args:
+      count, head: how many share the array, and each by its number.
+      leaf: which array of the scores.
+      tile_index: which block of queries, and of keys.
+    """
+    t, s = head(np.int32(0)).config.backward[:2]
+    i, j = tile_index
+    q0, k0 = i * t, j * s
+
+    def of_head(g: Any, total: jax.Array) -> jax.Array:
+        p = head(g)
+        k, v = (p.rows(x, k0, s) for x in (p.head.key, p.head.value))
+        q, _, m, log_l, do, _, shift = (p.rows(x, q0, t) for x in (p.head.query, *p.rest))
+        tile = p.tile(q, k, q0, k0, masked=True, slope=True, leaf=leaf)
+        do = rows_or_zero(tile.seen and tile.seen.queries, do).astype(v.dtype)
+        v = rows_or_zero(tile.seen and tile.seen.keys, v)
+        return total + gradients(tile, v, do, m, finite(log_l), shift).ds
+
+    start = jnp.zeros((t, s), jnp.float32)
+    total = lax.fori_loop(np.int32(0), np.int32(count), of_head, start)
+    p = head(np.int32(0))
+    if out.core == (p.T, p.S):
+        out.store(total, (q0, t), (k0, s))
+    else:
+        out.put_entry(total.sum(), i, j)

@@ -132,7 +132,7 @@ class Tile(NamedTuple):
 
     dot: jax.Array  # [t s]: query . key
     s: jax.Array  # [t s]: the logits, -inf where hidden
-    slope: jax.Array | None  # [t s]: ds / d(scale * dot); None where it is 1
+    slope: jax.Array | None  # [t s]: ds by what is differentiated; None where that is 1
     seen: Seen | None  # None: every query sees every key
     kept: jax.Array | None  # [t s]: what dropout multiplies probabilities by
 
@@ -189,13 +189,22 @@ class Refs:
         return jax.tree.unflatten(structure, local_arrays)
 
     def tile(
-        self, q: jax.Array, k: jax.Array, q0: Any, k0: Any, *, masked: bool, slope: bool = False
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        q0: Any,
+        k0: Any,
+        *,
+        masked: bool,
+        slope: bool = False,
+        leaf: int | None = None,
     ) -> Tile:
         """The tile of queries ``q [t H]`` from ``q0`` on and keys ``k [s H]`` from ``k0`` on.
 
         Args:
           masked: False where every query surely sees every key, but for what a score hides.
-          slope: also what a change of the logits before the scores is multiplied by.
+          slope: also what a change of the logits before the scores is multiplied by; or, with
+            ``leaf``, of this number among the arrays of the scores.
         """
         shape = q.shape[0], k.shape[0]
         at = tile_indices(shape, q0, k0)
@@ -207,10 +216,10 @@ class Refs:
                 pairs = pairs & mask.rule(self.b, self.n, *at)
             pairs = jnp.broadcast_to(pairs, shape)
         found = Found()
-        scores = self._local(self.head.score, shape, q0, k0, found)
+        arrays, structure = jax.tree.flatten(self._local(self.head.score, shape, q0, k0, found))
 
-        def apply(s: jax.Array) -> jax.Array:
-            for score in scores:
+        def apply(s: jax.Array, arrays: list[Any]) -> jax.Array:
+            for score in jax.tree.unflatten(structure, arrays):
                 s = score.rule(s, self.b, self.n, *at)
                 if pairs is not None:  # what it makes of a hidden pair must not reach the next
                     s = jnp.where(pairs, s, jnp.zeros_like(s))
@@ -219,10 +228,17 @@ class Refs:
         dot = product(q, k, 1, 1)
         s0 = self.scale * dot
         s0 = s0 if pairs is None else jnp.where(pairs, s0, jnp.zeros_like(s0))
-        s, change = apply(s0), None
-        if scores and slope:
+        s, change = apply(s0, arrays), None
+        if self.head.score and slope:
             found.again()
-            s, change = jax.jvp(apply, (s0,), (jnp.ones_like(s0),))
+            x = s0 if leaf is None else arrays[leaf]
+
+            def along(x: jax.Array) -> jax.Array:
+                if leaf is None:
+                    return apply(x, arrays)
+                return apply(s0, [*arrays[:leaf], x, *arrays[leaf + 1 :]])
+
+            s, change = jax.jvp(along, (x,), (jnp.ones_like(x),))
         if pairs is not None:
             s = jnp.where(pairs, s, -jnp.inf)
         if self.hiding:

@@ -1,0 +1,300 @@
+"""The launches of ``pallas_kernels``: for all heads of all examples, forward and backward.
+
+Heads and batch axes are mapped axes of one primitive (see ``primitive``); here they become the
+grid, or, where many heads share what is written, a loop inside a program. What cannot be written by
+one program for each block goes to the loops of ``blockwise``: tangents, and cotangents of tables.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+from attention_jax import blocks
+from attention_jax.backends import blockwise, pallas_kernels, primitive
+from attention_jax.backends.pallas_tiles import Refs, RefView
+from attention_jax.backends.primitive import RESULTS, Dims, Static
+from attention_jax.backends.program import place_of
+from attention_jax.grid import Grid
+
+
+class Tiles(NamedTuple):
+    """How a kernel is cut: queries and keys per tile, threads, and loads under way at a time."""
+
+    block_q: int
+    block_k: int
+    warps: int
+    stages: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What the kernels depend on, besides shapes."""
+
+    forward: Tiles
+    backward: Tiles
+    dropout_rate: float
+    loops: blockwise.Config  # of the tangents, which loops compute
+    interpret: bool
+
+
+class Visits(NamedTuple):
+    """The blocks to visit: for each block of queries, or of keys."""
+
+    forward: blocks.Visits
+    rows: blocks.Visits
+    columns: blocks.Visits
+    loops: blocks.Visits
+
+
+class Result(NamedTuple):
+    """What a kernel writes: its shape without mapped axes, its dtype, where those axes are."""
+
+    core: tuple[int, ...]
+    dtype: Any
+    dims: Dims
+
+
+def launch(
+    static: Static,
+    arrays: tuple[Any, ...],
+    results: list[Result],
+    kernel: Callable[..., None],
+    count: int,
+    tiles: Tiles,
+    inner: tuple[int, ...] = (),
+) -> list[jax.Array]:
+    """Runs ``kernel(head, block, *results)`` for ``count`` blocks of every head of every example.
+
+    Args:
+      inner: mapped axes that are no axis of the grid: ``head(g)`` is at number ``g`` along them.
+    """
+    outer = tuple(level for level in range(len(static.levels)) if level not in inner)
+    outer_sizes, inner_sizes = (
+        tuple(static.levels[level] for level in levels) for levels in (outer, inner)
+    )
+
+    def body(*refs: Any) -> None:
+        program = pl.program_id(0)
+        block, number = lax.rem(program, np.int32(count)), lax.div(program, np.int32(count))
+        outer_place = dict(zip(outer, place_of(number, outer_sizes), strict=True))
+
+        def place(g: Any) -> tuple[Any, ...]:
+            at = outer_place | dict(zip(inner, place_of(g, inner_sizes), strict=True))
+            return tuple(at[level] for level in range(len(static.levels)))
+
+        views = [
+            RefView(ref, result.dims, place(np.int32(0)))
+            for ref, result in zip(refs[len(arrays) :], results, strict=True)
+        ]
+        kernel(lambda g: Refs(static, refs[: len(arrays)], place(g)), block, *views)
+
+    shapes = [
+        jax.ShapeDtypeStruct(primitive.mapped_shape(r.core, r.dims, static.levels), r.dtype)
+        for r in results
+    ]
+    outs = pl.pallas_call(
+        body,
+        grid=(count * math.prod(outer_sizes),),
+        out_shape=shapes,
+        compiler_params=triton.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
+        interpret=static.config.interpret,
+        name="attention",
+    )(*arrays)
+    return list(outs)
+
+
+def forward(static: Static, *arrays: Any) -> tuple[Any, ...]:
+    """Output ``[T D]``, ``m [T]`` and ``log l [T]``."""
+    tiles: Tiles = static.config.forward
+    cores = blockwise.result_cores(static, arrays)
+    results = [Result(*core, dims) for core, dims in zip(cores, static.out_dims, strict=True)]
+    count = -(-cores[0][0][0] // tiles.block_q)
+
+    def kernel(head: Callable[[Any], Refs], i: Any, *views: RefView) -> None:
+        pallas_kernels.forward(head(np.int32(0)), i, *views)
+
+    return tuple(launch(static, arrays, results, kernel, count, tiles))
+
+
+def backward(static: Static, *arrays: Any) -> tuple[Any, ...]:
+    """The cotangents of the operands that vary, in their order."""
+    number = blockwise.numbers(static)
+    shift, found = _rows(static, arrays, number)
+    found |= _columns(static, arrays, number, shift)
+    found |= _scores(static, arrays, number, shift)
+    return tuple(found[i] for i in static.wrt)
+
+
+def _rows(
+    static: Static, arrays: tuple[Any, ...], number: blockwise.Numbers
+) -> tuple[jax.Array, dict[int, jax.Array]]:
+    """``shift`` with all mapped axes first, and the cotangents of query, scale and sink."""
+    levels = tuple(range(len(static.levels)))
+    tiles: Tiles = static.config.backward
+    T = primitive.core_shape(arrays[number.query].shape, static.in_dims[number.query])[0]
+    count = -(-T // tiles.block_q)
+    wanted = [i for i in (number.query, number.scale, number.sink) if i in static.wrt]
+    results = [Result((T,), jnp.float32, levels)]
+    for i in wanted:
+        core: tuple[int, ...] = (count,)  # one part for each block
+        if i == number.query:
+            core = primitive.core_shape(arrays[i].shape, static.in_dims[i])
+        results.append(Result(core, jnp.float32, levels))
+
+    def kernel(head: Callable[[Any], Refs], i: Any, *views: RefView) -> None:
+        given = dict(zip(wanted, views[1:], strict=True))
+        dq, dscale = given.get(number.query), given.get(number.scale)
+        dsink = None if number.sink is None else given.get(number.sink)
+        pallas_kernels.rows(head(np.int32(0)), i, views[0], dq, dscale, dsink)
+
+    shift, *parts = launch(static, arrays, results, kernel, count, tiles)
+    found = {}
+    for i, x in zip(wanted, parts, strict=True):
+        x = x if i == number.query else x.sum(-1)
+        dims = static.out_dims[static.wrt.index(i)]
+        x = x.sum(tuple(level for level in levels if dims[level] is None))
+        kept = [d for d in dims if d is not None]
+        found[i] = jnp.moveaxis(x, range(len(kept)), kept).astype(arrays[i].dtype)
+    return shift, found
+
+
+def _columns(
+    static: Static, arrays: tuple[Any, ...], number: blockwise.Numbers, shift: jax.Array
+) -> dict[int, jax.Array]:
+    """The cotangents of key and value: together where the same heads share both."""
+    tiles: Tiles = static.config.backward
+    dims = {i: static.out_dims[static.wrt.index(i)] for i in static.wrt}
+    shared: dict[tuple[int, ...], list[int]] = {}
+    for i in (number.key, number.value):
+        if i in dims:
+            inner = tuple(level for level, d in enumerate(dims[i]) if d is None)
+            shared.setdefault(inner, []).append(i)
+    levels = tuple(range(len(static.levels)))
+    static = dataclasses.replace(static, in_dims=(*static.in_dims, levels))
+    found: dict[int, jax.Array] = {}
+    for inner, wanted in shared.items():
+        cores = [primitive.core_shape(arrays[i].shape, static.in_dims[i]) for i in wanted]
+        results = [
+            Result(core, arrays[i].dtype, dims[i]) for i, core in zip(wanted, cores, strict=True)
+        ]
+        heads = math.prod(static.levels[level] for level in inner)
+
+        def kernel(
+            head: Callable[[Any], Refs],
+            j: Any,
+            *views: RefView,
+            wanted: list[int] = wanted,
+            heads: int = heads,
+        ) -> None:
+            given = dict(zip(wanted, views, strict=True))
+            pallas_kernels.columns(heads, head, j, given.get(number.key), given.get(number.value))
+
+        count = -(-cores[0][0] // tiles.block_k)
+        outs = launch(static, (*arrays, shift), results, kernel, count, tiles, inner)
+        found |= dict(zip(wanted, outs, strict=True))
+    return found
+
+
+def _scores(
+    static: Static, arrays: tuple[Any, ...], number: blockwise.Numbers, shift: jax.Array
+) -> dict[int, jax.Array]:
+    """The cotangents of the arrays of scores: numbers and arrays of ``T x S`` tile by tile.
+
+    In others many pairs meet in one entry, which would take atomics: the loops of ``blockwise``.
+    """
+    (T, _), (S, _) = (
+        primitive.core_shape(arrays[i].shape, static.in_dims[i]) for i in (number.query, number.key)
+    )
+    found, rest = {}, []
+    for leaf, i in enumerate(number.score):
+        if i not in static.wrt:
+            continue
+        core = primitive.core_shape(arrays[i].shape, static.in_dims[i])
+        if core in ((), (T, S)):
+            found[i] = _pairs(static, arrays, (T, S), leaf, i, shift)
+        else:
+            rest.append(i)
+    return found | _looped(static, arrays, tuple(rest))
+
+
+def _pairs(
+    static: Static,
+    arrays: tuple[Any, ...],
+    lengths: tuple[int, int],
+    leaf: int,
+    i: int,
+    shift: jax.Array,
+) -> jax.Array:
+    """The cotangent of operand ``i``, number ``leaf`` of the scores: a number, or ``T x S``."""
+    tiles: Tiles = static.config.backward
+    grid = Grid(*lengths, tiles.block_q, tiles.block_k)
+    dims = static.out_dims[static.wrt.index(i)]
+    inner = tuple(level for level, d in enumerate(dims) if d is None)
+    heads = math.prod(static.levels[level] for level in inner)
+    number = primitive.core_shape(arrays[i].shape, static.in_dims[i]) == ()
+    result = Result(
+        (grid.rows, grid.columns) if number else lengths,  # of a number, a part for each tile
+        jnp.float32 if number else arrays[i].dtype,
+        dims,
+    )
+
+    def kernel(head: Callable[[Any], Refs], block: Any, out: RefView) -> None:
+        columns = np.int32(grid.columns)
+        at = lax.div(block, columns), lax.rem(block, columns)
+        pallas_kernels.pairs(heads, head, leaf, at, out)
+
+    static = dataclasses.replace(
+        static, in_dims=(*static.in_dims, tuple(range(len(static.levels))))
+    )
+    count = grid.rows * grid.columns
+    (x,) = launch(static, (*arrays, shift), [result], kernel, count, tiles, inner)
+    return x.sum((-1, -2)).astype(arrays[i].dtype) if number else x
+
+
+def _looped(
+    static: Static, arrays: tuple[Any, ...], wanted: tuple[int, ...]
+) -> dict[int, jax.Array]:
+    """Cotangents of arrays of the scores by the loops of ``blockwise``."""
+    if not wanted:
+        return {}
+    out_dims = tuple(static.out_dims[static.wrt.index(i)] for i in wanted)
+    static, arrays = _as_loops(dataclasses.replace(static, wrt=wanted, out_dims=out_dims), arrays)
+    # The loops round logits in another order, so their probabilities need a normaliser of theirs.
+    count = static.structure.num_leaves
+    again = dataclasses.replace(
+        static,
+        in_dims=static.in_dims[:count],
+        out_dims=static.in_dims[count : count + RESULTS],
+        wrt=(),
+    )
+    results = blockwise.KERNEL.forward(again, *arrays[:count])
+    arrays = (*arrays[:count], *results, *arrays[count + RESULTS :])
+    return dict(zip(wanted, blockwise.KERNEL.backward(static, *arrays), strict=True))
+
+
+def tangent(static: Static, *arrays: Any) -> tuple[Any, ...]:
+    """Tangents of output and ``log l``, by the loops of ``blockwise``."""
+    static, arrays = _as_loops(static, arrays)
+    return blockwise.KERNEL.tangent(static, *arrays)
+
+
+def _as_loops(static: Static, arrays: tuple[Any, ...]) -> tuple[Static, tuple[Any, ...]]:
+    """The same operands with the blocks that ``blockwise`` visits."""
+    count = static.structure.num_leaves
+    head, visits = primitive.as_head(jax.tree.unflatten(static.structure, range(count)))
+    order, structure = jax.tree.flatten(primitive.operands(head, visits.loops))
+    in_dims = tuple(static.in_dims[i] for i in order) + static.in_dims[count:]
+    static = dataclasses.replace(
+        static, structure=structure, config=static.config.loops, in_dims=in_dims
+    )
+    return static, (*(arrays[i] for i in order), *arrays[count:])
