@@ -2,9 +2,11 @@
 
 import functools
 import time
+from unittest import mock
 
 import chex
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -121,6 +123,70 @@ def test_a_mask_of_many_pairs_is_asked_block_by_block():
     assert time.perf_counter() - start < 20  # 1.7e10 pairs one by one take minutes and 16 GiB
     mask = splash._lazy(asked, 2**17, 2**17)
     assert mask[slice(0, 512), slice(512, 1024)].shape == (512, 512)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        ~masks.chunked(100) & masks.causal(),
+        masks.block_sparse(np.random.default_rng(1).random((8, 8)) < 0.5, 150),
+        masks.prefix(40) | ~masks.window(300, 20),
+    ],
+)
+def test_blocks_are_those_of_the_mask_and_need_no_device(mask):
+    T, S = 1150, 900  # the last block of keys is padded
+    dense = np.asarray(mask.to_dense(T, S))
+    lazy = splash._lazy(splash.Asked(mask, T, S), 1152, 1024)
+    with jax.transfer_guard("disallow"):  # what JAX computes would move the indices to a device
+        blocks = [
+            [lazy[slice(i, i + 128), slice(j, j + 512)] for j in (0, 512)]
+            for i in range(0, 1152, 128)
+        ]
+    found = np.block(blocks)
+    np.testing.assert_array_equal(found[:T, :S], dense)
+    assert not found[:, S:].any()
+
+
+def test_equal_masks_are_one_to_splash():
+    one, other, third = (
+        splash._lazy(splash.Asked(masks.window(n, 0), 512, 512), 512, 512) for n in (9, 9, 8)
+    )
+    assert (one == other, hash(one) == hash(other), one == third) == (True, True, False)
+
+
+def test_a_long_window_is_lowered_without_an_array_of_pairs():
+    x = [jax.ShapeDtypeStruct((1, 2**16, n, 64), jnp.bfloat16) for n in (2, 1, 1)]
+    pairs = splash.Asked.pairs
+    with mock.patch.object(splash.Asked, "pairs", autospec=True, side_effect=pairs) as asked:
+        program = jax.jit(functools.partial(interpreted, mask=masks.window(1000, 0))).lower(*x)
+    assert 128 <= asked.call_count < 5000  # there are 16,384 blocks, and splash asks several times
+    assert "65536x65536" not in program.as_text()
+
+
+def products(jaxpr, inside=""):
+    """Kernel and precision of every product within a kernel."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general" and inside:
+            yield inside, eqn.params["precision"]
+        name = str(eqn.params.get("name")) if eqn.primitive.name == "pallas_call" else inside
+        for sub in jax.extend.core.jaxprs_in_params(eqn.params):
+            yield from products(sub, name)
+
+
+@pytest.mark.parametrize("lse", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_precision_reaches_the_kernels_of_every_pass(dtype, lse):
+    def loss(*xs):
+        return sum(x.astype(jnp.float32).sum() for x in jax.tree.leaves(fn(*xs)))
+
+    fn = functools.partial(interpreted, mask=masks.causal(), return_lse=lse)
+    x = [jax.ShapeDtypeStruct((1, 128, 2, 64), dtype)] * 3
+    # In bfloat16 the TPU's compiler fails if asked for more.
+    with jax.default_matmul_precision("highest" if dtype == "bfloat16" else None):
+        found = list(products(jax.make_jaxpr(jax.grad(loss, (0, 1, 2)))(*x).jaxpr))
+    assert {name.split("_")[2] for name, _ in found} == {"fwd", "dq", "dkv"}
+    highest = (jax.lax.Precision.HIGHEST,) * 2
+    assert {p for _, p in found} == {highest if dtype == "float32" else None}
 
 
 # --- What is refused.

@@ -24,9 +24,9 @@ from attention_jax.axes import Sizes
 from attention_jax.backends.request import Request
 from attention_jax.grid import Grid
 from attention_jax.lift import Call
-from attention_jax.masks import And, Lengths, Mask, Segments
+from attention_jax.masks import And, BlockSparse, Lengths, Mask, Not, Or, Segments
 from attention_jax.masks.base import parts
-from attention_jax.scores import Score, Softcap
+from attention_jax.scores import Softcap
 
 LANES = 128  # lengths are multiples of this, and so are blocks
 BLOCKS = (512, 256, 128)
@@ -47,17 +47,12 @@ class Plan(NamedTuple):
 def why_unsupported(request: Request) -> str | None:
     """What of the request splash attention does not do, or not do exactly, in words; or None."""
     dtype = jnp.dtype(request.dtype)
-    refusals = (
-        (request.platform != "tpu", f"its kernel is for TPUs, this is a {request.platform}"),
-        (
-            dtype not in (jnp.bfloat16, jnp.float32),
-            f"{dtype.name}: its products are of bfloat16 or float32",
-        ),
-        (request.dropout_rate > 0.0, "dropout has no place in its kernel"),
-    )
-    for refused, reason in refusals:
-        if refused:
-            return reason
+    if request.platform != "tpu":
+        return f"its kernel is for TPUs, this is a {request.platform}"
+    if dtype not in (jnp.bfloat16, jnp.float32):
+        return f"{dtype.name}: its products are of bfloat16 or float32"
+    if request.dropout_rate > 0.0:
+        return "dropout has no place in its kernel"
     for score in request.score:
         if not isinstance(score, Softcap):
             return f"score {type(score).__name__}: its kernel has softcap alone"
@@ -186,10 +181,7 @@ class Asked:
         i = np.minimum(np.arange(q.start, q.stop, dtype=np.int32), self.T - 1)[:, None]
         j = np.arange(k.start, k.stop, dtype=np.int32)[None, :]
         inside = np.broadcast_to(j < self.S, (i.shape[0], j.shape[1]))
-        if self.mask is None:
-            return inside
-        with jax.ensure_compile_time_eval():
-            return inside & np.asarray(self.mask.rule(0, 0, i, np.minimum(j, self.S - 1)))
+        return inside & _in_numpy(self.mask, i, np.minimum(j, self.S - 1))
 
     def seen(self) -> tuple[np.ndarray, np.ndarray]:
         """Bool ``[T]`` and ``[S]``: the query sees some key, the key is seen by some query."""
@@ -207,24 +199,48 @@ class Asked:
         return queries, keys
 
 
+def _in_numpy(mask: Mask | None, i: np.ndarray, j: np.ndarray) -> Any:
+    """The rule without JAX, which would compute on a device that may not be there yet."""
+    if isinstance(mask, And):
+        return _in_numpy(mask.left, i, j) & _in_numpy(mask.right, i, j)
+    if isinstance(mask, Or):
+        return _in_numpy(mask.left, i, j) | _in_numpy(mask.right, i, j)
+    if isinstance(mask, Not):
+        return ~np.asarray(_in_numpy(mask.mask_, i, j))
+    if isinstance(mask, BlockSparse):
+        return mask._layout()[i // mask.block_size, j // mask.block_size]
+    return np.True_ if mask is None else mask.rule(0, 0, i, j)
+
+
 def _lazy(asked: Asked, T: int, S: int) -> Any:
     """Splash's lazy mask of ``T x S`` pairs, multiples of 128."""
     from jax.experimental.pallas.ops.tpu import splash_attention
 
+    size = _block(T), _block(S)
+    kind = np.array(blocks.kinds(asked.mask, Grid(asked.T, asked.S, *size), 0, 0))
+    if asked.S < S:  # the last block has padded keys
+        kind[:, -1] = np.minimum(kind[:, -1], blocks.PARTIAL)
+    whole = {blocks.EMPTY: np.zeros(size, np.bool_), blocks.FULL: np.ones(size, np.bool_)}
+
     class Lazy(splash_attention.Mask):
-        """Equal to another of the same mask, so that heads share what is found of it."""
+        """Equal to another of the same mask, so that heads and layers share what is found of it."""
 
         shape = (T, S)
+        same = asked, T, S
 
         def __getitem__(self, index: tuple[slice, slice]) -> np.ndarray:
             q, k = (slice(*i.indices(n)[:2]) for i, n in zip(index, self.shape, strict=True))
-            return asked.pairs(q, k)
+            (row, q0), (column, k0) = divmod(q.start, size[0]), divmod(k.start, size[1])
+            # Splash asks for every block, several times: most are answered without the rule.
+            aligned = (q0, k0, q.stop - q.start, k.stop - k.start) == (0, 0, *size)
+            found = whole.get(kind[row, column]) if aligned else None
+            return asked.pairs(q, k) if found is None else found
 
         def __eq__(self, other: object) -> bool:
-            return isinstance(other, type(self))
+            return self.same == getattr(other, "same", None)
 
         def __hash__(self) -> int:
-            return hash((asked, T, S))
+            return hash(self.same)
 
     return Lazy()
 
@@ -258,26 +274,17 @@ def _example(
         for rows, x, n in ((sees, query, T), (seen, key, S), (seen, value, S))
     )
     if ids is not None:
-        ids = Ids(
-            *(
-                jnp.pad(x, (0, n - x.shape[0]), constant_values=none)
-                for x, n, none in zip(ids, (T, S), (NO_QUERY, NO_KEY), strict=True)
-            )
-        )
-    kernel = functools.partial(_kernel, asked, _cap(request.score), interpret)
-    precision = "highest" if query.dtype == jnp.float32 else None
-    with jax.default_matmul_precision(precision):
-        if request.return_lse:
-            out, lse = _with_lse(kernel)(q, k, v, sinks, ids)
-        else:
-            out, lse = kernel(q, k, v, sinks, ids), jnp.zeros((z.N, T), jnp.float32)
+        pads = zip(ids, (T, S), (NO_QUERY, NO_KEY), strict=True)
+        ids = Ids(*(jnp.pad(x, (0, n - x.shape[0]), constant_values=none) for x, n, none in pads))
+    cap = request.score[0].cap if request.score else None  # type: ignore[attr-defined]
+    kernel = functools.partial(_kernel, asked, cap, interpret)
+    if request.return_lse:
+        out, lse = _with_lse(kernel)(q, k, v, sinks, ids)
+    else:
+        out, lse = _without_lse(kernel)(q, k, v, sinks, ids), jnp.zeros((z.N, T), jnp.float32)
     out, lse = jnp.swapaxes(out, 0, 1)[: z.T], lse.T[: z.T]
     nothing = jnp.float32(-jnp.inf) if sinks is None else sinks
     return _only(sees, out), jnp.where(jnp.asarray(sees)[:, None], lse, nothing)
-
-
-def _cap(score: tuple[Score, ...]) -> float | None:
-    return score[0].cap if score else None  # type: ignore[attr-defined]
 
 
 def _only(rows: Any, x: jax.Array) -> jax.Array:
@@ -326,16 +333,7 @@ def _kernel(
 
     (N, T, _), S = query.shape, key.shape[1]
     bq, bk = _block(T), _block(S)
-    sizes = splash_attention.BlockSizes(
-        block_q=bq,
-        block_kv=bk,
-        block_kv_compute=bk,
-        block_q_dkv=bq,
-        block_kv_dkv=bk,
-        block_kv_dkv_compute=bk,
-        block_q_dq=bq,
-        block_kv_dq=bk,
-    )
+    sizes = splash_attention.BlockSizes(bq, bk, bk, bq, bk, bk, bq, bk)  # of each pass
     kernel = splash_attention.make_splash_mha(
         splash_attention.MultiHeadMask([_lazy(asked, T, S)] * N),
         block_sizes=sizes,
@@ -350,6 +348,34 @@ def _kernel(
     return (out[0], out[1][0]) if residuals else out
 
 
+def _precisely(query: jax.Array) -> Any:
+    """Products in float32 are of float32; in bfloat16 the compiler knows no other than its own."""
+    return jax.default_matmul_precision("highest" if query.dtype == jnp.float32 else None)
+
+
+def _without_lse(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """``(query, key, value, sinks, ids) -> out``, each pass traced with the right precision.
+
+    JAX traces the passes of a gradient after a context around the kernel alone has been left.
+    """
+
+    @jax.custom_vjp
+    def fn(query: Any, key: Any, value: Any, sinks: Any, ids: Any) -> Any:
+        with _precisely(query):
+            return kernel(query, key, value, sinks, ids)
+
+    def forward(query: Any, key: Any, value: Any, sinks: Any, ids: Any) -> Any:
+        with _precisely(query):
+            return jax.vjp(lambda *xs: kernel(*xs, ids), query, key, value, sinks)
+
+    def backward(pull: Any, dout: Any) -> Any:
+        with _precisely(dout):
+            return *pull(dout), None  # ids are integers
+
+    fn.defvjp(forward, backward)
+    return fn
+
+
 def _with_lse(kernel: Callable[..., Any]) -> Callable[..., Any]:
     """``(query, key, value, sinks, ids) -> out, lse``, with the gradient that the lse lacks::
 
@@ -361,7 +387,8 @@ def _with_lse(kernel: Callable[..., Any]) -> Callable[..., Any]:
 
     @jax.custom_vjp
     def fn(query: Any, key: Any, value: Any, sinks: Any, ids: Any) -> Any:
-        return kernel(query, key, value, sinks, ids, residuals=True)
+        with _precisely(query):
+            return kernel(query, key, value, sinks, ids, residuals=True)
 
     def forward(query: Any, key: Any, value: Any, sinks: Any, ids: Any) -> Any:
         out, lse = fn(query, key, value, sinks, ids)
@@ -369,9 +396,10 @@ def _with_lse(kernel: Callable[..., Any]) -> Callable[..., Any]:
 
     def backward(residuals: Any, cotangents: Any) -> Any:
         (query, key, value, sinks, ids, lse), (dout, dlse) = residuals, cotangents
-        _, pull = jax.vjp(lambda *xs: kernel(*xs, ids), query, key, value, sinks)
+        plain = _without_lse(kernel)
+        _, pull = jax.vjp(lambda *xs: plain(*xs, ids), query, key, value, sinks)
         dquery, dkey, dvalue, dsinks = pull(dout)
-        keys, pull = jax.vjp(lambda values: kernel(query, key, values, sinks, ids), key)
+        keys, pull = jax.vjp(lambda values: plain(query, key, values, sinks, ids), key)
         dlse = jnp.where(jnp.isfinite(lse), dlse, 0.0)[..., None]
         (more,) = pull((dlse * query.astype(jnp.float32)).astype(query.dtype))
         dquery = dquery + (dlse * keys.astype(jnp.float32)).astype(query.dtype)
