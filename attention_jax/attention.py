@@ -151,6 +151,7 @@ def attention(
         implementation=backends.check_names(implementation),
         return_lse=return_lse,
         platform=platform,
+        partitioned=backends.partitioned(),
     )
     return (out, lse) if return_lse else out
 
@@ -241,6 +242,7 @@ def explain(
         dropout_rate=float(dropout_rate),
         return_lse=return_lse,
         platform=platform,
+        partitioned=backends.partitioned(),
     )
     names = backends.check_names(implementation)
     try:
@@ -270,7 +272,14 @@ def explain(
 
 @functools.partial(
     jax.jit,
-    static_argnames=("scale", "dropout_rate", "implementation", "return_lse", "platform"),
+    static_argnames=(
+        "scale",
+        "dropout_rate",
+        "implementation",
+        "return_lse",
+        "platform",
+        "partitioned",
+    ),
 )
 def _attention(
     arrays: dict[str, Any],
@@ -283,6 +292,7 @@ def _attention(
     implementation: str | tuple[str, ...] | None,
     return_lse: bool,
     platform: str,
+    partitioned: bool,
 ) -> tuple[jax.Array, jax.Array]:
     sizes = check_query_key_value(arrays["query"], arrays["key"], arrays["value"])
     seed = None if dropout_key is None else dropout.seed(dropout_key)
@@ -297,6 +307,7 @@ def _attention(
         dropout_rate=dropout_rate,
         return_lse=return_lse,
         platform=platform,
+        partitioned=partitioned,
     )
     chosen, _ = backends.choose(implementation, request)
     if _nothing_to_see(sizes):

@@ -9,6 +9,7 @@ import functools
 import sys
 from unittest import mock
 
+import pytest
 from quick import QUICK
 
 import attention_jax
@@ -92,6 +93,14 @@ CHECKS = {
     # since most of a test's time is the compiler's.
     "auto": PROMISES[3::8],
 }
+
+
+def mostly_slow(cases, quick):
+    """The cases as parameters of a test; a default run has time for those named in ``quick``."""
+    return [
+        pytest.param(c, id=c.name, marks=[] if c.name in quick else [pytest.mark.slow])
+        for c in cases
+    ]
 
 
 @functools.lru_cache(maxsize=8)

@@ -227,9 +227,19 @@ def test_blocks_are_those_of_the_kernel_that_is_chosen():
 
 def test_the_platform_is_that_of_the_mesh_in_use():
     card = jax.sharding.AbstractDevice(device_kind="any", num_cores=None, platform="gpu")
+    tpu = jax.sharding.AbstractDevice(device_kind="any", num_cores=None, platform="tpu")
     mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=card)
     assert explain(*shapes()).platform == "cpu"
     with jax.sharding.use_abstract_mesh(mesh):
         assert explain(*shapes()).platform == "gpu"
+    devices = jax.sharding.AbstractMesh((4,), ("x",), abstract_device=tpu)
+    with jax.sharding.use_abstract_mesh(devices):
+        explanation = explain(*kernel_shapes())
+        assert (explanation.platform, explanation.chosen) == ("tpu", "blockwise")
+        assert "shard_map" in explanation.reasons["splash"]
+    with jax.sharding.use_abstract_mesh(
+        jax.sharding.AbstractMesh((1,), ("x",), abstract_device=tpu)
+    ):
+        assert explain(*kernel_shapes()).chosen == "splash"
     with jax.default_device("cpu"):
         assert explain(*shapes()).platform == "cpu"

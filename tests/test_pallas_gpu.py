@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from contract import IMPLEMENTATIONS, PAIRS, PROMISES, assert_right
+from contract import IMPLEMENTATIONS, PAIRS, PROMISES, assert_right, mostly_slow
 from jax import export
 from jax._src.pallas.triton import lowering
 
@@ -38,13 +38,7 @@ QUICK_CASES = {
 }
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(c, id=c.name, marks=[] if c.name in QUICK_CASES else [pytest.mark.slow])
-        for c in CASES
-    ],
-)
+@pytest.mark.parametrize("case", mostly_slow(CASES, QUICK_CASES))
 def test_equals_the_oracle(case):
     assert_right(NAME, case)
 

@@ -10,7 +10,7 @@ import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from contract import IMPLEMENTATIONS, PAIRS, PROMISES, assert_right
+from contract import IMPLEMENTATIONS, PAIRS, PROMISES, assert_right, mostly_slow
 
 from attention_jax import attention, explain, masks, scores
 from attention_jax.backends import splash
@@ -50,13 +50,7 @@ def test_there_is_enough_to_check():
     assert {c.name for c in CASES} >= QUICK_CASES
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(c, id=c.name, marks=[] if c.name in QUICK_CASES else [pytest.mark.slow])
-        for c in CASES
-    ],
-)
+@pytest.mark.parametrize("case", mostly_slow(CASES, QUICK_CASES))
 def test_equals_the_oracle(case):
     assert_right(NAME, case)
 

@@ -41,7 +41,8 @@ def test_forward_and_backward_compile_to_the_kernels_and_no_array_of_pairs(found
     assert backward["kernels"] == (6 if "lse" in name else 3)
     for program in (forward, backward):
         assert program["pairs"] == 0
-        assert 0 < program["temporary bytes"] < 8 * 1024 * 1024 * 4  # one array T x S, all heads
+        # In main memory, 0 where all fits on the chip; less than an array T x S of all heads.
+        assert 0 <= program["temporary bytes"] < 8 * 1024 * 1024 * 4
         assert program["bytes accessed"] > program["argument bytes"] > 0
         assert program["flops"] > 0
 

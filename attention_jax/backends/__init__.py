@@ -86,6 +86,17 @@ def platform() -> str:
     return "gpu" if name in ("cuda", "rocm") else name
 
 
+def partitioned() -> bool:
+    """Whether the mesh in use has axes over which the compiler itself splits the program.
+
+    It cannot split a kernel. Inside ``shard_map`` each device has a program of its own.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    automatic = jax.sharding.AxisType.Auto
+    sizes = zip(mesh.axis_types, mesh.axis_sizes, strict=True)
+    return any(kind == automatic and size > 1 for kind, size in sizes)
+
+
 def preference(request: Request) -> tuple[tuple[str, str], ...]:
     """All implementations in the order they are tried, each with the reason for its place."""
     kernels = KERNELS[request.platform]

@@ -12,7 +12,6 @@ It is differentiable once and in reverse, as ``jax.nn``'s call of cuDNN is: no `
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +20,8 @@ import jax.numpy as jnp
 from attention_jax.axes import Sizes
 from attention_jax.backends.request import Request
 from attention_jax.lift import Call
-from attention_jax.masks import And, Band, Dense, Lengths, Mask
+from attention_jax.masks import Band, Dense, Lengths, Mask
+from attention_jax.masks.base import conjuncts
 from attention_jax.scores import Bias, Score
 
 # On cards before Hopper; which card there is a request does not know.
@@ -149,7 +149,7 @@ def extra_bytes(request: Request) -> int:
 def _plan(mask: Mask | None, sizes: Sizes) -> Plan | str:
     """The mask in cuDNN's terms, or why it has none."""
     bands, spans = [], []
-    for part in _conjuncts(mask):
+    for part in conjuncts(mask):
         if isinstance(part, Lengths):
             spans.append(part)
         elif isinstance(part, Band):
@@ -185,14 +185,6 @@ def _plan(mask: Mask | None, sizes: Sizes) -> Plan | str:
     if left is not None and plan.key_lengths:
         return "mask has a window and key lengths, which leave queries that see nothing"
     return plan
-
-
-def _conjuncts(mask: Mask | None) -> Iterator[Mask]:
-    if isinstance(mask, And):
-        yield from _conjuncts(mask.left)
-        yield from _conjuncts(mask.right)
-    elif mask is not None:
-        yield mask
 
 
 def _why_not_scores(scores: tuple[Score, ...], dtype: Any, plan: Plan, sizes: Sizes) -> str | None:

@@ -24,3 +24,4 @@ class Request(NamedTuple):
     dropout_rate: float
     return_lse: bool  # is the lse asked for
     platform: str  # "cpu", "gpu" or "tpu"
+    partitioned: bool = False  # does the compiler split the program over a mesh of devices

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -25,7 +25,7 @@ from attention_jax.backends.request import Request
 from attention_jax.grid import Grid
 from attention_jax.lift import Call
 from attention_jax.masks import And, BlockSparse, Lengths, Mask, Not, Or, Segments
-from attention_jax.masks.base import parts
+from attention_jax.masks.base import conjuncts, parts
 from attention_jax.scores import Softcap
 
 LANES = 128  # lengths are multiples of this, and so are blocks
@@ -49,6 +49,8 @@ def why_unsupported(request: Request) -> str | None:
     dtype = jnp.dtype(request.dtype)
     if request.platform != "tpu":
         return f"its kernel is for TPUs, this is a {request.platform}"
+    if request.partitioned:
+        return "the compiler cannot split its kernel over the mesh: shard_map can"
     if dtype not in (jnp.bfloat16, jnp.float32):
         return f"{dtype.name}: its products are of bfloat16 or float32"
     if request.dropout_rate > 0.0:
@@ -112,7 +114,7 @@ def _plan(mask: Mask | None) -> Plan | str:
     static: Mask | None = None
     segments: list[Segments] = []
     lengths: list[Lengths] = []
-    for part in _conjuncts(mask):
+    for part in conjuncts(mask):
         if any(isinstance(p, masks.MaskFn) for p in parts(part)):
             return "mask_fn may depend on the example and its kernel has one mask for all"
         if not jax.tree.leaves(part):
@@ -129,14 +131,6 @@ def _plan(mask: Mask | None) -> Plan | str:
     if len(segments) > 1:
         return f"mask has {len(segments)} segments, its kernel takes one"
     return Plan(static, segments[0] if segments else None, tuple(lengths))
-
-
-def _conjuncts(mask: Mask | None) -> Iterator[Mask]:
-    if isinstance(mask, And):
-        yield from _conjuncts(mask.left)
-        yield from _conjuncts(mask.right)
-    elif mask is not None:
-        yield mask
 
 
 class Ids(NamedTuple):

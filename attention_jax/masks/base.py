@@ -173,3 +173,12 @@ class Not(Mask):
     def block(self, grid: Grid, b: Any, n: Any) -> tuple[Any, Any]:
         some, every = self.mask_.block(grid, b, n)
         return ~every, ~some
+
+
+def conjuncts(mask: Mask | None) -> Iterator[Mask]:
+    """The masks that must all hold, those joined by ``&``; none where there is no mask."""
+    if isinstance(mask, And):
+        yield from conjuncts(mask.left)
+        yield from conjuncts(mask.right)
+    elif mask is not None:
+        yield mask
