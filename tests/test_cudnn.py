@@ -142,6 +142,7 @@ SUPPORTED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SUPPORTED)
 def test_equals_the_oracle(name, calls):
     options = SUPPORTED[name]
@@ -301,6 +302,7 @@ EMPTY = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "causal", "with_bias"),
     [
@@ -450,6 +452,7 @@ def test_program_of_gradients():
     assert "tensor<1x6x10x10xbf16>" in types.split("->")[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("order", "in_axes"), [("grad of vmap", (1, 0, None)), ("vmap of grad", (None, 2, 0))]
 )

@@ -42,7 +42,7 @@ def possible(case):
 
 
 CASES = [case for case in (*PROMISES, *PAIRS) if possible(case)]
-QUICK_CASES = {"length 0, sinks", "planted", "lse, long, bfloat16", "causal end, T < S"}
+QUICK_CASES = {"length 0, sinks", "lse, long, bfloat16"}
 
 
 def test_there_is_enough_to_check():
@@ -148,6 +148,7 @@ def test_equal_masks_are_one_to_splash():
     assert (one == other, hash(one) == hash(other), one == third) == (True, True, False)
 
 
+@pytest.mark.slow
 def test_a_long_window_is_lowered_without_an_array_of_pairs():
     x = [jax.ShapeDtypeStruct((1, 2**16, n, 64), jnp.bfloat16) for n in (2, 1, 1)]
     pairs = splash.Asked.pairs
@@ -167,6 +168,7 @@ def products(jaxpr, inside=""):
             yield from products(sub, name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lse", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_precision_reaches_the_kernels_of_every_pass(dtype, lse):
