@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from attention_jax import attention, backends, explain, masks, scores
+from attention_jax.axes import Sizes
 from attention_jax.backends import blockwise
 
 B, T, S, N, K, H, D = 2, 11, 13, 4, 2, 3, 6
@@ -223,6 +224,23 @@ def test_blocks_are_those_of_the_kernel_that_is_chosen():
         "full": 2 * 8 * (0 + 2 + 4 + 6 + 8 + 10 + 12 + 14),
         "skipped": 2 * 8 * (14 + 12 + 10 + 8 + 6 + 4 + 2),
     }
+
+
+def test_a_platform_without_kernels_runs_what_runs_everywhere():
+    request = backends.Request(
+        sizes=Sizes(B=(2,), T=600, S=600, K=2, G=4, H=64, D=64),
+        dtype="float32",
+        mask=None,
+        score=(),
+        scale=0.125,
+        sinks=False,
+        dropout_rate=0.0,
+        return_lse=False,
+        platform="METAL",
+    )
+    chosen, reasons = backends.choose(None, request)
+    assert chosen == "blockwise"
+    assert set(reasons) == set(backends.IMPLEMENTATIONS)
 
 
 def test_the_platform_is_that_of_the_mesh_in_use():

@@ -103,6 +103,20 @@ def test_gradients_of_a_bias_and_of_slopes_come_from_a_kernel(heads):
     chex.assert_trees_all_close(ours, grad(bias, slopes, xla), atol=2e-5)
 
 
+@pytest.mark.slow
+def test_a_table_as_large_as_all_pairs_is_no_array_of_pairs():
+    q, k, v = inputs(T=21, S=37)
+    table = jax.random.normal(jax.random.key(1), (21, 37))
+    # Looked up backwards: pair (q, k) is not place (q, k).
+    score = lambda t: scores.score_fn(lambda s, b, n, q, k, t: s + t[20 - q, 36 - k], t)  # noqa: E731
+    xla = functools.partial(attention, implementation="xla")
+    ours, right = (
+        jax.grad(lambda t, fn=fn: loss(fn, q, k, v, score=score(t)))(table)
+        for fn in (interpreted, xla)
+    )
+    chex.assert_trees_all_close(ours, right, atol=2e-5)
+
+
 def test_results_are_the_same_bits_each_time():
     q, k, v = inputs()
     grad = jax.jit(jax.grad(lambda *xs: loss(interpreted, *xs, mask=masks.causal()), (0, 1, 2)))

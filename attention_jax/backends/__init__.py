@@ -99,12 +99,12 @@ def partitioned() -> bool:
 
 def preference(request: Request) -> tuple[tuple[str, str], ...]:
     """All implementations in the order they are tried, each with the reason for its place."""
-    kernels = KERNELS[request.platform]
+    kernels = KERNELS.get(request.platform, ())
     everywhere = _everywhere(request)
     elsewhere = tuple(
-        (name, f"for a {platform}")
-        for platform, others in KERNELS.items()
-        if platform != request.platform
+        (name, f"for a {place}")
+        for place, others in KERNELS.items()
+        if place != request.platform
         for name, _ in others
     )
     return (*kernels, *everywhere, *elsewhere)

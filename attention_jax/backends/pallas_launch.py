@@ -25,6 +25,8 @@ from attention_jax.backends.pallas_tiles import Refs, RefView
 from attention_jax.backends.primitive import RESULTS, Dims, Static
 from attention_jax.backends.program import place_of
 from attention_jax.grid import Grid
+from attention_jax.tiles import local_axes
+from attention_jax.values import leaves
 
 
 class Tiles(NamedTuple):
@@ -215,12 +217,16 @@ def _scores(
     (T, _), (S, _) = (
         primitive.core_shape(arrays[i].shape, static.in_dims[i]) for i in (number.query, number.key)
     )
+    head, _ = primitive.as_head(
+        jax.tree.unflatten(static.structure, arrays[: static.structure.num_leaves])
+    )
     found, rest = {}, []
-    for leaf, i in enumerate(number.score):
+    for leaf, (i, about) in enumerate(zip(number.score, leaves(head.score), strict=True)):
         if i not in static.wrt:
             continue
         core = primitive.core_shape(arrays[i].shape, static.in_dims[i])
-        if core in ((), (T, S)):
+        # In an array that a function looks things up in, a place is no pair, whatever its shape.
+        if core == () or (core == (T, S) and local_axes(about) == ("T", "S")):
             found[i] = _pairs(static, arrays, (T, S), leaf, i, shift)
         else:
             rest.append(i)
