@@ -97,21 +97,20 @@ def attend(
     T, S = head.query.shape[0], head.key.shape[0]
     forward_tiles, backward_tiles = tiles
 
-    def visits(tiles: Tiles, *, columns: bool = False) -> blocks.Visits:
+    def kinds(tiles: Tiles) -> tuple[Any, Grid]:
         grid = Grid(T, S, tiles.block_q, tiles.block_k)
-        kind = blocks.kinds(head.mask, grid, head.b, head.n)
-        if columns:
-            kind, grid = kind.T, Grid(S, T, tiles.block_k, tiles.block_q)
-        return blocks.visits(kind, grid)
+        return blocks.kinds(head.mask, grid, head.b, head.n), grid
 
+    kind, grid = kinds(backward_tiles)
+    turned = Grid(S, T, grid.block_k, grid.block_q)
     loops, loops_config = blockwise.plan(
         head, blockwise.block_sizes(T, S, head.mask), dropout_rate=dropout_rate
     )
     config = Config(forward_tiles, backward_tiles, dropout_rate, loops_config, interpret)
     every = Visits(
-        visits(forward_tiles),
-        visits(backward_tiles),
-        visits(backward_tiles, columns=True),
+        blocks.visits(*kinds(forward_tiles)),
+        blocks.visits(kind, grid),
+        blocks.visits(kind.T, turned),
         loops,
     )
     out, lse = _bind(head._replace(mask=as_operands(head.mask)), every, config)

@@ -138,22 +138,34 @@ def rows(
         dscale.put_entry(sum_scale.sum(), i)
 
 
-def columns(
-    count: int, head: Callable[[Any], Refs], j: Any, dk: RefView | None, dv: RefView | None
-) -> None:
+class Heads(NamedTuple):
+    """The heads of examples that one program sees: those that share what it writes, often one."""
+
+    size: int
+    at: Callable[[Any], Refs]  # by its number
+
+    @property
+    def first(self) -> Refs:
+        """The only one, or any where it does not matter which."""
+        return self.at(np.int32(0))
+
+    def fold(self, step: Callable[[Refs, Any], Any], carry: Any) -> Any:
+        """``step(head, carry)`` over all of them."""
+        return lax.fori_loop(
+            np.int32(0), np.int32(self.size), lambda g, x: step(self.at(g), x), carry
+        )
+
+
+def columns(heads: Heads, j: Any, dk: RefView | None, dv: RefView | None) -> None:
     """What block ``j`` of keys gets from all queries that see it, of all heads that share it::
 
-        dv_j = sum_i p_ij do_i,   dk_j = scale sum_i ds_ij q_i
-
-    Args:
-      count, head: how many there are that share key or value, and each by its number.
+    dv_j = sum_i p_ij do_i,   dk_j = scale sum_i ds_ij q_i
     """
-    p = head(np.int32(0))
-    t, s = p.config.backward[:2]
+    first = heads.first
+    t, s = first.config.backward[:2]
     k0 = j * s
 
-    def of_head(g: Any, state: Any) -> Any:
-        p = head(g)
+    def of_head(p: Refs, state: Any) -> Any:
         k, v = (p.rows(x, k0, s) for x in (p.head.key, p.head.value))
 
         def step(i: Any, masked: bool, state: Any) -> Any:
@@ -175,33 +187,27 @@ def columns(
 
         return over_blocks(p.visits.columns, j, step, state)
 
-    start = tuple(jnp.zeros((s, padded(width)), jnp.float32) for width in (p.H, p.D))
-    sum_k, sum_v = lax.fori_loop(np.int32(0), np.int32(count), of_head, start)
+    start = tuple(jnp.zeros((s, padded(width)), jnp.float32) for width in (first.H, first.D))
+    sum_k, sum_v = heads.fold(of_head, start)
     for view, x in ((dk, sum_k), (dv, sum_v)):
         if view is not None:
-            p.put(view, x, k0, s)
+            first.put(view, x, k0, s)
 
 
-def pairs(
-    count: int, head: Callable[[Any], Refs], leaf: int, tile_index: tuple[Any, Any], out: RefView
-) -> None:
+def pairs(heads: Heads, i: Any, j: Any, leaf: int, out: RefView, *, number: bool) -> None:
     """What an array of the scores gets from one tile, of all heads that share it::
 
         dx_ij = ds_ij (d s_ij / d x_ij)
 
-    An array of ``T x S`` gets it pair by pair, a number in sum.
-
     Args:
-      count, head: how many share the array, and each by its number.
+      i, j: which block of queries, and of keys.
       leaf: which array of the scores.
-      tile_index: which block of queries, and of keys.
+      number: it is a number, which gets the sum; else it has an entry for each pair.
     """
-    t, s = head(np.int32(0)).config.backward[:2]
-    i, j = tile_index
+    t, s = heads.first.config.backward[:2]
     q0, k0 = i * t, j * s
 
-    def of_head(g: Any, total: jax.Array) -> jax.Array:
-        p = head(g)
+    def of_head(p: Refs, total: jax.Array) -> jax.Array:
         k, v = (p.rows(x, k0, s) for x in (p.head.key, p.head.value))
         q, _, m, log_l, do, _, shift = (p.rows(x, q0, t) for x in (p.head.query, *p.rest))
         tile = p.tile(q, k, q0, k0, masked=True, slope=True, leaf=leaf)
@@ -209,10 +215,8 @@ def pairs(
         v = rows_or_zero(tile.seen and tile.seen.keys, v)
         return total + gradients(tile, v, do, m, finite(log_l), shift).ds
 
-    start = jnp.zeros((t, s), jnp.float32)
-    total = lax.fori_loop(np.int32(0), np.int32(count), of_head, start)
-    p = head(np.int32(0))
-    if out.core == (p.T, p.S):
-        out.store(total, (q0, t), (k0, s))
-    else:
+    total = heads.fold(of_head, jnp.zeros((t, s), jnp.float32))
+    if number:
         out.put_entry(total.sum(), i, j)
+    else:
+        out.store(total, (q0, t), (k0, s))

@@ -21,6 +21,7 @@ from jax.experimental.pallas import triton
 
 from attention_jax import blocks
 from attention_jax.backends import blockwise, pallas_kernels, primitive
+from attention_jax.backends.pallas_kernels import Heads
 from attention_jax.backends.pallas_tiles import Refs, RefView
 from attention_jax.backends.primitive import RESULTS, Dims, Static
 from attention_jax.backends.program import place_of
@@ -75,10 +76,10 @@ def launch(
     tiles: Tiles,
     inner: tuple[int, ...] = (),
 ) -> list[jax.Array]:
-    """Runs ``kernel(head, block, *results)`` for ``count`` blocks of every head of every example.
+    """Runs ``kernel(heads, block, *results)`` for ``count`` blocks of every head of every example.
 
     Args:
-      inner: mapped axes that are no axis of the grid: ``head(g)`` is at number ``g`` along them.
+      inner: mapped axes that are no axis of the grid: a program is given all heads along them.
     """
     outer = tuple(level for level in range(len(static.levels)) if level not in inner)
     outer_sizes, inner_sizes = (
@@ -98,7 +99,8 @@ def launch(
             RefView(ref, result.dims, place(np.int32(0)))
             for ref, result in zip(refs[len(arrays) :], results, strict=True)
         ]
-        kernel(lambda g: Refs(static, refs[: len(arrays)], place(g)), block, *views)
+        heads = Heads(math.prod(inner_sizes), lambda g: Refs(static, refs[: len(arrays)], place(g)))
+        kernel(heads, block, *views)
 
     shapes = [
         jax.ShapeDtypeStruct(primitive.mapped_shape(r.core, r.dims, static.levels), r.dtype)
@@ -122,8 +124,8 @@ def forward(static: Static, *arrays: Any) -> tuple[Any, ...]:
     results = [Result(*core, dims) for core, dims in zip(cores, static.out_dims, strict=True)]
     count = -(-cores[0][0][0] // tiles.block_q)
 
-    def kernel(head: Callable[[Any], Refs], i: Any, *views: RefView) -> None:
-        pallas_kernels.forward(head(np.int32(0)), i, *views)
+    def kernel(heads: Heads, i: Any, *views: RefView) -> None:
+        pallas_kernels.forward(heads.first, i, *views)
 
     return tuple(launch(static, arrays, results, kernel, count, tiles))
 
@@ -132,8 +134,14 @@ def backward(static: Static, *arrays: Any) -> tuple[Any, ...]:
     """The cotangents of the operands that vary, in their order."""
     number = blockwise.numbers(static)
     shift, found = _rows(static, arrays, number)
-    found |= _columns(static, arrays, number, shift)
-    found |= _scores(static, arrays, number, shift)
+    found |= _looped(static, arrays, number)
+    levels = tuple(range(len(static.levels)))
+    static = dataclasses.replace(static, in_dims=(*static.in_dims, levels))
+    arrays = (*arrays, shift)
+    found |= _columns(static, arrays, number)
+    for leaf, i in enumerate(number.score):
+        if i in static.wrt and _has_pairs(static, arrays, number, leaf):
+            found[i] = _pairs(static, arrays, number, leaf)
     return tuple(found[i] for i in static.wrt)
 
 
@@ -153,11 +161,11 @@ def _rows(
             core = primitive.core_shape(arrays[i].shape, static.in_dims[i])
         results.append(Result(core, jnp.float32, levels))
 
-    def kernel(head: Callable[[Any], Refs], i: Any, *views: RefView) -> None:
+    def kernel(heads: Heads, i: Any, *views: RefView) -> None:
         given = dict(zip(wanted, views[1:], strict=True))
         dq, dscale = given.get(number.query), given.get(number.scale)
         dsink = None if number.sink is None else given.get(number.sink)
-        pallas_kernels.rows(head(np.int32(0)), i, views[0], dq, dscale, dsink)
+        pallas_kernels.rows(heads.first, i, views[0], dq, dscale, dsink)
 
     shift, *parts = launch(static, arrays, results, kernel, count, tiles)
     found = {}
@@ -171,106 +179,97 @@ def _rows(
 
 
 def _columns(
-    static: Static, arrays: tuple[Any, ...], number: blockwise.Numbers, shift: jax.Array
+    static: Static, arrays: tuple[Any, ...], number: blockwise.Numbers
 ) -> dict[int, jax.Array]:
-    """The cotangents of key and value: together where the same heads share both."""
+    """The cotangents of key and value, given ``shift`` too: together where heads share both."""
     tiles: Tiles = static.config.backward
-    dims = {i: static.out_dims[static.wrt.index(i)] for i in static.wrt}
+    dims = dict(zip(static.wrt, static.out_dims, strict=True))
     shared: dict[tuple[int, ...], list[int]] = {}
     for i in (number.key, number.value):
         if i in dims:
-            inner = tuple(level for level, d in enumerate(dims[i]) if d is None)
-            shared.setdefault(inner, []).append(i)
-    levels = tuple(range(len(static.levels)))
-    static = dataclasses.replace(static, in_dims=(*static.in_dims, levels))
+            shared.setdefault(_summed(dims[i]), []).append(i)
     found: dict[int, jax.Array] = {}
     for inner, wanted in shared.items():
         cores = [primitive.core_shape(arrays[i].shape, static.in_dims[i]) for i in wanted]
         results = [
             Result(core, arrays[i].dtype, dims[i]) for i, core in zip(wanted, cores, strict=True)
         ]
-        heads = math.prod(static.levels[level] for level in inner)
 
-        def kernel(
-            head: Callable[[Any], Refs],
-            j: Any,
-            *views: RefView,
-            wanted: list[int] = wanted,
-            heads: int = heads,
-        ) -> None:
+        def kernel(heads: Heads, j: Any, *views: RefView, wanted: list[int] = wanted) -> None:
             given = dict(zip(wanted, views, strict=True))
-            pallas_kernels.columns(heads, head, j, given.get(number.key), given.get(number.value))
+            pallas_kernels.columns(heads, j, given.get(number.key), given.get(number.value))
 
         count = -(-cores[0][0] // tiles.block_k)
-        outs = launch(static, (*arrays, shift), results, kernel, count, tiles, inner)
+        outs = launch(static, arrays, results, kernel, count, tiles, inner)
         found |= dict(zip(wanted, outs, strict=True))
     return found
 
 
-def _scores(
-    static: Static, arrays: tuple[Any, ...], number: blockwise.Numbers, shift: jax.Array
-) -> dict[int, jax.Array]:
-    """The cotangents of the arrays of scores: numbers and arrays of ``T x S`` tile by tile.
+def _summed(dims: Dims) -> tuple[int, ...]:
+    """The mapped axes that a result does not have: it is the sum over them."""
+    return tuple(level for level, d in enumerate(dims) if d is None)
 
-    In others many pairs meet in one entry, which would take atomics: the loops of ``blockwise``.
-    """
+
+def _lengths(static: Static, arrays: tuple[Any, ...], number: blockwise.Numbers) -> tuple[int, int]:
+    """``T`` and ``S``."""
     (T, _), (S, _) = (
         primitive.core_shape(arrays[i].shape, static.in_dims[i]) for i in (number.query, number.key)
     )
+    return T, S
+
+
+def _has_pairs(
+    static: Static, arrays: tuple[Any, ...], number: blockwise.Numbers, leaf: int
+) -> bool:
+    """Is an array of the scores a number, or one entry for each pair.
+
+    In others many pairs meet in one entry, which would take atomics. In an array that a function
+    looks things up in a place is no pair, whatever its shape.
+    """
     head, _ = primitive.as_head(
         jax.tree.unflatten(static.structure, arrays[: static.structure.num_leaves])
     )
-    found, rest = {}, []
-    for leaf, (i, about) in enumerate(zip(number.score, leaves(head.score), strict=True)):
-        if i not in static.wrt:
-            continue
-        core = primitive.core_shape(arrays[i].shape, static.in_dims[i])
-        # In an array that a function looks things up in, a place is no pair, whatever its shape.
-        if core == () or (core == (T, S) and local_axes(about) == ("T", "S")):
-            found[i] = _pairs(static, arrays, (T, S), leaf, i, shift)
-        else:
-            rest.append(i)
-    return found | _looped(static, arrays, tuple(rest))
+    i, about = number.score[leaf], leaves(head.score)[leaf]
+    core = primitive.core_shape(arrays[i].shape, static.in_dims[i])
+    if core == ():
+        return True
+    return core == _lengths(static, arrays, number) and local_axes(about) == ("T", "S")
 
 
 def _pairs(
-    static: Static,
-    arrays: tuple[Any, ...],
-    lengths: tuple[int, int],
-    leaf: int,
-    i: int,
-    shift: jax.Array,
+    static: Static, arrays: tuple[Any, ...], number: blockwise.Numbers, leaf: int
 ) -> jax.Array:
-    """The cotangent of operand ``i``, number ``leaf`` of the scores: a number, or ``T x S``."""
+    """The cotangent of a number, or an array of ``T x S``, among those of the scores."""
     tiles: Tiles = static.config.backward
+    lengths = _lengths(static, arrays, number)
     grid = Grid(*lengths, tiles.block_q, tiles.block_k)
+    i = number.score[leaf]
     dims = static.out_dims[static.wrt.index(i)]
-    inner = tuple(level for level, d in enumerate(dims) if d is None)
-    heads = math.prod(static.levels[level] for level in inner)
-    number = primitive.core_shape(arrays[i].shape, static.in_dims[i]) == ()
+    one = primitive.core_shape(arrays[i].shape, static.in_dims[i]) == ()
     result = Result(
-        (grid.rows, grid.columns) if number else lengths,  # of a number, a part for each tile
-        jnp.float32 if number else arrays[i].dtype,
+        (grid.rows, grid.columns) if one else lengths,  # of a number, a part for each tile
+        jnp.float32 if one else arrays[i].dtype,
         dims,
     )
 
-    def kernel(head: Callable[[Any], Refs], block: Any, out: RefView) -> None:
-        columns = np.int32(grid.columns)
-        at = lax.div(block, columns), lax.rem(block, columns)
-        pallas_kernels.pairs(heads, head, leaf, at, out)
+    def kernel(heads: Heads, block: Any, out: RefView) -> None:
+        row, column = place_of(block, (grid.rows, grid.columns))
+        pallas_kernels.pairs(heads, row, column, leaf, out, number=one)
 
-    static = dataclasses.replace(
-        static, in_dims=(*static.in_dims, tuple(range(len(static.levels))))
-    )
     count = grid.rows * grid.columns
-    (x,) = launch(static, (*arrays, shift), [result], kernel, count, tiles, inner)
-    return x.sum((-1, -2)).astype(arrays[i].dtype) if number else x
+    (x,) = launch(static, arrays, [result], kernel, count, tiles, _summed(dims))
+    return x.sum((-1, -2)).astype(arrays[i].dtype) if one else x
 
 
 def _looped(
-    static: Static, arrays: tuple[Any, ...], wanted: tuple[int, ...]
+    static: Static, arrays: tuple[Any, ...], number: blockwise.Numbers
 ) -> dict[int, jax.Array]:
-    """Cotangents of arrays of the scores by the loops of ``blockwise``."""
+    """The cotangents of the scores' other arrays, by the loops of ``blockwise``."""
+    wanted = tuple(
+        i
+        for leaf, i in enumerate(number.score)
+        if i in static.wrt and not _has_pairs(static, arrays, number, leaf)
+    )
     if not wanted:
         return {}
     out_dims = tuple(static.out_dims[static.wrt.index(i)] for i in wanted)
