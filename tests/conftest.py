@@ -18,6 +18,9 @@ import jax
 import jaxtyping
 import pytest
 
+# A program with an environment of its own, no module to look for doctests in.
+collect_ignore = ["ahead_for_tpu.py"]
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 # Not the reference: it is NumPy alone, has its own checks, and says how in its annotations.
