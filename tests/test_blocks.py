@@ -180,6 +180,7 @@ def problems(draw, trees=compositions, builders=None):
     return Problem((T, S), block, draw(trees(builders or ATOMS + square)))
 
 
+@pytest.mark.slow
 @settings(max_examples=20)
 @given(problems())
 def test_compositions_let_through_what_their_parts_say(p):

@@ -43,9 +43,8 @@ def by_hand(model, prompt, new=NEW):
     return tokens[len(prompt) :]
 
 
-@pytest.mark.parametrize(
-    "name", ["rotary, windows", pytest.param("relative, a window", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["rotary, windows", "relative, a window"])
 def test_greedy_is_the_likeliest_each_time(name):
     model = decoder(name)
     expected = [by_hand(model, p) for p in PROMPTS]
@@ -93,6 +92,7 @@ def test_going_on_from_the_caches_is_the_same():
     np.testing.assert_array_equal(jnp.concatenate([first.tokens, more.tokens], 1), whole)
 
 
+@pytest.mark.slow
 def test_sampling_is_of_the_key_and_the_row():
     model, prompt = decoder(), np.array([[3, 1]] * 40)
     options = {"max_new_tokens": NEW, "sampling": Sampling()}
@@ -132,6 +132,7 @@ def test_the_distribution_drawn_from(sampling, expected):
     assert not counts[np.asarray(expected) == 0].any()
 
 
+@pytest.mark.slow
 def test_encoder_decoder():
     model = randomised(models.EncoderDecoder(SEQUENCES["T5"], rngs=nnx.Rngs(0)))
     source, real = padded("right")
@@ -159,6 +160,7 @@ def scores(model, prompt, new):
     return every, each
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stop", "penalty"), [((), 1.0), ((3,), 0.0), ((3, 8), 2.0)])
 def test_as_many_beams_as_continuations_find_the_best(stop, penalty):
     model, new, found = decoder(), 2, 6

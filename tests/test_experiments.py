@@ -142,6 +142,7 @@ def test_weights_decay_and_biases_do_not():
     }
 
 
+@pytest.mark.slow
 def test_a_smoke_run_writes_a_line_of_json_and_a_picture(tmp_path, capsys):
     from matplotlib.image import imread
 

@@ -78,6 +78,7 @@ def decoder(name):
     return randomised(models.Decoder(DECODERS[name], rngs=nnx.Rngs(0)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DECODERS)
 def test_caches_give_the_same(name):
     model, x = decoder(name), tokens(0, B, T)
@@ -218,6 +219,7 @@ MODELS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_every_parameter_learns(name):
     model, x = randomised(MODELS[name](nnx.Rngs(0))), tokens(0, B, T)

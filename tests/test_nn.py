@@ -292,6 +292,7 @@ def test_transformations_of_flax():
     close(jax.tree.leaves(plain), jax.tree.leaves(jitted), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_layers_under_scan_and_models_under_vmap():
     x, depth = normal(B, T, E), 3
     keys = jax.random.split(jax.random.key(0), depth)

@@ -117,12 +117,14 @@ def test_a_table_as_large_as_all_pairs_is_no_array_of_pairs():
     chex.assert_trees_all_close(ours, right, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_results_are_the_same_bits_each_time():
     q, k, v = inputs()
     grad = jax.jit(jax.grad(lambda *xs: loss(interpreted, *xs, mask=masks.causal()), (0, 1, 2)))
     chex.assert_trees_all_equal(grad(q, k, v), grad(q, k, v))
 
 
+@pytest.mark.slow
 def test_blocks_that_the_mask_leaves_empty_are_not_visited():
     q, k, v = inputs(T=64, S=64)
     mask = masks.mask_fn(lambda b, n, q, k: k < 16, evaluate=True)

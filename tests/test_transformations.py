@@ -99,6 +99,7 @@ def stacked(xs):
 # --- Derivatives.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("implementation", "order"), [(None, 2), ("blockwise", 1)])
 def test_derivatives_are_those_of_finite_differences(implementation, order):
     """And the second of ``blockwise`` equal those of ``xla``, below."""
@@ -142,6 +143,7 @@ def test_hessians_equal_the_materialised_ones():
     assert all((h != 0).any() for h in jax.tree.leaves(expected))
 
 
+@pytest.mark.slow
 def test_second_and_third_derivatives_in_any_order():
     p, f, plain = setup("everything", "blockwise", "xla")
     dots, more = tangents(p), tangents(setup("plain")[0], 17)
@@ -174,6 +176,7 @@ def test_jacobians_forward_and_reverse():
     close(jit(jax.jacrev(g))(p["value"]), expected)
 
 
+@pytest.mark.slow
 def test_arrays_of_learned_scores_have_derivatives_to_second_order():
     """T5's table, Shaw's table and query, arrays of a function; from one score into the next."""
     query, key, value = (parameters("plain")[n] for n in ("query", "key", "value"))
