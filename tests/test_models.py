@@ -12,8 +12,9 @@ from flax import nnx
 from quick import quickly
 from test_nn import randomised
 
-from attention_jax import masks, models, positions
+from attention_jax import masks, models, positions, scores
 from attention_jax.models import Layers, Relative
+from attention_jax.nn import record_weights
 
 V, B, T, S = 13, 2, 9, 5
 SMALL = Layers(features=12, num_layers=2, num_heads=3, hidden=16)
@@ -49,6 +50,9 @@ DECODERS = {
     ),
     "relative, a window": models.DecoderConfig(
         V, layers(relative=Relative(8, 6), windows=(4,), scale=1.0)
+    ),
+    "alibi, a mask": models.DecoderConfig(
+        V, layers(alibi=True, mask=masks.window(5, 0) | masks.prefix(2), windows=(None, 4))
     ),
     "capped, both norms": models.DecoderConfig(
         V,
@@ -93,7 +97,9 @@ def test_caches_give_the_same(name):
         close(jnp.concatenate(parts, axis=1), whole, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["learned", "rotary, windows", "relative, a window"])
+@pytest.mark.parametrize(
+    "name", ["learned", "rotary, windows", "relative, a window", "alibi, a mask"]
+)
 def test_ragged_chunks_give_the_same(name):
     """Row 0 gets 6 tokens and then 3, row 1 gets 2 and then 4, in chunks with padding last."""
     model, x = decoder(name), tokens(0, B, T)
@@ -123,6 +129,23 @@ def test_a_token_does_not_see_the_next():
     a, b = call(model, x), call(model, other)
     close(a[:, :-1], b[:, :-1])
     assert np.abs(a[:, -1] - b[:, -1]).max() > 1e-3
+
+
+def test_a_mask_of_the_layers_joins_the_others_and_alibi_counts_distances():
+    i, j = np.arange(T)[:, None], np.arange(T)
+    mask = masks.chunked(4)
+    config = models.DecoderConfig(V, layers(num_layers=1, mask=mask, alibi=True))
+    model = randomised(models.Decoder(config, rngs=nnx.Rngs(0)))
+    _, found = record_weights(model, tokens(0, 1, T))
+    (weights,) = found.values()
+    np.testing.assert_array_equal(weights[0, 0] > 0, (j <= i) & (i // 4 == j // 4))
+    without = dataclasses.replace(config, layers=layers(num_layers=1, mask=mask))
+    plain = models.Decoder(without, rngs=nnx.Rngs(0))
+    nnx.update(plain, nnx.state(model))
+    (flat,) = record_weights(plain, tokens(0, 1, T))[1].values()
+    slopes = np.asarray(scores.alibi_slopes(3))
+    far = np.exp(-slopes[:, None, None] * np.abs(i - j)) * flat[0]
+    close(weights[0], far / far.sum(-1, keepdims=True))
 
 
 def test_a_window_of_an_encoder_is_on_both_sides():

@@ -174,6 +174,51 @@ def test_a_cache_gives_weights():
     assert cache.length.tolist() == [T, T]
 
 
+def test_attention_is_a_slot():
+    """Another function takes the place of ours, with what ours would be given."""
+    asked = []
+
+    def uniform(query, key, value, **options):
+        asked.append(options)
+        mean = value.mean(axis=-3, keepdims=True)
+        return jnp.broadcast_to(mean, (*query.shape[:-1], value.shape[-1]))
+
+    mask, x = masks.window(1, 1), normal(B, T, E)
+    m = new(attention=uniform, mask=mask, scale=0.5)
+    value = linear(m.value, x).mean(axis=1, keepdims=True)
+    close(m(x), np.broadcast_to(linear(m.out, value), (B, T, E)))
+    assert asked == [{"mask": mask, "score": (), "sinks": None, "scale": 0.5}]
+    new(attention=uniform, implementation="mine")(x)
+    assert asked[1]["implementation"] == "mine"
+
+
+def test_recorded_weights_are_those_of_each_module_and_leave_the_model_alone():
+    class Two(nnx.Module):
+        def __init__(self):
+            self.first = new(mask=masks.causal(), dropout_rate=0.5)
+            self.second = new(num_kv_heads=2, sinks=True)
+            self.unused = new()
+
+        def __call__(self, x):
+            return self.second(self.first(x))
+
+    model, x = Two(), normal(B, T, E)
+    result, found = nn.record_weights(model, x)
+    assert list(found) == ["first", "second"]
+    y, first = model.first(x, return_weights=True, deterministic=True)
+    z, second = model.second(y, return_weights=True)
+    close((result, found["first"], found["second"]), (z, first, second))
+    assert model.first.attention is attention
+    assert not model.first.deterministic
+    _, again = jax.jit(nn.record_weights)(model, x)
+    close(again["first"], first)
+
+
+def test_there_must_be_something_to_record():
+    with pytest.raises(ValueError, match="model must hold a MultiHeadAttention"):
+        nn.record_weights(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), normal(1, 2))
+
+
 def test_dropout_follows_train_and_eval():
     module, x = new(dropout_rate=0.5), normal(B, T, E)
     module.eval()

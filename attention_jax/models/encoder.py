@@ -32,6 +32,8 @@ class EncoderConfig:
     """Vectors added to the tokens': ``"learned"``, ``"sinusoidal"`` or None."""
     max_length: int | None = 512
     """Rows of learned positions."""
+    embedding_scale: float = 1.0
+    """Of the tokens' vectors, before positions are added."""
     types: int = 0
     """Token types (segments), 0 for none."""
     embedding_norm: bool = False
@@ -79,6 +81,7 @@ class Encoder(nnx.Module):
             E,
             positions=config.positions,
             max_length=config.max_length,
+            scale=config.embedding_scale,
             types=config.types,
             norm=norm if config.embedding_norm else None,
             dropout_rate=config.dropout_rate,

@@ -13,6 +13,7 @@ from flax import nnx
 from jaxtyping import Bool, Float
 
 from attention_jax import masks, scores
+from attention_jax.attention import attention
 from attention_jax.axes import AnyArray
 from attention_jax.cache import KVCache
 from attention_jax.masks import Mask
@@ -66,6 +67,10 @@ class Layers:
     """Query, key and value in one product."""
     rotary: Rotary | None = None
     relative: Relative | None = None
+    alibi: bool = False
+    """Whether logits fall with the distance, in each head at its own rate."""
+    mask: Mask | None = None
+    """Who may see whom in every layer, beside causality and windows."""
     windows: tuple[int | None, ...] = (None,)
     """How many tokens a token sees, itself included: layer after layer, from the first again where
     there are more layers. A decoder's token sees them before it, an encoder's on both sides. None:
@@ -82,6 +87,8 @@ class Layers:
     feed_forward_dropout_rate: float = 0.0
     """Of the hidden numbers of the feed-forward layer."""
     attention_dropout_rate: float = 0.0
+    attention: Callable[..., Any] = attention
+    """What gathers the values; see ``nn.MultiHeadAttention``."""
     implementation: str | tuple[str, ...] | None = None
     """Of attention."""
     dtype: Any = None
@@ -145,11 +152,10 @@ class Stack(nnx.Module):
           context_features: width of a context that each layer attends to.
           rngs: for parameters and dropout.
         """
-        self.causal = causal
+        self.causal, self.alibi = causal, config.alibi
         self.windows = config.windows
-        self.blocks = nnx.List(
-            [_block(config, _seen(w, causal), context_features, rngs) for w in self.windows]
-        )
+        seen = [both(_seen(window, causal), config.mask) for window in self.windows]
+        self.blocks = nnx.List([_block(config, mask, context_features, rngs) for mask in seen])
         norm = config.new_norm(rngs)
         self.norm = nnx.data(None if config.order == "post" else norm())
         self.relative, self.max_distance = nnx.data(None), 0
@@ -223,31 +229,36 @@ class Stack(nnx.Module):
         """
         caches = []
         for block, window in zip(self.blocks, self.windows, strict=True):
-            # A relative bias counts indices, which in a rolling cache are no positions.
-            rolling = window is not None and window < capacity and self.relative is None
+            # These scores count indices, which in a rolling cache are no positions.
+            distances = self.relative is not None or self.alibi
+            rolling = window is not None and window < capacity and not distances
             attention: Any = block.attention.sublayer
             size = window if rolling else capacity
             caches.append(attention.init_cache(batch, size, dtype=dtype, rolling=rolling))
         return tuple(caches)
 
     def _score(self, cache: KVCache | None) -> tuple[scores.Score, ...]:
-        if self.relative is None:
-            return ()
-        return (
-            scores.relative_bias(
-                self.relative[...],
-                bidirectional=not self.causal,
-                max_distance=self.max_distance,
-                offset=0 if cache is None else cache.length,
-            ),
-        )
+        offset = 0 if cache is None else cache.length
+        found: list[scores.Score] = []
+        if self.alibi:
+            found.append(scores.alibi(offset=offset))
+        if self.relative is not None:
+            found.append(
+                scores.relative_bias(
+                    self.relative[...],
+                    bidirectional=not self.causal,
+                    max_distance=self.max_distance,
+                    offset=offset,
+                )
+            )
+        return tuple(found)
 
 
 def _block(
     config: Layers, mask: Mask | None, context_features: int | None, rngs: nnx.Rngs
 ) -> Block:
     norm = config.new_norm(rngs)
-    attention = functools.partial(
+    heads = functools.partial(
         MultiHeadAttention,
         config.features,
         config.num_heads,
@@ -261,14 +272,15 @@ def _block(
         sinks=config.sinks,
         gate=config.gate,
         dropout_rate=config.attention_dropout_rate,
+        attention=config.attention,
         implementation=config.implementation,
         **config.dtypes,
         rngs=rngs,
     )
     cross = None
-    own = attention(mask=mask, rotary=config.rotary)
+    own = heads(mask=mask, rotary=config.rotary)
     if context_features is not None:
-        cross = attention(context_features=context_features)
+        cross = heads(context_features=context_features)
     feed_forward = FeedForward(
         config.features,
         config.hidden,  # type: ignore[arg-type]

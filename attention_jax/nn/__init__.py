@@ -17,6 +17,7 @@ from attention_jax.nn.feed_forward import FeedForward as FeedForward
 from attention_jax.nn.norms import OnePlusRMSNorm as OnePlusRMSNorm
 from attention_jax.nn.pooling import AttentionPooling as AttentionPooling
 from attention_jax.nn.pooling import ClassToken as ClassToken
+from attention_jax.nn.weights import record_weights as record_weights
 
 __all__ = [
     "AttentionPooling",
@@ -31,4 +32,5 @@ __all__ = [
     "attention_fn",
     "dot_product_attention",
     "pooling",
+    "record_weights",
 ]

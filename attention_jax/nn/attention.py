@@ -14,7 +14,8 @@ from flax import nnx
 from jaxtyping import Float
 
 from attention_jax import cache as caches
-from attention_jax.attention import attention, attention_weights
+from attention_jax.attention import attention as softmax_attention
+from attention_jax.attention import attention_weights
 from attention_jax.axes import AnyArray
 from attention_jax.cache import KVCache
 from attention_jax.masks import Mask, dense
@@ -76,6 +77,7 @@ class MultiHeadAttention(nnx.Module):
         gate: bool = False,
         dropout_rate: float = 0.0,
         deterministic: bool = False,
+        attention: Callable[..., Any] = softmax_attention,
         implementation: str | tuple[str, ...] | None = None,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
@@ -103,7 +105,9 @@ class MultiHeadAttention(nnx.Module):
           sinks, gate: see above.
           dropout_rate: probability of dropping a probability.
           deterministic: drop nothing; ``train()`` and ``eval()`` set it.
-          implementation: of ``attention``.
+          attention: what gathers the values: ``attention`` of this library, or a function with
+            its arguments. One that cannot do what it is asked should say so by raising.
+          implementation: of ``attention``; given to it where not None.
           dtype: of the computation; default: what inputs and parameters promote to.
           param_dtype: of the parameters.
           kernel_init, bias_init: initialisers of the projections.
@@ -142,7 +146,7 @@ class MultiHeadAttention(nnx.Module):
         self.mask, self.score = _held(mask), _held(score)
         self.scale, self.rotary = scale, rotary
         self.dropout_rate, self.deterministic = dropout_rate, deterministic
-        self.implementation = implementation
+        self.attention, self.implementation = attention, implementation
         self.dtype, self.param_dtype = dtype, param_dtype
 
         linear = functools.partial(
@@ -240,13 +244,9 @@ class MultiHeadAttention(nnx.Module):
             "sinks": None if self.sinks is None else self.sinks[...],
             "scale": self.scale,
         }
-        heads = attention(
-            query,
-            key,
-            value,
-            **options,
-            **self._dropout(deterministic, rngs),
-            implementation=self.implementation,
+        named = {} if self.implementation is None else {"implementation": self.implementation}
+        heads = self.attention(
+            query, key, value, **options, **self._dropout(deterministic, rngs), **named
         )
         result = self._finish(heads, x)
         more: tuple[Any, ...] = ()
