@@ -7,14 +7,28 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
 from experiments.tasks import TASKS, load
 
 PROGRAM = "python -m experiments"
-EXTRA = ("matplotlib", "sklearn", "tqdm", "tyro")  # modules of the extra [experiments]
+# Modules of the extra [experiments].
+EXTRA = (
+    "matplotlib",
+    "orbax",
+    "pooch",
+    "requests",
+    "sacrebleu",
+    "sklearn",
+    "tensorboardX",
+    "tokenizers",
+    "tqdm",
+    "tyro",
+)
 Options = TypeVar("Options")
 
 
@@ -37,9 +51,14 @@ def main(arguments: Sequence[str]) -> int:
     try:
         return VERBS[name].run(rest)
     except ModuleNotFoundError as missing:
-        if missing.name not in EXTRA:
+        if (missing.name or "").split(".")[0] not in EXTRA:
             raise
         print(f'error: {missing}: python -m pip install -e ".[experiments]"', file=sys.stderr)
+        return 2
+    except (OSError, ValueError, FloatingPointError, NotImplementedError) as problem:
+        if "EXPERIMENTS_TRACEBACK" in os.environ:
+            raise
+        print(f"error: {problem}", file=sys.stderr)
         return 2
 
 
@@ -54,6 +73,9 @@ def listing() -> str:
         lines += [f"    {word:7} {said}" for word, said in row._asdict().items()]
     lines += ["", f"Options: {PROGRAM} VERB --help; for train, {PROGRAM} train TASK --help"]
     return "\n".join(lines)
+
+
+# --- Runs.
 
 
 def _train(arguments: Sequence[str]) -> int:
@@ -74,14 +96,21 @@ def _train(arguments: Sequence[str]) -> int:
     if preset not in task.presets:
         fail(f"unknown preset {preset!r} of {name}", "presets", task.presets)
     default = task.presets[preset]
-    config = parse(
-        type(default),
+    together = dataclasses.make_dataclass(
+        f"{name.capitalize()}Options",
+        [("config", type(default), default), ("flags", train.Flags, train.Flags())],
+        frozen=True,
+    )
+    found: Any = parse(
+        together,
         rest,
         f"train {name} --preset {preset}",
-        default,
-        f"Presets: {', '.join(task.presets)}. The defaults below are those of {preset}.",
+        description=(
+            f"Presets: {', '.join(task.presets)}. The defaults below are those of {preset}."
+        ),
+        parts=(type(default), train.Flags),
     )
-    train.run(task, config, preset=preset)
+    train.run(task, found.config, preset=preset, flags=found.flags)
     return 0
 
 
@@ -91,6 +120,97 @@ def split_preset(arguments: Sequence[str], default: str) -> tuple[str, list[str]
     parser.add_argument("--preset", default=default)
     found, rest = parser.parse_known_args(arguments)
     return found.preset, rest
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateOptions:
+    """What to score again."""
+
+    split: str = "test"
+    """validation or test."""
+
+    def __post_init__(self) -> None:
+        if self.split not in ("validation", "test"):
+            raise ValueError(f"split must be validation or test, got {self.split}")
+
+
+@dataclasses.dataclass(frozen=True)
+class TextOptions:
+    """What to show."""
+
+    text: str | None = None
+    """A text of your own; without it, from the test split."""
+    out: Path | None = None
+    """The file to write, where one is written; default in the folder of the run."""
+
+
+def _evaluate(arguments: Sequence[str]) -> int:
+    folder, rest = _split_run("evaluate", arguments)
+    options = parse(EvaluateOptions, rest, "evaluate RUN")
+
+    from experiments import runs
+    from experiments.progress import show
+
+    run = runs.load(folder)
+    scores = run.task.evaluate(run.config, run.model, run.data, options.split)
+    print(f"{folder}, weights of step {run.step}, {options.split}: {show(scores)}")
+    return 0
+
+
+def _sample(arguments: Sequence[str]) -> int:
+    folder, rest = _split_run("sample", arguments)
+    options = parse(TextOptions, rest, "sample RUN")
+
+    from experiments import runs
+
+    run = runs.load(folder)
+    if run.task.sample is None:
+        raise ValueError(f"{run.task.name} has no examples to read; its pictures are in {folder}")
+    said = run.task.sample(run.config, run.model, run.data, options.text)
+    if options.out is None:
+        print(said)
+    else:
+        options.out.write_text(said + "\n")
+        print(f"wrote {options.out}")
+    return 0
+
+
+def _look(arguments: Sequence[str]) -> int:
+    folder, rest = _split_run("look", arguments)
+    options = parse(TextOptions, rest, "look RUN")
+
+    from experiments import look, runs
+
+    run = runs.load(folder)
+    if run.task.look is None:
+        raise ValueError(f"{run.task.name} has no page to look at; its pictures are in {folder}")
+    views = run.task.look(run.config, run.model, run.data, options.text)
+    model = getattr(run.config, "model", "")
+    file = folder / "look.html" if options.out is None else options.out
+    said = f"weights of step {run.step}, preset {run.preset}, seed {run.config.seed}"
+    look.write(file, f"{run.task.name}: {model}", said, views)
+    print(f"wrote {file}")
+    return 0
+
+
+def _split_run(verb: str, arguments: Sequence[str]) -> tuple[Path, Sequence[str]]:
+    """The folder of the run that a verb begins with."""
+    if not arguments or arguments[0].startswith("-"):
+        if arguments and arguments[0] in ("-h", "--help"):
+            options = EvaluateOptions if verb == "evaluate" else TextOptions
+            parse(options, arguments, f"{verb} RUN")
+        known = sorted(str(file.parent) for file in Path("runs").glob("*/*/run.json"))
+        fail(f"{verb} needs the folder of a run", "runs here", known or ["none"])
+    return Path(arguments[0]), arguments[1:]
+
+
+# --- Tables and measurements.
+
+
+def _report(arguments: Sequence[str]) -> int:
+    from experiments import report
+
+    return report.main(parse(report.Options, arguments, "report"))
 
 
 def _compare(arguments: Sequence[str]) -> int:
@@ -107,6 +227,10 @@ def _bench(arguments: Sequence[str]) -> int:
 
 VERBS = {
     "train": Verb("train TASK [--preset NAME] [--option ...]", "trains a model on a task", _train),
+    "evaluate": Verb("evaluate RUN [--split NAME]", "scores a trained model again", _evaluate),
+    "sample": Verb("sample RUN [--text TEXT]", "prints what a trained model makes", _sample),
+    "look": Verb("look RUN [--text TEXT]", "writes a page that shows its attention", _look),
+    "report": Verb("report", "writes tables and plots of results into the README", _report),
     "compare": Verb(
         "compare [--option ...]", "checks us and our peers against the float64 oracle", _compare
     ),
@@ -118,23 +242,23 @@ def parse(
     options: type[Options],
     arguments: Sequence[str],
     command: str,
-    default: Options | None = None,
     description: str | None = None,
+    parts: Sequence[Any] = (),
 ) -> Options:
-    """Options from the command line, into a frozen dataclass."""
+    """Options from the command line, into a frozen dataclass; or one of several, ``parts``."""
     import tyro
 
-    start = default if default is not None else tyro.MISSING_NONPROP
     found, unknown = tyro.cli(
         options,
         args=arguments,
         prog=f"{PROGRAM} {command}",
-        default=start,
         description=description,
         return_unknown_args=True,
+        config=(tyro.conf.OmitArgPrefixes,) if parts else (),
     )
     if unknown:
-        fail(f"unknown option {unknown[0]!r}", f"options of {command}", flags(options))
+        valid = [flag for part in parts or (options,) for flag in flags(part)]
+        fail(f"unknown option {unknown[0]!r}", f"options of {command}", valid)
     return found
 
 

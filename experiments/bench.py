@@ -17,7 +17,6 @@ import dataclasses
 import functools
 import json
 import pathlib
-import platform
 import statistics
 import subprocess
 import sys
@@ -27,12 +26,13 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 import attention_jax as aj
 from attention_jax.axes import check_query_key_value
 from attention_jax.backends import blockwise
 from attention_jax.lift import Call
+from experiments.bench_tables import Row, print_row, write
+from experiments.config import FLAX
 from experiments.contenders import (
     Shape,
     have_torch,
@@ -53,6 +53,7 @@ from experiments.language_models import (
     train_flax,
     train_ours,
     train_torch,
+    training_step,
 )
 
 Section = Literal[
@@ -64,6 +65,7 @@ Section = Literal[
     "first",
     "memory",
     "step",
+    "tasks",
     "generate",
     "cache",
     "short",
@@ -83,24 +85,6 @@ class Options:
     """Compile torch's flex_attention for the window rows (needs a C++ compiler)."""
     out: pathlib.Path = pathlib.Path("runs/bench")
     """Folder for bench.json, bench.md and bench.png."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One line of the table: seconds of each contender, and what our ratios should reach."""
-
-    section: str
-    work: str
-    seconds: dict[str, float]
-    gflops: float  # of the work
-    targets: dict[str, float]  # contender -> least ratio (its seconds over ours)
-    note: str = ""
-
-    @property
-    def ratios(self) -> dict[str, float]:
-        """How many times faster than each contender we are."""
-        us = self.seconds.get("ours", 0.0)
-        return {name: s / us for name, s in self.seconds.items() if name != "ours"}
 
 
 def compare(
@@ -261,6 +245,25 @@ def step(options: Options) -> list[Row]:
     return rows
 
 
+def tasks(options: Options) -> list[Row]:
+    """A training step of our tasks, beside the same run with ``--attention flax``."""
+    rows = []
+    for name, changes, at_least in (
+        ("shakespeare", {"context": 256}, 1.05),
+        ("shakespeare", {"context": 1024, "batch_size": 8}, 1.8),
+        ("multi30k", {}, 0.95),
+    ):
+        contenders = {
+            "ours": training_step(name, **changes),
+            "flax": training_step(name, attention=FLAX, **changes),
+        }
+        seconds = in_turns(contenders, max(5, options.repeats))
+        said = ", ".join(f"{option} {x}" for option, x in changes.items())
+        work = ", ".join(filter(None, (f"training step of {name}", said)))
+        rows.append(Row("tasks", work, seconds, 0.0, {"flax": at_least}))
+    return rows
+
+
 def generate(options: Options) -> list[Row]:
     """Greedy decoding with caches: a prompt, then tokens one by one, few and many before them."""
     rows = []
@@ -334,149 +337,13 @@ SECTIONS: dict[str, Callable[[Options], list[Row]]] = {
     "first": first,
     "memory": memory,
     "step": step,
+    "tasks": tasks,
     "generate": generate,
     "cache": cache,
     "short": short,
     "blocks": blocks,
 }
 TUNING = ("short", "blocks")
-MODELS = ("step", "generate", "cache")
-
-
-# --- Printing and writing.
-
-
-def print_row(row: Row) -> None:
-    cells = [f"{name} {seconds * 1e3:.1f} ms" for name, seconds in row.seconds.items()]
-    if row.gflops and row.section in ("forward", "train", *TUNING):
-        cells[0] += f" ({row.gflops / row.seconds['ours']:.0f} GFLOP/s)"
-    print(f"{row.section:8} {row.work:44} " + ", ".join(cells), flush=True)
-    for name, ratio in row.ratios.items():
-        target = row.targets.get(name)
-        verdict = (
-            ""
-            if target is None
-            else f"  (at least {target}: {'ok' if ratio >= target else 'MISSED'})"
-        )
-        print(f"{'':8} {'':44} {ratio:.2f}x {name}{verdict}")
-    if row.note:
-        print(f"{'':8} {'':44} {row.note}")
-
-
-def write(rows: list[Row], options: Options) -> None:
-    options.out.mkdir(parents=True, exist_ok=True)
-    versions = {"python": platform.python_version(), "jax": jax.__version__}
-    if have_torch():
-        import torch
-
-        versions["torch"] = torch.__version__
-    record = {
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": {"cpu": _cpu(), "device": jax.devices()[0].platform, "cores": _cores()},
-        "versions": versions,
-        "repeats": options.repeats,
-        "rows": [{**dataclasses.asdict(row), "ratios": row.ratios} for row in rows],
-    }
-    for name, text in (
-        ("bench.json", json.dumps(record, indent=1) + "\n"),
-        ("bench.md", table(rows)),
-    ):
-        (options.out / name).write_text(text)
-        print(f"wrote {options.out / name}")
-    drawn = [row for row in rows if row.section in ("forward", "train")]
-    if drawn:
-        path = options.out / "bench.png"
-        draw(drawn, path, record)
-        print(f"wrote {path}")
-
-
-def table(rows: list[Row]) -> str:
-    """The rows as Markdown: ratios are how many times faster we are, bold where the aim is met."""
-
-    def cell(row: Row, name: str) -> str:
-        if name not in row.seconds:
-            return ""
-        ratio, target = row.ratios[name], row.targets.get(name)
-        if target is None:
-            return f"{ratio:.2f}x"
-        bold = "**" if ratio >= target else ""
-        return f"{bold}{ratio:.2f}x{bold} (aim {target:g}x)"
-
-    others = ("jax.nn", "torch sdpa", "torch flex", "batch axis")
-    lines = [
-        "| work | ours | vs jax.nn | vs torch SDPA | vs torch flex | vs the batch axis | note |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for row in rows:
-        if row.section in MODELS:
-            continue
-        kind = {"forward": "forward", "train": "forward + backward", "window": "forward"}
-        work = ", ".join(filter(None, (kind.get(row.section), row.work)))
-        if row.section == "decode":
-            work = f"decode, {work}"
-        cells = [f"{row.seconds['ours'] * 1e3:,.1f} ms", *(cell(row, name) for name in others)]
-        lines.append(f"| {work} | " + " | ".join(cells) + f" | {row.note} |")
-    lines += [
-        "",
-        "| work | ours | vs flax.nnx | vs torch | vs transformers | note |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    for row in rows:
-        if row.section in MODELS:
-            ours = f"{row.seconds['ours'] * 1e3:,.0f} ms" if row.seconds else ""
-            cells = [ours, *(cell(row, name) for name in ("flax", "torch", "transformers"))]
-            lines.append(f"| {row.work} | " + " | ".join(cells) + f" | {row.note} |")
-    return "\n".join(lines) + "\n"
-
-
-def draw(rows: list[Row], path: pathlib.Path, record: dict[str, Any]) -> None:
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    colors = {"ours": "#d1495b", "jax.nn": "#8d99ae", "torch sdpa": "#2b2d42"}
-    sections = [s for s in ("forward", "train") if any(r.section == s for r in rows)]
-    figure, panels = plt.subplots(
-        1, len(sections), figsize=(5.6 * len(sections), 4.2), squeeze=False, layout="constrained"
-    )
-    titles = {"forward": "Forward", "train": "Forward + backward"}
-    for panel, section in zip(panels[0], sections, strict=True):
-        part = [r for r in rows if r.section == section]
-        names = [n for n in colors if any(n in r.seconds for r in part)]
-        for i, name in enumerate(names):
-            at = np.arange(len(part)) + (i - (len(names) - 1) / 2) * 0.27
-            speed = [r.gflops / r.seconds[name] if name in r.seconds else 0.0 for r in part]
-            label = {"ours": "attention_jax"}.get(name, name)
-            panel.barh(at, speed, height=0.25, color=colors[name], label=label)
-        panel.set_yticks(range(len(part)), [r.work.replace(" heads", " h") for r in part])
-        panel.invert_yaxis()
-        panel.set_xlabel("GFLOP/s, counted dense (more is better)")
-        panel.set_title(titles[section])
-        panel.spines[["top", "right"]].set_visible(False)
-    panels[0][0].legend(frameon=False)
-    machine = record["machine"]
-    figure.suptitle(
-        f"float32, H = 64, {machine['cores']} cores of {machine['cpu']}, jax "
-        f"{record['versions']['jax']}",
-        fontsize=9,
-    )
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
-def _cpu() -> str:
-    try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), "unknown")
-
-
-def _cores() -> int:
-    import os
-
-    return len(os.sched_getaffinity(0))
 
 
 def main(options: Options) -> int:
@@ -493,5 +360,5 @@ def main(options: Options) -> int:
         if name in row.ratios and row.ratios[name] < target
     ]
     print("all targets reached" if not missed else "missed:\n  " + "\n  ".join(missed))
-    write(rows, options)
+    write(rows, options.out, options.repeats)
     return 0

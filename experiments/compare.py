@@ -27,7 +27,7 @@ from attention_jax import attention, testing
 from attention_jax.axes import Sizes
 from attention_jax.backends import IMPLEMENTATIONS
 from attention_jax.testing import Case, Row
-from experiments.train import device, versions
+from experiments.runs import device, versions
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,6 +18,8 @@ import optax  # type: ignore[import-untyped]
 from flax import nnx
 
 from attention_jax.models import Decoder, DecoderConfig, Layers, generate
+from experiments.steps import steps
+from experiments.tasks import load
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,6 +171,22 @@ def _torch_decoder(size: Size) -> Any:
 
 
 # --- Decoding.
+
+
+def training_step(name: str, **changes: Any) -> Callable[[], Any]:
+    """A step of our training loop, on a task's ``cpu`` preset with other options."""
+    task = load(name)
+    config = dataclasses.replace(task.presets["cpu"], **changes)
+    data = task.data(config)
+    how = steps(task.loss, config, task.init(config, data, nnx.Rngs(0)))
+    batch, state = next(task.batches(config, data, 0)), how.put(how.first)
+
+    def run() -> Any:
+        nonlocal state
+        state, loss, *_ = how.update(state, batch, 0)
+        return jax.block_until_ready(loss)
+
+    return run
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,30 +1,17 @@
-"""``python -m experiments``: what it lists and refuses, and that training and comparing work."""
+"""``python -m experiments``: what it lists and refuses, and that its verbs do what they say."""
 
-import dataclasses
-import itertools
 import json
+import re
 import subprocess
 import sys
+import warnings
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
-from flax import nnx
 
-from experiments import compare, train
+from experiments import compare, config
 from experiments.__main__ import main
-from experiments.tasks import TASKS, digits, load
-
-TINY = dataclasses.replace(
-    digits.PRESETS["smoke"], steps=4, batch_size=16, width=16, heads=2, depth=1
-)
-
-
-@pytest.fixture(scope="module")
-def data():
-    return digits.data(TINY)
-
+from experiments.tasks import TASKS, load
 
 # --- The command line.
 
@@ -39,7 +26,7 @@ def test_lists_verbs_and_tasks_without_importing_what_it_does_not_need():
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    for word in ("train", "compare", "bench", "--help"):
+    for word in ("train", "evaluate", "sample", "look", "report", "compare", "bench", "--help"):
         assert word in done.stdout
     for name, row in TASKS.items():
         for said in (name, *row):
@@ -55,9 +42,17 @@ def test_lists_verbs_and_tasks_without_importing_what_it_does_not_need():
         ("train digits nope", ["unknown option 'nope'", "--steps", "--patch"]),
         ("train digits --preset nope", ["unknown preset 'nope'", "cpu", "smoke"]),
         ("train digits --nope 1", ["unknown option '--nope'", "--steps", "--patch"]),
-        ("train digits --attention nope", ["nope", "blockwise", "xla"]),
+        ("train digits --attention nope", ["nope", "blockwise", "xla", "flax"]),
         ("train digits --steps 0", ["steps must be above 0"]),
-        ("train digits --patch 3", ["patch must divide 8"]),
+        ("train digits --steps many", ["many", "INT"]),
+        ("train digits --model gru", ["gru", "logistic", "cnn", "vit"]),
+        ("train digits --batch-size 10 --accumulate 4", ["batch_size must be a multiple", "4"]),
+        ("train trec --mask nope", ["nope", "global", "window", "chunked"]),
+        ("train trec --heads 3", ["heads must divide width"]),
+        ("train trec --dtype float16", ["float16", "float32", "bfloat16"]),
+        ("evaluate", ["needs the folder of a run", "runs here"]),
+        ("sample --text x", ["needs the folder of a run"]),
+        ("look --nope", ["needs the folder of a run"]),
         ("compare --nope", ["unknown option '--nope'", "--quick", "--out"]),
         ("compare --only nope", ["nope", "blockwise", "jax.nn"]),
     ],
@@ -76,154 +71,152 @@ def test_every_task_loads_under_its_name(name):
     assert load(name).name == name
 
 
-# --- The loop, on a task that is done in no time: the line y = 2 x - 1.
+# --- Runs.
 
 
-def line_batches(config, data, rng):
-    while True:
-        x = rng.normal(size=(config.batch_size, 1)).astype(np.float32)
-        yield x, data[0] * x + data[1]
+def run(*arguments):
+    """The verb's exit code; what goes wrong is raised."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        return main([str(x) for x in arguments])
 
 
-def line_loss(model, batch, key):
-    x, y = batch
-    noise = 0.01 * jax.random.normal(key, y.shape)
-    return jnp.mean((model(x) + noise - y) ** 2)
-
-
-LINE = train.Task(
-    name="line",
-    presets={"only": train.Config(steps=300, batch_size=8, learning_rate=0.1)},
-    data=lambda config: np.float32([2, -1]),
-    init=lambda config, rngs: nnx.Linear(1, 1, rngs=rngs),
-    batches=line_batches,
-    loss=line_loss,
-    evaluate=lambda model, data, split: {"bias": float(model.bias[0])},
-    report=lambda model, data, stem: [],
-)
-
-
-def train_line(task=LINE, **changes):
-    config = dataclasses.replace(LINE.presets["only"], **changes)
-    return train.train(task, config, task.data(config))
-
-
-def test_training_learns_and_the_same_seed_learns_the_same():
-    one, again, other = (train_line(seed=seed) for seed in (0, 0, 1))
-    assert one.loss < 1e-3
-    assert one.validation["bias"] == pytest.approx(-1, abs=0.02)
-    assert one.steps == 300
-    assert (one.loss, one.validation) == (again.loss, again.validation)
-    assert one.loss != other.loss
-
-
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_a_loss_that_is_no_number_ends_training_and_names_the_step(bad):
-    def batches(config, data, rng):
-        good = line_batches(config, data, rng)
-        for step in itertools.count(1):
-            x, y = next(good)
-            yield x, y + np.float32(bad if step == 3 else 0)
-
-    with pytest.raises(FloatingPointError, match=f"line: the loss is {bad} at step 3"):
-        train_line(dataclasses.replace(LINE, batches=batches), steps=5)
-
-
-def test_training_stops_when_the_time_is_up_and_still_scores():
-    trained = train_line(minutes=1e-9)
-    assert trained.steps == 1
-    assert trained.validation
-
-
-def test_weights_decay_and_biases_do_not():
-    assert train.decays(nnx.state(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))) == {
-        "kernel": True,
-        "bias": False,
-    }
+RUNGS = [
+    (name, model)
+    for name in TASKS
+    for model in config.choices(type(next(iter(load(name).presets.values()))), "model")
+]
 
 
 @pytest.mark.slow
-def test_a_smoke_run_writes_a_line_of_json_and_a_picture(tmp_path, capsys):
-    from matplotlib.image import imread
-
-    options = f"--steps 3 --width 16 --depth 1 --seed 7 --attention xla --out {tmp_path}"
-    assert main(["train", "digits", "--preset", "smoke", *options.split()]) == 0
-    file = tmp_path / "digits" / "smoke.jsonl"
-    picture = tmp_path / "digits" / "smoke-seed7-attention.png"
-    printed = capsys.readouterr().out
-    assert "test: accuracy 0." in printed
-    assert str(file) in printed
-    assert str(picture) in printed
-
-    record = json.loads(file.read_text())  # one line
-    assert record["steps"] == record["config"]["steps"] == 3
-    assert record["seed"] == 7
-    assert record["config"]["attention"] == "xla"
-    assert record["seconds"] > 0
-    assert "cpu" in record["device"]
+@pytest.mark.parametrize(("name", "model"), RUNGS)
+def test_every_rung_trains_is_scored_again_read_and_looked_at(name, model, tmp_path, capsys):
+    options = ("--preset", "smoke", "--model", model, "--out", tmp_path, "--record", tmp_path)
+    assert run("train", name, *options) == 0
+    folder = tmp_path / name / f"{model}-smoke-seed0"
+    record = json.loads((tmp_path / f"{name}.jsonl").read_text())  # one line
+    assert record == json.loads((folder / "record.json").read_text())
+    task = load(name)
+    assert (record["task"], record["model"], record["seed"]) == (name, model, 0)
+    assert record["config"]["synthetic"]
     assert record["versions"]["jax"] == jax.__version__
-    assert set(record["metrics"]) == {"loss", "validation", "test"}
-    assert record["parameters"] > 1000
+    assert str(tmp_path) not in json.dumps(record)
+    trained = record["parameters"] > 0
+    assert record["steps"] == (record["config"]["steps"] if trained else 0)
+    assert bool(record["curve"]) == trained
 
-    pixels = imread(picture)
-    assert min(pixels.shape[:2]) > 300
-    assert len(np.unique(pixels[..., :3].reshape(-1, 3), axis=0)) > 50
+    capsys.readouterr()
+    assert run("evaluate", folder) == 0
+    score = f"{task.metric} {record['test'][task.metric]:.4f}"
+    assert score in capsys.readouterr().out
 
-
-# --- The digits.
-
-
-def test_the_splits_are_disjoint_stratified_and_the_same_for_every_seed(data):
-    assert {name: len(split.labels) for name, split in data.items()} == {
-        "train": 1257,
-        "validation": 180,
-        "test": 360,
-    }
-    for split in data.values():
-        assert split.images.dtype == np.float32
-        assert split.images.min() == 0
-        assert split.images.max() == 1
-        share = np.bincount(split.labels, minlength=10) / len(split.labels)
-        np.testing.assert_allclose(share, 0.1, atol=0.01)
-    together = np.concatenate([split.images for split in data.values()])
-    everything = digits.data(dataclasses.replace(TINY, seed=1))
-    assert len(np.unique(together, axis=0)) == 1797  # no image twice
-    np.testing.assert_array_equal(everything["test"].images, data["test"].images)
+    if task.sample is not None:
+        assert run("sample", folder) == 0
+        assert len(capsys.readouterr().out) > 10
+    else:
+        assert run("sample", folder) == 2
+        assert "has no examples to read" in capsys.readouterr().err
+    code = run("look", folder)
+    said = capsys.readouterr()
+    if (task.look is not None and "attention" in model) or model == "transformer":
+        assert code == 0
+        page = (folder / "look.html").read_text()
+        assert "http" not in re.sub(r"http://www\.w3\.org/\S+", "", page)
+    else:
+        assert code == 2
+        assert "no attention to look at" in said.err or "no page to look at" in said.err
 
 
-def test_shifted_moves_images_by_whole_pixels():
-    rng = np.random.default_rng(0)
-    images = rng.uniform(size=(50, 8, 8)).astype(np.float32)
-    np.testing.assert_array_equal(digits.shifted(images, 0, rng), images)
-    seen = set()
-    for before, after in zip(images, digits.shifted(images, 1, rng), strict=True):
-        padded = np.pad(before, 1)
-        windows = {(i, j): padded[i : i + 8, j : j + 8] for i in range(3) for j in range(3)}
-        found = [where for where, w in windows.items() if np.array_equal(w, after)]
-        assert len(found) == 1
-        seen.update(found)
-    assert len(seen) == 9
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder of a run of ``trec``, and where it lies."""
+    out = tmp_path_factory.mktemp("runs")
+    options = ("--preset", "smoke", "--model", "attention", "--steps", 3, "--out", out)
+    assert run("train", "trec", *options) == 0
+    return out / "trec" / "attention-smoke-seed0", options
 
 
-def test_patches_are_row_by_row():
-    x = digits.patches(jnp.arange(64.0).reshape(1, 8, 8), 2)
-    assert x.shape == (1, 16, 4)
-    assert x[0, 0].tolist() == [0, 1, 8, 9]
-    assert x[0, 1].tolist() == [2, 3, 10, 11]
-    assert x[0, 4].tolist() == [16, 17, 24, 25]
+def test_a_run_is_not_replaced_unless_told(trained, capsys):
+    folder, options = trained
+    assert run("train", "trec", *options) == 2
+    said = capsys.readouterr().err
+    for words in (str(folder), "--resume", "--overwrite", "--name"):
+        assert words in said
 
 
-def test_what_the_class_token_attends_to_is_what_the_last_block_uses(data):
-    model = digits.Classifier(TINY, nnx.Rngs(0))
-    images = jnp.asarray(data["test"].images[:5])
-    weights = digits.class_token_attention(model, images)
-    assert weights.shape == (5, TINY.heads, 17)
-    np.testing.assert_allclose(weights.sum(-1), 1.0, rtol=1e-6)
-    (block,) = model.blocks
-    x = block.norm_attend(model.tokens(images))
-    value = block.attend.split_heads(block.attend.value(x))
-    read = jnp.einsum("bns,bsnh->bnh", weights, value).reshape(5, -1)
-    np.testing.assert_allclose(block.attend.out(read), block.attend(x, None)[:, 0], atol=1e-5)
+def test_a_run_of_another_configuration_is_not_resumed(trained, capsys):
+    _, options = trained
+    assert run("train", "trec", *options, "--width", 32, "--resume") == 2
+    said = capsys.readouterr().err
+    assert "width is 32, was 16" in said
+    assert "seed" not in said.split("configuration:")[1]
+
+
+def test_a_finished_run_that_is_resumed_is_scored_again(trained, capsys):
+    folder, options = trained
+    before = json.loads((folder / "record.json").read_text())
+    assert run("train", "trec", *options, "--resume") == 0
+    assert "goes on from step 3" in capsys.readouterr().out
+    after = json.loads((folder / "record.json").read_text())
+    assert (before["test"], before["curve"]) == (after["test"], after["curve"])
+
+
+def test_a_damaged_checkpoint_is_told_from_a_missing_run(trained, tmp_path, capsys):
+    import shutil
+
+    folder, _ = trained
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    for file in (copy / "checkpoints" / "best").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
+    with pytest.warns(RuntimeWarning, match="is damaged and passed over"):
+        assert run("evaluate", copy) == 2
+    assert "has no weights" in capsys.readouterr().err
+    assert run("evaluate", tmp_path / "nothing") == 2
+    assert "is no run: it has no run.json" in capsys.readouterr().err
+
+
+def test_a_run_of_another_version_is_refused(trained, tmp_path, capsys):
+    import shutil
+
+    folder, _ = trained
+    shutil.copytree(folder, tmp_path / "copy")
+    file = tmp_path / "copy" / "run.json"
+    said = json.loads(file.read_text())
+    del said["config"]["width"]
+    file.write_text(json.dumps(said))
+    assert run("evaluate", tmp_path / "copy") == 2
+    assert "another version of this task: its options differ by width" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (" ", "text must not be empty or blank"),
+        ("word " * 65, "text has 65 words, the model reads 64"),
+    ],
+)
+@pytest.mark.parametrize("verb", ["sample", "look"])
+def test_a_text_that_cannot_be_read_is_refused(trained, verb, text, said, capsys):
+    folder, _ = trained
+    assert run(verb, folder, "--text", text) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_text_of_ones_own_is_read(trained, capsys):
+    folder, _ = trained
+    assert run("sample", folder, "--text", "class3 word1 neverseen") == 0
+    said = capsys.readouterr().out
+    assert said.startswith("class3 word1 neverseen")
+    assert any(name in said for name in load("trec").data(load("trec").presets["smoke"]).classes)
+
+
+def test_options_are_the_same_after_a_file():
+    for name in TASKS:
+        for preset in load(name).presets.values():
+            written = json.loads(json.dumps(config.as_json(preset)))
+            assert config.from_json(type(preset), written, "x") == preset
 
 
 # --- Comparing.

@@ -1,0 +1,195 @@
+"""How far a run is, and how it is shown: a bar, JSON lines, TensorBoard, a profile.
+
+``RUN/log.jsonl`` has a line for every so many steps (loss, norm of the gradient, speed) and one for
+each evaluation. ``Progress`` is the part that a checkpoint holds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from tqdm import tqdm
+
+Metrics = dict[str, float]
+
+LINES = 100  # of losses in the log, over all of a run
+PROFILED = range(10, 20)  # steps; those before compile
+
+
+class Progress(NamedTuple):
+    """What has been reached, after so many steps."""
+
+    metric: str
+    larger: bool
+    step: int = 0
+    seconds: float = 0.0
+    """Spent in training and evaluation, over all parts of a run that was resumed."""
+    loss: float = math.nan
+    """Mean over the steps since the last evaluation."""
+    losses: int = 0
+    """How many steps that is."""
+    best: Metrics | None = None
+    """The validation scores that are best by the metric."""
+    best_step: int = 0
+    since_best: int = 0
+    """Evaluations after the best."""
+    curve: tuple[dict[str, float], ...] = ()
+    """Step, seconds, loss and scores at each evaluation."""
+    finished: bool = False
+    """Whether there is nothing left to do: all steps are done, or patience is at its end."""
+
+    def closed(self) -> Progress:
+        """Of a model that needs no training."""
+        return self._replace(loss=0.0, finished=True)
+
+    def notes(self) -> dict[str, Any]:
+        """For JSON."""
+        return self._asdict() | {"loss": None if math.isnan(self.loss) else self.loss}
+
+    @staticmethod
+    def from_notes(like: Progress, notes: dict[str, Any]) -> Progress:
+        """What ``notes`` wrote."""
+        loss = math.nan if notes["loss"] is None else notes["loss"]
+        same = {"metric": like.metric, "larger": like.larger}
+        return Progress(**notes | same | {"loss": loss, "curve": tuple(notes["curve"])})
+
+    def after(self, loss: float, seconds: float) -> Progress:
+        """One step more."""
+        n = self.losses + 1
+        mean = loss if n == 1 else self.loss + (loss - self.loss) / n
+        return self._replace(step=self.step + 1, seconds=seconds, loss=mean, losses=n)
+
+    def scored(self, scores: Metrics, seconds: float) -> tuple[Progress, bool]:
+        """With the scores of an evaluation; and whether they are the best so far."""
+        new = scores[self.metric]
+        better = self.best is None or math.isnan(self.best[self.metric])
+        if self.best is not None:
+            old = self.best[self.metric]
+            better |= new > old if self.larger else new < old
+        point = {"step": self.step, "seconds": round(seconds, 2), "loss": self.loss, **scores}
+        after = self._replace(
+            seconds=seconds,
+            losses=0,
+            curve=(*self.curve, point),
+            since_best=0 if better else self.since_best + 1,
+        )
+        return (
+            (after._replace(best=scores, best_step=self.step), True) if better else (after, False)
+        )
+
+    @contextlib.contextmanager
+    def shown(self, task: Any, config: Any, folder: Path, flags: Any) -> Iterator[Shown]:
+        """While the loop runs."""
+        folder.mkdir(parents=True, exist_ok=True)
+        log = folder / "log.jsonl"
+        _keep(log, self.step)
+        with contextlib.ExitStack() as stack:
+            lines = stack.enter_context(log.open("a"))
+            board = None
+            if flags.tensorboard:
+                from tensorboardX import SummaryWriter
+
+                board = stack.enter_context(SummaryWriter(str(folder / "tensorboard")))
+            bar = stack.enter_context(
+                tqdm(
+                    total=config.steps,
+                    initial=self.step,
+                    desc=task.name,
+                    unit="step",
+                    dynamic_ncols=True,
+                )
+            )
+            shown = Shown(bar, lines, board, task.unit, folder if flags.profile else None)
+            shown.every = max(1, config.steps // LINES)
+            shown.start = time.perf_counter() - self.seconds
+            yield shown
+            shown.stop_profile()
+
+
+class Shown:
+    """The bar and the files of a run that goes on."""
+
+    every = 1
+    start = 0.0
+
+    def __init__(self, bar: Any, lines: Any, board: Any, unit: str, profile: Path | None) -> None:
+        self.bar, self.lines, self.board, self.unit = bar, lines, board, unit
+        self._profile, self._tracing = profile, False
+        self._since, self._count, self._scores = time.perf_counter(), 0.0, ""
+
+    def step(self, progress: Progress, loss: float, count: float, norm: float) -> Progress:
+        """After a step."""
+        now = time.perf_counter()
+        progress = progress.after(loss, now - self.start)
+        self._count += count
+        self.bar.update()
+        if progress.step % self.every == 0:
+            speed = self._count / (now - self._since)
+            self._since, self._count = now, 0.0
+            said = {"loss": loss, "gradient_norm": norm, f"{self.unit}_per_second": round(speed, 1)}
+            self._write(progress, said)
+            self.bar.set_postfix_str(f"loss {loss:.3f}{self._scores}, {speed:,.0f} {self.unit}/s")
+        return progress
+
+    def scores(self, progress: Progress, scores: Metrics) -> tuple[Progress, bool]:
+        """After an evaluation."""
+        now = time.perf_counter()
+        progress, better = progress.scored(scores, now - self.start)
+        self._write(progress, {f"validation_{name}": x for name, x in scores.items()})
+        self._scores = f", {progress.metric} {scores[progress.metric]:.3f}"
+        mark = " (best)" if better else ""
+        said = f"step {progress.step}: loss {progress.loss:.3f}, validation {show(scores)}{mark}"
+        self.bar.write(said)
+        self._since += time.perf_counter() - now
+        return progress, better
+
+    def _write(self, progress: Progress, said: dict[str, float]) -> None:
+        line = {"step": progress.step, "seconds": round(progress.seconds, 2), **said}
+        self.lines.write(json.dumps(line) + "\n")
+        self.lines.flush()
+        if self.board is not None:
+            for name, x in said.items():
+                self.board.add_scalar(name, x, progress.step)
+
+    @contextlib.contextmanager
+    def profile(self, step: int) -> Iterator[None]:
+        """Around a step; traces those of ``PROFILED`` where asked for."""
+        if self._profile is not None and step == PROFILED.start:
+            jax.profiler.start_trace(str(self._profile / "profile"))
+            self._tracing = True
+        yield
+        if step == PROFILED.stop - 1:
+            self.stop_profile()
+
+    def stop_profile(self) -> None:
+        """Also where a run has fewer steps."""
+        if self._tracing:
+            jax.profiler.stop_trace()
+            self._tracing = False
+
+
+def _keep(log: Path, step: int) -> None:
+    """Takes away the lines of steps that a resumed run will do again."""
+    if not log.exists():
+        return
+    kept = [line for line in log.read_text().splitlines() if _step(line) <= step]
+    log.write_text("".join(line + "\n" for line in kept))
+
+
+def _step(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except ValueError:  # half a line, of a run that was killed
+        return math.inf
+
+
+def show(metrics: Metrics) -> str:
+    """The scores in one line."""
+    return ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())

@@ -1,0 +1,87 @@
+"""Pictures of clothes, 28 x 28 pixels: ``digits`` on forty times as many images.
+
+::
+
+    python -m experiments train fashion                   # downloads 31 MB the first time
+    python -m experiments train fashion --model cnn
+
+The ladder is that of ``digits``; patches are 4 x 4 pixels, 49 of them.
+
+Data: Fashion-MNIST, H. Xiao et al. 2017, 60,000 images to train, of which the last 5,000 validate,
+and 10,000 to test; MIT licence.
+"""
+
+from __future__ import annotations
+
+import gzip
+
+import numpy as np
+
+from experiments.data import path
+from experiments.tasks import images
+from experiments.tasks.images import Config, Data, Split
+
+NAMES = (
+    "T-shirt",
+    "trousers",
+    "pullover",
+    "dress",
+    "coat",
+    "sandal",
+    "shirt",
+    "sneaker",
+    "bag",
+    "ankle boot",
+)
+
+PRESETS = {
+    "cpu": Config(
+        steps=2500, batch_size=128, learning_rate=2e-3, patch=4, width=64, minutes=10, ema=0.99
+    ),
+    "smoke": Config(
+        steps=10, batch_size=16, patch=4, width=32, depth=1, evaluations=1, synthetic=True
+    ),
+    "accelerator": Config(
+        steps=20000,
+        batch_size=512,
+        learning_rate=1e-3,
+        patch=4,
+        width=192,
+        heads=6,
+        depth=6,
+        ema=0.999,
+        dtype="bfloat16",
+        evaluations=20,
+    ),
+}
+
+
+def read() -> Data:
+    """The three splits."""
+
+    def split(name: str) -> Split:
+        pixels = idx(f"fashion_mnist/{name}-images-idx3-ubyte.gz")
+        labels = idx(f"fashion_mnist/{name}-labels-idx1-ubyte.gz")
+        return Split((pixels / np.float32(255)).astype(np.float32), labels.astype(np.int32))
+
+    everything = split("train")
+    fit, check = slice(0, -5000), slice(-5000, None)
+    return {
+        "train": Split(everything.images[fit], everything.labels[fit]),
+        "validation": Split(everything.images[check], everything.labels[check]),
+        "test": split("t10k"),
+    }
+
+
+def idx(name: str) -> np.ndarray:
+    """An array of bytes in the IDX format of MNIST: two zeros, type, rank, sizes, numbers."""
+    with gzip.open(path(name)) as file:
+        raw = file.read()
+    if raw[:3] != b"\x00\x00\x08":
+        raise ValueError(f"{name} must be an IDX file of bytes, it begins with {raw[:3]!r}")
+    rank = raw[3]
+    shape = np.frombuffer(raw, ">i4", rank, offset=4)
+    return np.frombuffer(raw, np.uint8, offset=4 + 4 * rank).reshape(shape)
+
+
+TASK = images.task("fashion", PRESETS, read, names=NAMES)

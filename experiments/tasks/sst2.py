@@ -1,0 +1,63 @@
+"""Whether a sentence of a film review is for or against the film.
+
+::
+
+    python -m experiments train sst2                              # attention and convolutions
+    python -m experiments train sst2 --model naive_bayes
+
+The ladder is that of ``trec``.
+
+Data: the Stanford Sentiment Treebank with two classes, R. Socher et al., "Recursive Deep Models for
+Semantic Compositionality Over a Sentiment Treebank", 2013: 6,920 sentences to train, 872 to
+validate, 1,821 to test. Published figures mostly train on the phrases of the trees too, ten times
+as many; here are sentences alone. For research use with citation; no licence is stated. In lower
+case.
+"""
+
+from __future__ import annotations
+
+from experiments.data import lines
+from experiments.tasks import classification
+from experiments.tasks.classification import Config, Labelled
+
+CLASSES = ("against", "for")
+
+FOLDER = "sentence_classification"
+
+PRESETS = {
+    "cpu": Config(
+        steps=500,
+        batch_size=64,
+        learning_rate=2e-3,
+        label_smoothing=0.1,
+        width=64,
+        depth=1,
+        dropout=0.5,
+        word_dropout=0.3,
+        evaluations=10,
+        ema=0.995,
+    ),
+    "smoke": classification.SMOKE,
+    "accelerator": Config(
+        steps=3000,
+        batch_size=256,
+        learning_rate=1e-3,
+        width=256,
+        heads=8,
+        depth=2,
+        dropout=0.5,
+        ema=0.999,
+    ),
+}
+
+
+def read() -> dict[str, Labelled]:
+    """The splits as they are published."""
+    files = {"train": "train", "validation": "dev", "test": "test"}
+    return {
+        split: classification.labelled(lines(f"{FOLDER}/stsa.binary.{name}", encoding="latin-1"))
+        for split, name in files.items()
+    }
+
+
+TASK = classification.task("sst2", CLASSES, read, PRESETS)

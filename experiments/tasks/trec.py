@@ -1,0 +1,66 @@
+"""What kind of answer a question asks for: a number, a place, a person, ...
+
+::
+
+    python -m experiments train trec                              # attention and convolutions
+    python -m experiments train trec --model text_cnn             # without attention
+    python -m experiments train trec --mask window --positions rotary
+
+The ladder: ``naive_bayes`` on words and pairs, ``text_cnn`` (Kim 2014, random vectors),
+``attention`` (an encoder and the mean of its tokens), ``attention_cnn`` (convolutions over words
+and what the encoder makes of them).
+
+Data: TREC questions with six classes, X. Li and D. Roth, "Learning Question Classifiers", 2002,
+5,452 to train, of which a fixed, stratified tenth is held out to validate, and 500 to test. They
+are for research use with citation; no licence is stated. In lower case.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from experiments.data import lines
+from experiments.tasks import classification
+from experiments.tasks.classification import Config, Labelled
+
+CLASSES = ("description", "entity", "abbreviation", "human", "location", "number")
+
+FOLDER = "sentence_classification"
+
+PRESETS = {
+    "cpu": Config(
+        steps=800,
+        batch_size=64,
+        learning_rate=3e-3,
+        label_smoothing=0.1,
+        depth=1,
+        dropout=0.5,
+        evaluations=8,
+        ema=0.995,
+    ),
+    "smoke": classification.SMOKE,
+    "accelerator": Config(
+        steps=3000,
+        batch_size=256,
+        learning_rate=1e-3,
+        width=256,
+        heads=8,
+        depth=2,
+        dropout=0.5,
+        ema=0.999,
+    ),
+}
+
+
+def read() -> dict[str, Labelled]:
+    """The three splits. They are the same for every seed, so that runs can be compared."""
+    from sklearn.model_selection import train_test_split
+
+    everything = classification.labelled(lines(f"{FOLDER}/TREC.train.all", encoding="latin-1"))
+    test = classification.labelled(lines(f"{FOLDER}/TREC.test.all", encoding="latin-1"))
+    index = np.arange(len(everything.texts))
+    fit, check = train_test_split(index, test_size=545, stratify=everything.labels, random_state=0)
+    return {"train": everything.take(fit), "validation": everything.take(check), "test": test}
+
+
+TASK = classification.task("trec", CLASSES, read, PRESETS)

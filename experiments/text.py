@@ -1,0 +1,173 @@
+"""From text to batches: words, subwords and bytes; padding to few lengths; the order of examples.
+
+Orders are functions of the seed and the step: ``shuffled`` and ``alike`` give the batches from any
+step on without those before it, which is what makes a run resumable.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+PAD, UNKNOWN, START, END = range(4)
+SPECIAL = ("<pad>", "<unk>", "<s>", "</s>")
+
+# Lengths that sequences are padded to: each is a program to compile, so there are few.
+BUCKETS = (16, 32, 64, 128, 256, 512)
+
+
+@dataclasses.dataclass(frozen=True)
+class Words:
+    """A vocabulary of words, the most frequent first; what is not in it is unknown.
+
+    >>> words = Words.of(["a b a", "c a"], least=2)
+    >>> words.encode("b a"), words.decode([1, 4])
+    ([1, 4], '<unk> a')
+    """
+
+    words: tuple[str, ...]
+
+    @staticmethod
+    def of(texts: Iterable[str], least: int = 1) -> Words:
+        """Of the words that are there at least so many times."""
+        counts = collections.Counter(word for text in texts for word in text.split())
+        kept = sorted((w for w, n in counts.items() if n >= least), key=lambda w: (-counts[w], w))
+        return Words((*SPECIAL, *kept))
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+    def encoder(self) -> dict[str, int]:
+        """Word to number; made once for many texts."""
+        return {word: i for i, word in enumerate(self.words)}
+
+    def encode(self, text: str) -> list[int]:
+        """Numbers of a text's words."""
+        number = self.encoder()
+        return [number.get(word, UNKNOWN) for word in text.split()]
+
+    def decode(self, numbers: Iterable[int]) -> str:
+        """Words of numbers."""
+        return " ".join(self.words[i] for i in numbers)
+
+
+def subwords(texts: Iterable[str], size: int) -> Any:
+    """Byte-level byte-pair encoding, trained on texts: a ``tokenizers.Tokenizer``.
+
+    Every text can be encoded, since every byte is a token; ``SPECIAL`` are the first.
+
+    Source: Sennrich et al. 2016, "Neural Machine Translation of Rare Words with Subword Units".
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=list(SPECIAL),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def bucket(length: int, sizes: Sequence[int] = BUCKETS) -> int:
+    """The shortest that holds a sequence.
+
+    >>> bucket(9)
+    16
+    """
+    for size in sizes:
+        if length <= size:
+            return size
+    raise ValueError(f"a sequence may have {sizes[-1]} tokens at most, got {length}")
+
+
+def padded(
+    rows: Sequence[Sequence[int]], length: int | None = None, count: int | None = None
+) -> np.ndarray:
+    """Rows of different lengths as one array ``[B T]``, padded with ``PAD``.
+
+    Args:
+      rows: of integers.
+      length: of all; default the bucket of the longest.
+      count: of rows: empty ones are added; default as they are.
+
+    >>> padded([[5, 6], [7]], length=3).tolist()
+    [[5, 6, 0], [7, 0, 0]]
+    """
+    if length is None:
+        length = bucket(max(map(len, rows), default=1))
+    array = np.full((len(rows) if count is None else count, length), PAD, np.int32)
+    for i, row in enumerate(rows):
+        array[i, : len(row)] = row
+    return array
+
+
+def epochs(per_epoch: int, seed: int, step: int) -> Iterator[tuple[np.random.Generator, int]]:
+    """For each pass over the data from that of ``step`` on: its generator, and where to begin."""
+    first, skip = divmod(step, per_epoch)
+    for epoch in itertools.count(first):
+        yield np.random.default_rng([seed, epoch]), skip if epoch == first else 0
+
+
+def shuffled(n: int, size: int, seed: int, step: int) -> Iterator[np.ndarray]:
+    """Indices of ``size`` of ``n`` examples a batch, each pass in another order.
+
+    The last, incomplete batch of a pass is left out.
+
+    >>> from_0, from_2 = shuffled(10, 3, seed=0, step=0), shuffled(10, 3, seed=0, step=2)
+    >>> _ = next(from_0), next(from_0)
+    >>> all((next(from_0) == next(from_2)).all() for _ in range(9))
+    True
+    """
+    size = min(size, n)
+    for rng, skip in epochs(n // size, seed, step):
+        order = rng.permutation(n)
+        for start in range(skip * size, n - size + 1, size):
+            yield order[start : start + size]
+
+
+def alike(lengths: np.ndarray, size: int, seed: int, step: int) -> Iterator[np.ndarray]:
+    """As ``shuffled``, with examples of about one length in a batch, so that little is padding.
+
+    Shuffled examples are sorted by length in pools of 50 batches, and the batches are shuffled.
+    """
+    n = len(lengths)
+    size = min(size, n)
+    for rng, skip in epochs(n // size, seed, step):
+        order = rng.permutation(n)[: n // size * size]
+        pools = [order[i : i + 50 * size] for i in range(0, len(order), 50 * size)]
+        by_length = np.concatenate(
+            [pool[np.argsort(lengths[pool], kind="stable")] for pool in pools]
+        )
+        batches = by_length.reshape(-1, size)
+        yield from batches[rng.permutation(len(batches))][skip:]
+
+
+def covering(lengths: Sequence[int], size: int) -> list[np.ndarray]:
+    """Indices of batches that hold every example exactly once, those of one length together.
+
+    >>> [batch.tolist() for batch in covering([3, 1, 2], 2)]
+    [[1, 2], [0]]
+    """
+    order = np.argsort(lengths, kind="stable")
+    return [order[i : i + size] for i in range(0, len(order), size)]
+
+
+def check(text: str, what: str = "text") -> str:
+    """A text that there is something to do with.
+
+    Raises:
+      ValueError: it is empty.
+    """
+    if not text.strip():
+        raise ValueError(f"{what} must not be empty or blank, got {text!r}")
+    return text

@@ -1,0 +1,83 @@
+"""A task that is done in no time: the line ``y = 2 x - 1``. Also a program, to be killed.
+
+``python tests/line.py FOLDER STEPS`` trains in ``FOLDER`` with a checkpoint after every step, going
+on from the last, and writes the parameters to ``FOLDER/parameters.npz``.
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from experiments import train
+from experiments.config import Config
+
+
+class Line(nnx.Module):
+    """With a little dropout, so that random keys matter."""
+
+    def __init__(self, rngs, rate=0.1):
+        self.linear = nnx.Linear(1, 1, rngs=rngs)
+        self.dropout = nnx.Dropout(rate, rngs=rngs)
+
+    def __call__(self, x):
+        return self.dropout(self.linear(x))
+
+
+def batches(config, data, step):
+    while True:
+        x = np.random.default_rng([config.seed, step]).normal(size=(config.batch_size, 1))
+        x = x.astype(np.float32)
+        yield x, data[0] * x + data[1]
+        step += 1
+
+
+def loss(config, model, batch):
+    x, y = batch
+    return train.Loss(((model(x) - y) ** 2).sum(), jnp.float32(y.size))
+
+
+def evaluate(config, model, data, split):
+    x = np.linspace(-1, 1, 11, dtype=np.float32)[:, None]
+    return {"error": float(jnp.abs(model(x) - (data[0] * x + data[1])).mean())}
+
+
+LINE = train.Task(
+    name="line",
+    presets={"only": Config(steps=300, batch_size=8, learning_rate=0.1, weight_decay=0.0)},
+    data=lambda config: np.float32([2, -1]),
+    init=lambda config, data, rngs: Line(rngs),
+    batches=batches,
+    loss=loss,
+    evaluate=evaluate,
+    metric="error",
+    larger=False,
+    unit="points",
+)
+
+PLAIN = dataclasses.replace(LINE, init=lambda config, data, rngs: Line(rngs, rate=0.0))
+
+
+def train_line(folder, task=LINE, flags=None, **changes):
+    """A run with other options."""
+    config = dataclasses.replace(LINE.presets["only"], **changes)
+    return train.train(task, config, task.data(config), Path(folder), flags)
+
+
+def parameters(trained):
+    """By name, of the last state."""
+    leaves, _ = jax.tree.flatten_with_path(trained.state)
+    return {jax.tree_util.keystr(path): np.asarray(x) for path, x in leaves}
+
+
+if __name__ == "__main__":
+    folder, steps = Path(sys.argv[1]), int(sys.argv[2])
+    print("ready", flush=True)
+    done = train_line(
+        folder, flags=train.Flags(resume=True, save_every=1), steps=steps, evaluations=4, ema=0.9
+    )
+    np.savez(folder / "parameters.npz", **parameters(done))

@@ -1,0 +1,350 @@
+"""The training loop: it learns, repeats itself, goes on after anything, and says what failed."""
+
+import dataclasses
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from line import LINE, PLAIN, Line, batches, parameters, train_line
+
+from experiments import optimizers, train
+from experiments.checkpoints import BEST, LAST, Checkpoints
+from experiments.config import Config
+from experiments.progress import Progress
+
+
+def same(one, other):
+    assert one.keys() == other.keys()
+    return all(np.array_equal(one[name], other[name]) for name in one)
+
+
+# --- Learning.
+
+
+def test_training_learns_and_the_same_seed_learns_the_same(tmp_path):
+    one, again, other = (
+        train_line(tmp_path / name, PLAIN, seed=seed)
+        for name, seed in (("one", 0), ("again", 0), ("other", 1))
+    )
+    assert one.progress.best["error"] < 0.02
+    assert one.progress.step == 300
+    assert one.progress.finished
+    assert same(parameters(one), parameters(again))
+    assert not same(parameters(one), parameters(other))
+
+
+def test_dropout_differs_from_step_to_step_and_is_off_in_evaluation(tmp_path):
+    seen = []
+
+    def loss(config, model, batch):
+        dropped = model.dropout(jax.numpy.ones(100))
+        jax.debug.callback(lambda x: seen.append(np.asarray(x)), dropped)
+        x, _ = batch
+        return train.Loss(model(x).sum(), jax.numpy.float32(x.size))
+
+    trained = train_line(tmp_path, dataclasses.replace(LINE, loss=loss), steps=3)
+    jax.effects_barrier()
+    assert len({x.tobytes() for x in seen}) == 3
+    assert trained.model.dropout.deterministic
+
+
+def test_a_model_without_parameters_is_not_trained(tmp_path):
+    task = dataclasses.replace(LINE, init=lambda *_: "counted", evaluate=lambda *_: {"error": 0.5})
+    trained = train_line(tmp_path, task)
+    assert (trained.model, trained.progress.step) == ("counted", 0)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_loss_that_is_no_number_names_the_step_and_keeps_the_batch(tmp_path, bad):
+    def with_bad(config, data, step):
+        for n in itertools.count(step):
+            x, y = next(batches(config, data, n))
+            yield x, y + np.float32(bad if n == 2 else 0)
+
+    with pytest.raises(FloatingPointError, match=rf"loss is {bad} at step 3; its batch is in"):
+        train_line(tmp_path, dataclasses.replace(LINE, batches=with_bad), steps=5)
+    saved = np.load(tmp_path / "batch-3.npz")
+    assert not np.isfinite(saved["1"]).any()
+
+
+def test_training_stops_when_the_time_is_up_and_still_scores(tmp_path):
+    trained = train_line(tmp_path, minutes=1e-9)
+    assert trained.progress.step == 1
+    assert trained.progress.best
+    assert not trained.progress.finished  # it can go on
+
+
+def test_patience_stops_training_and_the_best_weights_are_kept(tmp_path):
+    scores = iter([3.0, 1.0, 2.0, 2.0, 2.0, 2.0])
+    task = dataclasses.replace(LINE, evaluate=lambda *_: {"error": next(scores)})
+    trained = train_line(tmp_path, task, steps=60, evaluations=6, patience=2)
+    assert trained.progress.step == 40
+    assert (trained.progress.best, trained.progress.best_step) == ({"error": 1.0}, 20)
+    upto = train_line(tmp_path / "upto", dataclasses.replace(LINE), steps=60, evaluations=6)
+    at_20 = Checkpoints(tmp_path / "checkpoints").restore(BEST, upto.state.parameters)
+    assert at_20.step == 20
+
+
+def test_the_log_has_losses_and_scores(tmp_path):
+    train_line(tmp_path, steps=20, evaluations=2)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "validation_error" in line] == [10, 20]
+    assert {"loss", "gradient_norm", "points_per_second"} <= lines[0].keys()
+
+
+# --- The same gradient by other ways.
+
+
+@pytest.mark.parametrize(
+    "ways", [{"accumulate": 4}, {"devices": 8}, {"accumulate": 2, "devices": 4}]
+)
+def test_parts_and_devices_give_the_same_losses(tmp_path, ways):
+    ways = {"batch_size": 16, "steps": 30} | ways
+    one = train_line(tmp_path / "one", PLAIN, batch_size=16, steps=30)
+    other = train_line(tmp_path / "other", PLAIN, **ways)
+    losses = [[point["loss"] for point in run.progress.curve] for run in (one, other)]
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+    for name, x in parameters(one).items():
+        np.testing.assert_allclose(x, parameters(other)[name], rtol=1e-4, atol=1e-6)
+
+
+def test_devices_that_are_not_there_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"devices must be at most 8.*got 16.*XLA_FLAGS"):
+        train_line(tmp_path, batch_size=16, devices=16)
+
+
+def test_bfloat16_is_of_the_passes_and_the_weights_stay_float32(tmp_path):
+    seen = []
+
+    def loss(config, model, batch):
+        seen.append((model.linear.kernel[...].dtype, batch[0].dtype))
+        return LINE.loss(config, model, batch)
+
+    trained = train_line(tmp_path, dataclasses.replace(LINE, loss=loss), dtype="bfloat16", steps=3)
+    assert set(seen) == {(np.dtype("bfloat16"), np.dtype("bfloat16"))}
+    for name, x in parameters(trained).items():
+        assert x.dtype in (np.float32, np.int32), name
+
+
+# --- The optimiser.
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "inverse_sqrt"])
+def test_the_learning_rate_rises_then_falls(schedule):
+    config = Config(steps=1000, warmup=0.1, learning_rate=0.5, schedule=schedule)
+    rate = [float(optimizers.schedule(config)(step)) for step in range(1001)]
+    assert rate[0] == 0
+    assert max(rate) == pytest.approx(0.5, rel=1e-3)
+    assert np.argmax(rate) in range(99, 102)
+    assert all(a >= b for a, b in itertools.pairwise(rate[101:]))
+    expected = 0.0 if schedule == "cosine" else 0.5 * np.sqrt(100 / 1000)
+    assert rate[1000] == pytest.approx(expected, abs=1e-6)
+
+
+def test_weights_decay_and_biases_do_not():
+    assert optimizers.decays(nnx.state(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))) == {
+        "kernel": True,
+        "bias": False,
+    }
+
+
+def test_the_average_forgets_the_start_and_then_moves_slowly():
+    average = 0.0
+    for step in range(2000):
+        average = float(optimizers.average(average, 1.0, 0.99, step))
+        if step == 20:
+            assert average > 0.95
+    assert average == pytest.approx(1.0, abs=1e-3)
+    assert float(optimizers.average(0.0, 1.0, 0.99, 10_000)) == pytest.approx(0.01, rel=1e-4)
+
+
+def test_the_average_is_what_is_evaluated_and_kept(tmp_path):
+    trained = train_line(tmp_path, ema=0.9, steps=20)
+    kept = nnx.state(trained.model, nnx.Param)
+    assert same(
+        dict(jax.tree.flatten_with_path(kept)[0]),
+        dict(jax.tree.flatten_with_path(trained.state.average)[0]),
+    )
+
+
+# --- Going on.
+
+
+def test_a_run_in_two_parts_is_bit_for_bit_a_run_in_one(tmp_path):
+    whole = train_line(tmp_path / "whole", steps=40, evaluations=4, ema=0.9)
+
+    class StopHereError(Exception):
+        pass
+
+    def stops(config, data, step):
+        for n, batch in enumerate(batches(config, data, step), step):
+            if n == 25:
+                raise StopHereError
+            yield batch
+
+    with pytest.raises(StopHereError):
+        train_line(
+            tmp_path / "parts",
+            dataclasses.replace(LINE, batches=stops),
+            steps=40,
+            evaluations=4,
+            ema=0.9,
+        )
+    flags = train.Flags(resume=True)
+    parts = train_line(tmp_path / "parts", flags=flags, steps=40, evaluations=4, ema=0.9)
+    assert same(parameters(whole), parameters(parts))
+    one, two = (
+        [{k: x for k, x in point.items() if k != "seconds"} for point in run.progress.curve]
+        for run in (whole, parts)
+    )
+    assert one == two
+    steps = [
+        json.loads(line)["step"] for line in (tmp_path / "parts/log.jsonl").read_text().splitlines()
+    ]
+    assert steps == sorted(steps)
+    assert steps.count(40) == 2  # a loss and a score
+
+
+def program(folder, steps):
+    environment = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(Path(__file__).parents[1])}
+    return subprocess.Popen(
+        [sys.executable, str(Path(__file__).with_name("line.py")), str(folder), str(steps)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=environment,
+    )
+
+
+def is_saving(folder):
+    return any("tmp" in path.name for path in (folder / "checkpoints").glob("*/*"))
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_again_and_again_is_bit_for_bit_one_that_was_not(tmp_path):
+    steps = 250
+    with program(tmp_path / "whole", steps) as whole:
+        assert whole.wait() == 0
+    folder, rng = tmp_path / "killed", np.random.default_rng(0)
+    kills, during_a_save = 0, 0
+    while not (folder / "parameters.npz").exists():
+        with program(folder, steps) as run:
+            run.stdout.readline()  # it has started
+            last = folder / "checkpoints" / LAST
+            before = {path.name for path in last.glob("*")}
+            # Until it has come further; then at any moment, or in the middle of a save.
+            while run.poll() is None and {path.name for path in last.glob("*")} == before:
+                time.sleep(0.005)
+            time.sleep(rng.uniform(0, 0.1))
+            while kills % 2 and run.poll() is None and not is_saving(folder):
+                pass
+            if kills < 6:
+                during_a_save += is_saving(folder)
+                run.send_signal(signal.SIGKILL)
+                kills += 1
+            run.wait()
+    assert kills == 6
+    assert during_a_save >= 2
+    one, two = (np.load(tmp_path / name / "parameters.npz") for name in ("whole", "killed"))
+    assert same(dict(one), dict(two))
+
+
+def test_the_progress_survives_json():
+    progress = Progress("error", False).after(1.0, 0.5)
+    progress, _ = progress.scored({"error": 0.25}, 0.6)
+    again = Progress.from_notes(progress, json.loads(json.dumps(progress.notes())))
+    assert again == progress
+    assert (
+        Progress.from_notes(progress, json.loads(json.dumps(Progress("error", False).notes()))).step
+        == 0
+    )
+
+
+# --- Checkpoints.
+
+
+@pytest.fixture
+def state():
+    return nnx.state(Line(nnx.Rngs(0)), nnx.Param)
+
+
+def test_the_newest_two_are_kept_and_the_newest_is_taken(tmp_path, state):
+    checkpoints = Checkpoints(tmp_path)
+    for step in (1, 2, 3):
+        assert checkpoints.save(
+            LAST, step, jax.tree.map(lambda x, s=step: x * 0 + s, state), {"n": step}
+        )
+    assert {path.name for path in (tmp_path / LAST).iterdir()} == {"2", "3"}
+    found = checkpoints.restore(LAST, state)
+    assert (found.step, found.notes) == (3, {"n": 3})
+    assert all((np.asarray(x) == 3).all() for x in jax.tree.leaves(found.state))
+
+
+def test_nothing_saved_is_nothing_found(tmp_path, state):
+    assert Checkpoints(tmp_path).restore(LAST, state) is None
+
+
+DAMAGES = {
+    "emptied": lambda file: file.write_bytes(b""),
+    "cut": lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]),
+    "garbled": lambda file: file.write_bytes(bytes(255 - x for x in file.read_bytes())),
+    "gone": lambda file: file.unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("part", ["state", "notes"])
+def test_a_damaged_checkpoint_is_passed_over_and_said(tmp_path, state, damage, part):
+    checkpoints = Checkpoints(tmp_path)
+    for step in (1, 2):
+        checkpoints.save(LAST, step, state, {"n": step})
+    for file in (tmp_path / LAST / "2" / part).rglob("*"):
+        if file.is_file() and file.exists():
+            DAMAGES[damage](file)
+    with pytest.warns(RuntimeWarning, match=r"last/2 is damaged and passed over"):
+        found = checkpoints.restore(LAST, state)
+    assert found.step == 1
+    assert checkpoints.save(LAST, 2, state, {"n": 2})  # and is written again
+    assert checkpoints.restore(LAST, state).step == 2
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path, state):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(LAST, 1, state, {})
+    with pytest.raises(ValueError, match=r"holds another model: 4 arrays differ"):
+        checkpoints.restore(LAST, nnx.state(nnx.Linear(2, 1, rngs=nnx.Rngs(0)), nnx.Param))
+
+
+def test_a_full_disk_is_said_and_leaves_the_checkpoint_before(tmp_path):
+    # The size of files is limited as a full disk would limit it: the write fails half-way.
+    code = f"""if True:
+        import resource, signal, sys, warnings
+        import jax, numpy as np
+        from pathlib import Path
+        from experiments.checkpoints import LAST, Checkpoints
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        checkpoints = Checkpoints(Path({str(tmp_path)!r}))
+        state = {{"x": np.random.default_rng(0).normal(size=100_000)}}
+        assert checkpoints.save(LAST, 1, state, {{"n": 1}})
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            assert not checkpoints.save(LAST, 2, state, {{"n": 2}})
+        assert any("could not be saved" in str(w.message) for w in said), said
+        found = checkpoints.restore(LAST, state)
+        assert found.step == 1, found
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+        assert checkpoints.save(LAST, 3, state, {{"n": 3}})
+        assert checkpoints.restore(LAST, state).step == 3
+        assert sorted(p.name for p in Path({str(tmp_path)!r}, LAST).iterdir()) == ["1", "3"]
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
