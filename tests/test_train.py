@@ -348,3 +348,22 @@ def test_a_full_disk_is_said_and_leaves_the_checkpoint_before(tmp_path):
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+# --- What a run leaves beside its results.
+
+
+def test_tensorboard_has_the_scores(tmp_path):
+    train_line(tmp_path, flags=train.Flags(tensorboard=True), steps=4, evaluations=1)
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    written = file.read_bytes()
+    for name in (b"loss", b"gradient_norm", b"points_per_second", b"validation_error"):
+        assert name in written
+
+
+@pytest.mark.slow
+def test_a_profile_is_of_ten_steps(tmp_path):
+    train_line(tmp_path, flags=train.Flags(profile=True), steps=25, evaluations=1)
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+    train_line(tmp_path / "short", flags=train.Flags(profile=True), steps=12, evaluations=1)
+    assert list((tmp_path / "short" / "profile").rglob("*.xplane.pb"))  # a run that ends within

@@ -1,0 +1,298 @@
+"""From the records in ``experiments/results`` to the tables and plots of the README.
+
+``TASK.jsonl`` has a line for each run (``runs.record``). For each task the README has a place
+between two comments, ``<!-- report:TASK -->`` and ``<!-- /report:TASK -->``; what stands there is
+replaced by a table, mean and spread over seeds, a sentence on whether the classic order holds, and
+a plot. What was not run is not there.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import itertools
+import json
+import re
+import statistics
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from experiments import config as configs
+from experiments import tasks
+
+Record = dict[str, Any]
+
+# What a record must have to be in a table.
+FIELDS = ("task", "model", "seed", "metric", "larger", "test", "parameters", "seconds", "config")
+
+# How scores are written; others with 3 decimals.
+PERCENT, ONE_DECIMAL = ("accuracy",), ("bleu",)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What to read, and where to write."""
+
+    results: Path = Path("experiments/results")
+    """The folder of the records."""
+    readme: Path = Path("README.md")
+    """The file with the places."""
+    check: bool = False
+    """Write nothing; end with exit code 1 where the tables are not up to date."""
+
+
+class Rung(NamedTuple):
+    """All the runs that differ in nothing but their seed."""
+
+    name: str
+    runs: list[Record]
+
+    def scores(self, metric: str) -> list[float]:
+        """One for each seed."""
+        return [run["test"][metric] for run in self.runs]
+
+    def mean(self, metric: str) -> float:
+        """Over seeds."""
+        return statistics.fmean(self.scores(metric))
+
+    def spread(self, metric: str) -> float:
+        """The sample standard deviation over seeds; 0 of a single one."""
+        scores = self.scores(metric)
+        return statistics.stdev(scores) if len(scores) > 1 else 0.0
+
+
+def main(options: Options) -> int:
+    """Writes the tables, and the plots beside the records; returns the exit code."""
+    before = readme = options.readme.read_text(encoding="utf-8")
+    found: dict[str, list[Rung]] = {}
+    for name in tasks.TASKS:
+        file = options.results / f"{name}.jsonl"
+        if file.exists():
+            found[name] = rungs(name, read(file))
+        said = block(name, found.get(name), options.results)
+        readme = replaced(readme, name, said, options.readme, needed=name in found)
+    if options.check:
+        if readme != before:
+            print(f"{options.readme} is not up to date: python -m experiments report")
+        return int(readme != before)
+    for name, ladder in found.items():
+        file = options.results / f"{name}.png"
+        draw(ladder, file)
+        print(f"wrote {file}")
+    options.readme.write_text(readme, encoding="utf-8")
+    print(f"wrote {options.readme}")
+    return 0
+
+
+def read(file: Path) -> list[Record]:
+    """The records of a file, the last of each configuration.
+
+    Raises:
+      ValueError: a line is no record.
+    """
+    kept: dict[str, Record] = {}
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as problem:
+            raise ValueError(f"{file}, line {number} is no JSON: {problem}") from None
+        missing = [name for name in FIELDS if name not in record]
+        if missing:
+            raise ValueError(f"{file}, line {number} is no record: it lacks {', '.join(missing)}")
+        kept[json.dumps([record["config"], record.get("preset")], sort_keys=True)] = record
+    return list(kept.values())
+
+
+def rungs(name: str, records: list[Record]) -> list[Rung]:
+    """Runs that belong together, in the order of the ladder."""
+    kind = type(next(iter(tasks.load(name).presets.values())))
+    ladder = configs.choices(kind, "model")
+    groups: dict[str, list[Record]] = collections.defaultdict(list)
+    for record in records:
+        options = {k: x for k, x in record["config"].items() if k not in ("seed", "model")}
+        key = [record["model"], record.get("preset"), options]
+        groups[json.dumps(key, sort_keys=True)].append(record)
+    named = [
+        Rung(_named(runs[0], records), sorted(runs, key=lambda run: run["seed"]))
+        for runs in groups.values()
+    ]
+    return sorted(named, key=lambda rung: ladder.index(rung.runs[0]["model"]))
+
+
+def _named(record: Record, all_records: list[Record]) -> str:
+    """The model, and the options by which others of the same model differ."""
+    same = [other for other in all_records if other["model"] == record["model"]]
+    odd = [
+        f"{option} {x}"
+        for option, x in record["config"].items()
+        if option != "seed" and any(other["config"].get(option) != x for other in same)
+    ]
+    if any(other.get("preset") != record.get("preset") for other in same):
+        odd.insert(0, f"preset {record['preset']}")
+    return ", ".join([record["model"], *odd])
+
+
+# --- Text.
+
+
+def block(name: str, ladder: list[Rung] | None, results: Path) -> str:
+    """What stands in a task's place."""
+    if not ladder:
+        return f"Not run yet: `python -m experiments train {name} --record {results}`."
+    lines = [*table(ladder), "", order(ladder)]
+    runs = [run for rung in ladder for run in rung.runs]
+    versions = sorted({f"jax {run['versions']['jax']}" for run in runs if "versions" in run})
+    devices = sorted({run.get("device", "a device not recorded") for run in runs})
+    dates = sorted({run["time"][:10] for run in runs if "time" in run})
+    when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}" if dates else "undated"
+    lines += ["", f"{when}, on {', '.join(devices)}, {', '.join(versions)}."]
+    signatures = sorted({run["signature"] for run in runs if run.get("signature")})
+    lines += [f"Scores: `{signature}`." for signature in signatures]
+    picture = f"{results.as_posix()}/{name}.png"
+    return "\n".join([*lines, "", f"![Loss and score of {name} over time]({picture})"])
+
+
+def table(ladder: list[Rung]) -> list[str]:
+    """One row for each rung; the best score is bold."""
+    first = ladder[0].runs[0]
+    metric, larger = first["metric"], first["larger"]
+    metrics = [metric, *(x for x in first["test"] if x != metric)]
+    best = (max if larger else min)(rung.mean(metric) for rung in ladder)
+    heads = [*(f"{_words(x)}{', %' if x in PERCENT else ''}" for x in metrics)]
+    lines = [
+        f"| model | {' | '.join(heads)} | seeds | parameters | steps | seconds |",
+        f"| --- |{' ---: |' * (len(heads) + 4)}",
+    ]
+    for rung in ladder:
+        cells = []
+        for x in metrics:
+            cell = shown(x, rung.mean(x))
+            if len(rung.runs) > 1:
+                cell += f" ± {shown(x, rung.spread(x))}"
+            bold = x == metric and rung.mean(metric) == best
+            cells.append(f"**{cell}**" if bold else cell)
+        run = rung.runs[0]
+        seconds = statistics.fmean(one["seconds"] for one in rung.runs)
+        steps = statistics.fmean(one.get("steps", 0) for one in rung.runs)
+        cells += [str(len(rung.runs)), f"{run['parameters']:,}", f"{steps:,.0f}", f"{seconds:,.0f}"]
+        lines.append(f"| {rung.name} | {' | '.join(cells)} |")
+    return lines
+
+
+def order(ladder: list[Rung]) -> str:
+    """Whether each rung is better than the one before it."""
+    first = ladder[0].runs[0]
+    metric, larger = first["metric"], first["larger"]
+    said = []
+    for below, above in itertools.pairwise(ladder):
+        one, other = below.mean(metric), above.mean(metric)
+        gain = other - one if larger else one - other
+        spread = max(below.spread(metric), above.spread(metric))
+        both = (
+            f"{above.name} ({shown(metric, other)}) and {below.name} ({shown(metric, one)}) are "
+            f"within the spread"
+        )
+        if abs(gain) <= spread:
+            said.append(both)
+        elif gain < 0:
+            said.append(
+                f"{below.name} ({shown(metric, one)}) is better than {above.name} "
+                f"({shown(metric, other)})"
+            )
+    alone = " Where there is one seed, no spread is known." if _single(ladder) else ""
+    if len(ladder) < 2:
+        return f"One rung of the ladder.{alone}"
+    if not said:
+        return f"The classic order holds: each rung is better than the one before it.{alone}"
+    return f"The classic order does not hold throughout: {'; '.join(said)}.{alone}"
+
+
+def _single(ladder: list[Rung]) -> bool:
+    """Whether one that is trained, and so depends on its seed, has but one."""
+    return any(len(rung.runs) == 1 and rung.runs[0]["parameters"] for rung in ladder)
+
+
+def shown(metric: str, x: float) -> str:
+    """A score as it is written.
+
+    >>> shown("accuracy", 0.9125), shown("nats", 1.6214), shown("bleu", 31.27)
+    ('91.2', '1.621', '31.3')
+    """
+    if metric in PERCENT:
+        return f"{100 * x:.1f}"
+    return f"{x:.1f}" if metric in ONE_DECIMAL else f"{x:.3f}"
+
+
+def _words(metric: str) -> str:
+    return {"bleu": "BLEU", "nats": "nats per character", "bits": "bits per character"}.get(
+        metric, metric.replace("_", "-")
+    )
+
+
+def replaced(text: str, name: str, said: str, file: Path, *, needed: bool) -> str:
+    """The text with what is said in a task's place.
+
+    Raises:
+      ValueError: there is no such place, and it is needed.
+    """
+    begin, end = f"<!-- report:{name} -->", f"<!-- /report:{name} -->"
+    pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
+    if not pattern.search(text):
+        if needed:
+            raise ValueError(f"{file} has no place for {name}: add the lines {begin} and {end}")
+        return text
+    return pattern.sub(lambda _: f"{begin}\n{said}\n{end}", text, count=1)
+
+
+# --- Pictures.
+
+COLOURS = ("#7a7a7a", "#1b9e77", "#d95f02", "#4a5fc1", "#b0307a", "#8a6d00")
+
+
+def draw(ladder: list[Rung], file: Path) -> None:
+    """Loss of training, and the score on the validation split, over minutes."""
+    # A Figure without pyplot needs no display and leaves no global state.
+    from matplotlib.figure import Figure
+
+    metric = ladder[0].runs[0]["metric"]
+    factor = 100 if metric in PERCENT else 1
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    axes = figure.subplots(1, 2)
+    for rung, colour in zip(ladder, COLOURS * len(ladder), strict=False):
+        label: str | None = rung.name
+        if not any(run.get("curve") for run in rung.runs):
+            axes[1].axhline(
+                factor * rung.mean(metric),
+                color=colour,
+                linestyle="--",
+                linewidth=1.2,
+                label=f"{label} (test)",
+            )
+            continue
+        for run in rung.runs:
+            minutes = [point["seconds"] / 60 for point in run["curve"]]
+            for axis, score, scale in zip(axes, ("loss", metric), (1, factor), strict=True):
+                drawn = [scale * point[score] for point in run["curve"]]
+                axis.plot(
+                    minutes,
+                    drawn,
+                    color=colour,
+                    linewidth=1.4,
+                    marker=".",
+                    markersize=4,
+                    label=label if axis is axes[1] else None,
+                )
+            label = None  # once for all seeds
+    unit = ", %" if metric in PERCENT else ""
+    for axis, title in zip(
+        axes, ("loss in training", f"{_words(metric)} in validation{unit}"), strict=True
+    ):
+        axis.set_title(title, fontsize=10, loc="left")
+        axis.set_xlabel("minutes", fontsize=9)
+        axis.tick_params(labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(axis="y", color="#dddddd", linewidth=0.6)
+        axis.set_axisbelow(True)
+        axis.set_xlim(left=0)
+    figure.legend(loc="outside lower center", ncols=4, fontsize=8.5, frameon=False)
+    figure.savefig(file, dpi=100, facecolor="white", metadata={"Software": None})
