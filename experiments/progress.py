@@ -45,9 +45,9 @@ class Progress(NamedTuple):
     finished: bool = False
     """Whether there is nothing left to do: all steps are done, or patience is at its end."""
 
-    def closed(self) -> Progress:
+    def closed(self, scores: Metrics) -> Progress:
         """Of a model that needs no training."""
-        return self._replace(loss=0.0, finished=True)
+        return self._replace(best=scores, finished=True)
 
     def notes(self) -> dict[str, Any]:
         """For JSON."""

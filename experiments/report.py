@@ -23,7 +23,19 @@ from experiments import tasks
 Record = dict[str, Any]
 
 # What a record must have to be in a table.
-FIELDS = ("task", "model", "seed", "metric", "larger", "test", "parameters", "seconds", "config")
+FIELDS = (
+    "task",
+    "model",
+    "seed",
+    "metric",
+    "larger",
+    "test",
+    "validation",
+    "curve",
+    "parameters",
+    "seconds",
+    "config",
+)
 
 # How scores are written; others with 3 decimals.
 PERCENT, ONE_DECIMAL = ("accuracy",), ("bleu",)
@@ -260,14 +272,9 @@ def draw(ladder: list[Rung], file: Path) -> None:
     axes = figure.subplots(1, 2)
     for rung, colour in zip(ladder, COLOURS * len(ladder), strict=False):
         label: str | None = rung.name
-        if not any(run.get("curve") for run in rung.runs):
-            axes[1].axhline(
-                factor * rung.mean(metric),
-                color=colour,
-                linestyle="--",
-                linewidth=1.2,
-                label=f"{label} (test)",
-            )
+        if not any(run["curve"] for run in rung.runs):
+            score = factor * rung.runs[0]["validation"][metric]
+            axes[1].axhline(score, color=colour, linestyle="--", linewidth=1.2, label=label)
             continue
         for run in rung.runs:
             minutes = [point["seconds"] / 60 for point in run["curve"]]

@@ -131,7 +131,8 @@ def train(
     model = task.init(config, data, nnx.Rngs(config.seed))
     progress = Progress(task.metric, task.larger)
     if not count_parameters(model):
-        return Trained(model, None, progress.closed())
+        scores = task.evaluate(config, model, data, "validation")
+        return Trained(model, None, progress.closed(scores))
     how = steps(task.loss, config, model)
     state, checkpoints = how.first, Checkpoints(folder / "checkpoints")
     if flags.resume and (saved := checkpoints.restore(LAST, state)) is not None:

@@ -34,6 +34,7 @@ PRESETS = {
         depth=1,
         dropout=0.5,
         word_dropout=0.3,
+        least=1,
         evaluations=10,
         ema=0.995,
     ),
