@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from experiments import config as configs
 from experiments import tasks
+from experiments.config import Config
 
 Record = dict[str, Any]
 
@@ -59,6 +60,11 @@ class Rung(NamedTuple):
     name: str
     runs: list[Record]
 
+    @property
+    def model(self) -> str:
+        """The name without options."""
+        return self.runs[0]["model"]
+
     def scores(self, metric: str) -> list[float]:
         """One for each seed."""
         return [run["test"][metric] for run in self.runs]
@@ -88,6 +94,8 @@ def main(options: Options) -> int:
             print(f"{options.readme} is not up to date: python -m experiments report")
         return int(readme != before)
     for name, ladder in found.items():
+        if not _trained(ladder):
+            continue
         file = options.results / f"{name}.png"
         draw(ladder, file)
         print(f"wrote {file}")
@@ -100,7 +108,7 @@ def read(file: Path) -> list[Record]:
     """The records of a file, the last of each configuration.
 
     Raises:
-      ValueError: a line is no record.
+      ValueError: a line is no record, or that of another task.
     """
     kept: dict[str, Record] = {}
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
@@ -108,39 +116,81 @@ def read(file: Path) -> list[Record]:
             record = json.loads(line)
         except json.JSONDecodeError as problem:
             raise ValueError(f"{file}, line {number} is no JSON: {problem}") from None
+        where = f"{file}, line {number}"
+        if not isinstance(record, dict):
+            raise ValueError(f"{where} is no record: it is no JSON object")
         missing = [name for name in FIELDS if name not in record]
+        if not missing:  # scores are looked up by the metric
+            metric, points = record["metric"], record["curve"]
+            wanted = [("test", record["test"]), *(("curve", point) for point in points)]
+            missing = [f"{metric} in {name}" for name, scores in wanted if metric not in scores]
         if missing:
-            raise ValueError(f"{file}, line {number} is no record: it lacks {', '.join(missing)}")
+            raise ValueError(f"{where} is no record: it lacks {', '.join(dict.fromkeys(missing))}")
+        if record["task"] != file.stem:
+            raise ValueError(f"{where} is a record of {record['task']}, not of {file.stem}")
         kept[json.dumps([record["config"], record.get("preset")], sort_keys=True)] = record
     return list(kept.values())
 
 
 def rungs(name: str, records: list[Record]) -> list[Rung]:
-    """Runs that belong together, in the order of the ladder."""
-    kind = type(next(iter(tasks.load(name).presets.values())))
-    ladder = configs.choices(kind, "model")
+    """Runs that belong together, in the order of the ladder; of a model, those like a preset first.
+
+    Raises:
+      ValueError: a record is of a model that the task does not have.
+    """
+    presets, ladder = tasks.load(name).presets, models(name)
     groups: dict[str, list[Record]] = collections.defaultdict(list)
     for record in records:
-        options = {k: x for k, x in record["config"].items() if k not in ("seed", "model")}
-        key = [record["model"], record.get("preset"), options]
+        if record["model"] not in ladder:
+            raise ValueError(
+                f"{name} has no model {record['model']}, which a record is of; it has "
+                f"{', '.join(ladder)}"
+            )
+        key = [record["model"], record.get("preset"), _options(record["config"])]
         groups[json.dumps(key, sort_keys=True)].append(record)
+
+    def place(rung: Rung) -> tuple[int, int, int]:
+        run = rung.runs[0]
+        names, preset = list(presets), str(run.get("preset"))
+        changed, order = 0, len(names)
+        if preset in presets:
+            changed, order = _changes(run["config"], presets[preset]), names.index(preset)
+        return ladder.index(rung.model), order, changed
+
     named = [
         Rung(_named(runs[0], records), sorted(runs, key=lambda run: run["seed"]))
         for runs in groups.values()
     ]
-    return sorted(named, key=lambda rung: ladder.index(rung.runs[0]["model"]))
+    return sorted(named, key=place)
+
+
+def models(name: str) -> tuple[str, ...]:
+    """The ladder of a task."""
+    return configs.choices(type(next(iter(tasks.load(name).presets.values()))), "model")
+
+
+def _options(config: dict[str, Any]) -> dict[str, Any]:
+    """Those that set rows of the same model apart."""
+    return {name: x for name, x in config.items() if name not in ("seed", "model")}
+
+
+def _changes(config: dict[str, Any], preset: Config) -> int:
+    """How many options of a run are not its preset's."""
+    usual = json.loads(json.dumps(configs.as_json(preset), default=str))  # as a record has them
+    return sum(usual.get(name) != x for name, x in _options(config).items())
 
 
 def _named(record: Record, all_records: list[Record]) -> str:
-    """The model, and the options by which others of the same model differ."""
+    """The model; its preset and options where others of the same model have others."""
     same = [other for other in all_records if other["model"] == record["model"]]
-    odd = [
+    preset = record.get("preset")
+    alike = [other for other in same if other.get("preset") == preset]
+    odd = [] if len(alike) == len(same) else [f"preset {preset}"]
+    odd += [
         f"{option} {x}"
-        for option, x in record["config"].items()
-        if option != "seed" and any(other["config"].get(option) != x for other in same)
+        for option, x in _options(record["config"]).items()
+        if any(other["config"].get(option) != x for other in alike)
     ]
-    if any(other.get("preset") != record.get("preset") for other in same):
-        odd.insert(0, f"preset {record['preset']}")
     return ", ".join([record["model"], *odd])
 
 
@@ -152,23 +202,35 @@ def block(name: str, ladder: list[Rung] | None, results: Path) -> str:
     if not ladder:
         return f"Not run yet: `python -m experiments train {name} --record {results}`."
     lines = [*table(ladder), "", order(ladder)]
+    if absent := [x for x in models(name) if x not in {rung.model for rung in ladder}]:
+        lines[-1] += f" Not run yet: {', '.join(absent)}."
     runs = [run for rung in ladder for run in rung.runs]
-    versions = sorted({f"jax {run['versions']['jax']}" for run in runs if "versions" in run})
+    found = [run["versions"].items() for run in runs if "versions" in run]
+    versions = dict.fromkeys(f"{package} {x}" for items in found for package, x in items)
     devices = sorted({run.get("device", "a device not recorded") for run in runs})
     dates = sorted({run["time"][:10] for run in runs if "time" in run})
     when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}" if dates else "undated"
-    lines += ["", f"{when}, on {', '.join(devices)}, {', '.join(versions)}."]
-    signatures = sorted({run["signature"] for run in runs if run.get("signature")})
-    lines += [f"Scores: `{signature}`." for signature in signatures]
-    picture = f"{results.as_posix()}/{name}.png"
-    return "\n".join([*lines, "", f"![Loss and score of {name} over time]({picture})"])
+    lines += ["", f"{when}, on {', '.join([*devices, *versions])}."]
+    lines += [f"Scores: `{signature}`." for signature in _signatures(runs)]
+    if _trained(ladder):
+        picture = f"{results.as_posix()}/{name}.png"
+        lines += ["", f"![Loss and score of {name} over time]({picture})"]
+    return "\n".join(lines)
+
+
+def _signatures(runs: list[Record]) -> list[str]:
+    """How scores were counted: a field of the record, or words among its scores."""
+    said = [x for run in runs for x in (run.get("signature"), *run["test"].values())]
+    return sorted({x for x in said if isinstance(x, str)})
 
 
 def table(ladder: list[Rung]) -> list[str]:
     """One row for each rung; the best score is bold."""
     first = ladder[0].runs[0]
     metric, larger = first["metric"], first["larger"]
-    metrics = [metric, *(x for x in first["test"] if x != metric)]
+    tests = [run["test"].items() for rung in ladder for run in rung.runs]
+    scores = (x for test in tests for x, score in test if not isinstance(score, str))
+    metrics = list(dict.fromkeys((metric, *scores)))
     best = (max if larger else min)(rung.mean(metric) for rung in ladder)
     heads = [*(f"{_words(x)}{', %' if x in PERCENT else ''}" for x in metrics)]
     lines = [
@@ -178,6 +240,9 @@ def table(ladder: list[Rung]) -> list[str]:
     for rung in ladder:
         cells = []
         for x in metrics:
+            if any(x not in run["test"] for run in rung.runs):
+                cells.append("")
+                continue
             cell = shown(x, rung.mean(x))
             if len(rung.runs) > 1:
                 cell += f" ± {shown(x, rung.spread(x))}"
@@ -192,7 +257,8 @@ def table(ladder: list[Rung]) -> list[str]:
 
 
 def order(ladder: list[Rung]) -> str:
-    """Whether each rung is better than the one before it."""
+    """Whether each model is better than the one before it; of a model, the first row counts."""
+    ladder = [next(rows) for _, rows in itertools.groupby(ladder, key=lambda rung: rung.model)]
     first = ladder[0].runs[0]
     metric, larger = first["metric"], first["larger"]
     said = []
@@ -217,6 +283,11 @@ def order(ladder: list[Rung]) -> str:
     if not said:
         return f"The classic order holds: each rung is better than the one before it.{alone}"
     return f"The classic order does not hold throughout: {'; '.join(said)}.{alone}"
+
+
+def _trained(ladder: list[Rung]) -> bool:
+    """Whether there is anything to draw: models that are counted have no curve."""
+    return any(run["curve"] for rung in ladder for run in rung.runs)
 
 
 def _single(ladder: list[Rung]) -> bool:
@@ -270,10 +341,15 @@ def draw(ladder: list[Rung], file: Path) -> None:
     factor = 100 if metric in PERCENT else 1
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     axes = figure.subplots(1, 2)
-    for rung, colour in zip(ladder, COLOURS * len(ladder), strict=False):
+    for number, rung in enumerate(ladder):
+        colour = COLOURS[number % len(COLOURS)]
+        line = "-" if number < len(COLOURS) else ":"
         label: str | None = rung.name
         if not any(run["curve"] for run in rung.runs):
-            score = factor * rung.runs[0]["validation"][metric]
+            known = [run["validation"] for run in rung.runs if run["validation"] is not None]
+            if not known:  # records of before counted models had a validation score
+                known, label = [run["test"] for run in rung.runs], f"{label} (test)"
+            score = factor * statistics.fmean(scores[metric] for scores in known)
             axes[1].axhline(score, color=colour, linestyle="--", linewidth=1.2, label=label)
             continue
         for run in rung.runs:
@@ -284,9 +360,10 @@ def draw(ladder: list[Rung], file: Path) -> None:
                     minutes,
                     drawn,
                     color=colour,
-                    linewidth=1.4,
+                    linestyle=line,
+                    linewidth=1,
                     marker=".",
-                    markersize=4,
+                    markersize=3.5,
                     label=label if axis is axes[1] else None,
                 )
             label = None  # once for all seeds
@@ -301,5 +378,6 @@ def draw(ladder: list[Rung], file: Path) -> None:
         axis.grid(axis="y", color="#dddddd", linewidth=0.6)
         axis.set_axisbelow(True)
         axis.set_xlim(left=0)
-    figure.legend(loc="outside lower center", ncols=4, fontsize=8.5, frameon=False)
+    columns = 4 if max(len(rung.name) for rung in ladder) < 30 else 2
+    figure.legend(loc="outside lower center", ncols=columns, fontsize=8.5, frameon=False)
     figure.savefig(file, dpi=100, facecolor="white", metadata={"Software": None})

@@ -138,12 +138,36 @@ def test_runs_that_differ_in_more_than_the_seed_have_rows_of_their_own(options):
     ]
 
 
+def test_a_preset_is_named_and_options_only_beside_runs_of_the_same_preset():
+    smoke = record("attention", 0, 0.6, preset="smoke", options={"steps": 8, "width": 16})
+    names = [rung.name for rung in report.rungs("trec", [smoke, record("attention", 0, 0.8)])]
+    assert names == ["attention, preset cpu", "attention, preset smoke"]
+
+
+def test_rows_of_one_model_are_no_steps_of_the_ladder():
+    models = ("text_cnn", "attention", "attention_cnn")
+    runs = [record(m, 0, x) for m, x in zip(models, (0.7, 0.8, 0.9), strict=True)]
+    worse = record("attention", 0, 0.5, options={"mask": "window"})
+    ladder = report.rungs("trec", [worse, *runs])
+    assert [rung.name for rung in ladder][1:3] == [
+        "attention, mask global",
+        "attention, mask window",
+    ]
+    assert "The classic order holds" in report.order(ladder)
+
+
 def test_the_later_of_two_equal_runs_counts(options):
     again = copy.deepcopy(LADDER[0])
     again["test"]["accuracy"] = 0.5
     write(options, [*LADDER, again])
     report.main(options)
     assert "| naive_bayes | 50.0 |" in options.readme.read_text()
+
+
+def test_rungs_that_were_not_run_are_named(options):
+    write(options, LADDER[:4])
+    report.main(options)
+    assert "Not run yet: attention, attention_cnn." in options.readme.read_text()
 
 
 def test_a_missing_place_is_named(options):
@@ -155,7 +179,15 @@ def test_a_missing_place_is_named(options):
 
 @pytest.mark.parametrize(
     ("line", "said"),
-    [("{", "line 2 is no JSON"), ('{"task": "trec"}', "line 2 is no record: it lacks model, seed")],
+    [
+        ("{", "line 2 is no JSON"),
+        ("3", "line 2 is no record: it is no JSON object"),
+        ('{"task": "trec"}', "line 2 is no record: it lacks model, seed"),
+        (json.dumps(record("attention", 0, 0.8, test={})), "it lacks accuracy in test$"),
+        (json.dumps(record("attention", 0, 0.8, curve=[{}])), "it lacks accuracy in curve$"),
+        (json.dumps(record("attention", 0, 0.8, task="sst2")), "is a record of sst2, not of trec"),
+        (json.dumps(record("gone", 0, 0.8)), "trec has no model gone"),
+    ],
 )
 def test_a_damaged_line_is_named(options, line, said):
     file = options.results / "trec.jsonl"
@@ -164,10 +196,45 @@ def test_a_damaged_line_is_named(options, line, said):
         report.main(options)
 
 
-def test_the_signature_of_a_score_is_told(options):
-    write(options, [record("text_cnn", 0, 0.9, signature="nrefs:1|case:mixed")])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"signature": "nrefs:1|case:mixed"},
+        {"test": {"accuracy": 0.9, "signature": "nrefs:1|case:mixed"}},
+    ],
+)
+def test_the_signature_of_a_score_is_told_and_is_no_column(options, more):
+    write(options, [record("text_cnn", 0, 0.9, **more)])
     report.main(options)
-    assert "Scores: `nrefs:1|case:mixed`." in options.readme.read_text()
+    text = options.readme.read_text()
+    assert "Scores: `nrefs:1|case:mixed`." in text
+    assert "| signature" not in text
+
+
+def test_a_score_that_some_seeds_lack_is_left_out_of_their_row():
+    ladder = report.rungs(
+        "trec", [record("attention", 0, 0.8, test={"accuracy": 0.8}), record("attention", 1, 0.9)]
+    )
+    assert report.table(ladder)[-1] == "| attention | **85.0 ± 7.1** |  | 2 | 1,234 | 10 | 62 |"
+
+
+def test_nothing_is_drawn_where_all_is_counted(options):
+    write(options, LADDER[:1])
+    report.main(options)
+    assert "![" not in options.readme.read_text()
+    assert not (options.results / "trec.png").exists()
+
+
+def test_a_baseline_without_a_validation_score_is_drawn_by_its_test_score(tmp_path):
+    old = record("naive_bayes", 0, 0.8, curve=[], parameters=0, validation=None)
+    report.draw(report.rungs("trec", [old, *LADDER[1:]]), tmp_path / "trec.png")
+    assert (tmp_path / "trec.png").stat().st_size > 1000
+
+
+def test_all_versions_are_told(options):
+    write(options, [record("text_cnn", 0, 0.9, versions={"python": "3.11.7", "jax": "0.10.2"})])
+    report.main(options)
+    assert "2026-11-25, on 1 x cpu (cpu), python 3.11.7, jax 0.10.2." in options.readme.read_text()
 
 
 def test_the_plot_has_lines_on_it(options):
@@ -181,8 +248,6 @@ def test_the_plot_has_lines_on_it(options):
 
 
 def test_the_readme_is_what_the_records_say():
-    options = Options(ROOT / "experiments/results", ROOT / "README.md", check=True)
-    found = report.Options(Path("experiments/results"), options.readme, check=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(ROOT)
-        assert report.main(found) == 0
+        patch.chdir(ROOT)  # the links in the README begin there
+        assert report.main(Options(check=True)) == 0

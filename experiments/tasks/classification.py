@@ -62,6 +62,16 @@ SMOKE = Config(
     synthetic=True,
 )
 
+ACCELERATOR = Config(
+    steps=3000,
+    batch_size=256,
+    learning_rate=1e-3,
+    width=256,
+    heads=8,
+    dropout=0.5,
+    ema=0.999,
+)
+
 
 class Labelled(NamedTuple):
     """Sentences, words between spaces, and their classes ``[n]``."""

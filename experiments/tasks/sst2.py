@@ -39,16 +39,7 @@ PRESETS = {
         ema=0.995,
     ),
     "smoke": classification.SMOKE,
-    "accelerator": Config(
-        steps=3000,
-        batch_size=256,
-        learning_rate=1e-3,
-        width=256,
-        heads=8,
-        depth=2,
-        dropout=0.5,
-        ema=0.999,
-    ),
+    "accelerator": classification.ACCELERATOR,
 }
 
 
