@@ -73,6 +73,7 @@ def test_what_nothing_sees_may_hold_anything_and_gets_no_gradient(arrays, visibl
     assert not gradients[2][0, 2].any()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_gradients_are_those_of_finite_differences(arrays, visible):
     def total(*x):

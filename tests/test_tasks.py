@@ -66,6 +66,7 @@ def test_an_image_shifts_anew_and_the_same_from_any_step(digit_data):
     assert first.images.shape == (64, 8, 8)
 
 
+@pytest.mark.slow
 def test_what_the_class_token_attends_to_is_what_the_last_layer_uses(digit_data):
     config = dataclasses.replace(digits.PRESETS["smoke"], width=16, heads=2, depth=2)
     model = images.init(config, digit_data, nnx.Rngs(0))
@@ -139,6 +140,7 @@ def test_naive_bayes_is_its_formula():
     np.testing.assert_allclose(np.exp(unknown), [2 / 3, 1 / 3], rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["text_cnn", "attention", "attention_cnn"])
 def test_padding_and_the_batch_change_no_prediction(model):
     task = load("trec")
@@ -172,6 +174,7 @@ def test_every_sentence_is_scored_exactly_once():
 # --- Options of attention.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mask", ["global", "window", "window_prefix", "chunked", "dilated"])
 @pytest.mark.parametrize(
     "positions", ["none", "sinusoidal", "learned", "rotary", "alibi", "relative"]
@@ -293,6 +296,7 @@ def test_no_model_of_characters_sees_the_future(model):
 # --- Translation.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attend", [False, True])
 def test_greedy_is_the_likeliest_each_time_and_padding_is_not_read(attend):
     model = Seq2Seq(12, 8, attend=attend, rngs=nnx.Rngs(0))
@@ -349,6 +353,7 @@ def test_every_sentence_is_translated_in_its_place(monkeypatch):
     assert [[x for x in row if x] for row in made] == rows
 
 
+@pytest.mark.slow
 @needs_files
 def test_pairs_are_all_read_and_what_is_left_out_is_said(capsys):
     config = multi30k.PRESETS["cpu"]

@@ -31,7 +31,7 @@ from experiments.tasks.images import Config, Data, Split
 
 PRESETS = {
     "cpu": Config(steps=2000, batch_size=64, learning_rate=2e-3),
-    "smoke": Config(steps=20, batch_size=32, width=32, depth=2, evaluations=1, synthetic=True),
+    "smoke": Config(steps=20, batch_size=32, width=32, depth=1, evaluations=1, synthetic=True),
     "accelerator": Config(steps=4000, batch_size=256, learning_rate=2e-3, width=96, depth=4),
 }
 
