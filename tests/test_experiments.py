@@ -1,7 +1,6 @@
 """``python -m experiments``: what it lists and refuses, and that its verbs do what they say."""
 
 import json
-import re
 import subprocess
 import sys
 import warnings
@@ -121,7 +120,7 @@ def test_every_rung_trains_is_scored_again_read_and_looked_at(name, model, tmp_p
     if (task.look is not None and "attention" in model) or model == "transformer":
         assert code == 0
         page = (folder / "look.html").read_text()
-        assert "http" not in re.sub(r"http://www\.w3\.org/\S+", "", page)
+        assert "://" not in page  # nothing from a network
     else:
         assert code == 2
         assert "no attention to look at" in said.err or "no page to look at" in said.err
