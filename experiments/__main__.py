@@ -56,7 +56,7 @@ def main(arguments: Sequence[str]) -> int:
         print(f'error: {missing}: python -m pip install -e ".[experiments]"', file=sys.stderr)
         return 2
     except (OSError, ValueError, FloatingPointError, NotImplementedError) as problem:
-        if "EXPERIMENTS_TRACEBACK" in os.environ:
+        if "EXPERIMENTS_TRACEBACK" in os.environ:  # for who writes a task and wants to know where
             raise
         print(f"error: {problem}", file=sys.stderr)
         return 2

@@ -14,7 +14,7 @@ from attention_jax.attention import attention
 from attention_jax.models import Layers, Relative
 from attention_jax.positions import Rotary
 from attention_jax.scores import Score
-from experiments.config import FLAX, Config
+from experiments.config import FLAX, Config, at_least_1, below_1, heads_divide
 
 # Embeddings begin with a deviation of 0.02: so scaled, tokens weigh as much as their positions.
 EMBEDDING_SCALE = 25.0
@@ -44,13 +44,9 @@ class TextConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("width", "heads", "depth", "window"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.width % self.heads:
-            raise ValueError(f"heads must divide width {self.width}, got {self.heads}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+        at_least_1(self, "width", "heads", "depth", "window")
+        heads_divide(self, "width")
+        below_1(self, "dropout")
         if self.positions == "rotary" and self.width // self.heads % 2:
             raise ValueError(
                 f"width / heads must be even for rotary positions, got {self.width // self.heads}"

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import types
 import typing
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from attention_jax.backends import IMPLEMENTATIONS
@@ -73,9 +70,7 @@ class Config:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be above 0, got {value}")
-        for name in ("warmup", "beta2", "label_smoothing", "ema"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        below_1(self, "warmup", "beta2", "label_smoothing", "ema")
         if self.weight_decay < 0:
             raise ValueError(f"weight_decay must be at least 0, got {self.weight_decay}")
         parts = self.accumulate * self.devices
@@ -116,8 +111,8 @@ def choices(kind: type[Config], field: str) -> tuple[str, ...]:
 
 
 def as_json(config: Config) -> dict[str, Any]:
-    """For a file."""
-    return {name: str(x) if isinstance(x, Path) else x for name, x in vars(config).items()}
+    """For a file: every option is a number, a word or None."""
+    return dataclasses.asdict(config)
 
 
 def from_json(kind: type[C], values: dict[str, Any], where: str) -> C:
@@ -133,18 +128,27 @@ def from_json(kind: type[C], values: dict[str, Any], where: str) -> C:
             f"{where} was written by another version of this task: its options differ by {odd}; "
             f"train it again"
         )
-    hints = typing.get_type_hints(kind)
-    return kind(**{name: _typed(hints[name], x) for name, x in values.items()})
+    return kind(**values)
 
 
-def _typed(hint: Any, value: Any) -> Any:
-    """JSON has no tuples and no paths."""
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if isinstance(value, list):
-        return tuple(value)
-    return Path(value) if value is not None and Path in options else value
+# --- Checks of a task's own options.
 
 
-def write(config: Config, file: Path) -> None:
-    """One option a line."""
-    file.write_text(json.dumps(as_json(config), indent=1) + "\n")
+def at_least_1(config: Config, *names: str) -> None:
+    """Raises unless each of these options is."""
+    for name in names:
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
+
+
+def below_1(config: Config, *names: str) -> None:
+    """Raises unless each of these options is a part of something, of all of it not."""
+    for name in names:
+        if not 0 <= getattr(config, name) < 1:
+            raise ValueError(f"{name} must be in [0, 1), got {getattr(config, name)}")
+
+
+def heads_divide(config: Any, width: str) -> None:
+    """Raises unless the option ``heads`` divides the one called ``width``."""
+    if getattr(config, width) % config.heads:
+        raise ValueError(f"heads must divide {width} {getattr(config, width)}, got {config.heads}")

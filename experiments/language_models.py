@@ -170,9 +170,6 @@ def _torch_decoder(size: Size) -> Any:
     return Model()
 
 
-# --- Decoding.
-
-
 def training_step(name: str, **changes: Any) -> Callable[[], Any]:
     """A step of our training loop, on a task's ``cpu`` preset with other options."""
     task = load(name)
@@ -187,6 +184,9 @@ def training_step(name: str, **changes: Any) -> Callable[[], Any]:
         return jax.block_until_ready(loss)
 
     return run
+
+
+# --- Decoding.
 
 
 @dataclasses.dataclass(frozen=True)

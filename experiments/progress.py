@@ -106,9 +106,15 @@ class Progress(NamedTuple):
                     dynamic_ncols=True,
                 )
             )
-            shown = Shown(bar, lines, board, task.unit, folder if flags.profile else None)
-            shown.every = max(1, config.steps // LINES)
-            shown.start = time.perf_counter() - self.seconds
+            shown = Shown(
+                bar,
+                lines,
+                board,
+                unit=task.unit,
+                every=max(1, config.steps // LINES),
+                start=time.perf_counter() - self.seconds,
+                profile=folder / "profile" if flags.profile else None,
+            )
             yield shown
             shown.stop_profile()
 
@@ -116,11 +122,20 @@ class Progress(NamedTuple):
 class Shown:
     """The bar and the files of a run that goes on."""
 
-    every = 1
-    start = 0.0
-
-    def __init__(self, bar: Any, lines: Any, board: Any, unit: str, profile: Path | None) -> None:
-        self.bar, self.lines, self.board, self.unit = bar, lines, board, unit
+    def __init__(
+        self,
+        bar: Any,
+        lines: Any,
+        board: Any,
+        *,
+        unit: str,
+        every: int,
+        start: float,
+        profile: Path | None,
+    ) -> None:
+        """Takes what to write to, and when the run began on the clock of ``time.perf_counter``."""
+        self.bar, self.lines, self.board = bar, lines, board
+        self.unit, self.every, self.start = unit, every, start
         self._profile, self._tracing = profile, False
         self._since, self._count, self._scores = time.perf_counter(), 0.0, ""
 
@@ -162,7 +177,7 @@ class Shown:
     def profile(self, step: int) -> Iterator[None]:
         """Around a step; traces those of ``PROFILED`` where asked for."""
         if self._profile is not None and step == PROFILED.start:
-            jax.profiler.start_trace(str(self._profile / "profile"))
+            jax.profiler.start_trace(str(self._profile))
             self._tracing = True
         yield
         if step == PROFILED.stop - 1:

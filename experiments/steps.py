@@ -21,8 +21,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from experiments import optimizers
 from experiments.config import Config
 
-Model = Any
-Batch = Any
+Model = Any  # an nnx.Module, or, fitted by counting, any object
+Batch = Any  # a pytree of arrays with an axis of examples first: what the task's loss understands
 
 
 class Loss(NamedTuple):

@@ -42,14 +42,15 @@ class Words:
     def __len__(self) -> int:
         return len(self.words)
 
-    def encoder(self) -> dict[str, int]:
-        """Word to number; made once for many texts."""
-        return {word: i for i, word in enumerate(self.words)}
+    def encode_all(self, texts: Iterable[str]) -> list[list[int]]:
+        """Numbers of the words of each text."""
+        number = {word: i for i, word in enumerate(self.words)}
+        return [[number.get(word, UNKNOWN) for word in text.split()] for text in texts]
 
     def encode(self, text: str) -> list[int]:
         """Numbers of a text's words."""
-        number = self.encoder()
-        return [number.get(word, UNKNOWN) for word in text.split()]
+        (numbers,) = self.encode_all([text])
+        return numbers
 
     def decode(self, numbers: Iterable[int]) -> str:
         """Words of numbers."""
@@ -162,12 +163,12 @@ def covering(lengths: Sequence[int], size: int) -> list[np.ndarray]:
     return [order[i : i + size] for i in range(0, len(order), size)]
 
 
-def check(text: str, what: str = "text") -> str:
+def check(text: str) -> str:
     """A text that there is something to do with.
 
     Raises:
       ValueError: it is empty.
     """
     if not text.strip():
-        raise ValueError(f"{what} must not be empty or blank, got {text!r}")
+        raise ValueError(f"text must not be empty or blank, got {text!r}")
     return text

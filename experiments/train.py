@@ -26,15 +26,13 @@ from flax import nnx
 from experiments import runs
 from experiments.checkpoints import BEST, LAST, Checkpoints
 from experiments.config import Config
+from experiments.progress import Metrics as Metrics
 from experiments.progress import Progress, show
+from experiments.steps import Batch, Model, State, steps
 from experiments.steps import Loss as Loss
-from experiments.steps import State, steps
 
 C = TypeVar("C", bound=Config)
 D = TypeVar("D")
-Model = Any  # an nnx.Module, or, fitted by counting, any object
-Batch = Any  # a pytree of arrays with an axis of examples first: what the task's loss understands
-Metrics = dict[str, float]
 
 
 @dataclasses.dataclass(frozen=True)

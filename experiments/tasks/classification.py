@@ -10,12 +10,13 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax  # type: ignore[import-untyped]
 from flax import nnx
 
 from attention_jax.nn import record_weights
 from experiments import sentences, text, train
 from experiments.attending import TextConfig
+from experiments.config import at_least_1, below_1
+from experiments.logits import cross_entropy, logits, scores
 from experiments.look import View
 
 
@@ -42,12 +43,8 @@ class Config(TextConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("word_width", "filters", "least", "longest"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("feature_dropout", "word_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        at_least_1(self, "word_width", "filters", "least", "longest")
+        below_1(self, "feature_dropout", "word_dropout")
 
 
 SMOKE = Config(
@@ -134,10 +131,9 @@ def data(classes: tuple[str, ...], read: Callable[[], dict[str, Labelled]], conf
     """The splits, with the words of the training split."""
     found = made_up(len(classes)) if config.synthetic else read()
     words = text.Words.of(found["train"].texts, config.least)
-    number = words.encoder()
     splits = {}
     for name, split in found.items():
-        rows = [[number.get(w, text.UNKNOWN) for w in t.split()] for t in split.texts]
+        rows = words.encode_all(split.texts)
         lengths = np.array([len(row) for row in rows])
         if lengths.max() > config.longest:
             raise ValueError(
@@ -164,17 +160,8 @@ def batches(config: Config, data: Data, step: int) -> Iterator[Batch]:
 
 def loss(config: Config, model: Any, batch: Batch) -> train.Loss:
     """Cross-entropy."""
-    logits = model(batch.words)
-    targets = optax.smooth_labels(
-        jax.nn.one_hot(batch.labels, logits.shape[-1], dtype=jnp.float32), config.label_smoothing
-    )
-    each = optax.softmax_cross_entropy(logits.astype(jnp.float32), targets)
+    each = cross_entropy(model(batch.words), batch.labels, config.label_smoothing)
     return train.Loss(each.sum(), jnp.float32(each.size))
-
-
-@nnx.jit
-def _logits(model: Any, words: Any) -> jax.Array:
-    return model(words).astype(jnp.float32)
 
 
 def predict(model: Any, rows: list[list[int]], size: int = 128) -> np.ndarray:
@@ -182,19 +169,15 @@ def predict(model: Any, rows: list[list[int]], size: int = 128) -> np.ndarray:
     found: dict[int, np.ndarray] = {}
     for index in text.covering([len(row) for row in rows], size):
         words = text.padded([rows[i] for i in index], count=size)
-        logits = _logits(model, words) if isinstance(model, nnx.Module) else model(words)
-        found |= dict(zip(index.tolist(), np.asarray(logits), strict=False))
+        rows_of = logits(model, words) if isinstance(model, nnx.Module) else model(words)
+        found |= dict(zip(index.tolist(), np.asarray(rows_of), strict=False))
     return np.asarray(jax.nn.log_softmax(np.stack([found[i] for i in range(len(rows))])))
 
 
 def evaluate(config: Config, model: Any, data: Data, split: str) -> train.Metrics:
     """Accuracy and mean cross-entropy, over every sentence once."""
     rows, _, labels, _ = data.splits[split]
-    log_p = predict(model, rows)
-    return {
-        "accuracy": float(np.mean(log_p.argmax(-1) == labels)),
-        "cross_entropy": float(-log_p[np.arange(len(labels)), labels].mean()),
-    }
+    return scores(predict(model, rows), labels)
 
 
 def encode(config: Config, data: Data, sentence: str) -> list[int]:

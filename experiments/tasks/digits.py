@@ -50,4 +50,4 @@ def read() -> Data:
     return {name: Split(pixels[some], labels[some]) for name, some in splits.items()}
 
 
-TASK = images.task("digits", PRESETS, read, names=tuple("0123456789"))
+TASK = images.task("digits", PRESETS, read, side=8, names=tuple("0123456789"))

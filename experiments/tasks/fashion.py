@@ -84,4 +84,4 @@ def idx(name: str) -> np.ndarray:
     return np.frombuffer(raw, np.uint8, offset=4 + 4 * rank).reshape(shape)
 
 
-TASK = images.task("fashion", PRESETS, read, names=NAMES)
+TASK = images.task("fashion", PRESETS, read, side=28, names=NAMES)

@@ -11,7 +11,6 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax  # type: ignore[import-untyped]
 from flax import nnx
 
 from attention_jax.axes import AnyArray
@@ -20,6 +19,7 @@ from attention_jax.nn import record_weights
 from experiments import config as configs
 from experiments import text, train
 from experiments.attending import attention_options
+from experiments.logits import cross_entropy, logits, scores
 
 CLASSES = 10
 
@@ -48,13 +48,9 @@ class Config(configs.Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("patch", "width", "heads", "depth", "filters"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.width % self.heads:
-            raise ValueError(f"heads must divide width {self.width}, got {self.heads}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+        configs.at_least_1(self, "patch", "width", "heads", "depth", "filters")
+        configs.heads_divide(self, "width")
+        configs.below_1(self, "dropout")
         if self.shift < 0:
             raise ValueError(f"shift must be at least 0, got {self.shift}")
 
@@ -188,17 +184,8 @@ def shifted(images: np.ndarray, most: int, rng: np.random.Generator) -> np.ndarr
 
 def loss(config: Config, model: Any, batch: Split) -> train.Loss:
     """Cross-entropy."""
-    targets = optax.smooth_labels(
-        jax.nn.one_hot(batch.labels, CLASSES, dtype=jnp.float32), config.label_smoothing
-    )
-    each = optax.softmax_cross_entropy(model(batch.images).astype(jnp.float32), targets)
+    each = cross_entropy(model(batch.images), batch.labels, config.label_smoothing)
     return train.Loss(each.sum(), jnp.float32(each.size))
-
-
-@nnx.jit
-def predict(model: Any, images: AnyArray) -> jax.Array:
-    """Logits."""
-    return model(images).astype(jnp.float32)
 
 
 def evaluate(config: Config, model: Any, data: Data, split: str) -> train.Metrics:
@@ -209,25 +196,23 @@ def evaluate(config: Config, model: Any, data: Data, split: str) -> train.Metric
     for start in range(0, len(labels), size):
         some = images[start : start + size]
         full = np.concatenate([some, np.zeros((size - len(some), *some.shape[1:]), some.dtype)])
-        found.append(np.asarray(predict(model, full))[: len(some)])
-    logits = np.concatenate(found)
-    cross_entropy = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-    return {
-        "accuracy": float(np.mean(logits.argmax(axis=-1) == labels)),
-        "cross_entropy": float(cross_entropy),
-    }
+        found.append(np.asarray(logits(model, full))[: len(some)])
+    return scores(np.concatenate(found), labels)
 
 
 def task(
-    name: str, presets: Mapping[str, Config], read: Callable[[], Data], names: tuple[str, ...]
+    name: str,
+    presets: Mapping[str, Config],
+    read: Callable[[], Data],
+    side: int,
+    names: tuple[str, ...],
 ) -> train.Task[Config, Data]:
-    """The task of this name, of images that ``read`` gives and classes of these names."""
-    side = {"digits": 8}.get(name, 28)
+    """The task of this name, of square images that ``read`` gives and classes of these names."""
 
     def data(config: Config) -> Data:
         found = made_up(side) if config.synthetic else read()
-        if found["train"].side % config.patch:
-            raise ValueError(f"patch must divide {found['train'].side}, got {config.patch}")
+        if side % config.patch:
+            raise ValueError(f"patch must divide {side}, got {config.patch}")
         return found
 
     return train.Task(
@@ -265,7 +250,7 @@ def pictures(
     there = [label for label in (0, 2, 3, 4, 7, 9) if (labels == label).any()]
     chosen = [int(np.flatnonzero(labels == label)[0]) for label in there]
     images, labels = images[chosen], labels[chosen]
-    predicted = np.argmax(predict(model, images), axis=-1)
+    predicted = np.argmax(logits(model, images), axis=-1)
     probabilities = class_token_attention(model, images)
     file = folder / "attention.png"
     titles = [

@@ -31,7 +31,9 @@ from attention_jax.models import EncoderDecoder, EncoderDecoderConfig, generate
 from attention_jax.nn import record_weights
 from experiments import attending, text, train
 from experiments.attending import TextConfig
+from experiments.config import at_least_1
 from experiments.data import lines
+from experiments.logits import cross_entropy
 from experiments.look import View
 from experiments.seq2seq import Seq2Seq, greedy
 from experiments.text import END, PAD, START
@@ -54,10 +56,9 @@ class Config(TextConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        at_least_1(self, "hidden")
         if self.vocabulary < 300:
             raise ValueError(f"vocabulary must be at least 300, got {self.vocabulary}")
-        if self.hidden < 1:
-            raise ValueError(f"hidden must be at least 1, got {self.hidden}")
         if not 2 <= self.longest <= self.reads:
             raise ValueError(f"longest must be in [2, reads = {self.reads}], got {self.longest}")
 
@@ -234,11 +235,8 @@ def logits_of(model: Any, source: Any, target: Any) -> jax.Array:
 def loss(config: Config, model: Any, batch: Batch) -> train.Loss:
     """Cross-entropy of each subword of the target after those before it."""
     wanted = batch.target[:, 1:]
-    logits = logits_of(model, batch.source, batch.target[:, :-1]).astype(jnp.float32)
-    log_p = jax.nn.log_softmax(logits)
-    each = -jnp.take_along_axis(log_p, wanted[..., None], axis=-1)[..., 0]
-    part = config.label_smoothing
-    each = (1 - part) * each - part * log_p.mean(axis=-1)
+    logits = logits_of(model, batch.source, batch.target[:, :-1])
+    each = cross_entropy(logits, wanted, config.label_smoothing)
     real = wanted != PAD
     return train.Loss(jnp.where(real, each, 0).sum(), real.sum(dtype=jnp.float32))
 
@@ -248,8 +246,7 @@ def translate(model: Any, data: Data, rows: list[list[int]], size: int = 128) ->
     made: dict[int, list[int]] = {}
     for index in text.covering([len(row) for row in rows], size):
         length = text.bucket(max(len(rows[i]) for i in index), BUCKETS)
-        count = size if len(rows) > 8 else len(index)
-        source = text.padded([rows[i] or [END] for i in index], length, count)
+        source = text.padded([rows[i] or [END] for i in index], length, size)
         source[len(index) :, 0] = END  # rows that fill the batch are not empty
         most = min(2 * length, 96)
         if isinstance(model, Seq2Seq):
@@ -257,7 +254,7 @@ def translate(model: Any, data: Data, rows: list[list[int]], size: int = 128) ->
         else:
             found = generate(
                 model,
-                np.full((count, 1), START, np.int32),
+                np.full((size, 1), START, np.int32),
                 source=source,
                 source_real=source != PAD,
                 max_new_tokens=most,
@@ -304,12 +301,12 @@ def encode(config: Config, data: Data, sentence: str) -> list[int]:
 def sample(config: Config, model: Any, data: Data, sentence: str | None) -> str:
     """A translation; without a text, five of the test split."""
     if sentence is not None:
-        made = translate(model, data, [encode(config, data, sentence)])
+        made = translate(model, data, [encode(config, data, sentence)], size=1)
         return str(data.subwords.decode(made[0]).strip())
     pairs = data.splits["test"]
     chosen = np.random.default_rng(config.seed).permutation(len(pairs.sources))[:5]
     made = data.subwords.decode_batch(
-        translate(model, data, [pairs.source_rows[i] for i in chosen])
+        translate(model, data, [pairs.source_rows[i] for i in chosen], size=len(chosen))
     )
     return "\n\n".join(
         f"source     {pairs.sources[i]}\nreference  {pairs.targets[i]}\nmodel      {x.strip()}"
@@ -323,7 +320,7 @@ def look(config: Config, model: Any, data: Data, sentence: str | None) -> list[V
         raise ValueError("model gru has no attention to look at: take gru_attention or transformer")
     source = data.splits["test"].sources[0] if sentence is None else sentence
     row = encode(config, data, source)
-    target = [START, *translate(model, data, [row])[0]]
+    target = [START, *translate(model, data, [row], size=1)[0]]
     names = [[_shown(data, x) for x in side] for side in (row, target)]
     sources, targets = names
     arrays = np.array([row], np.int32), np.array([target], np.int32)

@@ -25,7 +25,6 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax  # type: ignore[import-untyped]
 from flax import nnx
 
 from attention_jax import masks
@@ -34,12 +33,12 @@ from attention_jax.nn import MultiHeadAttention, Residual, record_weights
 from attention_jax.nn.linear import Linear
 from experiments import attending, text, train
 from experiments.attending import TextConfig
+from experiments.config import at_least_1, heads_divide
 from experiments.data import path
+from experiments.logits import cross_entropy, logits
 from experiments.look import View
-from experiments.ngrams import NGrams
+from experiments.ngrams import BYTES, NGrams
 from experiments.recurrent import GRU
-
-BYTES = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,11 +64,8 @@ class Config(TextConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("gru_width", "gru_depth"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.gru_width % self.heads:
-            raise ValueError(f"heads must divide gru_width {self.gru_width}, got {self.heads}")
+        at_least_1(self, "gru_width", "gru_depth")
+        heads_divide(self, "gru_width")
         if self.context < 2 or self.context % 2:
             raise ValueError(f"context must be even and at least 2, got {self.context}")
         if not 1 <= self.order <= 7:
@@ -203,20 +199,13 @@ def batches(config: Config, data: Data, step: int) -> Iterator[np.ndarray]:
 
 def loss(config: Config, model: Any, batch: Any) -> train.Loss:
     """Cross-entropy of each character after those before it."""
-    logits = model(batch[:, :-1]).astype(jnp.float32)
-    targets = batch[:, 1:]
-    if config.label_smoothing:
-        smooth = optax.smooth_labels(jax.nn.one_hot(targets, BYTES), config.label_smoothing)
-        each = optax.softmax_cross_entropy(logits, smooth)
-    else:
-        each = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    each = cross_entropy(model(batch[:, :-1]), batch[:, 1:], config.label_smoothing)
     return train.Loss(each.sum(), jnp.float32(each.size))
 
 
 @nnx.jit
 def _nats(model: Any, tokens: Any, targets: Any) -> jax.Array:
-    logits = model(tokens).astype(jnp.float32)
-    return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    return cross_entropy(model(tokens), targets)
 
 
 def evaluate(config: Config, model: Any, data: Data, split: str) -> train.Metrics:
@@ -282,17 +271,12 @@ def _one_by_one(
     for i in range(length):
         last = written[-config.context :]
         if isinstance(model, nnx.Module):
-            logits = _logits(model, text.padded([last], config.context))[0, len(last) - 1]
+            after = logits(model, text.padded([last], config.context))[0, len(last) - 1]
         else:
-            logits = model.logits(np.array(last))
-        drawn = jax.random.categorical(jax.random.fold_in(key, i), logits / config.temperature)
+            after = model.logits(np.array(last))
+        drawn = jax.random.categorical(jax.random.fold_in(key, i), after / config.temperature)
         written.append(int(drawn))
     return np.array(written[len(prompt) :])
-
-
-@nnx.jit
-def _logits(model: Any, tokens: Any) -> jax.Array:
-    return model(tokens).astype(jnp.float32)
 
 
 def look(config: Config, model: Any, data: Data, given: str | None) -> list[View]:
