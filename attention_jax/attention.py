@@ -8,18 +8,30 @@ NumPy, in ``reference.py``.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
-from attention_jax import backends, dropout, masks
+from attention_jax import backends, dropout
+from attention_jax.arguments import (
+    MaskLike,
+    Scale,
+    ScoreLike,
+    Sinks,
+    as_mask,
+    as_scores,
+    call_of,
+    check_flag,
+    check_scalars_and_sinks,
+    check_types,
+    resolve,
+    scale_of,
+)
 from attention_jax.axes import (
-    AnyArray,
     Key,
     Normaliser,
     Output,
@@ -27,24 +39,16 @@ from attention_jax.axes import (
     Sizes,
     Value,
     accumulation_dtype,
-    check_broadcastable,
-    check_float_array,
     check_query_key_value,
-    is_array,
 )
 from attention_jax.backends import Request, xla
 from attention_jax.explanation import Explanation, explain_blocks
 from attention_jax.lift import Call
 from attention_jax.masks import Mask
 from attention_jax.scores import Score
-from attention_jax.values import full_rank
 
 __all__ = ["attention", "attention_weights", "explain"]
 
-MaskLike = Mask | Bool[AnyArray, "..."] | None
-ScoreLike = Score | Sequence[Score]
-Sinks = Float[AnyArray, " N"] | None
-Scale = float | Float[AnyArray, ""] | None
 Implementation = str | Sequence[str] | None
 
 
@@ -133,13 +137,13 @@ def attention(
 
     Source: Vaswani et al. 2017, "Attention Is All You Need", section 3.2.
     """
-    mask, score = _as_mask(mask), _as_scores(score)
+    mask, score = as_mask(mask), as_scores(score)
     arrays = {"query": query, "key": key, "value": value, "sinks": sinks, "scale": scale}
-    _check_types(arrays)
+    check_types(arrays)
     dropout.check(dropout_rate, dropout_key)
-    _check_flag("return_lse", return_lse)
+    check_flag("return_lse", return_lse)
     platform = backends.platform()
-    arrays["scale"], number = _scale(scale, query)
+    arrays["scale"], number = scale_of(scale, query)
     out, lse = _attention(
         arrays,
         mask,
@@ -182,10 +186,10 @@ def attention_weights(
     >>> aj.attention_weights(q, q, mask=aj.masks.causal())[0, 1].tolist()
     [0.5, 0.5, 0.0]
     """
-    mask, score = _as_mask(mask), _as_scores(score)
+    mask, score = as_mask(mask), as_scores(score)
     arrays = {"query": query, "key": key, "sinks": sinks, "scale": scale}
-    _check_types(arrays)
-    arrays["scale"], _ = _scale(scale, query)
+    check_types(arrays)
+    arrays["scale"], _ = scale_of(scale, query)
     return _weights(arrays, mask, score)
 
 
@@ -222,13 +226,13 @@ def explain(
     >>> print(aj.explain(x, x, x, mask=aj.masks.window(255, 0)).chosen)
     blockwise
     """
-    mask, score = _as_mask(mask), _as_scores(score)
+    mask, score = as_mask(mask), as_scores(score)
     sizes = check_query_key_value(query, key, value)
-    _check_scalars_and_sinks(sinks, scale, sizes)
+    check_scalars_and_sinks(sinks, scale, sizes)
     if dropout_rate:
         dropout.check(dropout_rate, dropout_key)
-    _check_flag("return_lse", return_lse)
-    mask, score = _resolve(mask, score, sizes)
+    check_flag("return_lse", return_lse)
+    mask, score = resolve(mask, score, sizes)
     platform = platform or backends.platform()
     if platform not in ("cpu", "gpu", "tpu"):
         raise ValueError(f'platform must be "cpu", "gpu" or "tpu", got {platform!r}')
@@ -237,7 +241,7 @@ def explain(
         dtype=query.dtype,
         mask=mask,
         score=score,
-        scale=_scale(scale, query)[1],
+        scale=scale_of(scale, query)[1],
         sinks=sinks is not None,
         dropout_rate=float(dropout_rate),
         return_lse=return_lse,
@@ -267,7 +271,7 @@ def explain(
     )
 
 
-# --- From arguments to a Call. What follows runs while tracing, once per shape.
+# --- What follows runs while tracing, once per shape.
 
 
 @functools.partial(
@@ -296,7 +300,7 @@ def _attention(
 ) -> tuple[jax.Array, jax.Array]:
     sizes = check_query_key_value(arrays["query"], arrays["key"], arrays["value"])
     seed = None if dropout_key is None else dropout.seed(dropout_key)
-    call = _call(arrays, mask, score, seed, sizes)
+    call = call_of(arrays, mask, score, seed, sizes)
     request = Request(
         sizes=sizes,
         dtype=call.query.dtype,
@@ -319,45 +323,11 @@ def _attention(
 def _weights(arrays: dict[str, Any], mask: Mask | None, score: tuple[Score, ...]) -> jax.Array:
     arrays = {**arrays, "value": arrays["key"]}
     sizes = check_query_key_value(arrays["query"], arrays["key"], arrays["value"])
-    call = _call(arrays, mask, score, None, sizes)
+    call = call_of(arrays, mask, score, None, sizes)
     if _nothing_to_see(sizes):
         dtype = accumulation_dtype(call.query.dtype)
         return jnp.zeros((*sizes.B, sizes.N, sizes.T, sizes.S), dtype)
     return xla.attention_weights(call, sizes)
-
-
-def _call(
-    arrays: dict[str, Any],
-    mask: Mask | None,
-    score: tuple[Score, ...],
-    seed: Any,
-    sizes: Sizes,
-) -> Call:
-    sinks, scale = arrays["sinks"], arrays["scale"]
-    _check_scalars_and_sinks(sinks, scale, sizes)
-    mask, score = _resolve(mask, score, sizes)
-    return Call(
-        query=jnp.asarray(arrays["query"]),
-        key=jnp.asarray(arrays["key"]),
-        value=jnp.asarray(arrays["value"]),
-        mask=mask,
-        score=score,
-        sinks=sinks,
-        scale=jnp.asarray(scale).astype(accumulation_dtype(arrays["query"].dtype)),
-        seed=seed,
-    )
-
-
-def _resolve(
-    mask: Mask | None, score: tuple[Score, ...], sizes: Sizes
-) -> tuple[Mask | None, tuple[Score, ...]]:
-    """Mask and scores with offsets known, and their arrays checked and at full rank."""
-    T, S, N = sizes.T, sizes.S, sizes.N
-    if isinstance(mask, masks.Dense):
-        check_broadcastable("mask", mask.array.shape, sizes)
-    if mask is not None:
-        mask = full_rank(mask.resolve(T, S, N), sizes, "mask")
-    return mask, tuple(full_rank(x.resolve(T, S, N), sizes, "score") for x in score)
 
 
 def _nothing_to_see(sizes: Sizes) -> bool:
@@ -370,71 +340,3 @@ def _unseen(call: Call, sizes: Sizes) -> tuple[jax.Array, jax.Array]:
     dtype = accumulation_dtype(call.query.dtype)
     lse = jnp.asarray(-np.inf, dtype) if call.sinks is None else call.sinks.astype(dtype)
     return jnp.zeros((*shape, sizes.D), call.query.dtype), jnp.broadcast_to(lse, shape)
-
-
-def _as_mask(mask: Any) -> Mask | None:
-    if mask is None or isinstance(mask, Mask):
-        return mask
-    if is_array(mask):
-        if mask.dtype != np.bool_:
-            raise TypeError(
-                f"mask must be a Mask or a bool array (True = visible), got dtype {mask.dtype}; a "
-                f"bias on the logits is score=scores.bias(array)"
-            )
-        return masks.dense(mask)
-    raise TypeError(f"mask must be a Mask, a bool array or None, got {type(mask).__name__}")
-
-
-def _as_scores(score: Any) -> tuple[Score, ...]:
-    scores = (score,) if isinstance(score, Score) else score
-    if not isinstance(scores, (tuple, list)) or not all(isinstance(x, Score) for x in scores):
-        got = type(score).__name__
-        if isinstance(scores, (tuple, list)):
-            got += " of " + ", ".join(type(x).__name__ for x in scores)
-        raise TypeError(
-            f"score must be a Score or a sequence of them, got {got}; a bias is scores.bias(array)"
-        )
-    return tuple(scores)
-
-
-def _check_types(arrays: dict[str, Any]) -> None:
-    """What must be known before tracing: that everything is an array or a number."""
-    for name, x in arrays.items():
-        if x is None and name in ("sinks", "scale"):
-            continue
-        if name == "scale" and _is_number(x):
-            continue
-        check_float_array(name, x)
-        if isinstance(x, jax.ShapeDtypeStruct):
-            raise TypeError(f"{name} must be an array, got ShapeDtypeStruct: only explain takes it")
-
-
-def _check_flag(name: str, x: Any) -> None:
-    if not isinstance(x, bool):
-        raise TypeError(f"{name} must be True or False, got {x!r}")
-
-
-def _is_number(x: Any) -> bool:
-    return isinstance(x, (int, float)) and not isinstance(x, bool)
-
-
-def _scale(scale: Any, query: Any) -> tuple[Any, float | None]:
-    """The scale, and the number that it is where that is known; None is ``1 / sqrt(H)``."""
-    if scale is None:
-        scale = 1.0 / math.sqrt(query.shape[-1] or 1) if query.shape else 1.0
-    return (float(scale), float(scale)) if _is_number(scale) else (scale, None)
-
-
-def _check_scalars_and_sinks(sinks: Any, scale: Any, sizes: Sizes) -> None:
-    if sinks is not None:
-        check_float_array("sinks", sinks)
-        if sinks.shape != (sizes.N,):
-            raise ValueError(
-                f"sinks has shape {tuple(sinks.shape)}, expected [N] = ({sizes.N},), one per query "
-                f"head"
-            )
-    if scale is not None:
-        if not _is_number(scale):
-            check_float_array("scale", scale)
-        if np.ndim(scale) != 0:
-            raise ValueError(f"scale must be a number, got shape {np.shape(scale)}")

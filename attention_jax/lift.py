@@ -12,7 +12,7 @@ examples that share it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -69,6 +69,46 @@ def over_heads_and_examples(
       outputs: per array, its axes with ``*B`` and ``N``, such as ``"*B T N D"``.
       inputs: the axes of query, key and value.
     """
+    b = np.arange(np.prod(sizes.B, dtype=np.int64), dtype=np.int32).reshape(sizes.B)
+    n = np.arange(sizes.N, dtype=np.int32)
+    arguments = Head(*call, b=b, n=n)
+    axes = Head(*inputs, None, None, "N", "", "", "*B", "N")  # type: ignore[arg-type]
+    flat, structure = jax.tree.flatten(arguments)
+    flat_axes: list[Any] = []
+    for argument, letters in zip(arguments, axes, strict=True):
+        if letters is None:  # a mask, or scores: each array says its own axes
+            flat_axes += [leaf.axes for leaf in leaves(argument)]
+        elif argument is not None:
+            flat_axes.append(letters)
+    return lift(
+        lambda *xs: head(jax.tree.unflatten(structure, xs)), flat, sizes, flat_axes, outputs
+    )
+
+
+def lift(
+    head: Callable[..., Any],
+    arrays: Sequence[Any],
+    sizes: Sizes,
+    inputs: Sequence[str | tuple[str, ...]],
+    outputs: Sequence[str],
+) -> tuple[jax.Array, ...]:
+    """``head`` on every head of every example of some arrays.
+
+    Args:
+      head: from the arrays, without the axes ``*B``, ``N`` and ``K``, to a tuple of arrays.
+      arrays: all of them; along ``*B`` and ``N`` also of size 1, for all.
+      sizes: what the axis letters stand for.
+      inputs: the axes of each array, such as ``"*B S K H"``; letters other than ``*B``, ``N`` and
+        ``K`` stay.
+      outputs: the same of each result, with ``*B``, and ``N``; or ``K`` for what does not depend on
+        the query heads.
+
+    >>> sizes = Sizes(B=(2,), T=3, S=5, K=2, G=2, H=7, D=7)
+    >>> query, key = np.ones((2, 3, 4, 7)), np.ones((2, 5, 2, 7))
+    >>> inputs = "*B T N H", "*B S K H"
+    >>> lift(lambda q, k: (q @ k.T,), (query, key), sizes, inputs, ["*B N T S"])[0].shape
+    (2, 4, 3, 5)
+    """
     batch = [f"B{i}" for i in range(len(sizes.B))]
     levels = [*batch, "K", "G"]
 
@@ -100,30 +140,19 @@ def over_heads_and_examples(
         x = x.reshape(*[size for i, size in enumerate(shape) if i not in drop])
         return x, [name for i, name in enumerate(names) if i not in drop]
 
-    b = np.arange(np.prod(sizes.B, dtype=np.int64), dtype=np.int32).reshape(sizes.B)
-    n = np.arange(sizes.N, dtype=np.int32)
-    arguments = Head(*call, b=b, n=n)
-    axes = Head(*inputs, None, None, "N", "", "", "*B", "N")  # type: ignore[arg-type]
-    flat, structure = jax.tree.flatten(arguments)
-    flat_axes: list[Any] = []
-    for argument, letters in zip(arguments, axes, strict=True):
-        if letters is None:  # a mask, or scores: each array says its own axes
-            flat_axes += [leaf.axes for leaf in leaves(argument)]
-        elif argument is not None:
-            flat_axes.append(letters)
-    arrays, names = [], []
-    for x, letters in zip(flat, flat_axes, strict=True):
+    split, names = [], []
+    for x, letters in zip(arrays, inputs, strict=True):
         x, remaining = split_heads(x, letters)
-        arrays.append(x)
+        split.append(x)
         names.append(remaining)
 
-    mapped: Callable[..., Any] = lambda *xs: head(jax.tree.unflatten(structure, xs))  # noqa: E731
+    mapped = head
     results = [named(o) for o in outputs]
     plan = []
     for level in levels:  # outermost first: each strips its axis
         where = tuple(r.index(level) if level in r else None for r in names)
         names = [[x for x in r if x != level] for r in names]
-        out = tuple(r.index(level) for r in results)
+        out = tuple(r.index(level) if level in r else None for r in results)
         results = [[x for x in r if x != level] for r in results]
         plan.append((where, out))
     for where, out in reversed(plan):
@@ -131,7 +160,7 @@ def over_heads_and_examples(
             mapped = _expand(mapped, out)
         else:
             mapped = jax.vmap(mapped, in_axes=where, out_axes=out)
-    outs = mapped(*arrays)
+    outs = mapped(*split)
 
     def join_heads(x: jax.Array, o: str) -> jax.Array:
         letters = o.split()
@@ -147,10 +176,12 @@ def over_heads_and_examples(
     return tuple(join_heads(x, o) for x, o in zip(outs, outputs, strict=True))
 
 
-def _expand(fn: Callable[..., Any], axes: tuple[int, ...]) -> Callable[..., Any]:
+def _expand(fn: Callable[..., Any], axes: tuple[int | None, ...]) -> Callable[..., Any]:
     """``fn`` with a new output axis of size 1: what ``vmap`` over an axis of size 1 gives."""
 
     def expanded(*xs: Any) -> Any:
-        return tuple(jnp.expand_dims(o, a) for o, a in zip(fn(*xs), axes, strict=True))
+        return tuple(
+            o if a is None else jnp.expand_dims(o, a) for o, a in zip(fn(*xs), axes, strict=True)
+        )
 
     return expanded

@@ -471,6 +471,75 @@ def wrong_positions():
     ]
 
 
+def wrong_mechanisms():
+    """What is called, the error, parts of its message."""
+    import functools
+
+    from attention_jax import masks, scores
+    from attention_jax import mechanisms as m
+
+    value, type_, cannot = "ValueError", "TypeError", "NotImplementedError"
+    q, k, v = good().values()
+    x, square = f(B, T, K, H), f(B, T, K, 1)  # one length, for those that read left to right
+    mixing, centroids, vector = f(4, S), f(K, 3, H), f(N, H)
+    plain = {
+        "inverted": m.inverted_attention,
+        "slot": m.slot_attention,
+        "topk": functools.partial(m.topk_attention, k=3),
+        "linear": m.linear_attention,
+        "linformer": lambda *a: m.linformer_attention(*a, mixing, mixing),
+        "routing": lambda *a: m.routing_attention(*a, centroids),
+        "retention": m.retention,
+        "gated": lambda *a: m.gated_linear_attention(*a, square),
+        "delta": lambda *a: m.delta_rule(*a, square[..., 0]),
+    }
+    for call in plain.values():
+        yield functools.partial(call, q, k[..., :2], v), value, "key has width 2 (H)"
+        yield functools.partial(call, q, k, v[:, :2]), value, "value has length 2 (S)"
+        yield functools.partial(call, q, i(B, S, K, H), v), type_, "key", "floating dtype"
+    yield lambda: m.additive_attention(q, k, v, vector), value, "key must have shape [*B S N H]"
+    yield lambda: m.additive_attention(q, q, v, vector), value, "value must have shape"
+    yield lambda: m.additive_weights(q, q, vector[:, :2]), value, "vector must have shape"
+    yield lambda: m.topk_attention(q, k, v, k=0), value, "k must be at least 1"
+    yield lambda: m.topk_attention(q, k, v, k=2.0), type_, "k must be an int"
+    for mask in (masks.window(2, 0), masks.causal(1), masks.causal(), b(T, S)):
+        call = functools.partial(m.linear_attention, q, k, v, mask=mask)
+        yield call, cannot, "linear_attention can", "take"
+    yield lambda: m.linear_attention(x, x, x, return_state=True), value, "mask=masks.causal()"
+    yield lambda: m.performer_features(jax.random.key(0), 0, 4), value, "H must be at least 1"
+    yield lambda: m.retention(x, x, x, mask=None), value, "left to right"
+    yield lambda: m.retention(x, x, x, decay=f(3)), value, "decay has shape (3,)", "[K] = (2,)"
+    yield lambda: m.retention(x, x, x, state=x), value, "state must have shape [*B K M D]"
+    yield lambda: m.retention(x, x, x, return_state=1), type_, "return_state must be True or False"
+    gated = m.gated_linear_attention
+    yield lambda: gated(x, x, x, x[..., :2]), value, "log_gate must have shape"
+    yield lambda: gated(x, x, x, square, mask=masks.window(3, 0)), cannot, "mask Band"
+    yield lambda: m.delta_rule(x, x, x, square[:, :2, :, 0]), value, "beta must have shape"
+    yield lambda: m.linformer_attention(q, k, v, mixing, f(3, S)), value, "value_mixing must have"
+    causal = masks.causal()
+    call = functools.partial(m.linformer_attention, x, x, x, f(4, T), f(4, T), mask=causal)
+    yield call, cannot, "cannot be causal"
+    yield lambda: m.routing_attention(q, k, v, centroids[0]), value, "centroids must have shape"
+    yield lambda: m.update_centroids(centroids, q, k, decay=2.0), value, "decay must be in [0, 1]"
+    yield lambda: m.differential_attention(q[:, :, :3], k, v, 0.5), value, "even number of heads"
+    yield lambda: m.differential_attention(q, k, v[:, :, :1], f(3)), value, "weight must be"
+    latents = [f(B, T, N, H), f(B, T, N, 2), f(B, T, 5), f(B, T, 2), f(5, N, H), f(5, N, D)]
+    names = ("query_rotary", "key_rotary", "key_up", "value_up")
+    for place, name in zip((1, 3, 4, 5), names, strict=True):
+        wrong = [*latents]
+        wrong[place] = wrong[place][:1]
+        yield functools.partial(m.latent_attention, *wrong), value, f"{name} must have shape"
+    call = functools.partial(m.absorbed_latent_attention, *latents, return_lse=True)
+    yield call, cannot, "return_lse: take latent_attention"
+    linear = m.NAMED["linear"]
+    yield (
+        lambda: linear(x, x, x, score=scores.softcap(3.0)),
+        cannot,
+        "linear_attention takes mask, not score",
+    )
+    yield lambda: linear(x, x, x, dropout_rate=0.1), cannot, "not dropout_rate"
+
+
 def wrong_calls():
     """Name, function, error, parts of its message: every wrong call there is."""
     from attention_jax import Mask, Score, attention, attention_weights, explain
@@ -500,6 +569,7 @@ def wrong_calls():
             del arguments["value"]
             yield f"weights {name}", functools.partial(attention_weights, **arguments), error, parts
     wrong = [*wrong_constructions(), *wrong_positions(), *wrong_modules(), *wrong_models()]
+    wrong += wrong_mechanisms()
     for number, (call, error, *parts) in enumerate(wrong):
         yield f"construction {number} {parts[:3]}", call, error, parts
 

@@ -1,4 +1,11 @@
-"""Each mechanism against its formula in NumPy, and at the edges."""
+"""Each mechanism against its formula in NumPy, and at the edges.
+
+The oracles loop over everything in float64, one head of one example at a time, and import nothing
+of ours.
+"""
+
+import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -6,105 +13,428 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from attention_jax.mechanisms import additive_attention, additive_weights
+from attention_jax import masks, mechanisms, scores
+from attention_jax.mechanisms import (
+    absorbed_latent_attention,
+    additive_attention,
+    additive_weights,
+    differential_attention,
+    differential_weight,
+    inverted_attention,
+    latent_attention,
+    linear_attention,
+    linformer_attention,
+    performer_features,
+    routing_attention,
+    slot_attention,
+    topk_attention,
+    update_centroids,
+)
 
-B, T, S, N, H, D = 2, 3, 5, 7, 11, 13
+B, T, S, K, G, H, D = 2, 5, 7, 2, 3, 3, 11
+N = K * G
+RNG = np.random.default_rng(0)
 
 
-def additive_oracle(query, key, value, vector, visible):
-    """Loops over everything, in float64."""
+def normal(*shape):
+    """Numbers that bfloat16 holds, so that every dtype computes with the same."""
+    return np.asarray(RNG.normal(size=shape).astype(jnp.bfloat16), np.float64)
+
+
+QUERY, KEY, VALUE = normal(B, T, N, H), normal(B, S, K, H), normal(B, S, K, D)
+VECTOR, MIXINGS, CENTROIDS = normal(N, H), normal(2, K, 4, S), normal(K, 3, H)
+
+VISIBLE = np.random.default_rng(1).random((B, N, T, S)) < 0.6
+VISIBLE[:, :, 1] = False  # a query that sees nothing
+VISIBLE[0, :, :, 2] = False  # a key that nothing sees
+REAL = np.ones((B, S), bool)
+REAL[0, 2] = REAL[1, 5:] = False
+PADDING = masks.padding(REAL, queries=T)
+ALL = np.ones((B, N, T, S), bool)
+
+
+# --- The formulas.
+
+
+def softmax(s):
+    e = np.exp(s - s.max())
+    return e / e.sum()
+
+
+def softmax_rows(s, seen):
+    """Of what each row sees; 0 for a row that sees nothing."""
+    p = np.zeros_like(s)
+    for i in range(len(s)):
+        if seen[i].any():
+            p[i, seen[i]] = softmax(s[i, seen[i]])
+    return p
+
+
+def additive_head(q, k, v, seen, n):
+    return softmax_rows(np.tanh(q[:, None] + k[None]) @ VECTOR[n], seen) @ v
+
+
+def shares(q, k, seen):
+    return softmax_rows((q @ k.T / np.sqrt(H)).T, seen.T).T
+
+
+def inverted_head(q, k, v, seen, n):
+    return shares(q, k, seen) @ v
+
+
+def slot_head(q, k, v, seen, n):
+    A = shares(q, k, seen)
+    total = A.sum(1, keepdims=True)
+    return A @ v / np.where(total == 0, 1, total)
+
+
+def topk_head(q, k, v, seen, n):
+    s = np.where(seen, q @ k.T / np.sqrt(H), -np.inf)
+    best = np.argsort(-s, axis=1, kind="stable")[:, :3]
+    kept = np.zeros_like(seen)
+    np.put_along_axis(kept, best, True, axis=1)
+    return softmax_rows(s, seen & kept) @ v
+
+
+def linear_head(q, k, v, seen, n):
+    def elu_plus_1(x):
+        return np.where(x > 0, x + 1, np.exp(np.minimum(x, 0)))
+
+    w = np.where(seen, elu_plus_1(q) @ elu_plus_1(k).T, 0)
+    total = w.sum(1, keepdims=True)
+    return w @ v / np.where(total == 0, 1, total)
+
+
+def linformer_head(q, k, v, seen, n):
+    E, F = MIXINGS[:, n // G]
+    real = seen[0][:, None]
+    k, v = E @ np.where(real, k, 0), F @ np.where(real, v, 0)
+    return softmax_rows(q @ k.T / np.sqrt(H), np.ones((T, 4), bool)) @ v
+
+
+def routing_head(q, k, v, seen, n):
+    of_q, of_k = ((x @ CENTROIDS[n // G].T).argmax(1) for x in (q, k))
+    return softmax_rows(q @ k.T / np.sqrt(H), seen & (of_q[:, None] == of_k[None])) @ v
+
+
+def oracle(head, query, key, value, seen):
+    """A formula on every head of every example."""
     out = np.zeros((B, T, N, D))
-    for b, i, n in np.ndindex(B, T, N):
-        seen = np.flatnonzero(visible[b, n, i])
-        if not len(seen):
-            continue
-        logits = np.array([np.tanh(query[b, i, n] + key[b, j, n]) @ vector[n] for j in seen])
-        weights = np.exp(logits - logits.max())
-        out[b, i, n] = weights / weights.sum() @ value[b, seen, n]
+    for b, n in np.ndindex(B, N):
+        g = n // (N // key.shape[2])
+        seen_rows = np.where(seen[b, n].any(0)[:, None], value[b, :, g], 0)
+        out[b, :, n] = head(query[b, :, n], key[b, :, g], seen_rows, seen[b, n], n)
     return out
 
 
-@pytest.fixture
-def arrays():
+def additive(query, key, value, *, mask=None):
+    """Additive attention has a key for every query head."""
+    key, value = (jnp.repeat(x, G, axis=-2) for x in (key, value))
+    return additive_attention(query, key, value, jnp.asarray(VECTOR, query.dtype), mask=mask)
+
+
+def linformer(query, key, value, **options):
+    return linformer_attention(query, key, value, *jnp.asarray(MIXINGS, query.dtype), **options)
+
+
+def routing(query, key, value, **options):
+    return routing_attention(query, key, value, jnp.asarray(CENTROIDS, query.dtype), **options)
+
+
+MECHANISMS = {
+    "additive": (additive, additive_head),
+    "inverted": (inverted_attention, inverted_head),
+    "slot": (slot_attention, slot_head),
+    "topk": (functools.partial(topk_attention, k=3), topk_head),
+    "linear": (linear_attention, linear_head),
+    "linformer": (linformer, linformer_head),
+    "routing": (routing, routing_head),
+}
+DENSE = ["additive", "inverted", "slot", "topk"]  # those that take any mask
+MECHANISMS = {name: (jax.jit(f), head) for name, (f, head) in MECHANISMS.items()}
+every = pytest.mark.parametrize("name", MECHANISMS)
+
+
+def masked(name):
+    """A mask with a row and a column of nothing where that can be, and who sees whom."""
+    if name in DENSE:
+        return VISIBLE, VISIBLE
+    return PADDING, np.broadcast_to(REAL[:, None, None], ALL.shape)
+
+
+@every
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("with_mask", [False, True])
+def test_it_is_its_formula(name, with_mask):
+    mechanism, head = MECHANISMS[name]
+    mask, seen = masked(name) if with_mask else (None, ALL)
+    out = mechanism(QUERY, KEY, VALUE, mask=mask)
+    np.testing.assert_allclose(out, oracle(head, QUERY, KEY, VALUE, seen), rtol=1e-11, atol=1e-13)
+
+
+@every
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_it_sums_in_float32_and_returns_the_dtype_of_the_query(name, dtype):
+    mechanism, head = MECHANISMS[name]
+    low = [jnp.asarray(x, dtype) for x in (QUERY, KEY, VALUE)]
+    out = mechanism(*low)
+    assert out.dtype == dtype
+    exact = oracle(head, QUERY, KEY, VALUE, ALL)
+    error = np.abs(np.asarray(out, np.float64) - exact).max()
+    assert error <= 8 * float(jnp.finfo(dtype).eps) * np.abs(exact).max()
+
+
+@every
+def test_what_nothing_sees_may_hold_anything_and_gets_no_gradient(name):
+    mechanism, _ = MECHANISMS[name]
+    query, key, value = (x.astype(np.float32) for x in (QUERY, KEY, VALUE))
+    key[0, 2], value[0, 2] = np.nan, np.inf
+    mask, _ = masked(name)
+
+    def total(*x):
+        return mechanism(*x, mask=mask).sum()
+
+    assert np.isfinite(total(query, key, value))
+    gradients = jax.grad(total, argnums=(0, 1, 2))(query, key, value)
+    assert all(np.isfinite(g).all() for g in gradients)
+    assert not gradients[1][0, 2].any()
+    assert not gradients[2][0, 2].any()
+    if name in DENSE:
+        assert not gradients[0][:, 1].any()  # the query that sees nothing
+
+
+@every
+@pytest.mark.slow
+@pytest.mark.usefixtures("x64")
+def test_gradients_are_those_of_finite_differences(name):
+    mechanism, _ = MECHANISMS[name]
+    mask, _ = masked(name)
+
+    def total(*x):
+        return (mechanism(*x, mask=mask) ** 2).sum()
+
+    modes = ["rev"] if name == "routing" else ["fwd", "rev"]
+    check_grads(total, (QUERY, KEY, VALUE), order=1, modes=modes)
+
+
+@every
+def test_vmap_equals_the_batch_axis_and_no_keys_give_0(name):
+    mechanism, _ = MECHANISMS[name]
+    query, key, value = (x.astype(np.float32) for x in (QUERY, KEY, VALUE))
+    one = jax.vmap(mechanism)(query, key, value)
+    np.testing.assert_allclose(one, mechanism(query, key, value), rtol=2e-5, atol=1e-6)
+    if name != "linformer":  # whose mixings are of a number of keys
+        assert not mechanism(query, key[:, :0], value[:, :0]).any()
+    assert mechanism(query[:, :0], key, value).shape == (B, 0, N, D)
+
+
+# --- Additive.
+
+
+def test_weights_sum_to_1():
+    query, vector = QUERY.astype(np.float32), VECTOR.astype(np.float32)
+    weights = additive_weights(query, query[:, :3], vector)
+    assert weights.shape == (B, N, T, 3)
+    np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-6)
+
+
+# --- Inverted and slots.
+
+
+@pytest.mark.usefixtures("x64")
+def test_keys_are_shared_out_and_slots_average():
+    ones = np.ones((B, S, K, 1))
+    won = inverted_attention(QUERY, KEY, ones).sum(axis=(1,))  # over queries: all of each key
+    np.testing.assert_allclose(won, S, rtol=1e-12)
+    np.testing.assert_allclose(slot_attention(QUERY, KEY, ones), 1, rtol=1e-12)
+
+
+def test_a_slot_that_wins_nothing_still_has_a_mean():
+    query = np.float32([100, -100]).reshape(2, 1, 1)
+    key, value = np.float32([1, 2]).reshape(2, 1, 1), np.float32([3, 5]).reshape(2, 1, 1)
+    out = slot_attention(query, key, value)  # the second slot's shares are e^-200 and e^-400
+    np.testing.assert_allclose(out.ravel(), [4, 3], rtol=1e-6)
+
+
+@pytest.mark.usefixtures("x64")
+def test_scores_change_the_logits_first():
+    out = inverted_attention(QUERY, KEY, VALUE, score=scores.softcap(1e9), scale=0.5)
+    plain = inverted_attention(QUERY, KEY, VALUE, scale=0.5)
+    np.testing.assert_allclose(out, plain, rtol=1e-6)
+
+
+# --- Top k.
+
+
+@pytest.mark.usefixtures("x64")
+def test_all_keys_are_softmax_attention_and_equal_scores_take_the_first():
+    from attention_jax import attention
+
+    out = topk_attention(QUERY, KEY, VALUE, k=99, mask=masks.causal())
+    np.testing.assert_allclose(out, attention(QUERY, KEY, VALUE, mask=masks.causal()), rtol=1e-12)
+    value = np.arange(3.0).reshape(3, 1, 1)
+    assert topk_attention(value[:1], np.ones((3, 1, 1)), value, k=1).item() == 0
+
+
+# --- Linear.
+
+
+@pytest.mark.parametrize("H", [8, 64, 256])
+def test_performer_features_approximate_softmax(H):
+    from attention_jax import attention
+
     rng = np.random.default_rng(0)
-    shapes = (B, T, N, H), (B, S, N, H), (B, S, N, D), (N, H)
+    q, k, v = (rng.normal(size=(64, 1, H)).astype(np.float32) for _ in range(3))
+    q, k = q / 2, k / 2
+    exact = attention(q, k, v)
+    errors = []
+    for count in (64, 4096):
+        features = performer_features(jax.random.key(0), H, count)
+        out = linear_attention(q, k, v, features=features)
+        errors.append(float(np.abs(out - exact).mean()))
+    assert errors[1] < 0.35 * errors[0]  # 1 / sqrt(64) of it, and some of chance
+    assert errors[1] < 0.05
+
+
+def test_performer_features_stay_finite():
+    rng = np.random.default_rng(0)
+    q, k, v = (30 * rng.normal(size=(64, 1, 16)).astype(np.float32) for _ in range(3))
+    features = performer_features(jax.random.key(0), 16, 64)
+    assert np.isfinite(linear_attention(q, k, v, features=features)).all()
+    with pytest.raises(ValueError, match="width H = 8"):
+        linear_attention(q, k, v, features=performer_features(jax.random.key(0), 8, 64))
+
+
+# --- Differential.
+
+
+@pytest.mark.usefixtures("x64")
+def test_differential_attention_is_its_formula():
+    weight = np.linspace(0.1, 0.9, G)
+    value = RNG.normal(size=(B, S, 1, D))
+    out = differential_attention(QUERY, KEY, value, weight, mask=VISIBLE[:, :G])
+    for b, n in np.ndindex(B, G):
+        p = [
+            softmax_rows(QUERY[b, :, 2 * n + i] @ KEY[b, :, i].T / np.sqrt(H), VISIBLE[b, n])
+            for i in (0, 1)
+        ]
+        exact = (p[0] - weight[n] * p[1]) @ value[b, :, 0]
+        np.testing.assert_allclose(out[b, :, n], exact, rtol=1e-11, atol=1e-13)
+    assert not out[:, 1].any()
+
+
+def test_differential_weight():
+    one = np.ones(4, np.float32)
+    found = float(differential_weight(one, one, 0 * one, one, layer=2))
+    np.testing.assert_allclose(found, np.exp(4) - 1 + 0.8 - 0.6 * np.exp(-0.6), rtol=1e-6)
+
+
+# --- Latent.
+
+
+@pytest.fixture
+def latents():
+    rng = np.random.default_rng(0)
+    P, R = 2, 5
+    shapes = (B, T, N, H), (B, T, N, P), (B, T, R), (B, T, P), (R, N, H), (R, N, D)
     return [rng.normal(size=shape) for shape in shapes]
 
 
-@pytest.fixture
-def visible():
-    seen = np.random.default_rng(1).random((B, N, T, S)) < 0.6
-    seen[:, :, 1] = False  # a query that sees nothing
-    seen[0, :, :, 2] = False  # a key that nothing sees
-    return seen
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("form", [latent_attention, absorbed_latent_attention])
+def test_latent_attention_is_its_formula_in_both_forms(latents, form):
+    query, query_rotary, latent, key_rotary, key_up, value_up = latents
+    out = form(*latents, mask=masks.causal())
+    seen = np.tril(np.ones((T, T), bool))
+    for b, n in np.ndindex(B, N):
+        s = query[b, :, n] @ (latent[b] @ key_up[:, n]).T + query_rotary[b, :, n] @ key_rotary[b].T
+        exact = softmax_rows(s / np.sqrt(H + 2), seen) @ (latent[b] @ value_up[:, n])
+        np.testing.assert_allclose(out[b, :, n], exact, rtol=1e-11, atol=1e-13)
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("masked", [False, True])
-def test_additive_attention_is_its_formula(arrays, visible, masked):
-    out = additive_attention(*arrays, mask=visible if masked else None)
-    seen = visible if masked else np.ones_like(visible)
-    np.testing.assert_allclose(out, additive_oracle(*arrays, seen), rtol=1e-12, atol=1e-14)
+def test_decoding_from_cached_latents_equals_all_at_once(latents):
+    query, query_rotary, latent, key_rotary, *up = latents
+    whole = latent_attention(*latents, mask=masks.causal())
+    cache = np.zeros_like(latent), np.zeros_like(key_rotary)  # all that is kept of a token
+    for i in range(T):
+        cache[0][:, i], cache[1][:, i] = latent[:, i], key_rotary[:, i]
+        one = slice(i, i + 1)
+        out = absorbed_latent_attention(
+            query[:, one], query_rotary[:, one], *cache, *up, mask=masks.lengths(key=i + 1)
+        )
+        np.testing.assert_allclose(out, whole[:, one], rtol=1e-11, atol=1e-13)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_additive_attention_sums_in_float32_and_returns_the_dtype_of_the_query(arrays, dtype):
-    low = [jnp.asarray(x, dtype) for x in arrays]
-    out = additive_attention(*low)
-    assert out.dtype == dtype
-    exact = additive_oracle(*(np.asarray(x, np.float64) for x in low), np.ones((B, N, T, S), bool))
-    eps = float(jnp.finfo(dtype).eps)
-    assert np.abs(np.asarray(out, np.float64) - exact).max() <= 8 * eps * np.abs(exact).max()
+# --- Routing.
 
 
-def test_what_nothing_sees_may_hold_anything_and_gets_no_gradient(arrays, visible):
-    query, key, value, vector = (x.astype(np.float32) for x in arrays)
-    key[0, 2], value[0, 2] = np.nan, np.inf
-
-    def total(*x):
-        return additive_attention(*x, mask=visible).sum()
-
-    assert np.isfinite(total(query, key, value, vector))
-    gradients = jax.grad(total, argnums=(0, 1, 2, 3))(query, key, value, vector)
-    for gradient in gradients:
-        assert np.isfinite(gradient).all()
-    assert not gradients[0][:, 1].any()  # the query that sees nothing
-    assert not gradients[1][0, 2].any()
-    assert not gradients[2][0, 2].any()
-
-
-@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
-def test_gradients_are_those_of_finite_differences(arrays, visible):
-    def total(*x):
-        return (additive_attention(*x, mask=visible) ** 2).sum()
-
-    check_grads(total, arrays, order=1, modes=["fwd", "rev"])
-
-
-def test_vmap_equals_the_batch_axis_and_no_keys_give_0(arrays):
-    query, key, value, vector = (x.astype(np.float32) for x in arrays)
-    one = jax.vmap(additive_attention, in_axes=(0, 0, 0, None))(query, key, value, vector)
-    np.testing.assert_allclose(one, additive_attention(query, key, value, vector), rtol=1e-5)
-    assert not additive_attention(query, key[:, :0], value[:, :0], vector).any()
+def test_routing_is_causal_by_position_not_by_order():
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.normal(size=(B, 40, n, H)) for n in (N, K, K))
+    out = routing(q, k, v, mask=masks.causal())
+    before = np.tril(np.ones((40, 40), bool))
+    for b, n in np.ndindex(B, N):
+        of_q, of_k = (x @ CENTROIDS[n // G].T for x in (q[b, :, n], k[b, :, n // G]))
+        seen = before & (of_q.argmax(1)[:, None] == of_k.argmax(1)[None])
+        exact = softmax_rows(q[b, :, n] @ k[b, :, n // G].T / np.sqrt(H), seen) @ v[b, :, n // G]
+        np.testing.assert_allclose(out[b, :, n], exact, rtol=1e-11, atol=1e-13)
 
 
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ({1: np.zeros((B, S, N, H + 1), np.float32)}, "key must have shape"),
-        ({2: np.zeros((B, S + 1, N, D), np.float32)}, "value must have shape"),
-        ({3: np.zeros((N, H + 1), np.float32)}, "vector must have shape"),
-    ],
-)
-def test_shapes_that_do_not_fit_are_named(arrays, change, said):
-    arrays = [change.get(i, x.astype(np.float32)) for i, x in enumerate(arrays)]
-    with pytest.raises(ValueError, match=said):
-        additive_attention(*arrays)
+@pytest.mark.usefixtures("x64")
+def test_centroids_move_to_the_means_of_what_they_are_nearest_to():
+    moved = update_centroids(CENTROIDS, QUERY, KEY, decay=0.9, mask=PADDING)
+    for n in range(K):
+        means = []
+        for x in (QUERY[:, :, n * G : (n + 1) * G].reshape(-1, H), KEY[REAL][:, n]):
+            own = (x @ CENTROIDS[n].T).argmax(1)
+            means.append([x[own == c].mean(0) if (own == c).any() else None for c in range(3)])
+        for c in range(3):
+            found = [m[c] for m in means if m[c] is not None]
+            exact = 0.9 * CENTROIDS[n, c] + 0.1 * np.mean(found, 0) if found else CENTROIDS[n, c]
+            np.testing.assert_allclose(moved[n, c], exact, rtol=1e-11)
 
 
-def test_weights_sum_to_1(arrays):
-    query, key, _, vector = (x.astype(np.float32) for x in arrays)
-    weights = additive_weights(query, key, vector)
-    assert weights.shape == (B, N, T, S)
-    np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-6)
+def test_k_means_finds_clusters():
+    rng = np.random.default_rng(0)
+    true = np.eye(4)[:, None] * 5
+    x = (true[rng.integers(0, 4, 200)] + 0.1 * rng.normal(size=(200, 1, 4))).astype(np.float32)
+    centroids = np.eye(4, dtype=np.float32)[None] + 0.3
+    for _ in range(20):
+        centroids = update_centroids(centroids, x, x, decay=0.5)
+    np.testing.assert_allclose(centroids[0], 5 * np.eye(4), atol=0.1)
+
+
+# --- In modules.
+
+
+@pytest.mark.parametrize("name", mechanisms.NAMED)
+def test_named_mechanisms_take_the_place_of_attention(name):
+    from flax import nnx
+
+    from attention_jax.nn import MultiHeadAttention
+
+    mask = masks.causal() if name == "retention" else None
+    module = MultiHeadAttention(
+        8, num_heads=2, attention=mechanisms.NAMED[name], mask=mask, rngs=nnx.Rngs(0)
+    )
+    x = np.random.default_rng(0).normal(size=(2, 5, 8)).astype(np.float32)
+    assert np.isfinite(module(x)).all()
+    gradients = nnx.grad(lambda module: module(x).sum())(module)
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(gradients))
+
+
+def test_arguments_that_mean_nothing_are_taken():
+    x = np.ones((5, 2, 4), np.float32)
+    linear = mechanisms.NAMED["linear"]
+    assert linear(x, x, x, score=(), sinks=None, scale=None, dropout_rate=0.0).shape == x.shape
+
+
+def test_every_mechanism_names_its_source():
+    for name in mechanisms.__all__:
+        thing = getattr(mechanisms, name)
+        helpers = ("as_attention", "additive_weights", "clusters", "update_centroids")
+        if inspect.isfunction(thing) and name not in (*helpers, "differential_weight"):
+            lines = inspect.getdoc(thing)
+            assert "Source: " in lines or name == "absorbed_latent_attention", name

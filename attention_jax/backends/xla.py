@@ -37,8 +37,8 @@ class Logits(NamedTuple):
     value: jax.Array  # [S D], without hidden rows
 
 
-def logits(head: Head) -> Logits:
-    """``s = scale * q k^T -> scores -> mask``."""
+def scored(head: Head) -> tuple[jax.Array, jax.Array | None, jax.Array]:
+    """``s = scale * q k^T -> scores -> mask``: logits, which queries see, values that are seen."""
     dtype = accumulation_dtype(head.query.dtype)
     q, k, v = (x.astype(dtype) for x in head[:3])
     T, S = q.shape[0], k.shape[0]
@@ -53,10 +53,15 @@ def logits(head: Head) -> Logits:
     s = head.scale.astype(dtype) * product(q, k, 1, 1)
     s = apply_scores(s, scores, seen, head.b, head.n, 0, 0)
     v = seen_values(s, v, head.score)
+    return s, None if seen is None else seen.queries, v
 
-    sees = None if seen is None else seen.queries
+
+def logits(head: Head) -> Logits:
+    """The logits of ``scored``, less the largest of each row."""
+    s, sees, v = scored(head)
+    dtype = s.dtype
     m = s.max(axis=-1, initial=-jnp.inf)
-    if any(score.HIDES for score in head.score) or S == 0:
+    if any(score.HIDES for score in head.score) or s.shape[1] == 0:
         sees = m != -jnp.inf
     sink = None if head.sink is None else head.sink.astype(dtype)
     if sink is not None:

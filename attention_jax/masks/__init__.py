@@ -45,10 +45,12 @@ from attention_jax.masks.places import at_positions as at_positions
 from attention_jax.masks.spans import Chunked as Chunked
 from attention_jax.masks.spans import GlobalTokens as GlobalTokens
 from attention_jax.masks.spans import Lengths as Lengths
+from attention_jax.masks.spans import Padding as Padding
 from attention_jax.masks.spans import Segments as Segments
 from attention_jax.masks.spans import chunked as chunked
 from attention_jax.masks.spans import global_tokens as global_tokens
 from attention_jax.masks.spans import lengths as lengths
+from attention_jax.masks.spans import padding as padding
 from attention_jax.masks.spans import prefix as prefix
 from attention_jax.masks.spans import segments as segments
 
@@ -64,6 +66,7 @@ __all__ = [
     "lengths",
     "mask_fn",
     "neighborhood",
+    "padding",
     "prefix",
     "segments",
     "window",

@@ -142,6 +142,35 @@ def segments(
     return Segments(query_ids, key_ids)
 
 
+class Padding(Segments):
+    """One segment, and padding: said so, for what can hide padding and no other segments."""
+
+
+def padding(real: Bool[AnyArray, "*B S"], queries: int | None = None) -> Mask:
+    """Hides what is not real: as keys, and where queries and keys are the same, as both.
+
+    Args:
+      real: bool array ``[*B S]``, False for padding.
+      queries: how many other tokens see them (T); None: they see themselves.
+
+    >>> import numpy as np
+    >>> print(padding(np.array([True, True, False, True])))
+    ██·█
+    ██·█
+    ····
+    ██·█
+    >>> print(padding(np.array([True, True, False, True]), queries=2))
+    ██·█
+    ██·█
+    """
+    bool_array("real", real, 1)
+    ids = jnp.where(jnp.asarray(real), 0, -1).astype(jnp.int32)
+    if queries is None:
+        return Padding(ids, ids)
+    shape = (*ids.shape[:-1], int_at_least("queries", queries, 0))
+    return Padding(jnp.zeros(shape, jnp.int32), ids)
+
+
 class Chunked(Mask):
     """The same chunk of ``size`` positions."""
 

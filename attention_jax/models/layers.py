@@ -309,18 +309,8 @@ def _seen(window: int | None, causal: bool) -> Mask | None:
 
 
 def padding(real: Bool[AnyArray, "*B S"] | None, queries: int | None = None) -> Mask | None:
-    """Hides what is not real: as keys, and where queries and keys are the same, as both.
-
-    Args:
-      real: bool ``[*B S]``, False for padding.
-      queries: how many other tokens see them; default: they see themselves.
-    """
-    if real is None:
-        return None
-    ids = jnp.where(jnp.asarray(real), 0, -1).astype(jnp.int32)
-    if queries is None:
-        return masks.segments(ids)
-    return masks.segments(jnp.zeros((*ids.shape[:-1], queries), jnp.int32), ids)
+    """``masks.padding``, and no mask where all tokens are real."""
+    return None if real is None else masks.padding(real, queries)
 
 
 def both(a: Mask | None, b: Mask | None) -> Mask | None:

@@ -1,0 +1,100 @@
+"""Attention as the difference of two: what both attend to, noise, cancels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from attention_jax.arguments import check_types
+from attention_jax.attention import attention
+from attention_jax.axes import AnyArray, Output, accumulation_dtype
+
+
+def differential_attention(
+    query: Float[AnyArray, "*B T N2 H"],
+    key: Float[AnyArray, "*B S K2 H"],
+    value: Float[AnyArray, "*B S K D"],
+    weight: Any,
+    **options: Any,
+) -> Output:
+    """The difference of the attention of two neighbouring heads to the same values.
+
+    For each head ``n``, with ``softmax`` over keys and ``lambda`` the weight::
+
+        out = (softmax(scale * Q_2n K_2k^T) - lambda softmax(scale * Q_2n+1 K_2k+1^T)) V_k
+
+    on two calls of ``attention``. The paper normalises each head of the output afterwards (RMS, of
+    its own scale) and multiplies it by ``1 - initial`` of ``differential_weight``.
+
+    Args:
+      query: ``[*B T 2N H]``, heads in pairs.
+      key: ``[*B S 2K H]``, heads in pairs.
+      value: ``[*B S K D]``, in the paper of twice the width of a query.
+      weight: ``lambda``, a number or ``[N]``; see ``differential_weight``.
+      **options: of ``attention`` (mask, score, scale, implementation and so on); heads of masks
+        and scores are the ``N`` of the output.
+
+    Returns:
+      ``[*B T N D]`` in the query's dtype; 0 for a query that sees no key.
+
+    Raises:
+      TypeError, ValueError, NotImplementedError: as ``attention``; an odd number of heads.
+
+    >>> import numpy as np
+    >>> q, v = np.zeros((1, 2, 1), np.float32), np.float32([2, 4]).reshape(2, 1, 1)
+    >>> differential_attention(q, np.zeros((2, 2, 1), np.float32), v, 0.5).item()
+    1.5
+
+    Source: Ye et al. 2024, "Differential Transformer".
+    """
+    check_types({"query": query, "key": key, "value": value})
+    for name, x in (("query", query), ("key", key)):
+        if x.ndim < 3 or x.shape[-2] % 2:
+            raise ValueError(
+                f"{name} must have an even number of heads, two for each of the output, got shape "
+                f"{x.shape}"
+            )
+    if options.get("return_lse"):
+        raise NotImplementedError("return_lse: a difference of two softmaxes has no normaliser")
+    N = query.shape[-2] // 2
+    if jnp.shape(weight) not in ((), (N,)):
+        raise ValueError(f"weight must be a number or [N] = ({N},), got shape {jnp.shape(weight)}")
+    dtype = accumulation_dtype(query.dtype)
+    first, second = (
+        attention(query[..., i::2, :], key[..., i::2, :], value, **options).astype(dtype)
+        for i in (0, 1)
+    )
+    weight = jnp.broadcast_to(jnp.asarray(weight, dtype), (N,))[:, None]
+    return (first - weight * second).astype(query.dtype)
+
+
+def differential_weight(
+    query_1: Float[AnyArray, "... H"],
+    key_1: Float[AnyArray, "... H"],
+    query_2: Float[AnyArray, "... H"],
+    key_2: Float[AnyArray, "... H"],
+    *,
+    layer: int,
+) -> Float[Array, "..."]:
+    """``lambda = exp(q1 . k1) - exp(q2 . k2) + initial`` from four learned vectors.
+
+    ``initial = 0.8 - 0.6 exp(-0.3 layer)``, layers counted from 0.
+
+    Args:
+      query_1, key_1, query_2, key_2: ``[H]``, or ``[N H]`` for a weight per head.
+      layer: which layer of the model this is.
+
+    >>> import numpy as np
+    >>> zero = np.zeros(4, np.float32)
+    >>> round(float(differential_weight(zero, zero, zero, zero, layer=0)), 3)
+    0.2
+    """
+
+    def together(q: Any, k: Any) -> jax.Array:
+        return jnp.exp(jnp.sum(jnp.asarray(q) * jnp.asarray(k), axis=-1))
+
+    initial = 0.8 - 0.6 * jnp.exp(-0.3 * layer)
+    return together(query_1, key_1) - together(query_2, key_2) + initial

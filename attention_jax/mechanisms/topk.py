@@ -1,0 +1,64 @@
+"""Attention to the keys with the largest scores only."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from attention_jax.arguments import MaskLike, Scale, ScoreLike, checked
+from attention_jax.axes import Key, Output, Query, Value
+from attention_jax.backends.xla import exponentials, scored
+from attention_jax.lift import Head, over_heads_and_examples
+from attention_jax.masks.arguments import int_at_least
+from attention_jax.softmax import finite
+
+
+def topk_attention(
+    query: Query,
+    key: Key,
+    value: Value,
+    *,
+    k: int,
+    mask: MaskLike = None,
+    score: ScoreLike = (),
+    scale: Scale = None,
+) -> Output:
+    """Softmax attention over the ``k`` largest logits of each query.
+
+    With the logits ``s_ij`` of ``attention``, and ``top_i`` the keys of the ``k`` largest that the
+    query sees, of equal ones the first::
+
+        out_i = sum_{j in top_i} exp(s_ij) v_j / sum_{j in top_i} exp(s_ij)
+
+    Logits still take ``O(T S)`` time and memory; the rest is ``O(T k D)``.
+
+    Args:
+      query, key, value, mask, score, scale: as for ``attention``.
+      k: how many keys a query reads at most.
+
+    Returns:
+      ``[*B T N D]`` in the query's dtype; 0 for a query that sees no key.
+
+    Raises:
+      TypeError, ValueError: as ``attention``; ``k`` is no int of at least 1.
+
+    >>> import numpy as np
+    >>> q, key = np.ones((1, 1, 1), np.float32), np.float32([0, 9, 5]).reshape(3, 1, 1)
+    >>> topk_attention(q, key, key, k=1).item()
+    9.0
+
+    Source: Gupta et al. 2021, "Memory-efficient Transformers via Top-k Attention".
+    """
+    int_at_least("k", k, 1)
+    call, sizes = checked(query, key, value, mask=mask, score=score, scale=scale)
+
+    def head(one: Head) -> tuple[jax.Array]:
+        s, _, v = scored(one)
+        largest, top = jax.lax.top_k(s, min(k, s.shape[1]))  # [T k]
+        m = jax.lax.stop_gradient(finite(largest.max(axis=-1, initial=-jnp.inf)))
+        sees = (largest != -jnp.inf).any(axis=-1)
+        e, total, _ = exponentials(largest - m[:, None], None, sees)
+        return (jnp.einsum("tk,tkd->td", e / total[:, None], v[top]),)
+
+    (out,) = over_heads_and_examples(head, call, sizes, ("*B T N D",))
+    return out.astype(call.query.dtype)

@@ -1,0 +1,191 @@
+"""Mechanisms with a state: piece by piece, token by token, and their formulas in NumPy."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+from attention_jax import masks
+from attention_jax.mechanisms import (
+    delta_rule,
+    gated_linear_attention,
+    linear_attention,
+    retention,
+)
+
+B, T, K, G, H, D = 2, 150, 2, 2, 3, 5  # more than two pieces, and a part of one
+N = K * G
+CAUSAL = masks.causal()
+
+
+def arrays(T=T, dtype=np.float64):
+    rng = np.random.default_rng(0)
+    query, key, value = (
+        rng.normal(size=(B, T, n, w)).astype(dtype) for n, w in ((N, H), (K, H), (K, D))
+    )
+    key /= np.linalg.norm(key, axis=-1, keepdims=True)
+    gates = np.log(rng.uniform(0.5, 1, size=(B, T, K, H))).astype(dtype)
+    gates[0, T // 2] = -np.inf  # forgets all
+    beta = rng.uniform(0, 1, size=(B, T, K)).astype(dtype)
+    return query, key, value, gates, beta
+
+
+def run(name, *arrays, mask=CAUSAL, state=None, return_state=False):
+    return jitted(name, return_state)(*arrays, mask, state)
+
+
+@functools.cache
+def jitted(name, return_state):
+    def call(query, key, value, gates, beta, mask, state):
+        options = {"mask": mask, "state": state, "return_state": return_state}
+        if name == "linear":
+            return linear_attention(query, key, value, **options)
+        if name == "retention":
+            return retention(query, key, value, **options)
+        if name == "gated":
+            return gated_linear_attention(query, key, value, gates, **options)
+        if name == "scalar gates":
+            return gated_linear_attention(query, key, value, gates[..., :1], **options)
+        return delta_rule(query, key, value, beta, **options)
+
+    return jax.jit(call)
+
+
+NAMES = ["linear", "retention", "gated", "scalar gates", "delta"]
+every = pytest.mark.parametrize("name", NAMES)
+
+
+def oracle(name, query, key, value, gates, beta):
+    """Token by token, one head of one example at a time."""
+
+    def elu_plus_1(x):
+        return np.where(x > 0, x + 1, np.exp(np.minimum(x, 0)))
+
+    out = np.zeros((*query.shape[:3], D))
+    for b, n in np.ndindex(B, N):
+        g = n // G
+        matrix, total = np.zeros((H, D)), np.zeros(H)
+        for t in range(query.shape[1]):
+            q, k, v = query[b, t, n], key[b, t, g], value[b, t, g]
+            if name == "linear":
+                q, k = elu_plus_1(q), elu_plus_1(k)
+                total += k
+                matrix += np.outer(k, v)
+                out[b, t, n] = q @ matrix / (q @ total)
+                continue
+            if name == "retention":
+                matrix = (1 - 2.0 ** -(5 + 7 * g / (K - 1))) * matrix + np.outer(k, v)
+            elif name == "gated":
+                matrix = np.exp(gates[b, t, g])[:, None] * matrix + np.outer(k, v)
+            elif name == "scalar gates":
+                matrix = np.exp(gates[b, t, g, 0]) * matrix + np.outer(k, v)
+            else:
+                matrix = matrix + beta[b, t, g] * np.outer(k, v - matrix.T @ k)
+            out[b, t, n] = q @ matrix / np.sqrt(H)
+    return out
+
+
+@every
+@pytest.mark.usefixtures("x64")
+def test_it_is_its_formula_token_by_token(name):
+    found = run(name, *arrays())
+    np.testing.assert_allclose(found, oracle(name, *arrays()), rtol=1e-10, atol=1e-12)
+
+
+@every
+@pytest.mark.usefixtures("x64")
+def test_a_state_goes_on_where_the_tokens_before_ended(name):
+    """The steps of decoding equal the parallel form, however the sequence is cut."""
+    given = arrays(T=20)
+    whole, last = run(name, *given, return_state=True)
+    state, parts = None, []
+    for start, stop in ((0, 7), (7, 8), (8, 9), (9, 20)):
+        part = [x[:, start:stop] for x in given]
+        out, state = run(name, *part, state=state, return_state=True)
+        parts.append(out)
+    np.testing.assert_allclose(np.concatenate(parts, 1), whole, rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(state, last, rtol=1e-10, atol=1e-12)
+
+
+@every
+def test_padding_is_passed_over(name):
+    """As if the padding had not been there, whatever it holds."""
+    given = arrays(T=9, dtype=np.float32)
+    real = np.ones((B, 9), bool)
+    real[:, [2, 7]] = False
+    padded = [x.copy() for x in given]
+    for x in padded:
+        x[:, [2, 7]] = np.nan
+    mask = CAUSAL & masks.padding(real)
+    found, state = run(name, *padded, mask=mask, return_state=True)
+    without, same = run(name, *(x[:, real[0]] for x in given), return_state=True)
+    np.testing.assert_allclose(found[:, real[0]], without, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(state, same, rtol=1e-5, atol=1e-6)
+    assert not found[:, [2, 7]].any()
+
+    def total(*x):
+        return run(name, *x, mask=mask).sum()
+
+    for gradient in jax.grad(total, argnums=(0, 1, 2))(*padded):
+        assert np.isfinite(gradient).all()
+        assert not gradient[:, [2, 7]].any()
+
+
+@every
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_it_sums_in_float32(name, dtype):
+    low = [jnp.asarray(x, dtype) for x in arrays()]
+    found, state = run(name, *low, return_state=True)
+    assert found.dtype == dtype
+    assert state.dtype == "float32"
+    exact = oracle(name, *(np.asarray(x, np.float64) for x in low))
+    error = np.abs(np.asarray(found, np.float64) - exact).max()
+    assert error <= 32 * float(jnp.finfo(dtype).eps) * np.abs(exact).max()
+
+
+@every
+@pytest.mark.slow
+@pytest.mark.usefixtures("x64")
+def test_gradients_are_those_of_finite_differences(name):
+    query, key, value, gates, beta = arrays(T=70)
+    gates = np.maximum(gates, -3)
+
+    def total(*x):
+        return (run(name, *x) ** 2).sum()
+
+    check_grads(total, (query, key, value, gates, beta), order=1, modes=["fwd", "rev"])
+
+
+@every
+def test_no_tokens_leave_the_state(name):
+    given = arrays(T=5, dtype=np.float32)
+    _, state = run(name, *given, return_state=True)
+    out, same = run(name, *(x[:, :0] for x in given), state=state, return_state=True)
+    assert out.shape == (B, 0, N, D)
+    np.testing.assert_array_equal(state, same)
+
+
+@every
+def test_later_tokens_change_nothing_before(name):
+    given = arrays(dtype=np.float32)
+    changed = [np.concatenate([x[:, :100], x[:, 100:] / 3], axis=1) for x in given]
+    first, second = (run(name, *x)[:, :100] for x in (given, changed))
+    np.testing.assert_array_equal(first, second)
+
+
+def test_memory_is_linear():
+    """Of the backward pass too: no array of all pairs, nor a state for each token."""
+
+    def total(q, k, v, g):
+        return gated_linear_attention(q, k, v, g).sum()
+
+    def temporaries(T):
+        x, g = (jax.ShapeDtypeStruct((T, 1, w), "float32") for w in (16, 1))
+        compiled = jax.jit(jax.grad(total, argnums=(0, 1, 2, 3))).lower(x, x, x, g).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporaries(16_384) < 5 * temporaries(4096)
+    assert temporaries(16_384) < 16_384 * 16 * 4 * 40
