@@ -219,6 +219,12 @@ def _compare(arguments: Sequence[str]) -> int:
     return compare.main(parse(compare.Options, arguments, "compare"))
 
 
+def _walkthrough(arguments: Sequence[str]) -> int:
+    from experiments import walkthrough
+
+    return walkthrough.main(parse(walkthrough.Options, arguments, "walkthrough"))
+
+
 def _bench(arguments: Sequence[str]) -> int:
     from experiments import bench
 
@@ -235,6 +241,9 @@ VERBS = {
         "compare [--option ...]", "checks us and our peers against the float64 oracle", _compare
     ),
     "bench": Verb("bench [--option ...]", "measures time and memory", _bench),
+    "walkthrough": Verb(
+        "walkthrough", "prints self-attention by hand, number by number", _walkthrough
+    ),
 }
 
 

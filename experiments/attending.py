@@ -11,6 +11,7 @@ from flax import nnx
 
 from attention_jax import Mask, masks
 from attention_jax.attention import attention
+from attention_jax.mechanisms import NAMED
 from attention_jax.models import Layers, Relative
 from attention_jax.positions import Rotary
 from attention_jax.scores import Score
@@ -92,7 +93,18 @@ def attention_options(config: Config) -> dict[str, Any]:
     """``attention=`` and ``implementation=`` of a module, for ``--attention``."""
     if config.attention == FLAX:
         return {"attention": flax_attention}
+    if config.attention in NAMED:
+        return {"attention": NAMED[config.attention]}
     return {"attention": attention, "implementation": config.attention}
+
+
+def check_weights(config: Config) -> None:
+    """Raises unless attention has weights that can be shown: those of a softmax over keys."""
+    if config.attention in NAMED:
+        raise ValueError(
+            f"attention {config.attention} has no weights of a softmax over keys to look at: take "
+            f"a run without --attention"
+        )
 
 
 def flax_attention(

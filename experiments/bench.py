@@ -2,6 +2,7 @@
 
     python -m experiments bench                  # everything, about 12 minutes on 2 cores
     python -m experiments bench --only decode    # one section
+    python -m experiments bench --scaling        # how cost grows with length instead
 
 Contenders run in turns, so that whatever else the machine does hits all of them; figures are
 medians after warm-up. Ratios are what to compare: absolute figures differ between machines.
@@ -31,6 +32,7 @@ import attention_jax as aj
 from attention_jax.axes import check_query_key_value
 from attention_jax.backends import blockwise
 from attention_jax.lift import Call
+from experiments import scaling
 from experiments.bench_tables import Row, print_row, write
 from experiments.config import FLAX
 from experiments.contenders import (
@@ -83,8 +85,10 @@ class Options:
     """Timed runs of each contender, after two for warm-up."""
     flex: bool = True
     """Compile torch's flex_attention for the window rows (needs a C++ compiler)."""
+    scaling: bool = False
+    """Measure how time and memory grow with length instead."""
     out: pathlib.Path = pathlib.Path("runs/bench")
-    """Folder for bench.json, bench.md and bench.png."""
+    """Folder for bench.json, bench.md and bench.png; or scaling.json and scaling.png."""
 
 
 def compare(
@@ -347,6 +351,8 @@ TUNING = ("short", "blocks")
 
 
 def main(options: Options) -> int:
+    if options.scaling:
+        return scaling.main(options.out, max(3, options.repeats // 2))
     rows = []
     for name, section in SECTIONS.items():
         if options.only == name or (options.only is None and name not in TUNING):

@@ -7,6 +7,7 @@ import typing
 from typing import Any, Literal, TypeVar
 
 from attention_jax.backends import IMPLEMENTATIONS
+from attention_jax.mechanisms import NAMED
 
 FLAX = "flax"  # attention by flax.nnx.dot_product_attention in place of ours, to compare
 
@@ -52,7 +53,8 @@ class Config:
     synthetic: bool = False
     """Made-up data in place of the task's files, to see that all runs."""
     attention: str | None = None
-    """The implementation of attention, by name, or flax; None lets the library choose."""
+    """The implementation of attention, by name, or flax; or another mechanism, by name (linear,
+    performer, retention, inverted, slot, topk); None lets the library choose."""
 
     def __post_init__(self) -> None:
         positive = (
@@ -79,7 +81,7 @@ class Config:
                 f"batch_size must be a multiple of accumulate x devices, {parts}, got "
                 f"{self.batch_size}"
             )
-        known = (*IMPLEMENTATIONS, FLAX)
+        known = (*IMPLEMENTATIONS, FLAX, *NAMED)
         if self.attention is not None and self.attention not in known:
             raise ValueError(f"attention must be one of {', '.join(known)}, got {self.attention}")
 
@@ -152,3 +154,12 @@ def heads_divide(config: Any, width: str) -> None:
     """Raises unless the option ``heads`` divides the one called ``width``."""
     if getattr(config, width) % config.heads:
         raise ValueError(f"heads must divide {width} {getattr(config, width)}, got {config.heads}")
+
+
+def softmax_only(config: Config) -> None:
+    """Raises if the option ``attention`` names a mechanism that is no softmax over keys."""
+    if config.attention in NAMED:
+        raise ValueError(
+            f"attention {config.attention} is for listops, shakespeare and the tasks that classify "
+            f"sentences: here attention must be one of {', '.join((*IMPLEMENTATIONS, FLAX))}"
+        )

@@ -49,12 +49,26 @@ TASKS: dict[str, Row] = {
         time="2 minutes on 2 CPU cores",
         score="test accuracy 80 %",
     ),
+    "relations": Row(
+        shows="how two nouns of a sentence are related",
+        data="SemEval-2010 task 8, 8,000 sentences to train and 2,717 to test, 19 classes",
+        models="naive_bayes, text_cnn, attention, attention_cnn",
+        time="10 minutes on 2 CPU cores",
+        score="not measured",
+    ),
     "shakespeare": Row(
         shows="the next character: counts, recurrence, attention",
         data="tiny_shakespeare, 1.1 million characters",
         models="ngram, gru, gru_attention, transformer",
         time="10 minutes on 2 CPU cores",
         score="1.6 nats per character",
+    ),
+    "listops": Row(
+        shows="nested lists of digits: how far information travels, also by linear attention",
+        data="made here, expressions of 32 to 512 tokens",
+        models="gru, transformer, window, linear",
+        time="10 minutes on 2 CPU cores",
+        score="not measured",
     ),
     "multi30k": Row(
         shows="translation, German to English: recurrence, additive attention, attention alone",

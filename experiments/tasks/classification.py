@@ -13,11 +13,13 @@ import numpy as np
 from flax import nnx
 
 from attention_jax.nn import record_weights
-from experiments import sentences, text, train
+from experiments import attending, sentences, text, train
 from experiments.attending import TextConfig
 from experiments.config import at_least_1, below_1
 from experiments.logits import cross_entropy, logits, scores
 from experiments.look import View
+
+Score = Callable[[np.ndarray, np.ndarray], train.Metrics]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,10 +176,12 @@ def predict(model: Any, rows: list[list[int]], size: int = 128) -> np.ndarray:
     return np.asarray(jax.nn.log_softmax(np.stack([found[i] for i in range(len(rows))])))
 
 
-def evaluate(config: Config, model: Any, data: Data, split: str) -> train.Metrics:
-    """Accuracy and mean cross-entropy, over every sentence once."""
+def evaluate(
+    config: Config, model: Any, data: Data, split: str, score: Score = scores
+) -> train.Metrics:
+    """Accuracy and mean cross-entropy, or another score, over every sentence once."""
     rows, _, labels, _ = data.splits[split]
-    return scores(predict(model, rows), labels)
+    return score(predict(model, rows), labels)
 
 
 def encode(config: Config, data: Data, sentence: str) -> list[int]:
@@ -215,6 +219,7 @@ def look(config: Config, model: Any, data: Data, sentence: str | None) -> list[V
     """The encoder's attention in one sentence."""
     if not isinstance(model, sentences.SelfAttention):
         raise ValueError(f"model {config.model} has no attention to look at: take attention")
+    attending.check_weights(config)
     sentence = data.splits["test"].texts[0] if sentence is None else sentence
     row = encode(config, data, sentence)
     _, weights = record_weights(model, np.array([row], np.int32))
@@ -227,8 +232,11 @@ def task(
     classes: tuple[str, ...],
     read: Callable[[], dict[str, Labelled]],
     presets: Mapping[str, Config],
+    *,
+    score: Score = scores,
+    metric: str = "accuracy",
 ) -> train.Task[Config, Data]:
-    """The task of this name."""
+    """The task of this name; ``score`` is of logits ``[n C]`` and labels, ``metric`` one of its."""
     return train.Task(
         name=name,
         presets=presets,
@@ -236,8 +244,8 @@ def task(
         init=init,
         batches=batches,
         loss=loss,
-        evaluate=evaluate,
-        metric="accuracy",
+        evaluate=functools.partial(evaluate, score=score),
+        metric=metric,
         larger=True,
         unit="sentences",
         sample=sample,

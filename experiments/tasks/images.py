@@ -51,6 +51,7 @@ class Config(configs.Config):
         configs.at_least_1(self, "patch", "width", "heads", "depth", "filters")
         configs.heads_divide(self, "width")
         configs.below_1(self, "dropout")
+        configs.softmax_only(self)  # whose weights the picture shows
         if self.shift < 0:
             raise ValueError(f"shift must be at least 0, got {self.shift}")
 

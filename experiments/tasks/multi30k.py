@@ -31,7 +31,7 @@ from attention_jax.models import EncoderDecoder, EncoderDecoderConfig, generate
 from attention_jax.nn import record_weights
 from experiments import attending, text, train
 from experiments.attending import TextConfig
-from experiments.config import at_least_1
+from experiments.config import at_least_1, softmax_only
 from experiments.data import lines
 from experiments.logits import cross_entropy
 from experiments.look import View
@@ -57,6 +57,7 @@ class Config(TextConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least_1(self, "hidden")
+        softmax_only(self)  # what is decoded from a cache
         if self.vocabulary < 300:
             raise ValueError(f"vocabulary must be at least 300, got {self.vocabulary}")
         if not 2 <= self.longest <= self.reads:
@@ -65,13 +66,14 @@ class Config(TextConfig):
 
 PRESETS = {
     "cpu": Config(
-        steps=2000,
-        batch_size=64,
-        learning_rate=2e-3,
+        steps=3200,
+        batch_size=32,
+        learning_rate=3e-3,
         label_smoothing=0.1,
-        width=192,
+        width=128,
         depth=2,
-        evaluations=4,
+        vocabulary=3000,
+        evaluations=2,
         ema=0.99,
         minutes=10,
     ),
@@ -318,6 +320,7 @@ def look(config: Config, model: Any, data: Data, sentence: str | None) -> list[V
     """The attention of a source, of its translation, and of the translation to the source."""
     if config.model == "gru":
         raise ValueError("model gru has no attention to look at: take gru_attention or transformer")
+    attending.check_weights(config)
     source = data.splits["test"].sources[0] if sentence is None else sentence
     row = encode(config, data, source)
     target = [START, *translate(model, data, [row], size=1)[0]]
