@@ -13,7 +13,16 @@ from attention_jax.nn import record_weights
 from experiments import attending, data, sentences, text
 from experiments.attending import TextConfig
 from experiments.seq2seq import Seq2Seq, greedy
-from experiments.tasks import classification, digits, fashion, images, load, multi30k, shakespeare
+from experiments.tasks import (
+    classification,
+    digits,
+    fashion,
+    images,
+    load,
+    multi30k,
+    relations,
+    shakespeare,
+)
 
 needs_files = pytest.mark.skipif(
     data.VARIABLE not in os.environ, reason=f"{data.VARIABLE} names no folder of data sets"
@@ -171,7 +180,80 @@ def test_every_sentence_is_scored_exactly_once():
     assert scores["accuracy"] == pytest.approx(np.mean(split.labels == 0))
 
 
+# --- Relations.
+
+
+def test_marked_nouns_and_relations_are_read():
+    written = (
+        '1\t"The <e1>fire</e1>, so they say, was no <e2>spark</e2>."\r\n'
+        "Cause-Effect(e2,e1)\r\nComment: none\r\n\r\n"
+        '2\t"A <e1>b</e1> <e2>c</e2>"\r\nOther\r\nComment:\r\n'
+    )
+    found = relations.parsed(written)
+    assert found.texts == [
+        "the <e1> fire </e1> , so they say , was no <e2> spark </e2> .",
+        "a <e1> b </e1> <e2> c </e2>",
+    ]
+    assert [relations.CLASSES[i] for i in found.labels] == ["Cause-Effect(e2,e1)", "Other"]
+
+
+def test_the_official_score_needs_the_direction_and_leaves_other_out():
+    cause, back, topic = "Cause-Effect(e1,e2)", "Cause-Effect(e2,e1)", "Message-Topic(e1,e2)"
+    names = [cause, cause, cause, topic, "Other", "Other"]
+    guessed = [cause, back, "Other", topic, cause, "Other"]
+    labels, guesses = (
+        np.array([relations.CLASSES.index(x) for x in some]) for some in (names, guessed)
+    )
+    # Cause-Effect: 1 right of 3 guessed and of 3; Message-Topic: all; seven others: none.
+    assert relations.macro_f1(guesses, labels) == pytest.approx((1 / 3 + 1) / 9)
+
+
+@needs_files
+def test_relations_are_all_read():
+    found = relations.read()
+    assert {name: len(split.labels) for name, split in found.items()} == {
+        "train": 7200,
+        "validation": 800,
+        "test": 2717,
+    }
+    for split in found.values():
+        assert all(mark in t for t in split.texts for mark in ("<e1>", "</e1>", "<e2>", "</e2>"))
+
+
 # --- Options of attention.
+
+
+@pytest.mark.parametrize("attention", ["linear", "performer", "retention", "topk"])
+def test_mechanisms_by_name_see_no_future(attention):
+    config = dataclasses.replace(shakespeare.PRESETS["smoke"], attention=attention)
+    found = shakespeare.data(config)
+    model = shakespeare.init(config, found, nnx.Rngs(0))
+    model.eval()
+    tokens = found.bytes[None, :16]
+    other = tokens.copy()
+    other[0, -1] += 1
+    np.testing.assert_allclose(model(tokens)[:, :-1], model(other)[:, :-1], atol=1e-6)
+    plain = shakespeare.init(shakespeare.PRESETS["smoke"], found, nnx.Rngs(0))
+    assert float(jnp.abs(model(tokens) - plain(tokens)).max()) > 1e-4
+    with pytest.raises(ValueError, match=f"attention {attention} has no weights"):
+        shakespeare.look(config, model, found, None)
+
+
+@pytest.mark.slow
+def test_a_mechanism_without_a_cache_writes_on_character_by_character():
+    config = dataclasses.replace(shakespeare.PRESETS["smoke"], attention="linear")
+    found = shakespeare.data(config)
+    model = shakespeare.init(config, found, nnx.Rngs(0))
+    model.eval()
+    assert shakespeare.sample(config, model, found, "scene", length=3).startswith("scene")
+
+
+def test_mechanisms_are_refused_where_weights_or_caches_are_needed():
+    for task in (digits, multi30k):
+        with pytest.raises(ValueError, match="attention linear is for listops"):
+            dataclasses.replace(task.PRESETS["smoke"], attention="linear")
+    with pytest.raises(ValueError, match=r"attention must be one of .*linear.*got fast"):
+        TextConfig(attention="fast")
 
 
 @pytest.mark.slow

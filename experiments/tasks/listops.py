@@ -32,11 +32,13 @@ import numpy as np
 from flax import nnx
 
 from attention_jax.models import Encoder, EncoderConfig
+from attention_jax.nn import record_weights
 from attention_jax.nn.linear import Linear
 from experiments import attending, text, train
 from experiments.attending import TextConfig
 from experiments.config import at_least_1
 from experiments.logits import cross_entropy, logits, scores
+from experiments.look import View
 from experiments.recurrent import GRU, last_state
 from experiments.text import PAD
 
@@ -327,26 +329,54 @@ def evaluate(config: Config, model: Any, data: Data, split: str) -> train.Metric
     return scores(predict(config, model, rows), labels)
 
 
+def encode(config: Config, given: str) -> list[int]:
+    """An expression as numbers.
+
+    Raises:
+      ValueError: it is none, or longer than the model reads.
+    """
+    evaluated(text.check(given).split())
+    row = WORDS.encode(given)
+    if len(row) > config.longest:
+        raise ValueError(
+            f"text has {len(row)} tokens, the model reads {config.longest} (longest): give less"
+        )
+    return row
+
+
+def shortest(data: Data, n: int) -> Examples:
+    """The shortest expressions of the test split."""
+    split = data.splits["test"]
+    chosen = np.argsort([len(row) for row in split.rows], kind="stable")[:n]
+    return Examples([split.rows[i] for i in chosen], split.labels[chosen])
+
+
 def sample(config: Config, model: Any, data: Data, given: str | None) -> str:
     """What the model takes an expression for; without one, five short ones of the test split."""
     if given is not None:
-        words = text.check(given).split()
-        right = [evaluated(words)]
-        rows = [WORDS.encode(" ".join(words))]
-        if len(rows[0]) > config.longest:
-            raise ValueError(
-                f"text has {len(rows[0])} tokens, the model reads {config.longest} (longest): give "
-                f"less"
-            )
+        rows = [encode(config, given)]
+        right = [evaluated(given.split())]
     else:
-        split = data.splits["test"]
-        chosen = np.argsort([len(row) for row in split.rows], kind="stable")[:5]
-        rows, right = [split.rows[i] for i in chosen], split.labels[chosen].tolist()
+        rows, labels = shortest(data, 5)
+        right = labels.tolist()
     guesses = predict(config, model, rows).argmax(axis=1)
     return "\n".join(
         f"{WORDS.decode(row)}\n    {guess} {'right' if guess == label else f'wrong, it is {label}'}"
         for row, guess, label in zip(rows, guesses, right, strict=True)
     )
+
+
+def look(config: Config, model: Any, data: Data, given: str | None) -> list[View]:
+    """The encoder's attention over an expression, or over the shortest of the test split."""
+    if config.model not in ("transformer", "window"):
+        raise ValueError(
+            f"model {config.model} has no attention to look at: take transformer or window"
+        )
+    attending.check_weights(config)
+    row = shortest(data, 1).rows[0] if given is None else encode(config, given)
+    _, weights = record_weights(model, np.array([row], np.int32))
+    tokens = [WORDS.words[i] for i in row]
+    return [View("encoder", tokens, tokens, np.stack([np.asarray(w[0]) for w in weights.values()]))]
 
 
 TASK = train.Task(
@@ -361,4 +391,5 @@ TASK = train.Task(
     larger=True,
     unit="expressions",
     sample=sample,
+    look=look,
 )
