@@ -39,7 +39,7 @@ FIELDS = (
 )
 
 # How scores are written; others with 3 decimals.
-PERCENT, ONE_DECIMAL = ("accuracy", "macro_f1"), ("bleu",)
+PERCENT, ONE_DECIMAL = ("accuracy", "macro_f1", "f1", "precision", "recall"), ("bleu",)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -56,6 +56,13 @@ TASKS: dict[str, Row] = {
         time="10 minutes on 2 CPU cores",
         score="not measured",
     ),
+    "ner": Row(
+        shows="names in text, as a tag for each word",
+        data="NCBI diseases, 5,424 sentences to train and 940 to test; WNUT 2017, 3,394 and 1,287",
+        models="most_frequent, gru, transformer",
+        time="10 minutes on 2 CPU cores",
+        score="not measured",
+    ),
     "shakespeare": Row(
         shows="the next character: counts, recurrence, attention",
         data="tiny_shakespeare, 1.1 million characters",

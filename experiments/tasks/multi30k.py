@@ -3,12 +3,14 @@
 ::
 
     python -m experiments train multi30k                          # a Transformer
+    python -m experiments train multi30k --steps 9600 --minutes 30
     python -m experiments train multi30k --model gru              # no attention
     python -m experiments sample runs/multi30k/transformer-cpu-seed0 --text "Ein Hund rennt."
 
 The ladder: ``gru`` (one vector between encoder and decoder, Cho 2014), ``gru_attention`` (additive
 attention, Bahdanau 2015), ``transformer``. All decode greedily. Subwords are byte-level BPE of both
-languages together, trained on the training split; case and punctuation are kept.
+languages together, trained on the training split; case and punctuation are kept. The records of
+``gru`` and ``gru_attention`` are with ``--width 256 --learning-rate 2e-3 --steps 2400``.
 
 Data: Multi30k, task 1, D. Elliott et al. 2016, "Multi30K: Multilingual English-German Image
 Descriptions": 29,000 pairs to train, 1,014 to validate, test_2016_flickr to test, 1,000. No licence

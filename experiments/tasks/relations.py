@@ -13,8 +13,9 @@ models.
 
 Data: SemEval-2010 task 8, I. Hendrickx et al. 2010, "Multi-Way Classification of Semantic Relations
 Between Pairs of Nominals": 8,000 sentences, of which a fixed tenth, stratified by relation, is held
-out to validate, and 2,717 to test; nine relations, each in two directions, and Other. CC BY 3.0. The score
-is the official one, the mean of the nine F1s with direction, here ``macro_f1``. In lower case.
+out to validate, and 2,717 to test; nine relations, each in two directions, and Other. CC BY 3.0.
+The score is the official one, the mean of the nine F1s with direction, here ``macro_f1``. In lower
+case.
 """
 
 from __future__ import annotations

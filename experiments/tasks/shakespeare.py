@@ -8,7 +8,9 @@
     python -m experiments sample runs/shakespeare/transformer-cpu-seed0 --text "ROMEO:"
 
 The ladder: ``ngram`` (Witten-Bell, interpolated), ``gru``, ``gru_attention`` (its states attend to
-those before them), ``transformer``. Text is bytes, all of them ASCII: a token is a character.
+those before them), ``transformer``. Text is bytes, all of them ASCII: a token is a character. What
+reads character by character is faster in wider and shorter batches: the records of ``gru`` and
+``gru_attention`` are with ``--batch-size 32 --context 128 --weight-decay 0.05 --steps 1400``.
 
 Data: tiny_shakespeare, 1,115,394 characters from A. Karpathy's char-rnn (the repository is MIT, the
 plays are in the public domain). The last tenth is the test split, as is usual; the twentieth before

@@ -1,0 +1,108 @@
+"""Spans from tags, and the tagger's data and predictions."""
+
+import dataclasses
+import os
+
+import numpy as np
+import pytest
+from flax import nnx
+
+from experiments import data as files
+from experiments import spans
+from experiments.tasks import ner
+
+CONFIG = ner.PRESETS["smoke"]
+
+
+@pytest.fixture(scope="module")
+def found():
+    return ner.data(CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("tags", "expected", "repaired"),
+    [
+        ("O O", [], 0),
+        ("B-x B-x I-x", [("x", 0, 1), ("x", 1, 3)], 0),
+        ("I-x I-x O I-y", [("x", 0, 2), ("y", 3, 4)], 2),
+        ("B-x I-y", [("x", 0, 1), ("y", 1, 2)], 1),
+        ("B-x I-x", [("x", 0, 2)], 0),
+    ],
+)
+def test_spans_and_the_rule_of_repair(tags, expected, repaired):
+    got, broken = spans.spans(tags.split())
+    assert [tuple(span) for span in got] == expected
+    assert broken == repaired
+
+
+def random_tags(rng, n):
+    return [
+        [str(t) for t in rng.choice(["O", "B-x", "I-x", "B-y", "I-y"], size=9)] for _ in range(n)
+    ]
+
+
+def test_the_score_is_that_of_seqeval():
+    metrics = pytest.importorskip("seqeval.metrics")
+    rng = np.random.default_rng(0)
+    right, guessed = random_tags(rng, 200), random_tags(rng, 200)
+    ours = spans.agreement(right, guessed)
+    assert ours.f1 == pytest.approx(metrics.f1_score(right, guessed))
+    assert ours.precision == pytest.approx(metrics.precision_score(right, guessed))
+    assert ours.recall == pytest.approx(metrics.recall_score(right, guessed))
+
+
+def test_the_score_by_hand():
+    right = [["B-x", "I-x", "O", "B-y"], ["O", "B-x"]]
+    guessed = [["B-x", "I-x", "B-y", "O"], ["O", "I-x"]]
+    found = spans.agreement(right, guessed)
+    assert found == (2 / 3, 2 / 3, pytest.approx(2 / 3), 1)
+    assert spans.agreement([["O"]], [["O"]]).f1 == 0
+    with pytest.raises(ValueError, match="guessed has 1 tags for a sentence of 2"):
+        spans.agreement([["O", "O"]], [["O"]])
+
+
+def test_lines_that_are_no_tags_are_named():
+    assert ner.parsed(["a\tO", "", "", "b\tB-x"]) == [(["a"], ["O"]), (["b"], ["B-x"])]
+    with pytest.raises(ValueError, match="line 2 must be a word, a tab and a BIO tag, got 'b'"):
+        ner.parsed(["a\tO", "b"])
+
+
+def test_letters_are_bytes_and_of_long_words_both_ends():
+    array = ner.letters([["ab", "x" * 30 + "yz"]], 3)
+    assert array[0, 0].tolist() == [ord("a") + 1, ord("b") + 1, *[0] * 14]
+    assert array[0, 1].tolist()[-2:] == [ord("y") + 1, ord("z") + 1]
+    assert not array[0, 2].any()
+
+
+def test_the_most_frequent_tag(found):
+    model = ner.MostFrequent(found.splits["train"])
+    assert model.tag(["w3", "neverseen"]) == ["O", "O"]
+    scores = ner.evaluate(CONFIG, model, found, "train")
+    assert scores["f1"] > 0.9  # names are only names there
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["gru", "transformer"])
+def test_every_word_has_a_tag_whatever_is_beside_it(found, model, monkeypatch):
+    config = dataclasses.replace(CONFIG, model=model)
+    rung = ner.init(config, found, nnx.Rngs(0))
+    rung.eval()
+    sentences = [["w1", "X5", "y7"], ["w2"], [f"w{i}" for i in range(20)]]
+    tags = ner.tag(rung, found, sentences, size=2)
+    assert [len(row) for row in tags] == [3, 1, 20]
+    assert tags[0] == ner.tag(rung, found, sentences[:1], size=4)[0]
+    monkeypatch.setattr(ner, "BUCKETS", (8,))  # longer sentences are read in parts
+    assert [len(row) for row in ner.tag(rung, found, sentences)] == [3, 1, 20]
+
+
+@pytest.mark.skipif(files.VARIABLE not in os.environ, reason=f"{files.VARIABLE} names no folder")
+@pytest.mark.parametrize(
+    ("corpus", "sizes", "tags"), [("ncbi", (5424, 923, 940), 3), ("wnut17", (3394, 1009, 1287), 13)]
+)
+def test_corpora_are_all_read(corpus, sizes, tags):
+    found = ner.data(dataclasses.replace(ner.PRESETS["cpu"], corpus=corpus))
+    assert tuple(len(s.sentences) for s in found.splits.values()) == sizes
+    assert len(found.tags) == tags
+    for split in found.splits.values():
+        for sentence, words, numbers in zip(*split, strict=True):
+            assert len(sentence.words) == len(words) == len(numbers)
