@@ -38,6 +38,17 @@ def finite(m: jax.Array) -> jax.Array:
     return jnp.where(m == -jnp.inf, jnp.zeros_like(m), m)
 
 
+def rows(s: Float[Array, "t s"]) -> Float[Array, "t s"]:
+    """The softmax of each row whole, 0 where all of it is ``-inf``.
+
+    >>> rows(jnp.array([[0.0, 0.0, -jnp.inf], [-jnp.inf] * 3])).tolist()
+    [[0.5, 0.5, 0.0], [0.0, 0.0, 0.0]]
+    """
+    e = jnp.exp(s - jax.lax.stop_gradient(finite(s.max(axis=-1, initial=-jnp.inf)))[:, None])
+    total = e.sum(axis=-1)
+    return e / (total + (total == 0).astype(s.dtype))[:, None]
+
+
 def update(
     state: State,
     logits: Float[Array, "t s"],

@@ -14,7 +14,7 @@ import base64
 import html
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,6 +38,11 @@ class View(NamedTuple):
     """Probabilities, ``[layers heads T S]``."""
     note: str = ""
     """What else a reader should know."""
+
+
+def self_attention(title: str, tokens: Sequence[str], weights: Mapping[str, Any]) -> list[View]:
+    """Of tokens to each other, in all layers, as ``record_weights`` found for one example."""
+    return [View(title, tokens, tokens, np.stack([np.asarray(w[0]) for w in weights.values()]))]
 
 
 def page(heading: str, said: str, views: Sequence[View]) -> str:

@@ -8,9 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from attention_jax import softmax
 from attention_jax.axes import AnyArray, accumulation_dtype
-from attention_jax.backends.xla import exponentials
-from attention_jax.softmax import finite
 
 
 def additive_attention(
@@ -93,9 +92,7 @@ def additive_weights(
         """``q [T H]``, ``k [S H]``, ``v [H]``, ``visible [T S]``."""
         k = jnp.where(visible.any(axis=0)[:, None], k, 0)
         logits = jnp.where(visible, jnp.tanh(q[:, None] + k) @ v, -jnp.inf)
-        highest = jax.lax.stop_gradient(finite(logits.max(axis=-1, initial=-jnp.inf)))
-        e, total, _ = exponentials(logits - highest[:, None], None, visible.any(axis=-1))
-        return e / total[:, None]
+        return softmax.rows(logits)
 
     lifted = jax.vmap(one_head, in_axes=(-2, -2, 0, 0))
     for _ in batch:

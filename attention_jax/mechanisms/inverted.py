@@ -7,12 +7,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from attention_jax import softmax
 from attention_jax.arguments import MaskLike, Scale, ScoreLike, checked
 from attention_jax.axes import Key, Output, Query, Value
-from attention_jax.backends.xla import exponentials, scored
+from attention_jax.backends.xla import scored
 from attention_jax.lift import Head, over_heads_and_examples
-from attention_jax.softmax import finite
-from attention_jax.tiles import product, rows_or_zero
+from attention_jax.tiles import product
 
 
 def inverted_attention(
@@ -92,9 +92,9 @@ def slot_attention(
 
 def _log_shares(s: jax.Array) -> jax.Array:
     """``log A = s_ij - log sum_i' exp s_i'j``, ``-inf`` where hidden."""
-    m = jax.lax.stop_gradient(finite(s.max(axis=0, initial=-jnp.inf)))
-    _, total, _ = exponentials((s - m).T, None, (s != -jnp.inf).any(axis=0))
-    return s - m - jnp.log(total)
+    m = jax.lax.stop_gradient(softmax.finite(s.max(axis=0, initial=-jnp.inf)))
+    total = jnp.exp(s - m).sum(axis=0)
+    return s - m - jnp.log(total + (total == 0).astype(s.dtype))
 
 
 def _inverted(head: Head) -> tuple[jax.Array]:
@@ -104,11 +104,7 @@ def _inverted(head: Head) -> tuple[jax.Array]:
 
 def _slots(head: Head) -> tuple[jax.Array]:
     s, _, v = scored(head)
-    s = _log_shares(s)
-    sees = (s != -jnp.inf).any(axis=1)
-    m = jax.lax.stop_gradient(finite(s.max(axis=1, initial=-jnp.inf)))
-    e, total, _ = exponentials(s - m[:, None], None, sees)
-    return (rows_or_zero(sees, product(e, v, 1, 0) / total[:, None]),)
+    return (product(softmax.rows(_log_shares(s)), v, 1, 0),)
 
 
 def _run(head: Any, query: Any, key: Any, value: Any, **options: Any) -> jax.Array:

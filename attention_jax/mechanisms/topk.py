@@ -5,12 +5,12 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from attention_jax import softmax
 from attention_jax.arguments import MaskLike, Scale, ScoreLike, checked
 from attention_jax.axes import Key, Output, Query, Value
-from attention_jax.backends.xla import exponentials, scored
+from attention_jax.backends.xla import scored
 from attention_jax.lift import Head, over_heads_and_examples
 from attention_jax.masks.arguments import int_at_least
-from attention_jax.softmax import finite
 
 
 def topk_attention(
@@ -55,10 +55,7 @@ def topk_attention(
     def head(one: Head) -> tuple[jax.Array]:
         s, _, v = scored(one)
         largest, top = jax.lax.top_k(s, min(k, s.shape[1]))  # [T k]
-        m = jax.lax.stop_gradient(finite(largest.max(axis=-1, initial=-jnp.inf)))
-        sees = (largest != -jnp.inf).any(axis=-1)
-        e, total, _ = exponentials(largest - m[:, None], None, sees)
-        return (jnp.einsum("tk,tkd->td", e / total[:, None], v[top]),)
+        return (jnp.einsum("tk,tkd->td", softmax.rows(largest), v[top]),)
 
     (out,) = over_heads_and_examples(head, call, sizes, ("*B T N D",))
     return out.astype(call.query.dtype)

@@ -17,7 +17,7 @@ from experiments import attending, sentences, text, train
 from experiments.attending import TextConfig
 from experiments.config import at_least_1, below_1
 from experiments.logits import cross_entropy, logits, scores
-from experiments.look import View
+from experiments.look import View, self_attention
 
 Score = Callable[[np.ndarray, np.ndarray], train.Metrics]
 
@@ -224,7 +224,7 @@ def look(config: Config, model: Any, data: Data, sentence: str | None) -> list[V
     row = encode(config, data, sentence)
     _, weights = record_weights(model, np.array([row], np.int32))
     tokens = sentence.split()
-    return [View("encoder", tokens, tokens, np.stack([np.asarray(w[0]) for w in weights.values()]))]
+    return self_attention("encoder", tokens, weights)
 
 
 def task(

@@ -38,7 +38,7 @@ from experiments import attending, text, train
 from experiments.attending import TextConfig
 from experiments.config import at_least_1
 from experiments.logits import cross_entropy, logits, scores
-from experiments.look import View
+from experiments.look import View, self_attention
 from experiments.recurrent import GRU, last_state
 from experiments.text import PAD
 
@@ -376,7 +376,7 @@ def look(config: Config, model: Any, data: Data, given: str | None) -> list[View
     row = shortest(data, 1).rows[0] if given is None else encode(config, given)
     _, weights = record_weights(model, np.array([row], np.int32))
     tokens = [WORDS.words[i] for i in row]
-    return [View("encoder", tokens, tokens, np.stack([np.asarray(w[0]) for w in weights.values()]))]
+    return self_attention("encoder", tokens, weights)
 
 
 TASK = train.Task(

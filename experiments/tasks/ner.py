@@ -39,7 +39,7 @@ from experiments.attending import TextConfig
 from experiments.config import at_least_1, below_1
 from experiments.data import lines
 from experiments.logits import cross_entropy, logits
-from experiments.look import View
+from experiments.look import View, self_attention
 from experiments.recurrent import GRU
 from experiments.sentences import WordDropout
 from experiments.spans import Agreement, agreement, spans
@@ -423,7 +423,7 @@ def look(config: Config, model: Any, data: Data, given: str | None) -> list[View
     rows = data.vocabulary.encode_all([shapes(words)])
     inputs = np.array(rows, np.int32), letters([words], len(words))
     _, weights = record_weights(model, inputs)
-    return [View("encoder", words, words, np.stack([np.asarray(w[0]) for w in weights.values()]))]
+    return self_attention("encoder", words, weights)
 
 
 TASK = train.Task(

@@ -39,7 +39,7 @@ from experiments.attending import TextConfig
 from experiments.config import at_least_1, heads_divide
 from experiments.data import path
 from experiments.logits import cross_entropy, logits
-from experiments.look import View
+from experiments.look import View, self_attention
 from experiments.ngrams import BYTES, NGrams
 from experiments.recurrent import GRU
 
@@ -298,7 +298,7 @@ def look(config: Config, model: Any, data: Data, given: str | None) -> list[View
     tokens = tokens if given is None else prompt_of(config, given)
     _, weights = record_weights(model, tokens[None])
     shown = [chr(x) for x in tokens]
-    return [View("decoder", shown, shown, np.stack([np.asarray(w[0]) for w in weights.values()]))]
+    return self_attention("decoder", shown, weights)
 
 
 TASK = train.Task(
