@@ -117,7 +117,7 @@ def test_every_rung_trains_is_scored_again_read_and_looked_at(name, model, tmp_p
         assert "has no examples to read" in capsys.readouterr().err
     code = run("look", folder)
     said = capsys.readouterr()
-    attends = "attention" in model or model in ("transformer", "window")
+    attends = "attention" in model or model in ("transformer", "window") or name == "vqa"
     if task.look is not None and attends:
         assert code == 0
         page = (folder / "look.html").read_text()

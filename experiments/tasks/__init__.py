@@ -77,6 +77,13 @@ TASKS: dict[str, Row] = {
         time="10 minutes on 2 CPU cores",
         score="not measured",
     ),
+    "vqa": Row(
+        shows="questions about pictures: words and patches as tokens of one encoder",
+        data="made here, nine cells of coloured shapes and a question in words",
+        models="question, image, joint, cross",
+        time="10 minutes on 2 CPU cores",
+        score="not measured",
+    ),
     "multi30k": Row(
         shows="translation, German to English: recurrence, additive attention, attention alone",
         data="Multi30k, 29,000 descriptions of pictures and their translations",
