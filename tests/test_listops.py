@@ -57,6 +57,7 @@ def test_batches_are_new_each_time_and_the_same_from_any_step(found):
     assert not np.array_equal(first.labels, other.labels)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["gru", "transformer", "window", "linear"])
 def test_padding_changes_no_prediction(found, model):
     config = dataclasses.replace(CONFIG, model=model)

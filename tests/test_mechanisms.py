@@ -279,7 +279,10 @@ def test_all_keys_are_softmax_attention_and_equal_scores_take_the_first():
 # --- Linear.
 
 
-@pytest.mark.parametrize("H", [8, 64, 256])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("H", [64, pytest.param(8, marks=SLOW), pytest.param(256, marks=SLOW)])
 def test_performer_features_approximate_softmax(H):
     from attention_jax import attention
 
@@ -409,6 +412,7 @@ def test_k_means_finds_clusters():
 # --- In modules.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", mechanisms.NAMED)
 def test_named_mechanisms_take_the_place_of_attention(name):
     from flax import nnx

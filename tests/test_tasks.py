@@ -223,6 +223,7 @@ def test_relations_are_all_read():
 # --- Options of attention.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["linear", "performer", "retention", "topk"])
 def test_mechanisms_by_name_see_no_future(attention):
     config = dataclasses.replace(shakespeare.PRESETS["smoke"], attention=attention)

@@ -75,6 +75,7 @@ def test_batches_are_the_same_from_any_step():
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "blind"), [("question", 0), ("image", 1)])
 def test_one_modality_does_not_see_the_other(model, blind):
     found = vqa.data(CONFIG)
