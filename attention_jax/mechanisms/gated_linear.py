@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -15,7 +16,6 @@ from attention_jax.mechanisms.recurrence import (
     check_gate,
     checked,
     left_to_right,
-    scale_or_default,
 )
 from attention_jax.tiles import product
 
@@ -76,15 +76,18 @@ def gated_linear_attention(
     """
     sizes, found = checked(query, key, value, mask, scale, "gated_linear_attention")
     check_gate("log_gate", log_gate, sizes, (sizes.H, 1))
-    dtype = accumulation_dtype(query.dtype)
-    size = PIECE if log_gate.shape[-1] == 1 else PIECE_OF_VECTORS
-    query = jnp.asarray(query)
-    scaled = jnp.asarray(query, dtype) * scale_or_default(scale, sizes.H)
-    width = (sizes.H, sizes.D)
-    result = left_to_right(
-        gated_piece, size, sizes, found, scaled, (key, value, log_gate), width, state, return_state
+    return left_to_right(
+        gated_piece,
+        PIECE if log_gate.shape[-1] == 1 else PIECE_OF_VECTORS,
+        sizes,
+        found,
+        _scaled(query, scale),
+        (key, value, log_gate),
+        (sizes.H, sizes.D),
+        state,
+        return_state,
+        query.dtype,
     )
-    return _in(query.dtype, result)
 
 
 def gated_piece(
@@ -202,15 +205,18 @@ def delta_rule(
     """
     sizes, found = checked(query, key, value, mask, scale, "delta_rule")
     check_gate("beta", jnp.asarray(beta)[..., None], sizes, (1,))
-    dtype = accumulation_dtype(query.dtype)
-    query = jnp.asarray(query)
-    scaled = jnp.asarray(query, dtype) * scale_or_default(scale, sizes.H)
-    arrays = (key, value, jnp.asarray(beta)[..., None])
-    width = (sizes.H, sizes.D)
-    result = left_to_right(
-        delta_piece, PIECE, sizes, found, scaled, arrays, width, state, return_state
+    return left_to_right(
+        delta_piece,
+        PIECE,
+        sizes,
+        found,
+        _scaled(query, scale),
+        (key, value, jnp.asarray(beta)[..., None]),
+        (sizes.H, sizes.D),
+        state,
+        return_state,
+        query.dtype,
     )
-    return _in(query.dtype, result)
 
 
 def delta_piece(
@@ -226,8 +232,7 @@ def delta_piece(
     return out, state + product(k, u, 0, 0)
 
 
-def _in(dtype: Any, result: Any) -> Any:
-    """The output in the dtype of the query, and the state as it is."""
-    if isinstance(result, tuple):
-        return result[0].astype(dtype), result[1]
-    return result.astype(dtype)
+def _scaled(query: Any, scale: Any) -> jax.Array:
+    """``scale * query``, by ``1 / sqrt(H)`` where there is none, in float32 or wider."""
+    scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
+    return jnp.asarray(query, accumulation_dtype(query.dtype)) * scale

@@ -106,7 +106,7 @@ def linear_attention(
     if found.causal:
         width = (k.shape[-1], sizes.D + 1)
         sums, state = left_to_right(
-            linear_piece, PIECE, sizes, found, q, (k, v), width, state, return_state=True
+            linear_piece, PIECE, sizes, found, q, (k, v), width, state, True, dtype
         )
     elif state is not None or return_state:
         raise ValueError("state and return_state are of causal attention: give mask=masks.causal()")

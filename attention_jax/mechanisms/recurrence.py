@@ -7,7 +7,6 @@ wherever it stands. Within a piece of ``C`` tokens all pairs are computed at onc
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -81,6 +80,7 @@ def left_to_right(
     width: tuple[int, int],
     state: Any,
     return_state: bool,
+    dtype: Any,
 ) -> Any:
     """Lifts a step over pieces to all heads and examples.
 
@@ -93,29 +93,25 @@ def left_to_right(
       width: of the state.
       state: that after the tokens before, or None: 0.
       return_state: whether to return that after these.
+      dtype: of the output; sums and the state are in float32 or wider.
     """
     check_flag("return_state", return_state)
-    dtype = accumulation_dtype(query.dtype)
+    wide = accumulation_dtype(dtype)
     shape = (*sizes.B, sizes.K, *width)
     if state is None:
-        state = jnp.zeros(shape, dtype)
+        state = jnp.zeros(shape, wide)
     elif state.shape != shape:
         raise ValueError(f"state must have shape [*B K M D] = {shape}, got {state.shape}")
     out, state = lift(
         lambda state, *pieces: over_pieces(step, state, pieces, size),
         [
-            jnp.asarray(state, dtype),
-            only_seen(jnp.asarray(query, dtype), found.queries),
-            *(only_seen(jnp.asarray(x, dtype), found.keys) for x in arrays),
+            jnp.asarray(state, wide),
+            only_seen(jnp.asarray(query, wide), found.queries),
+            *(only_seen(jnp.asarray(x, wide), found.keys) for x in arrays),
         ],
         sizes,
         ["*B K M D", "*B T N H", *["*B S K H"] * len(arrays)],
         ["*B T N D", "*B K M D"],
     )
-    out = out.astype(query.dtype)
+    out = out.astype(dtype)
     return (out, state) if return_state else out
-
-
-def scale_or_default(scale: Any, H: int) -> Any:
-    """``1 / sqrt(H)`` for None."""
-    return 1.0 / math.sqrt(H) if scale is None else scale
