@@ -84,12 +84,19 @@ TASKS: dict[str, Row] = {
         time="10 minutes on 2 CPU cores",
         score="not measured",
     ),
+    "links": Row(
+        shows="which facts a graph lacks",
+        data="FB15k-237, 272,115 facts to train and 20,466 to test; WN18RR, 86,835 and 3,134",
+        models="distmult, attention",
+        time="10 minutes on 2 CPU cores",
+        score="not measured",
+    ),
     "multi30k": Row(
         shows="translation, German to English: recurrence, additive attention, attention alone",
         data="Multi30k, 29,000 descriptions of pictures and their translations",
         models="gru, gru_attention, transformer",
         time="10 minutes on 2 CPU cores",
-        score="BLEU 22",
+        score="BLEU 30; in 30 minutes 36",
     ),
 }
 
