@@ -171,7 +171,8 @@ def models(name: str) -> tuple[str, ...]:
 
 def _options(config: dict[str, Any]) -> dict[str, Any]:
     """Those that set rows of the same model apart."""
-    return {name: x for name, x in config.items() if name not in ("seed", "model")}
+    apart = ("seed", "model", *configs.MAY_CHANGE)
+    return {name: x for name, x in config.items() if name not in apart}
 
 
 def _changes(config: dict[str, Any], preset: Config) -> int:

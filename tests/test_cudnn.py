@@ -21,9 +21,10 @@ from jax._src.cudnn import fused_attention_stablehlo
 from quick import QUICK
 
 from attention_jax import masks, reference, scores
+from attention_jax.arguments import checked
 from attention_jax.backends import Request, cudnn, xla
+from attention_jax.values import full_rank
 
-_module = sys.modules["attention_jax.attention"]
 _dot_product_attention = jax.nn.dot_product_attention
 
 B, T, K, G, H = (2, 3), 10, 2, 3, 8
@@ -46,9 +47,7 @@ def inputs(T=T, S=None, B=B, dtype=BF16, H=H, D=None):
 
 def prepared(query, key, value, mask=None, score=(), scale=0.3, sinks=None, **options):
     """``Call`` and ``Request``, as ``attention`` makes them."""
-    arrays = {"query": query, "key": key, "value": value, "sinks": sinks, "scale": scale}
-    sizes = _module.check_query_key_value(query, key, value)
-    call = _module._call(arrays, _module._as_mask(mask), _module._as_scores(score), None, sizes)
+    call, sizes = checked(query, key, value, mask=mask, score=score, sinks=sinks, scale=scale)
     request = Request(
         sizes=sizes,
         dtype=call.query.dtype,
@@ -161,9 +160,7 @@ def test_equals_the_oracle(name, calls):
     seen = np.ones((math.prod(B), N, T, T), bool)
     if "mask" in options:
         seen = options["mask"].resolve(T, T, N)
-        seen = np.asarray(
-            _module.full_rank(seen, prepared(*x)[1].sizes, "mask").to_dense(T, T, B=6, N=N)
-        )
+        seen = np.asarray(full_rank(seen, prepared(*x)[1].sizes, "mask").to_dense(T, T, B=6, N=N))
     wide = [np.asarray(a, np.float64) for a in (*x, *bias)]
     rule = {
         "mask": seen.reshape(*B, N, T, T),
@@ -318,7 +315,7 @@ def test_padding_reaches_nothing(name, causal, with_bias, calls):
     query, key, value = inputs()
     options = {"score": scores.bias(hiding)} if with_bias else {}
     sizes = prepared(query, key, value)[1].sizes
-    dense = np.asarray(_module.full_rank(mask, sizes, "mask").to_dense(T, T, B=6, N=N))
+    dense = np.asarray(full_rank(mask, sizes, "mask").to_dense(T, T, B=6, N=N))
     dense = dense.reshape(*B, N, T, T)
     if with_bias:
         dense = dense & (hiding != -np.inf)

@@ -167,7 +167,7 @@ def performer_features(key: jax.Array, H: int, count: int) -> Features:
     norms = jnp.linalg.norm(jax.random.normal(lengths, (count, H)), axis=-1, keepdims=True)
     W = norms * directions
 
-    def exponents(x: jax.Array) -> jax.Array:
+    def exponents(x: Any) -> jax.Array:
         if x.shape[-1] != H:
             raise ValueError(f"features are of width H = {H}, got arrays of width {x.shape[-1]}")
         x = jnp.asarray(x) / H**0.25
@@ -175,11 +175,11 @@ def performer_features(key: jax.Array, H: int, count: int) -> Features:
         products = jnp.einsum("...h,rh->...r", x, w, precision=jax.lax.Precision.HIGHEST)
         return products - jnp.sum(x**2, axis=-1, keepdims=True) / 2
 
-    def of_query(x: jax.Array) -> jax.Array:
+    def of_query(x: Any) -> jax.Array:
         e = exponents(x)
         return jnp.exp(e - jax.lax.stop_gradient(e.max(axis=-1, keepdims=True)))
 
-    def of_key(x: jax.Array) -> jax.Array:
+    def of_key(x: Any) -> jax.Array:
         return jnp.exp(jnp.minimum(exponents(x), MOST)) / math.sqrt(count)
 
     return Features(of_query, of_key)
