@@ -161,5 +161,6 @@ def softmax_only(config: Config) -> None:
     if config.attention in NAMED:
         raise ValueError(
             f"attention {config.attention} is for listops, shakespeare and the tasks that classify "
-            f"sentences: here attention must be one of {', '.join((*IMPLEMENTATIONS, FLAX))}"
+            f"sentences, words or questions: here attention must be one of "
+            f"{', '.join((*IMPLEMENTATIONS, FLAX))}"
         )

@@ -3,7 +3,7 @@
     python -m experiments bench --scaling
 
 One head of width 64, forward, float32. Memory is what the compiled program plans beside arguments
-and results. A kind stops growing where a length would take longer than ``Options.longest``; slopes
+and results. A kind stops growing where a length would take longer than ``LONGEST``; slopes
 are of log time against log length, from 4,096 on: 1 is linear, 2 quadratic.
 """
 

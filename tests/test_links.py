@@ -32,7 +32,7 @@ def test_ranks_are_filtered_and_of_equal_scores_half_come_before(found, monkeypa
     known = {(0, 0): np.array([0, 3])}
     some = found._replace(known=known)
     scores = np.array([5.0, 5.0, 9.0, 7.0, 1.0])
-    monkeypatch.setattr(links, "_scores", lambda model, given: np.tile(scores, (len(given), 1)))
+    monkeypatch.setattr(links, "logits", lambda model, given: np.tile(scores, (len(given), 1)))
     asked = links.Batch(np.array([[0, 0], [0, 0]]), np.array([0, 3]))
     assert links.ranks(None, some, asked, size=3).tolist() == [2.5, 2.0]
 
@@ -47,15 +47,15 @@ def test_a_model_that_knows_all_has_rank_1(found):
 
     asked = links.both_ways(found.splits["test"], len(found.relations))
     scores = Knows()
-    original = links._scores
+    original = links.logits
     try:
-        links._scores = lambda model, given: model(given)
+        links.logits = lambda model, given: model(given)
         assert (links.ranks(scores, found, asked) == 1).all()
         assert links.evaluate(CONFIG, scores, found, "test") == {
             "mrr": 1.0, "hits_1": 1.0, "hits_3": 1.0, "hits_10": 1.0,
         }  # fmt: skip
     finally:
-        links._scores = original
+        links.logits = original
 
 
 def test_distmult_is_its_formula(found):

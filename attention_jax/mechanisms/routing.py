@@ -159,15 +159,10 @@ def update_centroids(
 
 def _clusters_of_heads(x: Any, centroids: Any, real: Any) -> jax.Array:
     """``[*B t N H]`` to ids ``[*B N t]``, -1 for what is not real."""
-    *batch, _, N, _ = x.shape
     heads = jnp.swapaxes(jnp.asarray(x), -2, -3)
-    of_head = jnp.repeat(jnp.asarray(centroids), N // len(centroids), axis=0)
+    of_head = jnp.repeat(jnp.asarray(centroids), x.shape[-2] // len(centroids), axis=0)
     ids = jax.vmap(clusters, in_axes=(-3, 0), out_axes=-2)(heads, of_head)
-    if real is None:
-        return ids
-    return jnp.where(
-        real.reshape(*(1,) * (len(batch) + 1 - real.ndim), *real.shape)[..., None, :], ids, -1
-    )
+    return ids if real is None else jnp.where(real[..., None, :], ids, -1)
 
 
 def _check_centroids(centroids: Any, K: int, H: int) -> None:

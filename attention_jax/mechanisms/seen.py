@@ -53,7 +53,9 @@ def seen(mask: Any, sizes: Sizes, who: str) -> Seen:
                 (keys, part.key, sizes.S),
             ):
                 if length is not None:
-                    real.append(jnp.arange(size) < jnp.asarray(length)[..., None])
+                    flags = jnp.arange(size) < jnp.asarray(length)[..., None]
+                    missing = tuple(range(len(sizes.B) + 1 - flags.ndim))
+                    real.append(jnp.expand_dims(flags, missing))
         elif isinstance(part, Padding):
             queries.append(part.query_ids >= 0)
             keys.append(part.key_ids >= 0)
@@ -74,7 +76,4 @@ def _all(flags: list[Any]) -> Any:
 
 def only_seen(x: jax.Array, real: Any) -> jax.Array:
     """``[*B T N H]`` with zeros for the tokens that are not real: what they hold is not read."""
-    if real is None:
-        return x
-    real = real.reshape(*(1,) * (x.ndim - 2 - real.ndim), *real.shape)
-    return jnp.where(real[..., None, None], x, jnp.zeros_like(x))
+    return x if real is None else jnp.where(real[..., None, None], x, jnp.zeros_like(x))

@@ -40,7 +40,7 @@ from experiments import attending, text, train
 from experiments.config import Config as BaseConfig
 from experiments.config import at_least_1, below_1, heads_divide, softmax_only
 from experiments.data import path
-from experiments.logits import cross_entropy
+from experiments.logits import cross_entropy, logits
 from experiments.look import View, self_attention
 
 ARCHIVES = {"fb15k237": "kg/FB15k-237.tar.gz", "wn18rr": "kg/WN18RR.tar.gz"}
@@ -240,18 +240,13 @@ def loss(config: Config, model: Any, batch: Batch) -> train.Loss:
     return train.Loss(each.sum(), jnp.float32(each.size))
 
 
-@nnx.jit
-def _scores(model: Any, given: Any) -> jax.Array:
-    return model(given).astype(jnp.float32)
-
-
 def ranks(model: Any, data: Data, asked: Batch, size: int = 256) -> np.ndarray:
     """The filtered rank of each tail, from 1: entities that are right besides it do not count."""
     found = []
     n = len(asked.tails)
     for start in range(0, n, size):
         index = np.minimum(np.arange(start, start + size), n - 1)  # the last fills the batch
-        rows = np.asarray(_scores(model, asked.given[index]))[: n - start]
+        rows = np.asarray(logits(model, asked.given[index]))[: n - start]
         for row, given, tail in zip(rows, asked.given[start:], asked.tails[start:], strict=False):
             others = np.delete(row, data.known[int(given[0]), int(given[1])])
             own = row[tail]
@@ -300,7 +295,7 @@ def sample(config: Config, model: Any, data: Data, given: str | None) -> str:
         asked = Batch(asked.given[:5], asked.tails[:5])
     said = []
     for row, (head, relation), tail in zip(
-        np.asarray(_scores(model, asked.given)), asked.given.tolist(), asked.tails, strict=True
+        np.asarray(logits(model, asked.given)), asked.given.tolist(), asked.tails, strict=True
     ):
         said.append(f"{data.entities[head]} {_relation(data, relation)}")
         for i in np.argsort(-row, kind="stable")[:5]:

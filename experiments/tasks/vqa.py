@@ -358,6 +358,7 @@ def _in_words(scene: Scene) -> str:
 
 def look(config: Config, model: Any, data: Data, given: str | None) -> list[View]:
     """Attention over words and patches, for the first picture of the test split."""
+    attending.check_weights(config)
     found = data.splits["test"]
     row = found.questions[0] if given is None else np.array(encode(given))
     row = row[row != PAD][None]
