@@ -42,6 +42,9 @@ class Config:
     """Part of the probability that the targets spread over all classes."""
     ema: float = 0.0
     """Decay of the moving average of the weights that is evaluated and kept; 0 is none."""
+    adversarial: float = 0.0
+    """Also learn from the vectors of a text's tokens moved so far towards a larger loss, as a part
+    of their norm; 0 does not. See ``adversarial``."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of forward and backward pass; the weights, their average and the optimiser stay float32."""
     evaluations: int = 5
@@ -73,8 +76,9 @@ class Config:
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be above 0, got {value}")
         below_1(self, "warmup", "beta2", "label_smoothing", "ema")
-        if self.weight_decay < 0:
-            raise ValueError(f"weight_decay must be at least 0, got {self.weight_decay}")
+        for name in ("weight_decay", "adversarial"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         parts = self.accumulate * self.devices
         if self.batch_size % parts:
             raise ValueError(

@@ -45,6 +45,32 @@ def self_attention(title: str, tokens: Sequence[str], weights: Mapping[str, Any]
     return [View(title, tokens, tokens, np.stack([np.asarray(w[0]) for w in weights.values()]))]
 
 
+def encoder_and_decoder(
+    source: str,
+    sources: Sequence[str],
+    target: str,
+    targets: Sequence[str],
+    weights: Mapping[str, Any],
+) -> list[View]:
+    """Of an ``EncoderDecoder``'s target to its source, and of both to themselves.
+
+    Args:
+      source, target: what they are called.
+      sources, targets: their tokens.
+      weights: as ``record_weights`` found them for one example.
+    """
+
+    def of(begins: str, ends: str) -> np.ndarray:
+        found = [w[0] for name, w in weights.items() if name.startswith(begins) and ends in name]
+        return np.stack([np.asarray(w) for w in found])
+
+    return [
+        View(f"{target} to {source}", targets, sources, of("decoder", ".cross_attention")),
+        View(source, sources, sources, of("encoder", ".attention")),
+        View(target, targets, targets, of("decoder", ".attention")),
+    ]
+
+
 def page(heading: str, said: str, views: Sequence[View]) -> str:
     """The HTML document.
 

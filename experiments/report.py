@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments import config as configs
-from experiments import tasks
+from experiments import scaling, tasks
 from experiments.config import Config
 
 Record = dict[str, Any]
@@ -39,7 +39,23 @@ FIELDS = (
 )
 
 # How scores are written; others with 3 decimals.
-PERCENT, ONE_DECIMAL = ("accuracy", "macro_f1", "f1", "precision", "recall"), ("bleu",)
+PERCENT = (
+    "accuracy",
+    "exact",
+    "f1",
+    "macro_f1",
+    "precision",
+    "recall",
+    "rouge1",
+    "rouge2",
+    "rouge_l",
+    "xquad_exact",
+    "xquad_f1",
+)
+ONE_DECIMAL = ("bleu",)
+
+# Options that say what data a run is on: runs on other data are in another table.
+DATA = ("corpus", "graph")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,23 +98,26 @@ class Rung(NamedTuple):
 def main(options: Options) -> int:
     """Writes the tables, and the plots beside the records; returns the exit code."""
     before = readme = options.readme.read_text(encoding="utf-8")
-    found: dict[str, list[Rung]] = {}
+    found: dict[str, dict[str, list[Rung]]] = {}
     for name in tasks.TASKS:
         file = options.results / f"{name}.jsonl"
         if file.exists():
-            found[name] = rungs(name, read(file))
+            found[name] = ladders(name, read(file))
         said = block(name, found.get(name), options.results)
         readme = replaced(readme, name, said, options.readme, needed=name in found)
+    if (options.results / scaling.FILE).exists():
+        said = scaling.block(options.results)
+        readme = replaced(readme, "scaling", said, options.readme, needed=True)
     if options.check:
         if readme != before:
             print(f"{options.readme} is not up to date: python -m experiments report")
         return int(readme != before)
-    for name, ladder in found.items():
-        if not _trained(ladder):
-            continue
-        file = options.results / f"{name}.png"
-        draw(ladder, file)
-        print(f"wrote {file}")
+    for name, parts in found.items():
+        for part, ladder in parts.items():
+            if _trained(ladder):
+                file = picture(name, part, options.results)
+                draw(ladder, file)
+                print(f"wrote {file}")
     options.readme.write_text(readme, encoding="utf-8")
     print(f"wrote {options.readme}")
     return 0
@@ -130,6 +149,27 @@ def read(file: Path) -> list[Record]:
             raise ValueError(f"{where} is a record of {record['task']}, not of {file.stem}")
         kept[json.dumps([record["config"], record.get("preset")], sort_keys=True)] = record
     return list(kept.values())
+
+
+def ladders(name: str, records: list[Record]) -> dict[str, list[Rung]]:
+    """For each of a task's data sets, by name, its ladder; that of the first preset first.
+
+    A task of one data set has one ladder, without a name.
+    """
+    usual = configs.as_json(next(iter(tasks.load(name).presets.values())))
+
+    def data(config: dict[str, Any]) -> str:
+        return " ".join(str(config[option]) for option in DATA if option in config)
+
+    parts: dict[str, list[Record]] = {data(usual): []}
+    for record in records:
+        parts.setdefault(data(record["config"]), []).append(record)
+    return {part: rungs(name, some) for part, some in parts.items() if some}
+
+
+def picture(name: str, part: str, results: Path) -> Path:
+    """The file of a ladder's plot."""
+    return results / f"{'-'.join([name, *part.split()])}.png"
 
 
 def rungs(name: str, records: list[Record]) -> list[Rung]:
@@ -198,11 +238,17 @@ def _named(record: Record, all_records: list[Record]) -> str:
 # --- Text.
 
 
-def block(name: str, ladder: list[Rung] | None, results: Path) -> str:
+def block(name: str, parts: dict[str, list[Rung]] | None, results: Path) -> str:
     """What stands in a task's place."""
-    if not ladder:
+    if not parts:
         return f"Not run yet: `python -m experiments train {name} --record {results}`."
-    lines = [*table(ladder), "", order(ladder)]
+    return "\n\n".join(_said(name, part, ladder, results) for part, ladder in parts.items())
+
+
+def _said(name: str, part: str, ladder: list[Rung], results: Path) -> str:
+    """Of one ladder."""
+    lines = [f"On `{part}`:", ""] if part else []
+    lines += [*table(ladder), "", order(ladder)]
     if absent := [x for x in models(name) if x not in {rung.model for rung in ladder}]:
         lines[-1] += f" Not run yet: {', '.join(absent)}."
     runs = [run for rung in ladder for run in rung.runs]
@@ -214,8 +260,9 @@ def block(name: str, ladder: list[Rung] | None, results: Path) -> str:
     lines += ["", f"{when}, on {', '.join([*devices, *versions])}."]
     lines += [f"Scores: `{signature}`." for signature in _signatures(runs)]
     if _trained(ladder):
-        picture = f"{results.as_posix()}/{name}.png"
-        lines += ["", f"![Loss and score of {name} over time]({picture})"]
+        title = " ".join(filter(None, (name, part)))
+        file = picture(name, part, results).as_posix()
+        lines += ["", f"![Loss and score of {title} over time]({file})"]
     return "\n".join(lines)
 
 

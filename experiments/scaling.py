@@ -3,8 +3,9 @@
     python -m experiments bench --scaling
 
 One head of width 64, forward, float32. Memory is what the compiled program plans beside arguments
-and results. A kind stops growing where a length would take longer than ``LONGEST``; slopes
-are of log time against log length, from 4,096 on: 1 is linear, 2 quadratic.
+and results. A kind stops growing where a length would take longer than ``LONGEST``; what is linear goes
+on to 262,144 tokens. Slopes are of log time against log length, from 4,096 to 65,536: 1 is linear,
+2 quadratic.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import functools
 import itertools
 import json
 import math
+import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,8 +30,10 @@ from experiments.contenders import in_turns
 H = 64
 NEAR = 256  # tokens that windows, chunks and segments hold
 LENGTHS = (256, 1024, 4096, 16_384, 65_536)
-FROM = 4096  # slopes are measured from here on
+FURTHER = (*LENGTHS, 262_144)  # of what is linear
+FROM, TO = 4096, 65_536  # between which slopes are measured
 STEEPEST = 1.15  # of what should be linear
+FILE = "scaling.json"
 LONGEST = 20.0  # seconds that one call may be expected to take
 
 
@@ -161,10 +166,11 @@ def _same_parity(b: Any, n: Any, q: Any, k: Any) -> Any:
     return (q + k) % 2 == 0
 
 
-def grow(kind: Kind, repeats: int, lengths: tuple[int, ...] = LENGTHS) -> list[Point]:
+def grow(kind: Kind, repeats: int, lengths: tuple[int, ...] | None = None) -> list[Point]:
     """Measures until it takes too long."""
     points: list[Point] = []
-    for T in lengths:
+    usual = FURTHER if kind.linear else LENGTHS
+    for T in usual if lengths is None else lengths:
         if points:  # quadratic at worst
             expected = points[-1].seconds * (T / points[-1].length) ** (1 if kind.linear else 2)
             if expected > LONGEST or points[-1].bytes * (T / points[-1].length) ** 2 > 8e9:
@@ -179,8 +185,8 @@ def grow(kind: Kind, repeats: int, lengths: tuple[int, ...] = LENGTHS) -> list[P
 
 
 def slope(points: list[Point]) -> float | None:
-    """Of log seconds against log length, from ``FROM`` on."""
-    long = [point for point in points if point.length >= FROM]
+    """Of log seconds against log length, from ``FROM`` to ``TO``."""
+    long = [point for point in points if FROM <= point.length <= TO]
     if len(long) < 2:
         return None
     x, y = np.log([p.length for p in long]), np.log([p.seconds for p in long])
@@ -220,7 +226,7 @@ def draw(found: dict[str, list[Point]], file: Path) -> None:
             )
             mebibytes = [max(p.bytes, 1024) / 2**20 for p in points]
             axes[1, column].plot(x, mebibytes, line, color=color, marker="o", ms=3)
-        axes[0, column].set_title(f"{group} (slope from {FROM:,} on)")
+        axes[0, column].set_title(f"{group} (slope from {FROM:,} to {TO:,})")
         axes[0, column].legend(fontsize=8, frameon=False)
         axes[0, column].set_ylabel("seconds")
         axes[1, column].set_ylabel("MiB beside arguments and results")
@@ -232,6 +238,33 @@ def draw(found: dict[str, list[Point]], file: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(file, dpi=130)
     plt.close(figure)
+
+
+def block(results: Path) -> str:
+    """What the README says of a measurement."""
+    record = json.loads((results / FILE).read_text(encoding="utf-8"))
+    lines = [
+        f"| | slope | {FROM:,} tokens, ms | {TO:,} tokens, ms | {TO:,} tokens, MiB |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for name, written in record["kinds"].items():
+        points = [Point(**point) for point in written]
+        at = {point.length: point for point in points}
+        steep = slope(points)
+        cells = ["" if steep is None else f"{steep:.2f}"]
+        cells += [f"{1e3 * at[T].seconds:,.1f}" if T in at else "" for T in (FROM, TO)]
+        cells.append(f"{at[TO].bytes / 2**20:,.1f}" if TO in at else "")
+        if name in KINDS and KINDS[name].linear and steep is not None:
+            cells[0] = f"**{cells[0]}**" if steep <= STEEPEST else f"{cells[0]} (aim {STEEPEST})"
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        f"{record['time']}, on {record['device']}, jax {record['jax']}. Bold: linear, a slope of at "
+        f"most {STEEPEST}. Empty: too long or too large to try.",
+        "",
+        f"![Time and memory against length]({results.as_posix()}/scaling.png)",
+    ]
+    return "\n".join(lines)
 
 
 def main(out: Path, repeats: int) -> int:
@@ -247,17 +280,14 @@ def main(out: Path, repeats: int) -> int:
     ]
     print("all slopes reached" if not missed else f"missed: {', '.join(missed)}")
     out.mkdir(parents=True, exist_ok=True)
-    rows = [
-        {
-            "kind": name,
-            "group": KINDS[name].group,
-            "slope": slope(points),
-            "points": [point._asdict() for point in points],
-        }
-        for name, points in found.items()
-    ]
-    (out / "scaling.json").write_text(json.dumps(rows, indent=1) + "\n")
+    record = {
+        "time": time.strftime("%Y-%m-%d", time.gmtime()),
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}, {os.cpu_count()} cores",
+        "jax": jax.__version__,
+        "kinds": {name: [point._asdict() for point in points] for name, points in found.items()},
+    }
+    (out / FILE).write_text(json.dumps(record, indent=1) + "\n")
     draw(found, out / "scaling.png")
-    for name in ("scaling.json", "scaling.png"):
+    for name in (FILE, "scaling.png"):
         print(f"wrote {out / name}")
     return 0

@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 
 from attention_jax.models import Encoder, EncoderConfig
+from attention_jax.nn import Embeddings
 from attention_jax.nn.linear import Linear
 from experiments import attending
 from experiments.text import PAD, UNKNOWN
@@ -68,7 +69,7 @@ class TextCNN(nnx.Module):
 
     def __init__(self, config: Any, vocabulary: int, classes: int, rngs: nnx.Rngs) -> None:
         init = nnx.initializers.normal(0.25)
-        self.embed = nnx.Embed(vocabulary, config.word_width, embedding_init=init, rngs=rngs)
+        self.embed = Embeddings(vocabulary, config.word_width, embedding_init=init, rngs=rngs)
         self.noise = WordDropout(config.word_dropout, rngs=rngs)
         self.features = Convolutions(config.word_width, config.filters, WIDTHS, rngs=rngs)
         self.dropout = nnx.Dropout(config.feature_dropout, rngs=rngs)
@@ -120,7 +121,7 @@ class SelfAttention(nnx.Module):
         if self.features is None:
             x = self.encoder.pooled(x, real)
         else:
-            vectors = attending.EMBEDDING_SCALE * self.encoder.embed.tokens[...][words]
+            vectors = self.encoder.embed.vectors(words)
             x = self.features(jnp.concatenate([vectors, x], axis=-1), real)
         return self.classify(self.dropout(x))
 

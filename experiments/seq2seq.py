@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from attention_jax.mechanisms import additive_attention, additive_weights
-from attention_jax.nn import pooling
+from attention_jax.nn import Embeddings, pooling
 from attention_jax.nn.linear import Linear
 from experiments.recurrent import GRU
 from experiments.text import PAD
@@ -49,9 +49,8 @@ class Seq2Seq(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         E = features
-        self.embed = nnx.Embed(
-            vocabulary, E, embedding_init=nnx.initializers.normal(0.25), rngs=rngs
-        )
+        init = nnx.initializers.normal(0.25)
+        self.embed = Embeddings(vocabulary, E, embedding_init=init, rngs=rngs)
         self.encoder = GRU(E, E, 1, bidirectional=True, dropout_rate=dropout_rate, rngs=rngs)
         self.start = Linear(E, E, rngs=rngs)
         self.cell = nnx.GRUCell(2 * E, E, rngs=rngs)
@@ -136,7 +135,7 @@ def _greedy(model: Seq2Seq, source: Any, start: int, stop: int, most: int) -> ja
 
     def go(loop: Any) -> Any:
         step, h, token, done, made = loop
-        h, seen = model.step(memory, h, model.embed(token))
+        h, seen = model.step(memory, h, model.embed.vectors(token))
         token = jnp.argmax(model.logits(seen), axis=-1).astype(jnp.int32)
         token = jnp.where(done, PAD, token)
         return step + 1, h, token, done | (token == stop), made.at[:, step].set(token)

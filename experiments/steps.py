@@ -18,7 +18,8 @@ import optax  # type: ignore[import-untyped]
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from experiments import optimizers
+from attention_jax.nn import moved_embeddings
+from experiments import adversarial, optimizers
 from experiments.config import Config
 
 Model = Any  # an nnx.Module, or, fitted by counting, any object
@@ -96,11 +97,15 @@ def _update(
     def sums(parameters: Any, batch: Batch, place: Any) -> tuple[Any, Any, Any]:
         """Total, count and the total's gradient, of a part of the batch."""
 
-        def total(parameters: Any) -> tuple[jax.Array, jax.Array]:
+        def total(parameters: Any, move: Any = None) -> tuple[jax.Array, jax.Array]:
             parameters, cast = _cast((parameters, batch), config.dtype)
-            found = loss(config, nnx.merge(graph, parameters, _streams(rest, place)), cast)
+            model = nnx.merge(graph, parameters, _streams(rest, place))
+            model = model if move is None else moved_embeddings(model, move)
+            found = loss(config, model, cast)
             return found.total.astype(jnp.float32), found.number.astype(jnp.float32)
 
+        if config.adversarial:
+            return adversarial.value_and_grad(total, parameters, config.adversarial)
         (value, count), gradient = jax.value_and_grad(total, has_aux=True)(parameters)
         return value, count, gradient
 

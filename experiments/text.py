@@ -42,9 +42,13 @@ class Words:
     def __len__(self) -> int:
         return len(self.words)
 
+    def numbers(self) -> dict[str, int]:
+        """The number of each word."""
+        return {word: i for i, word in enumerate(self.words)}
+
     def encode_all(self, texts: Iterable[str]) -> list[list[int]]:
         """Numbers of the words of each text."""
-        number = {word: i for i, word in enumerate(self.words)}
+        number = self.numbers()
         return [[number.get(word, UNKNOWN) for word in text.split()] for text in texts]
 
     def encode(self, text: str) -> list[int]:

@@ -251,3 +251,17 @@ def test_the_readme_is_what_the_records_say():
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)  # the links in the README begin there
         assert report.main(Options(check=True)) == 0
+
+
+def test_runs_on_other_data_are_in_a_table_of_their_own():
+    def run(model, score, corpus):
+        return record(model, 0, score, task="ner", options={"corpus": corpus})
+
+    some = [run("gru", 0.5, "wnut17"), run("gru", 0.7, "ncbi"), run("transformer", 0.6, "ncbi")]
+    found = report.ladders("ner", some)
+    names = {part: [rung.name for rung in ladder] for part, ladder in found.items()}
+    assert names == {"ncbi": ["gru", "transformer"], "wnut17": ["gru"]}
+    said = report.block("ner", found, Path("results"))
+    assert said.index("On `ncbi`") < said.index("**70.0**") < said.index("On `wnut17`")
+    assert "](results/ner-wnut17.png)" in said
+    assert list(report.ladders("trec", LADDER)) == [""]

@@ -6,6 +6,9 @@ local with some global tokens ``masks.window(128, 128) | masks.global_tokens(fla
 """
 
 from attention_jax.nn import pooling as pooling
+from attention_jax.nn.adapters import Frozen as Frozen
+from attention_jax.nn.adapters import low_rank as low_rank
+from attention_jax.nn.adapters import merged as merged
 from attention_jax.nn.attention import KeysValues as KeysValues
 from attention_jax.nn.attention import MultiHeadAttention as MultiHeadAttention
 from attention_jax.nn.blocks import Block as Block
@@ -13,6 +16,7 @@ from attention_jax.nn.blocks import Residual as Residual
 from attention_jax.nn.drop_in import attention_fn as attention_fn
 from attention_jax.nn.drop_in import dot_product_attention as dot_product_attention
 from attention_jax.nn.embeddings import Embeddings as Embeddings
+from attention_jax.nn.embeddings import moved_embeddings as moved_embeddings
 from attention_jax.nn.feed_forward import FeedForward as FeedForward
 from attention_jax.nn.norms import OnePlusRMSNorm as OnePlusRMSNorm
 from attention_jax.nn.pooling import AttentionPooling as AttentionPooling
@@ -25,12 +29,16 @@ __all__ = [
     "ClassToken",
     "Embeddings",
     "FeedForward",
+    "Frozen",
     "KeysValues",
     "MultiHeadAttention",
     "OnePlusRMSNorm",
     "Residual",
     "attention_fn",
     "dot_product_attention",
+    "low_rank",
+    "merged",
+    "moved_embeddings",
     "pooling",
     "record_weights",
 ]

@@ -81,6 +81,7 @@ class Embeddings(nnx.Module):
         self.dropout = nnx.Dropout(dropout_rate, rngs=rngs if dropout_rate else None)
         self.sinusoidal = positions == "sinusoidal"
         self.scale, self.dtype = scale, dtype
+        self.moved: Callable[[jax.Array], jax.Array] | None = None  # see ``moved_embeddings``
 
     def __call__(self, tokens: Any, *, positions: Any = None, types: Any = None) -> jax.Array:
         """Vectors ``[*B T E]``.
@@ -95,12 +96,9 @@ class Embeddings(nnx.Module):
             known, its vector is NaN.
           TypeError: not integers.
         """
-        tokens = check_positions(tokens, "tokens")
+        x = self.vectors(tokens)
         if positions is None:
-            positions = jnp.arange(tokens.shape[-1], dtype=jnp.int32)
-        x = self._cast(rows(self.tokens[...], tokens, "tokens"))
-        if self.scale != 1.0:
-            x = x * jnp.asarray(self.scale, x.dtype)
+            positions = jnp.arange(x.shape[-2], dtype=jnp.int32)
         if self.positions is not None:
             x = x + self._cast(learned(self.positions[...], positions))
         if self.sinusoidal:
@@ -113,6 +111,18 @@ class Embeddings(nnx.Module):
         x = x if self.norm is None else self.norm(x)
         return self.dropout(x)
 
+    def vectors(self, tokens: Any) -> jax.Array:
+        """``scale * table[token]``, ``[*B T]`` to ``[*B T E]``: without position, type and norm.
+
+        Raises:
+          ValueError, TypeError: as a call does.
+        """
+        tokens = check_positions(tokens, "tokens")
+        x = self._cast(rows(self.tokens[...], tokens, "tokens"))
+        if self.scale != 1.0:
+            x = x * jnp.asarray(self.scale, x.dtype)
+        return x if self.moved is None else self.moved(x)
+
     def logits(self, x: Float[AnyArray, "*B T E"]) -> jax.Array:
         """``x . table[token]`` for each token: the tied head, ``[*B T V]``."""
         table = self.tokens[...]
@@ -122,3 +132,39 @@ class Embeddings(nnx.Module):
 
     def _cast(self, x: jax.Array) -> jax.Array:
         return x if self.dtype is None else x.astype(self.dtype)
+
+
+def moved_embeddings(model: nnx.Module, move: Callable[[jax.Array], jax.Array]) -> Any:
+    """A model whose tokens have other vectors: ``move(x)`` wherever ``Embeddings`` looks up ``x``.
+
+    What it takes to train against an adversary, to add noise to the embeddings, or to see how much
+    each token matters (the gradient of what is added).
+
+    Args:
+      model: what holds ``Embeddings`` somewhere; it is left as it is.
+      move: ``[*B T E]`` to the same shape. It is called once for each look-up, in the order of the
+        computation.
+
+    Returns:
+      A copy of the model, with the same parameters.
+
+    Raises:
+      ValueError: there are no ``Embeddings`` in the model.
+
+    >>> import numpy as np
+    >>> embed = Embeddings(10, 4, rngs=nnx.Rngs(0))
+    >>> moved = moved_embeddings(embed, lambda x: x + 1)
+    >>> tokens = np.array([[3, 1]])
+    >>> bool((moved(tokens) == embed(tokens) + 1).all())
+    True
+
+    Source: Miyato et al. 2017, "Adversarial Training Methods for Semi-Supervised Text
+    Classification" (as a use).
+    """
+    copy = nnx.merge(*nnx.split(model))
+    found = [module for _, module in nnx.iter_modules(copy) if isinstance(module, Embeddings)]
+    if not found:
+        raise ValueError("model must hold Embeddings: it has none to move")
+    for module in found:
+        module.moved = move
+    return copy

@@ -32,7 +32,7 @@ import numpy as np
 from flax import nnx
 
 from attention_jax.models import Encoder, EncoderConfig
-from attention_jax.nn import record_weights
+from attention_jax.nn import Embeddings, record_weights
 from attention_jax.nn.linear import Linear
 from experiments import attending, text, train
 from experiments.attending import TextConfig
@@ -238,7 +238,8 @@ class Recurrent(nnx.Module):
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs) -> None:
         E = config.width
-        self.embed = nnx.Embed(len(WORDS), E, rngs=rngs)
+        init = nnx.initializers.normal(E**-0.5)
+        self.embed = Embeddings(len(WORDS), E, embedding_init=init, rngs=rngs)
         self.gru = GRU(E, E, config.depth, dropout_rate=config.dropout, rngs=rngs)
         self.classify = Linear(E, 10, rngs=rngs)
 

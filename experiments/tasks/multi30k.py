@@ -36,7 +36,7 @@ from experiments.attending import TextConfig
 from experiments.config import at_least_1, softmax_only
 from experiments.data import lines
 from experiments.logits import cross_entropy
-from experiments.look import View
+from experiments.look import View, encoder_and_decoder
 from experiments.seq2seq import Seq2Seq, greedy
 from experiments.text import END, PAD, START
 
@@ -333,16 +333,7 @@ def look(config: Config, model: Any, data: Data, sentence: str | None) -> list[V
         weights = np.asarray(model.weights(*arrays))[:, None]
         return [View("translation to source", targets, sources, weights)]
     _, found = record_weights(model, *arrays)
-
-    def of(begins: str, ends: str) -> np.ndarray:
-        parts = [x[0] for name, x in found.items() if name.startswith(begins) and ends in name]
-        return np.stack([np.asarray(x) for x in parts])
-
-    return [
-        View("translation to source", targets, sources, of("decoder", ".cross_attention")),
-        View("source", sources, sources, of("encoder", ".attention")),
-        View("translation", targets, targets, of("decoder", ".attention")),
-    ]
+    return encoder_and_decoder("source", sources, "translation", targets, found)
 
 
 def _shown(data: Data, token: int) -> str:

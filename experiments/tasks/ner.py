@@ -88,7 +88,7 @@ class Config(TextConfig):
 
 PRESETS = {
     "cpu": Config(
-        steps=1700,
+        steps=1500,
         batch_size=32,
         learning_rate=2e-3,
         depth=2,

@@ -55,7 +55,7 @@ WORD = re.compile(r"</?e[12]>|\w+|[^\w\s]")
 
 PRESETS = {
     "cpu": Config(
-        steps=1500,
+        steps=1000,
         batch_size=64,
         learning_rate=2e-3,
         label_smoothing=0.1,

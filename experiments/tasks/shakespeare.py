@@ -32,7 +32,7 @@ from flax import nnx
 from attention_jax import masks
 from attention_jax.mechanisms import NAMED
 from attention_jax.models import Decoder, DecoderConfig, Sampling, generate
-from attention_jax.nn import MultiHeadAttention, Residual, record_weights
+from attention_jax.nn import Embeddings, MultiHeadAttention, Residual, record_weights
 from attention_jax.nn.linear import Linear
 from experiments import attending, text, train
 from experiments.attending import TextConfig
@@ -146,7 +146,8 @@ class Recurrent(nnx.Module):
 
     def __init__(self, config: Config, *, attend: bool, rngs: nnx.Rngs) -> None:
         E = config.gru_width
-        self.embed = nnx.Embed(BYTES, E, rngs=rngs)
+        init = nnx.initializers.normal(E**-0.5)
+        self.embed = Embeddings(BYTES, E, embedding_init=init, rngs=rngs)
         self.gru = GRU(E, E, config.gru_depth, dropout_rate=config.dropout, rngs=rngs)
         self.attention = nnx.data(None)
         if attend:

@@ -238,14 +238,14 @@ class Answerer(nnx.Module):
         self.words = Embeddings(
             len(WORDS),
             E,
-            positions="learned",
+            positions=config.vectors,
             max_length=LONGEST,
             scale=attending.EMBEDDING_SCALE,
             rngs=rngs,
         )
         self.patches = Linear(CELL * CELL * 3, E, rngs=rngs)
         init = nnx.initializers.normal(0.5)
-        self.places = nnx.Param(init(rngs.params(), (SIDE * SIDE, E)))
+        self.rows, self.columns = (nnx.Param(init(rngs.params(), (SIDE, E))) for _ in range(2))
         context = E if config.model == "cross" else None
         layers = attending.layers(config)
         self.stack = Stack(layers, causal=False, context_features=context, rngs=rngs)
@@ -258,7 +258,8 @@ class Answerer(nnx.Module):
             questions = questions[:, :1]
         real = questions != PAD
         x = self.words(questions)
-        seen = self.patches(patches(images).astype(x.dtype)) + self.places[...].astype(x.dtype)
+        places = (self.rows[...][:, None] + self.columns[...]).reshape(SIDE * SIDE, -1)
+        seen = self.patches(patches(images).astype(x.dtype)) + places.astype(x.dtype)
         if self.sees == "cross":
             x = self.stack(x, self.stack.contexts(seen), real=real)
         elif self.sees == "question":

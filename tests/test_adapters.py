@@ -1,0 +1,263 @@
+"""Low-rank adapters: they begin as nothing, few numbers train, and merged they are gone."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from attention_jax.models import (
+    Decoder,
+    DecoderConfig,
+    Encoder,
+    EncoderConfig,
+    EncoderDecoder,
+    EncoderDecoderConfig,
+    Layers,
+    generate,
+    pretrained,
+)
+from attention_jax.nn import Frozen, MultiHeadAttention, low_rank, merged
+from attention_jax.positions import Rotary
+
+V, T = 13, 5
+TOKENS = np.random.default_rng(0).integers(3, V, (2, T)).astype(np.int32)
+
+
+def layers(**more):
+    return Layers(**{"features": 12, "num_layers": 2, "num_heads": 3, **more})
+
+
+def decoder(**more):
+    return Decoder(DecoderConfig(V, layers(**more), positions="sinusoidal"), rngs=nnx.Rngs(0))
+
+
+def classifier():
+    config = EncoderConfig(V, layers(), head="classes", classes=4, max_length=T)
+    return Encoder(config, rngs=nnx.Rngs(0))
+
+
+def translator():
+    return EncoderDecoder(EncoderDecoderConfig(V, layers(), layers()), rngs=nnx.Rngs(0))
+
+
+def adapted(model, seed=1, **options):
+    return low_rank(model, **{"rank": 2, **options}, rngs=nnx.Rngs(seed))
+
+
+def moved(model, size=0.3):
+    """With adapters that are not 0 any more."""
+    for i, (_, module) in enumerate(nnx.iter_modules(model)):
+        if isinstance(module, nnx.LoRA):
+            b = module.lora_b
+            b[...] = size * jax.random.normal(jax.random.key(i), b.shape, b.dtype)
+    return model
+
+
+def names(model, kind):
+    return {".".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(model, kind))}
+
+
+MODELS = {
+    "decoder": (decoder, lambda model: model(TOKENS)),
+    "fused": (lambda: decoder(fused=True, num_kv_heads=1), lambda model: model(TOKENS)),
+    "gated": (lambda: decoder(gated=True, gate=True, bias=False), lambda model: model(TOKENS)),
+    "classifier": (classifier, lambda model: model(TOKENS)),
+    "translator": (translator, lambda model: model(TOKENS, TOKENS[:, :3])),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_adapters_begin_as_nothing_and_merged_are_what_they_were(name):
+    make, call = MODELS[name]
+    model = make()
+    before = call(model)
+    new = adapted(model)
+    np.testing.assert_array_equal(call(new), before)
+    after = call(moved(new))
+    assert np.abs(after - before).max() > 1e-2
+    plain = merged(new)
+    np.testing.assert_allclose(call(plain), after, rtol=1e-4, atol=1e-5)
+    assert nnx.graphdef(plain) == nnx.graphdef(model)
+    np.testing.assert_array_equal(call(model), before)  # left as it is
+
+
+@pytest.mark.parametrize(
+    ("model", "where", "layers_of"),
+    [
+        (decoder(), ("query", "value"), {"query", "value"}),
+        (decoder(fused=True), ("key",), {"query_key_value"}),
+        (decoder(), ("out", "up", "down"), {"out", "up", "down"}),
+        (classifier(), ("classify",), {"classify"}),
+    ],
+)
+def test_what_is_named_is_adapted_and_nothing_else_trains(model, where, layers_of):
+    new = adapted(model, where=where)
+    assert {name.split(".")[-2] for name in names(new, nnx.Param)} == layers_of
+    assert names(new, nnx.Param) == names(new, nnx.LoRAParam)
+    kept = {name.replace(".base_module", "") for name in names(new, Frozen)}
+    assert kept == names(model, nnx.Param)
+
+
+def test_a_head_that_is_named_trains_in_full():
+    new = adapted(classifier(), train=("classify", "norm"))
+    whole = names(new, nnx.Param) - names(new, nnx.LoRAParam)
+    assert {name for name in whole if ".norm." not in f".{name}"} == {
+        "classify.kernel",
+        "classify.bias",
+    }
+    assert "stack.norm.scale" in whole
+    only = adapted(classifier(), where=(), train=("classify",))
+    assert names(only, nnx.Param) == {"classify.kernel", "classify.bias"}
+
+
+def test_the_gradient_is_of_adapters_alone_and_the_step_learns():
+    new = adapted(classifier(), train=("classify",))
+    labels = jnp.array([0, 1])
+    graph, parameters, rest = nnx.split(new, nnx.Param, ...)
+
+    @jax.jit
+    def loss(parameters):
+        logits = nnx.merge(graph, parameters, rest)(TOKENS)
+        return -jax.nn.log_softmax(logits)[jnp.arange(2), labels].sum()
+
+    value, gradient = jax.value_and_grad(loss)(parameters)
+    flat = {path[-1]: np.abs(x[...]).max() for path, x in nnx.to_flat_state(gradient)}
+    assert flat.keys() == {"lora_a", "lora_b", "kernel", "bias"}
+    assert flat["lora_a"] == 0  # as B is 0
+    assert flat["lora_b"] > 0
+    step = jax.tree.map(lambda p, g: p - 0.1 * g, parameters, gradient)
+    assert loss(step) < value
+
+
+def test_the_tied_table_stays_one():
+    model = decoder()
+    new = adapted(model, train=("embed",))
+    assert "embed.tokens" in names(new, nnx.Param)
+    new.embed.tokens[...] = 0 * new.embed.tokens[...]
+    assert not np.asarray(merged(new)(TOKENS)).any()  # it is the head as well
+    assert np.asarray(model(TOKENS)).any()
+
+
+class Twice(nnx.Module):
+    """A projection under two names, in modules of which one is shared."""
+
+    def __init__(self, *, rngs):
+        self.query = nnx.Linear(4, 4, rngs=rngs)
+        self.other = self.query
+        self.inner = nnx.List([MultiHeadAttention(4, 2, rngs=rngs)] * 2)
+        self.tied = nnx.Linear(4, 4, rngs=rngs)
+        self.tied.kernel = self.query.kernel
+
+    def __call__(self, x):
+        for attention in self.inner:
+            x = x + attention(x)
+        return self.tied(self.other(self.query(x)))
+
+
+def test_what_is_shared_stays_shared():
+    model = Twice(rngs=nnx.Rngs(0))
+    x = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
+    new = adapted(model)
+    assert new.query is new.other
+    assert new.inner[0] is new.inner[1]
+    assert isinstance(new.inner[0].query, nnx.LoRA)
+    assert new.tied.kernel is new.query.base_module.kernel
+    np.testing.assert_array_equal(new(x), model(x))
+    after = moved(new)(x)
+    assert np.abs(after - model(x)).max() > 1e-2
+    plain = merged(new)
+    assert plain.query is plain.other
+    assert plain.tied.kernel is not plain.query.kernel  # one was adapted, the other not
+    np.testing.assert_allclose(plain(x), after, rtol=1e-4, atol=1e-5)
+
+
+@jax.numpy_dtype_promotion("standard")  # Flax's norms mix dtypes
+def test_adapters_have_the_dtype_of_their_projection():
+    def dtypes(model, kind):
+        return {str(x.dtype) for x in jax.tree.leaves(nnx.state(model, kind))}
+
+    model = decoder(param_dtype=jnp.bfloat16)
+    new = adapted(model)
+    assert dtypes(new, nnx.LoRAParam) == {"bfloat16"}
+    np.testing.assert_array_equal(new(TOKENS), model(TOKENS))
+    after = moved(new)(TOKENS)
+    plain = merged(new)
+    assert dtypes(plain, nnx.Param) == {"bfloat16"}
+    np.testing.assert_allclose(plain(TOKENS), after, atol=2**-6 * np.abs(after).max())
+    half = decoder(dtype=jnp.bfloat16)  # of the computation alone
+    np.testing.assert_array_equal(adapted(half)(TOKENS), half(TOKENS))
+
+
+def test_a_second_adapter_leaves_the_first_as_it_is():
+    first = moved(adapted(decoder(), where=("query",)))
+    second = adapted(first, where=("value",))
+    assert {name.split(".")[-2] for name in names(second, nnx.Param)} == {"value"}
+    after = moved(second)(TOKENS)
+    np.testing.assert_allclose(merged(second)(TOKENS), after, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [3, pytest.param(None, marks=pytest.mark.slow)])
+def test_a_loaded_decoder_writes_the_same_adapted_and_merged(tmp_path, window):
+    more = {"num_kv_heads": 1, "gated": True, "norm": "rms", "bias": False}
+    more |= {"feed_forward_bias": False, "activation": "silu", "windows": (window,)}
+    config = DecoderConfig(V, layers(**more, rotary=Rotary()), max_length=64)
+    pretrained.save(Decoder(config, rngs=nnx.Rngs(0)), tmp_path / "first")
+    model = pretrained.load(tmp_path / "first")
+    new = adapted(model)
+    np.testing.assert_array_equal(new(TOKENS), model(TOKENS))
+    moved(new, 1.0)
+    jitted = nnx.jit(lambda model, x: model(x))(new, TOKENS)
+    np.testing.assert_allclose(jitted, new(TOKENS), rtol=1e-4, atol=1e-5)
+
+    logits, caches = new(TOKENS[:, :3], caches=new.init_caches((2,), capacity=T))
+    rest, _ = new(TOKENS[:, 3:], caches=caches)
+    whole = jnp.concatenate([logits, rest], axis=1)
+    np.testing.assert_allclose(whole, new(TOKENS), rtol=1e-4, atol=1e-5)
+
+    pretrained.save(merged(new), tmp_path / "second")
+    plain = pretrained.load(tmp_path / "second")
+    np.testing.assert_allclose(plain(TOKENS), new(TOKENS), rtol=1e-4, atol=1e-5)
+    made = [np.asarray(generate(m, TOKENS, max_new_tokens=6).tokens) for m in (new, plain)]
+    np.testing.assert_array_equal(*made)
+
+
+def test_a_loaded_encoder_is_adapted(tmp_path):
+    config = EncoderConfig(
+        V,
+        layers(order="post"),
+        max_length=T,
+        types=2,
+        embedding_norm=True,
+        pooler=True,
+        head="classes",
+        classes=4,
+    )
+    pretrained.save(Encoder(config, rngs=nnx.Rngs(0)), tmp_path)
+    model = pretrained.load(tmp_path)
+    new = adapted(model, train=("classify",))
+    np.testing.assert_array_equal(new(TOKENS), model(TOKENS))
+    few, all_of = (
+        sum(x.size for x in jax.tree.leaves(nnx.state(m, nnx.Param))) for m in (new, model)
+    )
+    assert few < all_of / 8
+    after = moved(new)(TOKENS)
+    np.testing.assert_allclose(merged(new)(TOKENS), after, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"rank": 0}, "rank must be at least 1, got 0"),
+        (
+            {"where": ("query", "qeury")},
+            "where must name some of down, key, out, query, up, value; got qeury",
+        ),
+        ({"train": ("classify",)}, r"train must name some of .*embed.*; got classify"),
+        # What is trained in full is not adapted.
+        ({"train": ("stack",)}, "where must name some of no attribute, for there is none"),
+    ],
+)
+def test_mistakes_are_named(options, said):
+    with pytest.raises(ValueError, match=said):
+        adapted(decoder(), **options)

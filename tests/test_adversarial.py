@@ -1,0 +1,158 @@
+"""The adversary: its step, and that training against it is what the formula says."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from attention_jax.nn import Embeddings, moved_embeddings
+from experiments import adversarial, steps, train
+from experiments.config import Config
+from experiments.tasks import load
+
+
+class Bag(nnx.Module):
+    """The mean vector of the words, looked up twice, and a class from it."""
+
+    def __init__(self, rngs):
+        init = nnx.initializers.normal(1.0)
+        self.embed = Embeddings(11, 5, embedding_init=init, rngs=rngs)
+        self.classify = nnx.Linear(5, 3, rngs=rngs)
+
+    def __call__(self, words):
+        real = (words != 0)[..., None]
+        once, twice = self.embed(words), jnp.tanh(self.embed(words))
+        return self.classify(jnp.where(real, once + twice, 0).sum(1))
+
+
+WORDS = np.array([[1, 2, 3, 0], [4, 4, 0, 0], [5, 6, 7, 8]], np.int32)
+LABELS = np.array([0, 2, 1], np.int32)
+
+
+def loss(config, model, batch):
+    words, labels = batch
+    log_p = jax.nn.log_softmax(model(words))
+    each = -jnp.take_along_axis(log_p, labels[:, None], axis=1)
+    return train.Loss(each.sum(), jnp.float32(each.size))
+
+
+def by_hand(model, epsilon):
+    """The loss at ``x + r``, by one gradient per example and look-up, in NumPy around it."""
+    total = np.float32(0)
+    rs = []
+    for words, label in zip(WORDS, LABELS, strict=True):
+        table = np.asarray(model.embed.tokens[...])
+        x = table[words]
+
+        def of(first, second, words=words, label=label):
+            real = (words != 0)[:, None]
+            logits = model.classify(jnp.where(real, first + jnp.tanh(second), 0).sum(0))
+            return -jax.nn.log_softmax(logits)[label]
+
+        g = [np.asarray(a, np.float64) for a in jax.grad(of, argnums=(0, 1))(x, x)]
+        size = np.sqrt(sum((a**2).sum() for a in g))
+        norm = np.sqrt(2 * (x[words != 0].astype(np.float64) ** 2).sum())
+        r = [epsilon * norm * a / size for a in g]
+        rs.append(r)
+        total += float(of(x + r[0].astype(np.float32), x + r[1].astype(np.float32)))
+    return total, rs
+
+
+def test_the_gradient_is_that_of_both_losses_with_the_step_held_fixed():
+    model = Bag(nnx.Rngs(0))
+    graph, parameters = nnx.split(model, nnx.Param)
+    worse, rs = by_hand(model, 0.3)
+
+    def total(parameters, move):
+        found = loss(None, moved_embeddings(nnx.merge(graph, parameters), move), (WORDS, LABELS))
+        return found.total, found.number
+
+    value, count, gradient = adversarial.value_and_grad(total, parameters, 0.3)
+    clean = loss(None, model, (WORDS, LABELS)).total
+    np.testing.assert_allclose(value, clean, rtol=1e-6)
+    assert count == 3
+    assert worse > clean  # a step of this size up the gradient of a convex loss
+    shifts = [np.stack([r[i] for r in rs]).astype(np.float32) for i in range(2)]
+
+    def both(parameters):
+        left = iter(shifts)
+        return total(parameters, lambda x: x)[0] + total(parameters, lambda x: x + next(left))[0]
+
+    np.testing.assert_allclose(both(parameters), clean + worse, rtol=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+        gradient,
+        jax.grad(both)(parameters),
+    )
+
+
+def test_the_step_has_its_length_in_each_example_and_none_where_nothing_matters():
+    rng = np.random.default_rng(0)
+    vectors = [rng.normal(size=(3, 4, 5)).astype(np.float32) for _ in range(2)]
+    gradients = [rng.normal(size=(3, 4, 5)).astype(np.float32) for _ in range(2)]
+    for g in gradients:
+        g[0, 2:] = 0  # padding
+        g[1] = 0
+    rs = adversarial.steps_up(vectors, gradients, 0.1)
+    length = np.sqrt(sum(np.square(r).sum((1, 2)) for r in rs))
+    wanted = np.sqrt(
+        sum(np.square(np.where(g != 0, x, 0)).sum((1, 2)) for g, x in zip(gradients, vectors))
+    )
+    np.testing.assert_allclose(length, 0.1 * wanted, rtol=1e-5)
+    assert not rs[0][1].any()
+    assert not rs[0][0, 2:].any()
+
+
+def test_a_model_without_embeddings_is_refused():
+    with pytest.raises(ValueError, match="model must hold Embeddings"):
+        moved_embeddings(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), lambda x: x)
+
+
+def test_an_adversary_of_no_size_teaches_what_two_epochs_of_the_loss_do():
+    """Parts and dropout included: the same stream of random numbers is met twice."""
+    task = load("trec")
+    config = dataclasses.replace(
+        task.presets["smoke"], model="attention_cnn", accumulate=2, clip=1e9, adversarial=1e-30
+    )
+    data = task.data(config)
+    batch = next(task.batches(config, data, 0))
+
+    def after(config):
+        how = steps.steps(task.loss, config, task.init(config, data, nnx.Rngs(0)))
+        _, value, count, norm = how.update(how.put(how.first), batch, 0)
+        return float(value), float(count), float(norm)
+
+    value, count, norm = after(config)
+    plain = after(dataclasses.replace(config, adversarial=0.0))
+    assert (value, count) == pytest.approx(plain[:2], rel=1e-5)
+    assert norm == pytest.approx(2 * plain[2], rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [
+        ("trec", "text_cnn"),
+        ("ner", "gru"),
+        ("multi30k", "gru_attention"),
+        ("multi30k", "transformer"),
+        ("shakespeare", "gru"),
+        ("listops", "transformer"),
+        ("vqa", "cross"),
+        ("summarise", "transformer"),
+        ("qa", "transformer"),
+    ],
+)
+def test_every_text_task_can_be_trained_against_it(tmp_path, name, model):
+    task = load(name)
+    config = dataclasses.replace(task.presets["smoke"], model=model, adversarial=0.1, steps=1)
+    found = train.train(task, config, task.data(config), tmp_path)
+    assert found.progress.step == 1
+
+
+def test_it_may_not_be_negative():
+    with pytest.raises(ValueError, match="adversarial must be at least 0, got -1"):
+        Config(adversarial=-1)
