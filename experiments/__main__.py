@@ -219,6 +219,12 @@ def _compare(arguments: Sequence[str]) -> int:
     return compare.main(parse(compare.Options, arguments, "compare"))
 
 
+def _fewshot(arguments: Sequence[str]) -> int:
+    from experiments import curve
+
+    return curve.main(parse(curve.Options, arguments, "fewshot"))
+
+
 def _walkthrough(arguments: Sequence[str]) -> int:
     from experiments import walkthrough
 
@@ -239,6 +245,9 @@ VERBS = {
     "report": Verb("report", "writes tables and plots of results into the README", _report),
     "compare": Verb(
         "compare [--option ...]", "checks us and our peers against the float64 oracle", _compare
+    ),
+    "fewshot": Verb(
+        "fewshot [--option ...]", "trains with few labelled examples, draws accuracy", _fewshot
     ),
     "bench": Verb("bench [--option ...]", "measures time and memory", _bench),
     "walkthrough": Verb(

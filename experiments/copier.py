@@ -13,6 +13,7 @@ from attention_jax.models import EncoderDecoder, EncoderDecoderConfig
 from attention_jax.models.encoder_decoder import Memory
 from attention_jax.models.layers import padding
 from attention_jax.nn.linear import Linear
+from experiments.logits import cross_entropy
 from experiments.text import UNKNOWN
 
 TINY = 1e-9  # a probability whose logarithm is finite
@@ -77,6 +78,22 @@ class Copier(EncoderDecoder):
         """``a``, ``[B T S]``: a head of attention whose values are the words themselves."""
         query, keys = self.query(x)[:, :, None], memory.contexts.keys[:, :, None]
         return attention_weights(query, keys, mask=padding(memory.real, x.shape[1]))[:, 0]
+
+    def log_probability(
+        self, source: Any, target: Any, wanted: Any, *, source_real: Any, target_real: Any
+    ) -> jax.Array:
+        """``log p`` of the words ``wanted [B T]``, each after those of the target before it.
+
+        The same as looking it up in the logits, without making those of all words.
+        """
+        memory = self.encode(source, real=source_real)
+        x = self._read(target, memory, real=target_real)
+        g = jax.nn.sigmoid(self.gate(x).astype(jnp.float32))[..., 0]
+        made = jnp.exp(-cross_entropy(super().logits(x), self.known(wanted)))
+        made = jnp.where(wanted < self.config.vocabulary, made, 0)
+        same = memory.contexts.source[:, None, :] == jnp.asarray(wanted)[..., None]
+        copied = jnp.where(same, self.pointed(x, memory), 0).astype(jnp.float32).sum(-1)
+        return jnp.log(g * made + (1 - g) * copied + TINY)
 
     def copied_from(self, source: Any, target: Any) -> jax.Array:
         """``a`` for each word of the target, ``[B T S]``."""

@@ -14,6 +14,7 @@ import itertools
 import json
 import re
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -116,7 +117,7 @@ def main(options: Options) -> int:
         for part, ladder in parts.items():
             if _trained(ladder):
                 file = picture(name, part, options.results)
-                draw(ladder, file)
+                _own(name, draw)(ladder, file)
                 print(f"wrote {file}")
     options.readme.write_text(readme, encoding="utf-8")
     print(f"wrote {options.readme}")
@@ -248,7 +249,7 @@ def block(name: str, parts: dict[str, list[Rung]] | None, results: Path) -> str:
 def _said(name: str, part: str, ladder: list[Rung], results: Path) -> str:
     """Of one ladder."""
     lines = [f"On `{part}`:", ""] if part else []
-    lines += [*table(ladder), "", order(ladder)]
+    lines += [*_own(name, table)(ladder), "", _own(name, order)(ladder)]
     if absent := [x for x in models(name) if x not in {rung.model for rung in ladder}]:
         lines[-1] += f" Not run yet: {', '.join(absent)}."
     runs = [run for rung in ladder for run in rung.runs]
@@ -262,8 +263,23 @@ def _said(name: str, part: str, ladder: list[Rung], results: Path) -> str:
     if _trained(ladder):
         title = " ".join(filter(None, (name, part)))
         file = picture(name, part, results).as_posix()
-        lines += ["", f"![Loss and score of {title} over time]({file})"]
+        lines += ["", f"![{_own(name, caption)(title)}]({file})"]
     return "\n".join(lines)
+
+
+def caption(title: str) -> str:
+    """What the plot shows."""
+    return f"Loss and score of {title} over time"
+
+
+def _own(name: str, usual: Callable[..., Any]) -> Callable[..., Any]:
+    """``table``, ``order``, ``caption`` or ``draw``; those of ``curve`` for what it runs."""
+    if name != "fewshot":
+        return usual
+    from experiments import curve  # which reads records as we do
+
+    found: Callable[..., Any] = getattr(curve, usual.__name__)
+    return found
 
 
 def _signatures(runs: list[Record]) -> list[str]:

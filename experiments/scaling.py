@@ -3,9 +3,9 @@
     python -m experiments bench --scaling
 
 One head of width 64, forward, float32. Memory is what the compiled program plans beside arguments
-and results. A kind stops growing where a length would take longer than ``LONGEST``; what is linear goes
-on to 262,144 tokens. Slopes are of log time against log length, from 4,096 to 65,536: 1 is linear,
-2 quadratic.
+and results. A kind stops growing where a length would take longer than ``LONGEST``; what is linear
+goes on to 262,144 tokens. Slopes are of log time against log length, from 4,096 to 65,536: 1 is
+linear, 2 quadratic.
 """
 
 from __future__ import annotations
@@ -259,8 +259,8 @@ def block(results: Path) -> str:
         lines.append(f"| {name} | {' | '.join(cells)} |")
     lines += [
         "",
-        f"{record['time']}, on {record['device']}, jax {record['jax']}. Bold: linear, a slope of at "
-        f"most {STEEPEST}. Empty: too long or too large to try.",
+        f"{record['time']}, on {record['device']}, jax {record['jax']}. Bold: linear, a slope of "
+        f"at most {STEEPEST}. Empty: too long or too large to try.",
         "",
         f"![Time and memory against length]({results.as_posix()}/scaling.png)",
     ]

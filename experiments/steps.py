@@ -69,7 +69,8 @@ def steps(loss: Callable[[Any, Model, Batch], Loss], config: Config, model: nnx.
     average = jax.tree.map(jnp.copy, parameters) if config.ema else None
     everywhere = NamedSharding(mesh, PartitionSpec())
     split = NamedSharding(mesh, PartitionSpec("data"))
-    update = _update(loss, config, graph, rest, optimizer, mesh)
+    update = _update(loss, config, graph, optimizer, mesh)
+    rest = jax.device_put(rest, everywhere)
 
     def evaluated(weights: Any) -> Model:
         model = nnx.merge(graph, weights, rest)
@@ -79,7 +80,7 @@ def steps(loss: Callable[[Any, Model, Batch], Loss], config: Config, model: nnx.
     return Steps(
         first=State(parameters, optimizer.init(parameters), average),
         put=lambda state: jax.device_put(state, everywhere),
-        update=lambda state, batch, step: update(state, jax.device_put(batch, split), step),
+        update=lambda state, batch, step: update(state, jax.device_put(batch, split), step, rest),
         model=evaluated,
     )
 
@@ -88,18 +89,18 @@ def _update(
     loss: Callable[[Any, Model, Batch], Loss],
     config: Config,
     graph: Any,
-    rest: Any,
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
-) -> Callable[[State, Batch, Any], tuple[State, jax.Array, jax.Array, jax.Array]]:
-    """See ``Steps.update``."""
+) -> Callable[[State, Batch, Any, Any], tuple[State, jax.Array, jax.Array, jax.Array]]:
+    """See ``Steps.update``; the last argument is what of the model is not trained."""
 
-    def sums(parameters: Any, batch: Batch, place: Any) -> tuple[Any, Any, Any]:
+    def sums(parameters: Any, batch: Batch, place: Any, rest: Any) -> tuple[Any, Any, Any]:
         """Total, count and the total's gradient, of a part of the batch."""
 
         def total(parameters: Any, move: Any = None) -> tuple[jax.Array, jax.Array]:
-            parameters, cast = _cast((parameters, batch), config.dtype)
-            model = nnx.merge(graph, parameters, _streams(rest, place))
+            streams = _streams(rest, place)
+            parameters, others, cast = _cast((parameters, streams, batch), config.dtype)
+            model = nnx.merge(graph, parameters, others)
             model = model if move is None else moved_embeddings(model, move)
             found = loss(config, model, cast)
             return found.total.astype(jnp.float32), found.number.astype(jnp.float32)
@@ -109,25 +110,25 @@ def _update(
         (value, count), gradient = jax.value_and_grad(total, has_aux=True)(parameters)
         return value, count, gradient
 
-    def in_turns(parameters: Any, batch: Batch, step: Any) -> tuple[Any, Any, Any]:
+    def in_turns(parameters: Any, batch: Batch, step: Any, rest: Any) -> tuple[Any, Any, Any]:
         """The sums over all parts that one device computes one after the other."""
         place = step if mesh.size == 1 else jnp.stack([step, jax.lax.axis_index("data")])
         if config.accumulate == 1:
-            return sums(parameters, batch, place)
+            return sums(parameters, batch, place, rest)
         A = config.accumulate
         parts = jax.tree.map(lambda x: x.reshape(A, x.shape[0] // A, *x.shape[1:]), batch)
 
         def add(so_far: Any, part: Any) -> tuple[Any, None]:
             i, batch = part
-            new = sums(parameters, batch, jnp.append(place, i))
+            new = sums(parameters, batch, jnp.append(place, i), rest)
             return jax.tree.map(jnp.add, so_far, new), None
 
         nothing = (jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, parameters))
         numbers = jnp.arange(A, dtype=jnp.int32)
         return jax.lax.scan(add, nothing, (numbers, parts))[0]
 
-    def over_devices(parameters: Any, batch: Batch, step: Any) -> tuple[Any, Any, Any]:
-        return jax.lax.psum(in_turns(parameters, batch, step), "data")
+    def over_devices(parameters: Any, batch: Batch, step: Any, rest: Any) -> tuple[Any, Any, Any]:
+        return jax.lax.psum(in_turns(parameters, batch, step, rest), "data")
 
     gradient_of = in_turns
     if mesh.size > 1:
@@ -135,15 +136,15 @@ def _update(
         gradient_of = jax.shard_map(
             over_devices,
             mesh=mesh,
-            in_specs=(everywhere, split, everywhere),
+            in_specs=(everywhere, split, everywhere, everywhere),
             out_specs=everywhere,
             check_vma=False,
         )
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def update(state: State, batch: Batch, step: Any) -> Any:
+    def update(state: State, batch: Batch, step: Any, rest: Any) -> Any:
         step = jnp.asarray(step, jnp.int32)
-        total, count, gradient = gradient_of(state.parameters, batch, step)
+        total, count, gradient = gradient_of(state.parameters, batch, step, rest)
         with jax.numpy_dtype_promotion("standard"):  # Optax raises floats to the power of an int
             gradient = jax.tree.map(lambda x: x / count, gradient)
             updates, after = optimizer.update(gradient, state.optimizer, state.parameters)

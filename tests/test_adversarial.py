@@ -99,7 +99,10 @@ def test_the_step_has_its_length_in_each_example_and_none_where_nothing_matters(
     rs = adversarial.steps_up(vectors, gradients, 0.1)
     length = np.sqrt(sum(np.square(r).sum((1, 2)) for r in rs))
     wanted = np.sqrt(
-        sum(np.square(np.where(g != 0, x, 0)).sum((1, 2)) for g, x in zip(gradients, vectors))
+        sum(
+            np.square(np.where(g != 0, x, 0)).sum((1, 2))
+            for g, x in zip(gradients, vectors, strict=True)
+        )
     )
     np.testing.assert_allclose(length, 0.1 * wanted, rtol=1e-5)
     assert not rs[0][1].any()

@@ -117,7 +117,9 @@ def test_every_rung_trains_is_scored_again_read_and_looked_at(name, model, tmp_p
         assert "has no examples to read" in capsys.readouterr().err
     code = run("look", folder)
     said = capsys.readouterr()
-    attends = "attention" in model or model in ("transformer", "window") or name == "vqa"
+    attends = "attention" in model or name == "vqa"
+    attends |= model in ("vit", "transformer", "window", "copier", "finetuned", "adapted")
+    attends |= (name, model) == ("qa", "gru")
     if task.look is not None and attends:
         assert code == 0
         page = (folder / "look.html").read_text()
@@ -210,6 +212,16 @@ def test_a_text_of_ones_own_is_read(trained, capsys):
     said = capsys.readouterr().out
     assert said.startswith("class3 word1 neverseen")
     assert any(name in said for name in load("trec").data(load("trec").presets["smoke"]).classes)
+
+
+@pytest.mark.slow
+def test_what_has_no_weights_is_not_looked_at(tmp_path, capsys):
+    options = ("--preset", "smoke", "--model", "attention", "--attention", "linear")
+    assert run("train", "trec", *options, "--steps", 1, "--out", tmp_path) == 0
+    capsys.readouterr()
+    assert run("look", tmp_path / "trec" / "attention-smoke-seed0") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "linear_attention has no weights of a softmax over keys to look at: take" in line
 
 
 def test_options_are_the_same_after_a_file():

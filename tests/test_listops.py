@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from experiments.expressions import WORDS, evaluated, value, values
 from experiments.tasks import listops
-from experiments.tasks.listops import WORDS, evaluated, value
 
 CONFIG = dataclasses.replace(listops.PRESETS["smoke"], longest=64, nesting=6)
 
@@ -19,11 +19,11 @@ def found():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "values"),
+    ("arguments", "wanted"),
     [([3], [3, 3, 3, 3]), ([9, 1, 4], [1, 9, 4, 4]), ([8, 3], [3, 8, 5, 1])],
 )
-def test_operators(arguments, values):
-    assert [value(i, arguments) for i in range(4)] == values
+def test_operators(arguments, wanted):
+    assert [value(i, arguments) for i in range(4)] == wanted
 
 
 def test_made_expressions_are_what_they_say_and_of_the_lengths_asked_for(found):
@@ -106,3 +106,37 @@ def test_what_is_no_expression_is_refused(written):
 def test_options_that_do_not_fit_are_named(options, said):
     with pytest.raises(ValueError, match=said):
         listops.Config(**options)
+
+
+def test_the_values_of_all_lists_are_those_of_their_parts(found):
+    row = found.splits["test"].rows[3]
+    words = WORDS.decode(row).split()
+    worth = values(row)
+    opened = []
+    for i, word in enumerate(words):
+        if word[0] == "[":
+            opened.append(i)
+        elif word == "]":
+            start = opened.pop()
+            assert worth[start] == worth[i] == evaluated(words[start : i + 1])
+        else:
+            assert worth[i] == 0
+
+
+@pytest.mark.parametrize("model", ["gru", "transformer"])
+def test_what_is_asked_of_all_lists_counts_the_whole_twice(found, model):
+    """By a model of known answers: sure of the whole and wrong of every other list."""
+    row = WORDS.encode("[MAX 2 9 [MIN 4 7 ] 0 ]")
+    rung = listops.init(dataclasses.replace(CONFIG, model=model), found, nnx.Rngs(0))
+    rung.eval()
+    tokens, worth = (np.array([x], np.int32) for x in (row, values(row)))
+    batch = listops.Batch(tokens, np.array([9], np.int32), worth)
+    said, lists = rung.each(tokens)
+    log_p = np.asarray(said - np.logaddexp.reduce(np.asarray(said), axis=-1, keepdims=True))[0]
+    at = (8, 6) if model == "gru" else (0, 3)
+    assert np.nonzero(np.asarray(lists)[0])[0].tolist() == sorted(at)
+    whole, inner = -log_p[at[0], 9], -log_p[at[1], 4]
+    total = listops.loss(CONFIG, rung, batch).total
+    np.testing.assert_allclose(total, whole + (whole + inner) / 2, rtol=1e-5)
+    alone = listops.loss(dataclasses.replace(CONFIG, asked="outermost"), rung, batch).total
+    np.testing.assert_allclose(alone, whole, rtol=1e-5)

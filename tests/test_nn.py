@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from quick import quickly
 
-from attention_jax import attention, masks, nn, positions, reference, scores
+from attention_jax import attention, masks, mechanisms, nn, positions, reference, scores
 
 B, T, S, E = 2, 7, 5, 12
 
@@ -212,6 +212,29 @@ def test_recorded_weights_are_those_of_each_module_and_leave_the_model_alone():
     assert not model.first.deterministic
     _, again = jax.jit(nn.record_weights)(model, x)
     close(again["first"], first)
+
+
+@pytest.mark.parametrize("name", mechanisms.NAMED)
+def test_a_mechanism_has_no_weights_to_show(name):
+    attention = functools.partial(mechanisms.NAMED[name])
+    module, x = new(attention=attention, mask=masks.causal()), normal(B, T, E)
+    said = f"{name}.* has no weights of a softmax over keys"
+    with pytest.raises(NotImplementedError, match=said):
+        module(x, return_weights=True)
+    with pytest.raises(NotImplementedError, match=said):
+        nn.record_weights(module, x)
+
+
+def test_a_module_that_is_not_called_need_not_have_weights():
+    class Two(nnx.Module):
+        def __init__(self):
+            self.first, self.unused = new(), new(attention=mechanisms.NAMED["linear"])
+
+        def __call__(self, x):
+            return self.first(x)
+
+    _, found = nn.record_weights(Two(), normal(B, T, E))
+    assert list(found) == ["first"]
 
 
 def test_there_must_be_something_to_record():

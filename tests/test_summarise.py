@@ -60,7 +60,7 @@ def test_rouge_by_hand_and_the_best_of_several_references():
 
 def test_what_is_left_of_html_goes():
     written = r"Yahoo #39;s price is  #36;50\as he says &lt;b&gt; it#146;s quot;so quot;"
-    assert summaries.clean(written) == "Yahoo's price is $50 as he says <b> it’s \"so \""
+    assert summaries.clean(written) == 'Yahoo\'s price is $50 as he says <b> it’s "so "'
 
 
 @needs_files
@@ -189,6 +189,21 @@ def test_copied_words_can_be_generated_and_steps_give_what_the_whole_gives(copie
     )
 
 
+def test_the_probability_of_one_word_is_that_among_all(copier):
+    real = SOURCE != PAD
+    wanted = np.array(
+        [[11, 9, 5], [13, 6, 11]], np.int32
+    )  # the last can neither be made nor copied
+    found = copier.log_probability(
+        SOURCE, TARGET, wanted, source_real=real, target_real=np.ones_like(TARGET, bool)
+    )
+    all_words = copier(SOURCE, TARGET, source_real=real)
+    np.testing.assert_allclose(
+        found, np.take_along_axis(np.asarray(all_words), wanted[..., None], -1)[..., 0], rtol=1e-5
+    )
+    assert found[1, 2] < -20
+
+
 def test_smoothing_what_can_only_be_copied_is_refused():
     with pytest.raises(ValueError, match=r"label_smoothing must be 0 for copier, got 0\.1"):
         dataclasses.replace(SMOKE, label_smoothing=0.1)
@@ -226,7 +241,7 @@ def test_a_rung_learns_shows_and_reads_any_text(tmp_path, model, capsys):
     trained = train.train(summarise.TASK, config, data, tmp_path)
     assert "reference" in summarise.sample(config, trained.model, data, None)
     summarise.sample(config, trained.model, data, "new words " * 150)
-    assert "text has 300 words: the first 192 (reads) are read" in capsys.readouterr().out
+    assert "text has 300 words: the first 64 (reads) are read" in capsys.readouterr().out
     views = summarise.look(config, trained.model, data, "some w1 and w2")
     titles = [view.title for view in views]
     assert "summary to source" in titles

@@ -3,6 +3,7 @@ and values can be made once for all queries."""
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -21,11 +22,12 @@ from attention_jax.axes import (
 )
 from attention_jax.lift import lift
 from attention_jax.masks.arguments import int_at_least
-from attention_jax.mechanisms.recurrence import left_to_right
+from attention_jax.mechanisms.recurrence import left_to_right, over_pieces
 from attention_jax.mechanisms.seen import only_seen, seen
 from attention_jax.tiles import product
 
 PIECE = 64  # tokens computed at once where it is causal
+LARGE = 1024  # where it is not
 MOST = 80.0  # of the exponents of keys
 
 
@@ -95,33 +97,53 @@ def linear_attention(
     sizes = check_query_key_value(query, key, value)
     found = seen(mask, sizes, "linear_attention")
     dtype = accumulation_dtype(query.dtype)
-    q, k, v = (
-        only_seen(jnp.asarray(x, dtype), real)
-        for x, real in ((query, found.queries), (key, found.keys), (value, found.keys))
-    )
-    # A token that is not seen has no features, and one value more makes the sum of the weights.
-    q = only_seen(features.query(q), found.queries)
-    k = only_seen(features.key(k), found.keys)
-    v = jnp.concatenate([v, jnp.ones((*v.shape[:-1], 1), dtype)], axis=-1)
+    q = only_seen(jnp.asarray(query, dtype), found.queries)
+    # One value more makes the sum of the weights; a token that is not seen has neither.
+    one = jnp.ones((*key.shape[:-1], 1), dtype)
+    k, v, one = (only_seen(jnp.asarray(x, dtype), found.keys) for x in (key, value, one))
+    M = jax.eval_shape(features.key, jax.ShapeDtypeStruct((1, sizes.H), dtype)).shape[-1]
     if found.causal:
-        width = (k.shape[-1], sizes.D + 1)
-        sums, state = left_to_right(
-            linear_piece, PIECE, sizes, found, q, (k, v), width, state, True, dtype
+        step = functools.partial(causal_piece, features)
+        width = (M, sizes.D + 1)
+        out, state = left_to_right(
+            step, PIECE, sizes, found, q, (k, v, one), width, state, True, query.dtype
         )
     elif state is not None or return_state:
         raise ValueError("state and return_state are of causal attention: give mask=masks.causal()")
     else:
-        (sums,) = lift(
-            lambda q, k, v: (product(q, product(k, v, 0, 0), 1, 0),),
-            (q, k, v),
+        (out,) = lift(
+            lambda *arrays: (among_all(features, M, *arrays),),
+            (q, k, v, one),
             sizes,
-            ("*B T N H", "*B S K H", "*B S K D"),
+            ("*B T N H", "*B S K H", "*B S K D", "*B S K D"),
             ("*B T N D",),
         )
-    total = sums[..., -1:]
-    out = jnp.where(total == 0, 0, sums[..., :-1] / jnp.where(total == 0, 1, total))
-    out = out.astype(query.dtype)
+    out = only_seen(out, found.queries).astype(query.dtype)
     return (out, state) if return_state else out
+
+
+def among_all(
+    features: Features, M: int, q: jax.Array, k: jax.Array, v: jax.Array, one: jax.Array
+) -> jax.Array:
+    """``f(Q) (f(K)^T V)`` of one head, as means; by pieces, which stay in the processor's cache."""
+
+    def add(S: jax.Array, k: jax.Array, *values: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return k[:, :0], S + product(features.key(k), jnp.concatenate(values, axis=1), 0, 0)
+
+    def read(S: jax.Array, q: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return means(product(features.query(q), S, 1, 0)), S
+
+    _, S = over_pieces(add, jnp.zeros((M, v.shape[1] + 1), v.dtype), (k, v, one), LARGE)
+    return over_pieces(read, S, (q,), LARGE)[0]
+
+
+def causal_piece(
+    features: Features, state: jax.Array, q: jax.Array, k: jax.Array, *values: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """As ``linear_piece``, of features, and of values and ones as means."""
+    v = jnp.concatenate(values, axis=1)
+    out, state = linear_piece(state, features.query(q), features.key(k), v)
+    return means(out), state
 
 
 def linear_piece(
@@ -131,6 +153,12 @@ def linear_piece(
     pairs = jnp.tril(product(q, k, 1, 1))
     out = product(pairs, v, 1, 0) + product(q, state, 1, 0)
     return out, state + product(k, v, 0, 0)
+
+
+def means(sums: jax.Array) -> jax.Array:
+    """``[t D+1]`` to ``[t D]``: sums by that of the weights, which is last; 0 where that is 0."""
+    total = sums[:, -1:]
+    return jnp.where(total == 0, 0, sums[:, :-1] / jnp.where(total == 0, 1, total))
 
 
 def performer_features(key: jax.Array, H: int, count: int) -> Features:

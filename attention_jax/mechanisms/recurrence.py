@@ -89,7 +89,7 @@ def left_to_right(
       size: of a piece.
       sizes, found: of the call.
       query: ``[*B T N .]``.
-      arrays: ``[*B S K .]``, 0 for what is not seen.
+      arrays: ``[*B S K .]``; what is not seen, and of the query too, is made 0.
       width: of the state.
       state: that after the tokens before, or None: 0.
       return_state: whether to return that after these.

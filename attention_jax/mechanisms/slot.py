@@ -27,6 +27,7 @@ def as_attention(mechanism: Callable[..., Any]) -> Callable[..., Any]:
     Returns:
       A function with the arguments of ``attention``. It raises NotImplementedError for scores,
       sinks, dropout and so on that the mechanism has no argument for, where they are asked for.
+      A module that has it raises that too where its weights are asked for.
 
     >>> import functools, numpy as np
     >>> from flax import nnx
@@ -51,7 +52,26 @@ def as_attention(mechanism: Callable[..., Any]) -> Callable[..., Any]:
         out: jax.Array = mechanism(query, key, value, **given)
         return out
 
+    attend.mechanism = name  # type: ignore[attr-defined]  # see ``check_weights``
     return attend
+
+
+def check_weights(attention: Callable[..., Any]) -> None:
+    """Raises where the ``attention`` of a module has no weights that could be shown.
+
+    Args:
+      attention: of a module, or ``functools.partial`` of it.
+
+    Raises:
+      NotImplementedError: ``as_attention`` made it, so that it is no softmax over all keys.
+    """
+    while isinstance(attention, functools.partial):
+        attention = attention.func
+    if (name := getattr(attention, "mechanism", None)) is not None:
+        raise NotImplementedError(
+            f"{name} has no weights of a softmax over keys to look at: take a model with attention "
+            f"at its default"
+        )
 
 
 def _nothing(name: str, x: Any) -> bool:
@@ -61,7 +81,7 @@ def _nothing(name: str, x: Any) -> bool:
     return x is None or (isinstance(x, (tuple, float, bool)) and not x)
 
 
-def _performer(query: Any, key: Any, value: Any, *, mask: Any = None) -> Any:
+def performer(query: Any, key: Any, value: Any, *, mask: Any = None) -> Any:
     """``linear_attention`` with four times as many random features as a head has numbers."""
     H = query.shape[-1]
     features = performer_features(jax.random.key(0), H, 4 * H)
@@ -71,7 +91,7 @@ def _performer(query: Any, key: Any, value: Any, *, mask: Any = None) -> Any:
 NAMED: dict[str, Callable[..., Any]] = {
     "inverted": as_attention(inverted_attention),
     "linear": as_attention(linear_attention),
-    "performer": as_attention(_performer),
+    "performer": as_attention(performer),
     "retention": as_attention(retention),
     "slot": as_attention(slot_attention),
     "topk": as_attention(functools.partial(topk_attention, k=8)),

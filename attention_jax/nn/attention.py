@@ -20,6 +20,7 @@ from attention_jax.axes import AnyArray
 from attention_jax.cache import KVCache
 from attention_jax.masks import Mask, dense
 from attention_jax.masks.arguments import int_at_least
+from attention_jax.mechanisms.slot import check_weights
 from attention_jax.nn.linear import BIAS_INIT, KERNEL_INIT, Linear
 from attention_jax.positions import DynamicNTK, Rotary
 from attention_jax.scores import Score
@@ -220,8 +221,11 @@ class MultiHeadAttention(nnx.Module):
 
         Raises:
           ValueError: a context is missing, or is not for this module; shapes that do not fit.
+          NotImplementedError: weights of a mechanism that has none.
         """
         T = self._check(x, context, cache)
+        if return_weights:
+            check_weights(self.attention)
         if positions is None:
             positions = jnp.arange(T, dtype=jnp.int32)
             if cache is not None:

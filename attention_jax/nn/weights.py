@@ -8,6 +8,7 @@ from typing import Any
 from flax import nnx
 
 from attention_jax.attention import attention_weights
+from attention_jax.mechanisms.slot import check_weights
 from attention_jax.nn.attention import MultiHeadAttention
 
 OF_WEIGHTS = ("mask", "score", "sinks", "scale")
@@ -29,6 +30,8 @@ def record_weights(model: nnx.Module, *args: Any, **options: Any) -> tuple[Any, 
 
     Raises:
       ValueError: there is no ``MultiHeadAttention`` in the model.
+      NotImplementedError: one that was called has a mechanism (``mechanisms.as_attention``) in the
+        place of attention, which is no softmax over all keys.
 
     >>> import numpy as np
     >>> from attention_jax.models import Decoder, DecoderConfig, Layers
@@ -45,6 +48,7 @@ def record_weights(model: nnx.Module, *args: Any, **options: Any) -> tuple[Any, 
 
     def recorded(path: str, attend: Callable[..., Any]) -> Callable[..., Any]:
         def attend_and_keep(query: Any, key: Any, value: Any, **options: Any) -> Any:
+            check_weights(attend)
             asked = {name: x for name, x in options.items() if name in OF_WEIGHTS}
             found[path] = attention_weights(query, key, **asked)
             return attend(query, key, value, **options)

@@ -42,6 +42,13 @@ TASKS: dict[str, Row] = {
         time="2 minutes on 2 CPU cores",
         score="test accuracy 90 %",
     ),
+    "fewshot": Row(
+        shows="how many labelled examples it takes, with and without pretraining, and adapters",
+        data="that of trec, of which few questions are labelled",
+        models="naive_bayes, text_cnn, transformer, finetuned, adapted",
+        time="2 minutes on 2 CPU cores; all of the curve 50",
+        score="not measured",
+    ),
     "sst2": Row(
         shows="whether a film is liked",
         data="Stanford Sentiment Treebank, sentences only, 6,920 to train and 1,821 to test",
@@ -97,6 +104,13 @@ TASKS: dict[str, Row] = {
         models="gru, gru_attention, transformer",
         time="10 minutes on 2 CPU cores",
         score="BLEU 30; 36 with three times the steps",
+    ),
+    "qa": Row(
+        shows="questions about a passage, answered by a span of it",
+        data="SQuADShifts, new Wikipedia, 7,938 questions of 48 articles; XQuAD, English, 1,190",
+        models="overlap, gru, transformer",
+        time="10 minutes on 2 CPU cores",
+        score="not measured",
     ),
     "summarise": Row(
         shows="titles of news, papers in a sentence: taking, making and copying words",

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from attention_jax.nn import record_weights
-from experiments import attending, sentences, text, train
+from experiments import sentences, text, train
 from experiments.attending import TextConfig
 from experiments.config import at_least_1, below_1
 from experiments.logits import cross_entropy, logits, scores
@@ -219,7 +219,6 @@ def look(config: Config, model: Any, data: Data, sentence: str | None) -> list[V
     """The encoder's attention in one sentence."""
     if not isinstance(model, sentences.SelfAttention):
         raise ValueError(f"model {config.model} has no attention to look at: take attention")
-    attending.check_weights(config)
     sentence = data.splits["test"].texts[0] if sentence is None else sentence
     row = encode(config, data, sentence)
     _, weights = record_weights(model, np.array([row], np.int32))

@@ -20,6 +20,7 @@ from experiments import config as configs
 from experiments import text, train
 from experiments.attending import attention_options
 from experiments.logits import cross_entropy, logits, scores
+from experiments.look import View, self_attention
 
 CLASSES = 10
 
@@ -227,11 +228,33 @@ def task(
         metric="accuracy",
         larger=True,
         unit="images",
+        look=functools.partial(look, names),
         pictures=functools.partial(pictures, names),
     )
 
 
-# --- What the class token attends to.
+# --- Who attends to whom.
+
+
+def look(
+    names: tuple[str, ...], config: Config, model: Any, data: Data, given: str | None
+) -> list[View]:
+    """Attention over the patches of a test image, the first or that of the number given."""
+    if not isinstance(model, ViT):
+        raise ValueError(f"model {config.model} has no attention to look at: take vit")
+    images, labels = data["test"]
+    at = given or "0"
+    if not at.isdecimal() or int(at) >= len(images):
+        raise ValueError(
+            f"text must be the number of a test image, 0 to {len(images) - 1}, got {given!r}"
+        )
+    image, label = images[int(at) :][:1], labels[int(at)]
+    guess = int(np.argmax(logits(model, image)))
+    _, weights = record_weights(model, image)
+    side = images.shape[-1] // config.patch
+    cells = [f"{row},{column}" for row in range(side) for column in range(side)]
+    (view,) = self_attention("patches, by row and column", ["class", *cells], weights)
+    return [view._replace(note=f"Test image {at}: {names[label]}, read as {names[guess]}.")]
 
 
 def class_token_attention(model: ViT, images: AnyArray) -> np.ndarray:

@@ -77,9 +77,9 @@ class Config(BaseConfig):
 
 PRESETS = {
     "cpu": Config(
-        steps=3000,
-        batch_size=512,
-        learning_rate=3e-3,
+        steps=3500,
+        batch_size=256,
+        learning_rate=5e-3,
         label_smoothing=0.1,
         weight_decay=0.0,
         evaluations=3,

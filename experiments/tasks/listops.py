@@ -10,7 +10,9 @@
 ``[MAX 2 9 [MIN 4 7 ] 0 ]`` is 9. Operators are MIN, MAX, MED (the median, of an even number the
 mean of the middle two, rounded down) and SM (the sum modulo 10). To tell the class of the whole,
 information must travel along the tree; who knows only the outermost operator and how often each
-digit occurs is right about a third of the time.
+digit occurs is right about a third of the time. Scored is the value of the whole; training asks for
+that of each list in it too (``--asked outermost`` does not, as in the Long Range Arena): an encoder
+tells it at the list's operator, a GRU at its end.
 
 The ladder: ``gru``, ``transformer``, and the same with other attention, ``window`` and ``linear``.
 
@@ -37,14 +39,18 @@ from attention_jax.nn.linear import Linear
 from experiments import attending, text, train
 from experiments.attending import TextConfig
 from experiments.config import at_least_1
+from experiments.expressions import (
+    CLOSE,
+    OPERATOR,
+    WORDS,
+    evaluated,
+    expression,
+    values,
+)
 from experiments.logits import cross_entropy, logits, scores
 from experiments.look import View, self_attention
 from experiments.recurrent import GRU, last_state
 from experiments.text import PAD
-
-OPERATORS = ("MIN", "MAX", "MED", "SM")
-WORDS = text.Words((*text.SPECIAL, *map(str, range(10)), *(f"[{x}" for x in OPERATORS), "]"))
-DIGIT, OPERATOR, CLOSE = (WORDS.words.index(x) for x in ("0", "[MIN", "]"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +69,8 @@ class Config(TextConfig):
     """Lists within lists at most."""
     arguments: int = 10
     """Of an operator, at most; at least 2."""
+    asked: Literal["all", "outermost"] = "all"
+    """The values of which lists training asks for."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -77,11 +85,12 @@ class Config(TextConfig):
 
 PRESETS = {
     "cpu": Config(
-        steps=1500,
-        batch_size=16,
-        learning_rate=1e-3,
+        steps=1800,
+        batch_size=4,
+        learning_rate=2e-3,
         width=64,
-        depth=2,
+        heads=2,
+        depth=3,
         positions="rotary",
         dropout=0.0,
         evaluations=3,
@@ -131,57 +140,14 @@ class Data(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Tokens ``[B T]`` and classes ``[B]``."""
+    """Tokens ``[B T]``, classes ``[B]``, and values of all lists, ``[B T]``; see ``values``."""
 
     tokens: Any
     labels: Any
+    values: Any
 
 
-# --- Expressions.
-
-
-def value(operator: int, arguments: list[int]) -> int:
-    """What an operator, by its place in ``OPERATORS``, makes of digits.
-
-    >>> [value(i, [7, 2, 9, 4]) for i in range(4)]
-    [2, 9, 5, 2]
-    """
-    name = OPERATORS[operator]
-    if name == "MIN":
-        return min(arguments)
-    if name == "MAX":
-        return max(arguments)
-    if name == "SM":
-        return sum(arguments) % 10
-    ordered, middle = sorted(arguments), len(arguments) // 2
-    if len(ordered) % 2:
-        return ordered[middle]
-    return (ordered[middle - 1] + ordered[middle]) // 2
-
-
-def expression(config: Config, rng: random.Random) -> tuple[list[int], int]:
-    """A random expression and what it comes to: an argument is a list a quarter of the time.
-
-    One that grows longer than ``config.longest`` is left where it is.
-    """
-    row: list[int] = []
-
-    def grow(nesting: int) -> int:
-        operator = rng.randrange(len(OPERATORS))
-        row.append(OPERATOR + operator)
-        found = []
-        for _ in range(rng.randint(2, config.arguments)):
-            if len(row) > config.longest:
-                break
-            if nesting > 1 and rng.random() < 0.25:
-                found.append(grow(nesting - 1))
-            else:
-                found.append(rng.randrange(10))
-                row.append(DIGIT + found[-1])
-        row.append(CLOSE)
-        return value(operator, found or [0])
-
-    return row, grow(config.nesting)
+# --- Data.
 
 
 def examples(config: Config, n: int, rng: random.Random) -> Examples:
@@ -194,33 +160,6 @@ def examples(config: Config, n: int, rng: random.Random) -> Examples:
             rows.append(row)
             labels.append(label)
     return Examples(rows, np.array(labels, np.int32))
-
-
-def evaluated(words: list[str]) -> int:
-    """What a written expression comes to.
-
-    Raises:
-      ValueError: it is no expression.
-
-    >>> evaluated("[MAX 2 9 [MIN 4 7 ] 0 ]".split())
-    9
-    """
-    stack: list[list[Any]] = [["", []]]
-    for word in words:
-        if word[:1] == "[" and word[1:] in OPERATORS:
-            stack.append([word[1:], []])
-        elif word == "]" and len(stack) > 1 and stack[-1][1]:
-            operator, arguments = stack.pop()
-            stack[-1][1].append(value(OPERATORS.index(operator), arguments))
-        elif word.isdigit() and len(word) == 1:
-            stack[-1][1].append(int(word))
-        else:
-            raise ValueError(
-                f"text must be an expression such as '[MAX 2 9 [MIN 4 7 ] 0 ]', got {word!r} in it"
-            )
-    if len(stack) > 1 or len(stack[0][1]) != 1:
-        raise ValueError("text must be one expression, with as many ] as [")
-    return int(stack[0][1][0])
 
 
 def data(config: Config) -> Data:
@@ -243,10 +182,16 @@ class Recurrent(nnx.Module):
         self.gru = GRU(E, E, config.depth, dropout_rate=config.dropout, rngs=rngs)
         self.classify = Linear(E, 10, rngs=rngs)
 
+    def each(self, tokens: Any) -> tuple[jax.Array, jax.Array]:
+        """Logits ``[B T 10]`` at every token, and the ends of lists, where they tell the value."""
+        tokens = jnp.asarray(tokens)
+        lengths = jnp.sum(tokens != PAD, axis=-1, dtype=jnp.int32)
+        return self.classify(self.gru(self.embed(tokens), lengths)), tokens == CLOSE
+
     def __call__(self, tokens: Any) -> jax.Array:
         """Logits ``[B 10]``."""
         lengths = jnp.sum(jnp.asarray(tokens) != PAD, axis=-1, dtype=jnp.int32)
-        return self.classify(last_state(self.gru(self.embed(tokens), lengths), lengths))
+        return last_state(self.each(tokens)[0], lengths)
 
 
 class Reader(nnx.Module):
@@ -267,9 +212,15 @@ class Reader(nnx.Module):
             rngs=rngs,
         )
 
+    def each(self, tokens: Any) -> tuple[jax.Array, jax.Array]:
+        """Logits ``[B T 10]`` at every token, and operators, where they tell the list's value."""
+        tokens = jnp.asarray(tokens)
+        x = self.encoder.hidden(tokens, real=tokens != PAD)
+        return self.encoder.class_logits(x), (tokens >= OPERATOR) & (tokens < CLOSE)
+
     def __call__(self, tokens: Any) -> jax.Array:
         """Logits ``[B 10]``."""
-        return self.encoder(tokens, real=jnp.asarray(tokens) != PAD)
+        return self.each(tokens)[0][:, 0]
 
 
 def init(config: Config, data: Data, rngs: nnx.Rngs) -> Any:
@@ -284,33 +235,48 @@ def init(config: Config, data: Data, rngs: nnx.Rngs) -> Any:
 # --- The task.
 
 
+def sizes(config: Config) -> list[int]:
+    """Lengths to pad to: a few for all."""
+    return sorted({config.longest, *(x for x in text.BUCKETS if 32 < x < config.longest)})
+
+
 def bucket_of(config: Config, rows: list[list[int]]) -> int:
-    """A length to pad to: a few for all."""
-    longest = max(map(len, rows))
-    sizes = sorted({config.longest, *(x for x in text.BUCKETS if x < config.longest)})
-    return text.bucket(longest, sizes)
+    """The length to pad to."""
+    return text.bucket(max(map(len, rows)), sizes(config))
 
 
 def batches(config: Config, data: Data, step: int) -> Iterator[Batch]:
-    """New expressions each time, those of one batch of about one length.
+    """New expressions each time, those of a batch no longer than one of ``sizes``, drawn evenly.
 
-    Four times as many are made, and by the step one of the four quarters, sorted by length, taken.
+    There are ``batch_size`` of the longest and more of shorter ones, so that all batches have
+    about as many tokens: most of what is learned is learned from short expressions.
     """
+    *shorter, longest = sizes(config)
+    fitting = [*(size for size in shorter if size >= 2 * config.shortest), longest]
     while True:
         rng = random.Random(f"train {config.seed} {step}")
-        found = examples(config, 4 * config.batch_size, rng)
-        order = np.argsort([len(row) for row in found.rows], kind="stable")
-        part = rng.randrange(4)
-        some = order[part * config.batch_size : (part + 1) * config.batch_size]
-        rows = [found.rows[i] for i in some]
-        yield Batch(text.padded(rows, bucket_of(config, rows)), found.labels[some])
+        size = rng.choice(fitting)
+        n = config.batch_size * (config.longest // size)
+        found = examples(dataclasses.replace(config, longest=size), n, rng)
+        worth = text.padded([values(row) for row in found.rows], size)
+        yield Batch(text.padded(found.rows, size), found.labels, worth)
         step += 1
 
 
 def loss(config: Config, model: Any, batch: Batch) -> train.Loss:
-    """Cross-entropy."""
-    each = cross_entropy(model(batch.tokens), batch.labels, config.label_smoothing)
-    return train.Loss(each.sum(), jnp.float32(each.size))
+    """Cross-entropy of the whole; and the mean of that of all lists in it, where they are asked."""
+    n = jnp.float32(len(batch.labels))
+    if config.asked == "outermost":
+        each = cross_entropy(model(batch.tokens), batch.labels, config.label_smoothing)
+        return train.Loss(each.sum(), n)
+    said, lists = model.each(batch.tokens)
+    each = jnp.where(lists, cross_entropy(said, batch.values, config.label_smoothing), 0)
+    number = lists.sum(axis=1, dtype=jnp.float32)
+    # The outermost list is the first that an encoder sees begin, the last that a GRU sees end.
+    at = lists.shape[1] - 1 - jnp.argmax(lists[:, ::-1], axis=1)
+    at = at if isinstance(model, Recurrent) else jnp.argmax(lists, axis=1)
+    whole = jnp.take_along_axis(each, at[:, None], axis=1)[:, 0]
+    return train.Loss((whole + each.sum(axis=1) / number).sum(), n)
 
 
 def predict(config: Config, model: Any, rows: list[list[int]], size: int = 32) -> np.ndarray:
@@ -373,7 +339,6 @@ def look(config: Config, model: Any, data: Data, given: str | None) -> list[View
         raise ValueError(
             f"model {config.model} has no attention to look at: take transformer or window"
         )
-    attending.check_weights(config)
     row = shortest(data, 1).rows[0] if given is None else encode(config, given)
     _, weights = record_weights(model, np.array([row], np.int32))
     tokens = [WORDS.words[i] for i in row]

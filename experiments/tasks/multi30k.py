@@ -322,7 +322,6 @@ def look(config: Config, model: Any, data: Data, sentence: str | None) -> list[V
     """The attention of a source, of its translation, and of the translation to the source."""
     if config.model == "gru":
         raise ValueError("model gru has no attention to look at: take gru_attention or transformer")
-    attending.check_weights(config)
     source = data.splits["test"].sources[0] if sentence is None else sentence
     row = encode(config, data, source)
     target = [START, *translate(model, data, [row], size=1)[0]]

@@ -417,7 +417,6 @@ def look(config: Config, model: Any, data: Data, given: str | None) -> list[View
     """The encoder's attention in one sentence."""
     if config.model != "transformer":
         raise ValueError(f"model {config.model} has no attention to look at: take transformer")
-    attending.check_weights(config)
     words = data.splits["test"].sentences[0].words if given is None else words_of(given)
     words = words[: BUCKETS[-1]]
     rows = data.vocabulary.encode_all([shapes(words)])

@@ -293,7 +293,6 @@ def look(config: Config, model: Any, data: Data, given: str | None) -> list[View
         raise ValueError(
             f"model {config.model} has no attention to look at: take gru_attention or transformer"
         )
-    attending.check_weights(config)
     start, _ = data.splits["test"]
     tokens = data.bytes[start : start + min(64, config.context)]
     tokens = tokens if given is None else prompt_of(config, given)

@@ -5,7 +5,7 @@
     python -m experiments train summarise                         # a Transformer that may copy
     python -m experiments train summarise --adversarial 0.1       # against an adversary
     python -m experiments train summarise --model lead
-    python -m experiments train summarise --corpus scitldr
+    python -m experiments train summarise --corpus scitldr --reads 192 --writes 48
     python -m experiments sample runs/summarise/copier-cpu-seed0
 
 The ladder: ``lead`` (the first 12 words of an article, the first sentence of an abstract),
@@ -44,7 +44,7 @@ from experiments.summaries import BestSentence, Lead, Text
 from experiments.text import END, PAD, START, UNKNOWN
 
 WORD = re.compile(r"\w+(?:'\w+)?|[^\w\s]")
-BUCKETS = (16, 32, 48, 64, 96, 128, 192, 256)
+BUCKETS = (32, 48, 64, 128, 192, 256)
 OTHERS = 48  # words of a source without a number of their own that can be told apart
 
 
@@ -64,10 +64,10 @@ class Config(TextConfig):
     """Width of the feed-forward layers, in widths of the model."""
     least: int = 3
     """Words that training has less often are unknown: they can be copied, but not made."""
-    reads: int = 192
+    reads: int = 64
     """Words of a source that are read; of longer ones the first, and they are counted."""
-    writes: int = 48
-    """Words of a summary, in training and at most."""
+    writes: int = 20
+    """Words of a summary at most; what training reads is cut, and counted."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -84,12 +84,12 @@ class Config(TextConfig):
 
 PRESETS = {
     "cpu": Config(
-        steps=2400,
+        steps=1200,
         batch_size=32,
         learning_rate=2e-3,
         width=128,
         depth=2,
-        evaluations=6,
+        evaluations=4,
         ema=0.99,
         minutes=10,
     ),
@@ -179,15 +179,19 @@ def data(config: Config) -> Data:
     splits = {}
     for name, texts in found.items():
         words = [tokens(t.source) for t in texts]
-        if cut := sum(len(row) > config.reads for row in words):
-            print(f"{name}: {cut} of {len(texts)} sources have more than {config.reads} words: cut")
+        wanted = [tokens(t.summaries[0]) for t in texts]
+        for what, rows, most in (
+            ("sources", words, config.reads),
+            ("summaries to learn from", wanted if name == "train" else [], config.writes),
+        ):
+            if cut := sum(len(row) > most for row in rows):
+                print(f"{name}: {cut} of {len(rows)} {what} have more than {most} words: cut")
         words = [row[: config.reads] for row in words]
         sources, targets = [], []
-        for row, t in zip(words, texts, strict=True):
+        for row, summary in zip(words, wanted, strict=True):
             others = others_of(known, row) if config.model == "copier" else {}
             sources.append(numbers(known, row, others))
-            wanted = numbers(known, tokens(t.summaries[0])[: config.writes], others)
-            targets.append([START, *wanted, END])
+            targets.append([START, *numbers(known, summary[: config.writes], others), END])
         splits[name] = Split(texts, words, sources, targets)
     return Data(vocabulary, splits)
 
@@ -224,15 +228,12 @@ def batches(config: Config, data: Data, step: int) -> Iterator[Batch]:
     """Texts of about one length together."""
     split = data.splits["train"]
     lengths = np.array([len(row) for row in split.sources])
-    longest = text.bucket(max(map(len, split.targets)) - 1, BUCKETS)
+    longest = max(map(len, split.targets))  # one length for all targets, so one program less
     for index in text.alike(lengths, config.batch_size, config.seed, step):
-        written = max(len(split.targets[i]) for i in index) - 1
-        T = min(text.bucket(written, BUCKETS), longest)
+        length = text.bucket(int(lengths[index].max()), BUCKETS)
         yield Batch(
-            text.padded(
-                [split.sources[i] for i in index], text.bucket(int(lengths[index].max()), BUCKETS)
-            ),
-            text.padded([split.targets[i] for i in index], T + 1),
+            text.padded([split.sources[i] for i in index], length),
+            text.padded([split.targets[i] for i in index], longest),
         )
 
 
@@ -242,17 +243,14 @@ def loss(config: Config, model: Any, batch: Batch) -> train.Loss:
     A word that is unknown, and not in the source either, is none that a model should make: it
     counts for nothing.
     """
-    wanted = batch.target[:, 1:]
-    if isinstance(model, Seq2Seq):
-        logits = model(batch.source, batch.target[:, :-1])
+    target, wanted = batch.target[:, :-1], batch.target[:, 1:]
+    reals = {"source_real": batch.source != PAD, "target_real": target != PAD}
+    if isinstance(model, Copier):
+        each = -model.log_probability(batch.source, target, wanted, **reals)
     else:
-        logits = model(
-            batch.source,
-            batch.target[:, :-1],
-            source_real=batch.source != PAD,
-            target_real=batch.target[:, :-1] != PAD,
-        )
-    each = cross_entropy(logits, wanted, config.label_smoothing)
+        options = {} if isinstance(model, Seq2Seq) else reals
+        logits = model(batch.source, target, **options)
+        each = cross_entropy(logits, wanted, config.label_smoothing)
     real = (wanted != PAD) & (wanted != UNKNOWN)
     return train.Loss(jnp.where(real, each, 0).sum(), real.sum(dtype=jnp.float32))
 

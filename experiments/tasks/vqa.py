@@ -13,7 +13,8 @@ there, is there a red circle, is the circle left of the square. Answers of a kin
 frequent, so that who sees only the question, or only the picture, can do no more than guess.
 
 The ladder: ``question`` only, ``image`` only, ``joint`` self-attention over both, ``cross``:
-self-attention of the question, which attends to the picture.
+self-attention of the question, which attends to the picture. The records of ``question`` and
+``image`` are with ``--steps 1500``: they have nothing more to learn.
 
 Data: made here, without end, from the seed; in the manner of J. Johnson et al. 2017, "CLEVR". The
 validation and test splits are 2,000 questions each, the same for every seed.
@@ -75,11 +76,11 @@ class Config(TextConfig):
 
 PRESETS = {
     "cpu": Config(
-        steps=3000,
+        steps=5000,
         batch_size=64,
         learning_rate=1e-3,
         width=96,
-        depth=3,
+        depth=4,
         dropout=0.0,
         evaluations=5,
         ema=0.99,
@@ -359,7 +360,6 @@ def _in_words(scene: Scene) -> str:
 
 def look(config: Config, model: Any, data: Data, given: str | None) -> list[View]:
     """Attention over words and patches, for the first picture of the test split."""
-    attending.check_weights(config)
     found = data.splits["test"]
     row = found.questions[0] if given is None else np.array(encode(given))
     row = row[row != PAD][None]
