@@ -98,15 +98,6 @@ def attention_options(config: Config) -> dict[str, Any]:
     return {"attention": attention, "implementation": config.attention}
 
 
-def check_weights(config: Config) -> None:
-    """Raises unless attention has weights that can be shown: those of a softmax over keys."""
-    if config.attention in NAMED:
-        raise ValueError(
-            f"attention {config.attention} has no weights of a softmax over keys to look at: take "
-            f"a run without --attention"
-        )
-
-
 def flax_attention(
     query: Any,
     key: Any,

@@ -31,6 +31,7 @@ from experiments.tasks.fewshot import ALL, Config, Pretrained
 
 TRAINING = 4907  # labelled questions there are
 MODELS = configs.choices(Config, "model")
+RATES = {"adapted": 6e-3}  # learning rates other than the preset's: adapters begin at nothing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +100,8 @@ class _Once:
 def _run(task: Any, options: Options, model: Any, size: int, seed: int) -> Record:
     """The record of a run, which is made where there is none."""
     preset = fewshot.PRESETS[options.preset]
-    config = dataclasses.replace(preset, model=model, examples=size, seed=seed)
+    rate = RATES.get(model, preset.learning_rate)
+    config = dataclasses.replace(preset, model=model, examples=size, seed=seed, learning_rate=rate)
     name = f"{model}-{options.preset}-{size or 'all'}-seed{seed}"
     file = options.out / "fewshot" / name / "record.json"
     if file.exists():

@@ -40,20 +40,8 @@ FIELDS = (
 )
 
 # How scores are written; others with 3 decimals.
-PERCENT = (
-    "accuracy",
-    "exact",
-    "f1",
-    "macro_f1",
-    "precision",
-    "recall",
-    "rouge1",
-    "rouge2",
-    "rouge_l",
-    "xquad_exact",
-    "xquad_f1",
-)
-ONE_DECIMAL = ("bleu",)
+PERCENT = re.compile(r"accuracy$|exact$|f1$|precision$|recall$|^rouge")
+WHOLE, ONE_DECIMAL = re.compile(r"repaired$|unaligned$"), re.compile(r"^bleu$")
 
 # Options that say what data a run is on: runs on other data are in another table.
 DATA = ("corpus", "graph")
@@ -296,7 +284,7 @@ def table(ladder: list[Rung]) -> list[str]:
     scores = (x for test in tests for x, score in test if not isinstance(score, str))
     metrics = list(dict.fromkeys((metric, *scores)))
     best = (max if larger else min)(rung.mean(metric) for rung in ladder)
-    heads = [*(f"{_words(x)}{', %' if x in PERCENT else ''}" for x in metrics)]
+    heads = [*(f"{_words(x)}{', %' if PERCENT.search(x) else ''}" for x in metrics)]
     lines = [
         f"| model | {' | '.join(heads)} | seeds | parameters | steps | seconds |",
         f"| --- |{' ---: |' * (len(heads) + 4)}",
@@ -362,12 +350,14 @@ def _single(ladder: list[Rung]) -> bool:
 def shown(metric: str, x: float) -> str:
     """A score as it is written.
 
-    >>> shown("accuracy", 0.9125), shown("nats", 1.6214), shown("bleu", 31.27)
-    ('91.2', '1.621', '31.3')
+    >>> shown("xquad_f1", 0.9125), shown("nats", 1.6214), shown("bleu", 31.27), shown("repaired", 9)
+    ('91.2', '1.621', '31.3', '9')
     """
-    if metric in PERCENT:
+    if PERCENT.search(metric):
         return f"{100 * x:.1f}"
-    return f"{x:.1f}" if metric in ONE_DECIMAL else f"{x:.3f}"
+    if WHOLE.search(metric):
+        return f"{x:,.0f}"
+    return f"{x:.1f}" if ONE_DECIMAL.search(metric) else f"{x:.3f}"
 
 
 def _words(metric: str) -> str:
@@ -402,7 +392,7 @@ def draw(ladder: list[Rung], file: Path) -> None:
     from matplotlib.figure import Figure
 
     metric = ladder[0].runs[0]["metric"]
-    factor = 100 if metric in PERCENT else 1
+    factor = 100 if PERCENT.search(metric) else 1
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     axes = figure.subplots(1, 2)
     for number, rung in enumerate(ladder):
@@ -431,7 +421,7 @@ def draw(ladder: list[Rung], file: Path) -> None:
                     label=label if axis is axes[1] else None,
                 )
             label = None  # once for all seeds
-    unit = ", %" if metric in PERCENT else ""
+    unit = ", %" if PERCENT.search(metric) else ""
     for axis, title in zip(
         axes, ("loss in training", f"{_words(metric)} in validation{unit}"), strict=True
     ):

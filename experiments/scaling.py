@@ -227,10 +227,12 @@ def draw(found: dict[str, list[Point]], file: Path) -> None:
             mebibytes = [max(p.bytes, 1024) / 2**20 for p in points]
             axes[1, column].plot(x, mebibytes, line, color=color, marker="o", ms=3)
         axes[0, column].set_title(f"{group} (slope from {FROM:,} to {TO:,})")
-        axes[0, column].legend(fontsize=8, frameon=False)
         axes[0, column].set_ylabel("seconds")
         axes[1, column].set_ylabel("MiB beside arguments and results")
         axes[1, column].set_xlabel("length")
+        lines, names = axes[0, column].get_legend_handles_labels()
+        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.14)}
+        axes[1, column].legend(lines, names, fontsize=8, frameon=False, ncols=4, **below)
     for axis in axes.ravel():
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")

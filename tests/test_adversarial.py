@@ -114,6 +114,7 @@ def test_a_model_without_embeddings_is_refused():
         moved_embeddings(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), lambda x: x)
 
 
+@pytest.mark.slow
 def test_an_adversary_of_no_size_teaches_what_two_epochs_of_the_loss_do():
     """Parts and dropout included: the same stream of random numbers is met twice."""
     task = load("trec")

@@ -61,14 +61,14 @@ TASKS: dict[str, Row] = {
         data="SemEval-2010 task 8, 8,000 sentences to train and 2,717 to test, 19 classes",
         models="naive_bayes, text_cnn, attention, attention_cnn",
         time="10 minutes on 2 CPU cores",
-        score="not measured",
+        score="test macro-F1 73",
     ),
     "ner": Row(
         shows="names in text, as a tag for each word",
         data="NCBI diseases, 5,424 sentences to train and 940 to test; WNUT 2017, 3,394 and 1,287",
         models="most_frequent, gru, transformer",
         time="10 minutes on 2 CPU cores",
-        score="not measured",
+        score="test F1 74 on NCBI",
     ),
     "shakespeare": Row(
         shows="the next character: counts, recurrence, attention",
@@ -82,21 +82,21 @@ TASKS: dict[str, Row] = {
         data="made here, expressions of 32 to 512 tokens",
         models="gru, transformer, window, linear",
         time="10 minutes on 2 CPU cores",
-        score="not measured",
+        score="test accuracy 37 %",
     ),
     "vqa": Row(
         shows="questions about pictures: words and patches as tokens of one encoder",
         data="made here, nine cells of coloured shapes and a question in words",
         models="question, image, joint, cross",
         time="10 minutes on 2 CPU cores",
-        score="not measured",
+        score="test accuracy 100 %",
     ),
     "links": Row(
         shows="which facts a graph lacks",
         data="FB15k-237, 272,115 facts to train and 20,466 to test; WN18RR, 86,835 and 3,134",
         models="distmult, attention",
         time="10 minutes on 2 CPU cores",
-        score="not measured",
+        score="test MRR 0.23 on FB15k-237",
     ),
     "multi30k": Row(
         shows="translation, German to English: recurrence, additive attention, attention alone",
@@ -110,14 +110,14 @@ TASKS: dict[str, Row] = {
         data="SQuADShifts, new Wikipedia, 7,938 questions of 48 articles; XQuAD, English, 1,190",
         models="overlap, gru, transformer",
         time="10 minutes on 2 CPU cores",
-        score="not measured",
+        score="test F1 36",
     ),
     "summarise": Row(
         shows="titles of news, papers in a sentence: taking, making and copying words",
         data="AG news, 7,600 articles with titles; SciTLDR, 3,229 abstracts with summaries",
         models="lead, best_sentence, gru, gru_attention, transformer, copier",
         time="10 minutes on 2 CPU cores",
-        score="not measured",
+        score="ROUGE-L 18.7 on titles",
     ),
 }
 

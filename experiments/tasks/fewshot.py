@@ -2,7 +2,7 @@
 
 ::
 
-    python -m experiments train fewshot --model adapted --examples 30
+    python -m experiments train fewshot --model adapted --examples 30 --learning-rate 6e-3
     python -m experiments fewshot                     # every model, number and seed, and a plot
 
 The ladder: ``naive_bayes`` and ``text_cnn`` as for ``trec``; ``transformer``, an encoder and the
@@ -82,14 +82,16 @@ class Config(classification.Config):
 
 PRESETS = {
     "cpu": Config(
-        steps=400,
+        steps=300,
         batch_size=32,
         learning_rate=2e-3,
         width=64,
         depth=2,
-        dropout=0.2,
+        dropout=0.1,
         word_dropout=0.1,
         evaluations=1,
+        read=20,
+        pretraining_steps=1500,
     ),
     "smoke": Config(
         steps=8,
@@ -221,7 +223,9 @@ class WordModel(nnx.Module):
         x = self.encoder.hidden(words, real=words != PAD)
         x = jnp.take_along_axis(x, jnp.asarray(places)[..., None], axis=1)
         x = self.norm(jax.nn.gelu(self.transform(x)))
-        return self.encoder.embed.logits(x) + self.bias[...]
+        # The table with the scale that it has below: else it grows until layers add little to it.
+        scale = self.encoder.embed.scale / x.shape[-1] ** 0.5
+        return scale * self.encoder.embed.logits(x) + self.bias[...]
 
 
 def hidden(config: Config, data: Data) -> Iterator[Hidden]:

@@ -40,7 +40,7 @@ import numpy as np
 from flax import nnx
 
 from attention_jax.nn import record_weights
-from experiments import answers, attending, text, train
+from experiments import answers, text, train
 from experiments.answers import LONGEST_QUESTION, Passage, Question, Split, parsed
 from experiments.attending import TextConfig
 from experiments.config import at_least_1, below_1
@@ -360,7 +360,6 @@ def look(config: Config, model: Any, data: Data, given: str | None) -> list[View
     """Attention in the window that has the answer to the first question of the test split."""
     if config.model == "overlap":
         raise ValueError("model overlap has no attention to look at: take gru or transformer")
-    attending.check_weights(config)
     test = data.splits["test"]
     split = test._replace(questions=test.questions[:1]) if given is None else asked(data, given)
     (found,) = answer(config, model, data, split, size=1)
