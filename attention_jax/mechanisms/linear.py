@@ -97,23 +97,24 @@ def linear_attention(
     sizes = check_query_key_value(query, key, value)
     found = seen(mask, sizes, "linear_attention")
     dtype = accumulation_dtype(query.dtype)
-    q = only_seen(jnp.asarray(query, dtype), found.queries)
     # One value more makes the sum of the weights; a token that is not seen has neither.
     one = jnp.ones((*key.shape[:-1], 1), dtype)
-    k, v, one = (only_seen(jnp.asarray(x, dtype), found.keys) for x in (key, value, one))
     M = jax.eval_shape(features.key, jax.ShapeDtypeStruct((1, sizes.H), dtype)).shape[-1]
     if found.causal:
         step = functools.partial(causal_piece, features)
         width = (M, sizes.D + 1)
         out, state = left_to_right(
-            step, PIECE, sizes, found, q, (k, v, one), width, state, True, query.dtype
+            step, PIECE, sizes, found, query, (key, value, one), width, state, True, query.dtype
         )
     elif state is not None or return_state:
         raise ValueError("state and return_state are of causal attention: give mask=masks.causal()")
     else:
         (out,) = lift(
             lambda *arrays: (among_all(features, M, *arrays),),
-            (q, k, v, one),
+            [
+                only_seen(jnp.asarray(query, dtype), found.queries),
+                *(only_seen(jnp.asarray(x, dtype), found.keys) for x in (key, value, one)),
+            ],
             sizes,
             ("*B T N H", "*B S K H", "*B S K D", "*B S K D"),
             ("*B T N D",),
