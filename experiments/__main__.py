@@ -220,9 +220,9 @@ def _compare(arguments: Sequence[str]) -> int:
 
 
 def _fewshot(arguments: Sequence[str]) -> int:
-    from experiments import curve
+    from experiments import sweep
 
-    return curve.main(parse(curve.Options, arguments, "fewshot"))
+    return sweep.main(parse(sweep.Options, arguments, "fewshot"))
 
 
 def _walkthrough(arguments: Sequence[str]) -> int:

@@ -26,6 +26,7 @@ from flax import nnx
 from experiments import runs
 from experiments.checkpoints import BEST, LAST, Checkpoints
 from experiments.config import Config
+from experiments.ladders import Shown
 from experiments.progress import Metrics as Metrics
 from experiments.progress import Progress, show
 from experiments.steps import Batch, Model, State, steps
@@ -66,6 +67,8 @@ class Task(Generic[C, D]):
     """Who attends to whom, for one example of the test split, or a text; see ``look``."""
     pictures: Callable[[C, Model, D, Path], list[Path]] | None = None
     """Draws what the model does into files whose names start as the path; returns the files."""
+    shown: Shown | None = None
+    """Its own table and plot of many runs, where those of most tasks do not fit; see ``report``."""
 
 
 @dataclasses.dataclass(frozen=True)

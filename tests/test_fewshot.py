@@ -11,8 +11,7 @@ import pytest
 from flax import nnx
 
 from attention_jax.nn import Frozen
-from experiments import curve, data, report, text, train
-from experiments.curve import Options
+from experiments import curve, data, ladders, report, sweep, text, train
 from experiments.tasks import fewshot, trec
 from experiments.tasks.fewshot import ALL, draw
 
@@ -151,7 +150,7 @@ def test_training_begins_where_guessing_ended(found, model):
 def test_the_curve_is_run_once_and_drawn(tmp_path, capsys):
     from matplotlib.image import imread
 
-    options = Options(
+    options = sweep.Options(
         preset="smoke",
         models=("naive_bayes", "finetuned", "adapted"),
         sizes=(10, ALL),
@@ -159,7 +158,7 @@ def test_the_curve_is_run_once_and_drawn(tmp_path, capsys):
         out=tmp_path / "runs",
         record=tmp_path / "results",
     )
-    assert curve.main(options) == 0
+    assert sweep.main(options) == 0
     said = capsys.readouterr().out
     assert said.count("guessed words") == 8
     lines = (tmp_path / "results" / "fewshot.jsonl").read_text().splitlines()
@@ -177,7 +176,7 @@ def test_the_curve_is_run_once_and_drawn(tmp_path, capsys):
     assert "![Accuracy of fewshot against" in readme.read_text()
 
     capsys.readouterr()
-    assert curve.main(options) == 0  # nothing is run
+    assert sweep.main(options) == 0  # nothing is run
     assert len((tmp_path / "results" / "fewshot.jsonl").read_text().splitlines()) == len(lines)
     assert "guessed words" not in capsys.readouterr().out
 
@@ -202,7 +201,7 @@ def ladder(scores):
         for (model, size), some in scores.items()
         for seed, score in enumerate(some)
     ]
-    return report.rungs("fewshot", records)
+    return ladders.rungs("fewshot", records)
 
 
 def test_the_table_has_a_column_for_each_number():
@@ -232,14 +231,16 @@ def test_the_table_has_a_column_for_each_number():
 )
 def test_options_that_there_are_not_are_refused(options, said):
     with pytest.raises(ValueError, match=said):
-        Options(**options)
+        sweep.Options(**options)
 
 
 def test_a_run_of_another_configuration_is_not_taken_for_this_one(tmp_path):
-    options = Options(preset="smoke", models=("naive_bayes",), sizes=(10,), seeds=1, out=tmp_path)
-    assert curve.main(options) == 0
+    options = sweep.Options(
+        preset="smoke", models=("naive_bayes",), sizes=(10,), seeds=1, out=tmp_path
+    )
+    assert sweep.main(options) == 0
     (file,) = tmp_path.glob("fewshot/*/record.json")
     record = json.loads(file.read_text())
     file.write_text(json.dumps(record | {"config": record["config"] | {"rank": 99}}))
     with pytest.raises(ValueError, match=r"record\.json is of another configuration"):
-        curve.main(options)
+        sweep.main(options)

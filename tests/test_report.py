@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import report, tasks
+from experiments import ladders, plots, report, tasks
 from experiments.report import Options
 
 ROOT = Path(__file__).parents[1]
@@ -106,7 +106,7 @@ def test_a_second_time_changes_nothing_and_check_says_so(options, capsys):
     ],
 )
 def test_the_order_is_said_as_it_is(scores, said):
-    ladder = report.rungs("trec", [record(m, 0, x) for m, x in scores.items()])
+    ladder = ladders.rungs("trec", [record(m, 0, x) for m, x in scores.items()])
     assert said in report.order(ladder)
     assert "one seed" in report.order(ladder)
 
@@ -116,19 +116,19 @@ def test_a_difference_within_the_spread_is_called_so():
         *(record("text_cnn", s, x) for s, x in enumerate((0.90, 0.92))),
         *(record("attention", s, x) for s, x in enumerate((0.905, 0.925))),
     ]
-    assert "are within the spread" in report.order(report.rungs("trec", runs))
+    assert "are within the spread" in report.order(ladders.rungs("trec", runs))
 
 
 def test_less_is_better_where_the_record_says_so():
     runs = [record(m, 0, x, larger=False) for m, x in (("text_cnn", 2.0), ("attention", 1.5))]
-    ladder = report.rungs("trec", runs)
+    ladder = ladders.rungs("trec", runs)
     assert "The classic order holds" in report.order(ladder)
     assert "**150.0**" in "\n".join(report.table(ladder))
 
 
 def test_runs_that_differ_in_more_than_the_seed_have_rows_of_their_own(options):
     window = [record("attention", s, 0.7, options={"mask": "window"}) for s in (0, 1)]
-    names = [rung.name for rung in report.rungs("trec", LADDER + window)]
+    names = [rung.name for rung in ladders.rungs("trec", LADDER + window)]
     assert names == [
         "naive_bayes",
         "text_cnn",
@@ -140,7 +140,7 @@ def test_runs_that_differ_in_more_than_the_seed_have_rows_of_their_own(options):
 
 def test_a_preset_is_named_and_options_only_beside_runs_of_the_same_preset():
     smoke = record("attention", 0, 0.6, preset="smoke", options={"steps": 8, "width": 16})
-    names = [rung.name for rung in report.rungs("trec", [smoke, record("attention", 0, 0.8)])]
+    names = [rung.name for rung in ladders.rungs("trec", [smoke, record("attention", 0, 0.8)])]
     assert names == ["attention, preset cpu", "attention, preset smoke"]
 
 
@@ -148,7 +148,7 @@ def test_rows_of_one_model_are_no_steps_of_the_ladder():
     models = ("text_cnn", "attention", "attention_cnn")
     runs = [record(m, 0, x) for m, x in zip(models, (0.7, 0.8, 0.9), strict=True)]
     worse = record("attention", 0, 0.5, options={"mask": "window"})
-    ladder = report.rungs("trec", [worse, *runs])
+    ladder = ladders.rungs("trec", [worse, *runs])
     assert [rung.name for rung in ladder][1:3] == [
         "attention, mask global",
         "attention, mask window",
@@ -212,7 +212,7 @@ def test_the_signature_of_a_score_is_told_and_is_no_column(options, more):
 
 
 def test_a_score_that_some_seeds_lack_is_left_out_of_their_row():
-    ladder = report.rungs(
+    ladder = ladders.rungs(
         "trec", [record("attention", 0, 0.8, test={"accuracy": 0.8}), record("attention", 1, 0.9)]
     )
     assert report.table(ladder)[-1] == "| attention | **85.0 ± 7.1** |  | 2 | 1,234 | 10 | 62 |"
@@ -227,7 +227,7 @@ def test_nothing_is_drawn_where_all_is_counted(options):
 
 def test_a_baseline_without_a_validation_score_is_drawn_by_its_test_score(tmp_path):
     old = record("naive_bayes", 0, 0.8, curve=[], parameters=0, validation=None)
-    report.draw(report.rungs("trec", [old, *LADDER[1:]]), tmp_path / "trec.png")
+    plots.draw(ladders.rungs("trec", [old, *LADDER[1:]]), tmp_path / "trec.png")
     assert (tmp_path / "trec.png").stat().st_size > 1000
 
 
@@ -258,10 +258,10 @@ def test_runs_on_other_data_are_in_a_table_of_their_own():
         return record(model, 0, score, task="ner", options={"corpus": corpus})
 
     some = [run("gru", 0.5, "wnut17"), run("gru", 0.7, "ncbi"), run("transformer", 0.6, "ncbi")]
-    found = report.ladders("ner", some)
+    found = ladders.ladders("ner", some)
     names = {part: [rung.name for rung in ladder] for part, ladder in found.items()}
     assert names == {"ncbi": ["gru", "transformer"], "wnut17": ["gru"]}
     said = report.block("ner", found, Path("results"))
     assert said.index("On `ncbi`") < said.index("**70.0**") < said.index("On `wnut17`")
     assert "](results/ner-wnut17.png)" in said
-    assert list(report.ladders("trec", LADDER)) == [""]
+    assert list(ladders.ladders("trec", LADDER)) == [""]

@@ -34,15 +34,15 @@ from flax import nnx
 from attention_jax.models import Encoder
 from attention_jax.nn import low_rank
 from attention_jax.nn.linear import Linear
-from experiments import text, train
+from experiments import curve, text, train
 from experiments.config import at_least_1
+from experiments.curve import ALL
 from experiments.logits import cross_entropy
 from experiments.steps import steps
 from experiments.tasks import classification, trec
 from experiments.tasks.classification import Batch, Data, Split
 from experiments.text import PAD, UNKNOWN
 
-ALL = 0  # as the number of examples
 PRETRAINED = ("finetuned", "adapted")
 ADAPTED = ("query", "value")  # projections that adapted changes
 
@@ -315,4 +315,5 @@ TASK = train.Task(
     unit="sentences",
     sample=classification.sample,
     look=classification.look,
+    shown=curve.SHOWN,
 )
