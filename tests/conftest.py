@@ -1,4 +1,4 @@
-"""What every test runs under: eight devices, strict dtypes, checked annotations.
+"""What every test runs under: eight devices, a fast compiler, strict dtypes, checked annotations.
 
 Eight host devices are what ``shard_map`` is tested on. They must be asked for before JAX starts,
 and the import hook must be there before the package is imported: hence the order below.
@@ -6,8 +6,14 @@ and the import hook must be there before the package is imported: hence the orde
 
 import os
 
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+import quick
+
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        *quick.flags(),
+        "--xla_force_host_platform_device_count=8",
+    ]
 )
 
 import importlib.util

@@ -10,7 +10,7 @@ import sys
 from unittest import mock
 
 import pytest
-from quick import QUICK
+from quick import as_users
 
 import attention_jax
 from attention_jax import backends, testing
@@ -89,8 +89,7 @@ CHECKS = {
     "blockwise": PROMISES[2::4],
     "blockwise 16x32": [*PROMISES, *(case for case in LOOPED if case not in TINY)],
     "blockwise 7x5": TINY,
-    # With the compiler as it comes, as users have it; the others are compiled for a single run,
-    # since most of a test's time is the compiler's.
+    # Compiled as users' programs are; all other tests' are compiled fast.
     "auto": PROMISES[3::8],
 }
 
@@ -105,14 +104,14 @@ def mostly_slow(cases, quick):
 
 @functools.lru_cache(maxsize=8)
 def prepared(case):
-    return testing.trial(case, compiler_options=QUICK)
+    return testing.trial(case)
 
 
 def assert_right(name, case):
     report = testing.check(
         IMPLEMENTATIONS[name],
         cases=[prepared(case)],
-        compiler_options=None if name == "auto" else QUICK,
+        compiler_options=as_users() if name == "auto" else None,
     )
     wrong = [row for row in report.rows if row.verdict != "ok"]  # a refusal is wrong here
     assert not wrong, f"{name}: {case}\n{report}"

@@ -1,35 +1,37 @@
-"""Options with which XLA compiles fast and the programs run slowly: for a single run."""
+"""XLA's options for programs that run for an instant: they compile fast and run slowly.
 
-import jax
-from flax import nnx
+Most of a test's time is the compiler's. ``python tests/quick.py`` prints the options.
+"""
 
+import os
+import subprocess
+import sys
 
-def known(options):
-    """Those that this jaxlib has; they come and go."""
-
-    def works(name, value):
-        try:
-            jax.jit(lambda x: x, compiler_options={name: value}).lower(0).compile()
-        except jax.errors.JaxRuntimeError:
-            return False
-        return True
-
-    return {name: value for name, value in options.items() if works(name, value)}
+# With what XLA has by itself, which users run.
+OPTIONS = {"xla_backend_optimization_level": (0, 3), "xla_cpu_use_fusion_emitters": (False, True)}
 
 
-QUICK = known({"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False})
+def flags():
+    """For ``XLA_FLAGS``; without those there, and without those that this XLA would stop at."""
+    given = os.environ.get("XLA_FLAGS", "")
+    wanted = [f"--{x}={str(quick).lower()}" for x, (quick, _) in OPTIONS.items() if x not in given]
+    if not wanted or _starts(wanted):
+        return wanted
+    return [flag for flag in wanted if _starts([flag])]
 
 
-def quickly(fn):
-    """``fn`` of a module and arrays, as one program that is compiled fast."""
-    programs = {}
+def _starts(some):
+    return not subprocess.run(
+        [sys.executable, "-c", "import jax; jax.devices()"],
+        env=os.environ | {"XLA_FLAGS": " ".join(some)},
+        capture_output=True,
+    ).returncode
 
-    def run(module, *args):
-        graph, state = nnx.split(module)
-        if graph not in programs:
-            programs[graph] = jax.jit(
-                lambda state, *args: fn(nnx.merge(graph, state), *args), compiler_options=QUICK
-            )
-        return programs[graph](state, *args)
 
-    return run
+def as_users():
+    """``compiler_options`` of a program that is compiled as users' programs are."""
+    return {x: usual for x, (_, usual) in OPTIONS.items() if x in os.environ["XLA_FLAGS"]}
+
+
+if __name__ == "__main__":
+    print(*flags())

@@ -21,8 +21,6 @@ B, T, S, N, K, H, D = 3, 5, 7, 4, 2, 3, 6
 pytestmark = pytest.mark.usefixtures("small_blocks")
 each_implementation = pytest.mark.parametrize("implementation", ["xla", "blockwise"])
 seeds = st.integers(0, 2**32 - 1)
-# Where bits do not matter: most of the time goes into compiling.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def inputs(seed=0, B=(B,), T=T, S=S, dtype=np.float32):
@@ -113,7 +111,7 @@ def test_query_head_n_reads_key_head_n_over_g(implementation):
         return loss(q, jnp.repeat(k, N // K, axis=2), jnp.repeat(v, N // K, axis=2))
 
     grad = functools.partial(jax.value_and_grad, argnums=(0, 1, 2))
-    close(jit(grad(loss))(q, k, v), jit(grad(repeated))(q, k, v))
+    close(jax.jit(grad(loss))(q, k, v), jax.jit(grad(repeated))(q, k, v))
 
 
 # --- An example's result does not depend on the others: bit by bit.
@@ -207,9 +205,9 @@ def test_the_block_size_does_not_matter(name):
         return attention(q, k, v, **options, **extra, implementation="xla", return_lse=True)
 
     gradient = functools.partial(jax.grad, argnums=(0, 1, 2), has_aux=True)
-    expected = jit(gradient(functools.partial(loss, plain)))(q, k, v)
+    expected = jax.jit(gradient(functools.partial(loss, plain)))(q, k, v)
     for block in [(2, 3), (5, 2)]:
-        run = jit(gradient(functools.partial(loss, functools.partial(blocked, block))))
+        run = jax.jit(gradient(functools.partial(loss, functools.partial(blocked, block))))
         close(run(q, k, v), expected, 1e-4)
 
 
@@ -227,7 +225,7 @@ def test_how_many_heads_are_computed_together_does_not_matter(heads, T, each, mo
             out, lse = attention(q, k, v, **options)
             return jnp.sin(out).sum(), (out, lse)
 
-        return jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(q, k, v)
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(q, k, v)
 
     looped = []
 
@@ -254,7 +252,7 @@ def test_heads_together_where_a_mapped_axis_comes_last(monkeypatch):
     def run(implementation):
         attend = functools.partial(attention, implementation=implementation)
         mapped = jax.vmap(attend, in_axes=-1, out_axes=-1)
-        return jit(jax.value_and_grad(lambda x: jnp.sin(mapped(*x)).sum()))(arrays)
+        return jax.jit(jax.value_and_grad(lambda x: jnp.sin(mapped(*x)).sum()))(arrays)
 
     close(run("blockwise"), run("xla"))
 
@@ -273,8 +271,8 @@ def test_vmap_over_any_axes_is_the_batch_axis(axes, implementation):
     run = functools.partial(
         attention, mask=masks.causal(), implementation=implementation, return_lse=True
     )
-    mapped = jit(jax.vmap(run, in_axes=axes))(*moved((q, k, v), axes))
-    close(mapped, jit(run)(q, k, v), 1e-6)
+    mapped = jax.jit(jax.vmap(run, in_axes=axes))(*moved((q, k, v), axes))
+    close(mapped, jax.jit(run)(q, k, v), 1e-6)
 
 
 def partial_problems():
@@ -322,8 +320,8 @@ def test_vmap_over_some_arguments_is_a_loop(name, implementation):
         )
 
     stack = lambda *xs: jnp.stack(xs)  # noqa: E731
-    mapped = jit(jax.vmap(run))(jax.tree.map(stack, *more[name]))
-    close(mapped, jax.tree.map(stack, *map(jit(run), more[name])), 1e-6)
+    mapped = jax.jit(jax.vmap(run))(jax.tree.map(stack, *more[name]))
+    close(mapped, jax.tree.map(stack, *map(jax.jit(run), more[name])), 1e-6)
 
 
 # --- Compilations.
@@ -404,7 +402,7 @@ def test_output_in_the_dtype_of_the_query_and_lse_in_at_least_float32(dtype, imp
         assert (out.dtype, lse.dtype) == (dtype, wide)
         return out.astype(wide).sum() + lse.sum()
 
-    gradients = jit(jax.grad(loss, argnums=(0, 1, 2, 3)))(q, k, v, options["sinks"])
+    gradients = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))(q, k, v, options["sinks"])
     assert [g.dtype for g in gradients] == [dtype, dtype, dtype, "float32"]
     assert attention_weights(q, k, **options).dtype == wide
 

@@ -18,7 +18,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo
-from quick import QUICK
 
 from attention_jax import masks, reference, scores
 from attention_jax.arguments import checked
@@ -74,10 +73,6 @@ def output(query, key, value, **options):
 def by_xla(query, key, value, **options):
     call, request = prepared(query, key, value, **options)
     return xla.run(call, request.sizes, dropout_rate=0.0)[0]
-
-
-def quickly(fn, *arguments):
-    return jax.jit(fn).lower(*arguments).compile(QUICK)(*arguments)
 
 
 @pytest.fixture
@@ -154,7 +149,7 @@ def test_equals_the_oracle(name, calls):
             out, pull = jax.vjp(lambda x, bias: fn(*x, **{**options, **score}), x, bias)
             return out, pull(cotangent)
 
-        return jax.tree.leaves(quickly(program, x, [jnp.asarray(b) for b in bias]))
+        return jax.tree.leaves(jax.jit(program)(x, [jnp.asarray(b) for b in bias]))
 
     ours, plain = both(output), both(by_xla)
     seen = np.ones((math.prod(B), N, T, T), bool)
@@ -208,7 +203,7 @@ def test_lengths_are_told(calls):
             call = calls.pop()
             return call["query_seq_lengths"], call["key_value_seq_lengths"]
 
-        return [x.tolist() for x in quickly(program, *inputs(T))]
+        return [x.tolist() for x in jax.jit(program)(*inputs(T))]
 
     many = np.int16(99) * lengths.astype(np.int16)
     assert told(10, masks.lengths(lengths - 1, many)) == [[10] * 6, [10] * 6]
@@ -330,7 +325,7 @@ def test_padding_reaches_nothing(name, causal, with_bias, calls):
         out = output(*x, mask=mask, **options)
         return (out * normal(7, *out.shape)).astype(F32).sum(), out
 
-    run = jax.jit(jax.grad(loss, has_aux=True)).lower(planted).compile(QUICK)
+    run = jax.jit(jax.grad(loss, has_aux=True))
     clean, out = run([query, key, value])
     found, out_planted = run(planted)
     for a, b in zip((out, *clean), (out_planted, *found), strict=True):
@@ -355,7 +350,7 @@ def test_bias_that_hides(calls):
 
     lowest = jnp.finfo(BF16).min
     far = jnp.asarray(hiding).at[0, 1].set(lowest).at[0, 2, :4].set(lowest)
-    d, told = quickly(program, inputs(), far)
+    d, told = jax.jit(program)(inputs(), far)
     assert jnp.isfinite(d).all()
     assert (d[far == -np.inf] == 0).all()
     assert jnp.isfinite(told).all()
@@ -471,7 +466,7 @@ def test_vmap(order, in_axes, calls):
     else:
         program = jax.grad(lambda *x: jax.vmap(one, axes)(*x).sum(), (0, 1, 2, 4))
     arguments = (*x, own, shared_bias)
-    found = quickly(program, *arguments)
+    found = jax.jit(program)(*arguments)
     picked = [
         [
             a if axis is None else jnp.take(a, i, axis)
@@ -479,7 +474,7 @@ def test_vmap(order, in_axes, calls):
         ]
         for i in range(2)
     ]
-    each = [quickly(jax.grad(one, (0, 1, 2, 4)), *p) for p in picked]
+    each = [jax.jit(jax.grad(one, (0, 1, 2, 4)))(*p) for p in picked]
     for d, axis, *parts in zip(found, (*in_axes, None), *each, strict=True):
         if order == "vmap of grad":
             right = jnp.stack(parts)

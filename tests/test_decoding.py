@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from quick import quickly
 from test_models import DECODERS, SEQUENCES
 from test_nn import randomised
 
@@ -18,7 +17,7 @@ from attention_jax.models import Sampling, beam_search, generate
 V, NEW = 13, 4
 PROMPTS = [[3, 1, 4, 1], [5, 9], [2, 6, 5]]
 LONGEST = max(map(len, PROMPTS))
-call = quickly(lambda model, *args: model(*args))
+call = nnx.jit(lambda model, *args: model(*args))
 
 
 def padded(side, prompts=PROMPTS, width=LONGEST):

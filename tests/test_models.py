@@ -9,7 +9,6 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from quick import quickly
 from test_nn import randomised
 
 from attention_jax import masks, models, positions, scores
@@ -73,9 +72,9 @@ DECODERS = {
 }
 
 
-call = quickly(lambda model, *args: model(*args))
-step = quickly(lambda model, x, caches, count: model(x, caches=caches, count=count))
-padded = quickly(lambda model, x, real: model(x, real=real))
+call = nnx.jit(lambda model, *args: model(*args))
+step = nnx.jit(lambda model, x, caches, count: model(x, caches=caches, count=count))
+padded = nnx.jit(lambda model, x, real: model(x, real=real))
 
 
 def decoder(name):
@@ -206,10 +205,10 @@ def test_encoder_decoder(name):
     model = randomised(models.EncoderDecoder(SEQUENCES[name], rngs=nnx.Rngs(0)))
     source, target = tokens(0, B, S), tokens(1, B, T)
     real = np.arange(S) < np.array([3, S])[:, None]
-    whole = quickly(lambda m, a, b, real: m(a, b, source_real=real))(model, source, target, real)
+    whole = nnx.jit(lambda m, a, b, real: m(a, b, source_real=real))(model, source, target, real)
     close(whole[:1], call(model, source[:1, :3], target[:1]), atol=1e-4)  # padding is nothing
-    memory = quickly(lambda m, a, real: m.encode(a, real=real))(model, source, real)
-    decode = quickly(lambda m, x, memory, caches: m.decode(x, memory, caches=caches))
+    memory = nnx.jit(lambda m, a, real: m.encode(a, real=real))(model, source, real)
+    decode = nnx.jit(lambda m, x, memory, caches: m.decode(x, memory, caches=caches))
     caches, parts = model.init_caches((B,), T), []
     for cut in np.split(target, [5, 6, 7], axis=1):
         logits, caches = decode(model, cut, memory, caches)

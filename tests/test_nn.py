@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from quick import quickly
 
 from attention_jax import attention, masks, mechanisms, nn, positions, reference, scores
 
@@ -150,7 +149,7 @@ CACHED = {
 }
 
 
-step = quickly(lambda module, x, cache: module(x, cache=cache))
+step = nnx.jit(lambda module, x, cache: module(x, cache=cache))
 
 
 @pytest.mark.parametrize("cuts", [[4, 2, 1], [1] * T])

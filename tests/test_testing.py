@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from quick import QUICK
 
 import attention_jax
 from attention_jax import _cases, _problems, _rules, dropout, masks, testing
@@ -23,7 +22,7 @@ def failing(fn, *names, **changes):
         dataclasses.replace(case, **changes) for name in names for case in testing.cases(name=name)
     ]
     assert len(cases) == len(names)
-    report = testing.check(fn, cases=cases, compiler_options=QUICK)
+    report = testing.check(fn, cases=cases)
     return {row.what for row in report.failures}
 
 
@@ -178,14 +177,13 @@ def test_wrong_dtypes_and_shapes():
         changed(out=lambda x: x.astype(jnp.float32), lse=lambda x: x.astype(jnp.bfloat16)),
         cases=testing.cases(name="planted, bfloat16"),
         gradients=False,
-        compiler_options=QUICK,
     )
     assert [row.verdict for row in report.rows] == [
         "wrong: dtype float32, expected bfloat16",
         "wrong: dtype bfloat16, expected float32",
     ]
     transposed = changed(lse=lambda x: jnp.moveaxis(x, -1, -2))
-    report = testing.check(transposed, cases=testing.cases(name="plain"), compiler_options=QUICK)
+    report = testing.check(transposed, cases=testing.cases(name="plain"))
     verdicts = {row.what: row.verdict for row in report.rows}
     assert verdicts["out"] == "ok"
     assert verdicts["lse"] == "wrong: shape (2, 6, 23), expected (2, 23, 6)"
@@ -215,9 +213,7 @@ def test_refusing_the_gradient_only():
         raise NotImplementedError("no gradient")
 
     no_gradient.defvjp(lambda x: (x, None), refuse)
-    report = testing.check(
-        changed(out=no_gradient), cases=testing.cases(name="plain"), compiler_options=QUICK
-    )
+    report = testing.check(changed(out=no_gradient), cases=testing.cases(name="plain"))
     assert report.ok
     assert [(r.what, r.verdict) for r in report.rows] == [
         ("out", "ok"),
@@ -259,9 +255,7 @@ each_peer = pytest.mark.parametrize("peer", PEERS.values(), ids=PEERS.keys())
 def verdicts(peer, name, **changes):
     (case,) = testing.cases(name=name)
     with jax.numpy_dtype_promotion("standard"):
-        report = testing.check(
-            peer, cases=[dataclasses.replace(case, **changes)], compiler_options=QUICK
-        )
+        report = testing.check(peer, cases=[dataclasses.replace(case, **changes)])
     return {row.what: row.verdict for row in report.rows}
 
 
@@ -406,7 +400,7 @@ def test_gradients_of_what_scores_hold_are_exact(kind):
     # or the chain rule written beside a formula is wrong and the tolerance with it.
     sizes = Sizes(B=(2, 3), T=7, S=13, K=2, G=3, H=5, D=3)
     case = testing.Case(kind, sizes, score=kind, dtype="float64", mask="causal", sinks=True)
-    t = testing.trial(case, compiler_options=QUICK)
+    t = testing.trial(case)
     for name, x in t.right.items():
         largest = np.max(np.abs(x), initial=0.0, where=np.isfinite(x))
         assert t.allowed[name] < 1e-12 * max(1.0, largest), name
@@ -422,5 +416,5 @@ def test_tolerances_mean_something(dtype):
 
     found = failing(nothing, "everything", dtype=dtype, sizes=ONE_OF_EACH)
     (case,) = testing.cases(name="everything")
-    assert found == set(testing.trial(case, compiler_options=QUICK).right)
+    assert found == set(testing.trial(case).right)
     assert len(found) == 8

@@ -20,8 +20,6 @@ B, T, S, N, K, H, D = 2, 5, 7, 4, 2, 3, 2
 pytestmark = pytest.mark.usefixtures("small_blocks", "x64")
 each_setting = pytest.mark.parametrize("setting", ["plain", "everything"])
 KEY = jax.random.key(0)
-# What is tested are rules, not machine code, and most of the time goes into compiling.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def normal(seed, *shape):
@@ -113,7 +111,7 @@ def test_derivatives_are_those_of_finite_differences(implementation, order):
 @each_setting
 def test_gradients_equal_the_materialised_ones(setting):
     p, f, plain = setup(setting, "blockwise", "xla")
-    got, expected = (jit(jax.value_and_grad(scalar(g)))(p) for g in (f, plain))
+    got, expected = (jax.jit(jax.value_and_grad(scalar(g)))(p) for g in (f, plain))
     close(got, expected)
     assert all((g != 0).any() for g in jax.tree.leaves(got[1]))
 
@@ -121,8 +119,8 @@ def test_gradients_equal_the_materialised_ones(setting):
 def test_jvp_linearize_and_vjp_agree():
     p, f, plain = setup("everything", "blockwise", "xla")
     dots = tangents(p)
-    expected = jit(lambda p, d: jax.jvp(plain, (p,), (d,)))(p, dots)
-    close(jit(lambda p, d: jax.jvp(f, (p,), (d,)))(p, dots), expected)
+    expected = jax.jit(lambda p, d: jax.jvp(plain, (p,), (d,)))(p, dots)
+    close(jax.jit(lambda p, d: jax.jvp(f, (p,), (d,)))(p, dots), expected)
     out, push = jax.linearize(jax.jit(f), p)
     close((out, push(dots)), expected)
     cotangents = jax.tree.map(jnp.cos, out)
@@ -136,7 +134,7 @@ def test_hessians_equal_the_materialised_ones():
     q = {n: p[n] for n in p if n in ("query", "scale", "bias", "slopes")}  # the rest held fixed
 
     def hessian(g):
-        return jit(jax.hessian(lambda q: scalar(g)({**p, **q})))(q)
+        return jax.jit(jax.hessian(lambda q: scalar(g)({**p, **q})))(q)
 
     expected = hessian(plain)
     close(hessian(f), expected)
@@ -161,19 +159,19 @@ def test_second_and_third_derivatives_in_any_order():
         slope = lambda p: jax.jvp(scalar(g), (p,), ({n: dots[n] for n in p},))[1]  # noqa: E731
         return jax.grad(lambda p: jax.jvp(slope, (p,), (more,))[1])(p)
 
-    expected = jit(lambda: forward_over_reverse(plain))()
+    expected = jax.jit(lambda: forward_over_reverse(plain))()
     for way in (reverse_over_reverse, reverse_over_forward):
-        close(jit(functools.partial(way, f))(), expected, 1e-8)
+        close(jax.jit(functools.partial(way, f))(), expected, 1e-8)
     p, f, plain = setup("plain", "blockwise", "xla")
-    close(jit(lambda: third(f))(), jit(lambda: third(plain))(), 1e-7)
+    close(jax.jit(lambda: third(f))(), jax.jit(lambda: third(plain))(), 1e-7)
 
 
 def test_jacobians_forward_and_reverse():
     p, f, plain = setup("everything", "blockwise", "xla")
     g, h = (lambda value, f=f: f({**p, "value": value})[0] for f in (f, plain))
-    expected = jit(jax.jacrev(h))(p["value"])
-    close(jit(jax.jacfwd(g))(p["value"]), expected)
-    close(jit(jax.jacrev(g))(p["value"]), expected)
+    expected = jax.jit(jax.jacrev(h))(p["value"])
+    close(jax.jit(jax.jacfwd(g))(p["value"]), expected)
+    close(jax.jit(jax.jacrev(g))(p["value"]), expected)
 
 
 @pytest.mark.slow
@@ -204,7 +202,7 @@ def test_arrays_of_learned_scores_have_derivatives_to_second_order():
 
     def derivatives(implementation):
         loss = scalar(functools.partial(f, implementation))
-        return jit(lambda p, d: jax.jvp(jax.grad(loss), (p,), (d,)))(p, tangents(p))
+        return jax.jit(lambda p, d: jax.jvp(jax.grad(loss), (p,), (d,)))(p, tangents(p))
 
     got, expected = derivatives("blockwise"), derivatives("xla")
     close(got, expected)
@@ -216,8 +214,8 @@ def test_arrays_of_learned_scores_have_derivatives_to_second_order():
 
 def test_checkpoint():
     p, f, plain = setup("everything", "blockwise", "xla")
-    expected = jit(jax.grad(scalar(plain)))(p)
-    close(jit(jax.grad(jax.checkpoint(scalar(f))))(p), expected)
+    expected = jax.jit(jax.grad(scalar(plain)))(p)
+    close(jax.jit(jax.grad(jax.checkpoint(scalar(f))))(p), expected)
 
 
 def test_scan_over_layers_and_its_gradient():
@@ -240,7 +238,7 @@ def test_scan_over_layers_and_its_gradient():
         return jax.lax.scan(step, x, scales)
 
     got, expected = (
-        jit(jax.value_and_grad(scalar(f), argnums=(0, 1)))(x, scales) for f in (scanned, looped)
+        jax.jit(jax.value_and_grad(scalar(f), argnums=(0, 1)))(x, scales) for f in (scanned, looped)
     )
     close(got, expected)
 
@@ -251,10 +249,10 @@ def test_scan_over_layers_and_its_gradient():
 def test_vmap_of_grad_and_grad_of_vmap():
     p, f, plain = setup("everything", "blockwise", "xla")
     many = [jax.tree.map(lambda x, i=i: x * (1 + 0.1 * i), p) for i in range(3)]
-    one = jit(jax.grad(scalar(plain)))
+    one = jax.jit(jax.grad(scalar(plain)))
     expected = stacked([one(q) for q in many])
-    close(jit(jax.vmap(jax.grad(scalar(f))))(stacked(many)), expected)
-    total = jit(jax.grad(lambda p: jax.vmap(scalar(f))(p).sum()))
+    close(jax.jit(jax.vmap(jax.grad(scalar(f))))(stacked(many)), expected)
+    total = jax.jit(jax.grad(lambda p: jax.vmap(scalar(f))(p).sum()))
     close(total(stacked(many)), expected)
 
 
@@ -273,10 +271,10 @@ def test_vmap_of_derivatives_over_one_argument(name, mode):
 
     seconds = [normal(9 + i, *(xs[0] if mode == "jvp" else shape[0]).shape) for i in range(3)]
     last = functools.partial(jnp.stack, axis=-1)
-    one = jit(functools.partial(derivative, plain))
-    mapped = jit(jax.vmap(functools.partial(derivative, f), in_axes=(-1, None)))
+    one = jax.jit(functools.partial(derivative, plain))
+    mapped = jax.jit(jax.vmap(functools.partial(derivative, f), in_axes=(-1, None)))
     close(mapped(last(xs), seconds[0]), stacked([one(x, seconds[0]) for x in xs]))
-    mapped = jit(jax.vmap(functools.partial(derivative, f), in_axes=(None, -1)))
+    mapped = jax.jit(jax.vmap(functools.partial(derivative, f), in_axes=(None, -1)))
     close(mapped(xs[0], last(seconds)), stacked([one(xs[0], d) for d in seconds]))
 
 
@@ -307,8 +305,8 @@ def test_shard_map_and_its_gradients(over, implementation):
         local, mesh=mesh, in_specs=(specs, mask_specs), out_specs=(spec["query"], lse_spec)
     )
     plain = functools.partial(plain, dropout=False)
-    got = jit(jax.value_and_grad(scalar(lambda p: sharded(p, mask))))(p)
-    close(got, jit(jax.value_and_grad(scalar(plain)))(p))
+    got = jax.jit(jax.value_and_grad(scalar(lambda p: sharded(p, mask))))(p)
+    close(got, jax.jit(jax.value_and_grad(scalar(plain)))(p))
 
 
 @pytest.mark.parametrize("implementation", [None, "blockwise"])
@@ -318,5 +316,5 @@ def test_sharded_arrays_under_jit_drop_the_same_pairs(implementation):
     split = NamedSharding(mesh, P("b", None, "n"))
     placed = {n: jax.device_put(x, split) if x.ndim == 4 else x for n, x in p.items()}
     placed["bias"] = p["bias"]
-    got = jit(jax.value_and_grad(scalar(f)))(placed)
-    close(got, jit(jax.value_and_grad(scalar(plain)))(p))
+    got = jax.jit(jax.value_and_grad(scalar(f)))(placed)
+    close(got, jax.jit(jax.value_and_grad(scalar(plain)))(p))
