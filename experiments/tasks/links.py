@@ -17,7 +17,10 @@ to test, of 14,541 entities and 237 relations; and WN18RR, T. Dettmers et al. 20
 and 3,134, of 40,943 and 11; as distributed by Dettmers, MIT. The score is the filtered mean
 reciprocal rank (entities that are right by another fact of any split do not count; of equal scores
 half come before), and how many ranks are at most 1, 3 and 10. Published for DistMult on FB15k-237:
-0.24 (Dettmers et al. 2018).
+0.24, on WN18RR 0.43 (Dettmers et al. 2018).
+
+The records of ``attention`` on FB15k-237 are with ``--steps 2000``, those on WN18RR, whose three
+times as many entities are all scored at every step, with ``--steps 1500``.
 """
 
 from __future__ import annotations
