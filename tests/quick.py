@@ -1,29 +1,38 @@
-"""How tests are compiled: most of their time is the compiler's, and XLA has a faster way.
+"""XLA's options for programs that run for an instant: they compile fast and run slowly.
 
-XLA's newer way to make machine code of fused operations ("fusion emitters") takes a third of the
-time of many tests; the older one gives programs as good. ``python tests/quick.py`` prints the flag.
+Most of a test's time is the compiler's. Results of different shapes may differ in their last bits;
+where that matters, a test's program is compiled ``as_users()``. ``python tests/quick.py`` prints
+the options.
 """
 
 import os
 import subprocess
 import sys
 
-OPTION = "xla_cpu_use_fusion_emitters"
-FLAG = f"--{OPTION}=false"
+# With what XLA has by itself, which users run.
+OPTIONS = {"xla_backend_optimization_level": (0, 3), "xla_cpu_use_fusion_emitters": (False, True)}
 
 
 def flags():
-    """For ``XLA_FLAGS``: none where it is there, or where this XLA would stop at it."""
-    if OPTION in os.environ.get("XLA_FLAGS", ""):
-        return []
-    start = [sys.executable, "-c", "import jax; jax.devices()"]
-    tried = subprocess.run(start, env=os.environ | {"XLA_FLAGS": FLAG}, capture_output=True)
-    return [] if tried.returncode else [FLAG]
+    """For ``XLA_FLAGS``; without those there, and without those that this XLA would stop at."""
+    given = os.environ.get("XLA_FLAGS", "")
+    wanted = [f"--{x}={str(quick).lower()}" for x, (quick, _) in OPTIONS.items() if x not in given]
+    if not wanted or _starts(wanted):
+        return wanted
+    return [flag for flag in wanted if _starts([flag])]
+
+
+def _starts(some):
+    return not subprocess.run(
+        [sys.executable, "-c", "import jax; jax.devices()"],
+        env=os.environ | {"XLA_FLAGS": " ".join(some)},
+        capture_output=True,
+    ).returncode
 
 
 def as_users():
     """``compiler_options`` of a program that is compiled as users' programs are."""
-    return {OPTION: True} if FLAG in os.environ["XLA_FLAGS"] else {}
+    return {x: usual for x, (_, usual) in OPTIONS.items() if x in os.environ["XLA_FLAGS"]}
 
 
 if __name__ == "__main__":
