@@ -172,6 +172,7 @@ def test_what_is_shared_stays_shared():
     np.testing.assert_allclose(plain(x), after, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @jax.numpy_dtype_promotion("standard")  # Flax's norms mix dtypes
 def test_adapters_have_the_dtype_of_their_projection():
     def dtypes(model, kind):

@@ -61,6 +61,7 @@ def by_hand(model, epsilon):
     return total, rs
 
 
+@pytest.mark.slow
 def test_the_gradient_is_that_of_both_losses_with_the_step_held_fixed():
     model = Bag(nnx.Rngs(0))
     graph, parameters = nnx.split(model, nnx.Param)

@@ -189,6 +189,7 @@ def test_compositions_let_through_what_their_parts_say(p):
     np.testing.assert_array_equal(dense, np.broadcast_to(seen, dense.shape))
 
 
+@pytest.mark.slow
 @settings(max_examples=10)
 @given(st.tuples(*[compositions(ATOMS + SQUARE_ATOMS)] * 3))
 def test_laws_of_boolean_algebra(trees):

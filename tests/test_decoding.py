@@ -57,6 +57,7 @@ def test_greedy_is_the_likeliest_each_time(name):
         assert alone.tokens.tolist() == [row]
 
 
+@pytest.mark.slow
 def test_log_probability_is_that_of_the_tokens():
     model = decoder()
     tokens, real = padded("left")
@@ -81,6 +82,7 @@ def test_a_stop_token_ends_a_row_and_no_other():
     assert either.count.tolist() == got.count.tolist()
 
 
+@pytest.mark.slow
 def test_going_on_from_the_caches_is_the_same():
     model = decoder("rotary, windows")
     tokens, real = padded("left")

@@ -96,6 +96,7 @@ def test_caches_give_the_same(name):
         close(jnp.concatenate(parts, axis=1), whole, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["learned", "rotary, windows", "relative, a window", "alibi, a mask"]
 )
@@ -200,6 +201,7 @@ SEQUENCES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SEQUENCES)
 def test_encoder_decoder(name):
     model = randomised(models.EncoderDecoder(SEQUENCES[name], rngs=nnx.Rngs(0)))

@@ -382,6 +382,7 @@ def test_a_reader_is_looked_at_in_the_window_of_its_answer(found, model):
     assert view.note.removeprefix("The answer: ") in qa.sample(config, reader, found, given)
 
 
+@pytest.mark.slow
 def test_what_has_no_weights_is_not_looked_at(found):
     config, reader = rung(found, model="transformer", attention="linear")
     with pytest.raises(NotImplementedError, match="linear_attention has no weights of a softmax"):

@@ -222,6 +222,7 @@ def test_batches_go_on_from_any_step():
     assert ((third.target == END).sum(1) == 1).all()
 
 
+@pytest.mark.slow
 def test_unknown_words_that_cannot_be_copied_count_for_nothing(copier):
     known = np.array([[START, 6, END, PAD]], np.int32)
     unknown = np.array([[START, UNKNOWN, END, PAD]], np.int32)

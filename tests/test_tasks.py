@@ -304,6 +304,7 @@ def test_every_mask_and_every_kind_of_position_runs_and_matters(mask, positions)
         assert (moved < 1e-5) == (positions == "none")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mask", ["global", "window", "chunked"])
 def test_flax_in_place_of_ours_gives_the_same(mask):
     task = load("shakespeare")

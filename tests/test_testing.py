@@ -281,6 +281,7 @@ def test_peers_give_nan_where_a_bias_hides_everything_or_padding_holds_it(peer, 
     assert found["d query"] == "wrong"
 
 
+@pytest.mark.slow
 def test_peers_in_float64():
     found = {name: verdicts(peer, "float64, narrow")["out"] for name, peer in PEERS.items()}
     assert found == {"jax.nn": "wrong", "linen": "ok", "nnx": "wrong"}
@@ -406,6 +407,7 @@ def test_gradients_of_what_scores_hold_are_exact(kind):
         assert t.allowed[name] < 1e-12 * max(1.0, largest), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", _cases.OPTIONS["dtype"])
 def test_tolerances_mean_something(dtype):
     # Results of zero, and gradients of zero, are off in every row.

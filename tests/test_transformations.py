@@ -116,6 +116,7 @@ def test_gradients_equal_the_materialised_ones(setting):
     assert all((g != 0).any() for g in jax.tree.leaves(got[1]))
 
 
+@pytest.mark.slow
 def test_jvp_linearize_and_vjp_agree():
     p, f, plain = setup("everything", "blockwise", "xla")
     dots = tangents(p)
@@ -246,6 +247,7 @@ def test_scan_over_layers_and_its_gradient():
 # --- vmap.
 
 
+@pytest.mark.slow
 def test_vmap_of_grad_and_grad_of_vmap():
     p, f, plain = setup("everything", "blockwise", "xla")
     many = [jax.tree.map(lambda x, i=i: x * (1 + 0.1 * i), p) for i in range(3)]
@@ -256,6 +258,7 @@ def test_vmap_of_grad_and_grad_of_vmap():
     close(total(stacked(many)), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "mode"), [("query", "jvp"), ("bias", "vjp")])
 def test_vmap_of_derivatives_over_one_argument(name, mode):
     """Only that argument, or only tangents and cotangents, have the axis; as the last of theirs."""
@@ -309,6 +312,7 @@ def test_shard_map_and_its_gradients(over, implementation):
     close(got, jax.jit(jax.value_and_grad(scalar(plain)))(p))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", [None, "blockwise"])
 def test_sharded_arrays_under_jit_drop_the_same_pairs(implementation):
     p, f, plain = setup("everything", implementation, "xla", b=8)
