@@ -39,11 +39,6 @@ FIELDS = (
 DATA = ("corpus", "graph")
 
 
-# How scores are written; others with 3 decimals.
-PERCENT = re.compile(r"accuracy$|exact$|f1$|precision$|recall$|^rouge")
-WHOLE, ONE_DECIMAL = re.compile(r"repaired$|unaligned$"), re.compile(r"^bleu$")
-
-
 class Rung(NamedTuple):
     """All the runs that differ in nothing but their seed."""
 
@@ -189,7 +184,10 @@ def _named(record: Record, all_records: list[Record]) -> str:
     return ", ".join([record["model"], *odd])
 
 
-# --- How scores are written.
+# --- How scores are written; those of no pattern with 3 decimals.
+
+PERCENT = re.compile(r"accuracy$|exact$|f1$|precision$|recall$|^rouge")
+WHOLE, ONE_DECIMAL = re.compile(r"repaired$|unaligned$"), re.compile(r"^bleu$")
 
 
 def shown(metric: str, x: float) -> str:

@@ -1,4 +1,4 @@
-"""``fewshot`` for every model, number of labelled examples and seed, and what came of it.
+"""``fewshot`` for every model, number of labelled examples and seed; ``curve`` shows the runs.
 
 ::
 

@@ -177,30 +177,33 @@ def data(config: Config) -> Data:
     vocabulary = text.Words.of(both, config.least)
     splits = {}
     for name, texts in found.items():
-        _say_what_is_cut(config, name, texts)
-        splits[name] = numbered(config, vocabulary, texts)
+        words = [tokens(t.source) for t in texts]
+        wanted = [tokens(t.summaries[0]) for t in texts]
+        for what, rows, most in (
+            ("sources", words, config.reads),
+            ("summaries to learn from", wanted if name == "train" else [], config.writes),
+        ):
+            if cut := sum(len(row) > most for row in rows):
+                print(f"{name}: {cut} of {len(rows)} {what} have more than {most} words: cut")
+        splits[name] = numbered(config, vocabulary, texts, words, wanted)
     return Data(vocabulary, splits)
 
 
-def _say_what_is_cut(config: Config, name: str, texts: list[Text]) -> None:
-    sides = {"sources": ([t.source for t in texts], config.reads)}
-    if name == "train":  # what scores is whole
-        sides["summaries to learn from"] = [t.summaries[0] for t in texts], config.writes
-    for what, (written, most) in sides.items():
-        if cut := sum(len(tokens(x)) > most for x in written):
-            print(f"{name}: {cut} of {len(written)} {what} have more than {most} words: cut")
-
-
-def numbered(config: Config, vocabulary: text.Words, texts: list[Text]) -> Split:
-    """Texts as numbers, as much of them as is read and written."""
+def numbered(
+    config: Config,
+    vocabulary: text.Words,
+    texts: list[Text],
+    words: list[list[str]],
+    wanted: list[list[str]],
+) -> Split:
+    """Texts, in words of both sides, as numbers: as much of them as is read and written."""
     known = vocabulary.numbers()
-    words = [tokens(t.source)[: config.reads] for t in texts]
+    words = [row[: config.reads] for row in words]
     sources, targets = [], []
-    for row, t in zip(words, texts, strict=True):
+    for row, summary in zip(words, wanted, strict=True):
         others = others_of(known, row) if config.model == "copier" else {}
-        summary = tokens(t.summaries[0])[: config.writes]
         sources.append(numbers(known, row, others))
-        targets.append([START, *numbers(known, summary, others), END])
+        targets.append([START, *numbers(known, summary[: config.writes], others), END])
     return Split(texts, words, sources, targets)
 
 
@@ -307,9 +310,10 @@ def evaluate(config: Config, model: Any, data: Data, split: str) -> train.Metric
 
 def given(config: Config, data: Data, written: str) -> Split:
     """A text as a split of its own; a longer one than the model reads is cut, and that is said."""
-    if (count := len(tokens(text.check(written)))) > config.reads:
-        print(f"text has {count} words: the first {config.reads} (reads) are read")
-    return numbered(config, data.vocabulary, [Text(written, [""])])
+    words = tokens(text.check(written))
+    if len(words) > config.reads:
+        print(f"text has {len(words)} words: the first {config.reads} (reads) are read")
+    return numbered(config, data.vocabulary, [Text(written, [])], [words], [[]])
 
 
 def sample(config: Config, model: Any, data: Data, written: str | None) -> str:
