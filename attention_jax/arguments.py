@@ -24,6 +24,7 @@ from attention_jax.axes import (
     check_query_key_value,
     is_array,
 )
+from attention_jax.dropout import Dropout
 from attention_jax.lift import Call
 from attention_jax.masks import Mask
 from attention_jax.scores import Score
@@ -31,6 +32,7 @@ from attention_jax.values import full_rank
 
 MaskLike = Mask | Bool[AnyArray, "..."] | None
 ScoreLike = Score | Sequence[Score]
+LARGE = 2**12  # entries
 Sinks = Float[AnyArray, " N"] | None
 Scale = float | Float[AnyArray, ""] | None
 
@@ -55,6 +57,7 @@ def checked(
     check_types(arrays)
     sizes = check_query_key_value(query, key, value)
     arrays["scale"], _ = scale_of(scale, query)
+    mask, score = hoisted(mask, score, (query, key, value))
     return call_of(arrays, mask, score, None, sizes), sizes
 
 
@@ -62,7 +65,7 @@ def call_of(
     arrays: dict[str, Any],
     mask: Mask | None,
     score: tuple[Score, ...],
-    seed: Any,
+    dropout: Dropout | None,
     sizes: Sizes,
 ) -> Call:
     """The call; what it checks needs shapes only, so that it can be traced."""
@@ -77,8 +80,37 @@ def call_of(
         score=score,
         sinks=sinks,
         scale=jnp.asarray(scale).astype(accumulation_dtype(arrays["query"].dtype)),
-        seed=seed,
+        dropout=dropout,
     )
+
+
+def hoisted(
+    mask: Mask | None,
+    score: tuple[Score, ...],
+    arrays: tuple[Any, ...],
+    *,
+    numbers: bool = True,
+) -> tuple[Mask | None, tuple[Score, ...]]:
+    """Mask and scores with arrays in place of what need not be part of the program.
+
+    Args:
+      arrays: query, key and value.
+      numbers: False leaves Python numbers in the program, where kernels need them.
+    """
+    dtype = accumulation_dtype(arrays[0].dtype)
+    mask = None if mask is None else mask.hoisted(dtype, numbers)
+    score = tuple(x.hoisted(dtype, numbers) for x in score)
+    tracing = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((arrays, mask, score)))
+    return jax.tree.map(_not_folded, (mask, score)) if tracing else (mask, score)
+
+
+def _not_folded(x: Any) -> Any:
+    """An array that is a large constant of the program, hidden from XLA's constant folding.
+
+    A causal mask of 4096 x 4096 in NumPy took 30 s to compile, in place of 0.5.
+    """
+    constant = is_array(x) and not isinstance(x, jax.core.Tracer) and np.size(x) >= LARGE
+    return jax.lax.optimization_barrier(jnp.asarray(x)) if constant else x
 
 
 def resolve(

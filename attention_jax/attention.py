@@ -28,6 +28,7 @@ from attention_jax.arguments import (
     check_flag,
     check_scalars_and_sinks,
     check_types,
+    hoisted,
     resolve,
     scale_of,
 )
@@ -144,14 +145,15 @@ def attention(
     check_flag("return_lse", return_lse)
     platform = backends.platform()
     arrays["scale"], number = scale_of(scale, query)
+    # Numbers are part of the program where kernels need them so; on a CPU another number is not
+    # traced again.
+    mask, score = hoisted(mask, score, (query, key, value), numbers=platform == "cpu")
     out, lse = _attention(
         arrays,
         mask,
         score,
-        dropout_key if dropout_rate > 0.0 else None,
-        # Part of the program where kernels need it so; on a CPU another number is not traced again.
+        dropout.of_rate(dropout_rate, dropout_key, accumulation_dtype(query.dtype)),
         scale=None if platform == "cpu" else number,
-        dropout_rate=float(dropout_rate),
         implementation=backends.check_names(implementation),
         return_lse=return_lse,
         platform=platform,
@@ -190,6 +192,7 @@ def attention_weights(
     arrays = {"query": query, "key": key, "sinks": sinks, "scale": scale}
     check_types(arrays)
     arrays["scale"], _ = scale_of(scale, query)
+    mask, score = hoisted(mask, score, (query, key))
     return _weights(arrays, mask, score)
 
 
@@ -232,10 +235,11 @@ def explain(
     if dropout_rate:
         dropout.check(dropout_rate, dropout_key)
     check_flag("return_lse", return_lse)
-    mask, score = resolve(mask, score, sizes)
     platform = platform or backends.platform()
     if platform not in ("cpu", "gpu", "tpu"):
         raise ValueError(f'platform must be "cpu", "gpu" or "tpu", got {platform!r}')
+    mask, score = hoisted(mask, score, (query, key, value), numbers=platform == "cpu")
+    mask, score = resolve(mask, score, sizes)
     request = Request(
         sizes=sizes,
         dtype=query.dtype,
@@ -243,7 +247,7 @@ def explain(
         score=score,
         scale=scale_of(scale, query)[1],
         sinks=sinks is not None,
-        dropout_rate=float(dropout_rate),
+        dropout=dropout_rate > 0.0,
         return_lse=return_lse,
         platform=platform,
         partitioned=backends.partitioned(),
@@ -278,7 +282,6 @@ def explain(
     jax.jit,
     static_argnames=(
         "scale",
-        "dropout_rate",
         "implementation",
         "return_lse",
         "platform",
@@ -289,18 +292,16 @@ def _attention(
     arrays: dict[str, Any],
     mask: Mask | None,
     score: tuple[Score, ...],
-    dropout_key: Any,
+    drop: dropout.Dropout | None,
     *,
     scale: float | None,
-    dropout_rate: float,
     implementation: str | tuple[str, ...] | None,
     return_lse: bool,
     platform: str,
     partitioned: bool,
 ) -> tuple[jax.Array, jax.Array]:
     sizes = check_query_key_value(arrays["query"], arrays["key"], arrays["value"])
-    seed = None if dropout_key is None else dropout.seed(dropout_key)
-    call = call_of(arrays, mask, score, seed, sizes)
+    call = call_of(arrays, mask, score, drop, sizes)
     request = Request(
         sizes=sizes,
         dtype=call.query.dtype,
@@ -308,7 +309,7 @@ def _attention(
         score=call.score,
         scale=scale,
         sinks=call.sinks is not None,
-        dropout_rate=dropout_rate,
+        dropout=call.dropout is not None,
         return_lse=return_lse,
         platform=platform,
         partitioned=partitioned,

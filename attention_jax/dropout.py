@@ -10,7 +10,7 @@ Source: the mixing steps are the finaliser of MurmurHash3 (Appleby 2011).
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,7 @@ _SPREAD = {
 }
 
 
+@jax.jit
 def seed(key: Any) -> jax.Array:
     """Folds a JAX random key, new style or raw ``uint32``, into one ``uint32``.
 
@@ -49,16 +50,36 @@ def mix(x: Any) -> Any:
     return x ^ (x >> np.uint32(16))
 
 
-def keep(seed: Any, b: Any, n: Any, q: Any, k: Any, *, rate: float) -> Any:
-    """True with probability ``1 - rate``: is the probability of pair ``(q, k)`` kept.
+class Dropout(NamedTuple):
+    """What drops probabilities, as three scalars: another rate is not another program."""
+
+    seed: Any  # uint32
+    threshold: Any  # uint32: hashes below it are kept
+    keep_probability: Any  # 1 - rate, in the dtype of the logits
+
+
+def of_rate(rate: float, key: Any, dtype: Any) -> Dropout | None:
+    """Dropout at ``rate``; None for a rate of 0."""
+    if rate == 0.0:
+        return None
+    return Dropout(seed(key), threshold(rate), np.asarray(1.0 - rate, dtype))
+
+
+def threshold(rate: float) -> np.uint32:
+    """So many of the ``2 ** 32`` hashes are kept."""
+    return np.uint32(min(round((1.0 - rate) * 2.0**32), 2**32 - 1))
+
+
+def keep(seed: Any, b: Any, n: Any, q: Any, k: Any, *, threshold: Any) -> Any:
+    """Is the probability of pair ``(q, k)`` kept: True with probability ``1 - rate``.
 
     Args:
       seed: ``uint32``, from ``seed(key)``.
       b, n, q, k: example, query head, query and key; integers or integer arrays that broadcast.
-      rate: in [0, 1).
+      threshold: ``uint32``, from ``threshold(rate)``.
 
     >>> q, k = jnp.arange(100)[:, None], jnp.arange(100)[None, :]
-    >>> round(float(keep(seed(jax.random.key(1)), 0, 0, q, k, rate=0.25).mean()), 2)
+    >>> round(float(keep(seed(jax.random.key(1)), 0, 0, q, k, threshold=threshold(0.25)).mean()), 2)
     0.75
     """
 
@@ -66,7 +87,6 @@ def keep(seed: Any, b: Any, n: Any, q: Any, k: Any, *, rate: float) -> Any:
         return jnp.asarray(x).astype(jnp.uint32) * _SPREAD[letter]
 
     row = mix(mix(mix(seed ^ spread(b, "b")) ^ spread(n, "n")) ^ spread(q, "q"))
-    threshold = np.uint32(min(round((1.0 - rate) * 2.0**32), 2**32 - 1))
     return mix(row ^ spread(k, "k")) < threshold
 
 

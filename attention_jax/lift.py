@@ -12,14 +12,18 @@ examples that share it.
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from attention_jax.axes import Sizes
+from attention_jax.dropout import Dropout
 from attention_jax.masks import Mask
 from attention_jax.scores import Score
 from attention_jax.values import leaves
@@ -35,7 +39,7 @@ class Call(NamedTuple):
     score: tuple[Score, ...]
     sinks: Any  # [N] or None
     scale: Any  # scalar
-    seed: Any  # uint32 scalar or None
+    dropout: Dropout | None  # of scalars
 
 
 class Head(NamedTuple):
@@ -48,7 +52,7 @@ class Head(NamedTuple):
     score: tuple[Score, ...]
     sink: Any  # scalar or None
     scale: Any  # scalar
-    seed: Any  # uint32 scalar or None
+    dropout: Dropout | None  # of scalars
     b: Any  # int32 scalar
     n: Any  # int32 scalar
 
@@ -79,7 +83,7 @@ def over_heads_and_examples(
         if letters is None:  # a mask, or scores: each array says its own axes
             flat_axes += [leaf.axes for leaf in leaves(argument)]
         elif argument is not None:
-            flat_axes.append(letters)
+            flat_axes += [letters] * len(jax.tree.leaves(argument))
     return lift(
         lambda *xs: head(jax.tree.unflatten(structure, xs)), flat, sizes, flat_axes, outputs
     )
@@ -109,6 +113,8 @@ def lift(
     >>> lift(lambda q, k: (q @ k.T,), (query, key), sizes, inputs, ["*B N T S"])[0].shape
     (2, 4, 3, 5)
     """
+    if mesh := _explicit_mesh(arrays):
+        return _on_each_device(head, arrays, sizes, inputs, outputs, mesh)
     batch = [f"B{i}" for i in range(len(sizes.B))]
     levels = [*batch, "K", "G"]
 
@@ -185,3 +191,99 @@ def _expand(fn: Callable[..., Any], axes: tuple[int | None, ...]) -> Callable[..
         )
 
     return expanded
+
+
+# --- Arrays that are sharded over the explicit axes of a mesh: each device maps its own part.
+
+
+def _explicit_mesh(arrays: Sequence[Any]) -> AbstractMesh | None:
+    """The mesh that one of the arrays is sharded over, explicitly; None where none is."""
+    for x in arrays:
+        sharding = jax.typeof(x).sharding
+        if sharding.mesh.explicit_axes and any(axis is not None for axis in sharding.spec):
+            return sharding.mesh
+    return None
+
+
+def _on_each_device(
+    head: Callable[..., Any],
+    arrays: Sequence[Any],
+    sizes: Sizes,
+    inputs: Sequence[str | tuple[str, ...]],
+    outputs: Sequence[str],
+    mesh: AbstractMesh,
+) -> tuple[jax.Array, ...]:
+    """``lift`` under ``shard_map``: batch and heads stay sharded, all other axes are gathered.
+
+    Where two arrays disagree the first has it, and the others are resharded.
+    """
+    arrays = [jnp.asarray(x) for x in arrays]
+    batch = [f"B{i}" for i in range(len(sizes.B))]
+    full = dict(zip(batch, sizes.B, strict=True)) | {"N": sizes.N, "K": sizes.K}
+
+    def letters(axes: str | tuple[str, ...]) -> list[str]:
+        split = axes.split() if isinstance(axes, str) else axes
+        return [letter for a in split for letter in (batch if a in ("*B", "B") else [a])]
+
+    mesh_axes: dict[str, tuple[str, ...]] = {}  # of each letter
+    for x, axes in zip(arrays, inputs, strict=True):
+        for letter, length, names in zip(letters(axes), x.shape, _spec(x), strict=False):
+            taken = {name for group in mesh_axes.values() for name in group}
+            if names and length == full.get(letter) and not taken & set(names):
+                mesh_axes.setdefault(letter, names)
+    _align_heads(mesh_axes, sizes, mesh)
+
+    def parts(letter: str) -> int:
+        return math.prod(mesh.shape[name] for name in mesh_axes.get(letter, ()))
+
+    def spec(axes: str | tuple[str, ...], shape: tuple[int, ...] | None = None) -> PartitionSpec:
+        """An axis of size 1 is there for all."""
+        split = [
+            mesh_axes.get(letter) if shape is None or shape[i] == full.get(letter) else None
+            for i, letter in enumerate(letters(axes))
+        ]
+        return PartitionSpec(*split)
+
+    in_specs = tuple(spec(axes, x.shape) for x, axes in zip(arrays, inputs, strict=True))
+    arrays = [
+        jax.sharding.reshard(x, NamedSharding(mesh, s))
+        for x, s in zip(arrays, in_specs, strict=True)
+    ]
+    K = sizes.K // parts("K")
+    local = dataclasses.replace(
+        sizes,
+        B=tuple(full[b] // parts(b) for b in batch),
+        K=K,
+        G=sizes.N // parts("N") // K,
+    )
+    run = jax.shard_map(
+        lambda *xs: lift(head, xs, local, inputs, outputs),
+        mesh=mesh,
+        in_specs=in_specs,
+        out_specs=tuple(spec(axes) for axes in outputs),
+        axis_names=set(mesh.explicit_axes),
+    )
+    return run(*arrays)
+
+
+def _spec(x: jax.Array) -> tuple[tuple[str, ...], ...]:
+    """The mesh axes along which each axis of ``x`` is sharded."""
+    spec = tuple(jax.typeof(x).sharding.spec)
+    groups = (() if s is None else s if isinstance(s, tuple) else (s,) for s in spec)
+    return (*groups, *((),) * (x.ndim - len(spec)))
+
+
+def _align_heads(mesh_axes: dict[str, tuple[str, ...]], sizes: Sizes, mesh: AbstractMesh) -> None:
+    """Query heads are sharded as the key-value heads that they read; where these cannot, neither.
+
+    A single key-value head is there for all.
+    """
+    names = mesh_axes.get("N") or mesh_axes.get("K")
+    for letter in ("N", "K"):
+        mesh_axes.pop(letter, None)
+    if names is None:
+        return
+    if sizes.K % math.prod(mesh.shape[name] for name in names) == 0:
+        mesh_axes["N"] = mesh_axes["K"] = names
+    elif sizes.K == 1:
+        mesh_axes["N"] = names

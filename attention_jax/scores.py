@@ -17,6 +17,7 @@ looking up every pair, ``tile``. A test holds the two equal.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any, ClassVar, Self
@@ -27,6 +28,7 @@ import numpy as np
 from jaxtyping import Float
 
 from attention_jax.axes import AnyArray, is_array
+from attention_jax.closures import hoist, of_tile
 from attention_jax.values import Value, indexable
 
 __all__ = [
@@ -86,10 +88,16 @@ class Softcap(Score):
     """``cap * tanh(s / cap)``."""
 
     KEEPS_HIDDEN = False
-    cap: float
+    cap: Any  # a float, or the same as a scalar array
+
+    def hoisted(self, dtype: Any, numbers: bool) -> Self:
+        known = isinstance(self.cap, float)
+        return type(self)(np.asarray(self.cap, dtype)) if numbers and known else self
 
     def rule(self, s: Any, b: Any, n: Any, q: Any, k: Any) -> Any:
-        return self.cap * jnp.tanh(s / self.cap)
+        s = jnp.asarray(s)
+        cap = jnp.asarray(self.cap).astype(s.dtype)
+        return cap * jnp.tanh(s / cap)
 
 
 def softcap(cap: float) -> Score:
@@ -107,18 +115,34 @@ def softcap(cap: float) -> Score:
     return Softcap(float(cap))
 
 
-class Alibi(Score):
-    """``s - slopes[n] * |q + offset - k|``."""
+class Aligned(Score):
+    """A score of distances: query ``i`` lies at ``i + offset`` among the keys."""
 
-    AXES = {"slopes": "N", "offset": "*B"}
-    slopes: Any
+    AXES = {"offset": "*B"}
     offset: Any
     align: str
 
     def resolve(self, T: int, S: int, N: int) -> Self:
+        if self.align == "start":
+            return self
+        return dataclasses.replace(self, offset=self.offset + (S - T), align="start")
+
+    def hoisted(self, dtype: Any, numbers: bool) -> Self:
+        # No table of blocks depends on it, so it need not be part of the program.
+        if not numbers or is_array(self.offset):
+            return self
+        return dataclasses.replace(self, offset=np.asarray(self.offset, np.int32))
+
+
+class Alibi(Aligned):
+    """``s - slopes[n] * |q + offset - k|``."""
+
+    AXES = {"slopes": "N", "offset": "*B"}
+    slopes: Any
+
+    def resolve(self, T: int, S: int, N: int) -> Self:
         slopes = alibi_slopes(N) if self.slopes is None else self.slopes
-        offset = self.offset + (S - T) if self.align == "end" else self.offset
-        return type(self)(slopes, offset, "start")
+        return dataclasses.replace(super().resolve(T, S, N), slopes=slopes)
 
     def rule(self, s: Any, b: Any, n: Any, q: Any, k: Any) -> Any:
         if self.slopes is None or self.align == "end":
@@ -149,7 +173,7 @@ def alibi(
     if slopes is not None:
         _float_array("slopes", slopes, (1,))
     _offset_and_align(offset, align)
-    return Alibi(slopes, offset, align)
+    return Alibi(slopes=slopes, offset=offset, align=align)
 
 
 def alibi_slopes(num_heads: int) -> np.ndarray:
@@ -199,22 +223,13 @@ def bias(array: Float[AnyArray, "..."]) -> Score:
     return Bias(array)
 
 
-class RelativeBias(Score):
+class RelativeBias(Aligned):
     """``s + table[bucket(k - q - offset), n]``."""
 
     AXES = {"table": "R N", "offset": "*B"}
     table: Any
-    offset: Any
-    align: str
     bidirectional: bool
     max_distance: int
-
-    def resolve(self, T: int, S: int, N: int) -> Self:
-        if self.align == "start":
-            return self
-        return type(self)(
-            self.table, self.offset + (S - T), "start", self.bidirectional, self.max_distance
-        )
 
     def _buckets(self, distance: Any) -> Any:
         return relative_buckets(
@@ -275,7 +290,13 @@ def relative_bias(
             f"max_distance must exceed the exact distances of {table.shape[0]} buckets, got "
             f"{max_distance}"
         )
-    return RelativeBias(table, offset, align, bool(bidirectional), int(max_distance))
+    return RelativeBias(
+        table=table,
+        offset=offset,
+        align=align,
+        bidirectional=bool(bidirectional),
+        max_distance=int(max_distance),
+    )
 
 
 def relative_buckets(
@@ -301,19 +322,12 @@ def relative_buckets(
     return bucket + jnp.where(distance > 0, side, 0) if bidirectional else bucket
 
 
-class RelativeEmbedding(Score):
+class RelativeEmbedding(Aligned):
     """``s + query[q] . table[clip(k - q - offset)]``."""
 
     AXES = {"query": "*B T N H", "table": "R N H", "offset": "*B"}
     query: Any
     table: Any
-    offset: Any
-    align: str
-
-    def resolve(self, T: int, S: int, N: int) -> Self:
-        if self.align == "start":
-            return self
-        return type(self)(self.query, self.table, self.offset + (S - T), "start")
 
     def _rows(self, distance: Any) -> Any:
         reach = self.table.shape[0] // 2
@@ -375,7 +389,7 @@ def relative_embedding(
         raise ValueError(f"table must have an odd number of rows (R = 2 c + 1), got {table.shape}")
     if table.ndim == 2:
         table = table[:, None, :]
-    return RelativeEmbedding(query, table, offset, align)
+    return RelativeEmbedding(query=query, table=table, offset=offset, align=align)
 
 
 def skew(x: jax.Array) -> jax.Array:
@@ -401,8 +415,15 @@ class ScoreFn(Score):
     fn: Callable[..., Any]
     arrays: tuple[Any, ...]
 
+    def hoisted(self, dtype: Any, numbers: bool) -> Self:
+        dtypes = (dtype, *(jnp.int32,) * 4)
+        return type(self)(*hoist(self.fn, self.arrays, dtypes, "score_fn"))
+
     def rule(self, s: Any, b: Any, n: Any, q: Any, k: Any) -> Any:
-        return self.fn(s, b, n, q, k, *map(indexable, self.arrays))
+        s = jnp.asarray(s)
+        changed = self.fn(s, b, n, q, k, *map(indexable, self.arrays))
+        shape = np.broadcast_shapes(s.shape, np.shape(q), np.shape(k))
+        return jnp.asarray(of_tile("score_fn", changed, shape, s.dtype))
 
 
 def score_fn(fn: Callable[..., Any], *arrays: AnyArray) -> Score:
@@ -410,10 +431,12 @@ def score_fn(fn: Callable[..., Any], *arrays: AnyArray) -> Score:
 
     Args:
       fn: takes logits ``s [t, s]``, int scalars ``b``, ``n``, int arrays ``q [t, 1]``,
-        ``k [1, s]``; returns logits like ``s``. Pass the same function object again to compile
-        once.
-      *arrays: what ``fn`` looks things up in; floating ones are differentiable. The gradient of
-        an array costs its size once per tile: for one of ``T x S``, use ``bias``.
+        ``k [1, s]``; returns logits that broadcast to ``s``, which are cast to its dtype. It may
+        close over arrays, traced ones too.
+      *arrays: what ``fn`` looks things up in. Kernels for GPUs can look up these, but of what
+        ``fn`` closes over they can take only numbers. Floating arrays of both kinds are
+        differentiable. The gradient of an array costs its size once per tile: for one of
+        ``T x S``, use ``bias``.
 
     >>> nearer = score_fn(lambda s, b, n, q, k: s - 0.5 * abs(q - k))
     >>> float(nearer.score(np.float32(3.0), 0, 0, 4, 2))

@@ -103,6 +103,25 @@ class Value:
             f.name: _map_values(lambda v: v.resolve(T, S, N), getattr(self, f.name))
             for f in dataclasses.fields(self)  # type: ignore[arg-type]
         }
+        return self._replaced(changes)
+
+    def hoisted(self, dtype: Any, numbers: bool) -> Self:
+        """This value with arrays in place of what need not be part of the program.
+
+        That is what functions close over, and with ``numbers`` the Python numbers that no table of
+        blocks depends on: another value of theirs is not compiled again.
+
+        Args:
+          dtype: of the logits.
+          numbers: False leaves numbers as they are.
+        """
+        changes = {
+            f.name: _map_values(lambda v: v.hoisted(dtype, numbers), getattr(self, f.name))
+            for f in dataclasses.fields(self)  # type: ignore[arg-type]
+        }
+        return self._replaced(changes)
+
+    def _replaced(self, changes: dict[str, Any]) -> Self:
         if all(changes[name] is getattr(self, name) for name in changes):
             return self
         return dataclasses.replace(self, **changes)  # type: ignore[type-var]

@@ -327,7 +327,7 @@ def _with_blocks(shape: Shape, size: tuple[int, int]) -> Callable[..., Any]:
         sizes = check_query_key_value(q, k, v)
         scale = jnp.asarray(shape.H**-0.5, q.dtype)
         call = Call(q, k, v, shape.mask, (), None, scale, None)
-        return blockwise.run(call, sizes, dropout_rate=0.0, block=size)[0]
+        return blockwise.run(call, sizes, block=size)[0]
 
     return attend
 

@@ -12,10 +12,9 @@ import pytest
 from hypothesis import given, settings
 from quick import as_users
 
-from attention_jax import attention, attention_weights, backends, masks, scores
+from attention_jax import attention, attention_weights, backends, dropout, masks, scores
 from attention_jax.axes import Sizes
 from attention_jax.backends import blockwise
-from attention_jax.dropout import seed
 from attention_jax.lift import Call
 
 B, T, S, N, K, H, D = 3, 5, 7, 4, 2, 3, 6
@@ -198,9 +197,9 @@ def test_the_block_size_does_not_matter(name):
     def blocked(block, q, k, v):
         call = Call(
             q, k, v, mask, score, options.get("sinks"), jnp.float32(H**-0.5),
-            seed(key) if rate else None,
+            dropout.of_rate(rate, key, jnp.float32),
         )  # fmt: skip
-        return blockwise.run(call, sizes, dropout_rate=rate, block=block)
+        return blockwise.run(call, sizes, block=block)
 
     def plain(q, k, v):
         extra = {"dropout_key": key} if rate else {}

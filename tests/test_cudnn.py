@@ -54,7 +54,7 @@ def prepared(query, key, value, mask=None, score=(), scale=0.3, sinks=None, **op
         score=call.score,
         scale=scale if isinstance(scale, float) else None,
         sinks=sinks is not None,
-        **{"dropout_rate": 0.0, "return_lse": False, "platform": "gpu", **options},
+        **{"dropout": False, "return_lse": False, "platform": "gpu", **options},
     )
     return call, request
 
@@ -72,7 +72,7 @@ def output(query, key, value, **options):
 
 def by_xla(query, key, value, **options):
     call, request = prepared(query, key, value, **options)
-    return xla.run(call, request.sizes, dropout_rate=0.0)[0]
+    return xla.run(call, request.sizes)[0]
 
 
 @pytest.fixture

@@ -39,7 +39,7 @@ def keep_all(key, shape, rate, start=(0, 0, 0, 0)):
     index = np.meshgrid(
         *(s + np.arange(n) for s, n in zip(start, shape, strict=True)), indexing="ij"
     )
-    return np.asarray(dropout.keep(dropout.seed(key), *index, rate=rate))
+    return np.asarray(dropout.keep(dropout.seed(key), *index, threshold=dropout.threshold(rate)))
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.25, 0.5, 0.99])
@@ -119,10 +119,11 @@ def test_the_same_pairs_are_kept_by_every_implementation_and_block_size():
             query, keys, value, dropout_rate=rate, dropout_key=key, implementation=implementation
         )
         np.testing.assert_allclose(out, expected, rtol=1e-6)
-    call = Call(query, keys, value, None, (), None, jnp.float32(1), dropout.seed(key))
+    drop = dropout.of_rate(rate, key, jnp.float32)
+    call = Call(query, keys, value, None, (), None, jnp.float32(1), drop)
     sizes = blockwise.Sizes(B=(B,), T=T, S=S, K=K, G=N // K, H=3, D=S)
     for block in ((3, 4), (2, 11)):
-        run = functools.partial(blockwise.run, sizes=sizes, dropout_rate=rate, block=block)
+        run = functools.partial(blockwise.run, sizes=sizes, block=block)
         out, lse = jax.jit(run)(call)
         np.testing.assert_allclose(out, expected, rtol=1e-6)
         np.testing.assert_allclose(lse, np.log(S), rtol=1e-6)

@@ -234,7 +234,7 @@ def test_a_platform_without_kernels_runs_what_runs_everywhere():
         score=(),
         scale=0.125,
         sinks=False,
-        dropout_rate=0.0,
+        dropout=False,
         return_lse=False,
         platform="METAL",
     )

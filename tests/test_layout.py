@@ -20,7 +20,8 @@ ROOT = PACKAGE.parent
 LAYERS = [
     {"axes", "reference", "grid"},
     {"values", "positions.arguments", "positions.scalings"},
-    {"masks.arguments", "masks.base", "scores", "dropout"},
+    {"closures", "dropout"},
+    {"masks.arguments", "masks.base", "scores"},
     {"masks.bands", "masks.spans", "masks.layouts", "masks.places"},
     {"positions.vectors", "positions.rope", "positions.relative"},
     {"masks", "positions"},

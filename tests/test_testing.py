@@ -38,7 +38,9 @@ def formula(query, key, value, *, mask, score, sinks, scale, dropout_rate, dropo
     kept = jnp.ones((), s.dtype)
     if dropout_rate:
         indices = jnp.meshgrid(*map(jnp.arange, (B, N, T, S)), indexing="ij", sparse=True)
-        keep = dropout.keep(dropout.seed(dropout_key), *indices, rate=dropout_rate)
+        keep = dropout.keep(
+            dropout.seed(dropout_key), *indices, threshold=dropout.threshold(dropout_rate)
+        )
         s = jnp.where(keep, s, -jnp.inf) if drop_logits else s
         kept = keep.astype(s.dtype) / (1 - dropout_rate)
     p = jax.nn.softmax(s, -1) * kept

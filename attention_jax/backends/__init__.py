@@ -31,9 +31,7 @@ class Implementation(NamedTuple):
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "blockwise": Implementation(
         why_unsupported=lambda request: None,
-        run=lambda call, request: blockwise.run(
-            call, request.sizes, dropout_rate=request.dropout_rate
-        ),
+        run=lambda call, request: blockwise.run(call, request.sizes),
         extra_bytes=lambda request: blockwise.extra_bytes(
             request.sizes, request.dtype, request.mask
         ),
@@ -41,7 +39,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     ),
     "xla": Implementation(
         why_unsupported=lambda request: None,
-        run=lambda call, request: xla.run(call, request.sizes, dropout_rate=request.dropout_rate),
+        run=lambda call, request: xla.run(call, request.sizes),
         extra_bytes=lambda request: xla.extra_bytes(request.sizes, request.dtype),
     ),
     "cudnn": Implementation(cudnn.why_unsupported, cudnn.run, cudnn.extra_bytes),

@@ -263,11 +263,7 @@ def backward(static: Static, *arrays: Any) -> tuple[Any, ...]:
     return tuple(results)
 
 
-def _plain(head: Head, config: Config) -> tuple[jax.Array, jax.Array, jax.Array]:
-    return xla.attend(head, dropout_rate=config.dropout_rate)
-
-
-KERNEL = primitive.Kernel(together(forward), together(tangent), together(backward), _plain)
+KERNEL = primitive.Kernel(together(forward), together(tangent), together(backward), xla.attend)
 _bind = primitive.make("attention_blockwise", KERNEL)
 
 
@@ -345,9 +341,7 @@ def _together(block_q: int, block_k: int) -> int:
     return TOGETHER // max(1, block_q * block_k)
 
 
-def plan(
-    head: Head, block: tuple[int, int], *, dropout_rate: float
-) -> tuple[blocks.Visits, Config]:
+def plan(head: Head, block: tuple[int, int]) -> tuple[blocks.Visits, Config]:
     """The blocks to visit, and what the loops depend on."""
     T, S = head.query.shape[0], head.key.shape[0]
     grid = Grid(T, S, *block)
@@ -356,7 +350,6 @@ def plan(
     known = isinstance(kind, np.ndarray)
     return visits, Config(
         *block,
-        dropout_rate=dropout_rate,
         some_full=not known or bool(visits.full.any()),
         some_partial=not known or bool((visits.visited > visits.full).any()),
         single=known and grid.columns == 1 and bool((visits.visited == 1).all()),
@@ -365,20 +358,20 @@ def plan(
     )
 
 
-def attend(head: Head, *, dropout_rate: float, sizes: tuple[int, int]) -> tuple[Any, Any]:
+def attend(head: Head, *, sizes: tuple[int, int]) -> tuple[Any, Any]:
     """Output ``[T D]`` and lse ``[T]``."""
-    visits, config = plan(head, sizes, dropout_rate=dropout_rate)
+    visits, config = plan(head, sizes)
     out, lse = _bind(head, visits, config)
     return out.astype(head.query.dtype), lse
 
 
 def run(
-    call: Call, sizes: Sizes, *, dropout_rate: float, block: tuple[int, int] | None = None
+    call: Call, sizes: Sizes, *, block: tuple[int, int] | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """Output ``[*B T N D]`` and lse ``[*B T N]``."""
     block = block or block_sizes(sizes.T, sizes.S, call.mask)
     out, lse = over_heads_and_examples(
-        lambda head: attend(head, dropout_rate=dropout_rate, sizes=block),
+        lambda head: attend(head, sizes=block),
         call,
         sizes,
         ("*B T N D", "*B T N"),

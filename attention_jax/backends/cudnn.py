@@ -74,7 +74,7 @@ def why_unsupported(request: Request) -> str | None:
         ),
         (request.sinks, "softmax sinks have no place in cuDNN's kernel as jax.nn calls it"),
         (
-            request.dropout_rate > 0.0,
+            request.dropout,
             "dropout is a hash of the key and the indices here, cuDNN draws its own",
         ),
         (request.return_lse, "jax.nn stops the gradient of the lse and rounds it"),

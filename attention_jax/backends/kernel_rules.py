@@ -16,6 +16,7 @@ import numpy as np
 from jax.extend.core import Jaxpr
 
 from attention_jax import masks
+from attention_jax.closures import Traced
 from attention_jax.masks import Mask
 from attention_jax.masks.base import parts
 from attention_jax.scores import RelativeEmbedding, Score, ScoreFn
@@ -50,7 +51,7 @@ def why_unsupported(mask: Mask | None, score: tuple[Score, ...]) -> str | None:
     """What of a mask or scores a kernel cannot compute, in words; None where it can all."""
     for part in () if mask is None else parts(mask):
         if isinstance(part, masks.MaskFn) and (
-            problem := _problem(lambda s, *rest, fn=part.fn: fn(*rest), part.arrays)
+            problem := _problem(part.fn, part.arrays, mask=True)
         ):
             return f"mask_fn {problem}"
     for each in score:
@@ -61,8 +62,15 @@ def why_unsupported(mask: Mask | None, score: tuple[Score, ...]) -> str | None:
     return None
 
 
-def _problem(fn: Callable[..., Any], arrays: tuple[Any, ...]) -> str | None:
-    """What ``fn(s, b, n, q, k, *arrays)``, or its derivative, does that a kernel cannot."""
+def _problem(fn: Callable[..., Any], arrays: tuple[Any, ...], mask: bool = False) -> str | None:
+    """What ``fn(s, b, n, q, k, *arrays)``, or its derivative, does that a kernel cannot.
+
+    Args:
+      mask: it takes no ``s``.
+    """
+
+    if isinstance(fn, Traced) and fn.closes_over and any(np.ndim(x) for x in arrays):
+        return "closes over a value beside an array: pass both as arguments, after the function"
 
     def looked_up(x: Any) -> Any:
         dtype = jax.dtypes.canonicalize_dtype(x.dtype)
@@ -72,7 +80,8 @@ def _problem(fn: Callable[..., Any], arrays: tuple[Any, ...]) -> str | None:
         return Lookup(entry, x.shape, dtype)
 
     def rule(s: Any, *indices: Any) -> Any:
-        return jax.jvp(lambda s: fn(s, *indices, *map(looked_up, arrays)), (s,), (s,))
+        rest = (*indices, *map(looked_up, arrays))
+        return jax.jvp(lambda s: fn(*rest) if mask else fn(s, *rest), (s,), (s,))
 
     shapes = (16, 32), (), (), (16, 1), (1, 32)
     s, *indices = (

@@ -77,22 +77,18 @@ def choose_tiles(
     return None
 
 
-def _plain(head: Head, config: Config) -> tuple[jax.Array, jax.Array, jax.Array]:
-    return xla.attend(head, dropout_rate=config.dropout_rate)
-
-
 _bind = primitive.make(
     "attention_pallas_gpu",
-    primitive.Kernel(pallas_launch.forward, pallas_launch.tangent, pallas_launch.backward, _plain),
+    primitive.Kernel(
+        pallas_launch.forward, pallas_launch.tangent, pallas_launch.backward, xla.attend
+    ),
 )
 
 
 # --- What the table of implementations needs.
 
 
-def attend(
-    head: Head, *, dropout_rate: float, tiles: tuple[Tiles, Tiles], interpret: bool
-) -> tuple[Any, Any]:
+def attend(head: Head, *, tiles: tuple[Tiles, Tiles], interpret: bool) -> tuple[Any, Any]:
     """Output ``[T D]`` and lse ``[T]``."""
     T, S = head.query.shape[0], head.key.shape[0]
     forward_tiles, backward_tiles = tiles
@@ -103,10 +99,8 @@ def attend(
 
     kind, grid = kinds(backward_tiles)
     turned = Grid(S, T, grid.block_k, grid.block_q)
-    loops, loops_config = blockwise.plan(
-        head, blockwise.block_sizes(T, S, head.mask), dropout_rate=dropout_rate
-    )
-    config = Config(forward_tiles, backward_tiles, dropout_rate, loops_config, interpret)
+    loops, loops_config = blockwise.plan(head, blockwise.block_sizes(T, S, head.mask))
+    config = Config(forward_tiles, backward_tiles, loops_config, interpret)
     every = Visits(
         blocks.visits(*kinds(forward_tiles)),
         blocks.visits(kind, grid),
@@ -134,7 +128,6 @@ def run(
     out, lse = over_heads_and_examples(
         lambda head: attend(
             head,
-            dropout_rate=request.dropout_rate,
             tiles=chosen,  # type: ignore[arg-type]  # `why_unsupported` has seen to it
             interpret=interpret,
         ),

@@ -45,7 +45,6 @@ class Config:
 
     forward: Tiles
     backward: Tiles
-    dropout_rate: float
     loops: blockwise.Config  # of the tangents, which loops compute
     interpret: bool
 

@@ -152,7 +152,9 @@ class Refs:
         self.b, self.n = head.b.entry(), head.n.entry()
         self.scale = head.scale.entry().astype(jnp.float32)
         self.sink = None if head.sink is None else head.sink.entry().astype(jnp.float32)
-        self.seed = None if head.seed is None else head.seed.entry()
+        self.dropout = (
+            None if head.dropout is None else dropout.Dropout(*(x.entry() for x in head.dropout))
+        )
         # A bias may hold -inf, a function may return it.
         self.hiding = any(score.HIDES or "array" in score.AXES for score in head.score)
 
@@ -245,10 +247,10 @@ class Refs:
             pairs = s != -jnp.inf
         seen = None if pairs is None else Seen(pairs, some(pairs, 1), some(pairs, 0))
         kept = None
-        if self.seed is not None:
-            rate = self.config.dropout_rate
-            keep = dropout.keep(self.seed, self.b, self.n, *at, rate=rate)
-            kept = jnp.where(keep, jnp.float32(1.0 / (1.0 - rate)), jnp.float32(0.0))
+        if self.dropout is not None:
+            seed, threshold, keep_probability = self.dropout
+            keep = dropout.keep(seed, self.b, self.n, *at, threshold=threshold)
+            kept = jnp.where(keep, 1 / keep_probability, jnp.float32(0.0))
         return Tile(dot, s, change, seen, kept)
 
 

@@ -36,6 +36,7 @@ from jax.interpreters import ad, batching, mlir
 from jax.sharding import NamedSharding, PartitionSpec
 
 from attention_jax.axes import accumulation_dtype
+from attention_jax.closures import varying_together
 from attention_jax.lift import Head
 
 # out, m and log_l.
@@ -64,7 +65,7 @@ class Kernel:
     forward: Callable[..., Any]
     tangent: Callable[..., Any]
     backward: Callable[..., Any]
-    plain: Callable[..., Any]  # (head, config) -> out, m, log_l: materialised
+    plain: Callable[..., Any]  # head -> out, m, log_l: materialised
 
 
 def core_shape(shape: Sequence[int], dims: Dims) -> tuple[int, ...]:
@@ -91,14 +92,14 @@ def num_differentiable(structure: Any) -> int:
 
 def operands(head: Head, visits: Any) -> Any:
     """A pytree whose differentiable leaves come first."""
-    query, key, value, mask, score, sink, scale, seed, b, n = head
-    return (query, key, value, score, sink, scale), (mask, seed, b, n, visits)
+    query, key, value, mask, score, sink, scale, dropout, b, n = head
+    return (query, key, value, score, sink, scale), (mask, dropout, b, n, visits)
 
 
 def as_head(tree: Any) -> tuple[Head, Any]:
     """The inverse of ``operands``."""
-    (query, key, value, score, sink, scale), (mask, seed, b, n, visits) = tree
-    return Head(query, key, value, mask, score, sink, scale, seed, b, n), visits
+    (query, key, value, score, sink, scale), (mask, dropout, b, n, visits) = tree
+    return Head(query, key, value, mask, score, sink, scale, dropout, b, n), visits
 
 
 def make(name: str, kernel: Kernel) -> Callable[..., tuple[jax.Array, jax.Array]]:
@@ -144,7 +145,7 @@ def make(name: str, kernel: Kernel) -> Callable[..., tuple[jax.Array, jax.Array]
             for i, x in zip(static.wrt, varying, strict=True):
                 new[i] = x
             head, _ = as_head(jax.tree.unflatten(static.structure, new))
-            out, m, log_l = kernel.plain(head, static.config)
+            out, m, log_l = kernel.plain(head)
             return out, jax.lax.stop_gradient(m) + log_l
 
         return fn
@@ -281,7 +282,7 @@ def make(name: str, kernel: Kernel) -> Callable[..., tuple[jax.Array, jax.Array]
     def bind(head: Head, visits: Any, config: Any) -> tuple[jax.Array, jax.Array]:
         leaves, structure = jax.tree.flatten(operands(head, visits))
         static = Static(structure, config, (), ((),) * len(leaves), ((),) * RESULTS)
-        out, m, log_l = forward_p.bind(*_vary_together(leaves), static=static)
+        out, m, log_l = forward_p.bind(*varying_together(map(jnp.asarray, leaves)), static=static)
         return out, m + log_l
 
     return bind
@@ -292,28 +293,6 @@ def _insert(new: int | None, old: Dims) -> Dims:
     if new is None:
         return (None, *old)
     return (new, *(d + 1 if d is not None and d >= new else d for d in old))
-
-
-# --- shard_map types every array with the mesh axes along which it varies.
-
-
-def _vary_together(arrays: Sequence[Any]) -> list[jax.Array]:
-    """``arrays``, each marked as varying along all mesh axes that one of them varies along.
-
-    JAX's own operations do this too; its transpose is the sum over these axes that the gradient of
-    an array needs that all devices share.
-    """
-    arrays = [jnp.asarray(x) for x in arrays]
-    axes = [_varies(jax.typeof(x)) for x in arrays]
-    every = frozenset().union(*axes)
-    return [
-        jax.lax.pcast(x, tuple(sorted(every - own)), to="varying") if every - own else x
-        for x, own in zip(arrays, axes, strict=True)
-    ]
-
-
-def _varies(aval: Any) -> frozenset[Any]:
-    return frozenset(aval.manual_axis_type.varying)
 
 
 def _aval(like: Any, shape: tuple[int, ...], dtype: Any) -> Any:

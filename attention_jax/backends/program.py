@@ -22,6 +22,7 @@ from attention_jax import dropout
 from attention_jax.axes import accumulation_dtype
 from attention_jax.backends import primitive
 from attention_jax.backends.primitive import Dims, Static
+from attention_jax.dropout import Dropout
 from attention_jax.grid import Grid
 from attention_jax.scores import tile_indices
 from attention_jax.tiles import (
@@ -43,7 +44,6 @@ class Config:
 
     block_q: int
     block_k: int
-    dropout_rate: float
     some_full: bool  # may there be full blocks, and partial ones: else their loop is left out
     some_partial: bool
     single: bool  # every query block visits exactly one key block
@@ -140,7 +140,8 @@ class Program:
         self.grid = Grid(T, S, self.config.block_q, self.config.block_k)
         scalar = lambda v: v.cut({})  # noqa: E731
         self.b, self.n = scalar(head.b), scalar(head.n)
-        self.seed = None if head.seed is None else scalar(head.seed)
+        # Not `tree.map`: a view is no leaf of JAX's.
+        self.dropout = None if head.dropout is None else Dropout(*map(scalar, head.dropout))
         self.scale = scalar(head.scale).astype(self.dtype)
         self.sink = None if head.sink is None else scalar(head.sink).astype(self.dtype)
         self.mask_leaves, self.mask_structure = jax.tree.flatten(head.mask)
@@ -194,11 +195,11 @@ class Program:
                 rows_or_zero(r, x) for r, x in ((seen.queries, q), (seen.keys, k), (seen.keys, v))
             )
         kept = None
-        if self.seed is not None:
-            rate = self.config.dropout_rate
+        if self.dropout is not None:
+            seed, threshold, keep_probability = self.dropout
             at = tile_indices((t, s), row.q0, k0)
-            keep = dropout.keep(self.seed, self.b, self.n, *at, rate=rate)
-            kept = jnp.where(keep, jnp.asarray(1.0 / (1.0 - rate), self.dtype), 0)
+            keep = dropout.keep(seed, self.b, self.n, *at, threshold=threshold)
+            kept = jnp.where(keep, 1 / keep_probability, jnp.zeros_like(keep_probability))
 
         def apply(logits: jax.Array, arrays: Any) -> jax.Array:
             scores = jax.tree.unflatten(self.score_structure, arrays)

@@ -21,7 +21,7 @@ class Request(NamedTuple):
     score: tuple[Score, ...]
     scale: float | None  # None: an array, whose value is not known while tracing
     sinks: bool  # are there any
-    dropout_rate: float
+    dropout: bool  # is the dropout rate above 0
     return_lse: bool  # is the lse asked for
     platform: str  # "cpu", "gpu" or "tpu"
     partitioned: bool = False  # does the compiler split the program over a mesh of devices

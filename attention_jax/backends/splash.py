@@ -53,7 +53,7 @@ def why_unsupported(request: Request) -> str | None:
         return "the compiler cannot split its kernel over the mesh: shard_map can"
     if dtype not in (jnp.bfloat16, jnp.float32):
         return f"{dtype.name}: its products are of bfloat16 or float32"
-    if request.dropout_rate > 0.0:
+    if request.dropout:
         return "dropout has no place in its kernel"
     for score in request.score:
         if not isinstance(score, Softcap):

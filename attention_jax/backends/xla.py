@@ -127,24 +127,25 @@ def only(kept: jax.Array | None, x: jax.Array) -> jax.Array:
     return x if kept is None else jnp.where(kept, x, jnp.zeros_like(x))
 
 
-def attend(head: Head, *, dropout_rate: float) -> tuple[jax.Array, jax.Array, jax.Array]:
+def attend(head: Head) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Output ``[T D]``, ``m [T]`` and ``log l [T]``: ``out_i = sum_j p_ij v_j``."""
     s, sink, m, sees, v = logits(head)
     kept = None
-    if head.seed is not None:
+    if head.dropout is not None:
+        seed, threshold, keep_probability = head.dropout
         q, k = jnp.arange(s.shape[0])[:, None], jnp.arange(s.shape[1])[None, :]
-        kept = dropout.keep(head.seed, head.b, head.n, q, k, rate=dropout_rate)
-        v = v / (1.0 - dropout_rate)
+        kept = dropout.keep(seed, head.b, head.n, q, k, threshold=threshold)
+        v = v / keep_probability
     out, log_l = average(s, sink, v, sees, kept)
     # A row that sees nothing is 0 whatever its cotangent holds.
     return rows_or_zero(sees, out), m, log_l
 
 
-def run(call: Call, sizes: Sizes, *, dropout_rate: float) -> tuple[jax.Array, jax.Array]:
+def run(call: Call, sizes: Sizes) -> tuple[jax.Array, jax.Array]:
     """Output ``[*B T N D]`` and lse ``[*B T N]``."""
 
     def head(one: Head) -> tuple[jax.Array, jax.Array]:
-        out, m, log_l = attend(one, dropout_rate=dropout_rate)
+        out, m, log_l = attend(one)
         return out.astype(one.query.dtype), m + log_l
 
     # Heads first: a batched product reads its batch from the outermost axes.

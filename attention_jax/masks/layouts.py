@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from attention_jax.axes import AnyArray, is_array
+from attention_jax.closures import hoist, of_tile
 from attention_jax.grid import Grid
 from attention_jax.masks.arguments import (
     bool_array,
@@ -216,9 +217,14 @@ class MaskFn(Mask):
     arrays: tuple[Any, ...]
     evaluate: bool
 
+    def hoisted(self, dtype: Any, numbers: bool) -> Self:
+        fn, arrays = hoist(self.fn, self.arrays, (jnp.int32,) * 4, "mask_fn")
+        return type(self)(fn, arrays, self.evaluate)
+
     def rule(self, b: Any, n: Any, q: Any, k: Any) -> Any:
         # JAX arrays: a NumPy array cannot be indexed by what is being traced.
-        return self.fn(b, n, q, k, *map(indexable, self.arrays))
+        visible = self.fn(b, n, q, k, *map(indexable, self.arrays))
+        return of_tile("mask_fn", visible, np.broadcast_shapes(np.shape(q), np.shape(k)), "bool")
 
     def block(self, grid: Grid, b: Any, n: Any) -> tuple[Any, Any]:
         if not self.evaluate:
@@ -242,8 +248,9 @@ def mask_fn(fn: Callable[..., Any], *arrays: AnyArray, evaluate: bool = False) -
 
     Args:
       fn: takes int scalars ``b``, ``n`` and int arrays ``q [t, 1]``, ``k [1, s]``; returns a bool
-        array that broadcasts to ``[t, s]``. Pass the same function object again to compile once.
-      *arrays: what ``fn`` looks things up in; they may be traced.
+        array that broadcasts to ``[t, s]``. It may close over arrays, traced ones too.
+      *arrays: what ``fn`` looks things up in; they may be traced. Kernels for GPUs can look up
+        these, but not what ``fn`` closes over.
       evaluate: evaluate ``fn`` once on all pairs, tile by tile, to find the blocks it leaves empty.
         Otherwise every block counts as partial.
 
