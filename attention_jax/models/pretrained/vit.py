@@ -15,16 +15,15 @@ from attention_jax.models.vision import VisionConfig, VisionTransformer
 TYPES = ("vit",)
 PREFIX = "vit."
 RENAMED: dict[str, str] = {}
-IGNORED = (r"(vit\.)?pooler\.dense\.(weight|bias)",)  # of a head that is not ours
+IGNORED: tuple[str, ...] = ()
+COPIES: dict[str, str] = {}
 WITHOUT_BATCH = Form(lambda x: x[0], lambda x: x[None])
 ARCHITECTURES = ("ViTModel", "ViTForImageClassification")
 
 
 def config(x: Entries, names: set[str]) -> VisionConfig:
     """Our configuration from theirs."""
-    architecture = (x.take("architectures", None) or ["ViTModel"])[0]
-    if architecture not in ARCHITECTURES:
-        x.wrong.append(f"architecture {architecture} is not supported, only {ARCHITECTURES}")
+    architecture = x.architecture(ARCHITECTURES, "ViTModel")
     size, patch = x.take("image_size", 224), x.number("patch_size", 16)
     dropout = x.rate("hidden_dropout_prob", 0.0)
     for name in ("encoder_stride", "pooler_output_size", "pooler_act"):
@@ -51,6 +50,11 @@ def config(x: Entries, names: set[str]) -> VisionConfig:
         ),
         dropout_rate=dropout,
     )
+
+
+def without(config: VisionConfig) -> tuple[str, ...]:
+    """Patterns of the parts that the model does not have."""
+    return (r"pooler\..*", r"classifier\..*")
 
 
 def entries(config: VisionConfig) -> dict[str, Any]:
