@@ -209,9 +209,9 @@ def _checked_leaves(model: Any, family: ModuleType) -> dict[Any, Any]:
     expected = {path: x.get_value().shape for path, x in _parameters(plain)}
     there = {path: x.get_value().shape for path, x in _parameters(model)}
     wrong = [
-        f"{'.'.join(map(str, path))}: {there.get(path, 'none')}, expected {expected.get(path, 'none')}"
-        for path in sorted(expected.keys() | there.keys(), key=str)
-        if there.get(path) != expected.get(path)
+        f"{'.'.join(map(str, path))}: {there.get(path, 'none')}, expected {x}"
+        for path, x in (expected | dict.fromkeys(there.keys() - expected.keys(), "none")).items()
+        if there.get(path) != x
     ]
     if wrong:
         raise ValueError(
@@ -227,7 +227,8 @@ def _parameters(model: Any) -> list[tuple[Any, Any]]:
 
 
 def _converted(name: str, x: np.ndarray, dtype: Any) -> jax.Array:
-    result = jnp.asarray(x, dtype)
+    with np.errstate(over="ignore"):  # told below, by name
+        result = jnp.asarray(x, dtype)
     narrow = jnp.finfo(dtype).bits < 32 and x.dtype != result.dtype
     if narrow and np.isfinite(x).all() and not jnp.isfinite(result).all():
         raise ValueError(f"param_dtype = {result.dtype} cannot hold {name}: it overflows")
