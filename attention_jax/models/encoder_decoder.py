@@ -208,12 +208,12 @@ def _summand(x: jax.Array) -> jax.Array:
 
 def _sum_in_float32(stack: Stack) -> None:
     """The norms of a stack, and what its sublayers give, in float32; the rest stays as it is."""
+    parts: list[Any] = [stack.norm]
     for _, module in nnx.iter_modules(stack):
         if isinstance(module, Residual):
             sublayer: Any = module.sublayer
             last = sublayer.down if isinstance(sublayer, FeedForward) else sublayer.out
-            for part in (module.norm, module.norm_after, last):
-                if part is not None:
-                    part.dtype = jnp.float32
-    if stack.norm is not None:
-        stack.norm.dtype = jnp.float32
+            parts += [module.norm, module.norm_after, last]
+    for part in parts:
+        if part is not None:
+            part.dtype = jnp.float32

@@ -39,7 +39,6 @@ def config(x: Entries, names: set[str]) -> EncoderConfig:
     x.only("pooler_type", "first_token_transform", None)
     for name in ("fc_size", "num_attention_heads", "num_fc_layers", "size_per_head"):
         x.take(f"pooler_{name}", None)
-    x.only("chunk_size_feed_forward", 0)
     classes = None
     if head == "classes":
         classes = x.classes()

@@ -17,6 +17,7 @@ HARMLESS = {
     "attn_implementation",
     "bos_token_id",
     "cache_implementation",
+    "chunk_size_feed_forward",  # the same in parts
     "cls_token_id",
     "decoder_start_token_id",
     "dtype",
@@ -101,6 +102,7 @@ ONLY: dict[str, Any] = {
 # Hugging Face's names of activations.
 ACTIVATIONS = {
     "gelu": "gelu",
+    "gelu_fast": "gelu_tanh",
     "gelu_python": "gelu",
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",

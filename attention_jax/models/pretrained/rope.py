@@ -68,13 +68,16 @@ def _scaling(kind: Any, parameters: dict[str, Any], longest: int) -> Scaling | N
         attention_factor = take("attention_factor", None)
         if attention_factor is None and all(scales):
             attention_factor = _growth(factor, scales[0]) / _growth(factor, scales[1])
+        truncate = take("truncate", True)
+        if not isinstance(truncate, bool):
+            raise ValueError(f"truncate must be true or false, got {truncate!r}")
         return YaRN(
             factor,
             original,
             fast=float(take("beta_fast", None) or 32.0),
             slow=float(take("beta_slow", None) or 1.0),
-            attention_factor=attention_factor,
-            truncate=take("truncate", True),
+            attention_factor=None if attention_factor is None else float(attention_factor),
+            truncate=truncate,
         )
     if kind == "llama3":
         return Llama3(

@@ -70,6 +70,9 @@ def config(x: Entries, names: set[str]) -> EncoderDecoderConfig:
 
 def _activation(x: Entries) -> tuple[str, bool]:
     name = x.take("feed_forward_proj", "relu")
+    if not isinstance(name, str):
+        x.wrong.append(f"feed_forward_proj must be a name, got {name!r}")
+        name = "relu"
     gated = name.startswith("gated-")
     # "gated-gelu" has always been the tanh form.
     theirs = "gelu_new" if name == "gated-gelu" else name.removeprefix("gated-")
