@@ -171,6 +171,10 @@ def test_all_that_is_wrong_with_tensors_is_said_at_once(folder):
 def test_tensors_can_be_left_out_by_name(folder):
     rewritten(folder, lambda arrays: {**arrays, "extra.weight": np.zeros(3, np.float32)})
     pretrained.load(folder, ignore=[r"extra\..*"])
+    with pytest.raises(ValueError, match=r"wpe\.weight is missing"):
+        pretrained.load(folder, ignore=[r"extra\..*", r"transformer\.wpe\..*"])
+    with pytest.raises(ValueError, match="ignore must be a list"):
+        pretrained.load(folder, ignore=r"extra\..*")
 
 
 def test_older_names_are_known(folder):

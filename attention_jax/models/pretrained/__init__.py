@@ -107,6 +107,8 @@ def load(
     folder = Path(folder)
     if not jnp.issubdtype(param_dtype, jnp.floating):
         raise ValueError(f"param_dtype must be a floating one, got {param_dtype}")
+    if isinstance(ignore, str):
+        raise ValueError(f"ignore must be a list of regular expressions, got {ignore!r}")
     described = folders.read_config(folder) | dict(config or {})
     files = folders.weights(folder, described)
     described.pop(folders.NAMED, None)
@@ -137,7 +139,7 @@ def load(
     model.eval()
     if left_out:
         warnings.warn(
-            f"{folder.name}: left out {', '.join(left_out)}, of parts that this "
+            f"{folder}: left out {', '.join(left_out)}, of parts that this "
             f"{type(model).__name__} does not have; ignore= leaves them out without this warning",
             stacklevel=2,
         )
