@@ -54,6 +54,7 @@ LAYERS = [
     {"models.decoding"},
     {"models.beams"},
     {"models.pretrained.safetensors", "models.pretrained.tensors", "models.pretrained.entries"},
+    {f"models.pretrained.{part}" for part in ("folders", "matching", "rope")},
     {f"models.pretrained.{family}" for family in ("bert", "gpt2", "llama", "t5", "vit")},
     {"models.pretrained"},
     {"models"},

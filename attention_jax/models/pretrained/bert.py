@@ -14,10 +14,15 @@ from attention_jax.models.pretrained.tensors import Tensor, block, linear, norm
 
 TYPES = ("bert",)
 PREFIX = "bert."
-IGNORED = (r".*embeddings\.position_ids", r"cls\.predictions\.decoder\.(weight|bias)")
+IGNORED = (r".*embeddings\.position_ids",)
+COPIES = {
+    "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
+    "cls.predictions.decoder.bias": "cls.predictions.bias",
+}
 RENAMED = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 ARCHITECTURES = {
     "BertModel": None,
+    "BertForPreTraining": "tokens",
     "BertForMaskedLM": "tokens",
     "BertForSequenceClassification": "classes",
 }
@@ -25,16 +30,15 @@ ARCHITECTURES = {
 
 def config(x: Entries, names: set[str]) -> EncoderConfig:
     """Our configuration from theirs."""
-    architecture = (x.take("architectures", None) or ["BertModel"])[0]
-    if architecture not in ARCHITECTURES:
-        x.wrong.append(f"architecture {architecture} is not supported, only {list(ARCHITECTURES)}")
-    head = ARCHITECTURES.get(architecture)
+    head = ARCHITECTURES[x.architecture(ARCHITECTURES, "BertModel")]
     dropout = x.rate("hidden_dropout_prob", 0.1)
     x.only("position_embedding_type", "absolute", None)
-    x.only("is_decoder", False)
-    x.only("add_cross_attention", False)
     x.only("tie_word_embeddings", True)
-    x.only("chunk_size_feed_forward", 0)
+    # Of the code that BERT was first published with, which had these alone.
+    x.only("directionality", "bidi", None)
+    x.only("pooler_type", "first_token_transform", None)
+    for name in ("fc_size", "num_attention_heads", "num_fc_layers", "size_per_head"):
+        x.take(f"pooler_{name}", None)
     classes = None
     if head == "classes":
         classes = x.classes()
@@ -59,11 +63,22 @@ def config(x: Entries, names: set[str]) -> EncoderConfig:
         max_length=x.number("max_position_embeddings", 512),
         types=x.number("type_vocab_size", 2),
         embedding_norm=True,
-        pooler=head != "tokens",
+        pooler=head == "classes" or (head is None and _has_pooler(names)),
         head=head,
         classes=classes,
         dropout_rate=dropout,
     )
+
+
+def _has_pooler(names: set[str]) -> bool:
+    return any(name.endswith("pooler.dense.weight") for name in names)
+
+
+def without(config: EncoderConfig) -> tuple[str, ...]:
+    """Patterns of the parts that the model does not have."""
+    if config.head == "tokens":
+        return (r"bert\.pooler\..*", r"cls\.seq_relationship\..*")
+    return (r"cls\..*",) if config.head == "classes" else (r"cls\..*", r"classifier\..*")
 
 
 def entries(config: EncoderConfig) -> dict[str, Any]:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
-
-from attention_jax.positions import DynamicNTK, Linear, Llama3, Rotary, Scaling, YaRN
 
 # What says how a model was made, saved or is trained and sampled from, not what it computes.
 HARMLESS = {
+    "_attn_implementation",
+    "_attn_implementation_autoset",
+    "_commit_hash",
+    "_flash_attn_2_enabled",
     "_name_or_path",
+    "_num_labels",
     "architectures",
     "attn_implementation",
-    "_attn_implementation",
     "bos_token_id",
     "cache_implementation",
+    "chunk_size_feed_forward",  # the same in parts
+    "cls_token_id",
     "decoder_start_token_id",
     "dtype",
     "eos_token_id",
@@ -23,27 +27,82 @@ HARMLESS = {
     "id2label",
     "initializer_factor",
     "initializer_range",
+    "keys_to_ignore_at_inference",
     "label2id",
-    "max_length",
+    "mask_token_id",
     "model_type",
     "n_ctx",
     "n_positions",
+    "neftune_noise_alpha",
     "num_labels",
     "output_attentions",
     "output_hidden_states",
     "output_past",
     "pad_token_id",
+    "predict_special_tokens",
+    "prefix",
     "problem_type",
     "return_dict",
+    "sbert_ce_default_activation_function",  # applied to the logits, by another library
+    "sentence_transformers",  # likewise
+    "sep_token_id",
     "task_specific_params",
+    "tokenizer_class",
     "torch_dtype",
+    "torchscript",
+    "transformers.js_config",
     "transformers_version",
+    "unsloth_fixed",
+    "unsloth_version",
+    "use_bfloat16",
     "use_cache",
+}
+
+# Of generation; older configurations hold them beside the model's own.
+GENERATION = {
+    "bad_words_ids",
+    "begin_suppress_tokens",
+    "diversity_penalty",
+    "do_sample",
+    "early_stopping",
+    "encoder_no_repeat_ngram_size",
+    "encoder_repetition_penalty",
+    "epsilon_cutoff",
+    "eta_cutoff",
+    "exponential_decay_length_penalty",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "length_penalty",
+    "max_length",
+    "min_length",
+    "no_repeat_ngram_size",
+    "num_beam_groups",
+    "num_beams",
+    "num_return_sequences",
+    "output_scores",
+    "remove_invalid_values",
+    "repetition_penalty",
+    "return_dict_in_generate",
+    "suppress_tokens",
+    "temperature",
+    "top_k",
+    "top_p",
+    "typical_p",
+}
+
+# What would change the model at any other value, and is not supported there.
+ONLY: dict[str, Any] = {
+    "add_cross_attention": False,
+    "is_decoder": False,
+    "is_encoder_decoder": False,
+    "pruned_heads": {},
+    "tie_encoder_decoder": False,
 }
 
 # Hugging Face's names of activations.
 ACTIVATIONS = {
     "gelu": "gelu",
+    "gelu_fast": "gelu_tanh",
     "gelu_python": "gelu",
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
@@ -78,12 +137,15 @@ class Entries:
         return default
 
     def number(self, name: str, default: Any = _MISSING) -> Any:
-        """An entry that must be a positive number."""
+        """An entry that must be a positive number; or null, where the default is None."""
+        missing = name not in self.left
         x = self.take(name, default)
+        if x is None and (missing or default is None):
+            return None if default is None else 1  # where it is missing, that has been noted
         good = isinstance(x, int | float) and not isinstance(x, bool) and x > 0
-        if x is not None and not good:
+        if not good:
             self.wrong.append(f"{name} must be a positive number, got {x!r}")
-        return x if good else (None if default is None else 1)
+        return x if good else 1
 
     def rate(self, name: str, default: float) -> float:
         """A probability of dropping."""
@@ -106,6 +168,23 @@ class Entries:
         if x not in allowed:
             self.wrong.append(f"{name} = {x!r} is not supported, only {allowed[0]!r}")
 
+    def same(self, name: str, value: Any) -> None:
+        """An entry that repeats another."""
+        x = self.take(name, value)
+        if x != value:
+            self.wrong.append(f"{name} = {x!r} contradicts {value!r}, which is used")
+
+    def architecture(self, known: Collection[str], default: str) -> str:
+        """The class that the checkpoint was saved from; its head is what matters here."""
+        x = self.take("architectures", None) or [default]
+        if isinstance(x, list) and x[0] in known:
+            return str(x[0])
+        self.wrong.append(
+            f"architectures = {x!r} is not supported, only {sorted(known)} "
+            f"(load(folder, config={{'architectures': [...]}}) reads it as one of them)"
+        )
+        return default
+
     def activation(self, name: str, default: str) -> str:
         """Ours for Hugging Face's name."""
         x = self.take(name, default)
@@ -118,33 +197,20 @@ class Entries:
         """How many labels there are; Hugging Face leaves two unsaid."""
         return len(self.take("id2label", None) or range(self.take("num_labels", 2)))
 
-    def rotary(self, longest: int) -> Rotary:
-        """From ``rope_parameters``, or ``rope_theta`` and ``rope_scaling`` as they were before."""
-        theta = self.take("rope_theta", 10_000.0)
-        before = self.take("rope_scaling", None) or {}
-        parameters = dict(self.take("rope_parameters", None) or before)
-        theta = parameters.pop("rope_theta", theta)
-        kind = parameters.pop("rope_type", parameters.pop("type", "default"))
-        parameters.pop("type", None)
-        if self.take("partial_rotary_factor", 1.0) != 1.0:
-            self.wrong.append("partial_rotary_factor is not supported, only 1.0")
-        self.left.pop("original_max_position_embeddings", None)
-        scaling: Scaling | None = None
-        try:
-            scaling = _scaling(kind, parameters, longest)
-        except (KeyError, TypeError, ValueError) as e:
-            what = f"{e.args[0]} is missing" if isinstance(e, KeyError) else e
-            self.wrong.append(f"rope type {kind!r}: {what}")
-        if parameters:
-            self.wrong.append(f"rope type {kind!r}: entries {sorted(parameters)} are not supported")
-        return Rotary(theta=float(theta), scaling=scaling)
-
     def finish(self, family: str) -> None:
         """Raises for all that was wrong, and for what nobody used."""
+        for name in ONLY.keys() & self.left.keys():
+            if self.left[name] is not None:
+                self.only(name, ONLY[name])
         unknown = sorted(
-            name for name, x in self.left.items() if name not in HARMLESS and x is not None
+            name
+            for name, x in self.left.items()
+            if name not in HARMLESS | GENERATION and x is not None
         )
-        more = [f"{name} = {self.left[name]!r} is unknown" for name in unknown]
+        more = [
+            f"{name} = {self.left[name]!r} is unknown (config={{{name!r}: None}} leaves it out)"
+            for name in unknown
+        ]
         if self.wrong or more:
             raise self.refusal(family, *more)
 
@@ -163,54 +229,3 @@ def labels(classes: int | None) -> dict[str, Any]:
         "id2label": {str(i): name for i, name in enumerate(names)},
         "label2id": {name: i for i, name in enumerate(names)},
     }
-
-
-def _scaling(kind: str, parameters: dict[str, Any], longest: int) -> Scaling | None:
-    """Takes what it uses out of ``parameters``."""
-    take = parameters.pop
-    if kind == "default":
-        return None
-    if kind == "linear":
-        return Linear(float(take("factor")))
-    if kind == "dynamic":
-        take("original_max_position_embeddings", None)
-        return DynamicNTK(float(take("factor")), longest)
-    if kind == "yarn":
-        return YaRN(
-            float(take("factor")),
-            int(take("original_max_position_embeddings", None) or longest),
-            fast=float(take("beta_fast", None) or 32.0),
-            slow=float(take("beta_slow", None) or 1.0),
-            attention_factor=take("attention_factor", None),
-            truncate=take("truncate", True),
-        )
-    if kind == "llama3":
-        return Llama3(
-            float(take("factor")),
-            int(take("original_max_position_embeddings")),
-            low=float(take("low_freq_factor")),
-            high=float(take("high_freq_factor")),
-        )
-    raise ValueError("not supported, only 'default', 'linear', 'dynamic', 'yarn', 'llama3'")
-
-
-def rope_parameters(rotary: Rotary) -> dict[str, Any]:
-    """The other way round; raises ``NotImplementedError`` for what has no name there."""
-    x: dict[str, Any] = {"rope_theta": rotary.theta, "rope_type": "default"}
-    match rotary.scaling:
-        case None:
-            return x
-        case Linear(factor):
-            return x | {"rope_type": "linear", "factor": factor}
-        case DynamicNTK(factor, _):
-            return x | {"rope_type": "dynamic", "factor": factor}
-        case YaRN(factor, original, fast, slow, attention_factor, truncate):
-            x |= {"rope_type": "yarn", "factor": factor, "truncate": truncate}
-            x |= {"original_max_position_embeddings": original}
-            x |= {"beta_fast": fast, "beta_slow": slow}
-            return x if attention_factor is None else x | {"attention_factor": attention_factor}
-        case Llama3(factor, original, low, high):
-            x |= {"rope_type": "llama3", "factor": factor}
-            x |= {"original_max_position_embeddings": original}
-            return x | {"low_freq_factor": low, "high_freq_factor": high}
-    raise NotImplementedError(f"{type(rotary.scaling).__name__} has no name in a config.json")

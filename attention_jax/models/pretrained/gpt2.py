@@ -10,22 +10,22 @@ from flax import nnx
 from attention_jax.models.decoder import Decoder, DecoderConfig
 from attention_jax.models.layers import Layers
 from attention_jax.models.pretrained.entries import ACTIVATION_NAMES, Entries
-from attention_jax.models.pretrained.tensors import Tensor, block, norm
+from attention_jax.models.pretrained.tensors import Tensor, block, linear, norm
 
 TYPES = ("gpt2",)
 PREFIX = "transformer."
 RENAMED: dict[str, str] = {}
-# Masks that were once stored; and a copy of the table.
-IGNORED = (r".*\.attn\.(masked_)?bias", r"lm_head\.weight")
+IGNORED = (r".*\.attn\.(masked_)?bias",)  # masks that were once stored
+COPIES = {"lm_head.weight": "transformer.wte.weight"}
+ARCHITECTURES = ("GPT2LMHeadModel", "GPT2Model")
 
 
 def config(x: Entries, names: set[str]) -> DecoderConfig:
     """Our configuration from theirs."""
+    x.architecture(ARCHITECTURES, "GPT2LMHeadModel")
     E = x.number("n_embd")
     longest = x.number("n_positions", 1024)
     x.only("scale_attn_by_inverse_layer_idx", False)
-    x.only("add_cross_attention", False)
-    x.only("tie_word_embeddings", True)
     x.flag("reorder_and_upcast_attn", False)  # the softmax is in float32 in any case
     for name in ("type", "use_proj", "activation", "first_dropout", "proj_to_labels"):
         x.take(f"summary_{name}", None)  # of a head that is not ours
@@ -45,8 +45,14 @@ def config(x: Entries, names: set[str]) -> DecoderConfig:
         ),
         positions="learned",
         max_length=longest,
+        tied=x.flag("tie_word_embeddings", True),
         dropout_rate=x.rate("embd_pdrop", 0.1),
     )
+
+
+def without(config: DecoderConfig) -> tuple[str, ...]:
+    """Patterns of the parts that the model does not have."""
+    return (r"multiple_choice_head\..*", r"score\..*")
 
 
 def entries(config: DecoderConfig) -> dict[str, Any]:
@@ -70,6 +76,7 @@ def entries(config: DecoderConfig) -> dict[str, Any]:
         "resid_pdrop": layers.dropout_rate,
         "attn_pdrop": layers.attention_dropout_rate,
         "embd_pdrop": config.dropout_rate,
+        "tie_word_embeddings": config.tied,
     }
 
 
@@ -96,3 +103,5 @@ def tensors(config: DecoderConfig) -> Iterator[Tensor]:
         yield from norm(f"{at}.ln_1", paths["attention_norm"])
         yield from norm(f"{at}.ln_2", paths["feed_forward_norm"])
     yield from norm(f"{PREFIX}ln_f", ("stack", "norm"))
+    if not config.tied:
+        yield from linear("lm_head", ("head",), bias=False)

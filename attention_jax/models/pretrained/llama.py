@@ -10,38 +10,51 @@ from flax import nnx
 
 from attention_jax.models.decoder import Decoder, DecoderConfig
 from attention_jax.models.layers import Layers
-from attention_jax.models.pretrained.entries import ACTIVATION_NAMES, Entries, rope_parameters
+from attention_jax.models.pretrained.entries import ACTIVATION_NAMES, Entries
+from attention_jax.models.pretrained.rope import rope_parameters, rotary
 from attention_jax.models.pretrained.tensors import Tensor, block, linear, norm
 
 TYPES = ("llama", "mistral", "gemma2")
 PREFIX = "model."
 RENAMED: dict[str, str] = {}
 IGNORED = (r".*rotary_emb\.inv_freq",)
+COPIES = {"lm_head.weight": "model.embed_tokens.weight"}
+NAMES = {"llama": "Llama", "mistral": "Mistral", "gemma2": "Gemma2"}
+# What Hugging Face takes an entry to be that a file does not have.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {"max_position_embeddings": 2048, "num_key_value_heads": None},
+    "mistral": {"max_position_embeddings": 131_072, "num_key_value_heads": 8},
+    "gemma2": {"max_position_embeddings": 8192, "num_key_value_heads": 4},
+}
 
 
 def config(x: Entries, names: set[str]) -> DecoderConfig:
     """Our configuration from theirs."""
     kind = x.take("model_type", "llama")
+    x.architecture((f"{NAMES[kind]}ForCausalLM",), f"{NAMES[kind]}ForCausalLM")
+    defaults = DEFAULTS[kind]
     num_layers, num_heads = x.number("num_hidden_layers"), x.number("num_attention_heads")
     E = x.number("hidden_size")
-    longest = x.number("max_position_embeddings", 2048)
+    longest = x.number("max_position_embeddings", defaults["max_position_embeddings"])
     shared: dict[str, Any] = {
         "features": E,
         "num_layers": num_layers,
         "num_heads": num_heads,
-        "num_kv_heads": x.number("num_key_value_heads", None) or num_heads,
-        "head_dim": x.number("head_dim", None) or E // num_heads,
+        "num_kv_heads": _or_null(x, "num_key_value_heads", defaults["num_key_value_heads"])
+        or num_heads,
+        "head_dim": _or_null(x, "head_dim", 256 if kind == "gemma2" else None) or E // num_heads,
         "hidden": x.number("intermediate_size"),
         "gated": True,
         "norm_epsilon": x.number("rms_norm_eps", 1e-6),
         "bias": kind != "mistral" and x.flag("attention_bias", False),
         "feed_forward_bias": kind == "llama" and x.flag("mlp_bias", False),
-        "rotary": x.rotary(longest),
+        "rotary": rotary(x, longest),
         "attention_dropout_rate": x.rate("attention_dropout", 0.0),
     }
     x.only("pretraining_tp", 1, *range(2, 65))  # how products are split, not what they are
     vocabulary, tied = x.number("vocab_size"), x.flag("tie_word_embeddings", kind == "gemma2")
-    window = x.number("sliding_window", None) if kind != "llama" else None
+    window = _or_null(x, "sliding_window", 4096) if kind != "llama" else None
+    _remarks(x, kind, window)
     if kind != "gemma2":
         layers = Layers(
             **shared,
@@ -54,8 +67,8 @@ def config(x: Entries, names: set[str]) -> DecoderConfig:
     x.take("hidden_act", None)  # hidden_activation takes its place
     activation = x.take("hidden_activation", None) or "gelu_pytorch_tanh"
     x.left["hidden_activation"] = activation
-    cap = x.take("attn_logit_softcapping", None)
-    logits_cap = x.take("final_logit_softcapping", None)
+    cap = _or_null(x, "attn_logit_softcapping", 50.0)
+    logits_cap = _or_null(x, "final_logit_softcapping", 30.0)
     layers = Layers(
         **shared,
         norm="one_plus_rms",
@@ -75,6 +88,24 @@ def config(x: Entries, names: set[str]) -> DecoderConfig:
     )
 
 
+def _or_null(x: Entries, name: str, default: Any) -> Any:
+    """A positive number; null is None, and is not the default."""
+    return x.number(name, None) if name in x.left else default
+
+
+def _remarks(x: Entries, kind: str, window: int | None) -> None:
+    """Entries of published files that repeat others, or say what is so in any case."""
+    x.take("max_sequence_length", None)  # as max_position_embeddings, of the models' first code
+    if kind == "llama":
+        x.only("is_llama_config", True, None)
+        x.only("rope_interleaved", False, None)
+    else:
+        x.only("mlp_bias", False, None)
+        x.same("sliding_window_size", window)
+    if kind == "mistral":
+        x.only("attention_bias", False, None)
+
+
 def _windows(x: Entries, num_layers: int, window: int | None) -> tuple[int | None, ...]:
     names = {"sliding_attention": window, "full_attention": None}
     types = x.take("layer_types", None)
@@ -86,15 +117,19 @@ def _windows(x: Entries, num_layers: int, window: int | None) -> tuple[int | Non
     return tuple(names[t] for t in types)
 
 
+def without(config: DecoderConfig) -> tuple[str, ...]:
+    """Patterns of the parts that the model does not have."""
+    return ()
+
+
 def entries(config: DecoderConfig) -> dict[str, Any]:
     """Theirs from ours."""
     layers = config.layers
     gemma, windows = layers.norm == "one_plus_rms", set(layers.windows) - {None}
     kind = "gemma2" if gemma else "mistral" if windows else "llama"
-    name = {"gemma2": "Gemma2", "mistral": "Mistral", "llama": "Llama"}[kind]
     x: dict[str, Any] = {
         "model_type": kind,
-        "architectures": [f"{name}ForCausalLM"],
+        "architectures": [f"{NAMES[kind]}ForCausalLM"],
         "vocab_size": config.vocabulary,
         "hidden_size": layers.features,
         "intermediate_size": layers.hidden,

@@ -38,6 +38,7 @@ DTYPES = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 MOST_HEADER = 100_000_000  # bytes; the format's own limit
+CHUNK = 1 << 24  # bytes
 
 
 class Entry(NamedTuple):
@@ -47,6 +48,7 @@ class Entry(NamedTuple):
     shape: tuple[int, ...]
     start: int
     """In bytes from the beginning of the file."""
+    end: int
 
 
 class File(Mapping[str, np.ndarray]):
@@ -71,6 +73,16 @@ class File(Mapping[str, np.ndarray]):
         count = math.prod(entry.shape)
         flat = np.fromfile(self.path, dtype, count, offset=entry.start)
         return flat.reshape(entry.shape)
+
+    def chunks(self, name: str) -> Iterator[bytes]:
+        """The bytes of an array, some at a time."""
+        entry = self.entries[name]
+        left = entry.end - entry.start
+        with self.path.open("rb") as file:
+            file.seek(entry.start)
+            while left > 0 and (chunk := file.read(min(CHUNK, left))):
+                left -= len(chunk)
+                yield chunk
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.entries)
@@ -106,11 +118,11 @@ def read_header(path: Path) -> dict[str, Entry]:
     data = size - 8 - length
     entries, places = {}, []
     for name, x in header.items():
-        entry, end = _entry(x, 8 + length)
-        if entry is None or end - 8 - length > data:
+        entry = _entry(x, 8 + length)
+        if entry is None or entry.end - 8 - length > data:
             raise refuse(f"{name!r} is described as {x}, in {data} bytes of data")
         entries[name] = entry
-        places.append((entry.start, end))
+        places.append((entry.start, entry.end))
     at = 8 + length
     for start, end in sorted(places):
         if start != at:
@@ -121,20 +133,20 @@ def read_header(path: Path) -> dict[str, Entry]:
     return entries
 
 
-def _entry(x: Any, data: int) -> tuple[Entry | None, int]:
-    """The entry and where it ends; None where it is not one."""
+def _entry(x: Any, data: int) -> Entry | None:
+    """The entry; None where it is not one."""
     if not isinstance(x, dict) or x.keys() != {"dtype", "shape", "data_offsets"}:
-        return None, 0
+        return None
     dtype, shape, offsets = x["dtype"], x["shape"], x["data_offsets"]
     if not (isinstance(dtype, str) and isinstance(shape, list) and isinstance(offsets, list)):
-        return None, 0
+        return None
     if len(offsets) != 2 or not all(type(n) is int and n >= 0 for n in (*shape, *offsets)):
-        return None, 0
+        return None
     start, end = offsets
     bits_fit = dtype not in DTYPES or end - start == math.prod(shape) * DTYPES[dtype].itemsize
     if start > end or not bits_fit:
-        return None, 0
-    return Entry(dtype, tuple(shape), data + start), data + end
+        return None
+    return Entry(dtype, tuple(shape), data + start, data + end)
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -152,6 +164,9 @@ def write(path: Path, shapes: Mapping[str, Any], arrays: Iterable[Any]) -> None:
       shapes: for each name what has the ``shape`` and ``dtype`` of its array.
       arrays: in the same order.
 
+    Raises:
+      ValueError: a dtype that has no name in the format; an array that is not as it was described.
+
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp()) / "two.safetensors"
     >>> arrays = {"a": np.zeros(2, np.float32), "b": np.ones((1, 3), np.float32)}
@@ -163,6 +178,8 @@ def write(path: Path, shapes: Mapping[str, Any], arrays: Iterable[Any]) -> None:
     at = 0
     for name, x in shapes.items():
         dtype = np.dtype(x.dtype)
+        if dtype not in NAMES:
+            raise ValueError(f"{name} has dtype {dtype}, expected one of {list(map(str, NAMES))}")
         end = at + math.prod(x.shape) * dtype.itemsize
         header[name] = {
             "dtype": NAMES[dtype],

@@ -16,21 +16,23 @@ from attention_jax.models.pretrained.tensors import Tensor, block, linear, norm
 TYPES = ("t5",)
 PREFIX = ""
 RENAMED: dict[str, str] = {}
-# Copies of the shared table, and a bias that was stored and never used.
-IGNORED = (
-    r"(encoder|decoder)\.embed_tokens\.weight",
-    r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",
+# A bias that was stored and never used.
+IGNORED = (r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",)
+COPIES = dict.fromkeys(
+    ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"),
+    "shared.weight",
 )
+ARCHITECTURES = ("T5ForConditionalGeneration", "T5WithLMHeadModel")
 
 
 def config(x: Entries, names: set[str]) -> EncoderDecoderConfig:
     """Our configuration from theirs. The head is tied where the file has none of its own."""
+    x.architecture(ARCHITECTURES, "T5ForConditionalGeneration")
     E = x.number("d_model")
     activation, gated = _activation(x)
     dropout = x.rate("dropout_rate", 0.1)
     scaled = x.flag("scale_decoder_outputs", x.flag("tie_word_embeddings", True))
     x.only("is_encoder_decoder", True)
-    x.only("is_decoder", False)
     for name in ("dense_act_fn", "is_gated_act", "classifier_dropout"):
         x.take(name, None)  # follow from feed_forward_proj; of a head that is not ours
     encoder = Layers(
@@ -68,12 +70,20 @@ def config(x: Entries, names: set[str]) -> EncoderDecoderConfig:
 
 def _activation(x: Entries) -> tuple[str, bool]:
     name = x.take("feed_forward_proj", "relu")
+    if not isinstance(name, str):
+        x.wrong.append(f"feed_forward_proj must be a name, got {name!r}")
+        name = "relu"
     gated = name.startswith("gated-")
     # "gated-gelu" has always been the tanh form.
     theirs = "gelu_new" if name == "gated-gelu" else name.removeprefix("gated-")
     if theirs not in ACTIVATIONS:
         x.wrong.append(f"feed_forward_proj = {name!r} is not supported")
     return ACTIVATIONS.get(theirs, "relu"), gated
+
+
+def without(config: EncoderDecoderConfig) -> tuple[str, ...]:
+    """Patterns of the parts that the model does not have."""
+    return ()
 
 
 def entries(config: EncoderDecoderConfig) -> dict[str, Any]:

@@ -15,17 +15,18 @@ from attention_jax.models.vision import VisionConfig, VisionTransformer
 TYPES = ("vit",)
 PREFIX = "vit."
 RENAMED: dict[str, str] = {}
-IGNORED = (r"(vit\.)?pooler\.dense\.(weight|bias)",)  # of a head that is not ours
+IGNORED: tuple[str, ...] = ()
+COPIES: dict[str, str] = {}
 WITHOUT_BATCH = Form(lambda x: x[0], lambda x: x[None])
 ARCHITECTURES = ("ViTModel", "ViTForImageClassification")
 
 
 def config(x: Entries, names: set[str]) -> VisionConfig:
     """Our configuration from theirs."""
-    architecture = (x.take("architectures", None) or ["ViTModel"])[0]
-    if architecture not in ARCHITECTURES:
-        x.wrong.append(f"architecture {architecture} is not supported, only {ARCHITECTURES}")
-    size, patch = x.take("image_size", 224), x.number("patch_size", 16)
+    architecture = x.architecture(ARCHITECTURES, "ViTModel")
+    image, patch = _pair(x, "image_size", 224), _pair(x, "patch_size", 16)
+    if patch[0] != patch[1]:
+        x.wrong.append(f"patch_size = {patch} is not supported, only squares")
     dropout = x.rate("hidden_dropout_prob", 0.0)
     for name in ("encoder_stride", "pooler_output_size", "pooler_act"):
         x.take(name, None)  # of heads that are not ours
@@ -34,8 +35,8 @@ def config(x: Entries, names: set[str]) -> VisionConfig:
         classes = x.classes()
     bias: Any = x.flag("qkv_bias", True) or ("out",)
     return VisionConfig(
-        image=(size, size) if isinstance(size, int) else tuple(size),
-        patch=patch,
+        image=image,
+        patch=patch[0],
         channels=x.number("num_channels", 3),
         classes=classes,
         layers=Layers(
@@ -51,6 +52,21 @@ def config(x: Entries, names: set[str]) -> VisionConfig:
         ),
         dropout_rate=dropout,
     )
+
+
+def _pair(x: Entries, name: str, default: int) -> tuple[int, int]:
+    """Rows and columns, from one number for both or two."""
+    given = x.take(name, default)
+    pair = given if isinstance(given, list) else [given, given]
+    if len(pair) != 2 or not all(type(n) is int and n > 0 for n in pair):
+        x.wrong.append(f"{name} must be one or two positive integers, got {given!r}")
+        return default, default
+    return pair[0], pair[1]
+
+
+def without(config: VisionConfig) -> tuple[str, ...]:
+    """Patterns of the parts that the model does not have."""
+    return (r"pooler\..*", r"classifier\..*")
 
 
 def entries(config: VisionConfig) -> dict[str, Any]:

@@ -1,0 +1,179 @@
+"""The files of a checkpoint: which are read, and how others take their place in one step."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from attention_jax.models.pretrained import safetensors
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+INDEX = f"{WEIGHTS}.index.json"
+# An entry of the configuration: the file to read in the place of the usual ones.
+NAMED = "transformers_weights"
+# What a save calls its files until they have their usual names.
+NEW = "model.new-{}.safetensors", "config.new-{}.json"
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The entries of ``config.json``.
+
+    Raises:
+      FileNotFoundError: no such folder, or no configuration in it.
+      ValueError: it is not an object in JSON.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"folder must be a folder on this machine with {CONFIG} and {WEIGHTS}, got "
+            f"{str(folder)!r}, which is none. Nothing is downloaded: of a model on a hub, "
+            f"download the files first (huggingface_hub.snapshot_download gives their folder)"
+        )
+    return _read_json(folder / CONFIG)
+
+
+def weights(folder: Path, described: Mapping[str, Any]) -> list[safetensors.File]:
+    """The files with the tensors: the one that the configuration names, one alone, or shards.
+
+    Raises:
+      FileNotFoundError: there are none.
+      ValueError: they are not of this folder, or are not sound.
+    """
+    name = described.get(NAMED)
+    if name is None:
+        name = WEIGHTS if (folder / WEIGHTS).exists() else INDEX
+        if not (folder / name).exists():
+            raise FileNotFoundError(
+                f"{folder} must have {WEIGHTS} or {INDEX}: other formats are not read"
+            )
+    names = [name]
+    if str(name).endswith(".index.json"):
+        if not _is_plain(name):
+            raise ValueError(f"{NAMED} must name a file of its own folder, got {name!r}")
+        places = _read_json(folder / name).get("weight_map")
+        names = list(places.values()) if isinstance(places, dict) else []
+    if not names or not all(map(_is_plain, names)):
+        raise ValueError(f"{name} must name files of its own folder, got {names}")
+    for x in names:
+        if not (folder / x).exists():
+            raise FileNotFoundError(f"{folder} must have {x}, which its {CONFIG} or index names")
+    return [safetensors.File(folder / x) for x in sorted(set(names))]
+
+
+def replace(
+    folder: Path, described: Mapping[str, Any], write_weights: Callable[[Path], None]
+) -> None:
+    """Puts a configuration and weights in the place of what a folder holds.
+
+    One rename is the step from the old checkpoint to the new one: that of a ``config.json`` which
+    names the new weights by a name that no old file has (``NAMED``, which ``weights`` reads, and
+    Hugging Face). A file is on disk before the next step::
+
+        1  model.new-*.safetensors   is written
+        2  config.json               that names it is renamed into its place: the step
+        3  model.safetensors         becomes the same file
+        4  shards and index          of before are removed
+        5  config.json               that names nothing is renamed into its place
+        6  model.new-*.safetensors   is removed, with those of saves that were killed
+
+    Args:
+      folder: is made where it does not exist. Its other files stay as they are.
+      described: the entries of ``config.json``.
+      write_weights: writes the tensors to a path.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    before = _parts(folder)
+    weights, config = (folder / name.format(uuid.uuid4().hex[:8]) for name in NEW)
+
+    with contextlib.ExitStack() as undo:  # until the step, what fails leaves nothing behind
+        undo.callback(_remove, config)
+        undo.callback(_remove, weights)
+        write_weights(weights)
+        _sync(weights)
+        _write_json(config, {**described, NAMED: weights.name})
+        undo.pop_all()
+    _rename(config, folder / CONFIG)
+
+    _rename(_second_name(weights), folder / WEIGHTS)
+    for path in before:
+        _remove(path)
+    _write_json(config, described)
+    _rename(config, folder / CONFIG)
+    for name in NEW:
+        for path in folder.glob(name.format("*")):
+            _remove(path)
+
+
+def _parts(folder: Path) -> list[Path]:
+    """What the checkpoint in a folder consists of, beside the names that a save gives."""
+    names = [INDEX]
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        names.append(_read_json(folder / CONFIG).get(NAMED) or INDEX)
+    shards: list[Any] = []
+    for name in names:
+        if str(name).endswith(".index.json") and _is_plain(name):
+            with contextlib.suppress(FileNotFoundError, ValueError):
+                places = _read_json(folder / name).get("weight_map")
+                shards += places.values() if isinstance(places, dict) else []
+    parts = [x for x in (*shards, *names) if _is_plain(x) and x != WEIGHTS]
+    kinds = ".safetensors", ".safetensors.index.json"
+    return [folder / x for x in dict.fromkeys(parts) if x.endswith(kinds)]
+
+
+def _is_plain(name: Any) -> bool:
+    """Whether it is the name of a file in the folder itself."""
+    return isinstance(name, str) and name not in ("", ".", "..") and Path(name).name == name
+
+
+def _second_name(path: Path) -> Path:
+    """The same file under another name; a copy, where the file system has no second names."""
+    other = path.with_name(NEW[0].format(uuid.uuid4().hex[:8]))
+    try:
+        os.link(path, other)
+    except OSError:
+        shutil.copyfile(path, other)
+        _sync(other)
+    return other
+
+
+def _rename(path: Path, new: Path) -> None:
+    os.replace(path, new)
+    _sync(new.parent)
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(path)
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on disk."""
+    if path.is_dir() and os.name == "nt":  # a folder cannot be opened there
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_json(path: Path, x: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(x, indent=2) + "\n", encoding="utf-8")
+    _sync(path)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        raise FileNotFoundError(f"{path.parent} must have {path.name}")
+    try:
+        x = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{path.name} is not JSON: {e}") from None
+    if not isinstance(x, dict):
+        raise ValueError(f"{path.name} must be an object, got {type(x).__name__}")
+    return x
