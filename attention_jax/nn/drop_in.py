@@ -6,7 +6,6 @@ query that a mask lets see no key gives 0 here, where they give the mean of all 
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import operator
 from collections.abc import Callable, Sequence
@@ -35,7 +34,7 @@ def attention_fn(
     mask: AnyArray | None = None,
     broadcast_dropout: Flag = True,
     dropout_rng: Any = None,
-    dropout_rate: float = 0.0,
+    dropout_rate: float | np.floating[Any] = 0.0,
     deterministic: Flag = False,
     dtype: Any = None,
     precision: Any = None,
@@ -57,8 +56,7 @@ def attention_fn(
       dropout_rng: a key of ``jax.random``, for dropout.
       dropout_rate, deterministic: the rate, in [0, 1), unless ``deterministic``.
       dtype: what query, key and value are cast to; default: the one they promote to.
-      precision: the default precision of the forward products. A kernel may use a higher one, and
-        a backward pass takes ``jax.default_matmul_precision`` where it is traced.
+      precision: of products; they have all that the dtype has, which is at least what is asked.
       module: where to ``sow`` the probabilities ``[*B N T S]``, as ``attention_weights``.
       force_fp32_for_softmax: the softmax is in float32 or wider in any case; probabilities that
         are sown stay so, and are not cast to the dtype of the query.
@@ -94,6 +92,7 @@ def attention_fn(
     force_fp32_for_softmax = _flag("force_fp32_for_softmax", force_fp32_for_softmax)
     is_causal = _flag("is_causal", is_causal)
     rate = _rate(dropout_rate, dropout_rng, deterministic)
+    _check_precision(precision)
     query, key, value = _promoted(query, key, value, dtype, promote_dtype)
     sizes = check_query_key_value(query, key, value)
     bias = None if bias is None else _bias(bias, sizes)
@@ -104,13 +103,12 @@ def attention_fn(
         drop = {"dropout_rate": rate, "dropout_key": dropout_rng} if rate else {}
         return attention(q, k, v, **_options(bias, visible, is_causal), **drop)
 
-    with _precision(precision):
-        if module is not None:
-            weights = attention_weights(query, key, **_options(bias, visible, is_causal))
-            _sow(module, weights if force_fp32_for_softmax else weights.astype(query.dtype))
-        if rate and broadcast_dropout:
-            attend = _alike(attend, len(sizes.B), sizes.G)
-        return attend(query, key, value, bias, visible)
+    if module is not None:
+        weights = attention_weights(query, key, **_options(bias, visible, is_causal))
+        _sow(module, weights if force_fp32_for_softmax else weights.astype(query.dtype))
+    if rate and broadcast_dropout:
+        attend = _alike(attend, len(sizes.B), sizes.G)
+    return attend(query, key, value, bias, visible)
 
 
 def _promoted(query: Any, key: Any, value: Any, dtype: Any, promote_dtype: Any) -> Any:
@@ -133,28 +131,16 @@ def _rate(rate: Any, key: Any, deterministic: bool) -> float:
     return float(rate)
 
 
-def _precision(precision: Any) -> Any:
-    """A context in which products have this precision."""
-    if precision is None:
-        return contextlib.nullcontext()
-    try:
-        return jax.default_matmul_precision(_precision_name(precision))
-    except (TypeError, ValueError) as e:
-        raise ValueError(
-            f"precision must be None, a jax.lax.Precision, the name of one, or a pair of equal "
-            f"ones, got {precision!r}"
-        ) from e
-
-
-def _precision_name(precision: Any) -> str:
-    if isinstance(precision, tuple):
-        first, second = precision
-        if first != second:
-            raise ValueError("the operands of a product have one precision")
-        precision = first
-    if isinstance(precision, jax.lax.DotAlgorithmPreset):
-        return precision.name
-    return jax.lax.Precision(precision).name.lower()
+def _check_precision(precision: Any) -> None:
+    for x in precision if isinstance(precision, tuple) else (precision,):
+        if isinstance(x, (jax.lax.DotAlgorithm, jax.lax.DotAlgorithmPreset)):
+            continue
+        try:
+            jax.lax.Precision(x)
+        except ValueError as e:
+            raise ValueError(
+                f"precision must be None, a jax.lax.Precision or the name of one, got {x!r}"
+            ) from e
 
 
 def _sow(module: Any, weights: jax.Array) -> None:
