@@ -112,13 +112,22 @@ def attention_fn(
 
 
 def _promoted(query: Any, key: Any, value: Any, dtype: Any, promote_dtype: Any) -> Any:
-    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(f"dtype must be floating or None, got {dtype}")
+    if dtype is not None and not _is_floating(dtype):
+        raise TypeError(f"dtype must be floating or None, got {dtype!r}")
     arrays = _arrays(query, key, value)
     if promote_dtype is not None:
+        if not callable(promote_dtype):
+            raise TypeError(f"promote_dtype must be a function or None, got {promote_dtype!r}")
         return promote_dtype(arrays, dtype=dtype)
     dtype = jnp.result_type(*arrays) if dtype is None else dtype
     return tuple(jnp.asarray(x, dtype) for x in arrays)
+
+
+def _is_floating(dtype: Any) -> bool:
+    try:
+        return bool(jnp.issubdtype(jnp.dtype(dtype), jnp.floating))
+    except TypeError:
+        return False
 
 
 def _rate(rate: Any, key: Any, deterministic: bool) -> float:
@@ -146,8 +155,10 @@ def _check_precision(precision: Any) -> None:
 def _sow(module: Any, weights: jax.Array) -> None:
     if isinstance(module, linen.Module):
         module.sow("intermediates", "attention_weights", weights)
-    else:
+    elif isinstance(module, nnx.Module):
         module.sow(nnx.Intermediate, "attention_weights", weights)
+    else:
+        raise TypeError(f"module must be a Flax module or None, got {type(module).__name__}")
 
 
 def _options(bias: Any, visible: Any, is_causal: bool) -> dict[str, Any]:
@@ -312,9 +323,7 @@ def _bias(bias: Any, sizes: Sizes) -> jax.Array:
 
 def _lengths(name: str, x: Any, sizes: Sizes) -> jax.Array:
     """One int for each example; where there is no batch axis, of shape ``()`` or ``(1,)``."""
-    # What is on a device already is not waited for.
-    least = 0 if isinstance(x, jax.Array) else np.min(x, initial=0)
-    x = _array(name, x)
+    given, x = x, _array(name, x)
     if not jnp.issubdtype(x.dtype, jnp.integer):
         raise TypeError(f"{name} must be integers, got dtype {x.dtype}")
     if x.shape != sizes.B and (sizes.B or x.shape != (1,)):
@@ -322,7 +331,8 @@ def _lengths(name: str, x: Any, sizes: Sizes) -> jax.Array:
             f"{name} has shape {x.shape}, expected [B] = {sizes.B or (1,)}: one length for each "
             f"example"
         )
-    if least < 0:
+    # What is on a device, or will be, is not waited for: there less than 0 is 0.
+    if not isinstance(given, jax.Array) and (least := np.min(given, initial=0)) < 0:
         raise ValueError(f"{name} must not be negative, got {least}")
     return x.reshape(sizes.B).astype(jnp.int32)
 
