@@ -72,9 +72,9 @@ def keep(seed: Any, b: Any, n: Any, q: Any, k: Any, *, rate: float) -> Any:
 
 def check_rate(rate: Any) -> None:
     """Raises unless ``rate`` is a number in [0, 1) that is known while tracing."""
-    if isinstance(rate, bool) or not isinstance(rate, (int, float)):
+    if isinstance(rate, bool) or not isinstance(rate, (int, float, np.floating)):
         raise TypeError(
-            f"dropout_rate must be a Python float in [0, 1), got {type(rate).__name__}: it is part "
+            f"dropout_rate must be a float in [0, 1), got {type(rate).__name__}: it is part "
             f"of the program and cannot be traced"
         )
     if not 0.0 <= rate < 1.0:

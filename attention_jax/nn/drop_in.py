@@ -132,7 +132,6 @@ def _is_floating(dtype: Any) -> bool:
 
 def _rate(rate: Any, key: Any, deterministic: bool) -> float:
     """The rate at which to drop."""
-    rate = float(rate) if isinstance(rate, np.floating) else rate
     if deterministic:
         dropout.check_rate(rate)
         return 0.0
