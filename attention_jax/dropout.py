@@ -90,26 +90,31 @@ def keep(seed: Any, b: Any, n: Any, q: Any, k: Any, *, threshold: Any) -> Any:
     return mix(row ^ spread(k, "k")) < threshold
 
 
-def check(rate: Any, key: Any) -> None:
-    """Raises unless ``rate`` is in [0, 1) and, where it is not 0, ``key`` is a random key."""
-    if isinstance(rate, bool) or not isinstance(rate, (int, float)):
+def check_rate(rate: Any) -> None:
+    """Raises unless ``rate`` is a number in [0, 1) that is known while tracing."""
+    if isinstance(rate, bool) or not isinstance(rate, (int, float, np.floating)):
         raise TypeError(
-            f"dropout_rate must be a Python float in [0, 1), got {type(rate).__name__}: it is part "
+            f"dropout_rate must be a float in [0, 1), got {type(rate).__name__}: it is part "
             f"of the program and cannot be traced"
         )
     if not 0.0 <= rate < 1.0:
         raise ValueError(f"dropout_rate must be in [0, 1), got {rate}")
+
+
+def check(rate: Any, key: Any, name: str = "dropout_key") -> None:
+    """Raises unless ``rate`` is in [0, 1) and, where it is not 0, the key is a random key."""
+    check_rate(rate)
     if key is None:
         if rate > 0.0:
             raise ValueError(
-                f"dropout_rate is {rate} but dropout_key is None: pass a key, for example "
+                f"dropout_rate is {rate} but {name} is None: pass a key, for example "
                 f"jax.random.key(0)"
             )
         return
     if not is_array(key):
-        raise TypeError(f"dropout_key must be a JAX random key, got {type(key).__name__}")
+        raise TypeError(f"{name} must be a JAX random key, got {type(key).__name__}")
     typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
     if not typed and key.dtype != jnp.uint32:
-        raise TypeError(f"dropout_key must be a JAX random key, got dtype {key.dtype}")
+        raise TypeError(f"{name} must be a JAX random key, got dtype {key.dtype}")
     if key.ndim != (0 if typed else 1):
-        raise ValueError(f"dropout_key must be one key, got shape {key.shape}")
+        raise ValueError(f"{name} must be one key, got shape {key.shape}")

@@ -293,6 +293,81 @@ def wrong_modules():
             "features must be a multiple of num_heads",
         ),
         (lambda: own(x, mask=masks.causal(), score=(1.0,)), type_, "score", "float"),
+        *wrong_ranks_and_types_of_modules(rngs),
+    ]
+
+
+def wrong_ranks_and_types_of_modules(rngs):
+    """What is no array, or has other axes, or would be taken for something else."""
+    from attention_jax import masks, nn
+    from attention_jax.nn import pooling
+
+    value, type_ = "ValueError", "TypeError"
+    x, c, real = f(B, T, 8), f(B, S, 6), b(B, T)
+    new = functools.partial(nn.MultiHeadAttention, 8, 2, rngs=rngs)
+    embed = functools.partial(nn.Embeddings, 10, 8, rngs=rngs)
+    own, cross, feed = new(), new(context_features=6), nn.FeedForward(8, 16, rngs=rngs)
+    masked, dropping = new(mask=masks.causal()), new(dropout_rate=0.5)
+    pool = nn.AttentionPooling(8, 2, rngs=rngs)
+    token, norm = nn.ClassToken(8, rngs=rngs), nn.OnePlusRMSNorm(8, rngs=rngs)
+    sinusoidal, typed = embed(positions="sinusoidal"), embed(types=2)
+    other_heads = nn.KeysValues(f(B, S, 3, 4), f(B, S, 3, 4))
+    return [
+        (lambda: own(f(8)), value, "x must have shape [*B T E] with E = 8", "(8,)"),
+        (lambda: own(i(B, T, 8)), type_, "x must have a floating dtype", "int32"),
+        (lambda: own(x.tolist()), type_, "x must be a JAX or NumPy array", "list"),
+        (lambda: cross(x, f(6)), value, "context must have shape [*B S C] with C = 6", "(6,)"),
+        (lambda: cross(x, f(3, S, 6)), value, "context has batch axes (3,)", "x has (2,)"),
+        (lambda: cross(x, f(S, 6)), value, "context has batch axes ()", "x has (2,)"),
+        (lambda: cross(x, i(B, S, 6)), type_, "context must have a floating dtype", "int32"),
+        (lambda: cross(x, c.tolist()), type_, "context must be a JAX or NumPy array", "list"),
+        (lambda: cross(x, other_heads), value, "key has 3 heads (K)"),
+        (lambda: cross.keys_values(f(6)), value, "context must have shape [*B S C]", "(6,)"),
+        (lambda: cross.keys_values(other_heads), type_, "context must be an array", "KeysValues"),
+        (lambda: masked(x, mask=i(T, T)), type_, "mask must be a Mask or a bool", "int32"),
+        (lambda: masked(x, mask="causal"), type_, "mask must be a Mask", "str"),
+        (lambda: new(mask="causal"), type_, "mask must be a Mask", "str"),
+        (lambda: new(score=3.0), type_, "score must be a Score", "float"),
+        (lambda: own(x, score=3.0), type_, "score must be a Score", "float"),
+        (lambda: own(x, score=None), type_, "score must be a Score", "NoneType"),
+        (lambda: own(x, cache=3), type_, "cache must be a KVCache or None", "int"),
+        (lambda: own(x, count=3), value, "count must be None without a cache"),
+        (lambda: own(x, return_weights=1), type_, "return_weights must be True or False", "1"),
+        (lambda: dropping(x, deterministic="no"), type_, "deterministic must be", "'no'"),
+        (lambda: dropping(x, rngs=3), type_, "rngs must be nnx.Rngs", "int"),
+        (lambda: new(dropout_rate="x"), type_, "dropout_rate must be a float in [0, 1)", "str"),
+        (lambda: new(context_features=0), value, "context_features must be at least 1", "0"),
+        (lambda: new(out_features=0), value, "out_features must be at least 1", "0"),
+        (lambda: new(rotary=3), type_, "rotary must be a Rotary", "int"),
+        (lambda: new(attention=None), type_, "attention must be a function", "NoneType"),
+        (lambda: feed(f()), value, "x must have shape [... E] with E = 8", "()"),
+        (lambda: feed(f(B, T, 7)), value, "x must have shape [... E] with E = 8", "(2, 5, 7)"),
+        (lambda: feed(i(B, T, 8)), type_, "x must have a floating dtype", "int32"),
+        (lambda: nn.FeedForward(8, 16, activation=3, rngs=rngs), type_, "activation must", "3"),
+        (lambda: nn.FeedForward(8, 16, dropout_rate=1.5, rngs=rngs), value, "dropout_rate", "1.5"),
+        (lambda: nn.Residual(feed, lambda: norm, dropout_rate=2.0), value, "dropout_rate", "2.0"),
+        (lambda: embed(dropout_rate=-1), value, "dropout_rate must be in [0, 1)", "-1"),
+        (lambda: embed(types=-1), value, "types must be at least 0", "-1"),
+        (lambda: embed(positions="learned", max_length=0), value, "max_length must be at least 1"),
+        (lambda: embed().logits(f(B, T, 7)), value, "x must have shape [... E] with E = 8"),
+        (lambda: embed().logits(i(B, T, 8)), type_, "x must have a floating dtype", "int32"),
+        (lambda: embed()(i()), value, "tokens must have shape [*B T]", "()"),
+        (lambda: typed(i(B, T), types=i(3)), value, "types must broadcast to [*B T]", "(3,)"),
+        (lambda: sinusoidal(i(B, T), positions=i(3)), value, "positions must broadcast", "(3,)"),
+        (lambda: embed()(i(B, T), positions=i(3)), value, "positions must broadcast", "(3,)"),
+        (lambda: pool(f(8)), value, "x must have shape [*B T E] with E = 8", "(8,)"),
+        (lambda: pool(f(B, T, 7)), value, "x must have shape [*B T E] with E = 8", "(2, 5, 7)"),
+        (lambda: pool(x, i(B, T)), type_, "real must be a bool array", "int32"),
+        (lambda: pool(x, b(B, 3)), value, "real must broadcast to [*B T] = (2, 5)", "(2, 3)"),
+        (lambda: pool(x, real[None]), value, "real must broadcast to [*B T]", "(1, 2, 5)"),
+        (lambda: nn.AttentionPooling(8, 2, queries=0, rngs=rngs), value, "queries must be at"),
+        (lambda: pooling.mean(i(B, T, 8)), type_, "x must have a floating dtype", "int32"),
+        (lambda: pooling.mean(f(8)), value, "x must have shape [*B T E]", "(8,)"),
+        (lambda: pooling.mean(x, i(B, T)), type_, "real must be a bool array", "int32"),
+        (lambda: pooling.mean(x, b(3)), value, "real must broadcast to [*B T]", "(3,)"),
+        (lambda: token(f(8)), value, "x must have shape [*B T E] with E = 8", "(8,)"),
+        (lambda: token(f(B, T, 7)), value, "x must have shape [*B T E] with E = 8", "(2, 5, 7)"),
+        (lambda: norm(f(B, 7)), value, "x must have shape [... E] with E = 8", "(2, 7)"),
     ]
 
 
@@ -405,6 +480,102 @@ def wrong_models():
             "length_penalty must not be negative",
         ),
     ]
+
+
+def wrong_drop_ins():
+    """Of the functions that stand in for those of Flax and ``jax.nn``, under the names there."""
+    from attention_jax import masks
+    from attention_jax.nn import attention_fn, dot_product_attention
+
+    value, type_ = "ValueError", "TypeError"
+    key = jax.random.key(0)
+    of_both = [
+        ({"query": f(T, H)}, value, "query", "at least 3 axes [*B T N H]", "(5, 3)"),
+        ({"query": f()}, value, "query", "[*B T N H]", "()"),
+        ({"key": f(3, S, K, H)}, value, "key has batch axes (3,) (*B)", "query has (2,)"),
+        ({"value": f(S, K, D)}, value, "value has batch axes () (*B)", "query has (2,)"),
+        ({"key": f(B, S, 3, H)}, value, "value has 2 heads (K)", "key has 3"),
+        ({"query": f(B, T, 3, H)}, value, "key has 2 heads (K)", "query has 3 (N)"),
+        ({"key": f(B, S, K, 4)}, value, "key has width 4 (H)", "query has 3"),
+        ({"value": f(B, 6, K, D)}, value, "value has length 6 (S)", "key has 7"),
+        ({"query": None}, type_, "query must be an array", "NoneType"),
+        ({"value": "v"}, type_, "value must be an array", "str"),
+        ({"mask": b(B, 3, T, S)}, value, "mask has shape (2, 3, 5, 7)", "= (2, 4, 5, 7)"),
+        ({"mask": b(T)}, value, "mask has shape (5,)", "[*B N T S]"),
+        ({"mask": b(1, B, N, T, S)}, value, "mask has shape (1, 2, 4, 5, 7)", "[*B N T S]"),
+        ({"mask": masks.causal()}, type_, "mask must be an array", "Band"),
+        ({"bias": f(3, N, T, S)}, value, "bias has shape (3, 4, 5, 7)", "= (2, 4, 5, 7)"),
+        ({"bias": i(T, S)}, type_, "bias must have a floating dtype", "int32", "mask"),
+        ({"bias": b(T, S)}, type_, "bias must have a floating dtype", "bool", "mask"),
+        ({"bias": masks.causal()}, type_, "bias must be an array", "Band"),
+        ({"is_causal": "no"}, type_, "is_causal must be True or False", "'no'"),
+        ({"is_causal": None}, type_, "is_causal must be True or False", "None"),
+    ]
+    of_flax = [
+        ({"dropout_rng": None}, value, "dropout_rate is 0.5 but dropout_rng is None"),
+        ({"dropout_rng": 3}, type_, "dropout_rng must be a JAX random key", "int"),
+        ({"dropout_rng": jax.random.split(key)}, value, "dropout_rng must be one key", "(2,)"),
+        ({"dropout_rate": 1.0}, value, "dropout_rate must be in [0, 1)", "1.0"),
+        ({"dropout_rate": 1.5, "deterministic": True}, value, "dropout_rate must be in", "1.5"),
+        ({"dropout_rate": "0.5"}, type_, "dropout_rate must be a float in [0, 1)", "str"),
+        ({"deterministic": None}, type_, "deterministic must be True or False", "None"),
+        ({"broadcast_dropout": 1}, type_, "broadcast_dropout must be True or False", "1"),
+        ({"force_fp32_for_softmax": 1}, type_, "force_fp32_for_softmax must be", "1"),
+        ({"dtype": jnp.int32}, type_, "dtype must be floating", "int32"),
+        ({"dtype": "real"}, type_, "dtype must be floating", "'real'"),
+        ({"precision": "best"}, value, "precision must be None", "'best'"),
+        ({"precision": ("highest", 3)}, value, "precision must be None", "3"),
+        ({"promote_dtype": "float32"}, type_, "promote_dtype must be a function", "'float32'"),
+        ({"module": "self"}, type_, "module must be a Flax module", "str"),
+        (
+            {"query": i(B, T, N, H), "dtype": None, "key": i(B, S, K, H), "value": i(B, S, K, D)},
+            type_,
+            "query must have a floating dtype",
+            "int32",
+        ),
+    ]
+    of_jax = [
+        ({"key": f(B, S, K, H, dtype=np.float16)}, type_, "one dtype", "key float16"),
+        ({"query": i(B, T, N, H)}, type_, "query must have a floating dtype", "int32"),
+        ({"mask": i(T, S)}, type_, "mask must be bool", "int32", "bias"),
+        ({"mask": f(T, S)}, type_, "mask must be bool", "float32", "bias"),
+        ({"scale": f(B)}, value, "scale must be a number", "(2,)"),
+        ({"scale": [1.0]}, type_, "scale", "list"),
+        ({"scale": True}, type_, "scale", "bool"),
+        ({"scale": b()}, type_, "scale", "bool"),
+        ({"scale": 1j}, type_, "scale", "complex"),
+        ({"query_seq_lengths": f(B)}, type_, "query_seq_lengths must be integers", "float32"),
+        ({"query_seq_lengths": [1.5, 2]}, type_, "query_seq_lengths must be integers", "float32"),
+        ({"query_seq_lengths": b(B)}, type_, "query_seq_lengths must be integers", "bool"),
+        ({"query_seq_lengths": "all"}, type_, "query_seq_lengths must be", "str"),
+        ({"key_value_seq_lengths": i(1)}, value, "key_value_seq_lengths has shape (1,)", "(2,)"),
+        ({"key_value_seq_lengths": 3}, value, "key_value_seq_lengths has shape ()", "[B] = (2,)"),
+        ({"key_value_seq_lengths": i(B, 1)}, value, "key_value_seq_lengths has shape (2, 1)"),
+        ({"key_value_seq_lengths": -i(B)}, value, "key_value_seq_lengths must not be negative"),
+        ({"key_value_seq_lengths": [3, -2]}, value, "key_value_seq_lengths must not be neg", "-2"),
+        ({"local_window_size": 2.0}, type_, "local_window_size must be an int or a pair", "2.0"),
+        ({"local_window_size": (1.0, 2)}, type_, "local_window_size must be", "(1.0, 2)"),
+        ({"local_window_size": (-1, 2)}, value, "local_window_size", "at least 0", "(-1, 2)"),
+        ({"local_window_size": -1}, value, "local_window_size must be", "at least 0", "got -1"),
+        ({"local_window_size": (1, 2, 3)}, value, "local_window_size must be", "(1, 2, 3)"),
+        ({"local_window_size": True}, type_, "local_window_size must be", "True"),
+        ({"local_window_size": (None, 0)}, type_, "local_window_size must be", "(None, 0)"),
+        ({"local_window_size": "ab"}, type_, "local_window_size must be", "'ab'"),
+        ({"return_residual": 1}, type_, "return_residual must be True or False", "1"),
+        ({"implementation": "flash"}, value, "implementation must be one of", "'flash'"),
+        ({"implementation": "cudnn"}, "NotImplementedError", "'cudnn' cannot"),
+    ]
+    flax = {**good(), "dtype": jnp.float32}
+    dropping = {**flax, "dropout_rate": 0.5, "dropout_rng": key}
+    every_head = {**dropping, "broadcast_dropout": False}
+    for function, usual, wrong_ones in (
+        (attention_fn, flax, of_both),
+        (attention_fn, dropping, of_both + of_flax),
+        (attention_fn, every_head, of_both),
+        (dot_product_attention, good(), of_both + of_jax),
+    ):
+        for wrong, error, *parts in wrong_ones:
+            yield functools.partial(function, **{**usual, **wrong}), error, *parts
 
 
 def wrong_positions():
@@ -569,7 +740,7 @@ def wrong_calls():
             del arguments["value"]
             yield f"weights {name}", functools.partial(attention_weights, **arguments), error, parts
     wrong = [*wrong_constructions(), *wrong_positions(), *wrong_modules(), *wrong_models()]
-    wrong += wrong_mechanisms()
+    wrong += [*wrong_mechanisms(), *wrong_drop_ins()]
     for number, (call, error, *parts) in enumerate(wrong):
         yield f"construction {number} {parts[:3]}", call, error, parts
 

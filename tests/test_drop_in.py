@@ -1,27 +1,20 @@
-"""The drop-ins in Flax's own modules and beside ``jax.nn``: same parameters, same outputs."""
+"""The drop-ins for Flax's modules and for ``jax.nn``: what is theirs alone.
 
-import functools
+That they agree with what they replace is in ``test_like_flax.py`` and ``test_like_jax_nn.py``.
+"""
 
-import chex
+import re
+
 import flax.linen
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from attention_jax import masks
 from attention_jax.nn import attention_fn, dot_product_attention
 
 B, T, S, N, E = 2, 6, 9, 4, 16
-# Flax's own modules promote dtypes.
-pytestmark = pytest.mark.usefixtures("promotion")
-
-
-@pytest.fixture
-def promotion():
-    with jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 def normal(seed, *shape):
@@ -29,74 +22,14 @@ def normal(seed, *shape):
 
 
 def close(a, b, tolerance=2e-5):
-    chex.assert_trees_all_close(a, b, rtol=tolerance, atol=tolerance)
+    np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
 
 
-def visible(T=T, S=S):
+def visible():
     """Every query sees some key: where none, Flax gives a mean."""
     seen = np.random.default_rng(3).random((B, N, T, S)) < 0.6
     seen[..., 0] = True
     return jnp.asarray(seen)
-
-
-X, CONTEXT = normal(0, B, T, E), normal(1, B, S, E)
-
-
-@pytest.mark.parametrize("mask", [None, "array", "floats"])
-@pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
-def test_linen(dtype, mask):
-    mask = {None: None, "array": visible(), "floats": visible().astype(jnp.float32)}[mask]
-    theirs, ours = (
-        flax.linen.MultiHeadDotProductAttention(
-            num_heads=N, dtype=dtype, force_fp32_for_softmax=True, **kwargs
-        )
-        for kwargs in ({}, {"attention_fn": attention_fn})
-    )
-    parameters = theirs.init(jax.random.key(0), X, CONTEXT)
-    run = [m.apply(parameters, X, CONTEXT, mask=mask, sow_weights=True, mutable="intermediates")
-           for m in (ours, theirs)]  # fmt: skip
-    tolerance = 2e-5 if dtype is None else 3e-2
-    assert run[0][0].dtype == run[1][0].dtype
-    close(*(jnp.asarray(out, jnp.float32) for out, _ in run), tolerance)
-    close(*(jax.tree.map(lambda x: x.astype(jnp.float32), w) for _, w in run), tolerance)
-
-    def loss(module, p):
-        return jnp.sin(module.apply(p, X, CONTEXT, mask=mask).astype(jnp.float32)).sum()
-
-    gradients = [jax.grad(functools.partial(loss, m))(parameters) for m in (ours, theirs)]
-    close(*gradients, 2e-4 if dtype is None else 0.3)
-
-
-def nnx_modules(**options):
-    return [
-        nnx.MultiHeadAttention(
-            num_heads=N, in_features=E, decode=False, rngs=nnx.Rngs(0), **options, **kwargs
-        )
-        for kwargs in ({"attention_fn": attention_fn}, {})
-    ]
-
-
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("masked", [False, True])
-def test_nnx(masked, causal):
-    mask = visible(T, T) if masked else None
-    ours, theirs = (m(X, mask=mask, is_causal=causal) for m in nnx_modules())
-    close(ours, theirs)
-    sown = []
-    for module in nnx_modules():
-        captured = nnx.capture(module, nnx.Intermediate)
-        _, intermediates = captured(X, mask=mask, is_causal=causal, sow_weights=True)
-        sown.append(intermediates["attention_weights"][0])
-    close(*sown)
-
-
-def test_nnx_decoding_with_flax_cache():
-    outs = []
-    for module in nnx_modules():
-        module.set_attributes(decode=True)
-        module.init_cache(X.shape)
-        outs.append(jnp.concatenate([module(X[:, i : i + 1]) for i in range(T)], axis=1))
-    close(*outs)
 
 
 def dropped(broadcast, seed=0, rate=0.5, bias=None, mask=None, shape=(3, B)):
@@ -138,57 +71,43 @@ def test_deterministic_and_rate_zero():
     close(plain, flax.linen.dot_product_attention(q, k, v))
 
 
+def test_dropout_rates_of_numpy():
+    q, v = jnp.zeros((1, T, 1, 2)), jnp.ones((1, T, 1, 2))
+    key = jax.random.key(0)
+    out = attention_fn(q, q, v, dropout_rate=np.float32(0.5), dropout_rng=key)
+    close(out, attention_fn(q, q, v, dropout_rate=0.5, dropout_rng=key))
+
+
+@pytest.mark.parametrize("dtype", [bool, jnp.int32, jnp.float32, jnp.bfloat16, np.float64])
+def test_masks_of_any_dtype_where_none_is_promoted(dtype):
+    assert jax.config.jax_numpy_dtype_promotion == "strict"
+    x = normal(0, B, T, N, 8)
+    mask = np.asarray(visible()[..., :T])
+    expected = flax.linen.dot_product_attention(x, x, x, mask=mask)
+    close(attention_fn(x, x, x, mask=np.asarray(mask, dtype)), expected)
+
+
 def test_dtype_promotes_and_casts():
     q, k, v = normal(0, T, N, 4).astype(jnp.bfloat16), normal(1, S, N, 4), normal(2, S, N, 4)
-    assert attention_fn(q, k, v).dtype == jnp.float32
+    with jax.numpy_dtype_promotion("standard"):
+        assert attention_fn(q, k, v).dtype == jnp.float32
     assert attention_fn(q, k, v, dtype=jnp.bfloat16).dtype == jnp.bfloat16
 
 
-# --- Beside jax.nn.
+def test_promote_dtype_is_called_in_place_of_the_cast():
+    def narrow(arrays, *, dtype):
+        assert dtype is None
+        return [x.astype(jnp.float16) for x in arrays]
 
-OPTIONS = {
-    "plain": {},
-    "causal": {"is_causal": True},
-    "scale": {"scale": 0.3},
-    "bias": {"bias": normal(4, 1, N, T, S)},
-    "mask": {"mask": visible()},
-    "window": {"local_window_size": (2, 1)},
-    "window of one int": {"local_window_size": 2, "is_causal": True},
-    "lengths": {"key_value_seq_lengths": jnp.array([9, 4])},
-    "query lengths": {"query_seq_lengths": jnp.array([6, 2])},
-    "everything": {
-        "bias": normal(4, B, 1, T, S),
-        "mask": visible()[:, :1],
-        "is_causal": True,
-        "key_value_seq_lengths": jnp.array([7, 3]),
-        "local_window_size": (8, 3),
-        "scale": 0.7,
-    },
-}
+    x = normal(0, T, N, 4)
+    assert attention_fn(x, x, x, promote_dtype=narrow).dtype == jnp.float16
 
 
-@pytest.mark.parametrize("kv_heads", [1, 2, N])
-@pytest.mark.parametrize("name", OPTIONS)
-def test_jax_nn(name, kv_heads):
-    q, k, v = normal(0, B, T, N, 8), normal(1, B, S, kv_heads, 8), normal(2, B, S, kv_heads, 8)
-    run = functools.partial(dot_product_attention, **OPTIONS[name], return_residual=True)
-    theirs = functools.partial(jax.nn.dot_product_attention, **OPTIONS[name], return_residual=True)
-    ours, theirs = run(q, k, v), theirs(q, k, v)
-    rows = OPTIONS[name].get("query_seq_lengths", jnp.array([T, T]))
-    real = np.arange(T) < rows[:, None]  # in padding, theirs is a mean
-    for x, y in zip(ours, theirs, strict=True):
-        assert x.shape == y.shape
-        assert x.dtype == y.dtype
-        close(np.asarray(x)[real], np.asarray(y)[real])
-
-
-def test_jax_nn_without_a_batch_axis():
-    q, k, v = normal(0, T, N, 8), normal(1, S, N, 8), normal(2, S, N, 8)
-    options = {"bias": normal(4, 1, N, T, S), "mask": visible()[:1]}
-    close(
-        dot_product_attention(q, k, v, **options),
-        jax.nn.dot_product_attention(q, k, v, **options),
-    )
+@pytest.mark.parametrize("precision", [None, "default", jax.lax.Precision.HIGH])
+def test_products_have_at_least_the_precision_asked_for(precision):
+    x = jax.ShapeDtypeStruct((T, N, 8), jnp.float32)
+    program = str(jax.make_jaxpr(lambda x: attention_fn(x, x, x, precision=precision))(x))
+    assert set(re.findall(r"Precision\.(\w+)", program)) == {"HIGHEST"}
 
 
 def test_what_cannot_be_honoured_is_refused():
@@ -200,7 +119,7 @@ def test_what_cannot_be_honoured_is_refused():
         dot_product_attention(x, x, x, implementation="cudnn")
     with pytest.raises(ValueError, match="implementation must be one of"):
         dot_product_attention(x, x, x, implementation="flash")
-    with pytest.raises(ValueError, match="dropout_key"):
+    with pytest.raises(ValueError, match="dropout_rng is None"):
         attention_fn(x, x, x, dropout_rate=0.5)
 
 

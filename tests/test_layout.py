@@ -43,6 +43,7 @@ LAYERS = [
     {"mechanisms.latent"},
     {"mechanisms.slot"},
     {"mechanisms"},
+    {"nn.arguments"},
     {"nn.linear", "nn.drop_in", "nn.norms"},
     {"nn.attention", "nn.feed_forward", "nn.embeddings"},
     {"nn.blocks"},

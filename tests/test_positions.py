@@ -131,6 +131,13 @@ def test_sinusoidal_equals_its_twin(interleaved):
         np.testing.assert_allclose(got[..., b], np.cos(angle), atol=1e-5)
 
 
+def test_learned_positions_that_are_constants_of_a_jitted_function():
+    table, at = jnp.arange(12.0).reshape(6, 2), jnp.array([3, 1])
+    np.testing.assert_array_equal(jax.jit(lambda t: positions.learned(t, at))(table), table[at])
+    with pytest.raises(ValueError, match="positions must be from 0 to 2"):
+        jax.jit(lambda t: positions.learned(t, at))(table[:3])
+
+
 def test_learned_positions_and_their_gradient():
     table, at = normal(5, 4), np.array([[4, 0], [1, 1]])
     np.testing.assert_array_equal(positions.learned(table, at), table[at])

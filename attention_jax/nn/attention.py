@@ -14,13 +14,16 @@ from flax import nnx
 from jaxtyping import Float
 
 from attention_jax import cache as caches
+from attention_jax.arguments import as_mask, as_scores, check_flag
 from attention_jax.attention import attention as softmax_attention
 from attention_jax.attention import attention_weights
-from attention_jax.axes import AnyArray
+from attention_jax.axes import AnyArray, is_array
 from attention_jax.cache import KVCache
-from attention_jax.masks import Mask, dense
+from attention_jax.dropout import check_rate
+from attention_jax.masks import Mask
 from attention_jax.masks.arguments import int_at_least
 from attention_jax.mechanisms.slot import check_weights
+from attention_jax.nn.arguments import check_tokens
 from attention_jax.nn.linear import BIAS_INIT, KERNEL_INIT, Linear
 from attention_jax.positions import DynamicNTK, Rotary
 from attention_jax.scores import Score
@@ -120,12 +123,15 @@ class MultiHeadAttention(nnx.Module):
         head_dim = default_head_dim(features, num_heads) if head_dim is None else head_dim
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         value_dim = head_dim if value_dim is None else value_dim
+        out_features = features if out_features is None else out_features
         sizes = {
             "features": features,
             "num_heads": num_heads,
             "num_kv_heads": num_kv_heads,
             "head_dim": head_dim,
             "value_dim": value_dim,
+            "context_features": features if context_features is None else context_features,
+            "out_features": out_features,
         }
         for name, x in sizes.items():
             int_at_least(name, x, 1)
@@ -133,8 +139,12 @@ class MultiHeadAttention(nnx.Module):
             raise ValueError(
                 f"num_heads must be a multiple of num_kv_heads, got {num_heads} and {num_kv_heads}"
             )
-        if not 0 <= dropout_rate < 1:
-            raise ValueError(f"dropout_rate must be in [0, 1), got {dropout_rate}")
+        check_rate(dropout_rate)
+        as_scores(score)  # raises where they are none
+        if rotary is not None and not isinstance(rotary, Rotary):
+            raise TypeError(f"rotary must be a Rotary or None, got {type(rotary).__name__}")
+        if not callable(attention):
+            raise TypeError(f"attention must be a function, got {type(attention).__name__}")
         if rotary is not None and context_features is not None:
             raise ValueError(
                 "rotary must be None with context_features: positions in two sequences have no "
@@ -144,7 +154,7 @@ class MultiHeadAttention(nnx.Module):
         self.features, self.context_features = features, context_features
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
         self.head_dim, self.value_dim = head_dim, value_dim
-        self.mask, self.score = _held(mask), _held(score)
+        self.mask, self.score = _held(as_mask(mask)), _held(score)
         self.scale, self.rotary = scale, rotary
         self.dropout_rate, self.deterministic = dropout_rate, deterministic
         self.attention, self.implementation = attention, implementation
@@ -179,9 +189,7 @@ class MultiHeadAttention(nnx.Module):
         self.key_norm = nnx.data(None if norm is None else norm(H, rngs=rngs))
         self.sinks = nnx.data(nnx.Param(jnp.zeros(N, param_dtype)) if sinks else None)
         self.gate = nnx.data(linear(features, N * D, use_bias=has_bias("gate")) if gate else None)
-        self.out = linear(
-            N * D, features if out_features is None else out_features, use_bias=has_bias("out")
-        )
+        self.out = linear(N * D, out_features, use_bias=has_bias("out"))
         self.rngs = nnx.data(rngs.dropout.fork() if dropout_rate else None)
 
     # --- Calls.
@@ -224,6 +232,9 @@ class MultiHeadAttention(nnx.Module):
           NotImplementedError: weights of a mechanism that has none.
         """
         T = self._check(x, context, cache)
+        if cache is None and count is not None:
+            raise ValueError("count must be None without a cache: say what is padding with mask")
+        check_flag("return_weights", return_weights)
         if return_weights:
             check_weights(self.attention)
         if positions is None:
@@ -244,7 +255,7 @@ class MultiHeadAttention(nnx.Module):
             key, value, seen, after = caches.extend(cache, key, value, mask=seen, count=count)
         options = {
             "mask": seen,
-            "score": (*_as_tuple(self.score), *_as_tuple(score)),
+            "score": (*as_scores(self.score), *as_scores(score)),
             "sinks": None if self.sinks is None else self.sinks[...],
             "scale": self.scale,
         }
@@ -269,6 +280,8 @@ class MultiHeadAttention(nnx.Module):
         (1, 5, 2, 4)
         """
         self._check_context(context)
+        if isinstance(context, KeysValues):
+            raise TypeError("context must be an array [*B S C], got KeysValues")
         key, value = self._project(None, context, "key", "value")
         return KeysValues(self._placed(key, self.key_norm, None), value)
 
@@ -289,16 +302,17 @@ class MultiHeadAttention(nnx.Module):
     # --- Parts.
 
     def _check(self, x: Any, context: Any, cache: Any) -> int:
-        if x.ndim < 2 or x.shape[-1] != self.features:
-            raise ValueError(f"x must have shape [*B T E] with E = {self.features}, got {x.shape}")
+        check_tokens("x", x, "[*B T E]", self.features)
+        if cache is not None and not isinstance(cache, KVCache):
+            raise TypeError(f"cache must be a KVCache or None, got {type(cache).__name__}")
         if context is None and self.context_features is not None:
             raise ValueError(
                 f"context must be given: this module attends to one, of width "
                 f"{self.context_features} (context_features)"
             )
         scaling: Any = None if self.rotary is None else self.rotary.scaling
-        dynamic = isinstance(scaling, DynamicNTK) and cache is not None
-        if dynamic and (cache.rolling or cache.capacity > scaling.original):
+        dynamic = isinstance(scaling, DynamicNTK)
+        if cache is not None and dynamic and (cache.rolling or cache.capacity > scaling.original):
             raise NotImplementedError(
                 f"cache cannot be used with DynamicNTK beyond its {scaling.original} original "
                 f"tokens: cached keys would have to be turned again; use another scaling"
@@ -309,6 +323,12 @@ class MultiHeadAttention(nnx.Module):
                     "cache must be None with a context: project it once, with keys_values"
                 )
             self._check_context(context)
+            own = x.shape[:-2]
+            batch = own if isinstance(context, KeysValues) else context.shape[:-2]
+            if batch != own:
+                raise ValueError(
+                    f"context has batch axes {batch} (*B) but x has {own}: they must be equal"
+                )
         return int(x.shape[-2])
 
     def _check_context(self, context: Any) -> None:
@@ -321,11 +341,8 @@ class MultiHeadAttention(nnx.Module):
                 "context must be None where query, key and value are fused: make the module with "
                 "context_features"
             )
-        width = self.context_features or self.features
-        if not isinstance(context, KeysValues) and context.shape[-1] != width:
-            raise ValueError(
-                f"context must have shape [*B S C] with C = {width}, got {context.shape}"
-            )
+        if not isinstance(context, KeysValues):
+            check_tokens("context", context, "[*B S C]", self.context_features or self.features)
 
     def _project(self, x: Any, context: Any, *wanted: str) -> list[jax.Array]:
         """Heads ``[*B T N H]`` by name: queries of ``x``, keys and values of ``context``."""
@@ -360,6 +377,7 @@ class MultiHeadAttention(nnx.Module):
     def _dropout(self, deterministic: bool | None, rngs: Any) -> dict[str, Any]:
         """Options of ``attention``."""
         deterministic = self.deterministic if deterministic is None else deterministic
+        check_flag("deterministic", deterministic)
         if deterministic or not self.dropout_rate:
             return {}
         return {
@@ -377,7 +395,12 @@ def dropout_key(rngs: Any) -> jax.Array:
     """The next key of ``nnx.Rngs`` or of a stream of them, or a key as it is."""
     if isinstance(rngs, nnx.Rngs):
         rngs = rngs.dropout
-    return rngs() if isinstance(rngs, nnx.RngStream) else rngs
+    key = rngs() if isinstance(rngs, nnx.RngStream) else rngs
+    if not is_array(key):
+        raise TypeError(
+            f"rngs must be nnx.Rngs, a stream of them or a random key, got {type(rngs).__name__}"
+        )
+    return key
 
 
 def default_head_dim(features: int, num_heads: int) -> int:
@@ -403,12 +426,9 @@ def _held(value: Any) -> Any:
     return nnx.data(value) if jax.tree.leaves(value) else value
 
 
-def _as_tuple(score: Scores) -> tuple[Score, ...]:
-    return (score,) if isinstance(score, Score) else tuple(score)
-
-
 def _both(own: Mask | None, mask: Any) -> Any:
     """The mask of the module and that of the call."""
     if own is None or mask is None:
         return own if mask is None else mask
-    return own & (mask if isinstance(mask, Mask) else dense(mask))
+    seen: Any = as_mask(mask)
+    return own & seen

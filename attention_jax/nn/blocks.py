@@ -10,6 +10,7 @@ from jaxtyping import Float
 
 from attention_jax.axes import AnyArray
 from attention_jax.cache import KVCache
+from attention_jax.dropout import check_rate
 from attention_jax.nn.attention import MultiHeadAttention
 
 ORDERS = ("pre", "post", "both")
@@ -56,6 +57,7 @@ class Residual(nnx.Module):
         """
         if order not in ORDERS:
             raise ValueError(f"order must be one of {ORDERS}, got {order!r}")
+        check_rate(dropout_rate)
         self.sublayer, self.order = sublayer, order
         self.norm = norm()
         self.norm_after = nnx.data(norm() if order == "both" else None)

@@ -8,17 +8,22 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen, nnx
 from jax.typing import ArrayLike
 
-from attention_jax import masks, scores
+from attention_jax import dropout, masks, scores
+from attention_jax.arguments import check_flag
 from attention_jax.attention import attention, attention_weights
-from attention_jax.axes import AnyArray
+from attention_jax.axes import AnyArray, Sizes, check_broadcastable, check_query_key_value
+from attention_jax.masks.arguments import int_at_least
+
+Flag = bool | np.bool_
 
 
 def attention_fn(
@@ -27,39 +32,43 @@ def attention_fn(
     value: AnyArray,
     bias: AnyArray | None = None,
     mask: AnyArray | None = None,
-    broadcast_dropout: bool = True,
+    broadcast_dropout: Flag = True,
     dropout_rng: Any = None,
-    dropout_rate: float = 0.0,
-    deterministic: bool = False,
+    dropout_rate: float | np.floating[Any] = 0.0,
+    deterministic: Flag = False,
     dtype: Any = None,
     precision: Any = None,
     module: Any = None,
-    force_fp32_for_softmax: bool = False,
+    force_fp32_for_softmax: Flag = False,
     einsum_dot_general: Any = None,
     qk_attn_weights_einsum: Any = None,
     attn_weights_value_einsum: Any = None,
-    is_causal: bool = False,
+    is_causal: Flag = False,
+    promote_dtype: Callable[..., Any] | None = None,
 ) -> jax.Array:
     """For ``attention_fn=`` of Flax's Linen and NNX modules: softmax(q k^T / sqrt(H) + bias) v.
 
     Args:
       query, key, value: ``[*B T N H]``, ``[*B S K H]``, ``[*B S K D]``.
-      bias: broadcasts to ``[*B N T S]``, added to the logits.
+      bias: floating, broadcasts to ``[*B N T S]``, added to the logits.
       mask: broadcasts to ``[*B N T S]``; visible where not 0.
       broadcast_dropout: drop the same pairs in every example and head.
       dropout_rng: a key of ``jax.random``, for dropout.
-      dropout_rate, deterministic: the rate, unless ``deterministic``.
+      dropout_rate, deterministic: the rate, in [0, 1), unless ``deterministic``.
       dtype: what query, key and value are cast to; default: the one they promote to.
       precision: of products; they have all that the dtype has, which is at least what is asked.
       module: where to ``sow`` the probabilities ``[*B N T S]``, as ``attention_weights``.
-      force_fp32_for_softmax: the softmax is in float32 or wider in any case.
+      force_fp32_for_softmax: the softmax is in float32 or wider in any case; probabilities that
+        are sown stay so, and are not cast to the dtype of the query.
       einsum_dot_general, qk_attn_weights_einsum, attn_weights_value_einsum: refused.
       is_causal: query ``i`` sees no key after ``i``.
+      promote_dtype: ``promote_dtype((query, key, value), dtype=dtype)`` in place of the cast.
 
     Returns:
       ``[*B T N D]``.
 
     Raises:
+      TypeError, ValueError: an argument is wrong; the message names it.
       NotImplementedError: an einsum of one's own.
 
     >>> import numpy as np
@@ -78,31 +87,84 @@ def attention_fn(
             raise NotImplementedError(
                 f"{name} must be None: the products are inside a kernel and cannot be replaced"
             )
-    dtype = jnp.result_type(query, key, value) if dtype is None else dtype
-    query, key, value = (jnp.asarray(x, dtype) for x in (query, key, value))
-    rate = 0.0 if deterministic else dropout_rate
-    visible = None if mask is None else jnp.asarray(mask) != 0
-    if module is not None:
-        weights = attention_weights(query, key, **_options(bias, visible, is_causal))
-        if isinstance(module, linen.Module):
-            module.sow("intermediates", "attention_weights", weights)
-        else:
-            module.sow(nnx.Intermediate, "attention_weights", weights)
+    broadcast_dropout = _flag("broadcast_dropout", broadcast_dropout)
+    deterministic = _flag("deterministic", deterministic)
+    force_fp32_for_softmax = _flag("force_fp32_for_softmax", force_fp32_for_softmax)
+    is_causal = _flag("is_causal", is_causal)
+    rate = _rate(dropout_rate, dropout_rng, deterministic)
+    _check_precision(precision)
+    query, key, value = _promoted(query, key, value, dtype, promote_dtype)
+    sizes = check_query_key_value(query, key, value)
+    bias = None if bias is None else _bias(bias, sizes)
+    # Not `mask != 0`, which promotes the dtype of the mask.
+    visible = None if mask is None else _pairs("mask", mask, sizes).astype(bool)
 
     def attend(q: Any, k: Any, v: Any, bias: Any, visible: Any) -> jax.Array:
-        dropout = {"dropout_rate": rate, "dropout_key": dropout_rng} if rate else {}
-        return attention(q, k, v, **_options(bias, visible, is_causal), **dropout)
+        drop = {"dropout_rate": rate, "dropout_key": dropout_rng} if rate else {}
+        return attention(q, k, v, **_options(bias, visible, is_causal), **drop)
 
+    if module is not None:
+        weights = attention_weights(query, key, **_options(bias, visible, is_causal))
+        _sow(module, weights if force_fp32_for_softmax else weights.astype(query.dtype))
     if rate and broadcast_dropout:
-        attend = _alike(attend, query.ndim - 3, query.shape[-2] // key.shape[-2])
+        attend = _alike(attend, len(sizes.B), sizes.G)
     return attend(query, key, value, bias, visible)
+
+
+def _promoted(query: Any, key: Any, value: Any, dtype: Any, promote_dtype: Any) -> Any:
+    if dtype is not None and not _is_floating(dtype):
+        raise TypeError(f"dtype must be floating or None, got {dtype!r}")
+    arrays = _arrays(query, key, value)
+    if promote_dtype is not None:
+        if not callable(promote_dtype):
+            raise TypeError(f"promote_dtype must be a function or None, got {promote_dtype!r}")
+        return promote_dtype(arrays, dtype=dtype)
+    dtype = jnp.result_type(*arrays) if dtype is None else dtype
+    return tuple(jnp.asarray(x, dtype) for x in arrays)
+
+
+def _is_floating(dtype: Any) -> bool:
+    try:
+        return bool(jnp.issubdtype(jnp.dtype(dtype), jnp.floating))
+    except TypeError:
+        return False
+
+
+def _rate(rate: Any, key: Any, deterministic: bool) -> float:
+    """The rate at which to drop."""
+    if deterministic:
+        dropout.check_rate(rate)
+        return 0.0
+    dropout.check(rate, key, "dropout_rng")
+    return float(rate)
+
+
+def _check_precision(precision: Any) -> None:
+    for x in precision if isinstance(precision, tuple) else (precision,):
+        if isinstance(x, (jax.lax.DotAlgorithm, jax.lax.DotAlgorithmPreset)):
+            continue
+        try:
+            jax.lax.Precision(x)
+        except ValueError as e:
+            raise ValueError(
+                f"precision must be None, a jax.lax.Precision or the name of one, got {x!r}"
+            ) from e
+
+
+def _sow(module: Any, weights: jax.Array) -> None:
+    if isinstance(module, linen.Module):
+        module.sow("intermediates", "attention_weights", weights)
+    elif isinstance(module, nnx.Module):
+        module.sow(nnx.Intermediate, "attention_weights", weights)
+    else:
+        raise TypeError(f"module must be a Flax module or None, got {type(module).__name__}")
 
 
 def _options(bias: Any, visible: Any, is_causal: bool) -> dict[str, Any]:
     mask = None if visible is None else masks.dense(visible)
     if is_causal:
         mask = masks.causal() if mask is None else mask & masks.causal()
-    return {"mask": mask, "score": () if bias is None else scores.bias(jnp.asarray(bias))}
+    return {"mask": mask, "score": () if bias is None else scores.bias(bias)}
 
 
 def _alike(attend: Callable[..., jax.Array], batch: int, group: int) -> Callable[..., jax.Array]:
@@ -141,75 +203,155 @@ def dot_product_attention(
     bias: ArrayLike | None = None,
     mask: ArrayLike | None = None,
     *,
-    scale: float | None = None,
-    is_causal: bool = False,
-    query_seq_lengths: ArrayLike | None = None,
-    key_value_seq_lengths: ArrayLike | None = None,
-    local_window_size: int | tuple[int, int] | None = None,
+    scale: ArrayLike | None = None,
+    is_causal: Flag = False,
+    query_seq_lengths: ArrayLike | Sequence[int] | None = None,
+    key_value_seq_lengths: ArrayLike | Sequence[int] | None = None,
+    local_window_size: int | np.integer[Any] | Sequence[Any] | None = None,
     implementation: str | None = None,
-    return_residual: bool = False,
+    return_residual: Flag = False,
 ) -> Any:
     """``attention`` with the arguments of ``jax.nn.dot_product_attention``.
 
     Args:
       query, key, value: ``[B T N H]``, ``[B S K H]``, ``[B S K D]``, or all without ``B``.
-      bias: broadcasts to ``[B N T S]``, added to the logits.
+      bias: floating, broadcasts to ``[B N T S]``, added to the logits.
       mask: bool, broadcasts to ``[B N T S]``; True is visible.
       scale: of the logits; default ``1 / sqrt(H)``.
       is_causal: query ``i`` sees no key after ``i``.
-      query_seq_lengths, key_value_seq_lengths: ints ``[B]``, how many are real.
+      query_seq_lengths, key_value_seq_lengths: integers ``[B]``, how many are real; more than
+        there are is all of them.
       local_window_size: keys to the left and right of a query's own place that it sees; an int for
         both.
-      implementation: ``"xla"`` is the materialised one; ``"cudnn"`` is refused; None: our choice.
-      return_residual: also the logsumexp ``[B T N]``.
+      implementation: ``"xla"`` is the materialised one; any name that ``attention`` takes; None:
+        our choice.
+      return_residual: also the logsumexp ``[B T N]``, in the query's dtype and without a gradient,
+        as ``jax.nn`` gives it. For a precise and differentiable one, call ``attention`` with
+        ``return_lse``.
 
     Returns:
       ``[B T N D]``; with ``return_residual`` also the logsumexp.
 
     Raises:
-      NotImplementedError: ``implementation="cudnn"``.
+      TypeError, ValueError: an argument is wrong; the message names it.
+      NotImplementedError: the named implementation cannot do this; the message says which can.
 
     >>> x = jax.numpy.ones((1, 5, 2, 4))
     >>> dot_product_attention(x, x, x, is_causal=True).shape
     (1, 5, 2, 4)
     """
-    if implementation == "cudnn":
-        raise NotImplementedError(
-            "implementation 'cudnn' cannot be called from here: use jax.nn.dot_product_attention"
-        )
-    query, key, value = (jnp.asarray(x) for x in (query, key, value))
-    visible = [masks.causal()] if is_causal else []
+    query, key, value = _arrays(query, key, value)
+    sizes = check_query_key_value(query, key, value)
+    return_residual = _flag("return_residual", return_residual)
+    visible = [masks.causal()] if _flag("is_causal", is_causal) else []
     if mask is not None:
-        visible.append(masks.dense(_of_rank(mask, query.ndim)))
-    if query_seq_lengths is not None or key_value_seq_lengths is not None:
-        lengths = (
-            None if x is None else _per_example(x, query.ndim)
-            for x in (query_seq_lengths, key_value_seq_lengths)
-        )
-        visible.append(masks.lengths(*lengths))
-    if local_window_size is not None:
-        if isinstance(local_window_size, int):
-            local_window_size = local_window_size, local_window_size
-        left, right = local_window_size
-        visible.append(masks.window(left, right))
-    together = functools.reduce(operator.and_, visible) if visible else None
-    rest: dict[str, Any] = {
-        "score": () if bias is None else scores.bias(_of_rank(bias, query.ndim)),
-        "scale": scale,
-        "implementation": implementation,
-        "return_lse": return_residual,
+        mask = _pairs("mask", mask, sizes)
+        if mask.dtype != bool:
+            raise TypeError(
+                f"mask must be bool (True = visible), got dtype {mask.dtype}: what is added to the "
+                f"logits is bias"
+            )
+        visible.append(masks.dense(mask))
+    lengths = {
+        "query_seq_lengths": query_seq_lengths,
+        "key_value_seq_lengths": key_value_seq_lengths,
     }
-    return attention(query, key, value, mask=together, **rest)
+    if any(x is not None for x in lengths.values()):
+        per_example = (None if x is None else _lengths(n, x, sizes) for n, x in lengths.items())
+        visible.append(masks.lengths(*per_example))
+    if local_window_size is not None:
+        visible.append(masks.window(*_window(local_window_size)))
+    call = functools.partial(
+        attention,
+        query,
+        key,
+        value,
+        mask=functools.reduce(operator.and_, visible) if visible else None,
+        score=() if bias is None else scores.bias(_bias(bias, sizes)),
+        scale=_scale(scale),
+        implementation=implementation,
+    )
+    if not return_residual:
+        return call()
+    out, lse = call(return_lse=True)
+    return out, jax.lax.stop_gradient(lse.astype(query.dtype))
 
 
-def _of_rank(x: ArrayLike, rank: int) -> jax.Array:
-    """Without leading axes of size 1 that an example without batch axes does not have."""
-    x = jnp.asarray(x)
-    while x.ndim > rank and x.shape[0] == 1:
+# --- Arguments, checked under the names that they have here.
+
+
+def _arrays(query: Any, key: Any, value: Any) -> tuple[jax.Array, ...]:
+    named = {"query": query, "key": key, "value": value}
+    return tuple(_array(name, x) for name, x in named.items())
+
+
+def _array(name: str, x: Any) -> jax.Array:
+    try:
+        return jnp.asarray(x)
+    except (TypeError, ValueError) as e:
+        raise TypeError(f"{name} must be an array, got {type(x).__name__}") from e
+
+
+def _flag(name: str, x: Any) -> bool:
+    x = bool(x) if isinstance(x, np.bool_) else x
+    check_flag(name, x)
+    return bool(x)
+
+
+def _pairs(name: str, x: Any, sizes: Sizes) -> jax.Array:
+    """Something about pairs, which broadcasts to ``[*B N T S]``.
+
+    It may have a batch axis of size 1 where query, key and value have none.
+    """
+    x = _array(name, x)
+    if not sizes.B and x.ndim == 4 and x.shape[0] == 1:
         x = x[0]
+    check_broadcastable(name, x.shape, sizes)
     return x
 
 
-def _per_example(x: ArrayLike, rank: int) -> Any:
-    x = jnp.asarray(x, jnp.int32)
-    return x.reshape(()) if rank == 3 else x
+def _bias(bias: Any, sizes: Sizes) -> jax.Array:
+    bias = _pairs("bias", bias, sizes)
+    if not jnp.issubdtype(bias.dtype, jnp.floating):
+        raise TypeError(
+            f"bias must have a floating dtype, got {bias.dtype}: it is added to the logits; what "
+            f"says which keys are visible is mask"
+        )
+    return bias
+
+
+def _lengths(name: str, x: Any, sizes: Sizes) -> jax.Array:
+    """One int for each example; where there is no batch axis, of shape ``()`` or ``(1,)``."""
+    given, x = x, _array(name, x)
+    if not jnp.issubdtype(x.dtype, jnp.integer):
+        raise TypeError(f"{name} must be integers, got dtype {x.dtype}")
+    if x.shape != sizes.B and (sizes.B or x.shape != (1,)):
+        raise ValueError(
+            f"{name} has shape {x.shape}, expected [B] = {sizes.B or (1,)}: one length for each "
+            f"example"
+        )
+    # What is on a device, or will be, is not waited for: there less than 0 is 0.
+    if not isinstance(given, jax.Array) and (least := np.min(given, initial=0)) < 0:
+        raise ValueError(f"{name} must not be negative, got {least}")
+    return x.reshape(sizes.B).astype(jnp.int32)
+
+
+def _window(size: Any) -> tuple[int, int]:
+    both = (size, size) if isinstance(size, (int, np.integer)) else size
+    try:
+        left, right = (int_at_least("local_window_size", x, 0) for x in both)
+    except (TypeError, ValueError) as e:
+        raise type(e)(
+            f"local_window_size must be an int or a pair of ints (left, right), each at least 0, "
+            f"got {size!r}: a side without a bound is as long as the sequence"
+        ) from e
+    return left, right
+
+
+def _scale(scale: Any) -> Any:
+    """Numbers of NumPy and arrays of integers too, as ``jax.nn`` takes them."""
+    if isinstance(scale, (np.integer, np.floating)):
+        return float(scale)
+    if isinstance(scale, (jax.Array, np.ndarray)) and jnp.issubdtype(scale.dtype, jnp.integer):
+        return jnp.asarray(scale).astype(jnp.float32)
+    return scale

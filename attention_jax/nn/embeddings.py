@@ -11,7 +11,9 @@ from flax import nnx
 from jaxtyping import Float
 
 from attention_jax.axes import AnyArray
+from attention_jax.dropout import check_rate
 from attention_jax.masks.arguments import int_at_least
+from attention_jax.nn.arguments import check_broadcasts, check_tokens
 from attention_jax.positions import learned, sinusoidal
 from attention_jax.positions.arguments import check_positions, rows
 
@@ -66,6 +68,8 @@ class Embeddings(nnx.Module):
         """
         for name, x in {"vocabulary": vocabulary, "features": features}.items():
             int_at_least(name, x, 1)
+        int_at_least("types", types, 0)
+        check_rate(dropout_rate)
         if positions not in POSITIONS:
             raise ValueError(f"positions must be one of {POSITIONS}, got {positions!r}")
 
@@ -75,6 +79,8 @@ class Embeddings(nnx.Module):
         self.tokens = table(vocabulary)
         if positions == "learned" and max_length is None:
             raise ValueError("max_length must be given with learned positions")
+        if max_length is not None:
+            int_at_least("max_length", max_length, 1)
         self.positions = nnx.data(table(max_length) if positions == "learned" else None)  # type: ignore[arg-type]
         self.types = nnx.data(table(types) if types else None)
         self.norm = nnx.data(None if norm is None else norm())
@@ -99,12 +105,14 @@ class Embeddings(nnx.Module):
         x = self.vectors(tokens)
         if positions is None:
             positions = jnp.arange(x.shape[-2], dtype=jnp.int32)
+        check_broadcasts("positions", check_positions(positions), x.shape[:-1])
         if self.positions is not None:
             x = x + self._cast(learned(self.positions[...], positions))
         if self.sinusoidal:
             x = x + sinusoidal(positions, x.shape[-1]).astype(x.dtype)
         if self.types is not None:
             types = jnp.zeros((), jnp.int32) if types is None else types
+            check_broadcasts("types", check_positions(types, "types"), x.shape[:-1])
             x = x + self._cast(rows(self.types[...], types, "types"))
         elif types is not None:
             raise ValueError("types must be None: the embeddings were made without (types=0)")
@@ -118,6 +126,8 @@ class Embeddings(nnx.Module):
           ValueError, TypeError: as a call does.
         """
         tokens = check_positions(tokens, "tokens")
+        if tokens.ndim < 1:
+            raise ValueError("tokens must have shape [*B T], got ()")
         x = self._cast(rows(self.tokens[...], tokens, "tokens"))
         if self.scale != 1.0:
             x = x * jnp.asarray(self.scale, x.dtype)
@@ -126,6 +136,7 @@ class Embeddings(nnx.Module):
     def logits(self, x: Float[AnyArray, "*B T E"]) -> jax.Array:
         """``x . table[token]`` for each token: the tied head, ``[*B T V]``."""
         table = self.tokens[...]
+        check_tokens("x", x, "[... E]", table.shape[-1])
         dtype = self.dtype or jnp.promote_types(x.dtype, table.dtype)
         flat = jnp.asarray(x, dtype).reshape(-1, x.shape[-1])  # see nn.linear
         return (flat @ table.astype(dtype).T).reshape(*x.shape[:-1], table.shape[0])

@@ -12,7 +12,9 @@ from flax import nnx
 from jaxtyping import Float
 
 from attention_jax.axes import AnyArray
+from attention_jax.dropout import check_rate
 from attention_jax.masks.arguments import int_at_least
+from attention_jax.nn.arguments import check_tokens
 from attention_jax.nn.linear import BIAS_INIT, KERNEL_INIT, Linear
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -63,7 +65,7 @@ class FeedForward(nnx.Module):
           rngs: for parameters, and for dropout where there is any.
 
         Raises:
-          ValueError: an unknown activation, or a width that is not positive.
+          TypeError, ValueError: an unknown activation, or a width that is not positive.
         """
         for name, x in {"features": features, "hidden": hidden}.items():
             int_at_least(name, x, 1)
@@ -74,6 +76,9 @@ class FeedForward(nnx.Module):
                     f"{activation!r}"
                 )
             activation = ACTIVATIONS[activation]
+        if not callable(activation):
+            raise TypeError(f"activation must be a name or a function, got {activation!r}")
+        check_rate(dropout_rate)
         linear = functools.partial(
             Linear,
             use_bias=bias,
@@ -98,6 +103,7 @@ class FeedForward(nnx.Module):
     ) -> jax.Array:
         """``[*B T E]`` to the same shape."""
         x = jnp.asarray(x)
+        check_tokens("x", x, "[... E]", self.up.in_features)
         if self.gate is None:
             hidden = self.activation(self.up(x))
         else:

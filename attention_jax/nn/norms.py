@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Float
 
 from attention_jax.axes import AnyArray, accumulation_dtype
+from attention_jax.nn.arguments import check_tokens
 
 
 class OnePlusRMSNorm(nnx.Module):
@@ -41,6 +42,7 @@ class OnePlusRMSNorm(nnx.Module):
     def __call__(self, x: Float[AnyArray, "... E"]) -> jax.Array:
         """Normalised over the last axis."""
         x = jnp.asarray(x)
+        check_tokens("x", x, "[... E]", self.scale[...].shape[-1])
         scale = self.scale[...]
         dtype = self.dtype or jnp.promote_types(x.dtype, scale.dtype)
         wide = accumulation_dtype(dtype)

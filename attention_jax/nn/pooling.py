@@ -10,6 +10,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from attention_jax.axes import AnyArray, accumulation_dtype
+from attention_jax.masks.arguments import int_at_least
+from attention_jax.nn.arguments import check_real, check_tokens
 from attention_jax.nn.attention import MultiHeadAttention
 from attention_jax.nn.embeddings import EMBED_INIT
 
@@ -28,10 +30,13 @@ def mean(
     [2.0]
     """
     x = jnp.asarray(x)
+    check_tokens("x", x, "[*B T E]", x.shape[-1] if x.ndim else 0)
     wide = x.astype(accumulation_dtype(x.dtype))
     if real is None:
         total, count = wide.sum(axis=-2), x.shape[-2]
         return (total / max(count, 1)).astype(x.dtype)
+    check_real(real, x.shape[:-1])
+    real = jnp.broadcast_to(real, x.shape[:-1])
     total = jnp.where(real[..., None], wide, 0).sum(axis=-2)
     number = jnp.maximum(jnp.sum(real, axis=-1, dtype=total.dtype), 1)
     return (total / number[..., None]).astype(x.dtype)
@@ -59,6 +64,7 @@ class ClassToken(nnx.Module):
 
     def __call__(self, x: Float[AnyArray, "*B T E"]) -> Float[Array, "*B T1 E"]:
         """``[*B T E]`` to ``[*B 1+T E]``."""
+        check_tokens("x", x, "[*B T E]", self.token[...].shape[-1])
         token = self.token[...].astype(x.dtype)
         return jnp.concatenate(
             [jnp.broadcast_to(token, (*x.shape[:-2], 1, x.shape[-1])), x], axis=-2
@@ -97,6 +103,7 @@ class AttentionPooling(nnx.Module):
           rngs: for parameters.
           **options: of ``MultiHeadAttention``.
         """
+        int_at_least("queries", queries, 1)
         self.queries = nnx.Param(init(rngs.params(), (queries, features), param_dtype))
         self.attention = MultiHeadAttention(
             features,
@@ -114,6 +121,9 @@ class AttentionPooling(nnx.Module):
 
         With several queries, to ``[*B queries E]``.
         """
+        check_tokens("x", x, "[*B T E]", self.attention.features)
+        if real is not None:
+            check_real(real, x.shape[:-1])
         queries = self.queries[...].astype(x.dtype)
         mask = None if real is None else real[..., None, None, :]
         batch = x.shape[:-2]

@@ -24,7 +24,8 @@ def rows(table: Any, index: Any, name: str) -> jax.Array:
     """``table[index]``: an error for an index out of range where it is known, else NaN."""
     index = check_positions(index, name)
     if not isinstance(index, jax.core.Tracer) and index.size:
-        least, most = int(index.min()), int(index.max())
+        known = np.asarray(index)  # under jit, what JAX makes of a constant is not known
+        least, most = int(known.min()), int(known.max())
         if least < 0 or most >= table.shape[0]:
             raise ValueError(
                 f"{name} must be from 0 to {table.shape[0] - 1}, the rows of the table, got "

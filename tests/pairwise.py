@@ -1,0 +1,50 @@
+"""Few cases in which every value of every argument meets every value of every other."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+
+def cases(arguments, fast):
+    """``pytest.param`` of dicts, one value for each argument; those after the first are slow tests.
+
+    Args:
+      arguments: the values of each argument, by its name.
+      fast: how many of the cases, which meet the most pairs, are in a default run.
+    """
+    chosen = [
+        {name: arguments[name][i] for name, i in case.items()} for case in _covering(arguments)
+    ]
+    return [
+        pytest.param(case, id=str(i), marks=[pytest.mark.slow] * (i >= fast))
+        for i, case in enumerate(chosen)
+    ]
+
+
+def _covering(arguments):
+    """Greedily: of some random cases with the first pair not yet met, the one with the most."""
+    rng = np.random.default_rng(0)
+    places = {name: range(len(arguments[name])) for name in sorted(arguments)}
+
+    def pairs(case):
+        return set(itertools.combinations(sorted(case.items()), 2))
+
+    missing = {
+        ((a, i), (b, j))
+        for a, b in itertools.combinations(places, 2)
+        for i, j in itertools.product(places[a], places[b])
+    }
+    while missing:
+        first = dict(min(missing))
+        drawn = [{n: int(rng.choice(p)) for n, p in places.items()} | first for _ in range(30)]
+        best = max(drawn, key=lambda case: len(pairs(case) & missing))
+        missing -= pairs(best)
+        yield best
+
+
+def close(ours, exact, tolerance):
+    """Within a tolerance relative to the largest number there is."""
+    ours, exact = (np.asarray(x, np.float64) for x in (ours, exact))
+    largest = max(1, np.abs(exact).max(initial=0))
+    np.testing.assert_allclose(ours, exact, rtol=0, atol=tolerance * largest)
