@@ -49,6 +49,11 @@ class Copier(EncoderDecoder):
         self.query, self.key = (Linear(E, E, use_bias=False, rngs=rngs) for _ in range(2))
         self.gate = Linear(E, 1, rngs=rngs)
 
+    @property
+    def vocabulary(self) -> int:
+        """How many words there are, those without a vector included."""
+        return self.config.vocabulary + self.others
+
     def known(self, words: Any) -> jax.Array:
         """Words without a vector as the unknown one."""
         words = jnp.asarray(words)

@@ -12,6 +12,7 @@ from jaxtyping import Float
 
 from attention_jax.axes import AnyArray
 from attention_jax.masks.arguments import int_at_least
+from attention_jax.nn.padding import as_real, filled, places
 from attention_jax.positions import learned, sinusoidal
 from attention_jax.positions.arguments import check_positions, rows
 
@@ -83,20 +84,28 @@ class Embeddings(nnx.Module):
         self.scale, self.dtype = scale, dtype
         self.moved: Callable[[jax.Array], jax.Array] | None = None  # see ``moved_embeddings``
 
-    def __call__(self, tokens: Any, *, positions: Any = None, types: Any = None) -> jax.Array:
+    def __call__(
+        self, tokens: Any, *, positions: Any = None, types: Any = None, real: Any = None
+    ) -> jax.Array:
         """Vectors ``[*B T E]``.
 
         Args:
           tokens: integers ``[*B T]``.
-          positions: integers that broadcast to ``[*B T]``; default from 0.
+          positions: integers that broadcast to ``[*B T]``; default from 0, or from the first real
+            token.
           types: integers that broadcast to ``[*B T]``; default 0.
+          real: bool ``[*B T]``, False for padding, whose tokens, positions and types may be any
+            integers; default: all are real.
 
         Raises:
           ValueError: a token, position or type that is known to be out of range; where it is not
             known, its vector is NaN.
           TypeError: not integers.
         """
-        x = self.vectors(tokens)
+        tokens = check_positions(tokens, "tokens")
+        real = as_real(real, tokens.shape)
+        x = self.vectors(filled(tokens, real))
+        positions = places(positions, real)
         if positions is None:
             positions = jnp.arange(x.shape[-2], dtype=jnp.int32)
         if self.positions is not None:
@@ -104,7 +113,7 @@ class Embeddings(nnx.Module):
         if self.sinusoidal:
             x = x + sinusoidal(positions, x.shape[-1]).astype(x.dtype)
         if self.types is not None:
-            types = jnp.zeros((), jnp.int32) if types is None else types
+            types = jnp.zeros((), jnp.int32) if types is None else filled(types, real)
             x = x + self._cast(rows(self.types[...], types, "types"))
         elif types is not None:
             raise ValueError("types must be None: the embeddings were made without (types=0)")
