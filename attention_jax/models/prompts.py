@@ -43,8 +43,8 @@ def as_stop(stop: Any, vocabulary: int) -> tuple[int, ...]:
     """The argument ``stop`` as a tuple: one token, some, or None for none."""
     if stop is None:
         return ()
-    several = isinstance(stop, Collection) and not isinstance(stop, str | bytes)
-    several = several or (is_array(stop) and stop.ndim > 0)
+    several = stop.ndim > 0 if is_array(stop) else isinstance(stop, Collection)
+    several = several and not isinstance(stop, str | bytes)
     tokens = tuple(_known_int("stop", x) for x in (stop if several else (stop,)))
     for x in tokens:
         if not 0 <= x < vocabulary:
@@ -56,8 +56,11 @@ def as_stop(stop: Any, vocabulary: int) -> tuple[int, ...]:
 
 
 def as_pad(pad_token: Any) -> int:
-    """The argument ``pad_token`` as an int, which may be no token."""
-    return _known_int("pad_token", pad_token)
+    """The argument ``pad_token`` as an int, which need not be in the vocabulary."""
+    x = _known_int("pad_token", pad_token)
+    if not -(2**31) <= x < 2**31:
+        raise ValueError(f"pad_token must fit into int32, got {x}")
+    return x
 
 
 def _known_int(name: str, x: Any) -> int:
@@ -65,7 +68,9 @@ def _known_int(name: str, x: Any) -> int:
         raise TypeError(f"{name} must be known when the loop is compiled, got a traced value")
     if is_array(x) and x.ndim == 0:
         x = x.item()
-    return int_at_least(name, x, -(2**31))
+    if isinstance(x, bool) or not isinstance(x, int):
+        raise TypeError(f"{name} must be an int, got {type(x).__name__} {x!r}")
+    return x
 
 
 def prepare(
