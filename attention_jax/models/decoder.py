@@ -91,7 +91,7 @@ class Decoder(nnx.Module):
           tokens: integers ``[*B T]``.
           real: bool ``[*B T]``, False for padding, on either side of the tokens, where tokens and
             positions may be any integers; without caches.
-          mask: beside the causal one.
+          mask: beside the causal one; as that of the layers it counts indices, padding included.
           positions: of the tokens, integers that broadcast to ``[*B T]``; default from 0 at the
             first real token, or from where the caches end.
           caches: of the tokens before; see ``init_caches``.

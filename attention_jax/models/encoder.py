@@ -121,7 +121,8 @@ class Encoder(nnx.Module):
           real: bool ``[*B T]``, False for padding, on either side of the tokens, where tokens,
             types and positions may be any integers.
           types: of the tokens, integers ``[*B T]``.
-          mask: beside that of padding and windows.
+          mask: beside that of padding and windows; as that of the layers it counts indices,
+            padding included.
           positions: of the tokens, integers that broadcast to ``[*B T]``; default from 0 at the
             first real token.
         """

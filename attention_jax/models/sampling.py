@@ -222,7 +222,7 @@ class Sampling:
     @property
     def processors(self) -> tuple[Processor, ...]:
         """The same as processors."""
-        numbers = {
+        numbers: dict[Callable[[Any], Processor], Any] = {
             repetition_penalty: self.repetition_penalty,
             temperature: self.temperature,
             top_k: self.top_k,
