@@ -61,7 +61,7 @@ class Copier(EncoderDecoder):
 
     def encode(self, source: Any, *, real: Any = None) -> Memory:
         """The source ``[B S]``; its contexts are ``Places``."""
-        x = self.dropout(self.encoder(self.embed(self.known(source)), real=real))
+        x = self.dropout(self.encoder(self.embed(self.known(source), real=real), real=real))
         places = Places(self.decoder.contexts(x), self.key(x), jnp.asarray(source))
         return Memory(places, real)
 

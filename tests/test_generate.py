@@ -201,6 +201,8 @@ def test_sampling_is_its_processors():
         sampling.top_p(0.8),
         sampling.min_p(0.1),
     )
+    *first, last = how.processors
+    assert sampling.chain(sampling.chain(*first), last) == sampling.chain(*how.processors)
     options = {"max_new_tokens": NEW, "key": jax.random.key(0)}
     a = generate(decoder(), PROMPT, sampling=how, **options)
     b = generate(decoder(), PROMPT, sampling=how.processors, **options)

@@ -9,6 +9,7 @@ own is compiled once for each function object, so define it once, not in the loo
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -189,6 +190,10 @@ def _repetition_penalty(penalty: float, tokens: Any, logits: Float[Array, "V"]) 
     return jnp.where(seen, penalised, logits)
 
 
+# They see logits and not whose they are.
+OF_ANY_ORDER = _temperature, _top_k, _top_p, _min_p
+
+
 # --- What chooses.
 
 
@@ -239,7 +244,9 @@ class Sampling:
         1
         """
         tokens = jnp.zeros(0, jnp.int32) if tokens is None else jnp.asarray(tokens)
-        return jax.random.categorical(key, Chain(self.processors)(tokens, logits))
+        left, at = _left(self.processors, tokens, logits)
+        drawn = jax.random.categorical(key, left)
+        return drawn if at is None else at[drawn]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,9 +258,10 @@ class Choice:
 
     def __call__(self, tokens: Any, logits: Float[Array, "V"], key: Any) -> Int[Array, ""]:
         """The token; -1 where logits are NaN or all are ``-inf``, so that there is none."""
-        logits = Chain(self.processors)(tokens, logits)
-        token = jax.random.categorical(key, logits) if self.draws else jnp.argmax(logits)
-        return jnp.where(jnp.max(logits) > -jnp.inf, token, -1).astype(jnp.int32)
+        left, at = _left(self.processors, tokens, logits)
+        token = jax.random.categorical(key, left) if self.draws else jnp.argmax(left)
+        token = token if at is None else at[token]
+        return jnp.where(jnp.max(left) > -jnp.inf, token, -1).astype(jnp.int32)
 
 
 def likeliest(*processors: Processor) -> Choice:
@@ -274,10 +282,31 @@ def as_choice(sampling: Sampling | Choice | Processor | Sequence[Processor] | No
     if isinstance(sampling, Sampling):
         return Choice(sampling.processors, draws=True)
     several = isinstance(sampling, Sequence) and not isinstance(sampling, str)
-    return Choice(_checked(sampling if several else (sampling,), "sampling"), draws=True)  # type: ignore[arg-type]
+    given: Any = sampling if several else (sampling,)
+    return Choice(_checked(given, "sampling"), draws=True)
+
+
+def _left(processors: tuple[Processor, ...], tokens: Any, logits: Any) -> tuple[Any, Any]:
+    """The logits that processors leave, and of which tokens they are, None for all in their order.
+
+    What comes after ``top_k`` sees its ``k`` alone where it asks for no more: to sort those is
+    cheap, and to sort a vocabulary is not.
+    """
+    for i, top in enumerate(processors):
+        after = processors[i + 1 :]
+        if _is(top, _top_k) and all(_is(x, *OF_ANY_ORDER) for x in after):
+            logits = Chain(processors[:i])(tokens, logits)
+            likeliest, at = jax.lax.top_k(logits, min(top.number, logits.shape[-1]))  # type: ignore[attr-defined]
+            return Chain(after)(tokens, likeliest), at
+    return Chain(processors)(tokens, logits), None
+
+
+def _is(processor: Processor, *formulas: Callable[[Any, Any, Any], Any]) -> bool:
+    return isinstance(processor, Formula) and processor.formula in formulas
 
 
 def _checked(processors: Sequence[Processor], name: str = "processors") -> tuple[Processor, ...]:
+    """Functions that can be part of a program, chains as what they consist of."""
     for x in processors:
         if not callable(x) or isinstance(x, type):
             raise TypeError(
@@ -291,7 +320,8 @@ def _checked(processors: Sequence[Processor], name: str = "processors") -> tuple
                 f"{name} must be hashable, since they are part of the program, got "
                 f"{type(x).__name__}: a frozen dataclass, say, or a function"
             ) from None
-    return tuple(processors)
+    parts = [x.processors if isinstance(x, Chain) else (x,) for x in processors]
+    return tuple(itertools.chain(*parts))
 
 
 def _number(name: str, x: Any) -> float:
