@@ -49,6 +49,11 @@ class Copier(EncoderDecoder):
         self.query, self.key = (Linear(E, E, use_bias=False, rngs=rngs) for _ in range(2))
         self.gate = Linear(E, 1, rngs=rngs)
 
+    @property
+    def vocabulary(self) -> int:
+        """How many words there are, those without a vector included."""
+        return self.config.vocabulary + self.others
+
     def known(self, words: Any) -> jax.Array:
         """Words without a vector as the unknown one."""
         words = jnp.asarray(words)
@@ -56,7 +61,7 @@ class Copier(EncoderDecoder):
 
     def encode(self, source: Any, *, real: Any = None) -> Memory:
         """The source ``[B S]``; its contexts are ``Places``."""
-        x = self.dropout(self.encoder(self.embed(self.known(source)), real=real))
+        x = self.dropout(self.encoder(self.embed(self.known(source), real=real), real=real))
         places = Places(self.decoder.contexts(x), self.key(x), jnp.asarray(source))
         return Memory(places, real)
 

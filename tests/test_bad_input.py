@@ -387,7 +387,7 @@ def wrong_models():
         models.VisionConfig((4, 4), 2, small, channels=1), rngs=nnx.Rngs(0)
     )
     prompt, real = np.array([[3, 1, 4]] * B), np.array([[True] * 3, [False] * 3])
-    go = functools.partial(generate, decoder, prompt, max_new_tokens=2)
+    go = functools.partial(generate, decoder, prompt=prompt, max_new_tokens=2)
     other = models.DecoderConfig(10, small)
     free = models.Decoder(other, rngs=nnx.Rngs(0))
     return [
@@ -427,6 +427,23 @@ def wrong_models():
         (lambda: go(real=real[:1]), value, "real must be bool of the prompt's shape", "(1, 3)"),
         (lambda: go(real=real.astype(int)), value, "real must be bool", "int64"),
         (lambda: go(sampling=Sampling()), value, "key must be given with sampling"),
+        (lambda: go(sampling=Sampling(), key=3), type_, "key must be a key of jax.random", "int"),
+        (
+            lambda: go(sampling=Sampling(), key=jax.random.split(jax.random.key(0), 3)),
+            value,
+            "key must be one key or one for each of 2 rows",
+            "(3,)",
+        ),
+        (lambda: go(sampling="greedy"), type_, "sampling must be functions", "'greedy'"),
+        (lambda: go(sampling=[0.7]), type_, "sampling must be functions", "float 0.7"),
+        (lambda: go(prompt=[[1, 2], [3]]), value, "prompt must have rows of one length", "pad"),
+        (lambda: go(prompt=prompt - 2), value, "prompt must hold tokens from 0 to 9", "-1 to 2"),
+        (lambda: go(stop=10), value, "stop must be tokens from 0 to 9", "got 10", "None"),
+        (lambda: go(stop=2.5), type_, "stop must be an int", "float 2.5"),
+        (lambda: go(stop="end"), type_, "stop must be an int", "str 'end'"),
+        (lambda: go(pad_token=None), type_, "pad_token must be an int", "NoneType"),
+        (lambda: go(pad_token=2**31), value, "pad_token must fit into int32"),
+        (lambda: go(capacity=4.5), type_, "capacity must be an int", "4.5"),
         (lambda: go(source=prompt), value, "source must be None for a Decoder"),
         (
             lambda: go(caches=decoder.init_caches((B,), 3)),
@@ -465,6 +482,35 @@ def wrong_models():
             "float64",
         ),
         (lambda: generate(both, prompt, max_new_tokens=1), value, "source must be given"),
+        (
+            lambda: generate(both, prompt, source=prompt[:1], max_new_tokens=1),
+            value,
+            "source must have 2 rows, as the prompt",
+            "(1, 3)",
+        ),
+        (
+            lambda: generate(both, prompt, source=prompt, source_real=real.T, max_new_tokens=1),
+            value,
+            "source_real must be bool of the source's shape (2, 3)",
+            "(3, 2)",
+        ),
+        (lambda: models.sampling.min_p(1.5), value, "min_p must be in [0, 1]", "1.5"),
+        (lambda: models.sampling.min_p("a"), type_, "min_p must be a number", "str 'a'"),
+        (lambda: models.sampling.repetition_penalty(0), value, "repetition_penalty", "positive"),
+        (
+            lambda: models.sampling.temperature(jnp.float32(0.7)),
+            type_,
+            "temperature must be a number",
+        ),
+        (lambda: models.sampling.chain([]), type_, "processors must be functions", "list"),
+        (
+            lambda: beam_search(
+                decoder, prompt, max_new_tokens=1, beams=2, early_stopping="always"
+            ),
+            value,
+            'early_stopping must be None, True, False or "never"',
+            "'always'",
+        ),
         (lambda: generate(images, prompt, max_new_tokens=1), type_, "VisionTransformer"),
         (lambda: Sampling(temperature=0.0), value, "temperature must be positive", "greedy"),
         (lambda: Sampling(top_k=0), value, "top_k must be at least 1", "0"),

@@ -78,7 +78,7 @@ def test_a_stop_token_ends_a_row_and_no_other():
         n = before.index(stop) + 1 if stop in before else NEW
         assert count == n
         assert row == before[:n] + [7] * (NEW - n)
-    either = generate(model, tokens, real=real, max_new_tokens=NEW, stop=(stop, 99))
+    either = generate(model, tokens, real=real, max_new_tokens=NEW, stop=np.array([stop, stop]))
     assert either.count.tolist() == got.count.tolist()
 
 

@@ -13,7 +13,7 @@ from test_nn import randomised
 
 from attention_jax import masks, models, positions, scores
 from attention_jax.models import Layers, Relative
-from attention_jax.nn import record_weights
+from attention_jax.nn import Embeddings, record_weights
 
 V, B, T, S = 13, 2, 9, 5
 SMALL = Layers(features=12, num_layers=2, num_heads=3, hidden=16)
@@ -184,6 +184,91 @@ def test_more_masks_compose():
     packed = model(x, mask=masks.segments(documents), positions=at)
     close(packed[:, :4], model(x[:, :4]))
     close(packed[:, 4:], model(x[:, 4:]))
+
+
+KINDS = {
+    "learned": ({"positions": "learned", "max_length": T}, {}),
+    "sinusoidal": ({"positions": "sinusoidal"}, {}),
+    "rotary": ({}, {"rotary": positions.Rotary(), "head_dim": 4}),
+    "rotary, as long as the row": (
+        {},
+        {"rotary": positions.Rotary(scaling=positions.DynamicNTK(2.0, 4)), "head_dim": 4},
+    ),
+    "alibi": ({}, {"alibi": True}),
+    "relative": ({}, {"relative": Relative(8, 6)}),
+}
+# What has its real tokens last, first, and in the middle.
+SIDES = {"left": slice(3, None), "right": slice(0, T), "both": slice(1, T + 1)}
+placed = nnx.jit(lambda model, x, real, at: model(x, real=real, positions=at))
+
+
+def beside_padding(x, side, fill=-1):
+    """Tokens ``[B T]`` among three of padding, which hold what is no token."""
+    wide = np.full((len(x), x.shape[1] + 3), fill)
+    wide[:, SIDES[side]] = x
+    real = np.zeros(wide.shape, bool)
+    real[:, SIDES[side]] = True
+    return wide, real
+
+
+@pytest.mark.parametrize(
+    "kind", ["learned", *[pytest.param(k, marks=pytest.mark.slow) for k in [*KINDS][1:]]]
+)
+def test_positions_follow_the_padding(kind):
+    config, changes = KINDS[kind]
+    config = models.DecoderConfig(V, layers(num_layers=1, **changes), **config)
+    model, x = randomised(models.Decoder(config, rngs=nnx.Rngs(0))), tokens(0, B, T)
+    expected = call(model, x)
+    for side, part in SIDES.items():
+        wide, real = beside_padding(x, side)
+        close(padded(model, wide, real)[:, part], expected)
+        at = np.where(real, np.cumsum(real, axis=1) - 1, -1)
+        close(placed(model, wide, real, at)[:, part], expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["learned", "sinusoidal", "rotary"])
+def test_positions_of_an_encoder_follow_the_padding(kind):
+    config, changes = KINDS[kind]
+    config = {"positions": None, **config}
+    config |= {"types": 2, "head": "classes", "classes": 3}  # of the first token that is real
+    config = models.EncoderConfig(V, layers(num_layers=1, **changes), **config)
+    model, x = randomised(models.Encoder(config, rngs=nnx.Rngs(0))), tokens(0, B, T)
+    run = nnx.jit(lambda m, x, types, real: m(x, types=types, real=real))
+    expected = run(model, x, x % 2, np.ones(x.shape, bool))
+    for side in SIDES:
+        wide, real = beside_padding(x, side)
+        close(run(model, wide, np.where(real, wide % 2, 7), real), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["learned", "sinusoidal", "rotary", "relative"])
+def test_positions_of_both_sequences_follow_the_padding(kind):
+    config, changes = KINDS[kind]
+    config = {"positions": None, **config}
+    one = layers(num_layers=1, **changes)
+    config = models.EncoderDecoderConfig(V, one, one, **config)
+    model = randomised(models.EncoderDecoder(config, rngs=nnx.Rngs(0)))
+    source, target = tokens(0, B, T), tokens(1, B, T)
+    expected = call(model, source, target)
+    run = nnx.jit(lambda m, a, b, x, y: m(a, b, source_real=x, target_real=y))
+    for here, there in [("left", "right"), ("both", "left"), ("right", "both")]:
+        (a, x), (b, y) = beside_padding(source, here), beside_padding(target, there)
+        close(run(model, a, b, x, y)[:, SIDES[there]], expected, atol=1e-4)
+
+
+def test_tokens_of_padding_may_be_any_integers_and_others_must_be_in_the_vocabulary():
+    embed = Embeddings(V, 4, positions="learned", max_length=3, types=2, rngs=nnx.Rngs(0))
+    x, real = np.array([[99, -5, 3, 4, 12]]), [[False, False, True, True, True]]
+    got = embed(x, real=real, types=np.where(real, 1, 9), positions=np.array([[-1, 9, 2, 0, 1]]))
+    expected = embed(x[:, 2:], types=1 + 0 * x[:, 2:], positions=np.array([[2, 0, 1]]))
+    np.testing.assert_array_equal(got[:, 2:], expected)
+    with pytest.raises(ValueError, match=r"tokens must be from 0 to 12, .* got 0 to 13"):
+        embed(x + 1, real=real)
+    with pytest.raises(ValueError, match=r"real must be bool of the tokens' shape \(1, 5\)"):
+        embed(x, real=np.ones((2, 5), bool))
+    with pytest.raises(ValueError, match=r"real must be bool .* got int64\(1, 5\)"):
+        embed(x, real=np.ones((1, 5), int))
 
 
 SEQUENCES = {

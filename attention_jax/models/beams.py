@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from attention_jax.masks.arguments import int_at_least
-from attention_jax.models import decoding as single
+from attention_jax.models import prompts
 from attention_jax.models.decoder import Decoder
 from attention_jax.models.encoder_decoder import EncoderDecoder, Memory
 
@@ -20,17 +20,20 @@ class Beams(NamedTuple):
     """The continuations found, the best first."""
 
     tokens: Any
-    """int32 ``[B beams max_new_tokens]``, without the prompt; ``pad_token`` after the end."""
+    """int32 ``[B beams max_new_tokens]``, without the prompt; ``pad_token`` after the end, and -1
+    in a row whose logits are NaN."""
     count: Any
     """int32 ``[B beams]``, how many are real, the stop token included; 0: none was found."""
     score: Any
-    """float32 ``[B beams]``: log-probability ``/ count ** length_penalty``."""
+    """float32 ``[B beams]``: log-probability ``/ count ** length_penalty``; ``-inf`` where none was
+    found, NaN in a row whose logits are."""
 
 
 class _Settings(NamedTuple):
     max_new_tokens: int
     beams: int
     length_penalty: float
+    early_stopping: bool | str | None
     stop: tuple[int, ...]
     pad_token: int
 
@@ -57,8 +60,9 @@ def beam_search(
     max_new_tokens: int,
     beams: int,
     length_penalty: float = 1.0,
+    early_stopping: bool | Literal["never"] | None = None,
     real: Any = None,
-    stop: int | Sequence[int] = (),
+    stop: Any = (),
     pad_token: int = 0,
     source: Any = None,
     source_real: Any = None,
@@ -66,14 +70,30 @@ def beam_search(
 ) -> Beams:
     """The best continuations found with ``beams`` open ends, by ``log p / count ** penalty``.
 
-    A row ends when its open beams cannot come to be better than those that have ended, or at
-    ``max_new_tokens``, where open beams count as ended.
+    Each step extends the open beams by every token and looks at the best ``2 * beams`` (more, with
+    several stop tokens) by log-probability. Of these, the ones that end join what was found, where
+    the best ``beams`` by score stay; the best ``beams`` that do not end are open. A row is done
+    when ``beams`` are found and no open one can come to be better than the worst of them, since a
+    log-probability only falls: ``log p / max_new_tokens ** penalty`` is the most that it can reach.
+    At ``max_new_tokens`` open beams count as ended.
+
+    The search of Hugging Face's ``generate``, which ``early_stopping`` asks for, differs in two
+    rules, and so in what it finds. A continuation that ends counts only where it is among the best
+    ``beams`` of the step, so that short ones are found less often: most where ``length_penalty`` is
+    less than 1. And a row is done when
+
+    - ``False`` (its default): no open beam is better with its *present* length than the worst that
+      is found, though with ``length_penalty > 0`` a longer one might come to be;
+    - ``True``: ``beams`` are found, or as with ``False``;
+    - ``"never"``: as here, where the penalty is positive; else as with ``False``, the same there.
 
     Args:
       model, prompt, max_new_tokens, real, stop, pad_token, source, source_real, capacity: as for
         ``generate``.
       beams: how many continuations to keep.
       length_penalty: 0 compares log-probabilities, 1 their means over tokens, more the long ones.
+      early_stopping: None is the first search above; True, False and ``"never"`` are those of
+        Hugging Face.
 
     Returns:
       ``Beams``.
@@ -88,11 +108,19 @@ def beam_search(
     Source: Wu et al. 2016, "Google's Neural Machine Translation System", section 7, with the length
     penalty of Hugging Face's ``generate``.
     """
-    int_at_least("max_new_tokens", max_new_tokens, 1)
-    int_at_least("beams", beams, 1)
-    if not length_penalty >= 0:
+    max_new_tokens = int_at_least("max_new_tokens", max_new_tokens, 1)
+    beams = int_at_least("beams", beams, 1)
+    if not 0 <= length_penalty < float("inf"):
         raise ValueError(f"length_penalty must not be negative, got {length_penalty}")
-    prompt, count, memory, caches = single.prepare(
+    if isinstance(early_stopping, np.bool_):
+        early_stopping = bool(early_stopping)
+    if not (early_stopping is None or isinstance(early_stopping, bool | str)) or (
+        isinstance(early_stopping, str) and early_stopping != "never"
+    ):
+        raise ValueError(
+            f'early_stopping must be None, True, False or "never", got {early_stopping!r}'
+        )
+    prompt, count, memory, caches = prompts.prepare(
         model,
         prompt,
         max_new_tokens=max_new_tokens,
@@ -103,7 +131,12 @@ def beam_search(
         caches=None,
     )
     settings = _Settings(
-        max_new_tokens, beams, float(length_penalty), single.as_stop(stop), pad_token
+        max_new_tokens,
+        beams,
+        float(length_penalty),
+        early_stopping,
+        prompts.as_stop(stop, model.vocabulary),
+        prompts.as_pad(pad_token),
     )
     return _run(*nnx.split(model), settings, prompt, count, memory, caches)
 
@@ -125,7 +158,9 @@ def _run(
     def repeated(x: Any) -> Any:
         return jax.tree.map(lambda a: jnp.repeat(a, K, axis=0), x)
 
-    logits, caches = single.next_logits(model, prompt, count, memory, caches)
+    theirs = settings.early_stopping is not None
+    longest = settings.length_penalty > 0 and settings.early_stopping in (None, "never")
+    logits, caches = prompts.next_logits(model, prompt, count, memory, caches)
     memory = repeated(memory)
     V = logits.shape[-1]
 
@@ -141,9 +176,13 @@ def _run(
         beam, token = at // V, (at % V).astype(jnp.int32)
         tokens = jnp.take_along_axis(search.open, beam[..., None], axis=1)
         tokens = tokens.at[..., search.step].set(token)
-        ends = single.is_any(token, settings.stop)
+        ends = prompts.is_any(token, settings.stop)
         length = search.step + 1
-        score = jnp.where(ends, normalised(log_p, length), -jnp.inf)
+        counts = ends
+        if theirs:
+            ends = ends | (length == new)
+            counts = ends & (jnp.arange(wide) < K)
+        score = jnp.where(counts, normalised(log_p, length), -jnp.inf)
         ended = _best(search.ended, Beams(tokens, jnp.full_like(token, length), score), K)
         log_p, kept = jax.lax.top_k(jnp.where(ends, -jnp.inf, log_p), K)
         rows = jnp.arange(B)[:, None] * K + jnp.take_along_axis(beam, kept, axis=1)
@@ -158,8 +197,10 @@ def _run(
 
     def settled(search: _Search) -> jax.Array:
         # A log-probability only falls, and the penalty divides it by at most new ** penalty.
-        attainable = normalised(search.log_p.max(axis=1), new)
-        return search.ended.score.min(axis=1) >= attainable
+        attainable = normalised(search.log_p.max(axis=1), new if longest else search.step)
+        worst = search.ended.score.min(axis=1)
+        done = worst >= attainable
+        return done | (worst > -jnp.inf) if settings.early_stopping is True else done
 
     def going(search: _Search) -> jax.Array:
         return (search.step < new) & ~search.settled.all()
@@ -169,7 +210,7 @@ def _run(
             search.open, search.step - 1, axis=2, keepdims=False
         ).reshape(B * K, 1)
         ones = jnp.ones(B * K, jnp.int32)
-        logits, caches = single.next_logits(model, token, ones, memory, search.caches)
+        logits, caches = prompts.next_logits(model, token, ones, memory, search.caches)
         after = extend(search._replace(caches=caches), logits)
         # A row that has settled stays as it is, whatever others still do.
         ended = jax.tree.map(
@@ -200,7 +241,14 @@ def _run(
     left = normalised(search.log_p, search.step)
     left = jnp.where(search.settled[:, None], -jnp.inf, left)
     lengths = jnp.full((B, K), search.step, jnp.int32)
-    return _best(search.ended, Beams(search.open, lengths, left), K)
+    found = _best(search.ended, Beams(search.open, lengths, left), K)
+    # What is not a number ranks first, so that it is seen here if it ever came up.
+    lost = jnp.isnan(found.score).any(axis=1, keepdims=True)
+    return Beams(
+        jnp.where(lost[..., None], -1, found.tokens),
+        jnp.where(lost, 0, found.count),
+        jnp.where(lost, jnp.nan, found.score),
+    )
 
 
 def _best(a: Beams, b: Beams, beams: int) -> Beams:

@@ -16,6 +16,8 @@ from attention_jax.masks import Mask
 from attention_jax.models.layers import Layers, Stack, positions_after
 from attention_jax.nn import Embeddings
 from attention_jax.nn.linear import Linear
+from attention_jax.nn.padding import as_real, places
+from attention_jax.positions.arguments import check_positions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,18 +89,21 @@ class Decoder(nnx.Module):
 
         Args:
           tokens: integers ``[*B T]``.
-          real: bool ``[*B T]``, False for padding; without caches.
-          mask: beside the causal one.
-          positions: of the tokens, integers that broadcast to ``[*B T]``; default from 0, or from
-            where the caches end.
+          real: bool ``[*B T]``, False for padding, on either side of the tokens, where tokens and
+            positions may be any integers; without caches.
+          mask: beside the causal one; as that of the layers it counts indices, padding included.
+          positions: of the tokens, integers that broadcast to ``[*B T]``; default from 0 at the
+            first real token, or from where the caches end.
           caches: of the tokens before; see ``init_caches``.
-          count: how many of the tokens are real, an int or int array ``[*B]``; with caches.
+          count: how many of the tokens are real, an int or int array ``[*B]``, the rest is padding;
+            with caches.
 
         Returns:
           The logits, in float32 or wider; with caches also the new ones.
 
         Raises:
-          ValueError: ``real`` with caches.
+          ValueError: ``real`` with caches; a token that is known not to be in the vocabulary.
+            Where tokens are not known, under ``jit``, the logits of one that is not are NaN.
         """
         result = self.hidden(
             tokens, real=real, mask=mask, positions=positions, caches=caches, count=count
@@ -118,10 +123,19 @@ class Decoder(nnx.Module):
         count: Any = None,
     ) -> Any:
         """What the head sees, ``[*B T E]``; arguments and result as for a call."""
+        tokens = check_positions(tokens, "tokens")
+        real = as_real(real, tokens.shape)
+        held = real if caches is None else first(count, tokens.shape)
         if caches is not None and positions is None:
             positions = positions_after(caches, tokens.shape[-1], count)
-        x = self.embed(tokens, positions=positions)
+        positions = places(positions, held)
+        x = self.embed(tokens, positions=positions, real=held)
         return self.stack(x, real=real, mask=mask, positions=positions, caches=caches, count=count)
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens there are: a call takes those from 0 to one less."""
+        return self.config.vocabulary
 
     def logits(self, x: Float[AnyArray, "*B T E"]) -> jax.Array:
         """The head: ``[*B T E]`` to ``[*B T V]``, in float32 or wider."""
@@ -141,6 +155,14 @@ class Decoder(nnx.Module):
         """
         check_capacity(capacity, self.config)
         return self.stack.init_caches(batch, capacity, dtype=dtype)
+
+
+def first(count: Any, shape: tuple[int, ...]) -> jax.Array | None:
+    """Which of tokens ``[*B T]`` are real where the first ``count`` are; None: all."""
+    if count is None:
+        return None
+    count = jnp.asarray(count, jnp.int32)
+    return jnp.broadcast_to(jnp.arange(shape[-1], dtype=jnp.int32) < count[..., None], shape)
 
 
 def check_capacity(capacity: int, config: Any) -> None:

@@ -1,84 +1,38 @@
 """Decoding: one token after the other, each from the logits of those before it.
 
-Everything runs in one compiled loop over rows that know nothing of each other. Prompts may be of
-different lengths: they are moved to the left of their rows first, so that padding on either side
-gives the same.
+Everything runs in one compiled loop over rows that know nothing of each other, or step by step, for
+what wants each token when it comes. Prompts may be of different lengths: they are moved to the left
+of their rows first, so that padding on either side gives the same.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
 
+from attention_jax.axes import is_array
 from attention_jax.masks.arguments import int_at_least
+from attention_jax.models import prompts
 from attention_jax.models.decoder import Decoder
 from attention_jax.models.encoder_decoder import EncoderDecoder, Memory
-from attention_jax.models.layers import last
-from attention_jax.positions.arguments import check_positions
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How a token is drawn: ``softmax(logits / temperature)`` over the likeliest.
-
-    Attributes:
-      temperature: 1 is the model's own distribution, less is sharper.
-      top_k: only the ``top_k`` likeliest tokens; None: all.
-      top_p: of these only the likeliest that together reach this probability; None: all.
-
-    Source: Fan et al. 2018, "Hierarchical Neural Story Generation" (top-k); Holtzman et al. 2020,
-    "The Curious Case of Neural Text Degeneration" (top-p).
-    """
-
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
-
-    def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise ValueError(
-                f"temperature must be positive, got {self.temperature}: greedy is sampling=None"
-            )
-        if self.top_k is not None:
-            int_at_least("top_k", self.top_k, 1)
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
-
-    def draw(self, logits: Float[Array, "V"], key: jax.Array) -> Int[Array, ""]:
-        """One token.
-
-        >>> logits = jnp.log(jnp.array([0.1, 0.6, 0.3]))
-        >>> int(Sampling(top_p=0.5).draw(logits, jax.random.key(0)))
-        1
-        """
-        k = logits.shape[-1] if self.top_k is None else min(self.top_k, logits.shape[-1])
-        if k == logits.shape[-1] and self.top_p is None:
-            return jax.random.categorical(key, logits / self.temperature)
-        likeliest, tokens = jax.lax.top_k(logits / self.temperature, k)
-        if self.top_p is not None:
-            probability = jax.nn.softmax(likeliest)
-            before = jnp.cumsum(probability) - probability
-            likeliest = jnp.where(before < self.top_p, likeliest, -jnp.inf)
-        return tokens[jax.random.categorical(key, likeliest)]
+from attention_jax.models.sampling import Choice, Processor, Sampling, as_choice
 
 
 class Generated(NamedTuple):
     """What was generated."""
 
     tokens: Any
-    """int32 ``[B max_new_tokens]``, without the prompt; ``pad_token`` after the end."""
+    """int32 ``[B max_new_tokens]``, without the prompt; ``pad_token`` after the end. -1 where there
+    is none to choose: logits are NaN, or processors leave nothing. Such a row ends there."""
     count: Any
     """int32 ``[B]``, how many are real, the stop token included."""
     log_probability: Any
-    """float32 ``[B]``, of them all under the model."""
+    """float32 ``[B]``, of them all under the model; NaN where a row ends for want of a token."""
     caches: Any
     """With all tokens but the last generated, to go on from."""
 
@@ -87,9 +41,22 @@ class _Settings(NamedTuple):
     """What the compiled loop depends on, beside arrays."""
 
     max_new_tokens: int
-    sampling: Sampling | None
+    choice: Choice
     stop: tuple[int, ...]
     pad_token: int
+
+
+class _Loop(NamedTuple):
+    """Where the loop is."""
+
+    step: Any
+    token: Any
+    """The last of each row, ``[B]``."""
+    so_far: Any
+    """Prompts and what was generated, ``[B T + new]``; -1 where there is nothing."""
+    done: Any
+    """bool ``[B]``."""
+    result: Generated
 
 
 def generate(
@@ -98,9 +65,9 @@ def generate(
     *,
     max_new_tokens: int,
     real: Any = None,
-    sampling: Sampling | None = None,
+    sampling: Sampling | Choice | Processor | Sequence[Processor] | None = None,
     key: Any = None,
-    stop: int | Sequence[int] = (),
+    stop: Any = (),
     pad_token: int = 0,
     source: Any = None,
     source_real: Any = None,
@@ -115,11 +82,15 @@ def generate(
       model: a ``Decoder``, or an ``EncoderDecoder``.
       prompt: integers ``[B T]``; for an ``EncoderDecoder`` the target so far, its start token say.
       max_new_tokens: how many tokens to generate at most.
-      real: bool ``[B T]``, False for padding, on either side; default: all are real.
-      sampling: how tokens are drawn; None takes the likeliest.
-      key: a key of ``jax.random``, or one for each row ``[B]``; for sampling.
-      stop: tokens that end a row.
-      pad_token: what stands after the end.
+      real: bool ``[B T]``, False for padding, on either side, where the prompt may hold any
+        integers; default: all are real.
+      sampling: how tokens are chosen. None: the likeliest. ``Sampling``, or processors of
+        ``models.sampling`` as ``(temperature(0.7), top_p(0.9))``: drawn from what they leave.
+        ``sampling.likeliest(...)``: the likeliest of what they leave. Processors see the prompt and
+        what was generated, not what is in the caches.
+      key: a key of ``jax.random``, or one for each row ``[B]``; for what is drawn.
+      stop: the token that ends a row, several of them, or None.
+      pad_token: what stands after the end; any int.
       source, source_real: for an ``EncoderDecoder``: integers ``[B S]`` and which are no padding.
       capacity: of the caches; default ``T + max_new_tokens - 1``, what there is room needed for.
       caches: of what came before the prompt; donated: what ``Generated`` has takes their place.
@@ -128,37 +99,117 @@ def generate(
       ``Generated``.
 
     Raises:
-      ValueError: prompts without a token, or for which there is no room; a key is missing.
+      ValueError: prompts without a token, or for which there is no room; a token of the prompt, the
+        source or ``stop`` that is not in the vocabulary; a key is missing. Where tokens are not
+        known, under ``jit``, a row with one that is not in the vocabulary generates -1 and ends.
       TypeError: prompts that are not integers; another model.
 
-    >>> from attention_jax.models import DecoderConfig, Layers
+    >>> import numpy as np
+    >>> from attention_jax.models import DecoderConfig, Layers, sampling
     >>> config = DecoderConfig(10, Layers(features=8, num_layers=1, num_heads=2))
     >>> model = Decoder(config, rngs=nnx.Rngs(0))
     >>> generate(model, np.array([[3, 1], [4, 4]]), max_new_tokens=3).tokens.shape
     (2, 3)
+    >>> how = sampling.repetition_penalty(1.2), sampling.temperature(0.7), sampling.min_p(0.05)
+    >>> generate(model, np.array([[3, 1]]), max_new_tokens=3, sampling=how,
+    ...          key=jax.random.key(0)).tokens.shape
+    (1, 3)
     """
-    int_at_least("max_new_tokens", max_new_tokens, 1)
-    prompt, count, memory, caches = prepare(
-        model,
-        prompt,
-        max_new_tokens=max_new_tokens,
-        real=real,
-        source=source,
-        source_real=source_real,
-        capacity=capacity,
-        caches=caches,
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sampling": sampling, "key": key}
+    options |= {"stop": stop, "pad_token": pad_token, "real": real}
+    options |= {"source": source, "source_real": source_real}
+    fixed, start, caches = _ready(model, prompt, **options, capacity=capacity, caches=caches)
+    return _run(*fixed, *start, caches)
+
+
+def stream(
+    model: Decoder | EncoderDecoder,
+    prompt: Any,
+    *,
+    max_new_tokens: int,
+    real: Any = None,
+    sampling: Sampling | Choice | Processor | Sequence[Processor] | None = None,
+    key: Any = None,
+    stop: Any = (),
+    pad_token: int = 0,
+    source: Any = None,
+    source_real: Any = None,
+    capacity: int | None = None,
+    caches: Any = None,
+) -> Generator[jax.Array, None, Generated]:
+    """The tokens that follow each prompt, one step at a time as they come.
+
+    The steps are those of ``generate``, in a loop on the host. It ends when all rows have.
+
+    Args:
+      model, prompt, max_new_tokens, real, sampling, key, stop, pad_token, source, source_real,
+        capacity, caches: as for ``generate``.
+
+    Returns:
+      An iterator over int32 ``[B]``, the columns of ``generate(...).tokens`` as long as there is a
+      row that has not ended. As a generator it returns ``Generated``, for ``yield from``.
+
+    Raises:
+      ValueError, TypeError: as ``generate``, and before the first step; under ``jit``.
+
+    >>> import numpy as np
+    >>> from attention_jax.models import DecoderConfig, Layers
+    >>> config = DecoderConfig(10, Layers(features=8, num_layers=1, num_heads=2))
+    >>> model = Decoder(config, rngs=nnx.Rngs(0))
+    >>> prompt = np.array([[3, 1], [4, 4]])
+    >>> steps = [step.tolist() for step in stream(model, prompt, max_new_tokens=3)]
+    >>> steps == generate(model, prompt, max_new_tokens=3).tokens.T.tolist()
+    True
+    """
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((prompt, real, caches))):
+        raise TypeError("prompt must be known: stream loops on the host; under jit use generate")
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sampling": sampling, "key": key}
+    options |= {"stop": stop, "pad_token": pad_token, "real": real}
+    options |= {"source": source, "source_real": source_real}
+    return _steps(*_ready(model, prompt, **options, capacity=capacity, caches=caches))
+
+
+def _ready(
+    model: Any,
+    prompt: Any,
+    *,
+    sampling: Any,
+    key: Any,
+    stop: Any,
+    pad_token: int,
+    max_new_tokens: int,
+    **options: Any,
+) -> tuple[Any, Any, Any]:
+    """The checked arguments of both: graph, settings and state; what the loop reads; caches."""
+    max_new_tokens = int_at_least("max_new_tokens", max_new_tokens, 1)
+    choice = as_choice(sampling)
+    prompt, count, memory, caches = prompts.prepare(
+        model, prompt, max_new_tokens=max_new_tokens, **options
     )
-    keys = None
-    if sampling is not None:
-        if key is None:
-            raise ValueError("key must be given with sampling: a key of jax.random")
-        rows = jnp.arange(prompt.shape[0])
-        one = 0 if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else 1  # axes of one key
-        own = jax.vmap(lambda i: jax.random.fold_in(key, i))
-        keys = own(rows) if key.ndim == one else key
-    settings = _Settings(max_new_tokens, sampling, as_stop(stop), pad_token)
+    keys = _row_keys(key, prompt.shape[0]) if choice.draws else None
+    stops = prompts.as_stop(stop, model.vocabulary)
+    settings = _Settings(max_new_tokens, choice, stops, prompts.as_pad(pad_token))
     graph, state = nnx.split(model)
-    return _run(graph, settings, state, prompt, count, memory, keys, caches)
+    return (graph, settings, state), (prompt, count, memory, keys), caches
+
+
+def _row_keys(key: Any, rows: int) -> jax.Array:
+    """A key for each row."""
+    if key is None:
+        raise ValueError("key must be given with sampling: a key of jax.random")
+    typed = is_array(key) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    if not typed and not (is_array(key) and key.dtype == jnp.uint32):
+        raise TypeError(
+            f"key must be a key of jax.random, or one for each row, got {type(key).__name__}"
+        )
+    one = 0 if typed else 1  # axes of one key
+    if key.ndim == one:
+        return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(rows))
+    if key.ndim != one + 1 or key.shape[0] != rows:
+        raise ValueError(
+            f"key must be one key or one for each of {rows} rows, got shape {key.shape}"
+        )
+    return key
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnames=("caches",))
@@ -172,158 +223,113 @@ def _run(
     keys: Any,
     caches: Any,
 ) -> Generated:
-    """The loop: choose a token from the logits, then the logits of what follows it."""
+    """All steps."""
+    model = _evaluated(graph, state)
+    loop = _begin(model, settings, prompt, count, memory, keys, caches)
+
+    def going(loop: _Loop) -> jax.Array:
+        return (loop.step < settings.max_new_tokens) & ~loop.done.all()
+
+    go = functools.partial(_go, model, settings, memory, keys)
+    return jax.lax.while_loop(going, go, loop).result
+
+
+def _steps(
+    fixed: Any, start: tuple[Any, ...], caches: Any
+) -> Generator[jax.Array, None, Generated]:
+    """The same on the host."""
+    graph, settings, state = fixed
+    *_, memory, keys = start
+    loop, caches = _first_step(graph, settings, state, *start, caches)
+    yield loop.token
+    for _ in range(settings.max_new_tokens - 1):
+        if bool(loop.done.all()):
+            break
+        loop, caches = _next_step(graph, settings, state, memory, keys, loop, caches)
+        yield loop.token
+    return loop.result._replace(caches=caches)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnames=("caches",))
+def _first_step(
+    graph: Any,
+    settings: _Settings,
+    state: Any,
+    prompt: jax.Array,
+    count: jax.Array,
+    memory: Memory | None,
+    keys: Any,
+    caches: Any,
+) -> tuple[_Loop, Any]:
+    model = _evaluated(graph, state)
+    return _apart(_begin(model, settings, prompt, count, memory, keys, caches))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnames=("caches",))
+def _next_step(
+    graph: Any, settings: _Settings, state: Any, memory: Any, keys: Any, loop: _Loop, caches: Any
+) -> tuple[_Loop, Any]:
+    loop = loop._replace(result=loop.result._replace(caches=caches))
+    return _apart(_go(_evaluated(graph, state), settings, memory, keys, loop))
+
+
+def _apart(loop: _Loop) -> tuple[_Loop, Any]:
+    """The caches apart, since these alone are donated: what was given out must live on."""
+    return loop._replace(result=loop.result._replace(caches=None)), loop.result.caches
+
+
+def _evaluated(graph: Any, state: Any) -> Any:
     model = nnx.merge(graph, state)
     model.eval()
-    B, new = prompt.shape[0], settings.max_new_tokens
+    return model
 
-    def choose(logits: jax.Array, step: Any) -> jax.Array:
-        if settings.sampling is None:
-            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        at = jax.vmap(lambda k: jax.random.fold_in(k, step))(keys)
-        return jax.vmap(settings.sampling.draw)(logits, at).astype(jnp.int32)
 
-    def add(step: Any, logits: jax.Array, done: jax.Array, result: Generated) -> Any:
-        token = choose(logits, step)
-        log_p = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=-1)[:, 0]
-        token = jnp.where(done, settings.pad_token, token)
-        result = result._replace(
-            tokens=result.tokens.at[:, step].set(token),
-            count=result.count + jnp.where(done, 0, 1),
-            log_probability=result.log_probability + jnp.where(done, 0, log_p),
-        )
-        return token, done | is_any(token, settings.stop), result
-
-    def going(loop: Any) -> jax.Array:
-        step, _, done, _ = loop
-        return (step < new) & ~done.all()
-
-    def go(loop: Any) -> Any:
-        step, token, done, result = loop
-        logits, caches = next_logits(model, token[:, None], ~done, memory, result.caches)
-        token, done, result = add(step, logits, done, result._replace(caches=caches))
-        return step + 1, token, done, result
-
-    logits, caches = next_logits(model, prompt, count, memory, caches)
-    empty = Generated(
+def _begin(
+    model: Any,
+    settings: _Settings,
+    prompt: jax.Array,
+    count: jax.Array,
+    memory: Memory | None,
+    keys: Any,
+    caches: Any,
+) -> _Loop:
+    """The prompt, and the first token."""
+    (B, T), new = prompt.shape, settings.max_new_tokens
+    logits, caches = prompts.next_logits(model, prompt, count, memory, caches)
+    result = Generated(
         jnp.full((B, new), settings.pad_token, jnp.int32),
         jnp.zeros(B, jnp.int32),
         jnp.zeros(B, logits.dtype),
         caches,
     )
-    token, done, result = add(0, logits, jnp.zeros(B, bool), empty)
-    *_, result = jax.lax.while_loop(going, go, (jnp.int32(1), token, done, result))
-    return result
+    given = jnp.where(jnp.arange(T, dtype=jnp.int32) < count[:, None], prompt, -1)
+    so_far = jnp.concatenate([given, jnp.full((B, new), -1, jnp.int32)], axis=1)
+    start = _Loop(jnp.int32(0), jnp.zeros(B, jnp.int32), so_far, jnp.zeros(B, bool), result)
+    return _add(settings, keys, start, logits)
 
 
-def next_logits(
-    model: Any, tokens: jax.Array, count: Any, memory: Memory | None, caches: Any
-) -> tuple[jax.Array, Any]:
-    """Logits ``[B V]`` after the first ``count`` of the tokens ``[B T]``, and the new caches."""
-    count = jnp.asarray(count, jnp.int32)
-    before = () if memory is None else (memory,)
-    x, caches = model.hidden(tokens, *before, caches=caches, count=count)
-    return model.logits(last(x, jnp.maximum(count, 1))), caches
+def _go(model: Any, settings: _Settings, memory: Any, keys: Any, loop: _Loop) -> _Loop:
+    """The logits of what follows the last token, and the next."""
+    caches = loop.result.caches
+    logits, caches = prompts.next_logits(model, loop.token[:, None], ~loop.done, memory, caches)
+    return _add(settings, keys, loop._replace(result=loop.result._replace(caches=caches)), logits)
 
 
-def is_any(token: jax.Array, stop: tuple[int, ...]) -> jax.Array:
-    """Whether a token is one of a few."""
-    return jnp.isin(token, jnp.asarray(stop, jnp.int32)) if stop else jnp.zeros_like(token, bool)
-
-
-def as_stop(stop: int | Sequence[int]) -> tuple[int, ...]:
-    """The argument as a tuple."""
-    return (stop,) if isinstance(stop, int) else tuple(int(x) for x in stop)
-
-
-def prepare(
-    model: Any,
-    prompt: Any,
-    *,
-    max_new_tokens: int,
-    real: Any,
-    source: Any,
-    source_real: Any,
-    capacity: int | None,
-    caches: Any,
-) -> tuple[jax.Array, jax.Array, Memory | None, Any]:
-    """Prompts moved to the left, their lengths, the encoded source, and caches with room."""
-    prompt, count = _left(prompt, real)
-    memory = _memory(model, source, source_real)
-    caches = _room(model, prompt, count, max_new_tokens, capacity, caches)
-    return prompt, count, memory, caches
-
-
-def _left(prompt: Any, real: Any) -> tuple[jax.Array, jax.Array]:
-    """Prompts with padding after their tokens, and how many tokens each has."""
-    prompt = check_positions(prompt, "prompt")
-    if prompt.ndim != 2 or not prompt.shape[1]:
-        raise ValueError(f"prompt must have shape [B T], T at least 1, got {prompt.shape}")
-    if real is None:
-        count = jnp.full(prompt.shape[0], prompt.shape[1], jnp.int32)
-        return jnp.asarray(prompt, jnp.int32), count
-    if real.shape != prompt.shape or real.dtype != bool:
-        raise ValueError(
-            f"real must be bool of the prompt's shape {prompt.shape}, got {real.dtype}{real.shape}"
-        )
-    if not isinstance(real, jax.core.Tracer) and not np.asarray(real).any(axis=-1).all():
-        raise ValueError("real must have a token in every row: a prompt of padding has none")
-    order = jnp.argsort(~jnp.asarray(real), axis=-1, stable=True)
-    moved = jnp.take_along_axis(jnp.asarray(prompt, jnp.int32), order, axis=-1)
-    return moved, jnp.sum(real, axis=-1, dtype=jnp.int32)
-
-
-def _memory(model: Any, source: Any, source_real: Any) -> Memory | None:
-    if isinstance(model, EncoderDecoder):
-        if source is None:
-            raise ValueError("source must be given for an EncoderDecoder")
-        return _encode(*nnx.split(model), check_positions(source, "source"), source_real)
-    if not isinstance(model, Decoder):
-        raise TypeError(f"model must be a Decoder or an EncoderDecoder, got {type(model).__name__}")
-    if source is not None or source_real is not None:
-        raise ValueError("source must be None for a Decoder, which has no encoder")
-    return None
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _encode(graph: Any, state: Any, source: Any, real: Any) -> Memory:
-    model = nnx.merge(graph, state)
-    model.eval()
-    return model.encode(source, real=real)
-
-
-def _room(
-    model: Any,
-    prompt: jax.Array,
-    count: jax.Array,
-    max_new_tokens: int,
-    capacity: int | None,
-    caches: Any,
-) -> Any:
-    """Caches, with room for the prompts and what follows them where that can be known."""
-    if caches is None:
-        known = not isinstance(count, jax.core.Tracer)
-        longest = int(count.max(initial=1)) if known else prompt.shape[-1]
-        longest += max_new_tokens - 1
-        capacity = longest if capacity is None else capacity
-        if longest > capacity:
-            raise ValueError(
-                f"capacity must be at least {longest}, the longest prompt and {max_new_tokens} "
-                f"tokens more but one, got {capacity}"
-            )
-        return model.init_caches(prompt.shape[:1], capacity)
-    if capacity is not None:
-        raise ValueError("capacity must be None with caches, which have theirs")
-    for cache in caches:
-        if cache.length.shape != prompt.shape[:1]:
-            raise ValueError(
-                f"caches must be of {prompt.shape[0]} rows, as the prompt, got {cache.length.shape}"
-            )
-        after = cache.length + count + max_new_tokens - 1
-        known = not isinstance(after, jax.core.Tracer)
-        if known and not cache.rolling and (most := int(after.max(initial=0))) > cache.capacity:
-            raise ValueError(
-                f"caches have capacity {cache.capacity}, but a row could come to hold {most} "
-                f"tokens: make larger ones"
-            )
-    return caches
+def _add(settings: _Settings, keys: Any, loop: _Loop, logits: jax.Array) -> _Loop:
+    """One token more in every row that has not ended."""
+    step, done, result = loop.step, loop.done, loop.result
+    at = None if keys is None else jax.vmap(lambda k: jax.random.fold_in(k, step))(keys)
+    token = jax.vmap(settings.choice)(loop.so_far, logits, at)
+    none = token < 0
+    log_p = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=-1)[:, 0]
+    log_p = jnp.where(none, jnp.nan, log_p)
+    place = loop.so_far.shape[1] - settings.max_new_tokens + step
+    so_far = loop.so_far.at[:, place].set(jnp.where(done, -1, token))
+    token = jnp.where(done, settings.pad_token, token)
+    result = result._replace(
+        tokens=result.tokens.at[:, step].set(token),
+        count=result.count + jnp.where(done | none, 0, 1),
+        log_probability=result.log_probability + jnp.where(done, 0, log_p),
+    )
+    done = done | none | prompts.is_any(token, settings.stop)
+    return _Loop(step + 1, token, so_far, done, result)

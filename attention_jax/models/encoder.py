@@ -16,6 +16,8 @@ from attention_jax.models.layers import Layers, Stack
 from attention_jax.nn import Embeddings, pooling
 from attention_jax.nn.feed_forward import ACTIVATIONS
 from attention_jax.nn.linear import Linear
+from attention_jax.nn.padding import as_real, places
+from attention_jax.positions.arguments import check_positions
 
 HEADS = (None, "tokens", "classes")
 POOLS = ("first", "mean")
@@ -41,7 +43,7 @@ class EncoderConfig:
     pooler: bool = False
     """Whether what is pooled goes through a projection and tanh."""
     pool: str = "first"
-    """``"first"`` is the class token, ``"mean"`` that of the real tokens."""
+    """``"first"`` is the class token, the first real one; ``"mean"`` that of the real tokens."""
     head: str | None = None
     """``"tokens"``: logits of each token; ``"classes"``: of the whole; None: the vectors."""
     classes: int | None = None
@@ -116,10 +118,13 @@ class Encoder(nnx.Module):
 
         Args:
           tokens: integers ``[*B T]``.
-          real: bool ``[*B T]``, False for padding.
+          real: bool ``[*B T]``, False for padding, on either side of the tokens, where tokens,
+            types and positions may be any integers.
           types: of the tokens, integers ``[*B T]``.
-          mask: beside that of padding and windows.
-          positions: of the tokens, integers that broadcast to ``[*B T]``; default from 0.
+          mask: beside that of padding and windows; as that of the layers it counts indices,
+            padding included.
+          positions: of the tokens, integers that broadcast to ``[*B T]``; default from 0 at the
+            first real token.
         """
         x = self.hidden(tokens, real=real, types=types, mask=mask, positions=positions)
         if self.config.head == "tokens":
@@ -138,13 +143,17 @@ class Encoder(nnx.Module):
         positions: Any = None,
     ) -> jax.Array:
         """The vectors of the tokens, ``[*B T E]``; arguments as for a call."""
-        x = self.embed(tokens, positions=positions, types=types)
+        tokens = check_positions(tokens, "tokens")
+        real = as_real(real, tokens.shape)
+        positions = places(positions, real)
+        x = self.embed(tokens, positions=positions, types=types, real=real)
         return self.stack(x, real=real, mask=mask, positions=positions)
 
     def pooled(self, x: Float[AnyArray, "*B T E"], real: Any = None) -> jax.Array:
         """One vector for all tokens, ``[*B E]``."""
         x = jnp.asarray(x)
-        x = x[..., 0, :] if self.config.pool == "first" else pooling.mean(x, real)
+        real = as_real(real, x.shape[:-1])
+        x = pooling.first(x, real) if self.config.pool == "first" else pooling.mean(x, real)
         return x if self.pooler is None else jnp.tanh(self.pooler(x))
 
     def class_logits(self, x: Float[AnyArray, "*B E"]) -> jax.Array:

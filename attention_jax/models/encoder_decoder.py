@@ -12,10 +12,12 @@ from jaxtyping import Float
 
 from attention_jax.axes import AnyArray, accumulation_dtype
 from attention_jax.cache import KVCache
-from attention_jax.models.decoder import check_capacity
+from attention_jax.models.decoder import check_capacity, first
 from attention_jax.models.layers import Layers, Stack, padding, positions_after
 from attention_jax.nn import Embeddings, FeedForward, Residual
 from attention_jax.nn.linear import Linear
+from attention_jax.nn.padding import as_real, places
+from attention_jax.positions.arguments import check_positions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,14 +110,23 @@ class EncoderDecoder(nnx.Module):
         Args:
           source: integers ``[*B S]``.
           target: integers ``[*B T]``.
-          source_real, target_real: bool, of the same shapes, False for padding.
+          source_real, target_real: bool, of the same shapes, False for padding, on either side of
+            the tokens, where these may be any integers.
+
+        Raises:
+          ValueError: a token that is known not to be in the vocabulary. Where tokens are not known,
+            under ``jit``, the logits of what sees one that is not are NaN.
         """
         memory = self.encode(source, real=source_real)
         return self.decode(target, memory, real=target_real)
 
     def encode(self, source: Any, *, real: Any = None) -> Memory:
         """The source ``[*B S]`` as the decoder's layers see it."""
-        x = self.encoder(_summand(self.embed(source)), real=real)
+        source = check_positions(source, "source")
+        real = as_real(real, source.shape, of="the source's")
+        positions = places(None, real)
+        x = _summand(self.embed(source, positions=positions, real=real))
+        x = self.encoder(x, real=real, positions=positions)
         return Memory(self.decoder.contexts(self.dropout(self._narrow(x))), real)
 
     def decode(
@@ -132,7 +143,7 @@ class EncoderDecoder(nnx.Module):
         Args:
           target: integers ``[*B T]``.
           memory: what ``encode`` gave.
-          real: bool ``[*B T]``, False for padding; without caches.
+          real: bool ``[*B T]``, False for padding, on either side of the tokens; without caches.
           caches: of the tokens before; see ``init_caches``.
           count: how many of the tokens are real, with caches.
 
@@ -154,12 +165,14 @@ class EncoderDecoder(nnx.Module):
         count: Any = None,
     ) -> Any:
         """What the head sees, ``[*B T E]``; arguments and result as for ``decode``."""
+        target = check_positions(target, "target")
         T = target.shape[-1]
-        positions = jnp.arange(T, dtype=jnp.int32)
-        if caches is not None:
-            positions = positions_after(caches, T, count)
+        real = as_real(real, target.shape, of="the target's")
+        held = real if caches is None else first(count, target.shape)
+        positions = None if caches is None else positions_after(caches, T, count)
+        positions = places(positions, held)
         result = self.decoder(
-            _summand(self.embed(target, positions=positions)),
+            _summand(self.embed(target, positions=positions, real=held)),
             memory.contexts,
             real=real,
             context_mask=padding(memory.real, T),
@@ -174,6 +187,11 @@ class EncoderDecoder(nnx.Module):
     def _narrow(self, x: jax.Array) -> jax.Array:
         """What a stack gives, in float16 again."""
         return x.astype(jnp.float16) if self.embed.dtype == jnp.float16 else x
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens there are: both sides take those from 0 to one less."""
+        return self.config.vocabulary
 
     def logits(self, x: Float[AnyArray, "*B T E"]) -> jax.Array:
         """The head: ``[*B T E]`` to ``[*B T V]``, in float32 or wider."""

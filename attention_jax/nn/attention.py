@@ -369,7 +369,7 @@ class MultiHeadAttention(nnx.Module):
 
     def _finish(self, heads: jax.Array, x: Any) -> jax.Array:
         """Heads ``[*B T N D]``, gated and projected to ``[*B T E]``."""
-        flat = heads.reshape(*heads.shape[:-2], -1)
+        flat = heads.reshape(*heads.shape[:-2], math.prod(heads.shape[-2:]))
         if self.gate is not None:
             flat = flat * jax.nn.sigmoid(self.gate(x))
         return self.out(flat)

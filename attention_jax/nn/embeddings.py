@@ -14,6 +14,7 @@ from attention_jax.axes import AnyArray
 from attention_jax.dropout import check_rate
 from attention_jax.masks.arguments import int_at_least
 from attention_jax.nn.arguments import check_broadcasts, check_tokens
+from attention_jax.nn.padding import as_real, filled, places
 from attention_jax.positions import learned, sinusoidal
 from attention_jax.positions.arguments import check_positions, rows
 
@@ -89,20 +90,28 @@ class Embeddings(nnx.Module):
         self.scale, self.dtype = scale, dtype
         self.moved: Callable[[jax.Array], jax.Array] | None = None  # see ``moved_embeddings``
 
-    def __call__(self, tokens: Any, *, positions: Any = None, types: Any = None) -> jax.Array:
+    def __call__(
+        self, tokens: Any, *, positions: Any = None, types: Any = None, real: Any = None
+    ) -> jax.Array:
         """Vectors ``[*B T E]``.
 
         Args:
           tokens: integers ``[*B T]``.
-          positions: integers that broadcast to ``[*B T]``; default from 0.
+          positions: integers that broadcast to ``[*B T]``; default from 0, or from the first real
+            token.
           types: integers that broadcast to ``[*B T]``; default 0.
+          real: bool ``[*B T]``, False for padding, whose tokens, positions and types may be any
+            integers; default: all are real.
 
         Raises:
           ValueError: a token, position or type that is known to be out of range; where it is not
             known, its vector is NaN.
           TypeError: not integers.
         """
-        x = self.vectors(tokens)
+        tokens = check_positions(tokens, "tokens")
+        real = as_real(real, tokens.shape)
+        x = self.vectors(filled(tokens, real))
+        positions = places(positions, real)
         if positions is None:
             positions = jnp.arange(x.shape[-2], dtype=jnp.int32)
         check_broadcasts("positions", check_positions(positions), x.shape[:-1])
@@ -113,7 +122,7 @@ class Embeddings(nnx.Module):
         if self.types is not None:
             types = jnp.zeros((), jnp.int32) if types is None else types
             check_broadcasts("types", check_positions(types, "types"), x.shape[:-1])
-            x = x + self._cast(rows(self.types[...], types, "types"))
+            x = x + self._cast(rows(self.types[...], filled(types, real), "types"))
         elif types is not None:
             raise ValueError("types must be None: the embeddings were made without (types=0)")
         x = x if self.norm is None else self.norm(x)

@@ -42,6 +42,26 @@ def mean(
     return (total / number[..., None]).astype(x.dtype)
 
 
+def first(
+    x: Float[AnyArray, "*B T E"], real: Bool[AnyArray, "*B T"] | None = None
+) -> Float[Array, "*B E"]:
+    """The first real token.
+
+    Args:
+      x: tokens ``[*B T E]``.
+      real: bool ``[*B T]``, False for padding; default: all are real.
+
+    >>> import numpy as np
+    >>> first(np.array([[np.nan], [1.0]], np.float32), np.array([False, True])).tolist()
+    [1.0]
+    """
+    x = jnp.asarray(x)
+    if real is None:
+        return x[..., 0, :]
+    at = jnp.argmax(jnp.asarray(real), axis=-1)
+    return jnp.take_along_axis(x, at[..., None, None], axis=-2)[..., 0, :]
+
+
 class ClassToken(nnx.Module):
     """A learned token before the others, to be read in place of a mean.
 

@@ -1,0 +1,200 @@
+"""What decoding starts from: checked prompts, the encoded source, caches with room.
+
+Token ids are checked here, before anything is traced. Under ``jit`` they are not known: there an id
+that is not in the vocabulary makes logits NaN, and no token comes from those.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Collection
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from attention_jax.axes import is_array
+from attention_jax.masks.arguments import int_at_least
+from attention_jax.models.decoder import Decoder
+from attention_jax.models.encoder_decoder import EncoderDecoder, Memory
+from attention_jax.models.layers import last
+from attention_jax.nn.padding import as_real, filled
+from attention_jax.positions.arguments import check_positions
+
+
+def next_logits(
+    model: Any, tokens: jax.Array, count: Any, memory: Memory | None, caches: Any
+) -> tuple[jax.Array, Any]:
+    """Logits ``[B V]`` after the first ``count`` of the tokens ``[B T]``, and the new caches."""
+    count = jnp.asarray(count, jnp.int32)
+    before = () if memory is None else (memory,)
+    x, caches = model.hidden(tokens, *before, caches=caches, count=count)
+    return model.logits(last(x, jnp.maximum(count, 1))), caches
+
+
+def is_any(token: jax.Array, stop: tuple[int, ...]) -> jax.Array:
+    """Whether a token is one of a few."""
+    return jnp.isin(token, jnp.asarray(stop, jnp.int32)) if stop else jnp.zeros_like(token, bool)
+
+
+def as_stop(stop: Any, vocabulary: int) -> tuple[int, ...]:
+    """The argument ``stop`` as a tuple: one token, some, or None for none."""
+    if stop is None:
+        return ()
+    several = stop.ndim > 0 if is_array(stop) else isinstance(stop, Collection)
+    several = several and not isinstance(stop, str | bytes)
+    tokens = tuple(_known_int("stop", x) for x in (stop if several else (stop,)))
+    for x in tokens:
+        if not 0 <= x < vocabulary:
+            raise ValueError(
+                f"stop must be tokens from 0 to {vocabulary - 1}, the vocabulary, got {x}: "
+                f"None is no stop token"
+            )
+    return tokens
+
+
+def as_pad(pad_token: Any) -> int:
+    """The argument ``pad_token`` as an int, which need not be in the vocabulary."""
+    x = _known_int("pad_token", pad_token)
+    if not -(2**31) <= x < 2**31:
+        raise ValueError(f"pad_token must fit into int32, got {x}")
+    return x
+
+
+def _known_int(name: str, x: Any) -> int:
+    if isinstance(x, jax.core.Tracer):
+        raise TypeError(f"{name} must be known when the loop is compiled, got a traced value")
+    if is_array(x) and x.ndim == 0:
+        x = x.item()
+    if isinstance(x, bool) or not isinstance(x, int):
+        raise TypeError(f"{name} must be an int, got {type(x).__name__} {x!r}")
+    return x
+
+
+def prepare(
+    model: Any,
+    prompt: Any,
+    *,
+    max_new_tokens: int,
+    real: Any,
+    source: Any,
+    source_real: Any,
+    capacity: int | None,
+    caches: Any,
+) -> tuple[jax.Array, jax.Array, Memory | None, Any]:
+    """Prompts moved to the left, their lengths, the encoded source, and caches with room."""
+    if not isinstance(model, Decoder | EncoderDecoder):
+        raise TypeError(f"model must be a Decoder or an EncoderDecoder, got {type(model).__name__}")
+    prompt, count = _left(prompt, real, model.vocabulary)
+    memory = _memory(model, prompt.shape[0], source, source_real)
+    caches = _room(model, prompt, count, max_new_tokens, capacity, caches)
+    return prompt, count, memory, caches
+
+
+def _tokens(tokens: Any, real: Any, name: str, vocabulary: int) -> tuple[Any, Any]:
+    """Tokens ``[B T]``, known to be in the vocabulary where that can be known, and ``real``."""
+    try:
+        tokens = check_positions(tokens, name)
+    except ValueError as error:  # NumPy's, of rows of different lengths
+        raise ValueError(
+            f"{name} must have rows of one length: pad them, and say which tokens are real"
+        ) from error
+    if tokens.ndim != 2:
+        raise ValueError(f"{name} must have shape [B T], T at least 1, got {tokens.shape}")
+    of = f"the {name}'s"
+    argument = "real" if name == "prompt" else f"{name}_real"
+    if real is not None and np.shape(real) != tokens.shape:
+        raise ValueError(
+            f"{argument} must be bool of {of} shape {tokens.shape}, got shape {np.shape(real)}"
+        )
+    real = as_real(real, tokens.shape, name=argument, of=of)
+    tokens = filled(tokens, real)
+    if not isinstance(tokens, jax.core.Tracer) and tokens.size:
+        least, most = int(tokens.min()), int(tokens.max())
+        if least < 0 or most >= vocabulary:
+            raise ValueError(
+                f"{name} must hold tokens from 0 to {vocabulary - 1}, the vocabulary, got "
+                f"{least} to {most}"
+            )
+    return jnp.asarray(tokens, jnp.int32), real
+
+
+def _left(prompt: Any, real: Any, vocabulary: int) -> tuple[jax.Array, jax.Array]:
+    """Prompts with padding after their tokens, and how many tokens each has."""
+    prompt, real = _tokens(prompt, real, "prompt", vocabulary)
+    if not prompt.shape[1]:
+        raise ValueError(f"prompt must have shape [B T], T at least 1, got {prompt.shape}")
+    if real is None:
+        return prompt, jnp.full(prompt.shape[0], prompt.shape[1], jnp.int32)
+    if not isinstance(real, jax.core.Tracer) and not np.asarray(real).any(axis=-1).all():
+        raise ValueError("real must have a token in every row: a prompt of padding has none")
+    order = jnp.argsort(~jnp.asarray(real), axis=-1, stable=True)
+    moved = jnp.take_along_axis(prompt, order, axis=-1)
+    return moved, jnp.sum(real, axis=-1, dtype=jnp.int32)
+
+
+def _memory(model: Any, rows: int, source: Any, source_real: Any) -> Memory | None:
+    if isinstance(model, EncoderDecoder):
+        if source is None:
+            raise ValueError("source must be given for an EncoderDecoder")
+        source, real = _tokens(source, source_real, "source", model.vocabulary)
+        if source.shape[0] != rows:
+            raise ValueError(f"source must have {rows} rows, as the prompt, got {source.shape}")
+        return _encode(*nnx.split(model), source, real)
+    if source is not None or source_real is not None:
+        raise ValueError("source must be None for a Decoder, which has no encoder")
+    return None
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _encode(graph: Any, state: Any, source: Any, real: Any) -> Memory:
+    model = nnx.merge(graph, state)
+    model.eval()
+    return model.encode(source, real=real)
+
+
+def _room(
+    model: Any,
+    prompt: jax.Array,
+    count: jax.Array,
+    max_new_tokens: int,
+    capacity: int | None,
+    caches: Any,
+) -> Any:
+    """Caches, with room for the prompts and what follows them where that can be known."""
+    if caches is None:
+        known = not isinstance(count, jax.core.Tracer)
+        longest = int(count.max(initial=1)) if known else prompt.shape[-1]
+        longest += max_new_tokens - 1
+        capacity = longest if capacity is None else int_at_least("capacity", capacity, 1)
+        if longest > capacity:
+            raise ValueError(
+                f"capacity must be at least {longest}, the longest prompt and {max_new_tokens} "
+                f"tokens more but one, got {capacity}"
+            )
+        return model.init_caches(prompt.shape[:1], capacity)
+    if capacity is not None:
+        raise ValueError("capacity must be None with caches, which have theirs")
+    learned = model.config.positions == "learned"
+    for cache in caches:
+        if cache.length.shape != prompt.shape[:1]:
+            raise ValueError(
+                f"caches must be of {prompt.shape[0]} rows, as the prompt, got {cache.length.shape}"
+            )
+        after = cache.length + count + max_new_tokens - 1
+        if isinstance(after, jax.core.Tracer):
+            continue
+        most = int(after.max(initial=0))
+        if not cache.rolling and most > cache.capacity:
+            raise ValueError(
+                f"caches have capacity {cache.capacity}, but a row could come to hold {most} "
+                f"tokens: make larger ones"
+            )
+        if learned and most > model.config.max_length:
+            raise ValueError(
+                f"caches must leave a row at most {model.config.max_length} tokens, the learned "
+                f"positions (max_length), but one could come to have {most}"
+            )
+    return caches

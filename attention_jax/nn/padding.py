@@ -1,0 +1,64 @@
+"""Padding between tokens: which of them are real, and at which positions those stand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attention_jax.axes import is_array
+
+
+def as_real(
+    real: Any, shape: tuple[int, ...], *, name: str = "real", of: str = "the tokens'"
+) -> Any:
+    """The argument as a bool array of the tokens' shape; None, for no padding, stays None.
+
+    Raises:
+      ValueError: another dtype, or a shape that does not broadcast to the tokens'.
+    """
+    if real is None:
+        return None
+    if not is_array(real):
+        real = np.asarray(real)
+    if real.dtype != bool or not _fits(real.shape, shape):
+        raise ValueError(
+            f"{name} must be bool of {of} shape {shape}, False for padding, got "
+            f"{real.dtype}{real.shape}"
+        )
+    if real.shape == shape:
+        return real
+    return (jnp if isinstance(real, jax.Array) else np).broadcast_to(real, shape)
+
+
+def _fits(mine: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    """Whether the one broadcasts to the other."""
+    n = len(shape) - len(mine)
+    return n >= 0 and all(a in (1, b) for a, b in zip(mine, shape[n:], strict=True))
+
+
+def filled(x: Any, real: Any) -> Any:
+    """``x`` with 0 in the place of padding, which may hold anything."""
+    if real is None:
+        return x
+    # NumPy's own integers stay as wide as they are: who looks at them next must see what came.
+    host = not isinstance(x, jax.Array) and not isinstance(real, jax.core.Tracer)
+    return np.where(real, x, 0) if host else jnp.where(real, x, 0)
+
+
+def positions_of(real: Any) -> jax.Array:
+    """``max(cumsum(real) - 1, 0)``: the first real token is at 0, whatever stands before it.
+
+    >>> positions_of(np.array([False, False, True, True, False])).tolist()
+    [0, 0, 0, 1, 1]
+    """
+    return jnp.maximum(jnp.cumsum(jnp.asarray(real), axis=-1, dtype=jnp.int32) - 1, 0)
+
+
+def places(positions: Any, real: Any) -> Any:
+    """Positions where padding may hold anything, -1 say; by default those of the real tokens."""
+    if positions is None:
+        return None if real is None else positions_of(real)
+    return filled(positions, real)
