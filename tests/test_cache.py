@@ -208,7 +208,7 @@ def test_a_rollback_of_nothing_and_of_everything():
 def test_a_rollback_to_what_is_written_over_is_refused():
     _, k, v = inputs()
     kept = empty(capacity=WINDOW, rolling=True).append(k, v)  # holds 5, 6, 7, 8
-    with pytest.raises(ValueError, match="length must be at least .*written over"):
+    with pytest.raises(ValueError, match=r"length must be at least .*written over"):
         kept.rollback(np.array([5, 4]))
     with pytest.raises(ValueError, match="from 0 to the tokens there are"):
         kept.rollback(T + 1)

@@ -127,7 +127,7 @@ def visible(mask, kept, lengths):
 
 
 def changed(score, kept, lengths, mask):
-    """The logits ``[B N T T]`` that scores make of 0, in calls of so many tokens; 0 where hidden."""
+    """The logits ``[B N T T]`` that scores make of 0, in such calls; 0 where hidden."""
     logits = np.zeros((B, N, T, T), np.float32)
     for part in calls(lengths):
         new = [x[:, part] for x in tokens(numbers=True)[1:]]
@@ -231,7 +231,7 @@ def test_a_rolling_cache_refuses_what_it_holds_no_more():
 def test_arrays_of_fewer_tokens_are_refused(name):
     longer = cache.init((B,), capacity=T + 4, num_kv_heads=K, head_dim=H)
     new = [np.ones((B, T + 1, K, H), np.float32)] * 2
-    with pytest.raises(ValueError, match="mask: .*has entries for 6 positions.*may have 7"):
+    with pytest.raises(ValueError, match=r"mask: .*has entries for 6 positions.*may have 7"):
         cache.extend(longer, *new, mask=MASKS[name])
     with pytest.raises(ValueError, match="may have 10"):  # lengths are traced: it could be so
         jax.eval_shape(lambda kept: cache.extend(kept, *new, mask=MASKS[name]), longer)
@@ -241,10 +241,10 @@ def test_scores_of_fewer_tokens_and_offsets_of_examples_are_refused():
     longer = cache.init((B,), capacity=T + 4, num_kv_heads=K, head_dim=H)
     with pytest.raises(ValueError, match="score: array of bias has entries for 6 positions"):
         cache.placed_scores(longer, scores.bias(BIAS), T + 1)
-    with pytest.raises(ValueError, match="leave out offset=cache.length"):
+    with pytest.raises(ValueError, match=r"leave out offset=cache\.length"):
         cache.placed_scores(longer, scores.alibi(offset=longer.length), 1)
     rolling = empty(rolling=True)
-    with pytest.raises(NotImplementedError, match="array of bias .* rolling cache"):
+    with pytest.raises(NotImplementedError, match=r"array of bias .* rolling cache"):
         jax.eval_shape(lambda kept: cache.placed_scores(kept, scores.bias(BIAS), 1), rolling)
 
 

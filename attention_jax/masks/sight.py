@@ -105,8 +105,8 @@ def check_ahead(mask: Mask, start: Any, end: Any) -> None:
         return
     if bool(((end > start) & (start < ahead) & ((start > 0) | (end < ahead))).any()):
         raise ValueError(
-            f"mask shows the tokens before position {ahead} to each other, in both directions: with "
-            f"a cache they must come in one call, the first, got tokens {start} to {end} of {mask!r}"
+            f"mask shows tokens before position {ahead} to each other, in both directions: with a "
+            f"cache they must come in one call, the first, got tokens {start} to {end} of {mask!r}"
         )
 
 

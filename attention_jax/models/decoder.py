@@ -82,6 +82,7 @@ class Decoder(nnx.Module):
         positions: Any = None,
         caches: tuple[KVCache, ...] | None = None,
         count: Any = None,
+        prefix: Any = None,
     ) -> Any:
         """The logits ``[*B T V]`` of what follows each token.
 
@@ -93,6 +94,8 @@ class Decoder(nnx.Module):
             where the caches end.
           caches: of the tokens before; see ``init_caches``.
           count: how many of the tokens are real, an int or int array ``[*B]``; with caches.
+          prefix: how many of the first tokens see each other in both directions (prefix-LM), an
+            int or int array ``[*B]``; see ``Layers.prefix_lm``.
 
         Returns:
           The logits, in float32 or wider; with caches also the new ones.
@@ -101,7 +104,13 @@ class Decoder(nnx.Module):
           ValueError: ``real`` with caches.
         """
         result = self.hidden(
-            tokens, real=real, mask=mask, positions=positions, caches=caches, count=count
+            tokens,
+            real=real,
+            mask=mask,
+            positions=positions,
+            caches=caches,
+            count=count,
+            prefix=prefix,
         )
         if caches is None:
             return self.logits(result)
@@ -116,12 +125,21 @@ class Decoder(nnx.Module):
         positions: Any = None,
         caches: tuple[KVCache, ...] | None = None,
         count: Any = None,
+        prefix: Any = None,
     ) -> Any:
         """What the head sees, ``[*B T E]``; arguments and result as for a call."""
         if caches is not None and positions is None:
             positions = positions_after(caches, tokens.shape[-1], count)
         x = self.embed(tokens, positions=positions)
-        return self.stack(x, real=real, mask=mask, positions=positions, caches=caches, count=count)
+        return self.stack(
+            x,
+            real=real,
+            mask=mask,
+            positions=positions,
+            caches=caches,
+            count=count,
+            prefix=prefix,
+        )
 
     def logits(self, x: Float[AnyArray, "*B T E"]) -> jax.Array:
         """The head: ``[*B T E]`` to ``[*B T V]``, in float32 or wider."""
@@ -132,7 +150,7 @@ class Decoder(nnx.Module):
         return y if cap is None else cap * jnp.tanh(y / cap)
 
     def init_caches(
-        self, batch: tuple[int, ...], capacity: int, *, dtype: Any = None
+        self, batch: tuple[int, ...], capacity: int, *, dtype: Any = None, spare: int = 0
     ) -> tuple[KVCache, ...]:
         """Empty caches, one for each layer; see ``Stack.init_caches``.
 
@@ -140,7 +158,7 @@ class Decoder(nnx.Module):
           ValueError: more tokens than there are learned positions.
         """
         check_capacity(capacity, self.config)
-        return self.stack.init_caches(batch, capacity, dtype=dtype)
+        return self.stack.init_caches(batch, capacity, dtype=dtype, spare=spare)
 
 
 def check_capacity(capacity: int, config: Any) -> None:
