@@ -443,8 +443,8 @@ class _Wrapped(Score):
 
     score_: Score
 
-    HIDES = property(lambda self: self.score_.HIDES)  # type: ignore[assignment]
-    KEEPS_HIDDEN = property(lambda self: self.score_.KEEPS_HIDDEN)  # type: ignore[assignment]
+    HIDES = property(lambda self: self.score_.HIDES)
+    KEEPS_HIDDEN = property(lambda self: self.score_.KEEPS_HIDDEN)
 
     def visible(self) -> Any:
         return self.score_.visible()

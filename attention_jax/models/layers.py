@@ -243,9 +243,9 @@ class Stack(nnx.Module):
         """
         caches = []
         for block, window in zip(self.blocks, self.windows, strict=True):
-            rolling = window is not None and window + spare < capacity
+            needed = capacity if window is None else window + spare
+            rolling, size = needed < capacity, min(needed, capacity)
             attention: Any = block.attention.sublayer
-            size = window + spare if rolling else capacity
             caches.append(attention.init_cache(batch, size, dtype=dtype, rolling=rolling))
         return tuple(caches)
 
