@@ -346,7 +346,7 @@ def placed_scores(
     >>> x = np.ones((5, 1, 1), np.float32)
     >>> (score,) = placed_scores(cache.append(x, x), scores.alibi(np.array([1.0])), 1)
     >>> score.score(np.zeros(4, np.float32), 0, 0, 0, np.arange(4)).tolist()  # 5 to 4, 5, 2, 3
-    [-1.0, -0.0, -3.0, -2.0]
+    [-1.0, 0.0, -3.0, -2.0]
     """
     given, placed = as_scores(score), []
     if not given:
