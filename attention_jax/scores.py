@@ -25,7 +25,7 @@ from typing import Any, ClassVar, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from attention_jax.axes import AnyArray, is_array
 from attention_jax.closures import hoist, of_tile
@@ -35,6 +35,7 @@ __all__ = [
     "Score",
     "alibi",
     "alibi_slopes",
+    "at_positions",
     "bias",
     "relative_bias",
     "relative_buckets",
@@ -51,6 +52,8 @@ class Score(Value):
     HIDES: ClassVar[bool] = False
     # True where a logit of -inf stays -inf.
     KEEPS_HIDDEN: ClassVar[bool] = True
+    # True where the rule reads ``q`` or ``k``.
+    OF_POSITIONS: ClassVar[bool] = True
 
     def score(self, s: Any, b: Any, n: Any, q: Any, k: Any) -> Any:
         """The logits ``s`` of queries ``q`` and keys ``k`` in head ``n`` of example ``b``, changed.
@@ -88,6 +91,7 @@ class Softcap(Score):
     """``cap * tanh(s / cap)``."""
 
     KEEPS_HIDDEN = False
+    OF_POSITIONS = False
     cap: Any  # a float, or the same as a scalar array
 
     def hoisted(self, dtype: Any, numbers: bool) -> Self:
@@ -198,6 +202,7 @@ class Bias(Score):
 
     AXES = {"array": "*B N T S"}
     BROADCAST = True
+    OF_POSITIONS = False
     array: Any
 
     def rule(self, s: Any, b: Any, n: Any, q: Any, k: Any) -> Any:
@@ -450,6 +455,97 @@ def score_fn(fn: Callable[..., Any], *arrays: AnyArray) -> Score:
         if not is_array(x):
             raise TypeError(f"arrays must be JAX or NumPy arrays, got {type(x).__name__}")
     return ScoreFn(fn, tuple(arrays))
+
+
+# --- Scores of positions rather than of places in the arrays.
+
+
+class _Wrapped(Score):
+    """A score whose rule is told other positions."""
+
+    score_: Score
+
+    HIDES = property(lambda self: self.score_.HIDES)
+    KEEPS_HIDDEN = property(lambda self: self.score_.KEEPS_HIDDEN)
+
+    def visible(self) -> Any:
+        return self.score_.visible()
+
+    def resolve(self, T: int, S: int, N: int) -> Self:
+        # Positions are those of one sequence: its last query and its last key are the same token.
+        return dataclasses.replace(self, score_=self.score_.resolve(1, 1, N))
+
+
+class Placed(_Wrapped):
+    """``score`` of the positions of query and key."""
+
+    AXES = {"query_positions": "*B T", "key_positions": "*B S"}
+    query_positions: Any
+    key_positions: Any
+
+    def rule(self, s: Any, b: Any, n: Any, q: Any, k: Any) -> Any:
+        return self.score_.rule(s, b, n, self.query_positions, self.key_positions)
+
+
+class Later(_Wrapped):
+    """``score`` of queries that begin at position ``start``, and keys that begin at 0."""
+
+    AXES = {"start": "*B"}
+    start: Any
+
+    def rule(self, s: Any, b: Any, n: Any, q: Any, k: Any) -> Any:
+        return self.score_.rule(s, b, n, q + self.start, k)
+
+    def tile(self, s: Any, b: Any, n: Any, q0: Any, k0: Any) -> Any:
+        return self.score_.tile(s, b, n, q0 + self.start, k0)
+
+
+def at_positions(
+    score: Score,
+    query_positions: Int[AnyArray, "*B T"],
+    key_positions: Int[AnyArray, "*B S"],
+) -> Score:
+    """``score`` of the positions of queries and keys, as ``masks.at_positions`` for masks.
+
+    Query ``i`` and key ``j`` get what ``score`` gives ``query_positions[i]`` and
+    ``key_positions[j]``, positions in one sequence: ``align="end"`` is ``align="start"``.
+
+    Args:
+      score: its rule sees positions in place of indices; arrays it holds stay in the order of the
+        queries and keys of the call.
+      query_positions, key_positions: int arrays ``[*B T]`` and ``[*B S]``, of one dtype. A key at
+        a negative position must be hidden by the mask.
+
+    >>> placed = at_positions(alibi(np.array([0.5])), np.array([4]), np.array([4, 5, 3]))
+    >>> placed.score(np.zeros((1, 3), np.float32), 0, 0, np.array([[0]]), np.arange(3)).tolist()
+    [[0.0, -0.5, -0.5]]
+    """
+    if not isinstance(score, Score):
+        raise TypeError(f"score must be a Score, got {type(score).__name__}")
+    for name, x in (("query_positions", query_positions), ("key_positions", key_positions)):
+        if not is_array(x) or not jnp.issubdtype(x.dtype, jnp.signedinteger) or not x.ndim:
+            raise TypeError(f"{name} must be a signed integer array with a last axis, got {x!r}")
+    if query_positions.dtype != key_positions.dtype:
+        raise TypeError(
+            f"query_positions and key_positions must have one dtype, got {query_positions.dtype} "
+            f"and {key_positions.dtype}"
+        )
+    return Placed(score, query_positions, key_positions) if score.OF_POSITIONS else score
+
+
+def later(score: Score, start: Int[AnyArray, "*B"]) -> Score:
+    """``score`` of queries at positions from ``start [*B]`` on and keys at positions from 0 on.
+
+    The same as ``at_positions`` with contiguous positions, by the faster ``tile`` of the score.
+    """
+    return Later(score, start) if score.OF_POSITIONS else score
+
+
+def unwrapped(score: Score) -> Score:
+    """The score whose rule it is, without the positions it is told."""
+    while isinstance(score, _Wrapped):
+        score = score.score_
+    return score
 
 
 def _float_array(name: str, x: Any, ranks: tuple[int, ...] | None) -> None:

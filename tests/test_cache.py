@@ -15,11 +15,8 @@ WINDOW = 4
 MASKS = {
     "none": None,
     "window": masks.window(WINDOW - 1, 0),
-    "chunked": masks.chunked(3),
-    "dilated": masks.dilated(2),
-    "prefix or window": masks.prefix(2) | masks.window(1, 0),
-    "not": ~masks.window(0, 0),
-    "function": masks.mask_fn(lambda b, n, q, k: (q + k) % 3 != 0),
+    "chunked": masks.chunked(3) & masks.causal(),
+    "function": masks.mask_fn(lambda b, n, q, k: (q + k) % 3 != 0) & masks.causal(),
 }
 CUTS = {"at once": [9], "chunks": [4, 1, 3, 1], "one by one": [1] * 9}
 
@@ -48,8 +45,7 @@ def close(a, b):
 
 
 def whole(arrays, mask, **options):
-    causal = masks.causal()
-    return attention(*arrays, mask=causal if mask is None else mask & causal, **options)
+    return attention(*arrays, mask=masks.causal() if mask is None else mask, **options)
 
 
 @pytest.mark.parametrize("cuts", CUTS)
@@ -119,12 +115,13 @@ def test_scan_and_vmap():
     close(jax.jit(jax.vmap(decode))(tuple(map(jnp.asarray, arrays))), whole(arrays, None))
 
 
-def test_a_score_with_an_offset():
-    arrays, score = inputs(), lambda start: scores.alibi(offset=start)
-    expected = whole(arrays, None, score=score(0))
-    _, kept = cache.attend(empty(), *(x[:, :5] for x in arrays), score=score(0))
-    out, _ = cache.attend(kept, *(x[:, 5:] for x in arrays), score=score(kept.length))
-    close(out, expected[:, 5:])
+def test_a_score_with_rows_of_different_lengths():
+    arrays, count = inputs(T=6), np.array([5, 2])
+    kept = empty(capacity=8).append(*(x[:, :5] for x in arrays[1:]), count=count)
+    last = [np.stack([x[0, 5:6], x[1, 2:3]]) for x in arrays]
+    out, _ = cache.attend(kept, *last, score=scores.alibi())
+    expected = whole(arrays, None, score=scores.alibi())
+    close(out[:, 0], jnp.stack([expected[0, 5], expected[1, 2]]))
 
 
 def test_a_donated_cache_is_updated_in_place():
@@ -169,3 +166,67 @@ def test_padding_takes_no_place_in_a_rolling_cache():
 def test_a_dtype_of_its_own():
     kept = cache.init((B,), capacity=4, num_kv_heads=K, head_dim=H, dtype=jnp.bfloat16)
     assert kept.key.dtype == kept.value.dtype == jnp.bfloat16
+
+
+# --- Back to an earlier length: as if the tokens since had never come.
+
+
+def leaves_close(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.mark.parametrize("rolling", [False, True])
+def test_after_a_rollback_other_tokens_come(rolling):
+    """With a window of 4 in a rolling cache of 6 slots, up to 3 tokens can be taken back."""
+    arrays, tried, mask = inputs(), inputs(T=3, batch=(B,)), MASKS["window"]
+    keep = np.array([6, 5])
+    kept = empty(capacity=6 if rolling else 12, rolling=rolling)
+    kept = kept.append(*(x[:, :7] for x in arrays[1:]), count=np.array([7, 5]))
+    tried[1] += 5  # other tokens than those that come
+    kept = kept.append(*(x[:, :1] for x in tried[1:])).rollback(keep)
+    assert kept.intact(WINDOW).all()
+    np.testing.assert_array_equal(kept.length, keep)
+    rest = [np.stack([x[0, 6:9], x[1, 5:8]]) for x in arrays]
+    parts = []
+    for part in cut(rest, [1, 2]):
+        out, kept = cache.attend(kept, *part, mask=mask)
+        parts.append(out)
+    expected = whole(arrays, mask)
+    close(jnp.concatenate(parts, 1), jnp.stack([expected[0, 6:9], expected[1, 5:8]]))
+
+
+def test_a_rollback_of_nothing_and_of_everything():
+    _, k, v = inputs()
+    for rolling in (False, True):
+        start = empty(capacity=T, rolling=rolling)
+        kept = start.append(k, v)
+        leaves_close(kept.rollback(T), kept)
+        leaves_close(kept.rollback(0).positions(), start.positions())
+        leaves_close(jax.jit(lambda kept: kept.rollback(kept.length - 2))(kept).length, [T - 2] * B)
+
+
+def test_a_rollback_to_what_is_written_over_is_refused():
+    _, k, v = inputs()
+    kept = empty(capacity=WINDOW, rolling=True).append(k, v)  # holds 5, 6, 7, 8
+    with pytest.raises(ValueError, match=r"length must be at least .*written over"):
+        kept.rollback(np.array([5, 4]))
+    with pytest.raises(ValueError, match="from 0 to the tokens there are"):
+        kept.rollback(T + 1)
+    with pytest.raises(TypeError, match="length must be integers"):
+        kept.rollback(3.0)
+    again = kept.rollback(np.array([T - 1, T - 2]))
+    np.testing.assert_array_equal(again.positions(), [[-1, 5, 6, 7], [-1, 5, 6, -1]])
+    np.testing.assert_array_equal(again.intact(WINDOW), [True, False])  # row 1 lacks token 4
+    new = [x[:, :1] for x in (k, v)]
+    with pytest.raises(ValueError, match="written over by those that the cache was rolled back by"):
+        cache.extend(again, *new, mask=MASKS["window"])
+    cache.extend(again, *new, mask=masks.window(WINDOW - 2, 0))
+
+
+def test_overflow_is_forgotten_by_a_rollback():
+    _, k, v = inputs(T=3)
+    full = jax.jit(lambda kept: kept.append(k, v).append(k, v))(empty(capacity=4))
+    assert full.overflowed.all()
+    back = full.rollback(3)
+    assert not back.overflowed.any()
+    leaves_close(back.append(k[:, :1], v[:, :1]).key[:, 3], k[:, 0])

@@ -1,5 +1,6 @@
 """Generation equals what the formula says, token by token, whatever else is in the batch."""
 
+import dataclasses
 import itertools
 
 import chex
@@ -66,6 +67,18 @@ def test_log_probability_is_that_of_the_tokens():
         whole = np.array([[*prompt, *row.tolist()]])
         each = jax.nn.log_softmax(model(whole[:, :-1]))[0, len(prompt) - 1 :]
         chex.assert_trees_all_close(log_p, sum(each[i, t] for i, t in enumerate(row)), atol=1e-4)
+
+
+def test_a_prefix_lm_generates_what_follows_the_whole_prompt():
+    layers = dataclasses.replace(DECODERS["learned"].layers, prefix_lm=True)
+    config = dataclasses.replace(DECODERS["learned"], layers=layers)
+    model = randomised(models.Decoder(config, rngs=nnx.Rngs(0)))
+    tokens, real = padded("left")
+    got = generate(model, tokens, real=real, max_new_tokens=NEW)
+    for prompt, row in zip(PROMPTS, got.tokens.tolist(), strict=True):
+        whole = np.array([[*prompt, *row]])
+        likeliest = model(whole, prefix=len(prompt))[0, len(prompt) - 1 : -1].argmax(-1)
+        assert likeliest.tolist() == row
 
 
 def test_a_stop_token_ends_a_row_and_no_other():

@@ -120,6 +120,60 @@ def test_a_window_needs_no_more_room_than_itself():
     assert [c.capacity for c in caches] == [3, 100, 3]
     assert [c.rolling for c in caches] == [True, False, True]
     assert caches[0].key.shape == (B, 3, 1, 4)  # one key head, as the layers have
+    caches = models.Decoder(config, rngs=nnx.Rngs(0)).init_caches((B,), 100, spare=4)
+    assert [c.capacity for c in caches] == [7, 100, 7]
+
+
+@pytest.mark.parametrize("name", ["rotary, windows", "relative, a window"])
+def test_tokens_that_were_only_tried_are_forgotten(name):
+    """Two tokens are tried and taken back, of one row both and of the other one."""
+    model, x = decoder(name), tokens(0, B, T)
+    whole, caches = call(model, x), model.init_caches((B,), T + 2, spare=2)
+    _, caches = step(model, x[:, :6], caches, np.array([6, 5]))
+    tried = np.stack([x[0, 6:8] + 1, [x[1, 5], x[1, 6] + 1]]) % V
+    _, caches = step(model, tried, caches, np.array([2, 2]))
+    caches = tuple(c.rollback(np.array([6, 6])) for c in caches)
+    logits, _ = step(model, x[:, 6:8], caches, np.array([2, 2]))
+    close(logits, whole[:, 6:8], atol=1e-4)
+
+
+def prefix_decoder(**changes):
+    options = {"prefix_lm": True, "num_layers": 2, "rotary": positions.Rotary(), "head_dim": 4}
+    config = models.DecoderConfig(V, layers(**options, **changes))
+    return randomised(models.Decoder(config, rngs=nnx.Rngs(0)))
+
+
+def test_a_prompt_of_a_prefix_lm_sees_itself():
+    model, x = prefix_decoder(), tokens(0, B, T)
+    lengths = np.array([4, 6])
+    whole = model(x, prefix=lengths)
+    for j in range(T):
+        other = x.copy()
+        other[:, j] = (other[:, j] + 1) % V
+        changed = np.abs(model(other, prefix=lengths) - whole).max(-1) > 1e-6
+        for row, n in enumerate(lengths):
+            i = np.arange(T)
+            np.testing.assert_array_equal(changed[row], (j <= i) | ((j < n) & (i < n)))
+    with pytest.raises(ValueError, match="prefix must be given for a prefix-LM"):
+        model(x)
+
+
+@pytest.mark.parametrize("windows", [(None,), (3, None)])
+def test_caches_of_a_prefix_lm_give_the_same(windows):
+    model, x = prefix_decoder(windows=windows), tokens(0, B, T)
+    lengths = np.array([4, 2])
+    whole = model(x, prefix=lengths)
+    prompt, caches = step(model, x[:, :4], model.init_caches((B,), T), lengths)
+    close(prompt[0], whole[0, :4], atol=1e-4)
+    close(prompt[1, :2], whole[1, :2], atol=1e-4)
+    rest = np.stack([x[0, 4:9], x[1, 2:7]])
+    parts = []
+    for part in np.split(rest, [1, 2], axis=1):
+        logits, caches = step(model, part, caches, np.full(B, part.shape[1]))
+        parts.append(logits)
+    close(jnp.concatenate(parts, 1), jnp.stack([whole[0, 4:9], whole[1, 2:7]]), atol=1e-4)
+    with pytest.raises(ValueError, match="they must come in one call"):
+        model(x[:, :3], caches=model.init_caches((B,), T), prefix=lengths)
 
 
 def test_a_token_does_not_see_the_next():

@@ -146,6 +146,11 @@ CACHED = {
     "rotary, norm": {"rotary": positions.Rotary(), "norm": nnx.RMSNorm, "head_dim": 4},
     "gate, sinks": {"gate": True, "sinks": True, "value_dim": 5},
     "fused": {"fused": True, "score": scores.softcap(2.0)},
+    "scores of distances": {
+        "mask": masks.causal(),
+        "num_kv_heads": 2,
+        "score": (scores.alibi(), scores.relative_bias(normal(8, 4), max_distance=6)),
+    },
 }
 
 
@@ -163,6 +168,30 @@ def test_a_cache_gives_the_same(name, cuts):
         start += n
     whole = module(x, mask=masks.causal())
     close(jnp.concatenate(parts, axis=1), whole)
+
+
+def test_a_rolling_cache_gives_the_same_scores():
+    score = scores.alibi(), scores.relative_bias(normal(8, 4), max_distance=6)
+    module, x = new(mask=masks.window(2, 0), score=score), normal(B, T, E)
+    cache, parts = module.init_cache((B,), 3, rolling=True), []
+    for part in np.split(x, [2, 5, 6], axis=1):
+        out, cache = step(module, part, cache)
+        parts.append(out)
+    close(jnp.concatenate(parts, axis=1), module(x))
+
+
+def test_a_prefix_sees_itself_in_both_directions_with_a_cache():
+    module, x = new(mask=masks.prefix(3) | masks.causal()), normal(B, T, E)
+    cache, parts = module.init_cache((B,), T), []
+    for part in np.split(x, [4, 5, 6], axis=1):
+        out, cache = module(part, cache=cache)
+        parts.append(out)
+    close(jnp.concatenate(parts, axis=1), module(x))
+    with pytest.raises(ValueError, match="they must come in one call"):
+        module(x[:, :2], cache=module.init_cache((B,), T))
+    both = new(mask=masks.window(2, 2))
+    with pytest.raises(ValueError, match="mask may show a query later tokens"):
+        both(x, cache=both.init_cache((B,), T))
 
 
 def test_a_cache_gives_weights():

@@ -191,6 +191,15 @@ LOWERED = {
             "score": scores.bias(np.zeros((500, 500), np.float32)),
         },
     ),
+    "scores in a cache": (
+        "bfloat16",
+        {
+            "score": [
+                scores.at_positions(scores.alibi(), np.arange(500)[None], np.arange(500)[None]),
+                scores.later(scores.relative_bias(np.zeros((32, 8), np.float32)), np.array([7])),
+            ]
+        },
+    ),
     "neighborhood, lengths": (
         "bfloat16",
         {"mask": masks.neighborhood((10, 50), (3, 5)) & masks.lengths(key=np.array([5]))},

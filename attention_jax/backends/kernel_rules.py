@@ -19,7 +19,7 @@ from attention_jax import masks
 from attention_jax.closures import Traced
 from attention_jax.masks import Mask
 from attention_jax.masks.base import parts
-from attention_jax.scores import RelativeEmbedding, Score, ScoreFn
+from attention_jax.scores import RelativeEmbedding, Score, ScoreFn, unwrapped
 from attention_jax.values import Lookup, StaticArray
 
 # Operations on single entries, and what brings them to one shape.
@@ -54,7 +54,7 @@ def why_unsupported(mask: Mask | None, score: tuple[Score, ...]) -> str | None:
             problem := _problem(part.fn, part.arrays, mask=True)
         ):
             return f"mask_fn {problem}"
-    for each in score:
+    for each in map(unwrapped, score):
         if isinstance(each, RelativeEmbedding):
             return "relative_embedding: a product of its own for every tile"
         if isinstance(each, ScoreFn) and (problem := _problem(each.fn, each.arrays)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Self
 
 import jax.numpy as jnp
 from jaxtyping import Int
@@ -37,6 +37,12 @@ class Placed(Mask):
     query_positions: Any
     key_positions: Any
 
+    def resolve(self, T: int, S: int, N: int) -> Self:
+        # Positions are those of one sequence, as long as masks of a fixed size say, if any.
+        fixed = [part.natural_size() for part in parts(self.mask_) if not part.AXES]
+        length = min((n for sizes in fixed for n in sizes if n is not None), default=1)
+        return dataclasses.replace(self, mask_=self.mask_.resolve(length, length, N))
+
     def rule(self, b: Any, n: Any, q: Any, k: Any) -> Any:
         seen = self.mask_.rule(b, n, self.query_positions, self.key_positions)
         return seen & (self.key_positions >= 0)
@@ -67,7 +73,8 @@ def at_positions(
     """``mask`` of the positions of queries and keys; keys at negative ones are hidden.
 
     Query ``i`` sees key ``j`` where ``mask`` lets position ``query_positions[i]`` see position
-    ``key_positions[j]``, and that is not negative.
+    ``key_positions[j]``, and that is not negative. They are positions in one sequence:
+    ``align="end"`` is ``align="start"``.
 
     For keys that do not lie in the order of their positions, as in a cache that wraps around, and
     for queries that do not start at position 0.

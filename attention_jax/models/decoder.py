@@ -84,6 +84,7 @@ class Decoder(nnx.Module):
         positions: Any = None,
         caches: tuple[KVCache, ...] | None = None,
         count: Any = None,
+        prefix: Any = None,
     ) -> Any:
         """The logits ``[*B T V]`` of what follows each token.
 
@@ -97,6 +98,8 @@ class Decoder(nnx.Module):
           caches: of the tokens before; see ``init_caches``.
           count: how many of the tokens are real, an int or int array ``[*B]``, the rest is padding;
             with caches.
+          prefix: how many of the first tokens see each other in both directions (prefix-LM), an
+            int or int array ``[*B]``; see ``Layers.prefix_lm``.
 
         Returns:
           The logits, in float32 or wider; with caches also the new ones.
@@ -106,7 +109,13 @@ class Decoder(nnx.Module):
             Where tokens are not known, under ``jit``, the logits of one that is not are NaN.
         """
         result = self.hidden(
-            tokens, real=real, mask=mask, positions=positions, caches=caches, count=count
+            tokens,
+            real=real,
+            mask=mask,
+            positions=positions,
+            caches=caches,
+            count=count,
+            prefix=prefix,
         )
         if caches is None:
             return self.logits(result)
@@ -121,6 +130,7 @@ class Decoder(nnx.Module):
         positions: Any = None,
         caches: tuple[KVCache, ...] | None = None,
         count: Any = None,
+        prefix: Any = None,
     ) -> Any:
         """What the head sees, ``[*B T E]``; arguments and result as for a call."""
         tokens = check_positions(tokens, "tokens")
@@ -130,7 +140,15 @@ class Decoder(nnx.Module):
             positions = positions_after(caches, tokens.shape[-1], count)
         positions = places(positions, held)
         x = self.embed(tokens, positions=positions, real=held)
-        return self.stack(x, real=real, mask=mask, positions=positions, caches=caches, count=count)
+        return self.stack(
+            x,
+            real=real,
+            mask=mask,
+            positions=positions,
+            caches=caches,
+            count=count,
+            prefix=prefix,
+        )
 
     @property
     def vocabulary(self) -> int:
@@ -146,7 +164,7 @@ class Decoder(nnx.Module):
         return y if cap is None else cap * jnp.tanh(y / cap)
 
     def init_caches(
-        self, batch: tuple[int, ...], capacity: int, *, dtype: Any = None
+        self, batch: tuple[int, ...], capacity: int, *, dtype: Any = None, spare: int = 0
     ) -> tuple[KVCache, ...]:
         """Empty caches, one for each layer; see ``Stack.init_caches``.
 
@@ -154,7 +172,7 @@ class Decoder(nnx.Module):
           ValueError: more tokens than there are learned positions.
         """
         check_capacity(capacity, self.config)
-        return self.stack.init_caches(batch, capacity, dtype=dtype)
+        return self.stack.init_caches(batch, capacity, dtype=dtype, spare=spare)
 
 
 def first(count: Any, shape: tuple[int, ...]) -> jax.Array | None:

@@ -202,7 +202,7 @@ class EncoderDecoder(nnx.Module):
         return y.astype(accumulation_dtype(y.dtype))
 
     def init_caches(
-        self, batch: tuple[int, ...], capacity: int, *, dtype: Any = None
+        self, batch: tuple[int, ...], capacity: int, *, dtype: Any = None, spare: int = 0
     ) -> tuple[KVCache, ...]:
         """Empty caches for the decoder's layers; see ``Stack.init_caches``.
 
@@ -210,7 +210,7 @@ class EncoderDecoder(nnx.Module):
           ValueError: more tokens than there are learned positions.
         """
         check_capacity(capacity, self.config)
-        return self.decoder.init_caches(batch, capacity, dtype=dtype)
+        return self.decoder.init_caches(batch, capacity, dtype=dtype, spare=spare)
 
 
 def _with_float16(layers: Layers) -> Layers:

@@ -71,6 +71,10 @@ class Layers:
     """Whether logits fall with the distance, in each head at its own rate."""
     mask: Mask | None = None
     """Who may see whom in every layer, beside causality and windows."""
+    prefix_lm: bool = False
+    """Whether a decoder's prompt sees itself in both directions, and the rest only what is before
+    it. How long the prompt is, a call says (``prefix``); with caches, where it does not, it is what
+    comes in the first call."""
     windows: tuple[int | None, ...] = (None,)
     """How many tokens a token sees, itself included: layer after layer, from the first again where
     there are more layers. A decoder's token sees them before it, an encoder's on both sides. None:
@@ -153,7 +157,9 @@ class Stack(nnx.Module):
           rngs: for parameters and dropout.
         """
         self.causal, self.alibi = causal, config.alibi
-        self.windows = config.windows
+        self.windows, self.prefix_lm = config.windows, config.prefix_lm
+        if config.prefix_lm and not causal:
+            raise ValueError("prefix_lm must be False in an encoder, which sees all in any case")
         seen = [both(_seen(window, causal), config.mask) for window in self.windows]
         self.blocks = nnx.List([_block(config, mask, context_features, rngs) for mask in seen])
         norm = config.new_norm(rngs)
@@ -176,6 +182,7 @@ class Stack(nnx.Module):
         positions: Any = None,
         caches: tuple[KVCache, ...] | None = None,
         count: Any = None,
+        prefix: Any = None,
     ) -> Any:
         """Tokens ``[*B T E]`` to tokens of the same shape.
 
@@ -188,17 +195,23 @@ class Stack(nnx.Module):
           positions: of the tokens, for rotary; default from 0, or from where the caches end.
           caches: of the tokens before, as ``init_caches`` makes them.
           count: how many of the tokens are real, with caches.
+          prefix: how many of the first tokens of the sequence see each other in both directions,
+            an int or int array ``[*B]``; with caches, all of them come in the first call.
 
         Returns:
           The tokens; with caches also the new ones.
 
         Raises:
-          ValueError: ``real`` with caches.
+          ValueError: ``real`` with caches; no ``prefix`` without caches where ``prefix_lm``; a
+            ``prefix`` where all is seen in any case.
         """
         if caches is not None and real is not None:
             raise ValueError("real must be None with caches: put padding last and give count")
-        mask = both(padding(real), mask)
-        score = self._score(None if caches is None else caches[0])
+        if caches is not None and prefix is None and self.prefix_lm:
+            new = jnp.asarray(x.shape[-2] if count is None else count, jnp.int32)
+            prefix = jnp.where(caches[0].length == 0, new, 0)  # what comes first is the prompt
+        mask = both(self._order(prefix), both(padding(real), mask))
+        score = self._score()
         after = []
         for i, block in enumerate(self.blocks):
             options = {"mask": mask, "score": score, "positions": positions}
@@ -218,7 +231,7 @@ class Stack(nnx.Module):
         return tuple(residual.sublayer.keys_values(context) for residual in cross)
 
     def init_caches(
-        self, batch: tuple[int, ...], capacity: int, *, dtype: Any = None
+        self, batch: tuple[int, ...], capacity: int, *, dtype: Any = None, spare: int = 0
     ) -> tuple[KVCache, ...]:
         """Empty caches; rolling, and no larger than the window, where a layer has one.
 
@@ -226,29 +239,39 @@ class Stack(nnx.Module):
           batch: the batch axes ``*B``.
           capacity: how many tokens each row can have.
           dtype: of keys and values; default that of the layers.
+          spare: how many tokens a ``rollback`` can take back at a time.
         """
         caches = []
         for block, window in zip(self.blocks, self.windows, strict=True):
-            # These scores count indices, which in a rolling cache are no positions.
-            distances = self.relative is not None or self.alibi
-            rolling = window is not None and window < capacity and not distances
+            needed = capacity if window is None else window + spare
+            rolling, size = needed < capacity, min(needed, capacity)
             attention: Any = block.attention.sublayer
-            size = window if rolling else capacity
             caches.append(attention.init_cache(batch, size, dtype=dtype, rolling=rolling))
         return tuple(caches)
 
-    def _score(self, cache: KVCache | None) -> tuple[scores.Score, ...]:
-        offset = 0 if cache is None else cache.length
+    def _order(self, prefix: Any) -> Mask | None:
+        """Causality, but for a prefix."""
+        if not self.causal:
+            if prefix is not None:
+                raise ValueError("prefix must be None where all tokens see each other")
+            return None
+        if prefix is None and self.prefix_lm:
+            raise ValueError(
+                "prefix must be given for a prefix-LM without caches: how many of the first tokens "
+                "see each other"
+            )
+        return masks.causal() if prefix is None else masks.prefix(prefix) | masks.causal()
+
+    def _score(self) -> tuple[scores.Score, ...]:
         found: list[scores.Score] = []
         if self.alibi:
-            found.append(scores.alibi(offset=offset))
+            found.append(scores.alibi())
         if self.relative is not None:
             found.append(
                 scores.relative_bias(
                     self.relative[...],
                     bidirectional=not self.causal,
                     max_distance=self.max_distance,
-                    offset=offset,
                 )
             )
         return tuple(found)
@@ -303,9 +326,12 @@ def _block(
 
 
 def _seen(window: int | None, causal: bool) -> Mask | None:
+    """What a layer's window lets see, beside causality."""
     if window is None:
-        return masks.causal() if causal else None
-    return masks.window(window - 1, 0) if causal else masks.window(window // 2, (window - 1) // 2)
+        return None
+    if causal:
+        return masks.window(window - 1, None)
+    return masks.window(window // 2, (window - 1) // 2)
 
 
 def padding(real: Bool[AnyArray, "*B S"] | None, queries: int | None = None) -> Mask | None:

@@ -215,11 +215,13 @@ class MultiHeadAttention(nnx.Module):
           context: what to attend to, ``[*B S C]`` or what ``keys_values`` made of it; default
             ``x`` itself.
           mask: beside that of the module: a ``Mask``, or a bool array that broadcasts to
-            ``[*B N T S]``. With a cache, a ``Mask`` in terms of positions.
+            ``[*B N T S]``. With a cache, a ``Mask`` in terms of positions; where neither is given,
+            that is ``masks.causal()``.
           score: after those of the module.
           positions: of the tokens, integers that broadcast to ``[*B T]``, for ``rotary``; default
             from 0, or from where the cache ends.
-          cache: the tokens before these.
+          cache: the tokens before these. Masks and scores mean the same as for all tokens at once,
+            or are refused; see ``attention_jax.cache``.
           count: how many of the tokens are real, with a cache; see ``cache.attend``.
           return_weights: also the probabilities ``[*B N T S]``, without dropout.
           deterministic, rngs: as in Flax; default those of the module.
@@ -228,7 +230,8 @@ class MultiHeadAttention(nnx.Module):
           ``[*B T E]``; then the weights, where asked for; then the new cache, where there is one.
 
         Raises:
-          ValueError: a context is missing, or is not for this module; shapes that do not fit.
+          ValueError: a context is missing, or is not for this module; shapes that do not fit; a
+            mask or score that cannot be the same with the cache.
           NotImplementedError: weights of a mechanism that has none.
         """
         T = self._check(x, context, cache)
@@ -249,13 +252,14 @@ class MultiHeadAttention(nnx.Module):
             query, key, value = self._project(x, source, "query", "key", "value")
             key = self._placed(key, self.key_norm, positions)
         query = self._placed(query, self.query_norm, positions)
-        seen = _both(self.mask, mask)
-        after = None
+        scores = (*as_scores(self.score), *as_scores(score))
+        seen, after = _both(self.mask, mask, whole=cache is None), None
         if cache is not None:
             key, value, seen, after = caches.extend(cache, key, value, mask=seen, count=count)
+            scores = caches.placed_scores(cache, scores, T, count=count)
         options = {
             "mask": seen,
-            "score": (*as_scores(self.score), *as_scores(score)),
+            "score": scores,
             "sinks": None if self.sinks is None else self.sinks[...],
             "scale": self.scale,
         }
@@ -426,9 +430,9 @@ def _held(value: Any) -> Any:
     return nnx.data(value) if jax.tree.leaves(value) else value
 
 
-def _both(own: Mask | None, mask: Any) -> Any:
-    """The mask of the module and that of the call."""
-    if own is None or mask is None:
+def _both(own: Mask | None, mask: Any, *, whole: bool) -> Any:
+    """The mask of the module and that of the call, which may be an array where that is all."""
+    if own is None or mask is None or not (whole or isinstance(mask, Mask)):
         return own if mask is None else mask
     seen: Any = as_mask(mask)
     return own & seen

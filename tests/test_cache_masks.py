@@ -1,0 +1,260 @@
+"""Every mask and every score means the same with a cache as over the whole sequence, or is refused.
+
+What is expected is attention without a cache over all tokens at once.
+"""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attention_jax import attention, cache, masks, scores
+
+B, T, N, K, H = 2, 6, 4, 2, 3
+WINDOW = 3
+RNG = np.random.default_rng(7)
+IDS = np.array([[0, 0, 1, 1, 1, 1], [3, 3, 3, -1, 5, 5]], np.int32)
+FLAGS = np.array([[1, 0, 0, 1, 0, 0], [0, 1, 0, 0, 0, 0]], bool)
+ARRAY = RNG.random((B, N, T, T)) < 0.7
+LAYOUT = np.array([[1, 0, 1], [1, 1, 1], [0, 1, 1]], bool)
+CAUSAL = masks.causal()
+BOTH = masks.prefix(3) | CAUSAL
+
+MASKS = {  # name: a mask that lets no token see a later one, or a prefix of the first call
+    "causal": CAUSAL,
+    "causal, end": masks.causal(align="end"),
+    "causal, offset": masks.causal(-1),
+    "causal, offsets": masks.causal(np.array([0, -2], np.int32)),
+    "window": masks.window(2, 0),
+    "window, end": masks.window(2, None, align="end") & CAUSAL,
+    "prefix": BOTH,
+    "prefixes": masks.prefix(np.array([3, 1], np.int32)) | CAUSAL,
+    "prefix, no more": masks.prefix(2),
+    "prefix, window": BOTH & masks.window(2, None),
+    "lengths": masks.lengths(query=5, key=4) & CAUSAL,
+    "segments": masks.segments(IDS) & CAUSAL,
+    "padding": masks.padding(IDS >= 0) & CAUSAL,
+    "chunked": masks.chunked(3) & CAUSAL,
+    "dilated": masks.dilated(2) & CAUSAL,
+    "global": (masks.global_tokens(FLAGS) | masks.window(1, 1)) & CAUSAL,
+    "neighborhood": masks.neighborhood((2, 3), 1) & CAUSAL,
+    "neighborhood, prefix": masks.neighborhood((2, 3), (1, 3)) & BOTH,
+    "block_sparse": masks.block_sparse(LAYOUT, 2) & CAUSAL,
+    "block_sparse, data": masks.block_sparse(jnp.asarray(LAYOUT), 2) & CAUSAL,
+    "dense": masks.dense(ARRAY) & CAUSAL,
+    "dense, keys": masks.dense(ARRAY[:, :1, :1]) & CAUSAL,
+    "dense, shared": masks.dense(ARRAY[0, 0]) & CAUSAL,
+    "mask_fn": masks.mask_fn(lambda b, n, q, k: (2 * q + k + n) % 3 != 0) & CAUSAL,
+    "mask_fn, arrays": masks.mask_fn(lambda b, n, q, k, x: x[b, q] == x[b, k], IDS) & CAUSAL,
+    "not": ~masks.dilated(2) & CAUSAL,
+}
+LOOK_AHEAD = {
+    "all": masks.window(None, None),
+    "window": masks.window(1, 1),
+    "offset": masks.causal(1),
+    "offsets": masks.causal(np.array([0, 1], np.int32)),
+    "chunked": masks.chunked(3),
+    "dilated": masks.dilated(2),
+    "segments": masks.segments(IDS),
+    "global": masks.global_tokens(FLAGS) | CAUSAL,
+    "neighborhood": masks.neighborhood((2, 3), 1),
+    "block_sparse": masks.block_sparse(LAYOUT, 2),
+    "dense": masks.dense(ARRAY),
+    "mask_fn": masks.mask_fn(lambda b, n, q, k: k <= q),
+    "not": ~CAUSAL,
+    "prefix or all": masks.prefix(2) | masks.lengths(query=4),
+}
+TABLE = RNG.normal(size=(8, N)).astype(np.float32)
+BIAS = RNG.normal(size=(B, N, T, T)).astype(np.float32)
+SCORES = {
+    "softcap": scores.softcap(0.7),
+    "alibi": scores.alibi(),
+    "alibi, end, offset": scores.alibi(offset=2, align="end"),
+    "relative_bias": scores.relative_bias(TABLE, max_distance=6),
+    "relative_bias, end": scores.relative_bias(
+        TABLE, bidirectional=False, max_distance=9, align="end"
+    ),
+    "bias": scores.bias(BIAS),
+    "bias, keys": scores.bias(BIAS[:, :, :1]),
+    "bias, shared, hides": scores.bias(np.where(BIAS[0] > -1, BIAS[0], -np.inf)),
+    "score_fn": scores.score_fn(lambda s, b, n, q, k: s + 0.3 * ((q * k + n) % 5).astype(s.dtype)),
+    "score_fn, arrays": scores.score_fn(lambda s, b, n, q, k, x: s + x[q, k], BIAS[0, 0]),
+    "several": (scores.alibi(), scores.softcap(1.0), scores.bias(BIAS)),
+}
+
+
+def tokens(numbers=False):
+    """Query, key and value; with ``numbers``, values say which token it is."""
+    rng = np.random.default_rng(0)
+    query, key, value = (rng.normal(size=(B, T, n, H)).astype(np.float32) for n in (N, K, K))
+    if numbers:
+        value = np.broadcast_to(np.arange(T, dtype=np.float32)[:, None, None], value.shape)
+    return query, key, value
+
+
+def empty(rolling=False):
+    capacity = WINDOW if rolling else T
+    return cache.init((B,), capacity=capacity, num_kv_heads=K, head_dim=H, rolling=rolling)
+
+
+def calls(lengths):
+    start = 0
+    for n in lengths:
+        yield slice(start, start + n)
+        start += n
+
+
+def in_calls(kept, lengths, **options):
+    """All tokens, so many a call."""
+    parts = []
+    for part in calls(lengths):
+        out, kept = cache.attend(kept, *(x[:, part] for x in tokens()), **options)
+        parts.append(out)
+    return jnp.concatenate(parts, axis=1)
+
+
+def visible(mask, kept, lengths):
+    """Which token sees which, ``[B N T T]``, in calls of so many tokens."""
+    seen = np.zeros((B, N, T, T), bool)
+    for part in calls(lengths):
+        new = [x[:, part] for x in tokens(numbers=True)[1:]]
+        _, values, now, kept = cache.extend(kept, *new, mask=mask)
+        pairs = np.asarray(now.to_dense(part.stop - part.start, values.shape[1], B=B, N=N))
+        for b, n, t, slot in zip(*np.nonzero(pairs), strict=True):
+            seen[b, n, part.start + t, int(values[b, slot, 0, 0])] = True
+    return seen
+
+
+def changed(score, kept, lengths, mask):
+    """The logits ``[B N T T]`` that scores make of 0, in such calls; 0 where hidden."""
+    logits = np.zeros((B, N, T, T), np.float32)
+    for part in calls(lengths):
+        new = [x[:, part] for x in tokens(numbers=True)[1:]]
+        size = part.stop - part.start
+        placed = cache.placed_scores(kept, score, size)
+        _, values, now, kept = cache.extend(kept, *new, mask=mask)
+        S = values.shape[1]
+        pairs, s = np.asarray(now.to_dense(size, S, B=B, N=N)), each_logit(placed, size, S)
+        for b, n, t, slot in zip(*np.nonzero(pairs), strict=True):
+            logits[b, n, part.start + t, int(values[b, slot, 0, 0])] = s[b, n, t, slot]
+    return logits
+
+
+def each_logit(score, T, S):
+    """``[B N T S]``, by the rules, pair by pair."""
+    q, k = jnp.arange(T)[:, None], jnp.arange(S)[None, :]
+
+    def one(b, n):
+        s = jnp.zeros((T, S), np.float32)
+        for each in score if isinstance(score, tuple) else (score,):
+            s = each.resolve(T, S, N).score(s, b, n, q, k)
+        return s
+
+    fn = jax.vmap(jax.vmap(one, in_axes=(None, 0)), in_axes=(0, None))
+    return np.asarray(fn(jnp.arange(B), jnp.arange(N)))
+
+
+def close(a, b):
+    chex.assert_trees_all_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_a_mask_shows_the_same_tokens(name):
+    whole = np.asarray(MASKS[name].to_dense(T, T, B=B, N=N))
+    np.testing.assert_array_equal(visible(MASKS[name], empty(), [4, 1, 1]), whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MASKS)
+def test_a_mask_shows_the_same_tokens_in_a_rolling_cache(name):
+    near = MASKS[name] & masks.window(WINDOW - 1, None)
+    whole = np.asarray(near.to_dense(T, T, B=B, N=N))
+    np.testing.assert_array_equal(visible(near, empty(rolling=True), [4, 1, 1]), whole)
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_a_score_makes_the_same_logits(name):
+    near = masks.window(WINDOW - 1, 0)
+    seen, whole = np.asarray(near.to_dense(T, T)), each_logit(SCORES[name], T, T)
+    got = changed(SCORES[name], empty(rolling=True), [4, 1, 1], near)
+    close(got, np.where(seen, whole, 0))
+
+
+@pytest.mark.parametrize("implementation", ["xla", "blockwise"])
+@pytest.mark.parametrize("rolling", [False, True])
+def test_attention_is_the_same(rolling, implementation):
+    mask, score = BOTH & masks.window(2, None), (SCORES["relative_bias"], *SCORES["several"])
+    expected = attention(*tokens(), mask=mask, score=score)
+    options = {"mask": mask, "score": score, "implementation": implementation}
+    close(in_calls(empty(rolling), [4, 1, 1], **options), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rolling", [False, True])
+@pytest.mark.parametrize("cuts", [[T], [4, 1, 1], [3, 3]])
+@pytest.mark.parametrize("name", MASKS)
+def test_attention_is_the_same_with_every_mask(name, cuts, rolling):
+    mask = MASKS[name] & masks.window(WINDOW - 1, None) if rolling else MASKS[name]
+    close(in_calls(empty(rolling), cuts, mask=mask), attention(*tokens(), mask=mask))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rolling", [False, True])
+@pytest.mark.parametrize("cuts", [[T], [4, 1, 1], [3, 3], [1] * T])
+@pytest.mark.parametrize("name", SCORES)
+def test_attention_is_the_same_with_every_score(name, cuts, rolling):
+    mask = masks.window(WINDOW - 1, 0) if rolling else CAUSAL
+    expected = attention(*tokens(), mask=mask, score=SCORES[name])
+    close(in_calls(empty(rolling), cuts, mask=mask, score=SCORES[name]), expected)
+
+
+@pytest.mark.parametrize("name", LOOK_AHEAD)
+def test_a_mask_that_looks_ahead_is_refused(name):
+    with pytest.raises(ValueError, match=r"mask may show a query later tokens.*masks\.causal"):
+        in_calls(empty(), [T], mask=LOOK_AHEAD[name])
+
+
+@pytest.mark.parametrize("cuts", [[1] * T, [2, 4]])
+def test_a_prefix_in_more_than_one_call_is_refused(cuts):
+    with pytest.raises(ValueError, match="they must come in one call"):
+        in_calls(empty(), cuts, mask=BOTH)
+
+
+def test_a_rolling_cache_refuses_what_it_holds_no_more():
+    for mask in (CAUSAL, masks.window(3, 0), BOTH, masks.segments(IDS) & CAUSAL):
+        with pytest.raises(ValueError, match=r"mask may look back.*masks\.window\(2, None\)"):
+            in_calls(empty(rolling=True), [T], mask=mask)
+
+
+@pytest.mark.parametrize("name", ["segments", "dense", "neighborhood", "block_sparse", "global"])
+def test_arrays_of_fewer_tokens_are_refused(name):
+    longer = cache.init((B,), capacity=T + 4, num_kv_heads=K, head_dim=H)
+    new = [np.ones((B, T + 1, K, H), np.float32)] * 2
+    with pytest.raises(ValueError, match=r"mask: .*has entries for 6 positions.*may have 7"):
+        cache.extend(longer, *new, mask=MASKS[name])
+    with pytest.raises(ValueError, match="may have 10"):  # lengths are traced: it could be so
+        jax.eval_shape(lambda kept: cache.extend(kept, *new, mask=MASKS[name]), longer)
+
+
+def test_scores_of_fewer_tokens_and_offsets_of_examples_are_refused():
+    longer = cache.init((B,), capacity=T + 4, num_kv_heads=K, head_dim=H)
+    with pytest.raises(ValueError, match="score: array of bias has entries for 6 positions"):
+        cache.placed_scores(longer, scores.bias(BIAS), T + 1)
+    with pytest.raises(ValueError, match=r"leave out offset=cache\.length"):
+        cache.placed_scores(longer, scores.alibi(offset=longer.length), 1)
+    rolling = empty(rolling=True)
+    with pytest.raises(NotImplementedError, match=r"array of bias .* rolling cache"):
+        jax.eval_shape(lambda kept: cache.placed_scores(kept, scores.bias(BIAS), 1), rolling)
+
+
+def test_relative_embeddings_hold_the_query_of_the_call():
+    query, table = tokens()[0], RNG.normal(size=(5, H)).astype(np.float32)
+    expected = attention(*tokens(), mask=CAUSAL, score=scores.relative_embedding(query, table))
+    kept, parts = empty(), []
+    for part in calls([4, 1, 1]):
+        new = [x[:, part] for x in tokens()]
+        score = scores.relative_embedding(new[0], table)
+        out, kept = cache.attend(kept, *new, score=score)
+        parts.append(out)
+    close(jnp.concatenate(parts, axis=1), expected)
