@@ -258,8 +258,9 @@ def explain(
     except NotImplementedError:
         chosen = None
         reasons = {
-            name: f"cannot: {reason}" if (reason := i.why_unsupported(request)) else "not asked for"
-            for name, i in backends.IMPLEMENTATIONS.items()
+            name: f"cannot: {reason}" if reason is not None else "not asked for"
+            for name in backends.IMPLEMENTATIONS
+            for reason in [backends.why_unsupported(name, request)]
         }
     return Explanation(
         chosen=chosen,

@@ -23,6 +23,7 @@ import dataclasses
 from typing import Any, TypeAlias
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -56,6 +57,16 @@ class Sizes:
     def N(self) -> int:
         """Query heads."""
         return self.K * self.G
+
+    @property
+    def symbolic_batch(self) -> bool:
+        """Is the number of examples known only to ``jax.export``, by name."""
+        return any(map(jax.export.is_symbolic_dim, self.B))
+
+    @property
+    def symbolic_lengths(self) -> bool:
+        """Is the query or key length known only to ``jax.export``, by name."""
+        return any(map(jax.export.is_symbolic_dim, (self.T, self.S)))
 
 
 def is_array(x: Any) -> bool:
@@ -138,11 +149,20 @@ def accumulation_dtype(dtype: Any) -> jnp.dtype:
     return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
+def broadcasts_to(shape: tuple[int, ...], full: tuple[int, ...]) -> bool:
+    """Whether an array of ``shape`` broadcasts to ``full``; sizes may be symbolic.
+
+    >>> broadcasts_to((3, 1), (2, 3, 4)), broadcasts_to((2, 1, 1), (3, 4))
+    (True, False)
+    """
+    missing = len(full) - len(shape)
+    return missing >= 0 and all(a in (1, f) for a, f in zip(shape, full[missing:], strict=True))
+
+
 def check_broadcastable(name: str, shape: tuple[int, ...], sizes: Sizes) -> None:
     """Raises ValueError unless ``shape`` broadcasts to ``[*B N T S]``."""
     full = (*sizes.B, sizes.N, sizes.T, sizes.S)
-    padded = (1,) * (len(full) - len(shape)) + tuple(shape)
-    if len(shape) > len(full) or any(a not in (1, f) for a, f in zip(padded, full, strict=True)):
+    if not broadcasts_to(shape, full):
         raise ValueError(
             f"{name} has shape {tuple(shape)}, which does not broadcast to [*B N T S] = {full}"
         )

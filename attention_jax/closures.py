@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
 
+from attention_jax.axes import broadcasts_to
 from attention_jax.values import StaticArray
 
 CUSTOM_JVP = "custom_jvp_call"
@@ -243,11 +244,7 @@ def of_tile(name: str, x: Any, shape: tuple[int, ...], dtype: Any) -> Any:
         raise TypeError(f"{name}: fn must return {expected}, got dtype {x.dtype}")
     if x.shape == shape:
         return x.astype(dtype)
-    try:
-        fits = np.broadcast_shapes(x.shape, shape) == shape
-    except ValueError:
-        fits = False
-    if not fits:
+    if not broadcasts_to(x.shape, shape):
         raise ValueError(
             f"{name}: fn must return an array that broadcasts to the tile {list(shape)} [t s], got "
             f"shape {list(x.shape)}"

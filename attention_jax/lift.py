@@ -73,7 +73,8 @@ def over_heads_and_examples(
       outputs: per array, its axes with ``*B`` and ``N``, such as ``"*B T N D"``.
       inputs: the axes of query, key and value.
     """
-    b = np.arange(np.prod(sizes.B, dtype=np.int64), dtype=np.int32).reshape(sizes.B)
+    xp = jnp if sizes.symbolic_batch else np
+    b = xp.arange(math.prod(sizes.B), dtype=np.int32).reshape(sizes.B)
     n = np.arange(sizes.N, dtype=np.int32)
     arguments = Head(*call, b=b, n=n)
     axes = Head(*inputs, None, None, "N", "", "", "*B", "N")  # type: ignore[arg-type]

@@ -427,7 +427,7 @@ class ScoreFn(Score):
     def rule(self, s: Any, b: Any, n: Any, q: Any, k: Any) -> Any:
         s = jnp.asarray(s)
         changed = self.fn(s, b, n, q, k, *map(indexable, self.arrays))
-        shape = np.broadcast_shapes(s.shape, np.shape(q), np.shape(k))
+        shape = jnp.broadcast_shapes(s.shape, np.shape(q), np.shape(k))
         return jnp.asarray(of_tile("score_fn", changed, shape, s.dtype))
 
 

@@ -95,6 +95,7 @@ def _known(
 ) -> tuple[bool, bool] | None:
     """Whether every query sees some key, and every key is seen, where that is known by now."""
     static = isinstance(q0, int) and isinstance(k0, int) and not jax.tree.leaves(mask)
+    static = static and all(isinstance(n, int) for n in shape)
     if not static or math.prod(shape) > MOST_KNOWN:
         return None
     q, k = (np.arange(size, dtype=np.int32) for size in shape)

@@ -110,6 +110,11 @@ def preference(request: Request) -> tuple[tuple[str, str], ...]:
 
 def _everywhere(request: Request) -> tuple[tuple[str, str], ...]:
     """What needs no kernel of a platform's own."""
+    if request.sizes.symbolic_lengths:
+        return (
+            ("xla", "symbolic lengths: nothing of it depends on blocks"),
+            ("blockwise", "its blocks depend on lengths"),
+        )
     if max(request.sizes.T, request.sizes.S) <= MATERIALISE_UP_TO:
         return (
             ("xla", f"T and S are at most {MATERIALISE_UP_TO}: faster in one piece"),
@@ -127,6 +132,15 @@ def _everywhere(request: Request) -> tuple[tuple[str, str], ...]:
     )
 
 
+def why_unsupported(name: str, request: Request) -> str | None:
+    """What of the request an implementation cannot do, in words; None where it can all."""
+    if request.sizes.symbolic_lengths and name != "xla":
+        return "T or S is symbolic, and its blocks depend on lengths that are known while tracing"
+    if request.sizes.symbolic_batch and name not in ("xla", "blockwise"):
+        return "B is symbolic, and its kernel is launched for a number of examples that is known"
+    return IMPLEMENTATIONS[name].why_unsupported(request)
+
+
 def choose(
     implementation: str | Sequence[str] | None, request: Request
 ) -> tuple[str, dict[str, str]]:
@@ -135,7 +149,7 @@ def choose(
     Raises:
       NotImplementedError: none of those asked for supports the call.
     """
-    why_not = {name: i.why_unsupported(request) for name, i in IMPLEMENTATIONS.items()}
+    why_not = {name: why_unsupported(name, request) for name in IMPLEMENTATIONS}
     order = preference(request)
     if implementation is None:
         asked = tuple(name for name, _ in order)

@@ -283,15 +283,17 @@ def over_rows(static: Static, arrays: tuple[Any, ...], buffers: Any, formula: Fo
     heads = math.prod(static.levels)
     if heads == 1:
         return head(jnp.int32(0), buffers)
-    return lax.fori_loop(jnp.int32(0), jnp.int32(heads), head, buffers)
+    # `asarray`: their number may be symbolic.
+    return lax.fori_loop(jnp.int32(0), jnp.asarray(heads, jnp.int32), head, buffers)
 
 
 def place_of(e: Any, levels: tuple[int, ...]) -> tuple[Any, ...]:
     """Number ``e`` as an index along each mapped axis."""
     place = []
     for size in reversed(levels):
-        place.append(lax.rem(e, np.int32(size)))
-        e = lax.div(e, np.int32(size))
+        size = jnp.asarray(size, jnp.int32)
+        place.append(lax.rem(e, size))
+        e = lax.div(e, size)
     return tuple(reversed(place))
 
 

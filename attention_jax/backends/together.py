@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.export
 
 from attention_jax.backends.primitive import Dims, Static
 
@@ -40,6 +41,8 @@ def _innermost(run: Run, static: Static, arrays: tuple[Any, ...], most: int) -> 
     if any(dims[-1] is not None for dims in apart):
         return run(static, *arrays)
     size = static.levels[-1]
+    if jax.export.is_symbolic_dim(size):
+        return run(static, *arrays)
     if size > most:
         most = next(n for n in range(most, 0, -1) if size % n == 0)
         return _split(run, static, arrays, most) if most > 1 else run(static, *arrays)

@@ -224,7 +224,7 @@ class MaskFn(Mask):
     def rule(self, b: Any, n: Any, q: Any, k: Any) -> Any:
         # JAX arrays: a NumPy array cannot be indexed by what is being traced.
         visible = self.fn(b, n, q, k, *map(indexable, self.arrays))
-        return of_tile("mask_fn", visible, np.broadcast_shapes(np.shape(q), np.shape(k)), "bool")
+        return of_tile("mask_fn", visible, jnp.broadcast_shapes(np.shape(q), np.shape(k)), bool)
 
     def block(self, grid: Grid, b: Any, n: Any) -> tuple[Any, Any]:
         if not self.evaluate:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from attention_jax.axes import check_float_array, is_array
+from attention_jax.axes import broadcasts_to, check_float_array, is_array
 
 
 def check_tokens(name: str, x: Any, layout: str, width: int) -> None:
@@ -35,9 +35,5 @@ def check_real(real: Any, shape: tuple[int, ...]) -> None:
 
 def check_broadcasts(name: str, x: Any, shape: tuple[int, ...]) -> None:
     """Raises unless the array ``x`` broadcasts to ``shape``, which is that of the tokens."""
-    try:
-        fits = np.broadcast_shapes(x.shape, shape) == shape
-    except ValueError:
-        fits = False
-    if not fits:
+    if not broadcasts_to(x.shape, shape):
         raise ValueError(f"{name} must broadcast to [*B T] = {shape}, got {x.shape}")

@@ -333,7 +333,8 @@ class MultiHeadAttention(nnx.Module):
                 raise ValueError(
                     f"context has batch axes {batch} (*B) but x has {own}: they must be equal"
                 )
-        return int(x.shape[-2])
+        T: int = x.shape[-2]  # may be symbolic
+        return T
 
     def _check_context(self, context: Any) -> None:
         if self.rotary is not None:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attention_jax.axes import is_array
+from attention_jax.axes import broadcasts_to, is_array
 
 
 def as_real(
@@ -23,7 +23,7 @@ def as_real(
         return None
     if not is_array(real):
         real = np.asarray(real)
-    if real.dtype != bool or not _fits(real.shape, shape):
+    if real.dtype != bool or not broadcasts_to(real.shape, shape):
         raise ValueError(
             f"{name} must be bool of {of} shape {shape}, False for padding, got "
             f"{real.dtype}{real.shape}"
@@ -31,12 +31,6 @@ def as_real(
     if real.shape == shape:
         return real
     return (jnp if isinstance(real, jax.Array) else np).broadcast_to(real, shape)
-
-
-def _fits(mine: tuple[int, ...], shape: tuple[int, ...]) -> bool:
-    """Whether the one broadcasts to the other."""
-    n = len(shape) - len(mine)
-    return n >= 0 and all(a in (1, b) for a, b in zip(mine, shape[n:], strict=True))
 
 
 def filled(x: Any, real: Any) -> Any:
