@@ -31,11 +31,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
-from jax.sharding import NamedSharding, PartitionSpec
 
 from attention_jax.axes import accumulation_dtype
+from attention_jax.compat import Primitive, ad, batching, like, mlir, varies
 from attention_jax.lift import Head
 
 # out, m and log_l.
@@ -115,7 +113,7 @@ def make(name: str, kernel: Kernel) -> Callable[..., tuple[jax.Array, jax.Array]
         accumulation = accumulation_dtype(avals[0].dtype)
         cores = [(query[0], value[1])] + [(query[0],)] * (len(static.out_dims) - 1)
         return [
-            _aval(avals[0], mapped_shape(core, dims, static.levels), accumulation)
+            like(avals[0], mapped_shape(core, dims, static.levels), accumulation)
             for core, dims in zip(cores, static.out_dims, strict=True)
         ]
 
@@ -126,7 +124,7 @@ def make(name: str, kernel: Kernel) -> Callable[..., tuple[jax.Array, jax.Array]
             for i, d in zip(static.wrt, static.out_dims, strict=True)
         ]
         return [
-            _aval(avals[i], shape, avals[i].dtype)
+            like(avals[i], shape, avals[i].dtype)
             for i, shape in zip(static.wrt, shapes, strict=True)
         ]
 
@@ -304,22 +302,12 @@ def _vary_together(arrays: Sequence[Any]) -> list[jax.Array]:
     an array needs that all devices share.
     """
     arrays = [jnp.asarray(x) for x in arrays]
-    axes = [_varies(jax.typeof(x)) for x in arrays]
+    axes = [varies(jax.typeof(x)) for x in arrays]
     every = frozenset().union(*axes)
     return [
         jax.lax.pcast(x, tuple(sorted(every - own)), to="varying") if every - own else x
         for x, own in zip(arrays, axes, strict=True)
     ]
-
-
-def _varies(aval: Any) -> frozenset[Any]:
-    return frozenset(aval.manual_axis_type.varying)
-
-
-def _aval(like: Any, shape: tuple[int, ...], dtype: Any) -> Any:
-    """Shape and dtype of a result that varies along the same mesh axes as ``like``."""
-    unsharded = NamedSharding(like.sharding.mesh, PartitionSpec(*(None,) * len(shape)))
-    return like.update(shape=shape, dtype=dtype, weak_type=False, sharding=unsharded)
 
 
 def _lowering(implementation: Callable[..., Any]) -> Callable[..., Any]:
