@@ -316,7 +316,7 @@ def test_a_kernel_has_all_operations_that_rules_may_use():
     x = jax.ShapeDtypeStruct((16, 32), jnp.float32)
     with jax.sharding.use_abstract_mesh(CARD):
         used = set(kernel_rules._primitives(jax.make_jaxpr(every_operation)(x).jaxpr))
-        assert kernel_rules.POINTWISE == used
+        assert used == kernel_rules.POINTWISE
         lowered_for_cuda(
             pl.pallas_call(kernel, out_shape=x, compiler_params=triton.CompilerParams()), x
         )
