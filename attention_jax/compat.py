@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 try:
     from jax.experimental.pallas import triton
 except ImportError:  # it is deprecated since 0.12
-    triton = None
+    triton = None  # type: ignore[assignment]
 
 __all__ = [
     "Jaxpr",
@@ -46,7 +46,7 @@ def like(aval: Any, shape: Sequence[int], dtype: Any) -> Any:
 
 def mesh_platform() -> str | None:
     """The platform of the mesh in use, even one of devices that are not there; None without."""
-    device = jax.sharding.get_abstract_mesh().abstract_device  # type: ignore[attr-defined]
+    device = jax.sharding.get_abstract_mesh().abstract_device
     return None if device is None else device.platform
 
 
