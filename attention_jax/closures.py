@@ -18,9 +18,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
 
 from attention_jax.axes import broadcasts_to
+from attention_jax.compat import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun, run_again, varies
 from attention_jax.values import StaticArray
 
 CUSTOM_JVP = "custom_jvp_call"
@@ -186,7 +186,7 @@ def _evaluate(
 ) -> list[Any]:
     """The results of a program, operation by operation, given its inputs and then its constants.
 
-    ``jax.extend.core.jaxpr_as_fun`` runs each operation under the mesh of its trace. A kernel runs
+    ``jaxpr_as_fun`` runs each operation under the mesh of its trace. A kernel runs
     elsewhere: inside ``shard_map``, where the axes of that mesh are manual.
     """
     values = dict(zip((*jaxpr.invars, *jaxpr.constvars), operands, strict=True))
@@ -207,8 +207,7 @@ def _evaluate(
         else:
             if call == "call_jaxpr":
                 params[call] = jax.make_jaxpr(inner)(*inputs)
-            outputs = e.primitive.bind(*inputs, **e.primitive.get_bind_params(params))
-            outputs = outputs if e.primitive.multiple_results else [outputs]
+            outputs = run_again(e.primitive, inputs, params)
         values |= zip(e.outvars, outputs, strict=True)
     return [read(x) for x in jaxpr.outvars]
 
@@ -221,7 +220,7 @@ def varying_together(arrays: Iterable[Any]) -> list[Any]:
     that the gradient of an array needs that all devices share.
     """
     arrays = list(arrays)
-    own = [jax.typeof(x).manual_axis_type.varying for x in arrays]
+    own = [varies(jax.typeof(x)) for x in arrays]
     every = frozenset().union(*own)
     return [
         jax.lax.pcast(x, tuple(sorted(every - axes)), to="varying") if every - axes else x

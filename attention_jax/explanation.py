@@ -7,11 +7,13 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from attention_jax import blocks
 from attention_jax.axes import Sizes
 from attention_jax.backends import blockwise
+from attention_jax.compat import no_mesh
 from attention_jax.masks import Mask
 
 
@@ -85,11 +87,13 @@ def explain_blocks(
         return {**unknown, "flops": 0}
     block_q, block_k = block or blockwise.block_sizes(sizes.T, sizes.S, mask)
     batch = math.prod(sizes.B)
-    kinds = np.asarray(
-        blocks.block_map(
-            mask, sizes.T, sizes.S, block_q=block_q, block_k=block_k, B=batch, N=sizes.N
-        ).kinds
-    )
+    with no_mesh():  # its devices may not be there, or the mask's arrays split among them
+        mask = jax.tree.map(jnp.asarray, jax.device_get(mask))
+        kinds = np.asarray(
+            blocks.block_map(
+                mask, sizes.T, sizes.S, block_q=block_q, block_k=block_k, B=batch, N=sizes.N
+            ).kinds
+        )
     repeat = programs * kinds.shape[-2] * kinds.shape[-1] // kinds.size
     visited = int((kinds != blocks.EMPTY).sum()) * repeat
     pairs = block_q * block_k

@@ -4,6 +4,7 @@
 
     RUN/checkpoints/last/STEP    parameters, optimiser, average, step, scores: the two newest
     RUN/checkpoints/best/STEP    the weights with the best validation score
+    .../STEP/sums.json           a checksum of every file, to tell a damaged checkpoint by
 
 Orbax writes to another name and renames when all is on disk, so that a run killed at any moment,
 or a full disk, leaves what was there before. The position in the data and the random keys are
@@ -13,9 +14,12 @@ functions of the seed and the step, which are saved.
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
+import os
 import shutil
 import warnings
+import zlib
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,6 +29,7 @@ import orbax.checkpoint as ocp
 
 LAST, BEST = "last", "best"
 KEPT = {LAST: 2, BEST: 1}
+SUMS = "sums.json"
 DAMAGE = (OSError, ValueError, KeyError)  # what Orbax raises on files that are not what it wrote
 
 T = TypeVar("T")
@@ -66,6 +71,7 @@ class Checkpoints:
                     ),
                 )
                 manager.wait_until_finished()
+            _write_sums(self.folder / kind / str(step))
         except DAMAGE as problem:
             self._clean(kind)
             warnings.warn(
@@ -78,7 +84,7 @@ class Checkpoints:
         return True
 
     def restore(self, kind: str, like: T) -> Saved | None:
-        """The newest that can be read; says which cannot.
+        """The newest that is whole; warns of newer ones that are not.
 
         Args:
           kind: ``LAST`` or ``BEST``.
@@ -88,13 +94,15 @@ class Checkpoints:
           What was saved, with the structure of ``like``; None where nothing was.
 
         Raises:
-          ValueError: what can be read has other arrays: it is of another model.
+          ValueError: all are damaged; or the newest has other arrays: it is of another model.
         """
         if not (self.folder / kind).exists():
             return None
+        damaged = []
         with self._manager(kind) as manager:
             for step in sorted(manager.all_steps(), reverse=True):
                 try:
+                    _check_sums(self.folder / kind / str(step))
                     found = manager.restore(
                         step,
                         args=ocp.args.Composite(
@@ -103,14 +111,20 @@ class Checkpoints:
                     )
                     arrays, notes = found["state"], found["notes"]
                 except DAMAGE as problem:
+                    damaged.append(f"step {step} is damaged: {_first_line(problem)}")
+                    continue
+                if damaged:
                     warnings.warn(
-                        f"{self.folder / kind / str(step)} is damaged and passed over, the "
-                        f"checkpoint before it is taken: {_first_line(problem)}",
+                        f"{self.folder / kind}: {'; '.join(damaged)}; step {step} is taken",
                         RuntimeWarning,
                         stacklevel=2,
                     )
-                    continue
                 return Saved(step, self._like(like, arrays), notes)
+        if damaged:
+            raise ValueError(
+                f"{self.folder / kind}: no checkpoint is whole, remove the folder to do without "
+                f"them: {'; '.join(damaged)}"
+            )
         return None
 
     def _like(self, like: T, arrays: dict[str, Any]) -> T:
@@ -142,9 +156,37 @@ class Checkpoints:
             shutil.rmtree(path, ignore_errors=True)
 
 
+def _write_sums(folder: Path) -> None:
+    """Last of all, under another name first: a run killed before leaves none, or the whole file."""
+    sums = {
+        str(file.relative_to(folder)): zlib.crc32(file.read_bytes())
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
+    unfinished = folder / f"{SUMS}.unfinished"
+    unfinished.write_text(json.dumps(sums, indent=1) + "\n")
+    os.replace(unfinished, folder / SUMS)
+
+
+def _check_sums(folder: Path) -> None:
+    """Raises for the first file that is not what was written."""
+    if not (folder / SUMS).exists():
+        return  # the run was killed before they were written, and all else was
+    try:
+        sums = json.loads((folder / SUMS).read_text())
+    except ValueError as problem:
+        raise ValueError(f"{folder / SUMS} is not what was saved") from problem
+    for name, expected in sums.items():
+        if zlib.crc32((folder / name).read_bytes()) != expected:
+            raise ValueError(f"{folder / name} is not what was saved")
+
+
 def _named(state: Any) -> dict[str, Any]:
-    """Every array under the path to it."""
-    leaves, _ = jax.tree.flatten_with_path(state)
+    """Every array under the path to it.
+
+    In NumPy's form: reading a damaged array of JAX's, Orbax raises a bare ``Exception``.
+    """
+    leaves, _ = jax.tree.flatten_with_path(jax.device_get(state))
     return {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in leaves}
 
 

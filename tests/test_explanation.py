@@ -250,14 +250,29 @@ def test_the_platform_is_that_of_the_mesh_in_use():
     assert explain(*shapes()).platform == "cpu"
     with jax.sharding.use_abstract_mesh(mesh):
         assert explain(*shapes()).platform == "gpu"
-    devices = jax.sharding.AbstractMesh((4,), ("x",), abstract_device=tpu)
-    with jax.sharding.use_abstract_mesh(devices):
-        explanation = explain(*kernel_shapes())
-        assert (explanation.platform, explanation.chosen) == ("tpu", "blockwise")
-        assert "shard_map" in explanation.reasons["splash"]
+    for kind in (jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit):
+        devices = jax.sharding.AbstractMesh((4,), ("x",), (kind,), abstract_device=tpu)
+        with jax.sharding.use_abstract_mesh(devices):
+            explanation = explain(*kernel_shapes())
+            assert (explanation.platform, explanation.chosen) == ("tpu", "blockwise")
+            assert "shard_map" in explanation.reasons["splash"]
     with jax.sharding.use_abstract_mesh(
         jax.sharding.AbstractMesh((1,), ("x",), abstract_device=tpu)
     ):
         assert explain(*kernel_shapes()).chosen == "splash"
     with jax.default_device("cpu"):
         assert explain(*shapes()).platform == "cpu"
+
+
+def test_blocks_are_counted_whatever_the_mesh_in_use():
+    q, k = (jax.ShapeDtypeStruct((2, 600, n, 64), jnp.float32) for n in (8, 2))
+    mask = masks.lengths(key=np.array([600, 100]))
+    expected = explain(q, k, k, mask=mask).blocks
+    device = jax.sharding.AbstractDevice("any", num_cores=None, platform="cpu")
+    absent = jax.sharding.AbstractMesh((2,), ("x",), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(absent):
+        assert explain(q, k, k, mask=mask).blocks == expected
+    explicit = (jax.sharding.AxisType.Explicit,)
+    with jax.set_mesh(jax.make_mesh((2,), ("x",), axis_types=explicit)):
+        split = jax.device_put(jnp.array([600, 100]), jax.sharding.PartitionSpec("x"))
+        assert explain(q, k, k, mask=masks.lengths(key=split)).blocks == expected

@@ -1,7 +1,6 @@
 """The kernels for GPUs: the contract in the interpreter, what they refuse, and that they lower."""
 
 import functools
-import re
 from unittest import mock
 
 import chex
@@ -11,10 +10,11 @@ import numpy as np
 import pytest
 from contract import IMPLEMENTATIONS, PAIRS, PROMISES, assert_right, mostly_slow
 from jax import export
-from jax._src.pallas.triton import lowering
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
 
-from attention_jax import attention, explain, masks, scores
-from attention_jax.backends import kernel_rules, pallas_gpu, pallas_launch
+from attention_jax import attention, compat, explain, masks, scores
+from attention_jax.backends import kernel_rules, pallas_gpu, pallas_launch, pallas_tiles
 from attention_jax.values import Lookup
 
 NAME = "pallas_gpu interpreted"
@@ -148,6 +148,35 @@ class Blank(masks.Mask):
         return np.False_, np.False_
 
 
+# --- Tiles.
+
+
+@pytest.mark.parametrize("mapped", [0, 1, 2])
+def test_a_tile_larger_than_its_array_is_filled_up_with_zeros_and_stored_without(mapped):
+    x = jnp.arange(30.0).reshape(2, 5, 3) + 1  # two arrays 5 x 3
+    dims = (mapped,)
+
+    def kernel(x, _, y, tile):
+        tile[...] = pallas_tiles.RefView(x, dims, (1,)).load((2, 16), (0, 16))
+        pallas_tiles.RefView(y, dims, (0,)).store(tile[...], (2, 16), (0, 16))
+
+    y, tile = pl.pallas_call(
+        kernel,
+        out_shape=[
+            jax.ShapeDtypeStruct(jnp.moveaxis(x, 0, mapped).shape, x.dtype),
+            jax.ShapeDtypeStruct((16, 16), x.dtype),
+        ],
+        input_output_aliases={1: 0},
+        interpret=True,
+    )(*(jnp.moveaxis(a, 0, mapped) for a in (x, -x)))
+    expected = np.zeros((16, 16), np.float32)
+    expected[:3, :3] = x[1, 2:]
+    np.testing.assert_array_equal(tile, expected)
+    expected = np.array(-x)
+    expected[0, 2:] = x[1, 2:]
+    np.testing.assert_array_equal(jnp.moveaxis(y, mapped, 0), expected)
+
+
 # --- For a real GPU, ahead of time.
 
 LOWERED = {
@@ -207,37 +236,99 @@ LOWERED = {
 }
 
 
+KERNEL = "__gpu$xla.gpu.triton"
+# JAX has said so since 0.12.
+deprecated = pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning")
+
+CARD = jax.sharding.AbstractMesh(
+    (1,),
+    ("x",),
+    axis_types=(jax.sharding.AxisType.Explicit,),
+    abstract_device=jax.sharding.AbstractDevice("NVIDIA A100", num_cores=None, platform="gpu"),
+)
+
+
+def lowered_for_cuda(fn, *args):
+    """The program, without a card."""
+    unchecked = [export.DisabledSafetyCheck.custom_call(KERNEL)]
+    exported = export.export(jax.jit(fn), platforms=["cuda"], disabled_checks=unchecked)(*args)
+    return exported.mlir_module()
+
+
+@deprecated
 @pytest.mark.parametrize("name", LOWERED)
 def test_lowers_for_cuda_forward_and_backward(name):
     dtype, options = LOWERED[name]
     q, k = (jax.ShapeDtypeStruct((1, 500, n, 64), dtype) for n in (8, 2))
     v = jax.ShapeDtypeStruct((1, 500, 2, 32), dtype)
-    card = jax.sharding.AbstractDevice(device_kind="any", num_cores=None, platform="gpu")
-    mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=card)
 
     def grads(q, k, v):
         run = lambda *xs: attention(*xs, **options).astype("float32").sum()  # noqa: E731
         return jax.grad(run, (0, 1, 2))(q, k, v)
 
-    kernel = "__gpu$xla.gpu.triton"
-    with jax.sharding.use_abstract_mesh(mesh):
+    with jax.sharding.use_abstract_mesh(CARD):
         assert explain(q, k, v, **options).chosen == "pallas_gpu"
-        exported = export.export(
-            jax.jit(grads),
-            platforms=["cuda"],
-            disabled_checks=[export.DisabledSafetyCheck.custom_call(kernel)],
-        )(q, k, v)
-    text = exported.mlir_module()
-    assert (
-        len(re.findall(r"custom_call @" + re.escape(kernel), text)) == 3
-    )  # forward, rows, columns
+        text = lowered_for_cuda(grads, q, k, v)
+    assert text.count(f"custom_call @{KERNEL}") == 3  # forward, rows, columns
     if "bias" not in name:
         assert "500x500" not in text
 
 
+@deprecated
+def test_lowers_for_cuda_where_a_tile_is_wider_and_longer_than_the_arrays():
+    q, k, v = (
+        jax.ShapeDtypeStruct((1, length, 2, width), jnp.bfloat16)
+        for length, width in ((5, 40), (9, 40), (9, 11))
+    )
+    with jax.sharding.use_abstract_mesh(CARD):
+        grads = jax.grad(lambda *xs: attention(*xs).astype("float32").sum(), (0, 1, 2))
+        assert lowered_for_cuda(grads, q, k, v).count(f"custom_call @{KERNEL}") == 3
+
+
+def every_operation(x):
+    """A rule with all operations that rules may use; ``x`` float32."""
+    for fn in (
+        *(jnp.abs, jnp.negative, jnp.sign, jnp.square, jnp.sqrt, jax.lax.rsqrt, jnp.cbrt),
+        *(jnp.exp, jnp.exp2, jnp.expm1, jnp.log, jnp.log1p, jax.lax.logistic),
+        *(jnp.sin, jnp.cos, jnp.tan, jnp.sinh, jnp.cosh, jnp.tanh),
+        *(jax.lax.asin, jax.lax.acos, jax.lax.atan, jax.lax.asinh, jax.lax.acosh, jax.lax.atanh),
+        *(jnp.floor, jnp.ceil, jax.lax.stop_gradient, lambda x: jax.lax.integer_pow(x, 3)),
+    ):
+        x = x + fn(x)
+    for fn in (jnp.subtract, jnp.multiply, jnp.divide, jax.lax.pow, jax.lax.rem, jax.lax.atan2):
+        x = fn(x, x)
+    for fn in (jnp.maximum, jnp.minimum, add_jaxvals):
+        x = fn(x, jnp.float32(2))
+    x = jax.lax.clamp(jnp.float32(0), x, jnp.float32(1))
+    i = jax.lax.bitcast_convert_type(x, jnp.int32) | x.astype(jnp.int32)
+    i = i + jax.lax.broadcasted_iota(jnp.int32, x.shape, 0)
+    shifts = jax.lax.shift_left, jax.lax.shift_right_arithmetic, jax.lax.shift_right_logical
+    for fn in (jnp.bitwise_and, jnp.bitwise_xor, *shifts):
+        i = fn(i, jnp.int32(1))
+    i = ~jax.sharding.reshard(i, jax.sharding.PartitionSpec(None, None))
+    i = jnp.squeeze(jax.lax.reshape(i, (1, *x.shape)), 0)
+    for fn in (jnp.less, jnp.less_equal, jnp.greater, jnp.greater_equal, jnp.equal, jnp.not_equal):
+        x = jnp.where(fn(i, 1) & jax.lax.is_finite(x), x, jnp.float32(0))
+    return x
+
+
+def add_jaxvals(x, y):
+    """The sum of two cotangents: ``add_any``."""
+    return jax.vjp(lambda z: (z, z), x)[1]((x, jnp.full_like(x, y)))[0]
+
+
+@deprecated
 def test_a_kernel_has_all_operations_that_rules_may_use():
-    names = {primitive.name for primitive in lowering.triton_lowering_rules}
-    assert {*kernel_rules.POINTWISE, *kernel_rules.CALLS} <= names
+    def kernel(x, out):
+        out[...] = jax.jit(every_operation)(x[...])
+
+    x = jax.ShapeDtypeStruct((16, 32), jnp.float32)
+    with jax.sharding.use_abstract_mesh(CARD):
+        used = set(kernel_rules._primitives(jax.make_jaxpr(every_operation)(x).jaxpr))
+        assert used == kernel_rules.POINTWISE
+        lowered_for_cuda(
+            pl.pallas_call(kernel, out_shape=x, compiler_params=triton.CompilerParams()), x
+        )
 
 
 # --- What is refused.
@@ -289,6 +380,11 @@ def test_refuses_with_a_reason(options, words):
             assert words in reason(**options)
     else:
         assert words in reason(**options)
+
+
+def test_is_refused_where_jax_has_no_triton(monkeypatch):
+    monkeypatch.setattr(compat, "triton", None)
+    assert "no Triton" in reason()
 
 
 def test_a_function_with_its_array_as_argument_is_taken():

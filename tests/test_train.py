@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -300,20 +301,96 @@ DAMAGES = {
 }
 
 
+def saved(folder, state, *steps):
+    checkpoints = Checkpoints(folder)
+    for step in steps:
+        assert checkpoints.save(LAST, step, state, {"n": step})
+    return checkpoints
+
+
+def files(folder):
+    return [file for file in sorted(folder.rglob("*")) if file.is_file()]
+
+
+def largest(folder):
+    """The largest file of data."""
+    return max(folder.rglob("d/*"), key=lambda file: file.stat().st_size)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_passed_over_and_said(tmp_path, state, damage):
+    checkpoints = saved(tmp_path, state, 1, 2)
+    file = largest(tmp_path / LAST / "2")
+    DAMAGES[damage](file)
+    with pytest.warns(RuntimeWarning) as said:
+        found = checkpoints.restore(LAST, state)
+    (warning,) = said
+    for words in (str(file), "step 2 is damaged", "step 1 is taken"):
+        assert words in str(warning.message)
+    assert "\n" not in str(warning.message)
+    assert found.step == 1
+    saved(tmp_path, state, 2)  # and is written again
+    assert checkpoints.restore(LAST, state).step == 2
+
+
+def test_no_file_of_a_checkpoint_is_damaged_unnoticed(tmp_path, state):
+    checkpoints = saved(tmp_path, state, 1, 2)
+    all_files = files(tmp_path / LAST / "2")
+    assert len(all_files) > 5
+    for file in all_files:
+        before = file.read_bytes()
+        for damage in DAMAGES:
+            if (file.name, damage) == ("sums.json", "gone"):
+                continue
+            DAMAGES[damage](file)
+            with pytest.warns(RuntimeWarning, match="step 2 is damaged"):
+                assert checkpoints.restore(LAST, state).step == 1
+            file.write_bytes(before)
+    assert checkpoints.restore(LAST, state).step == 2
+
+
+@pytest.mark.parametrize("left", [None, "state", "notes"])
+def test_an_emptied_checkpoint_is_passed_over(tmp_path, state, left):
+    checkpoints = saved(tmp_path, state, 1, 2)
+    for path in (tmp_path / LAST / "2").iterdir():
+        if path.name != left:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with pytest.warns(RuntimeWarning, match=r"step 2 is damaged: .*; step 1 is taken"):
+        assert checkpoints.restore(LAST, state).step == 1
+
+
+# A run that was killed before, or an older version, has left no checksums.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("part", ["state", "notes"])
-def test_a_damaged_checkpoint_is_passed_over_and_said(tmp_path, state, damage, part):
-    checkpoints = Checkpoints(tmp_path)
-    for step in (1, 2):
-        checkpoints.save(LAST, step, state, {"n": step})
-    for file in (tmp_path / LAST / "2" / part).rglob("*"):
-        if file.is_file() and file.exists():
-            DAMAGES[damage](file)
-    with pytest.warns(RuntimeWarning, match=r"last/2 is damaged and passed over"):
-        found = checkpoints.restore(LAST, state)
-    assert found.step == 1
-    assert checkpoints.save(LAST, 2, state, {"n": 2})  # and is written again
+def test_damage_is_found_without_checksums(tmp_path, state, damage, part):
+    checkpoints = saved(tmp_path, state, 1, 2)
+    (tmp_path / LAST / "2" / "sums.json").unlink()
     assert checkpoints.restore(LAST, state).step == 2
+    for file in files(tmp_path / LAST / "2" / part):
+        DAMAGES[damage](file)
+    with pytest.warns(RuntimeWarning, match=r"step 2 is damaged"):
+        assert checkpoints.restore(LAST, state).step == 1
+
+
+def test_where_no_checkpoint_is_whole_one_error_says_so(tmp_path, state):
+    checkpoints = saved(tmp_path, state, 1, 2)
+    cut = [largest(tmp_path / LAST / step) for step in "12"]
+    for file in cut:
+        DAMAGES["cut"](file)
+    with pytest.raises(ValueError, match="no checkpoint is whole") as error:
+        checkpoints.restore(LAST, state)
+    for words in ("step 1 is damaged", "step 2 is damaged", *map(str, cut)):
+        assert words in str(error.value)
+
+
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(tmp_path):
+    flags = train.Flags(resume=True, save_every=1)
+    whole = train_line(tmp_path, flags=flags, steps=3, evaluations=1)
+    DAMAGES["cut"](largest(tmp_path / "checkpoints" / LAST / "3"))
+    with pytest.warns(RuntimeWarning, match=r"step 3 is damaged: .*; step 2 is taken"):
+        again = train_line(tmp_path, flags=flags, steps=3, evaluations=1)
+    assert same(parameters(whole), parameters(again))
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path, state):

@@ -14,6 +14,7 @@ import jax
 
 from attention_jax.backends import blockwise, cudnn, pallas_gpu, splash, xla
 from attention_jax.backends.request import Request as Request
+from attention_jax.compat import mesh_platform
 from attention_jax.lift import Call
 from attention_jax.values import leaves
 
@@ -77,7 +78,7 @@ def platform() -> str:
     have: so programs are compiled ahead of time. Else that of the default device, if one is set,
     else the default backend.
     """
-    device = jax.sharding.get_abstract_mesh().abstract_device or jax.config.jax_default_device  # type: ignore[attr-defined]
+    device = mesh_platform() or jax.config.jax_default_device  # type: ignore[attr-defined]
     if device is None:
         return jax.default_backend()
     name = device if isinstance(device, str) else device.platform
@@ -90,9 +91,9 @@ def partitioned() -> bool:
     It cannot split a kernel. Inside ``shard_map`` each device has a program of its own.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    automatic = jax.sharding.AxisType.Auto
+    manual = jax.sharding.AxisType.Manual
     sizes = zip(mesh.axis_types, mesh.axis_sizes, strict=True)
-    return any(kind == automatic and size > 1 for kind, size in sizes)
+    return any(kind != manual and size > 1 for kind, size in sizes)
 
 
 def preference(request: Request) -> tuple[tuple[str, str], ...]:

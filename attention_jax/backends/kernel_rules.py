@@ -13,10 +13,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import Jaxpr
 
 from attention_jax import masks
 from attention_jax.closures import Traced
+from attention_jax.compat import Jaxpr
 from attention_jax.masks import Mask
 from attention_jax.masks.base import parts
 from attention_jax.scores import RelativeEmbedding, Score, ScoreFn, unwrapped
@@ -30,7 +30,7 @@ POINTWISE = frozenset(
     rem reshape reshard rsqrt select_n shift_left shift_right_arithmetic shift_right_logical
     sign sin sinh sqrt square squeeze stop_gradient sub tan tanh xor""".split()  # noqa: SIM905
 )
-CALLS = frozenset({"jit", "closed_call", "custom_jvp_call"})
+CALLS = frozenset({"jit", "custom_jvp_call"})
 
 
 def as_operands(mask: Mask | None) -> Mask | None:

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from attention_jax import blocks
+from attention_jax import blocks, compat
 from attention_jax.backends import blockwise, kernel_rules, pallas_launch, primitive, xla
 from attention_jax.backends.kernel_rules import as_operands
 from attention_jax.backends.pallas_launch import Config, Tiles, Visits
@@ -160,6 +160,8 @@ def why_unsupported(request: Request) -> str | None:
     z = request.sizes
     if request.platform != "gpu":
         return f"its kernels are for GPUs, this is a {request.platform}"
+    if compat.triton is None:
+        return "this release of JAX has no Triton, in which its kernels are written"
     if request.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         return f"{jnp.dtype(request.dtype).name}: its products are of bfloat16, float16 or float32"
     if None in (_tiles(FORWARD, request), _tiles(BACKWARD, request)):

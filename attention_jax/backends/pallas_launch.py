@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
 
 from attention_jax import blocks
 from attention_jax.backends import blockwise, pallas_kernels, primitive
@@ -25,6 +24,7 @@ from attention_jax.backends.pallas_kernels import Heads
 from attention_jax.backends.pallas_tiles import Refs, RefView
 from attention_jax.backends.primitive import RESULTS, Dims, Static
 from attention_jax.backends.program import place_of
+from attention_jax.compat import triton
 from attention_jax.grid import Grid
 from attention_jax.tiles import local_axes
 from attention_jax.values import leaves

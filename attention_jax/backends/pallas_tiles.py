@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
 
 from attention_jax import dropout
 from attention_jax.backends import primitive
 from attention_jax.backends.primitive import Dims
+from attention_jax.compat import triton
 from attention_jax.scores import tile_indices
 from attention_jax.tiles import local_axes
 from attention_jax.values import Leaf, Lookup, leaves
@@ -66,8 +66,7 @@ class RefView:
         Args:
           inside: the first axis of the tile surely lies within the array.
         """
-        at = self.ref.at[self._index(*(pl.ds(start, size) for start, size in window))]
-        mask = self._inside(window, inside)
+        at, mask = self._tile(window, inside)
         return triton.load(at, mask=mask, other=None if mask is None else self._zero())
 
     def put_entry(self, x: jax.Array, *core: Any) -> None:
@@ -76,24 +75,30 @@ class RefView:
 
     def store(self, x: jax.Array, *window: tuple[Any, int]) -> None:
         """The reverse of ``load``."""
-        at = self.ref.at[self._index(*(pl.ds(start, size) for start, size in window))]
-        triton.store(at, x.astype(self.ref.dtype), mask=self._inside(window, False))
+        at, mask = self._tile(window, False)
+        triton.store(at, x.astype(self.ref.dtype), mask=mask)
 
     def _zero(self) -> jax.Array:
         return jnp.zeros((), self.ref.dtype)
 
-    def _inside(self, window: tuple[tuple[Any, int], ...], inside: bool) -> jax.Array | None:
-        """Which entries of a tile lie within the array; None: all, which loads faster."""
+    def _tile(self, window: tuple[tuple[Any, int], ...], inside: bool) -> tuple[Any, Any]:
+        """A tile's entries, and which of them lie within the array; None: all, which loads faster.
+
+        The entries are given by their indices: a slice may be no longer than the array, a tile is.
+        A card sees no difference, both are a start and a range.
+        """
         sizes = tuple(size for _, size in window)
-        mask = None
+        indices, mask = [], None
         for axis, ((start, size), length) in enumerate(zip(window, self.core, strict=True)):
+            shape = [size if a == axis else 1 for a in range(len(window))]
+            index = start + jax.lax.broadcasted_iota(jnp.int32, shape, axis)
+            indices.append(index)
             whole = isinstance(start, int) and start + size <= length
             if whole or (axis == 0 and inside):
                 continue
-            shape = [size if a == axis else 1 for a in range(len(window))]
-            within = (start + jnp.arange(size, dtype=jnp.int32) < length).reshape(shape)
-            mask = within if mask is None else mask & within
-        return None if mask is None else jnp.broadcast_to(mask, sizes)
+            mask = index < length if mask is None else mask & (index < length)
+        at = self.ref.at[self._index(*indices)]
+        return at, None if mask is None else jnp.broadcast_to(mask, sizes)
 
 
 class Found:

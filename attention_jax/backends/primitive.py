@@ -31,12 +31,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
-from jax.sharding import NamedSharding, PartitionSpec
 
 from attention_jax.axes import accumulation_dtype
 from attention_jax.closures import varying_together
+from attention_jax.compat import Primitive, ad, batching, like, mlir
 from attention_jax.lift import Head
 
 # out, m and log_l.
@@ -116,7 +114,7 @@ def make(name: str, kernel: Kernel) -> Callable[..., tuple[jax.Array, jax.Array]
         accumulation = accumulation_dtype(avals[0].dtype)
         cores = [(query[0], value[1])] + [(query[0],)] * (len(static.out_dims) - 1)
         return [
-            _aval(avals[0], mapped_shape(core, dims, static.levels), accumulation)
+            like(avals[0], mapped_shape(core, dims, static.levels), accumulation)
             for core, dims in zip(cores, static.out_dims, strict=True)
         ]
 
@@ -127,7 +125,7 @@ def make(name: str, kernel: Kernel) -> Callable[..., tuple[jax.Array, jax.Array]
             for i, d in zip(static.wrt, static.out_dims, strict=True)
         ]
         return [
-            _aval(avals[i], shape, avals[i].dtype)
+            like(avals[i], shape, avals[i].dtype)
             for i, shape in zip(static.wrt, shapes, strict=True)
         ]
 
@@ -293,12 +291,6 @@ def _insert(new: int | None, old: Dims) -> Dims:
     if new is None:
         return (None, *old)
     return (new, *(d + 1 if d is not None and d >= new else d for d in old))
-
-
-def _aval(like: Any, shape: tuple[int, ...], dtype: Any) -> Any:
-    """Shape and dtype of a result that varies along the same mesh axes as ``like``."""
-    unsharded = NamedSharding(like.sharding.mesh, PartitionSpec(*(None,) * len(shape)))
-    return like.update(shape=shape, dtype=dtype, weak_type=False, sharding=unsharded)
 
 
 def _lowering(implementation: Callable[..., Any]) -> Callable[..., Any]:

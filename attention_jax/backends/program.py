@@ -291,9 +291,9 @@ def place_of(e: Any, levels: tuple[int, ...]) -> tuple[Any, ...]:
     """Number ``e`` as an index along each mapped axis."""
     place = []
     for size in reversed(levels):
-        size = jnp.asarray(size, jnp.int32)
-        place.append(lax.rem(e, size))
-        e = lax.div(e, size)
+        length = jnp.asarray(size, jnp.int32)
+        place.append(lax.rem(e, length))
+        e = lax.div(e, length)
     return tuple(reversed(place))
 
 

@@ -1,0 +1,65 @@
+"""What we need of JAX beyond its documented interface, in one place.
+
+JAX promises to keep documented names only; these may move in any release. ``tests/test_compat.py``
+says what each of them must do, and passes with every release in use, from 0.10 on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Primitive, jaxpr_as_fun
+from jax.interpreters import ad, batching, mlir
+from jax.sharding import NamedSharding, PartitionSpec
+
+try:
+    from jax.experimental.pallas import triton
+except ImportError:  # it is deprecated since 0.12
+    triton = None  # type: ignore[assignment]
+
+__all__ = [
+    "ClosedJaxpr",
+    "Jaxpr",
+    "Literal",
+    "Primitive",
+    "ad",
+    "batching",
+    "jaxpr_as_fun",
+    "like",
+    "mesh_platform",
+    "mlir",
+    "no_mesh",
+    "run_again",
+    "triton",
+    "varies",
+]
+
+
+def varies(aval: Any) -> frozenset[Any]:
+    """The mesh axes along which an array of this type varies, within ``shard_map``."""
+    return frozenset(aval.manual_axis_type.varying)
+
+
+def run_again(primitive: Any, inputs: Sequence[Any], params: dict[str, Any]) -> list[Any]:
+    """The results of an operation, on other inputs, given the parameters it has in a jaxpr."""
+    results = primitive.bind(*inputs, **primitive.get_bind_params(params))
+    return list(results) if primitive.multiple_results else [results]
+
+
+def like(aval: Any, shape: Sequence[int], dtype: Any) -> Any:
+    """The type of a result that varies along the same mesh axes as ``aval`` and is not sharded."""
+    unsharded = NamedSharding(aval.sharding.mesh, PartitionSpec(*(None,) * len(shape)))
+    return aval.update(shape=tuple(shape), dtype=dtype, weak_type=False, sharding=unsharded)
+
+
+def mesh_platform() -> str | None:
+    """The platform of the mesh in use, even one of devices that are not there; None without."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return None if device is None else device.platform
+
+
+def no_mesh() -> Any:
+    """A context in which no mesh is in use, to compute something on this machine right away."""
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ()))
