@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from attention_jax.attention import attention
-from attention_jax.axes import AnyArray, check_float_array
+from attention_jax.axes import AnyArray, check_float_array, same_rank
 from attention_jax.masks import Mask, at_positions, window
 from attention_jax.masks.arguments import int_at_least
 
@@ -63,8 +63,9 @@ class KVCache:
         >>> cache.append(x, x).positions().tolist()
         [3, 1, 2]
         """
-        slots = jnp.arange(self.capacity, dtype=jnp.int32)
-        length = self.length[..., None]
+        slots, length = same_rank(
+            jnp.arange(self.capacity, dtype=jnp.int32), self.length[..., None]
+        )
         if self.rolling:  # the largest position before length that falls into the slot
             position = length - 1 - (length - 1 - slots) % self.capacity
         else:
@@ -111,8 +112,8 @@ class KVCache:
                 f"the cache has capacity {self.capacity}, but a row would hold {most} tokens: make "
                 f"a larger one, or a rolling one"
             )
-        new = jnp.arange(T, dtype=jnp.int32)
-        slot = self.length[..., None] + new  # [*B T]
+        new, length = same_rank(jnp.arange(T, dtype=jnp.int32), self.length[..., None])
+        slot = length + new  # [*B T]
         keep = new < count[..., None]
         if self.rolling:
             keep = keep & (slot >= after[..., None] - self.capacity)  # else the next round's
@@ -222,11 +223,12 @@ def extend(
             f"see masks.mask_fn"
         )
     after = cache.append(key, value, count)
-    new = jnp.arange(key.shape[-3], dtype=jnp.int32)
-    queries = cache.length[..., None] + new
+    T = key.shape[-3]
+    new, length = same_rank(jnp.arange(T, dtype=jnp.int32), cache.length[..., None])
+    queries = length + new
     back = cache.capacity - 1 if cache.rolling else None
     seen = window(back, 0) if mask is None else mask & window(back, 0)
-    if cache.rolling and len(new) > 1:
+    if cache.rolling and T > 1:
         # Some keys that the first queries see are written over by the last: take both.
         real = new < (after.length - cache.length)[..., None]
         at = jnp.concatenate([cache.positions(), jnp.where(real, queries, -1)], axis=-1)

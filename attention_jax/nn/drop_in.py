@@ -81,7 +81,7 @@ def attention_fn(
     dtype = jnp.result_type(query, key, value) if dtype is None else dtype
     query, key, value = (jnp.asarray(x, dtype) for x in (query, key, value))
     rate = 0.0 if deterministic else dropout_rate
-    visible = None if mask is None else jnp.asarray(mask) != 0
+    visible = None if mask is None else jnp.asarray(mask).astype(bool)
     if module is not None:
         weights = attention_weights(query, key, **_options(bias, visible, is_causal))
         if isinstance(module, linen.Module):
