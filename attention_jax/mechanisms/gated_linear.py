@@ -150,14 +150,19 @@ def retention(
     Models".
     """
     sizes, _ = checked(query, key, value, mask, scale, "retention")
+    dtype = accumulation_dtype(query.dtype)
     if decay is None:
-        decay = 1 - 2.0 ** -np.linspace(5, 12, sizes.K)
-    decay = jnp.asarray(decay, accumulation_dtype(query.dtype))
-    if decay.shape != (sizes.K,):
+        # In float64, and rounded last: in float32 the logarithm would keep 4 digits of a decay
+        # near 1.
+        log_decay = jnp.asarray(np.log1p(-(2.0 ** -np.linspace(5, 12, sizes.K))), dtype)
+    else:
+        log_decay = jnp.log(jnp.asarray(decay, dtype))
+    if log_decay.shape != (sizes.K,):
         raise ValueError(
-            f"decay has shape {decay.shape}, expected [K] = ({sizes.K},), one per key-value head"
+            f"decay has shape {log_decay.shape}, expected [K] = ({sizes.K},), one per key-value "
+            f"head"
         )
-    log_gate = jnp.broadcast_to(jnp.log(decay)[:, None], (*sizes.B, sizes.S, sizes.K, 1))
+    log_gate = jnp.broadcast_to(log_decay[:, None], (*sizes.B, sizes.S, sizes.K, 1))
     return gated_linear_attention(
         query, key, value, log_gate, mask=mask, scale=scale, state=state, return_state=return_state
     )

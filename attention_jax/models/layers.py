@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 
 from attention_jax import masks, scores
 from attention_jax.attention import attention
-from attention_jax.axes import AnyArray
+from attention_jax.axes import AnyArray, same_rank
 from attention_jax.cache import KVCache
 from attention_jax.masks import Mask
 from attention_jax.masks.arguments import int_at_least
@@ -320,11 +320,11 @@ def both(a: Mask | None, b: Mask | None) -> Mask | None:
 
 def positions_after(caches: tuple[KVCache, ...], T: int, count: Any) -> jax.Array:
     """Positions ``[*B T]`` of new tokens; those of padding, after ``count``, repeat the last."""
-    new = jnp.arange(T, dtype=jnp.int32)
+    new, length = same_rank(jnp.arange(T, dtype=jnp.int32), caches[0].length[..., None])
     if count is not None:
         most = jnp.maximum(jnp.asarray(count, jnp.int32) - 1, 0)
-        new = jnp.minimum(new, most[..., None])
-    return caches[0].length[..., None] + new
+        new = jnp.minimum(*same_rank(new, most[..., None]))
+    return length + new
 
 
 def last(x: jax.Array, count: Any) -> jax.Array:

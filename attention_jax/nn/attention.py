@@ -16,7 +16,7 @@ from jaxtyping import Float
 from attention_jax import cache as caches
 from attention_jax.attention import attention as softmax_attention
 from attention_jax.attention import attention_weights
-from attention_jax.axes import AnyArray
+from attention_jax.axes import AnyArray, same_rank
 from attention_jax.cache import KVCache
 from attention_jax.masks import Mask, dense
 from attention_jax.masks.arguments import int_at_least
@@ -229,7 +229,8 @@ class MultiHeadAttention(nnx.Module):
         if positions is None:
             positions = jnp.arange(T, dtype=jnp.int32)
             if cache is not None:
-                positions = cache.length[..., None] + positions
+                length, positions = same_rank(cache.length[..., None], positions)
+                positions = length + positions
         if isinstance(context, KeysValues):
             (query,) = self._project(x, None, "query")
             key, value = context
