@@ -29,10 +29,11 @@ from flax import nnx
 from attention_jax.models.decoder import DecoderConfig
 from attention_jax.models.layers import Layers
 from attention_jax.models.pretrained import bert, gpt2, llama, safetensors, t5, vit
+from attention_jax.models.pretrained.adapters import load_adapters, save_adapters
 from attention_jax.models.pretrained.entries import Entries
 from attention_jax.models.pretrained.tensors import Tensor
 
-__all__ = ["load", "save"]
+__all__ = ["load", "load_adapters", "save", "save_adapters"]
 
 # Each is a module with TYPES (its names as ``model_type``), PREFIX (of the names of a model within
 # one with a head), IGNORED (patterns of tensors that are not parameters), RENAMED (parts of names,
