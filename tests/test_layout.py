@@ -47,6 +47,7 @@ LAYERS = [
     {"nn.blocks"},
     {"nn.pooling", "nn.weights", "nn.adapters"},
     {"nn"},
+    {"models.running"},
     {"models.layers"},
     {"models.decoder", "models.encoder", "models.vision"},
     {"models.encoder_decoder"},

@@ -164,6 +164,7 @@ def _family(described: Mapping[str, Any]) -> ModuleType:
 def _described(config: Any) -> tuple[ModuleType, dict[str, Any]]:
     """The family of a configuration, and its entries; what they say must be all there is."""
     ours = {"dtype": None, "param_dtype": jnp.float32, "implementation": None}
+    ours |= {"remat": False, "scan": False}
     plain = _with_layers(config, ours)
     names = set() if getattr(config, "tied", True) else {"lm_head.weight"}
     for family in FAMILIES:

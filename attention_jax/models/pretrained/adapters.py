@@ -21,6 +21,15 @@ def save_adapters(model: Any, file: str | PathLike[str]) -> None:
 
     Raises:
       ValueError: the model has no adapters.
+
+    >>> import tempfile
+    >>> from flax import nnx
+    >>> from attention_jax.nn import MultiHeadAttention, low_rank
+    >>> module = MultiHeadAttention(8, num_heads=2, rngs=nnx.Rngs(0))
+    >>> file = Path(tempfile.mkdtemp()) / "adapters.safetensors"
+    >>> save_adapters(low_rank(module, rank=1, where=("query",), rngs=nnx.Rngs(1)), file)
+    >>> sorted(safetensors.File(file))
+    ['query.lora_a', 'query.lora_b']
     """
     state = low_rank_state(model)
     safetensors.write(Path(file), state, state.values())
