@@ -106,7 +106,8 @@ def linear_attention(
     M = jax.eval_shape(features.key, jax.ShapeDtypeStruct((1, sizes.H), dtype)).shape[-1]
     if found.causal:
         several = packed(segments, state, found, sizes)
-        found, arrays = several.found, (key, value, one)
+        found = several.found
+        arrays: tuple[Any, ...] = (key, value, one)
         step = functools.partial(causal_piece, features)
         if several.starts is not None:
             arrays = (several.starts, *arrays)

@@ -27,11 +27,11 @@ def period(kinds: Sequence[Any]) -> int:
     )
 
 
-def run(block: nnx.Module, x: Any, options: dict[str, Any], *, remat: Remat) -> Any:
+def run(block: Any, x: Any, options: dict[str, Any], *, remat: Remat) -> Any:
     """``block(x, **options)``; with ``remat`` the backward pass computes it anew."""
     if remat is False:
-        return block(x, **options)  # type: ignore[operator]
-    graph, counts, rest = nnx.split(block, nnx.RngState, ...)
+        return block(x, **options)
+    graph, counts, rest = _split(block)
     call = _checkpoint(functools.partial(_call, graph), remat)
     result, counts = call(counts, rest, x, options)
     nnx.update(block, counts)
@@ -63,7 +63,7 @@ def scan(
     Raises:
       ValueError: blocks that should be alike are not.
     """
-    parts = [nnx.split(block, nnx.RngState, ...) for block in blocks]
+    parts = [_split(block) for block in blocks]
     graphs = [graph for graph, _, _ in parts]
     for i, graph in enumerate(graphs):
         if graph != graphs[i % every]:
@@ -97,6 +97,12 @@ def scan(
     return x
 
 
+def _split(block: Any) -> tuple[Any, Any, Any]:
+    """A block as its structure, the state of its random numbers, and the rest."""
+    parts: Any = nnx.split(block, nnx.RngState, ...)
+    return parts
+
+
 def _of(j: int, every: int, parts: Sequence[Any], each: Sequence[Any]) -> Any:
     return zip(parts[j::every], each[j::every], strict=True)
 
@@ -105,7 +111,7 @@ def _call(graph: Any, counts: Any, rest: Any, x: Any, options: dict[str, Any]) -
     """A block's result, and its streams of random numbers after the call."""
     block = nnx.merge(graph, counts, rest, copy=True)
     result = block(x, **options)
-    after, counts, _ = nnx.split(block, nnx.RngState, ...)
+    after, counts, _ = _split(block)
     if after != graph:
         raise NotImplementedError(
             "remat and scan keep nothing of a block's call but its result, and this block was "
@@ -115,7 +121,7 @@ def _call(graph: Any, counts: Any, rest: Any, x: Any, options: dict[str, Any]) -
 
 
 def _checkpoint(call: Callable[..., Any], remat: Remat, *, prevent_cse: bool = True) -> Any:
-    policy = None if remat is True else remat
+    policy = None if isinstance(remat, bool) else remat
     return jax.checkpoint(call, policy=policy, prevent_cse=prevent_cse)
 
 
