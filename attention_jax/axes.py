@@ -159,6 +159,19 @@ def broadcasts_to(shape: tuple[int, ...], full: tuple[int, ...]) -> bool:
     return missing >= 0 and all(a in (1, f) for a, f in zip(shape, full[missing:], strict=True))
 
 
+def same_rank(*arrays: Any) -> tuple[Any, ...]:
+    """Arrays with axes of size 1 before theirs, so that they broadcast without new axes.
+
+    Broadcasting would add those axes itself, unless ``jax_numpy_rank_promotion`` forbids it.
+
+    >>> a, b = same_rank(np.zeros((2, 3)), np.zeros(3))
+    >>> a.shape, b.shape
+    ((2, 3), (1, 3))
+    """
+    rank = max(jnp.ndim(x) for x in arrays)
+    return tuple(jnp.expand_dims(x, tuple(range(rank - jnp.ndim(x)))) for x in arrays)
+
+
 def check_broadcastable(name: str, shape: tuple[int, ...], sizes: Sizes) -> None:
     """Raises ValueError unless ``shape`` broadcasts to ``[*B N T S]``."""
     full = (*sizes.B, sizes.N, sizes.T, sizes.S)

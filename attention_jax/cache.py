@@ -34,7 +34,7 @@ from jaxtyping import Array, Float, Int
 from attention_jax import scores
 from attention_jax.arguments import ScoreLike, as_scores
 from attention_jax.attention import attention
-from attention_jax.axes import AnyArray, check_float_array, is_array
+from attention_jax.axes import AnyArray, check_float_array, is_array, same_rank
 from attention_jax.by_position import check_lengths, of_positions
 from attention_jax.masks import Mask, at_positions, window
 from attention_jax.masks.arguments import int_at_least
@@ -84,8 +84,9 @@ class KVCache:
         >>> cache.append(x, x).positions().tolist()
         [3, 1, 2]
         """
-        slots = jnp.arange(self.capacity, dtype=jnp.int32)
-        length = self.length[..., None]
+        slots, length = same_rank(
+            jnp.arange(self.capacity, dtype=jnp.int32), self.length[..., None]
+        )
         if self.rolling:  # the largest position before length that falls into the slot
             position = length - 1 - (length - 1 - slots) % self.capacity
         else:
@@ -148,8 +149,8 @@ class KVCache:
                 f"the cache has capacity {self.capacity}, but a row would hold {most} tokens: make "
                 f"a larger one, or a rolling one"
             )
-        new = jnp.arange(T, dtype=jnp.int32)
-        slot = self.length[..., None] + new  # [*B T]
+        new, length = same_rank(jnp.arange(T, dtype=jnp.int32), self.length[..., None])
+        slot = length + new  # [*B T]
         keep = new < count[..., None]
         if self.rolling:
             keep = keep & (slot >= after[..., None] - self.capacity)  # else the next round's

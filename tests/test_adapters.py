@@ -17,7 +17,14 @@ from attention_jax.models import (
     generate,
     pretrained,
 )
-from attention_jax.nn import Frozen, MultiHeadAttention, low_rank, merged
+from attention_jax.nn import (
+    Frozen,
+    MultiHeadAttention,
+    low_rank,
+    low_rank_state,
+    merged,
+    with_low_rank,
+)
 from attention_jax.positions import Rotary
 
 V, T = 13, 5
@@ -244,6 +251,61 @@ def test_a_loaded_encoder_is_adapted(tmp_path):
     assert few < all_of / 8
     after = moved(new)(TOKENS)
     np.testing.assert_allclose(merged(new)(TOKENS), after, rtol=1e-4, atol=1e-5)
+
+
+def test_adapters_alone_come_back(tmp_path):
+    options = {"where": ("query", "down"), "train": ("classify",)}
+    trained = moved(adapted(classifier(), **options))
+    trained.classify.bias[...] = jnp.arange(4, dtype=jnp.float32)
+    state = low_rank_state(trained)
+    assert state.keys() == names(trained, nnx.Param)
+    pretrained.save_adapters(trained, tmp_path / "a.safetensors")
+    fresh = adapted(classifier(), seed=5, **options)
+    before = fresh(TOKENS)
+    for again in (
+        with_low_rank(fresh, state),
+        pretrained.load_adapters(fresh, tmp_path / "a.safetensors"),
+    ):
+        np.testing.assert_array_equal(again(TOKENS), trained(TOKENS))
+        assert nnx.graphdef(again) == nnx.graphdef(fresh)
+    again.classify.bias[...] = 0 * again.classify.bias[...]
+    np.testing.assert_array_equal(fresh(TOKENS), before)  # left as it is
+    np.testing.assert_array_equal(low_rank_state(trained)["classify.bias"], np.arange(4))
+
+
+def test_adapters_alone_are_all_of_them_where_some_are_frozen():
+    second = moved(adapted(moved(adapted(decoder(), where=("query",))), where=("value",)))
+    state = low_rank_state(second)
+    again = with_low_rank(adapted(decoder(), seed=7), state)  # both at once
+    np.testing.assert_array_equal(again(TOKENS), second(TOKENS))
+
+
+def test_adapters_alone_take_the_dtype_of_the_model():
+    new = adapted(decoder())
+    state = {name: np.asarray(x, jnp.bfloat16) for name, x in low_rank_state(moved(new)).items()}
+    again = low_rank_state(with_low_rank(new, state))
+    assert {str(x.dtype) for x in again.values()} == {"float32"}
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"rank": 3}, r"query.lora_a has shape \(12, 2\), expected \(12, 3\)"),
+        ({"where": ("query",)}, r"value.lora_a is not expected"),
+        ({"where": ("query", "value", "out")}, r"out.lora_b is missing"),
+        ({"train": ("embed",)}, r"embed.tokens is missing"),
+    ],
+)
+def test_adapters_that_do_not_fit_are_refused(options, said):
+    state = low_rank_state(adapted(decoder()))
+    with pytest.raises(ValueError, match=f"same rank, where and train: .*{said}"):
+        with_low_rank(adapted(decoder(), **options), state)
+
+
+def test_a_model_without_adapters_has_none_to_take_out():
+    for model in (decoder(), merged(adapted(decoder()))):
+        with pytest.raises(ValueError, match="model must have adapters"):
+            low_rank_state(model)
 
 
 @pytest.mark.parametrize(

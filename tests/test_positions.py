@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from attention_jax import attention, masks, positions
+from attention_jax.nn import Embeddings
 from attention_jax.positions import NTK, DynamicNTK, Linear, Llama3, YaRN
 
 B, T, N, H = 2, 7, 3, 12
@@ -136,6 +138,38 @@ def test_learned_positions_that_are_constants_of_a_jitted_function():
     np.testing.assert_array_equal(jax.jit(lambda t: positions.learned(t, at))(table), table[at])
     with pytest.raises(ValueError, match="positions must be from 0 to 2"):
         jax.jit(lambda t: positions.learned(t, at))(table[:3])
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("name", SCALINGS)
+def test_float64_stays_float64(name):
+    """Angles too: in float32 they are off by 1e-4 at position 2000."""
+    x, at = normal(B, T, N, H).astype(np.float64), 2000 + np.arange(T)
+    expected = twin_rotary(x, at, 500.0, H, False, SCALINGS[name])
+    run = functools.partial(positions.rotary, theta=500.0, scaling=SCALINGS[name])
+    np.testing.assert_allclose(run(x, at, length=LENGTH), expected, atol=1e-11)
+    traced = jax.jit(lambda length: run(x, at, length=length))(LENGTH)
+    np.testing.assert_allclose(traced, expected, atol=1e-11)
+
+
+@pytest.mark.usefixtures("x64")
+def test_sinusoidal_in_float64():
+    at, width = np.array([0, 1, 2000, 30_001]), 10
+    got = positions.sinusoidal(at, width, theta=300.0, dtype=jnp.float64)
+    angles = at[:, None] * 300.0 ** (-2 * np.arange(width // 2) / width)
+    np.testing.assert_allclose(got[:, 0::2], np.sin(angles), atol=1e-11)
+    np.testing.assert_allclose(got[:, 1::2], np.cos(angles), atol=1e-11)
+    embed = Embeddings(3, width, positions="sinusoidal", param_dtype=jnp.float64, rngs=nnx.Rngs(0))
+    tokens = np.zeros(4, np.int32)
+    added = embed(tokens, positions=at) - embed.vectors(tokens)
+    angles = at[:, None] * 10_000.0 ** (-2 * np.arange(width // 2) / width)
+    np.testing.assert_allclose(added[:, 0::2], np.sin(angles), atol=1e-11)
+
+
+def test_sinusoidal_in_bfloat16_is_rounded_last():
+    at = np.arange(300, 310)
+    low = positions.sinusoidal(at, 6, dtype=jnp.bfloat16)
+    np.testing.assert_array_equal(low, positions.sinusoidal(at, 6).astype(jnp.bfloat16))
 
 
 def test_learned_positions_and_their_gradient():

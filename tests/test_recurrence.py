@@ -10,6 +10,7 @@ from jax.test_util import check_grads
 
 from attention_jax import masks
 from attention_jax.mechanisms import (
+    PackedState,
     delta_rule,
     gated_linear_attention,
     linear_attention,
@@ -33,14 +34,15 @@ def arrays(T=T, dtype=np.float64):
     return query, key, value, gates, beta
 
 
-def run(name, *arrays, mask=CAUSAL, state=None, return_state=False):
-    return jitted(name, return_state)(*arrays, mask, state)
+def run(name, *arrays, mask=CAUSAL, segments=None, state=None, return_state=False):
+    return jitted(name, return_state)(*arrays, mask, segments, state)
 
 
 @functools.cache
 def jitted(name, return_state):
-    def call(query, key, value, gates, beta, mask, state):
-        options = {"mask": mask, "state": state, "return_state": return_state}
+    def call(query, key, value, gates, beta, mask, segments, state):
+        options = {"mask": mask, "segments": segments}
+        options |= {"state": state, "return_state": return_state}
         if name == "linear":
             return linear_attention(query, key, value, **options)
         if name == "retention":
@@ -132,6 +134,109 @@ def test_padding_is_passed_over(name):
     for gradient in jax.grad(total, argnums=(0, 1, 2))(*padded):
         assert np.isfinite(gradient).all()
         assert not gradient[:, [2, 7]].any()
+
+
+# --- Several documents in one row.
+
+# Longer than a piece, across the borders of pieces, of one token, after padding, padding within.
+DOCUMENTS = np.full((B, T), -1)
+DOCUMENTS[0, :70], DOCUMENTS[0, 70:71], DOCUMENTS[0, 71:90] = 5, 3, 4
+DOCUMENTS[0, 95:140] = 5
+DOCUMENTS[0, 100:103] = -1
+DOCUMENTS[1, 2:50], DOCUMENTS[1, 50:129], DOCUMENTS[1, 129:] = 0, 1, 2
+
+
+def alone(name, given, ids):
+    """The oracle on each document by itself; 0 for padding."""
+    out = np.zeros((*given[0].shape[:3], D))
+    for b in range(B):
+        real = np.flatnonzero(ids[b] >= 0)
+        starts = np.flatnonzero(np.diff(ids[b][real])) + 1
+        for at in np.split(real, starts):
+            both = oracle(name, *(x[:, at] for x in given))  # of which one example counts
+            out[b, at] = both[b]
+    return out
+
+
+@every
+@pytest.mark.usefixtures("x64")
+def test_packed_documents_are_each_alone(name):
+    given = arrays()
+    padded = [
+        np.where((DOCUMENTS < 0).reshape(B, T, *[1] * (x.ndim - 2)), np.nan, x) for x in given
+    ]
+    found = run(name, *padded, segments=DOCUMENTS)
+    np.testing.assert_allclose(found, alone(name, given, DOCUMENTS), rtol=1e-10, atol=1e-12)
+
+
+@every
+@pytest.mark.usefixtures("x64")
+def test_a_packed_state_goes_on_within_its_document_alone(name):
+    """Wherever the row is cut: within a document, where another begins, within padding."""
+    given, state, parts = arrays(), None, []
+    for start, stop in ((0, 50), (50, 100), (100, 150)):
+        out, state = run(
+            name,
+            *(x[:, start:stop] for x in given),
+            segments=DOCUMENTS[:, start:stop],
+            state=state,
+            return_state=True,
+        )
+        parts.append(out)
+    whole, last = run(name, *given, segments=DOCUMENTS, return_state=True)
+    np.testing.assert_allclose(np.concatenate(parts, 1), whole, rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(state.state, last.state, rtol=1e-10, atol=1e-12)
+    np.testing.assert_array_equal(state.segment, [5, 2])
+    np.testing.assert_array_equal(last.segment, [5, 2])
+
+
+@every
+@pytest.mark.slow
+@pytest.mark.usefixtures("x64")
+def test_gradients_stay_within_documents(name):
+    given, ids = arrays(T=80), DOCUMENTS[:, 60:140]
+    document = np.flatnonzero(ids[0] == 4)
+
+    def total(*x, segments=None):
+        return (run(name, *x, segments=segments) ** 2).sum()
+
+    together = jax.grad(functools.partial(total, segments=ids), range(5))(*given)
+    alone = jax.grad(total, range(5))(*(x[:, document] for x in given))
+    for packed, separate in zip(together, alone, strict=True):
+        assert np.isfinite(packed).all()
+        assert not packed[ids < 0].any()
+        # The first gate of a document has nothing to forget.
+        found, right = packed[0, document][1:], separate[0, 1:]
+        np.testing.assert_allclose(found, right, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "said"),
+    [
+        ({"segments": np.zeros((B, 4))}, TypeError, "segments must be integers, got float64"),
+        ({"segments": np.zeros((3, 4), int)}, ValueError, r"must broadcast to \(2, 4\), \[\*B T\]"),
+        (
+            {"state": PackedState(np.zeros((B, K, H, D)), np.zeros(B, int))},
+            TypeError,
+            "PackedState",
+        ),
+        (
+            {"segments": np.zeros(4, int), "state": jnp.zeros((B, K, H, D))},
+            TypeError,
+            "state must be a PackedState with segments",
+        ),
+    ],
+)
+def test_mistakes_with_segments_are_named(options, error, said):
+    query, key, value, gates, _ = arrays(T=4, dtype=np.float32)
+    with pytest.raises(error, match=said):
+        gated_linear_attention(query, key, value, gates, **options)
+
+
+def test_segments_need_causality():
+    query, key, value, *_ = arrays(T=4, dtype=np.float32)
+    with pytest.raises(ValueError, match="segments are of causal attention"):
+        linear_attention(query, key, value, segments=np.zeros(4, int))
 
 
 @every

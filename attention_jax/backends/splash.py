@@ -144,20 +144,26 @@ def _segment_ids(plan: Plan, sizes: Sizes) -> Ids | None:
     """Segments and lengths as ids; None where the mask has neither."""
     if plan.segments is None and not plan.lengths:
         return None
-    T, S = jnp.arange(sizes.T, dtype=jnp.int32), jnp.arange(sizes.S, dtype=jnp.int32)
-    shape = *sizes.B, sizes.T
-    query, key = jnp.zeros(shape, jnp.int32), jnp.zeros((*sizes.B, sizes.S), jnp.int32)
+    T, S = (
+        jax.lax.broadcasted_iota(jnp.int32, (*sizes.B, size), len(sizes.B))
+        for size in (sizes.T, sizes.S)
+    )
+    query, key = jnp.zeros_like(T), jnp.zeros_like(S)
     if plan.segments is not None:
         query, key = (
             jnp.broadcast_to(jnp.asarray(x).astype(jnp.int32), y.shape)
             for x, y in ((plan.segments.query_ids, query), (plan.segments.key_ids, key))
         )
     real_query, real_key = query >= 0, key >= 0
+
+    def before(i: jax.Array, length: Any) -> jax.Array:
+        return i < (length if isinstance(length, int) else length[..., None])
+
     for part in plan.lengths:
         if part.query is not None:
-            real_query &= jnp.asarray(part.query)[..., None] > T
+            real_query &= before(T, part.query)
         if part.key is not None:
-            real_key &= jnp.asarray(part.key)[..., None] > S
+            real_key &= before(S, part.key)
     query, key = jnp.where(real_query, query, NO_QUERY), jnp.where(real_key, key, NO_KEY)
     return Ids(query.reshape(-1, sizes.T), key.reshape(-1, sizes.S))
 

@@ -17,6 +17,7 @@ from attention_jax.mechanisms.linear import Features as Features
 from attention_jax.mechanisms.linear import linear_attention as linear_attention
 from attention_jax.mechanisms.linear import performer_features as performer_features
 from attention_jax.mechanisms.linformer import linformer_attention as linformer_attention
+from attention_jax.mechanisms.packing import PackedState as PackedState
 from attention_jax.mechanisms.routing import clusters as clusters
 from attention_jax.mechanisms.routing import routing_attention as routing_attention
 from attention_jax.mechanisms.routing import update_centroids as update_centroids
@@ -27,6 +28,7 @@ from attention_jax.mechanisms.topk import topk_attention as topk_attention
 __all__ = [
     "NAMED",
     "Features",
+    "PackedState",
     "absorbed_latent_attention",
     "additive_attention",
     "additive_weights",

@@ -91,7 +91,7 @@ def additive_weights(
     def one_head(q: Any, k: Any, v: Any, visible: Any) -> jax.Array:
         """``q [T H]``, ``k [S H]``, ``v [H]``, ``visible [T S]``."""
         k = jnp.where(visible.any(axis=0)[:, None], k, 0)
-        logits = jnp.where(visible, jnp.tanh(q[:, None] + k) @ v, -jnp.inf)
+        logits = jnp.where(visible, jnp.tanh(q[:, None] + k[None]) @ v, -jnp.inf)
         return softmax.rows(logits)
 
     lifted = jax.vmap(one_head, in_axes=(-2, -2, 0, 0))

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from attention_jax.arguments import check_types
 from attention_jax.attention import attention
-from attention_jax.axes import AnyArray, Output, accumulation_dtype
+from attention_jax.axes import AnyArray, Output, accumulation_dtype, same_rank
 
 
 def differential_attention(
@@ -68,6 +68,7 @@ def differential_attention(
         for i in (0, 1)
     )
     weight = jnp.broadcast_to(jnp.asarray(weight, dtype), (N,))[:, None]
+    first, second, weight = same_rank(first, second, weight)
     return (first - weight * second).astype(query.dtype)
 
 

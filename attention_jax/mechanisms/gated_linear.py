@@ -12,11 +12,8 @@ from jaxtyping import Array, Float
 
 from attention_jax.axes import AnyArray, Key, Query, Value, accumulation_dtype
 from attention_jax.masks import causal
-from attention_jax.mechanisms.recurrence import (
-    check_gate,
-    checked,
-    left_to_right,
-)
+from attention_jax.mechanisms.packing import PackedState, of, packed, runs
+from attention_jax.mechanisms.recurrence import check_gate, checked, left_to_right
 from attention_jax.tiles import product
 
 PIECE = 64  # tokens computed at once
@@ -33,8 +30,9 @@ def gated_linear_attention(
     log_gate: Float[AnyArray, "*B S K _"],
     *,
     mask: Any = CAUSAL,
+    segments: Any = None,
     scale: Any = None,
-    state: State | None = None,
+    state: State | PackedState | None = None,
     return_state: bool = False,
 ) -> Any:
     """Linear attention with a memory that fades as its gates say.
@@ -55,7 +53,12 @@ def gated_linear_attention(
       mask: ``masks.causal()``, with ``masks.lengths`` or ``masks.padding`` by ``&``: padding is
         passed over, gates included.
       scale: of the output; default ``1 / sqrt(H)``.
-      state: ``S [*B K H D]`` after the tokens before; default 0.
+      segments: integers that broadcast to ``[*B T]``, for several documents in one row: the state
+        is 0 again where a token has another id than the one before it. Negative is padding, which
+        is passed over. Each run of one id is a document.
+      state: ``S [*B K H D]`` after the tokens before; default 0. With ``segments`` a
+        ``PackedState``, which also holds the id of the last token: the first token here goes on
+        after it if it has the same id.
       return_state: whether to return that after these too.
 
     Returns:
@@ -70,24 +73,30 @@ def gated_linear_attention(
     >>> half = np.log(one / 2)
     >>> gated_linear_attention(one, one, one, half).ravel().tolist()
     [1.0, 1.5, 1.75]
+    >>> gated_linear_attention(one, one, one, half, segments=np.array([4, 4, 7])).ravel().tolist()
+    [1.0, 1.5, 1.0]
 
     Source: Yang et al. 2024, "Gated Linear Attention Transformers with Hardware-Efficient
     Training".
     """
     sizes, found = checked(query, key, value, mask, scale, "gated_linear_attention")
     check_gate("log_gate", log_gate, sizes, (sizes.H, 1))
-    return left_to_right(
+    several = packed(segments, state, found, sizes)
+    if several.starts is not None:  # a gate of 0 forgets what was before
+        log_gate = jnp.where(several.starts, -jnp.inf, jnp.asarray(log_gate))
+    result = left_to_right(
         gated_piece,
         PIECE if log_gate.shape[-1] == 1 else PIECE_OF_VECTORS,
         sizes,
-        found,
+        several.found,
         _scaled(query, scale),
         (key, value, log_gate),
         (sizes.H, sizes.D),
-        state,
+        several.state,
         return_state,
         query.dtype,
     )
+    return several.result(result, return_state)
 
 
 def gated_piece(
@@ -117,8 +126,9 @@ def retention(
     *,
     decay: Float[AnyArray, " K"] | None = None,
     mask: Any = CAUSAL,
+    segments: Any = None,
     scale: Any = None,
-    state: State | None = None,
+    state: State | PackedState | None = None,
     return_state: bool = False,
 ) -> Any:
     """Linear attention whose memory fades at a constant rate of each head.
@@ -131,7 +141,7 @@ def retention(
     keys by their positions (``positions.rotary``) and normalises each head of the output.
 
     Args:
-      query, key, value, scale, state, return_state: as for ``gated_linear_attention``.
+      query, key, value, segments, scale, state, return_state: as for ``gated_linear_attention``.
       decay: one for each key-value head, in (0, 1]; default ``1 - 2^-5 .. 1 - 2^-12``, evenly in
         the exponent.
       mask: as for ``gated_linear_attention``; tokens of padding do not count as distance.
@@ -150,16 +160,29 @@ def retention(
     Models".
     """
     sizes, _ = checked(query, key, value, mask, scale, "retention")
+    dtype = accumulation_dtype(query.dtype)
     if decay is None:
-        decay = 1 - 2.0 ** -np.linspace(5, 12, sizes.K)
-    decay = jnp.asarray(decay, accumulation_dtype(query.dtype))
-    if decay.shape != (sizes.K,):
+        # In float64, and rounded last: in float32 the logarithm would keep 4 digits of a decay
+        # near 1.
+        log_decay = jnp.asarray(np.log1p(-(2.0 ** -np.linspace(5, 12, sizes.K))), dtype)
+    else:
+        log_decay = jnp.log(jnp.asarray(decay, dtype))
+    if log_decay.shape != (sizes.K,):
         raise ValueError(
-            f"decay has shape {decay.shape}, expected [K] = ({sizes.K},), one per key-value head"
+            f"decay has shape {log_decay.shape}, expected [K] = ({sizes.K},), one per key-value "
+            f"head"
         )
-    log_gate = jnp.broadcast_to(jnp.log(decay)[:, None], (*sizes.B, sizes.S, sizes.K, 1))
+    log_gate = jnp.broadcast_to(log_decay[:, None], (*sizes.B, sizes.S, sizes.K, 1))
     return gated_linear_attention(
-        query, key, value, log_gate, mask=mask, scale=scale, state=state, return_state=return_state
+        query,
+        key,
+        value,
+        log_gate,
+        mask=mask,
+        segments=segments,
+        scale=scale,
+        state=state,
+        return_state=return_state,
     )
 
 
@@ -170,8 +193,9 @@ def delta_rule(
     beta: Float[AnyArray, "*B S K"],
     *,
     mask: Any = CAUSAL,
+    segments: Any = None,
     scale: Any = None,
-    state: State | None = None,
+    state: State | PackedState | None = None,
     return_state: bool = False,
 ) -> Any:
     """Linear attention that corrects what its memory says of a key, rather than add to it.
@@ -185,8 +209,9 @@ def delta_rule(
     ``(I + tril(diag(beta) K K^T, -1)) U = diag(beta) (V - K S)``.
 
     Args:
-      query, key, value, mask, scale, state, return_state: as for ``gated_linear_attention``. Keys
-        should have norm 1: then ``beta = 1`` replaces what was known of a key by the value.
+      query, key, value, mask, segments, scale, state, return_state: as for
+        ``gated_linear_attention``. Keys should have norm 1: then ``beta = 1`` replaces what was
+        known of a key by the value.
       beta: ``[*B S K]``, how much to correct, in [0, 1] (up to 2 it stays stable).
 
     Returns:
@@ -205,18 +230,42 @@ def delta_rule(
     """
     sizes, found = checked(query, key, value, mask, scale, "delta_rule")
     check_gate("beta", jnp.asarray(beta)[..., None], sizes, (1,))
-    return left_to_right(
-        delta_piece,
+    several = packed(segments, state, found, sizes)
+    arrays = (key, value, jnp.asarray(beta)[..., None])
+    result = left_to_right(
+        delta_piece if several.starts is None else packed_delta_piece,
         PIECE,
         sizes,
-        found,
+        several.found,
         _scaled(query, scale),
-        (key, value, jnp.asarray(beta)[..., None]),
+        arrays if several.starts is None else (*arrays, several.starts),
         (sizes.H, sizes.D),
-        state,
+        several.state,
         return_state,
         query.dtype,
     )
+    return several.result(result, return_state)
+
+
+def packed_delta_piece(
+    state: jax.Array,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    beta: jax.Array,
+    starts: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """As ``delta_piece``, with a state that begins anew at ``starts [C 1]``."""
+    run = runs(starts)
+    near = jnp.where(run.same, beta * product(k, k, 1, 1), 0)
+    system = jnp.eye(k.shape[0], dtype=k.dtype) + jnp.tril(near, -1)
+    known = product(of(run.first, k), state, 1, 0)
+    u = jax.scipy.linalg.solve_triangular(
+        system, beta * (v - known), lower=True, unit_diagonal=True
+    )
+    pairs = jnp.tril(jnp.where(run.same, product(q, k, 1, 1), 0))
+    out = product(of(run.first, q), state, 1, 0) + product(pairs, u, 1, 0)
+    return out, run.kept(state) + product(of(run.last, k), u, 0, 0)
 
 
 def delta_piece(

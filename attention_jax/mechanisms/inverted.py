@@ -92,8 +92,8 @@ def slot_attention(
 
 def _log_shares(s: jax.Array) -> jax.Array:
     """``log A = s_ij - log sum_i' exp s_i'j``, ``-inf`` where hidden."""
-    m = jax.lax.stop_gradient(softmax.finite(s.max(axis=0, initial=-jnp.inf)))
-    total = jnp.exp(s - m).sum(axis=0)
+    m = jax.lax.stop_gradient(softmax.finite(s.max(axis=0, initial=-jnp.inf, keepdims=True)))
+    total = jnp.exp(s - m).sum(axis=0, keepdims=True)
     return s - m - jnp.log(total + (total == 0).astype(s.dtype))
 
 

@@ -22,6 +22,7 @@ from attention_jax.axes import (
 )
 from attention_jax.lift import lift
 from attention_jax.masks.arguments import int_at_least
+from attention_jax.mechanisms.packing import PackedState, of, packed, runs
 from attention_jax.mechanisms.recurrence import left_to_right, over_pieces
 from attention_jax.mechanisms.seen import only_seen, seen
 from attention_jax.tiles import product
@@ -52,7 +53,8 @@ def linear_attention(
     *,
     mask: Any = None,
     features: Features = ELU_PLUS_1,
-    state: Float[Array, "*B K M D1"] | None = None,
+    segments: Any = None,
+    state: Float[Array, "*B K M D1"] | PackedState | None = None,
     return_state: bool = False,
 ) -> Any:
     """Attention whose weights are products of features.
@@ -70,7 +72,9 @@ def linear_attention(
       query, key, value: as for ``attention``.
       mask: None, ``masks.causal()``, ``masks.lengths``, ``masks.padding``, joined by ``&``.
       features: of queries and keys; default ``elu(x) + 1``.
-      state: ``[*B K M D+1]``, ``S`` and beside it ``z``, of the tokens before; causal only.
+      segments: of documents in one row, see ``gated_linear_attention``; causal only.
+      state: ``[*B K M D+1]``, ``S`` and beside it ``z``, of the tokens before; causal only. With
+        ``segments`` a ``PackedState``.
       return_state: whether to return that after these tokens too.
 
     Returns:
@@ -101,13 +105,24 @@ def linear_attention(
     one = jnp.ones((*key.shape[:-1], 1), dtype)
     M = jax.eval_shape(features.key, jax.ShapeDtypeStruct((1, sizes.H), dtype)).shape[-1]
     if found.causal:
+        several = packed(segments, state, found, sizes)
+        found = several.found
+        arrays: tuple[Any, ...] = (key, value, one)
         step = functools.partial(causal_piece, features)
+        if several.starts is not None:
+            arrays = (several.starts, *arrays)
+            step = functools.partial(packed_piece, features)
         width = (M, sizes.D + 1)
-        out, state = left_to_right(
-            step, PIECE, sizes, found, query, (key, value, one), width, state, True, query.dtype
+        out, state = several.result(
+            left_to_right(
+                step, PIECE, sizes, found, query, arrays, width, several.state, True, query.dtype
+            ),
+            True,
         )
-    elif state is not None or return_state:
-        raise ValueError("state and return_state are of causal attention: give mask=masks.causal()")
+    elif state is not None or return_state or segments is not None:
+        raise ValueError(
+            "state, return_state and segments are of causal attention: give mask=masks.causal()"
+        )
     else:
         (out,) = lift(
             lambda *arrays: (among_all(features, M, *arrays),),
@@ -145,6 +160,22 @@ def causal_piece(
     v = jnp.concatenate(values, axis=1)
     out, state = linear_piece(state, features.query(q), features.key(k), v)
     return means(out), state
+
+
+def packed_piece(
+    features: Features,
+    state: jax.Array,
+    q: jax.Array,
+    starts: jax.Array,
+    k: jax.Array,
+    *values: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """As ``causal_piece``, with a state that begins anew at ``starts [C 1]``."""
+    run = runs(starts)
+    q, k, v = features.query(q), features.key(k), jnp.concatenate(values, axis=1)
+    pairs = jnp.tril(jnp.where(run.same, product(q, k, 1, 1), 0))
+    out = product(pairs, v, 1, 0) + product(of(run.first, q), state, 1, 0)
+    return means(out), run.kept(state) + product(of(run.last, k), v, 0, 0)
 
 
 def linear_piece(

@@ -53,9 +53,8 @@ def seen(mask: Any, sizes: Sizes, who: str) -> Seen:
                 (keys, part.key, sizes.S),
             ):
                 if length is not None:
-                    flags = jnp.arange(size) < jnp.asarray(length)[..., None]
-                    missing = tuple(range(len(sizes.B) + 1 - flags.ndim))
-                    real.append(jnp.expand_dims(flags, missing))
+                    at = jnp.arange(size, dtype=jnp.int32).reshape(*[1 for _ in sizes.B], size)
+                    real.append(at < (length if isinstance(length, int) else length[..., None]))
         elif isinstance(part, Padding):
             queries.append(part.query_ids >= 0)
             keys.append(part.key_ids >= 0)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Float
 
-from attention_jax.axes import AnyArray, accumulation_dtype
+from attention_jax.axes import AnyArray, accumulation_dtype, same_rank
 from attention_jax.masks import Mask
 from attention_jax.models.layers import Layers, Stack
 from attention_jax.nn import Embeddings, pooling
@@ -167,4 +167,5 @@ class Encoder(nnx.Module):
         x = self.transform_norm(ACTIVATIONS[self.config.layers.activation](x))  # type: ignore[misc]
         y = self.embed.logits(x)
         wide = accumulation_dtype(y.dtype)
-        return y.astype(wide) + self.token_bias[...].astype(wide)  # type: ignore[index]
+        logits, bias = same_rank(y.astype(wide), self.token_bias[...].astype(wide))  # type: ignore[index]
+        return logits + bias

@@ -14,10 +14,11 @@ from jaxtyping import Bool, Float
 
 from attention_jax import masks, scores
 from attention_jax.attention import attention
-from attention_jax.axes import AnyArray
+from attention_jax.axes import AnyArray, same_rank
 from attention_jax.cache import KVCache
 from attention_jax.masks import Mask
 from attention_jax.masks.arguments import int_at_least
+from attention_jax.models.running import Remat, period, run, scan
 from attention_jax.nn import Block, FeedForward, MultiHeadAttention, OnePlusRMSNorm
 from attention_jax.nn.attention import default_head_dim
 from attention_jax.positions import Rotary
@@ -98,6 +99,14 @@ class Layers:
     dtype: Any = None
     """Of the computation; default: what inputs and parameters promote to."""
     param_dtype: Any = jnp.float32
+    remat: Remat = False
+    """Whether the backward pass computes each layer anew, rather than keep all that it made: less
+    memory for about a third more time. Or a policy of ``jax.checkpoint_policies``, which says what
+    to keep. ``model.set_attributes(remat=True)`` sets it in a model that is there."""
+    scan: bool = False
+    """Whether the layers run in one loop, so that the time to compile does not grow with their
+    number. It takes a stacked copy of the parameters. With caches the layers run one by one: a loop
+    would copy every cache for every token."""
 
     def __post_init__(self) -> None:
         """Checks, and fills in what depends on other fields, so that equal layers are equal."""
@@ -110,6 +119,10 @@ class Layers:
         for window in self.windows:
             if window is not None:
                 int_at_least("windows", window, 1)
+        if not isinstance(self.remat, bool) and not callable(self.remat):
+            raise TypeError(
+                f"remat must be True, False or one of jax.checkpoint_policies, got {self.remat!r}"
+            )
         head_dim = self.head_dim
         filled = {
             "num_kv_heads": self.num_heads if self.num_kv_heads is None else self.num_kv_heads,
@@ -121,6 +134,11 @@ class Layers:
         }
         for name, x in filled.items():
             object.__setattr__(self, name, x)
+        if self.scan and self.num_layers > 1 and period(self.windows) == self.num_layers:
+            raise ValueError(
+                f"scan needs windows that repeat within num_layers = {self.num_layers}, all layers "
+                f"being part of a repetition, got {self.windows}"
+            )
 
     @property
     def dtypes(self) -> dict[str, Any]:
@@ -158,6 +176,7 @@ class Stack(nnx.Module):
         """
         self.causal, self.alibi = causal, config.alibi
         self.windows, self.prefix_lm = config.windows, config.prefix_lm
+        self.remat, self.scan = config.remat, config.scan
         if config.prefix_lm and not causal:
             raise ValueError("prefix_lm must be False in an encoder, which sees all in any case")
         seen = [both(_seen(window, causal), config.mask) for window in self.windows]
@@ -211,17 +230,23 @@ class Stack(nnx.Module):
             new = jnp.asarray(x.shape[-2] if count is None else count, jnp.int32)
             prefix = jnp.where(caches[0].length == 0, new, 0)  # what comes first is the prompt
         mask = both(self._order(prefix), both(padding(real), mask))
-        score = self._score()
+        options = {"mask": mask, "score": self._score(), "positions": positions}
+        each: list[dict[str, Any]] = [{} for _ in self.blocks]
+        if contexts is not None:
+            options["context_mask"] = context_mask
+            each = [{"context": context} for context in contexts]
         after = []
-        for i, block in enumerate(self.blocks):
-            options = {"mask": mask, "score": score, "positions": positions}
-            if contexts is not None:
-                options |= {"context": contexts[i], "context_mask": context_mask}
-            if caches is None:
-                x = block(x, **options)
-            else:
-                x, cache = block(x, **options, cache=caches[i], count=count)
+        if caches is not None:
+            for block, own, cache in zip(self.blocks, each, caches, strict=True):
+                own = {**options, **own, "cache": cache, "count": count}
+                x, cache = run(block, x, own, remat=self.remat)
                 after.append(cache)
+        elif self.scan:
+            every = period(self.windows)
+            x = scan(self.blocks, x, options, each=each, every=every, remat=self.remat)
+        else:
+            for block, own in zip(self.blocks, each, strict=True):
+                x = run(block, x, {**options, **own}, remat=self.remat)
         x = x if self.norm is None else self.norm(x)
         return x if caches is None else (x, tuple(after))
 
@@ -346,11 +371,11 @@ def both(a: Mask | None, b: Mask | None) -> Mask | None:
 
 def positions_after(caches: tuple[KVCache, ...], T: int, count: Any) -> jax.Array:
     """Positions ``[*B T]`` of new tokens; those of padding, after ``count``, repeat the last."""
-    new = jnp.arange(T, dtype=jnp.int32)
+    new, length = same_rank(jnp.arange(T, dtype=jnp.int32), caches[0].length[..., None])
     if count is not None:
         most = jnp.maximum(jnp.asarray(count, jnp.int32) - 1, 0)
-        new = jnp.minimum(new, most[..., None])
-    return caches[0].length[..., None] + new
+        new = jnp.minimum(*same_rank(new, most[..., None]))
+    return length + new
 
 
 def last(x: jax.Array, count: Any) -> jax.Array:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Float
 
-from attention_jax.axes import AnyArray, accumulation_dtype
+from attention_jax.axes import AnyArray, accumulation_dtype, same_rank
 from attention_jax.models.layers import Layers, Stack
 from attention_jax.nn import AttentionPooling, ClassToken, pooling
 from attention_jax.nn.embeddings import EMBED_INIT
@@ -97,7 +97,8 @@ class VisionTransformer(nnx.Module):
         x = self.embed(patches(images, self.config.patch))
         if self.class_token is not None:
             x = self.class_token(x)
-        return self.dropout(x + self.positions[...].astype(x.dtype))
+        x, positions = same_rank(x, self.positions[...].astype(x.dtype))
+        return self.dropout(x + positions)
 
     def hidden(self, images: Float[AnyArray, "*B rows columns channels"]) -> jax.Array:
         """The tokens after the layers, ``[*B T E]``."""

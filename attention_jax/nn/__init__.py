@@ -8,7 +8,9 @@ local with some global tokens ``masks.window(128, 128) | masks.global_tokens(fla
 from attention_jax.nn import pooling as pooling
 from attention_jax.nn.adapters import Frozen as Frozen
 from attention_jax.nn.adapters import low_rank as low_rank
+from attention_jax.nn.adapters import low_rank_state as low_rank_state
 from attention_jax.nn.adapters import merged as merged
+from attention_jax.nn.adapters import with_low_rank as with_low_rank
 from attention_jax.nn.attention import KeysValues as KeysValues
 from attention_jax.nn.attention import MultiHeadAttention as MultiHeadAttention
 from attention_jax.nn.blocks import Block as Block
@@ -37,8 +39,10 @@ __all__ = [
     "attention_fn",
     "dot_product_attention",
     "low_rank",
+    "low_rank_state",
     "merged",
     "moved_embeddings",
     "pooling",
     "record_weights",
+    "with_low_rank",
 ]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -42,7 +43,8 @@ def low_rank(
       rngs: for ``A``.
 
     Returns:
-      A copy of the model. It has another structure: save it after ``merged``.
+      A copy of the model. It has another structure: save it after ``merged``, or its adapters
+      alone, ``low_rank_state``.
 
     Raises:
       ValueError: a name that nothing has; the names there are are listed.
@@ -120,6 +122,82 @@ def merged(model: nnx.Module) -> Any:
         if id(adapter) in folded:
             setattr(module, name, folded[id(adapter)])
     return _changed(copy, Frozen, lambda x: _as(nnx.Param, x))
+
+
+def low_rank_state(model: nnx.Module) -> dict[str, jax.Array]:
+    """What ``low_rank`` added to a model, to be kept without the model: ``A`` and ``B`` by name.
+
+    Args:
+      model: as ``low_rank`` returned it, or that trained.
+
+    Returns:
+      For the path to each parameter, joined by dots, its array: of all adapters, and of what was
+      to ``train`` in full.
+
+    Raises:
+      ValueError: the model has no adapters.
+
+    >>> from attention_jax.nn import MultiHeadAttention
+    >>> module = MultiHeadAttention(8, num_heads=2, rngs=nnx.Rngs(0))
+    >>> adapted = low_rank(module, rank=1, where=("query",), rngs=nnx.Rngs(1))
+    >>> {name: x.shape for name, x in low_rank_state(adapted).items()}
+    {'query.lora_a': (8, 1), 'query.lora_b': (1, 8)}
+    """
+    return {".".join(map(str, path)): x.get_value() for path, x in _added(model).items()}
+
+
+def with_low_rank(model: nnx.Module, state: Mapping[str, Any]) -> Any:
+    """A model with the adapters that ``low_rank_state`` took out of one of the same kind.
+
+    Args:
+      model: as ``low_rank`` returned it, called with the same ``rank``, ``where`` and ``train``; it
+        is left as it is.
+      state: its arrays take the dtypes of the model's.
+
+    Returns:
+      A copy of the model.
+
+    Raises:
+      ValueError: the model has no adapters, or names or shapes are not those of the model; the
+        message lists them all.
+
+    >>> import numpy as np
+    >>> from attention_jax.nn import MultiHeadAttention
+    >>> module = MultiHeadAttention(8, num_heads=2, rngs=nnx.Rngs(0))
+    >>> trained, fresh = (low_rank(module, rank=1, rngs=nnx.Rngs(i)) for i in (1, 2))
+    >>> trained.query.lora_b[...] += 1
+    >>> again = with_low_rank(fresh, low_rank_state(trained))
+    >>> x = np.ones((1, 5, 8), np.float32)
+    >>> bool((again(x) == trained(x)).all())
+    True
+    """
+    added = {".".join(map(str, path)): (path, x) for path, x in _added(model).items()}
+    wrong = [f"{name} is missing" for name in added if name not in state]
+    for name, array in state.items():
+        if name not in added:
+            wrong.append(f"{name} is not expected")
+        elif tuple(array.shape) != added[name][1].shape:
+            expected = added[name][1].shape
+            wrong.append(f"{name} has shape {tuple(array.shape)}, expected {expected}")
+    if wrong:
+        raise ValueError(
+            f"state must be that of a model with the same rank, where and train: {'; '.join(wrong)}"
+        )
+    graph, whole = nnx.split(model)
+    flat = dict(nnx.to_flat_state(whole))
+    for name, (path, x) in added.items():
+        flat[path] = x.replace(jnp.asarray(state[name], x.dtype))
+    return nnx.merge(graph, nnx.from_flat_state(flat), copy=True)
+
+
+def _added(model: nnx.Module) -> dict[Any, Any]:
+    """By their paths, parameters of adapters, frozen or not, and whatever else trains."""
+    flat = dict(nnx.to_flat_state(nnx.state(model)))
+    adapters = [x for _, x in nnx.iter_graph(model) if isinstance(x, nnx.LoRA)]
+    if not adapters:
+        raise ValueError("model must have adapters: nn.low_rank makes a model that has")
+    thin = {id(x) for adapter in adapters for x in (adapter.lora_a, adapter.lora_b)}
+    return {path: x for path, x in flat.items() if id(x) in thin or isinstance(x, nnx.Param)}
 
 
 def _adapter(linear: nnx.Linear, rank: int, rngs: nnx.Rngs) -> nnx.LoRA:

@@ -17,7 +17,7 @@ from attention_jax import cache as caches
 from attention_jax.arguments import as_mask, as_scores, check_flag
 from attention_jax.attention import attention as softmax_attention
 from attention_jax.attention import attention_weights
-from attention_jax.axes import AnyArray, is_array
+from attention_jax.axes import AnyArray, is_array, same_rank
 from attention_jax.cache import KVCache
 from attention_jax.dropout import check_rate
 from attention_jax.masks import Mask
@@ -243,7 +243,8 @@ class MultiHeadAttention(nnx.Module):
         if positions is None:
             positions = jnp.arange(T, dtype=jnp.int32)
             if cache is not None:
-                positions = cache.length[..., None] + positions
+                length, positions = same_rank(cache.length[..., None], positions)
+                positions = length + positions
         if isinstance(context, KeysValues):
             (query,) = self._project(x, None, "query")
             key, value = context

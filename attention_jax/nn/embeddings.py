@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Float
 
-from attention_jax.axes import AnyArray
+from attention_jax.axes import AnyArray, same_rank
 from attention_jax.dropout import check_rate
 from attention_jax.masks.arguments import int_at_least
 from attention_jax.nn.arguments import check_broadcasts, check_tokens
@@ -116,13 +116,13 @@ class Embeddings(nnx.Module):
             positions = jnp.arange(x.shape[-2], dtype=jnp.int32)
         check_broadcasts("positions", check_positions(positions), x.shape[:-1])
         if self.positions is not None:
-            x = x + self._cast(learned(self.positions[...], positions))
+            x = _sum(x, self._cast(learned(self.positions[...], positions)))
         if self.sinusoidal:
-            x = x + sinusoidal(positions, x.shape[-1]).astype(x.dtype)
+            x = _sum(x, sinusoidal(positions, x.shape[-1], dtype=x.dtype))
         if self.types is not None:
             types = jnp.zeros((), jnp.int32) if types is None else types
             check_broadcasts("types", check_positions(types, "types"), x.shape[:-1])
-            x = x + self._cast(rows(self.types[...], filled(types, real), "types"))
+            x = _sum(x, self._cast(rows(self.types[...], filled(types, real), "types")))
         elif types is not None:
             raise ValueError("types must be None: the embeddings were made without (types=0)")
         x = x if self.norm is None else self.norm(x)
@@ -152,6 +152,12 @@ class Embeddings(nnx.Module):
 
     def _cast(self, x: jax.Array) -> jax.Array:
         return x if self.dtype is None else x.astype(self.dtype)
+
+
+def _sum(x: jax.Array, vectors: jax.Array) -> jax.Array:
+    """The tokens' vectors and others, which may have fewer batch axes."""
+    a, b = same_rank(x, vectors)
+    return a + b
 
 
 def moved_embeddings(model: nnx.Module, move: Callable[[jax.Array], jax.Array]) -> Any:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Float
 
-from attention_jax.axes import AnyArray, accumulation_dtype
+from attention_jax.axes import AnyArray, accumulation_dtype, same_rank
 from attention_jax.nn.arguments import check_tokens
 
 
@@ -47,4 +47,5 @@ class OnePlusRMSNorm(nnx.Module):
         dtype = self.dtype or jnp.promote_types(x.dtype, scale.dtype)
         wide = accumulation_dtype(dtype)
         normalised = self.normalise(x.astype(wide))
-        return (normalised * (1 + scale.astype(wide))).astype(dtype)
+        normalised, factor = same_rank(normalised, 1 + scale.astype(wide))
+        return (normalised * factor).astype(dtype)

@@ -44,6 +44,8 @@ def record_weights(model: nnx.Module, *args: Any, **options: Any) -> tuple[Any, 
     """
     copy = nnx.merge(*nnx.split(model))
     copy.eval()
+    # What is kept below would be out of reach outside of a computation that is done again.
+    copy.set_attributes(remat=False, scan=False, raise_if_not_found=False)
     found: dict[str, Any] = {}
 
     def recorded(path: str, attend: Callable[..., Any]) -> Callable[..., Any]:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attention_jax.axes import is_array
+from attention_jax.axes import is_array, same_rank
 
 
 def check_positions(positions: Any, name: str = "positions") -> Any:
@@ -36,6 +36,7 @@ def rows(table: Any, index: Any, name: str) -> jax.Array:
     return jnp.take(jnp.asarray(table), index, axis=0, mode="fill", fill_value=jnp.nan)
 
 
-def angles(positions: Any, f: Any) -> jax.Array:
-    """``position * f_i`` in float32: ``[*B T, i]``."""
-    return jnp.asarray(positions)[..., None].astype(jnp.float32) * f
+def angles(positions: Any, f: jax.Array) -> jax.Array:
+    """``position * f_i`` in the dtype of ``f``: ``[*B T, i]``."""
+    at, f = same_rank(jnp.asarray(positions)[..., None].astype(f.dtype), f)
+    return at * f

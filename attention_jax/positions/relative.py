@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from attention_jax.axes import AnyArray
+from attention_jax.axes import AnyArray, same_rank
 from attention_jax.scores import Score, relative_embedding
 
 
@@ -47,5 +47,6 @@ def transformer_xl(
     """
     query = jnp.asarray(query)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    score = relative_embedding(scale * (query + position_bias), table, offset=offset, align=align)
-    return query + content_bias, score
+    query, content, position = same_rank(query, content_bias, position_bias)
+    score = relative_embedding(scale * (query + position), table, offset=offset, align=align)
+    return query + content, score

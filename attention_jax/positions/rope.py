@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from attention_jax.axes import AnyArray, accumulation_dtype
+from attention_jax.axes import AnyArray, accumulation_dtype, same_rank
 from attention_jax.positions.arguments import angles, check_positions
 from attention_jax.positions.scalings import DynamicNTK, Scaling, frequencies
 
@@ -38,8 +38,8 @@ def rotary(
       scaling, length: see ``frequencies``.
 
     Returns:
-      ``[*B T N H]`` in the dtype of ``x``; computed in float32 or wider. In float32 an angle is off
-      by up to ``6e-8 * position``.
+      ``[*B T N H]`` in the dtype of ``x``; angles too are computed in float32 or wider. In
+      float32 an angle is off by up to ``6e-8 * position``.
 
     Raises:
       ValueError: ``width`` is odd or more than H; ``positions`` do not broadcast to ``[*B T]``.
@@ -52,6 +52,7 @@ def rotary(
 
     Source: Su et al. 2021, "RoFormer: Enhanced Transformer with Rotary Position Embedding".
     """
+    x = jnp.asarray(x)
     H = x.shape[-1]
     width = H if width is None else width
     if width > H:
@@ -65,11 +66,11 @@ def rotary(
         raise ValueError(
             f"positions must broadcast to {x.shape[:-2]}, the [*B T] of x, got {positions.shape}"
         )
-    f, scale = frequencies(width, theta=theta, scaling=scaling, length=length)
-    turns = angles(positions, f)[..., None, :]  # [*B T 1 h]
     dtype = accumulation_dtype(x.dtype)
-    cos, sin = ((scale * fn(turns)).astype(dtype) for fn in (jnp.cos, jnp.sin))
-    turned = jnp.asarray(x)[..., :width].astype(dtype)
+    f, scale = frequencies(width, theta=theta, scaling=scaling, length=length, dtype=dtype)
+    turned = x[..., :width].astype(dtype)
+    turns, turned = same_rank(angles(positions, f)[..., None, :], turned)  # [*B T 1 h]
+    cos, sin = scale * jnp.cos(turns), scale * jnp.sin(turns)
     if interleaved:
         a, b = turned[..., 0::2], turned[..., 1::2]
     else:

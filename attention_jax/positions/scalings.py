@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from attention_jax.axes import same_rank
+
 
 class Scaling:
     """A change of rotary frequencies. Subclasses give ``scaled``."""
@@ -81,7 +83,7 @@ class DynamicNTK(Scaling):
         if length is None:
             raise ValueError("length must be given: DynamicNTK depends on it")
         if isinstance(length, jax.Array):
-            longest = jnp.maximum(length, self.original).astype(jnp.float32)
+            longest = jnp.maximum(length, self.original).astype(_widest())
         else:
             longest = max(length, self.original)
         return _ntk(f, self.factor * longest / self.original - (self.factor - 1), width), 1.0
@@ -93,8 +95,15 @@ def _ntk(f: np.ndarray, factor: Any, width: int) -> Any:
         return f  # the one pair has i = 0
     power = -2.0 * np.arange(width // 2) / width * (width / (width - 2))
     if isinstance(factor, jax.Array):
-        return jnp.asarray(f, jnp.float32) * factor[..., None] ** jnp.asarray(power, jnp.float32)
+        factor, f, power = same_rank(
+            factor[..., None], jnp.asarray(f, factor.dtype), jnp.asarray(power, factor.dtype)
+        )
     return f * factor**power
+
+
+def _widest() -> Any:
+    """float64 where JAX has it switched on, else float32."""
+    return jax.dtypes.canonicalize_dtype(np.float64)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,7 +177,12 @@ def _positive(value: Any, *names: str) -> None:
 
 
 def frequencies(
-    width: int, *, theta: float = 10_000.0, scaling: Scaling | None = None, length: Any = None
+    width: int,
+    *,
+    theta: float = 10_000.0,
+    scaling: Scaling | None = None,
+    length: Any = None,
+    dtype: Any = jnp.float32,
 ) -> tuple[Float[Array, "*B h"], float]:
     """Radians per position of each pair, and what cosine and sine are multiplied by.
 
@@ -178,6 +192,7 @@ def frequencies(
       scaling: changes them.
       length: of the sequence, for scalings that depend on it; an int or an int array, whose axes
         come before those of the frequencies.
+      dtype: of the frequencies, which are rounded to it last.
 
     Raises:
       ValueError: ``width`` is odd or not positive, ``theta`` not positive, ``length`` missing.
@@ -197,4 +212,4 @@ def frequencies(
         if not isinstance(scaling, Scaling):
             raise TypeError(f"scaling must be a Scaling or None, got {type(scaling).__name__}")
         f, scale = scaling.scaled(f, width, theta, length)
-    return jnp.asarray(f, jnp.float32), scale
+    return jnp.asarray(f, dtype), scale

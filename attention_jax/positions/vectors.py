@@ -7,13 +7,18 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from attention_jax.axes import AnyArray
+from attention_jax.axes import AnyArray, accumulation_dtype
 from attention_jax.positions.arguments import angles, check_positions, rows
 from attention_jax.positions.scalings import frequencies
 
 
 def sinusoidal(
-    positions: Any, width: int, *, theta: float = 10_000.0, interleaved: bool = True
+    positions: Any,
+    width: int,
+    *,
+    theta: float = 10_000.0,
+    interleaved: bool = True,
+    dtype: Any = jnp.float32,
 ) -> Float[Array, "*B T E"]:
     """``sin(position * f_i)`` and ``cos(position * f_i)``, ``f_i = theta ** (-2 i / width)``.
 
@@ -22,9 +27,11 @@ def sinusoidal(
       width: numbers per position (E), even.
       theta: the longest wavelength is ``2 pi theta``.
       interleaved: sine and cosine in turns, as in the paper; else all sines first.
+      dtype: of the result. Angles are computed in float32 or wider: in float32 they are off by up
+        to ``6e-8 * position``.
 
     Returns:
-      float32 ``[*B T E]``.
+      ``[*B T E]`` in ``dtype``.
 
     Raises:
       ValueError: ``width`` is odd or not positive, ``theta`` not positive.
@@ -37,9 +44,9 @@ def sinusoidal(
 
     Source: Vaswani et al. 2017, "Attention Is All You Need", section 3.5.
     """
-    f, _ = frequencies(width, theta=theta)
+    f, _ = frequencies(width, theta=theta, dtype=accumulation_dtype(dtype))
     turned = angles(check_positions(positions), f)
-    pair = jnp.sin(turned), jnp.cos(turned)
+    pair = jnp.sin(turned).astype(dtype), jnp.cos(turned).astype(dtype)
     if interleaved:
         return jnp.stack(pair, axis=-1).reshape(*turned.shape[:-1], width)
     return jnp.concatenate(pair, axis=-1)

@@ -41,11 +41,12 @@ from attention_jax.models.pretrained import (
     t5,
     vit,
 )
+from attention_jax.models.pretrained.adapters import load_adapters, save_adapters
 from attention_jax.models.pretrained.entries import Entries
 from attention_jax.models.pretrained.tensors import Tensor
 from attention_jax.nn import Embeddings
 
-__all__ = ["load", "save"]
+__all__ = ["load", "load_adapters", "save", "save_adapters"]
 
 # Each is a module with TYPES (its names as ``model_type``), PREFIX (of the names of a model within
 # one with a head), IGNORED (patterns of tensors that are not parameters), COPIES (of which others),
@@ -254,6 +255,7 @@ def _family(described: Mapping[str, Any]) -> ModuleType:
 def _described(config: Any, more: dict[str, Any]) -> tuple[ModuleType, dict[str, Any]]:
     """The family of a configuration, and its entries; what they say must be all there is."""
     ours = {"dtype": None, "param_dtype": jnp.float32, "implementation": None}
+    ours |= {"remat": False, "scan": False}
     plain = _with_layers(config, ours)
     for family in FAMILIES:
         try:

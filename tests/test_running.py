@@ -1,0 +1,181 @@
+"""Stacks that compute layers anew in the backward pass, and that run them in one loop."""
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from attention_jax.models import (
+    Decoder,
+    DecoderConfig,
+    EncoderDecoder,
+    EncoderDecoderConfig,
+    Layers,
+    Relative,
+    generate,
+    pretrained,
+)
+from attention_jax.models.running import period
+from attention_jax.nn import FeedForward, low_rank, record_weights
+from attention_jax.positions import Rotary
+
+V, T = 11, 6
+TOKENS = np.random.default_rng(0).integers(1, V, (2, T)).astype(np.int32)
+REAL = np.arange(T) < np.array([[T], [4]])
+WAYS = {
+    "remat": {"remat": True},
+    "policy": {"remat": jax.checkpoint_policies.dots_saveable},
+    "scan": {"scan": True},
+    "scan, remat": {"scan": True, "remat": True},
+}
+
+
+def layers(**more):
+    return Layers(**{"features": 8, "num_layers": 4, "num_heads": 2, "hidden": 8, **more})
+
+
+def decoder(**more):
+    more = {"rotary": Rotary(), "windows": (2, None), **more}
+    return Decoder(DecoderConfig(V, layers(**more)), rngs=nnx.Rngs(0))
+
+
+def translator(**more):
+    stack = layers(num_layers=2, relative=Relative(4, 8), dropout_rate=0.2, **more)
+    config = EncoderDecoderConfig(V, stack, stack, positions=None)
+    return EncoderDecoder(config, rngs=nnx.Rngs(0))
+
+
+MODELS = {
+    "decoder": (decoder, lambda model: model(TOKENS, real=REAL)),
+    "dropout": (
+        lambda **more: decoder(dropout_rate=0.2, attention_dropout_rate=0.2, **more),
+        lambda model: model(TOKENS),
+    ),
+    "translator": (translator, lambda model: model(TOKENS, TOKENS[:, :3], source_real=REAL)),
+}
+
+
+def results(name, **way):
+    """Result and gradient of one call, and the result of the next: dropout goes on."""
+    make, call = MODELS[name]
+    graph, parameters, rest = nnx.split(make(**way), nnx.Param, ...)
+
+    @jax.jit
+    def run(parameters, rest):
+        def total(parameters):
+            model = nnx.merge(graph, parameters, rest, copy=True)
+            out = call(model)
+            return (out**2).mean(), (out, call(model))
+
+        return jax.value_and_grad(total, has_aux=True)(parameters)
+
+    return run(parameters, rest)
+
+
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [
+        pytest.param(n, w, marks=[] if (n, w) in quick else [pytest.mark.slow])
+        for quick in [{("decoder", "scan, remat")}]
+        for n in MODELS
+        for w in WAYS
+    ],
+)
+def test_results_and_gradients_are_the_same(name, way):
+    found, right = results(name, **WAYS[way]), results(name)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(right), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_the_program_of_a_loop_does_not_grow_with_the_layers():
+    def equations(num_layers, **way):
+        model = decoder(num_layers=num_layers, **way)
+        graph, state = nnx.split(model)
+        run = jax.make_jaxpr(lambda state: nnx.merge(graph, state, copy=True)(TOKENS))
+        return len(run(state).eqns)
+
+    assert equations(4, scan=True) == equations(8, scan=True) < equations(4)
+
+
+@pytest.mark.slow
+def test_a_loop_that_computes_anew_needs_less_memory():
+    def temporaries(**way):
+        model = decoder(num_layers=8, windows=(None,), **way)
+        graph, parameters, rest = nnx.split(model, nnx.Param, ...)
+        tokens = np.ones((4, 64), np.int32)
+
+        def total(parameters):
+            return (nnx.merge(graph, parameters, rest, copy=True)(tokens) ** 2).mean()
+
+        compiled = jax.jit(jax.grad(total)).lower(parameters).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporaries(scan=True, remat=True) < temporaries(scan=True) / 2
+
+
+@pytest.mark.parametrize("way", ["scan, remat", pytest.param("remat", marks=pytest.mark.slow)])
+def test_generation_is_the_same(way):
+    plain, other = decoder(), decoder(**WAYS[way])
+    found, right = (generate(m, TOKENS, max_new_tokens=4).tokens for m in (other, plain))
+    np.testing.assert_array_equal(found, right)
+
+
+def test_weights_are_recorded_all_the_same():
+    out, weights = record_weights(decoder(scan=True, remat=True), TOKENS)
+    right, expected = record_weights(decoder(), TOKENS)
+    np.testing.assert_array_equal(out, right)
+    assert weights.keys() == expected.keys()
+    assert len(weights) == 4
+
+
+def test_parameters_adapters_and_files_are_those_of_a_plain_stack(tmp_path):
+    more = {"gated": True, "norm": "rms", "bias": False, "feed_forward_bias": False}
+    more |= {"activation": "silu", "windows": (None,)}
+    model = decoder(scan=True, remat=True, **more)
+    pretrained.save(model, tmp_path)
+    loaded = pretrained.load(tmp_path)
+    np.testing.assert_allclose(loaded(TOKENS), model(TOKENS), rtol=1e-5, atol=1e-6)
+    adapted = low_rank(model, rank=1, rngs=nnx.Rngs(1))
+    np.testing.assert_allclose(adapted(TOKENS), model(TOKENS), rtol=1e-5, atol=1e-6)
+    loaded.set_attributes(scan=True)
+    np.testing.assert_allclose(loaded(TOKENS), model(TOKENS), rtol=1e-5, atol=1e-6)
+
+
+def test_period():
+    assert [period(x) for x in ("a", "aaaa", "abab", "aab", "abcabc", "aba")] == [1, 1, 2, 3, 3, 3]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "said"),
+    [
+        ({"remat": "dots"}, TypeError, "remat"),
+        ({"scan": True, "windows": (2, 2, 2, None)}, ValueError, "scan needs windows that repeat"),
+    ],
+)
+def test_mistakes_are_named(options, error, said):
+    with pytest.raises(error, match=said):
+        layers(**options)
+
+
+def test_a_loop_over_different_blocks_is_refused():
+    model = decoder(scan=True)
+    model.stack.blocks[2].attention.order = "post"
+    with pytest.raises(
+        ValueError, match="block 2 has other modules, options or masks than block 0"
+    ):
+        model(TOKENS)
+
+
+class Keeping(FeedForward):
+    def __call__(self, x):
+        self.seen = nnx.Intermediate(x)
+        return super().__call__(x)
+
+
+@pytest.mark.parametrize("way", ["remat", "scan"])
+def test_what_a_block_would_keep_of_a_call_is_refused(way):
+    model = decoder(**WAYS[way])
+    for block in model.stack.blocks:
+        block.feed_forward.sublayer = Keeping(8, 8, rngs=nnx.Rngs(0))
+    with pytest.raises(NotImplementedError, match="remat and scan keep nothing of a block's call"):
+        model(TOKENS)
