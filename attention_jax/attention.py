@@ -125,7 +125,14 @@ def attention(
 
     Returns:
       The output ``[*B T N D]`` in the query's dtype; with ``return_lse`` also the lse
-      ``[*B T N]`` in float32 or wider. Both are differentiable.
+      ``[*B T N]`` in float32 or wider. Both are differentiable. Policies of ``jax.checkpoint``
+      know them as ``"attention_out"`` and ``"attention_lse"``: where both are saved, the backward
+      pass of ``blockwise`` and ``pallas_gpu`` does not run the forward pass again.
+
+    A Python number is part of the program, and another value compiles again, where the blocks to
+    compute depend on it: offsets of masks, windows, lengths. To compile once for many values pass
+    an array, such as ``masks.causal(offset=jnp.asarray(i))``. ``scale``, ``dropout_rate``,
+    ``softcap`` and the offsets of scores compile once on a CPU.
 
     Raises:
       TypeError, ValueError: an argument is wrong; the message names it.

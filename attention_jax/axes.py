@@ -30,6 +30,13 @@ from jaxtyping import Array, Float
 
 AnyArray: TypeAlias = Array | np.ndarray
 
+# Names of results, for policies of jax.checkpoint.
+OUT_NAME, LSE_NAME = "attention_out", "attention_lse"
+
+# Sizes are ints, or the symbolic ones of jax.export.
+Size: TypeAlias = Any
+Shape: TypeAlias = tuple[Size, ...]
+
 Query = Float[AnyArray, "*B T N H"]
 Key = Float[AnyArray, "*B S K H"]
 Value = Float[AnyArray, "*B S K D"]
@@ -45,9 +52,9 @@ class Sizes:
     6
     """
 
-    B: tuple[int, ...]
-    T: int
-    S: int
+    B: Shape
+    T: Size
+    S: Size
     K: int
     G: int
     H: int
@@ -149,7 +156,7 @@ def accumulation_dtype(dtype: Any) -> jnp.dtype:
     return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
-def broadcasts_to(shape: tuple[int, ...], full: tuple[int, ...]) -> bool:
+def broadcasts_to(shape: Shape, full: Shape) -> bool:
     """Whether an array of ``shape`` broadcasts to ``full``; sizes may be symbolic.
 
     >>> broadcasts_to((3, 1), (2, 3, 4)), broadcasts_to((2, 1, 1), (3, 4))
@@ -172,7 +179,7 @@ def same_rank(*arrays: Any) -> tuple[Any, ...]:
     return tuple(jnp.expand_dims(x, tuple(range(rank - jnp.ndim(x)))) for x in arrays)
 
 
-def check_broadcastable(name: str, shape: tuple[int, ...], sizes: Sizes) -> None:
+def check_broadcastable(name: str, shape: Shape, sizes: Sizes) -> None:
     """Raises ValueError unless ``shape`` broadcasts to ``[*B N T S]``."""
     full = (*sizes.B, sizes.N, sizes.T, sizes.S)
     if not broadcasts_to(shape, full):

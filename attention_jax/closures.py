@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attention_jax.axes import broadcasts_to
+from attention_jax.axes import Shape, broadcasts_to
 from attention_jax.compat import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun, run_again, varies
 from attention_jax.values import StaticArray
 
@@ -228,7 +228,7 @@ def varying_together(arrays: Iterable[Any]) -> list[Any]:
     ]
 
 
-def of_tile(name: str, x: Any, shape: tuple[int, ...], dtype: Any) -> Any:
+def of_tile(name: str, x: Any, shape: Shape, dtype: Any) -> Any:
     """What a function returned, at the shape and dtype of a tile.
 
     Raises:

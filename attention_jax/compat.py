@@ -48,7 +48,7 @@ def run_again(primitive: Any, inputs: Sequence[Any], params: dict[str, Any]) -> 
     return list(results) if primitive.multiple_results else [results]
 
 
-def like(aval: Any, shape: Sequence[int], dtype: Any) -> Any:
+def like(aval: Any, shape: Sequence[Any], dtype: Any) -> Any:
     """The type of a result that varies along the same mesh axes as ``aval`` and is not sharded."""
     unsharded = NamedSharding(aval.sharding.mesh, PartitionSpec(*(None,) * len(shape)))
     return aval.update(shape=tuple(shape), dtype=dtype, weak_type=False, sharding=unsharded)

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
-from attention_jax.axes import Sizes
+from attention_jax.axes import Shape, Sizes
 from attention_jax.dropout import Dropout
 from attention_jax.masks import Mask
 from attention_jax.scores import Score
@@ -237,7 +237,7 @@ def _on_each_device(
     def parts(letter: str) -> int:
         return math.prod(mesh.shape[name] for name in mesh_axes.get(letter, ()))
 
-    def spec(axes: str | tuple[str, ...], shape: tuple[int, ...] | None = None) -> PartitionSpec:
+    def spec(axes: str | tuple[str, ...], shape: Shape | None = None) -> PartitionSpec:
         """An axis of size 1 is there for all."""
         split = [
             mesh_axes.get(letter) if shape is None or shape[i] == full.get(letter) else None

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from attention_jax.axes import AnyArray, is_array
+from attention_jax.axes import AnyArray, Size, is_array
 from attention_jax.closures import hoist, of_tile
 from attention_jax.values import Value, indexable
 
@@ -78,7 +78,7 @@ class Score(Value):
         return self.rule(s, b, n, *tile_indices(s.shape, q0, k0))
 
 
-def tile_indices(shape: tuple[int, int], q0: Any, k0: Any) -> tuple[jax.Array, jax.Array]:
+def tile_indices(shape: tuple[Size, Size], q0: Any, k0: Any) -> tuple[jax.Array, jax.Array]:
     """Query indices ``[t, 1]`` and key indices ``[1, s]`` of a tile."""
     t, s = shape
     return (
@@ -126,7 +126,7 @@ class Aligned(Score):
     offset: Any
     align: str
 
-    def resolve(self, T: int, S: int, N: int) -> Self:
+    def resolve(self, T: Size, S: Size, N: int) -> Self:
         if self.align == "start":
             return self
         return dataclasses.replace(self, offset=self.offset + (S - T), align="start")
@@ -144,7 +144,7 @@ class Alibi(Aligned):
     AXES = {"slopes": "N", "offset": "*B"}
     slopes: Any
 
-    def resolve(self, T: int, S: int, N: int) -> Self:
+    def resolve(self, T: Size, S: Size, N: int) -> Self:
         slopes = alibi_slopes(N) if self.slopes is None else self.slopes
         return dataclasses.replace(super().resolve(T, S, N), slopes=slopes)
 
@@ -471,7 +471,7 @@ class _Wrapped(Score):
     def visible(self) -> Any:
         return self.score_.visible()
 
-    def resolve(self, T: int, S: int, N: int) -> Self:
+    def resolve(self, T: Size, S: Size, N: int) -> Self:
         # Positions are those of one sequence: its last query and its last key are the same token.
         return dataclasses.replace(self, score_=self.score_.resolve(1, 1, N))
 

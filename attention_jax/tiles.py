@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from attention_jax.axes import Size
 from attention_jax.masks import Mask
 from attention_jax.scores import Score, tile_indices
 from attention_jax.values import Leaf, map_leaves
@@ -56,7 +57,7 @@ def visible(
     scores: tuple[Score, ...],
     b: Any,
     n: Any,
-    shape: tuple[int, int],
+    shape: tuple[Size, Size],
     q0: Any,
     k0: Any,
     own: Any = None,
@@ -91,7 +92,7 @@ def visible(
 
 
 def _known(
-    mask: Mask, b: Any, n: Any, shape: tuple[int, int], q0: Any, k0: Any
+    mask: Mask, b: Any, n: Any, shape: tuple[Size, Size], q0: Any, k0: Any
 ) -> tuple[bool, bool] | None:
     """Whether every query sees some key, and every key is seen, where that is known by now."""
     static = isinstance(q0, int) and isinstance(k0, int) and not jax.tree.leaves(mask)

@@ -37,7 +37,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attention_jax.axes import Sizes, is_array
+from attention_jax.axes import Size, Sizes, is_array
 
 T_ = TypeVar("T_")
 
@@ -97,7 +97,7 @@ class Value:
         arguments = ", ".join(f"{f.name}={show(getattr(self, f.name))}" for f in fields)
         return f"{type(self).__name__}({arguments})"
 
-    def resolve(self, T: int, S: int, N: int) -> Self:
+    def resolve(self, T: Size, S: Size, N: int) -> Self:
         """This value with everything that waits for ``T``, ``S`` or ``N`` filled in."""
         changes = {
             f.name: _map_values(lambda v: v.resolve(T, S, N), getattr(self, f.name))

@@ -322,3 +322,18 @@ def test_sharded_arrays_under_jit_drop_the_same_pairs(implementation):
     placed["bias"] = p["bias"]
     got = jax.jit(jax.value_and_grad(scalar(f)))(placed)
     close(got, jax.jit(jax.value_and_grad(scalar(plain)))(p))
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_a_checkpoint_that_saves_the_results_runs_the_forward_pass_once(saved):
+    x = jnp.ones((300, 2, 4))
+    policy = jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse")
+    policy = policy if saved else jax.checkpoint_policies.nothing_saveable
+
+    def loss(x):
+        return attention(x, x, x, mask=masks.causal(), implementation="blockwise").sum()
+
+    gradient = jax.grad(jax.checkpoint(loss, policy=policy))
+    text = str(jax.make_jaxpr(gradient)(x))
+    assert text.count("attention_blockwise_forward[") == (1 if saved else 2)
+    np.testing.assert_allclose(jax.jit(gradient)(x), jax.jit(jax.grad(loss))(x), atol=1e-5)

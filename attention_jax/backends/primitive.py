@@ -31,8 +31,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-from attention_jax.axes import accumulation_dtype
+from attention_jax.axes import LSE_NAME, OUT_NAME, Shape, accumulation_dtype
 from attention_jax.closures import varying_together
 from attention_jax.compat import Primitive, ad, batching, like, mlir
 from attention_jax.lift import Head
@@ -50,7 +51,7 @@ class Static:
 
     structure: Any  # of the operands, a pytree (Head, visits)
     config: Any  # the kernel's own
-    levels: tuple[int, ...] = ()  # sizes of the mapped axes, outermost first
+    levels: Shape = ()  # sizes of the mapped axes, outermost first
     in_dims: tuple[Dims, ...] = ()  # one per array
     out_dims: tuple[Dims, ...] = ()  # one per result; None: summed over that axis
     wrt: tuple[int, ...] = ()  # tangent and backward: the operands that vary
@@ -66,12 +67,12 @@ class Kernel:
     plain: Callable[..., Any]  # head -> out, m, log_l: materialised
 
 
-def core_shape(shape: Sequence[int], dims: Dims) -> tuple[int, ...]:
+def core_shape(shape: Shape, dims: Dims) -> tuple[int, ...]:
     """The shape without the mapped axes."""
     return tuple(n for axis, n in enumerate(shape) if axis not in dims)
 
 
-def mapped_shape(core: Sequence[int], dims: Dims, levels: Sequence[int]) -> tuple[int, ...]:
+def mapped_shape(core: Shape, dims: Dims, levels: Shape) -> Shape:
     """The shape with the mapped axes."""
     rank = len(core) + sum(d is not None for d in dims)
     at = {d: n for d, n in zip(dims, levels, strict=True) if d is not None}
@@ -186,6 +187,9 @@ def make(name: str, kernel: Kernel) -> Callable[..., tuple[jax.Array, jax.Array]
 
     def forward_jvp(primals: Any, tangents: Any, *, static: Static) -> Any:
         out, m, log_l = forward_p.bind(*primals, static=static)
+        # What the backward pass needs of this one, for policies of `jax.checkpoint` to save.
+        out = checkpoint_name(out, OUT_NAME)
+        m, log_l = (checkpoint_name(x, LSE_NAME) for x in (m, log_l))
         constant = ad.Zero(jax.typeof(m).to_tangent_aval())
         possible = num_differentiable(static.structure)
         wrt = tuple(

@@ -19,7 +19,7 @@ import numpy as np
 from jax import lax
 
 from attention_jax import dropout
-from attention_jax.axes import accumulation_dtype
+from attention_jax.axes import Shape, accumulation_dtype
 from attention_jax.backends import primitive
 from attention_jax.backends.primitive import Dims, Static
 from attention_jax.dropout import Dropout
@@ -287,7 +287,7 @@ def over_rows(static: Static, arrays: tuple[Any, ...], buffers: Any, formula: Fo
     return lax.fori_loop(jnp.int32(0), jnp.asarray(heads, jnp.int32), head, buffers)
 
 
-def place_of(e: Any, levels: tuple[int, ...]) -> tuple[Any, ...]:
+def place_of(e: Any, levels: Shape) -> tuple[Any, ...]:
     """Number ``e`` as an index along each mapped axis."""
     place = []
     for size in reversed(levels):

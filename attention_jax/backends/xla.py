@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from attention_jax import dropout
-from attention_jax.axes import Sizes, accumulation_dtype
+from attention_jax.axes import LSE_NAME, OUT_NAME, Sizes, accumulation_dtype
 from attention_jax.lift import Call, Head, over_heads_and_examples
 from attention_jax.softmax import finite
 from attention_jax.tiles import (
@@ -157,7 +158,8 @@ def run(call: Call, sizes: Sizes) -> tuple[jax.Array, jax.Array]:
         ("*B N T D", "*B T N"),
         inputs=("*B N T H", "*B K S H", "*B K S D"),
     )
-    return jnp.swapaxes(out, -2, -3), lse
+    out = checkpoint_name(jnp.swapaxes(out, -2, -3), OUT_NAME)
+    return out, checkpoint_name(lse, LSE_NAME)
 
 
 def attention_weights(call: Call, sizes: Sizes) -> jax.Array:

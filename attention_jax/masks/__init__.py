@@ -20,7 +20,8 @@ Each class says three things: its fields, its ``rule`` for one tile of pairs (se
 ``values`` for what a field looks like there), and ``block``: for whole blocks of
 pairs, whether some pair may be visible and whether every pair surely is. ``block``
 is interval arithmetic: on static ints it runs in NumPy while tracing, on arrays in
-JAX at run time.
+JAX at run time. So a Python int is part of the program, and another one compiles again;
+an array is data: in a loop over offsets or lengths pass ``jnp.asarray(i)``.
 """
 
 from attention_jax.masks.bands import Band as Band

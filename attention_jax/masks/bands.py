@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Self
 
+from attention_jax.axes import Size
 from attention_jax.grid import Grid
 from attention_jax.masks.arguments import (
     PerExample,
@@ -20,10 +21,10 @@ class Band(Mask):
     AXES = {"offset": "*B"}
     left: int | None
     right: int | None
-    offset: PerExample
+    offset: Any  # an int, symbolic after align="end" of symbolic lengths; or an array
     align: str
 
-    def resolve(self, T: int, S: int, N: int) -> Self:
+    def resolve(self, T: Size, S: Size, N: int) -> Self:
         if self.align == "start":
             return self
         return type(self)(self.left, self.right, self.offset + (S - T), "start")
@@ -62,6 +63,7 @@ def causal(offset: PerExample = 0, *, align: str = "start") -> Mask:
 
     Args:
       offset: an int, or an int array ``[*B]``; 0 is top-left: the first query sees the first key.
+        Another int compiles again, another array does not.
       align: ``"end"`` adds ``S - T`` to the offset: the last query sees the last key.
 
     >>> print(causal())

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool
 
-from attention_jax.axes import AnyArray, is_array
+from attention_jax.axes import AnyArray, Size, is_array
 from attention_jax.closures import hoist, of_tile
 from attention_jax.grid import Grid
 from attention_jax.masks.arguments import (
@@ -34,7 +34,7 @@ class Neighborhood(Mask):
         cells = math.prod(self.shape)
         return cells, cells
 
-    def resolve(self, T: int, S: int, N: int) -> Self:
+    def resolve(self, T: Size, S: Size, N: int) -> Self:
         cells = math.prod(self.shape)
         if cells != T or cells != S:
             raise ValueError(
@@ -127,7 +127,7 @@ class BlockSparse(Mask):
         rows, columns = self._layout().shape
         return rows * self.block_size, columns * self.block_size
 
-    def resolve(self, T: int, S: int, N: int) -> Self:
+    def resolve(self, T: Size, S: Size, N: int) -> Self:
         rows, columns = self._layout().shape
         if rows * self.block_size < T or columns * self.block_size < S:
             raise ValueError(

@@ -8,7 +8,7 @@ from typing import Any, Self
 import jax.numpy as jnp
 from jaxtyping import Int
 
-from attention_jax.axes import AnyArray
+from attention_jax.axes import AnyArray, Size
 from attention_jax.grid import Grid
 from attention_jax.masks.arguments import int_array
 from attention_jax.masks.base import Mask, parts
@@ -37,7 +37,7 @@ class Placed(Mask):
     query_positions: Any
     key_positions: Any
 
-    def resolve(self, T: int, S: int, N: int) -> Self:
+    def resolve(self, T: Size, S: Size, N: int) -> Self:
         # Positions are those of one sequence, as long as masks of a fixed size say, if any.
         fixed = [part.natural_size() for part in parts(self.mask_) if not part.AXES]
         length = min((n for sizes in fixed for n in sizes if n is not None), default=1)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from attention_jax.arguments import check_flag, check_types
 from attention_jax.axes import Sizes, accumulation_dtype, check_float_array, check_query_key_value
+from attention_jax.closures import varying_together
 from attention_jax.lift import lift
 from attention_jax.mechanisms.seen import Seen, only_seen, seen
 
@@ -28,6 +29,7 @@ def over_pieces(
 
     Zeros fill the last piece. What is between two states is computed again in the backward pass.
     """
+    state, *arrays = varying_together((state, *arrays))
     T = arrays[0].shape[0]
     size = max(min(size, T), 1)
     count = -(-T // size)

@@ -175,7 +175,7 @@ class Decoder(nnx.Module):
         return self.stack.init_caches(batch, capacity, dtype=dtype, spare=spare)
 
 
-def first(count: Any, shape: tuple[int, ...]) -> jax.Array | None:
+def first(count: Any, shape: Shape) -> jax.Array | None:
     """Which of tokens ``[*B T]`` are real where the first ``count`` are; None: all."""
     if count is None:
         return None

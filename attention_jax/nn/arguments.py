@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from attention_jax.axes import broadcasts_to, check_float_array, is_array
+from attention_jax.axes import Shape, broadcasts_to, check_float_array, is_array
 
 
 def check_tokens(name: str, x: Any, layout: str, width: int) -> None:
@@ -25,7 +25,7 @@ def check_tokens(name: str, x: Any, layout: str, width: int) -> None:
         raise ValueError(f"{name} must have shape {layout} with {last} = {width}, got {x.shape}")
 
 
-def check_real(real: Any, shape: tuple[int, ...]) -> None:
+def check_real(real: Any, shape: Shape) -> None:
     """Raises unless ``real`` says of each token ``[*B T]`` whether it is one."""
     if not is_array(real) or real.dtype != np.bool_:
         got = f"dtype {real.dtype}" if is_array(real) else type(real).__name__
@@ -33,7 +33,7 @@ def check_real(real: Any, shape: tuple[int, ...]) -> None:
     check_broadcasts("real", real, shape)
 
 
-def check_broadcasts(name: str, x: Any, shape: tuple[int, ...]) -> None:
+def check_broadcasts(name: str, x: Any, shape: Shape) -> None:
     """Raises unless the array ``x`` broadcasts to ``shape``, which is that of the tokens."""
     if not broadcasts_to(x.shape, shape):
         raise ValueError(f"{name} must broadcast to [*B T] = {shape}, got {x.shape}")

@@ -17,7 +17,7 @@ from attention_jax import cache as caches
 from attention_jax.arguments import as_mask, as_scores, check_flag
 from attention_jax.attention import attention as softmax_attention
 from attention_jax.attention import attention_weights
-from attention_jax.axes import AnyArray, is_array, same_rank
+from attention_jax.axes import AnyArray, Size, is_array, same_rank
 from attention_jax.cache import KVCache
 from attention_jax.dropout import check_rate
 from attention_jax.masks import Mask
@@ -306,7 +306,7 @@ class MultiHeadAttention(nnx.Module):
 
     # --- Parts.
 
-    def _check(self, x: Any, context: Any, cache: Any) -> int:
+    def _check(self, x: Any, context: Any, cache: Any) -> Size:
         check_tokens("x", x, "[*B T E]", self.features)
         if cache is not None and not isinstance(cache, KVCache):
             raise TypeError(f"cache must be a KVCache or None, got {type(cache).__name__}")
@@ -334,7 +334,7 @@ class MultiHeadAttention(nnx.Module):
                 raise ValueError(
                     f"context has batch axes {batch} (*B) but x has {own}: they must be equal"
                 )
-        T: int = x.shape[-2]  # may be symbolic
+        T: Size = x.shape[-2]
         return T
 
     def _check_context(self, context: Any) -> None:

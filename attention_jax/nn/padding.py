@@ -8,12 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attention_jax.axes import broadcasts_to, is_array
+from attention_jax.axes import Shape, broadcasts_to, is_array
 
 
-def as_real(
-    real: Any, shape: tuple[int, ...], *, name: str = "real", of: str = "the tokens'"
-) -> Any:
+def as_real(real: Any, shape: Shape, *, name: str = "real", of: str = "the tokens'") -> Any:
     """The argument as a bool array of the tokens' shape; None, for no padding, stays None.
 
     Raises:

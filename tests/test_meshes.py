@@ -1,0 +1,191 @@
+"""Arrays that are sharded over explicit mesh axes: what comes out, and how it is sharded."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import attention_jax as aj
+from attention_jax import masks, mechanisms, nn, scores
+
+B, T, N, K, H = 4, 12, 4, 2, 8
+IMPLEMENTATIONS = ("xla", "blockwise")
+
+
+def normal(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+
+
+def inputs():
+    return {
+        "query": normal(0, B, T, N, H),
+        "key": normal(1, B, T, K, H),
+        "value": normal(2, B, T, K, H),
+        "bias": normal(3, N, T, T),
+        "sinks": normal(4, N),
+        "lengths": jnp.array([12, 8, 4, 0]),
+        "weight": jnp.float32(1.1),
+    }
+
+
+SPECS = {
+    "batch and heads": dict.fromkeys(("query", "key", "value"), ("data", None, "model"))
+    | {"bias": ("model",), "sinks": ("model",), "lengths": ("data",)},
+    "batch": dict.fromkeys(("query", "key", "value"), ("data",)),
+    "heads": dict.fromkeys(("query", "key", "value"), (None, None, "model")),
+    "length": dict.fromkeys(("query", "key", "value"), (None, "data")),
+    "more shards than heads": {"query": (None, None, "data")},
+    "keys alone": {"key": ("data",), "value": ("data",)},
+    "in conflict": {"query": ("data",), "key": (None, None, "model"), "value": ("model",)},
+}
+OUT = {
+    "batch and heads": ("data", None, "model", None),
+    "batch": ("data", None, None, None),
+    "heads": (None, None, "model", None),
+    "length": (None, None, None, None),
+    "more shards than heads": (None, None, None, None),
+    "keys alone": ("data", None, None, None),
+    "in conflict": ("data", None, "model", None),
+}
+
+
+def everything(query, key, value, bias, sinks, lengths, weight, *, implementation):
+    by_example = scores.score_fn(lambda s, b, n, q, k: s * jnp.where(b > 0, weight, 1.0))
+    return aj.attention(
+        query,
+        key,
+        value,
+        mask=masks.causal() & masks.lengths(key=lengths),
+        score=[scores.bias(bias), scores.alibi(), by_example],
+        sinks=sinks,
+        dropout_rate=0.2,
+        dropout_key=jax.random.key(9),
+        implementation=implementation,
+        return_lse=True,
+    )
+
+
+def put(mesh, spec, x):
+    return jax.device_put(x, NamedSharding(mesh, P(*spec)))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in ("batch and heads", "length") else pytest.mark.slow)
+        for name in SPECS
+    ],
+)
+def test_attention_and_its_gradient(mesh, name, implementation):
+    def loss(arrays):
+        out, lse = everything(**arrays, lengths=lengths, implementation=implementation)
+        return (out**2).sum() + lse.sum(), out
+
+    arrays = inputs()
+    lengths = arrays.pop("lengths")
+    both = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    (_, expected), gradient = both(arrays)
+    specs = SPECS[name]
+    lengths = put(mesh, specs.get("lengths", ()), lengths)
+    sharded = {k: put(mesh, specs[k], x) if k in specs else x for k, x in arrays.items()}
+    both = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    (_, out), got = both(sharded)
+    assert jax.typeof(out).sharding.spec == P(*OUT[name])
+    chex.assert_trees_all_close(np.asarray(out), np.asarray(expected), atol=1e-5)
+    chex.assert_trees_all_close(jax.device_get(got), jax.device_get(gradient), atol=1e-4)
+
+
+@pytest.mark.parametrize("in_use", [True, False])
+def test_outside_of_jit(mesh, in_use):
+    arrays = inputs()
+    run = functools.partial(everything, implementation="blockwise")
+    expected, _ = run(**arrays)
+    specs = SPECS["batch and heads"]
+    sharded = {k: put(mesh, specs[k], x) if k in specs else x for k, x in arrays.items()}
+    if in_use:
+        with jax.set_mesh(mesh):
+            out, _ = run(**sharded)
+    else:
+        out, _ = run(**sharded)
+    assert jax.typeof(out).sharding.spec == P(*OUT["batch and heads"])
+    chex.assert_trees_all_close(np.asarray(out), np.asarray(expected), atol=1e-5)
+
+
+def test_a_single_key_value_head_is_there_for_all(mesh):
+    q, k = normal(0, B, T, N, H), normal(1, B, T, 1, H)
+    expected = aj.attention(q, k, k)
+    out = aj.attention(put(mesh, ("data", None, "model"), q), k, k)
+    assert jax.typeof(out).sharding.spec == P("data", None, "model", None)
+    chex.assert_trees_all_close(np.asarray(out), np.asarray(expected), atol=1e-5)
+
+
+def test_batch_and_heads_need_no_collective(mesh):
+    specs = SPECS["batch and heads"]
+    arrays = [put(mesh, specs[name], inputs()[name]) for name in ("query", "key", "value")]
+    for implementation in IMPLEMENTATIONS:
+        run = functools.partial(aj.attention, mask=masks.causal(), implementation=implementation)
+        text = jax.jit(run).lower(*arrays).compile().as_text()
+        assert not any(x in text for x in ("all-gather", "all-reduce", "all-to-all", "permute"))
+
+
+def test_weights_and_mechanisms(mesh):
+    q, k, v = (inputs()[name] for name in ("query", "key", "value"))
+    fns = (
+        lambda q, k, v: aj.attention_weights(q, k, mask=masks.causal()),
+        lambda q, k, v: mechanisms.linear_attention(q, k, v),
+        lambda q, k, v: mechanisms.topk_attention(q, k, v, k=3),
+        lambda q, k, v: mechanisms.retention(q, k, v),
+    )
+    for fn in fns:
+        expected = fn(q, k, v)
+        out = jax.jit(fn)(*(put(mesh, ("data", None, "model"), x) for x in (q, k, v)))
+        chex.assert_trees_all_close(np.asarray(out), np.asarray(expected), atol=1e-5)
+
+
+def test_modules_and_drop_ins(mesh):
+    x = normal(5, B, T, 16)
+    ours = nn.MultiHeadAttention(16, num_heads=4, mask=masks.causal(), rngs=nnx.Rngs(0))
+    flax = nnx.MultiHeadAttention(
+        num_heads=4, in_features=16, attention_fn=nn.attention_fn, decode=False, rngs=nnx.Rngs(0)
+    )
+    q = normal(0, B, T, N, H)
+    with jax.set_mesh(mesh):
+        sharded = put(mesh, ("data",), x)
+        for module in (ours, flax):
+            expected = np.asarray(module(x))
+            got = jax.jit(lambda x, module=module: module(x))(sharded)
+            chex.assert_trees_all_close(np.asarray(got), expected, atol=1e-5)
+        got = nn.dot_product_attention(
+            *(put(mesh, ("data", None, "model"), q),) * 3, is_causal=True
+        )
+    expected = nn.dot_product_attention(q, q, q, is_causal=True)
+    chex.assert_trees_all_close(np.asarray(got), np.asarray(expected), atol=1e-5)
+
+
+def test_a_function_that_closes_over_a_number_inside_shard_map():
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+    x = normal(0, B, T, 2, H)
+
+    def loss(x, w):
+        score = scores.score_fn(lambda s, b, n, q, k: jax.nn.softplus(s * w))
+        return (aj.attention(x, x, x, score=score, implementation="blockwise") ** 2).sum()
+
+    def summed(x, w):
+        return jax.lax.psum(loss(x, w), "data")
+
+    mapped = jax.shard_map(summed, mesh=mesh, in_specs=(P("data"), P()), out_specs=P())
+    got = jax.jit(jax.grad(mapped, argnums=(0, 1)))(x, 1.1)
+    expected = jax.grad(loss, argnums=(0, 1))(x, 1.1)
+    chex.assert_trees_all_close(got, expected, rtol=1e-4, atol=1e-5)
