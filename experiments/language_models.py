@@ -91,7 +91,8 @@ def _training(model: Any, size: Size) -> Callable[[], Any]:
 
     def loss(model: Any, tokens: jax.Array) -> jax.Array:
         logits = model(tokens[:, :-1])
-        return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+        losses: jax.Array = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
+        return losses.mean()
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(graph_state: Any, tokens: jax.Array) -> Any:
