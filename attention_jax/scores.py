@@ -143,9 +143,13 @@ class Alibi(Aligned):
 
     AXES = {"slopes": "N", "offset": "*B"}
     slopes: Any
+    dtype: str = "float32"  # of default slopes
+
+    def hoisted(self, dtype: Any, numbers: bool) -> Self:
+        return dataclasses.replace(super().hoisted(dtype, numbers), dtype=jnp.dtype(dtype).name)
 
     def resolve(self, T: Size, S: Size, N: int) -> Self:
-        slopes = alibi_slopes(N) if self.slopes is None else self.slopes
+        slopes = alibi_slopes(N, self.dtype) if self.slopes is None else self.slopes
         return dataclasses.replace(super().resolve(T, S, N), slopes=slopes)
 
     def rule(self, s: Any, b: Any, n: Any, q: Any, k: Any) -> Any:
@@ -180,7 +184,7 @@ def alibi(
     return Alibi(slopes=slopes, offset=offset, align=align)
 
 
-def alibi_slopes(num_heads: int) -> np.ndarray:
+def alibi_slopes(num_heads: int, dtype: Any = np.float32) -> np.ndarray:
     """The geometric sequence ``2 ** (-8 i / N)``; between powers of two, every other of the next.
 
     >>> alibi_slopes(4).tolist()
@@ -194,7 +198,7 @@ def alibi_slopes(num_heads: int) -> np.ndarray:
         return [2.0 ** (-8.0 * (i + 1) / n) for i in range(n)]
 
     slopes = sequence(power) + sequence(2 * power)[0::2][: num_heads - power]
-    return np.asarray(slopes, np.float32)
+    return np.asarray(slopes, dtype)
 
 
 class Bias(Score):

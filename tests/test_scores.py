@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from attention_jax import scores
+from attention_jax import attention_weights, scores
 from attention_jax.axes import Sizes
 from attention_jax.tiles import as_tile, local_axes
 from attention_jax.values import full_rank, map_leaves
@@ -278,3 +278,15 @@ def test_equal_scores_are_equal_and_hash_alike():
         assert [k for k, other in enumerate(builds) if other() == build()] == [i]
         leaves, structure = jax.tree.flatten(build())
         assert jax.tree.unflatten(structure, leaves) == build()
+
+
+@pytest.mark.usefixtures("x64")
+def test_alibi_slopes_are_float64_where_everything_is():
+    x = np.random.default_rng(0).normal(size=(1, 12, 9, 4))
+    slopes = 2.0 ** -np.array([*range(1, 9), 0.5])  # the last is no float32
+    distance = np.abs(np.arange(12)[:, None] - np.arange(12))
+    s = np.einsum("tnh,snh->nts", x[0], x[0]) / 2 - slopes[:, None, None] * distance
+    p = np.exp(s - s.max(-1, keepdims=True))
+    expected = p / p.sum(-1, keepdims=True)
+    got = attention_weights(x, x, score=scores.alibi())
+    np.testing.assert_allclose(got[0], expected, rtol=1e-12)
