@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attention_jax.axes import Shape, broadcasts_to
+from attention_jax.axes import Shape, broadcasts_to, same_rank
 from attention_jax.compat import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun, run_again, varies
 from attention_jax.values import StaticArray
 
@@ -104,14 +104,8 @@ def _lifted(pair: Callable[..., Any], dtypes: Sequence[Any]) -> Callable[..., An
 
     def run(*args: Any) -> Any:
         indices, arrays = args[: len(dtypes)], args[len(dtypes) :]
-        rank = max(jnp.ndim(x) for x in indices)
-
-        def at_rank(x: Any, dtype: Any) -> jax.Array:
-            x = jnp.asarray(x, dtype)
-            return x.reshape((1,) * (rank - x.ndim) + x.shape)
-
-        same_rank = (at_rank(x, d) for x, d in zip(indices, dtypes, strict=True))
-        return jnp.vectorize(lambda *xs: pair(*xs, *arrays))(*same_rank)
+        indices = same_rank(*(jnp.asarray(x, d) for x, d in zip(indices, dtypes, strict=True)))
+        return jnp.vectorize(lambda *xs: pair(*xs, *arrays))(*indices)
 
     return run
 
@@ -162,7 +156,8 @@ def _pair(traced: ClosedJaxpr, arrays: tuple[Any, ...]) -> Callable[..., Any]:
     def _(primals: Any, tangents: Any) -> Any:
         (floats, others), (dots, _) = primals, tangents
         out = with_rule(floats, others)
-        (dot,) = _evaluate(derivative.jaxpr, (*floats, *dots, *others), inline=CALLS)
+        operands = (*floats, *dots, *others, *derivative.consts)
+        (dot,) = _evaluate(derivative.jaxpr, operands, inline=CALLS)
         return tuple(varying_together((out, dot)))
 
     return lambda *operands: with_rule(*split(operands))

@@ -227,7 +227,7 @@ REFUSED = [
     ({"H": 12}, r"multiple of 8, got 12 \(H\)"),
     ({"H": 136}, r"wider than 128 .* got 136 \(H\)"),
     ({"sinks": np.zeros(N, np.float32)}, "softmax sinks have no place in cuDNN's kernel"),
-    ({"dropout_rate": 0.1}, "dropout is a hash .* cuDNN draws its own"),
+    ({"dropout": True}, "dropout is a hash .* cuDNN draws its own"),
     ({"return_lse": True}, "gradient of the lse"),
     ({"scale": jnp.float32(0.3)}, "scale is an array"),
     ({"scale": -0.3}, "scale is -0.3, which must be positive"),

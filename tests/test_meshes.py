@@ -84,7 +84,7 @@ def put(mesh, spec, x):
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=() if name in ("batch and heads", "length") else pytest.mark.slow)
+        pytest.param(name, marks=() if name == "batch and heads" else pytest.mark.slow)
         for name in SPECS
     ],
 )

@@ -104,6 +104,22 @@ def test_gradients_of_a_bias_and_of_slopes_come_from_a_kernel(heads):
 
 
 @pytest.mark.slow
+def test_a_number_that_functions_close_over_has_a_gradient():
+    q, k, v = inputs()
+
+    def run(w, fn):
+        mask = masks.mask_fn(lambda b, n, q, k: q * w - k < 12)
+        score = scores.score_fn(lambda s, b, n, q, k: jnp.tanh(s * w))
+        return loss(fn, q, k, v, mask=mask, score=score)
+
+    xla = functools.partial(attention, implementation="xla")
+    ours, right = (
+        jax.jit(jax.value_and_grad(lambda w, fn=fn: run(w, fn)))(0.7) for fn in (interpreted, xla)
+    )
+    chex.assert_trees_all_close(ours, right, rtol=1e-4)
+
+
+@pytest.mark.slow
 def test_a_table_as_large_as_all_pairs_is_no_array_of_pairs():
     q, k, v = inputs(T=21, S=37)
     table = jax.random.normal(jax.random.key(1), (21, 37))
@@ -229,12 +245,21 @@ LOWERED = {
             ]
         },
     ),
+    "numbers that functions close over": (
+        "bfloat16",
+        {
+            "mask": masks.mask_fn(lambda b, n, q, k: q - k < REACH),
+            "score": scores.score_fn(lambda s, b, n, q, k: s * SLOPE + 0.5),
+        },
+    ),
     "neighborhood, lengths": (
         "bfloat16",
         {"mask": masks.neighborhood((10, 50), (3, 5)) & masks.lengths(key=np.array([5]))},
     ),
 }
 
+
+REACH, SLOPE = jnp.int32(77), jnp.float32(0.5)  # arrays of one number
 
 KERNEL = "__gpu$xla.gpu.triton"
 # JAX has said so since 0.12.

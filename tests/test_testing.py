@@ -394,7 +394,8 @@ def test_the_dropout_hash_and_its_copy_agree():
     shape = (2, 3, 5, 7, 11)
     copy = _problems._keep(words, shape, 2, 0.3)
     indices = np.indices((6, 5, 7, 11))
-    np.testing.assert_array_equal(dropout.keep(ours, *indices, rate=0.3).reshape(shape), copy)
+    keep = dropout.keep(ours, *indices, threshold=dropout.threshold(0.3))
+    np.testing.assert_array_equal(keep.reshape(shape), copy)
 
 
 @each_score
