@@ -124,7 +124,9 @@ def test_a_window_needs_no_more_room_than_itself():
     assert [c.capacity for c in caches] == [7, 100, 7]
 
 
-@pytest.mark.parametrize("name", ["rotary, windows", "relative, a window"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("rotary, windows", marks=pytest.mark.slow), "relative, a window"]
+)
 def test_tokens_that_were_only_tried_are_forgotten(name):
     """Two tokens are tried and taken back, of one row both and of the other one."""
     model, x = decoder(name), tokens(0, B, T)
@@ -158,7 +160,7 @@ def test_a_prompt_of_a_prefix_lm_sees_itself():
         model(x)
 
 
-@pytest.mark.parametrize("windows", [(None,), (3, None)])
+@pytest.mark.parametrize("windows", [pytest.param((None,), marks=pytest.mark.slow), (3, None)])
 def test_caches_of_a_prefix_lm_give_the_same(windows):
     model, x = prefix_decoder(windows=windows), tokens(0, B, T)
     lengths = np.array([4, 2])

@@ -70,7 +70,10 @@ def _problem(fn: Callable[..., Any], arrays: tuple[Any, ...], mask: bool = False
     """
 
     if isinstance(fn, Traced) and fn.closes_over and any(np.ndim(x) for x in arrays):
-        return "closes over an array, or a number beside one: pass it as an argument, after the function"
+        return (
+            "closes over an array, or a number beside one: pass it as an argument, after the "
+            "function"
+        )
 
     def looked_up(x: Any) -> Any:
         dtype = jax.dtypes.canonicalize_dtype(x.dtype)
