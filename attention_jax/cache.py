@@ -184,6 +184,9 @@ class KVCache:
         before them: with a window of ``W`` tokens it can go back by ``capacity - W + 1``, so make
         it larger than the window. ``extend`` refuses a mask that sees what is written over.
 
+        Not into a prefix whose tokens see each other: those that are kept have already seen the
+        ones that go.
+
         Args:
           length: how many tokens to keep, an int or int array ``[*B]``.
 

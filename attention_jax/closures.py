@@ -12,6 +12,7 @@ The jaxpr of one pair is lifted to any tile with ``jnp.vectorize``.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -70,12 +71,16 @@ def hoist(
     """
     if isinstance(fn, Traced):
         return fn, arrays
+    letters = ("s", "b", "n", "q", "k")[-len(dtypes) :]
+    _check_arguments(name, fn, len(dtypes) + len(arrays), ", ".join(letters))
     t, s = TILE
     shapes = [(t, s), (), (), (t, 1), (1, s)][-len(dtypes) :]
     tile = [jax.ShapeDtypeStruct(shape, d) for shape, d in zip(shapes, dtypes, strict=True)]
     of_tile = _jaxpr(fn, tile, arrays)
     if len(of_tile.out_avals) != 1:
-        raise TypeError(f"{name}: fn must return one array, got {len(of_tile.out_avals)} values")
+        raise TypeError(
+            f"{name}: fn must return one array, got {len(of_tile.out_avals)} (None counts as none)"
+        )
     if not of_tile.consts:
         return Traced(fn, fn, fingerprint(of_tile.jaxpr)), arrays
     try:
@@ -97,6 +102,21 @@ def _jaxpr(fn: Callable[..., Any], indices: Sequence[Any], arrays: tuple[Any, ..
     # A new function each time: JAX remembers the trace of one it has seen, whatever has become of
     # the values that it closes over.
     return jax.make_jaxpr(lambda *args: fn(*args))(*indices, *arrays)
+
+
+def _check_arguments(name: str, fn: Callable[..., Any], count: int, letters: str) -> None:
+    """Raises where a function surely cannot be called with so many arguments."""
+    try:
+        signature = inspect.signature(fn)
+    except ValueError:  # one of C's may have none
+        return
+    try:
+        signature.bind(*(None,) * count)
+    except TypeError as error:
+        raise TypeError(
+            f"{name}: fn is called as fn({letters}, *arrays), with {count} arguments here, and "
+            f"takes {signature}: {error}"
+        ) from None
 
 
 def _lifted(pair: Callable[..., Any], dtypes: Sequence[Any]) -> Callable[..., Any]:

@@ -122,8 +122,8 @@ class Checkpoints:
                 return Saved(step, self._like(like, arrays), notes)
         if damaged:
             raise ValueError(
-                f"{self.folder / kind}: no checkpoint is whole, remove the folder to do without "
-                f"them: {'; '.join(damaged)}"
+                f"{self.folder / kind}: no checkpoint is whole ({'; '.join(damaged)}); remove the "
+                f"folder to start from step 0"
             )
         return None
 

@@ -207,7 +207,11 @@ def test_what_a_score_function_may_return(implementation):
             "score_fn: fn must return real logits, got .*bool",
         ),
         (lambda s, b, n, q, k: (s, s), TypeError, "score_fn: fn must return one array, got 2"),
-        (lambda s, b, n, q, k: None, TypeError, "score_fn: fn must return one array, got 0"),
+        (
+            lambda s, b, n, q, k: None,
+            TypeError,
+            r"score_fn: fn must return one array, got 0 \(None",
+        ),
         (
             lambda s, b, n, q, k: jnp.zeros((3, 1, 1)),
             ValueError,
@@ -218,6 +222,13 @@ def test_what_a_score_function_may_return(implementation):
 def test_what_a_score_function_may_not_return(fn, error, message):
     with pytest.raises(error, match=message):
         aj.attention(X, X, X, score=scores.score_fn(fn))
+
+
+def test_what_functions_must_take():
+    with pytest.raises(TypeError, match=r"mask_fn: fn is called as fn\(b, n, q, k, .* with 4"):
+        aj.attention(X, X, X, mask=masks.mask_fn(lambda q, k: q >= k))
+    with pytest.raises(TypeError, match=r"score_fn: fn is called as fn\(s, b, n, q, k.* with 6"):
+        aj.attention(X, X, X, score=scores.score_fn(lambda s, b, n, q, k: s, jnp.ones(3)))
 
 
 def test_what_a_mask_function_may_not_return():

@@ -250,3 +250,12 @@ def test_repr_shows_fields():
     assert "offset=[-3, 0, 4]" in repr(masks.causal(OFFSETS))
     assert "float32" not in repr(~masks.dense(DENSE))
     assert "bool[3, 2, 11, 13]" in repr(~masks.dense(DENSE))
+
+
+def test_masks_are_combined_by_operators_alone():
+    with pytest.raises(TypeError, match="a mask has no truth value: combine masks by"):
+        masks.causal() and masks.prefix(2)
+    array = np.ones((3, 3), bool)
+    for combine in (lambda: array & masks.causal(), lambda: jnp.asarray(array) | masks.causal()):
+        with pytest.raises(TypeError, match=r"wrap a bool array in masks.dense\(array\)"):
+            combine()

@@ -45,8 +45,22 @@ class Mask(Value):
         """``(some, every)`` for each block: is a pair perhaps visible, are all pairs surely."""
         return np.True_, np.False_
 
+    # NumPy arrays on the left leave the operators to the mask, which says what to do.
+    __array_ufunc__ = None
+
+    def __bool__(self) -> bool:
+        raise TypeError(
+            "a mask has no truth value: combine masks by &, | and ~ in place of and, or and not"
+        )
+
     def __and__(self, other: Mask) -> Mask:
         return And(self, _as_mask(other, "&"))
+
+    def __rand__(self, other: Any) -> Mask:
+        return And(_as_mask(other, "&"), self)
+
+    def __ror__(self, other: Any) -> Mask:
+        return Or(_as_mask(other, "|"), self)
 
     def __or__(self, other: Mask) -> Mask:
         return Or(self, _as_mask(other, "|"))

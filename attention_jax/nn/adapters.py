@@ -181,7 +181,8 @@ def with_low_rank(model: nnx.Module, state: Mapping[str, Any]) -> Any:
             wrong.append(f"{name} has shape {tuple(array.shape)}, expected {expected}")
     if wrong:
         raise ValueError(
-            f"state must be that of a model with the same rank, where and train: {'; '.join(wrong)}"
+            f"the adapters must be those of a model with the same rank, where and train: "
+            f"{'; '.join(wrong)}"
         )
     graph, whole = nnx.split(model)
     flat = dict(nnx.to_flat_state(whole))
@@ -245,6 +246,8 @@ def _attributes(model: nnx.Module) -> Iterator[tuple[Any, str, Any]]:
 
 def _check_names(argument: str, given: Collection[str], known: set[str], there: set[str]) -> None:
     """Raises where a name is not ``known``; ``there`` are those that could have been meant."""
+    if isinstance(given, str):
+        raise TypeError(f"{argument} must be a collection of names, got the string {given!r}")
     if unknown := sorted(set(given) - known):
         some = ", ".join(sorted(there)) or "no attribute, for there is none"
         raise ValueError(f"{argument} must name some of {some}; got {', '.join(unknown)}")

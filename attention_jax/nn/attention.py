@@ -338,6 +338,8 @@ class MultiHeadAttention(nnx.Module):
         return T
 
     def _check_context(self, context: Any) -> None:
+        if isinstance(context, Mask) or getattr(context, "dtype", None) == jnp.bool_:
+            raise TypeError("context must be what to attend to, got a mask: pass it as mask=")
         if self.rotary is not None:
             raise ValueError(
                 "context must be None with rotary: positions in two sequences have no distance"

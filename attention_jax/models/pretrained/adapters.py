@@ -21,6 +21,7 @@ def save_adapters(model: Any, file: str | PathLike[str]) -> None:
 
     Raises:
       ValueError: the model has no adapters.
+      IsADirectoryError: ``file`` is a folder.
 
     >>> import tempfile
     >>> from flax import nnx
@@ -31,8 +32,11 @@ def save_adapters(model: Any, file: str | PathLike[str]) -> None:
     >>> sorted(safetensors.File(file))
     ['query.lora_a', 'query.lora_b']
     """
+    file = Path(file)
+    if file.is_dir():
+        raise IsADirectoryError(f"file must be a file to write, got the folder {str(file)!r}")
     state = low_rank_state(model)
-    safetensors.write(Path(file), state, state.values())
+    safetensors.write(file, state, state.values())
 
 
 def load_adapters(model: Any, file: str | PathLike[str]) -> Any:
@@ -63,5 +67,7 @@ def load_adapters(model: Any, file: str | PathLike[str]) -> Any:
     >>> bool((load_adapters(fresh, file)(x) == trained(x)).all())
     True
     """
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"file must be one that save_adapters wrote, got {str(file)!r}")
     stored = safetensors.File(Path(file))
     return with_low_rank(model, {name: stored[name] for name in stored})
