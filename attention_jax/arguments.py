@@ -32,7 +32,6 @@ from attention_jax.values import full_rank
 
 MaskLike = Mask | Bool[AnyArray, "..."] | None
 ScoreLike = Score | Sequence[Score]
-LARGE = 2**12  # entries
 Sinks = Float[AnyArray, " N"] | None
 Scale = float | Float[AnyArray, ""] | None
 
@@ -95,21 +94,24 @@ def hoisted(
 
     Args:
       arrays: query, key and value.
-      numbers: False leaves Python numbers in the program, where kernels need them.
+      numbers: False keeps Python numbers static, as some kernels require.
     """
-    dtype = accumulation_dtype(arrays[0].dtype)
+    dtype = jax.dtypes.canonicalize_dtype(accumulation_dtype(arrays[0].dtype))
     mask = None if mask is None else mask.hoisted(dtype, numbers)
     score = tuple(x.hoisted(dtype, numbers) for x in score)
     tracing = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((arrays, mask, score)))
     return jax.tree.map(_not_folded, (mask, score)) if tracing else (mask, score)
 
 
+LARGE_CONSTANT = 2**12  # entries
+
+
 def _not_folded(x: Any) -> Any:
-    """An array that is a large constant of the program, hidden from XLA's constant folding.
+    """Hides a large constant of the program from XLA's constant folding.
 
     A causal mask of 4096 x 4096 in NumPy took 30 s to compile, in place of 0.5.
     """
-    constant = is_array(x) and not isinstance(x, jax.core.Tracer) and np.size(x) >= LARGE
+    constant = is_array(x) and not isinstance(x, jax.core.Tracer) and np.size(x) >= LARGE_CONSTANT
     return jax.lax.optimization_barrier(jnp.asarray(x)) if constant else x
 
 

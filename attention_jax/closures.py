@@ -27,15 +27,15 @@ from attention_jax.values import StaticArray
 CUSTOM_JVP = "custom_jvp_call"
 CALLS = ("jit", CUSTOM_JVP)
 
-# A tile to trace for: lengths that no function mistakes for one another.
+# The tile to trace with: unequal lengths, so that mixed-up axes fail.
 TILE = (16, 32)
 
 
 class Traced:
     """A function that has been traced: two are equal where they compute the same.
 
-    It stands in a tree's structure, so ``jit`` compares it. A lambda written anew for every call
-    compiles once; a function that closes over a Python number that has changed compiles again.
+    It stands in a tree's structure, so ``jit`` compares it. A lambda created on every call compiles
+    once; a function that closes over a Python number that has changed compiles again.
     """
 
     def __init__(self, fn: Callable[..., Any], run: Callable[..., Any], *key: Hashable) -> None:
@@ -76,32 +76,68 @@ def hoist(
     t, s = TILE
     shapes = [(t, s), (), (), (t, 1), (1, s)][-len(dtypes) :]
     tile = [jax.ShapeDtypeStruct(shape, d) for shape, d in zip(shapes, dtypes, strict=True)]
-    of_tile = _jaxpr(fn, tile, arrays)
-    if len(of_tile.out_avals) != 1:
+    # Without shardings: inside a kernel an array is whole.
+    kinds = [jax.ShapeDtypeStruct(x.shape, jax.typeof(x).dtype) for x in arrays]
+    whole = _jaxpr(fn, (*tile, *kinds))
+    if len(whole.out_avals) != 1:
         raise TypeError(
-            f"{name}: fn must return one array, got {len(of_tile.out_avals)} (None counts as none)"
+            f"{name}: fn must return one array, got {len(whole.out_avals)} (None counts as none)"
         )
-    if not of_tile.consts:
-        return Traced(fn, fn, fingerprint(of_tile.jaxpr)), arrays
+    key = _key(fn, whole, (*tile, *kinds))
+    if not whole.consts:
+        return Traced(fn, fn, key), arrays
     try:
-        of_pair = _jaxpr(fn, [jax.ShapeDtypeStruct((), d) for d in dtypes], arrays)
-    except (IndexError, TypeError, ValueError) as error:
-        if any(isinstance(x, jax.core.Tracer) for x in of_tile.consts):
+        pair = _jaxpr(fn, (*(jax.ShapeDtypeStruct((), d) for d in dtypes), *kinds))
+        if pair.out_avals[0].shape:
+            raise ValueError(f"it returns an array of shape {pair.out_avals[0].shape}")
+    except (AssertionError, IndexError, TypeError, ValueError) as error:
+        if any(isinstance(x, jax.core.Tracer) for x in whole.consts):
             raise TypeError(
                 f"{name}: fn closes over traced arrays and cannot be traced for a single pair, "
                 f"with scalar q and k ({error}): pass these arrays as arguments, after the function"
             ) from error
-        known = (StaticArray(np.asarray(x)) for x in of_tile.consts)
-        return Traced(fn, fn, fingerprint(of_tile.jaxpr), *known), arrays
-    closed_over = tuple(x if isinstance(x, jax.Array) else np.asarray(x) for x in of_pair.consts)
-    run = _lifted(_pair(of_pair, (*arrays, *closed_over)), dtypes)
-    return Traced(fn, run, fingerprint(of_pair.jaxpr)), (*arrays, *closed_over)
+        return Traced(fn, fn, key, *map(_known, whole.consts)), arrays
+    closed_over = tuple(x if isinstance(x, jax.Array) else np.asarray(x) for x in pair.consts)
+    run = _over_tile(_pair(pair, (*arrays, *closed_over)), dtypes)
+    return Traced(fn, run, key, fingerprint(pair.jaxpr)), (*arrays, *closed_over)
 
 
-def _jaxpr(fn: Callable[..., Any], indices: Sequence[Any], arrays: tuple[Any, ...]) -> Any:
+def _jaxpr(fn: Callable[..., Any], arguments: Sequence[Any]) -> Any:
     # A new function each time: JAX remembers the trace of one it has seen, whatever has become of
     # the values that it closes over.
-    return jax.make_jaxpr(lambda *args: fn(*args))(*indices, *arrays)
+    return jax.make_jaxpr(lambda *args: fn(*args))(*arguments)
+
+
+def _key(fn: Callable[..., Any], traced: ClosedJaxpr, arguments: Sequence[Any]) -> Hashable:
+    """What the program does; where it has rules of derivatives, what its gradient does too.
+
+    Such a rule is a function, made anew by every trace: only what it computes can be compared.
+    """
+    own = fingerprint(traced.jaxpr)
+    if not any(_rules(traced.jaxpr)) or not _is_float(traced.out_avals[0]):
+        return own
+    places = [i for i, x in enumerate(arguments) if _is_float(x)]
+
+    def gradient(cotangent: Any, *args: Any) -> Any:
+        def of_floats(*floats: Any) -> Any:
+            given = list(args)
+            for i, x in zip(places, floats, strict=True):
+                given[i] = x
+            return fn(*given)
+
+        return jax.vjp(of_floats, *(args[i] for i in places))[1](cotangent)
+
+    shape, dtype = traced.out_avals[0].shape, traced.out_avals[0].dtype
+    return own, fingerprint(
+        _jaxpr(gradient, (jax.ShapeDtypeStruct(shape, dtype), *arguments)).jaxpr
+    )
+
+
+def _known(x: Any) -> Hashable:
+    """An array by its entries; unequal to everything where they are not at hand."""
+    if isinstance(x, jax.core.Tracer) or jnp.issubdtype(x.dtype, jax.dtypes.extended):
+        return object()
+    return StaticArray(np.array(x))
 
 
 def _check_arguments(name: str, fn: Callable[..., Any], count: int, letters: str) -> None:
@@ -119,7 +155,7 @@ def _check_arguments(name: str, fn: Callable[..., Any], count: int, letters: str
         ) from None
 
 
-def _lifted(pair: Callable[..., Any], dtypes: Sequence[Any]) -> Callable[..., Any]:
+def _over_tile(pair: Callable[..., Any], dtypes: Sequence[Any]) -> Callable[..., Any]:
     """A function of one pair as a function of a tile."""
 
     def run(*args: Any) -> Any:
@@ -133,9 +169,9 @@ def _lifted(pair: Callable[..., Any], dtypes: Sequence[Any]) -> Callable[..., An
 def _pair(traced: ClosedJaxpr, arrays: tuple[Any, ...]) -> Callable[..., Any]:
     """The traced program as a function of indices, arrays and what it closes over.
 
-    JAX traces the rules of ``jax.custom_jvp`` late, under the types of the first trace, which are
-    not those inside ``shard_map``. So the derivative of a program with such rules is traced here.
-    (It has no forward-mode derivative where it also has rules of ``jax.custom_vjp``.)
+    JAX traces the rules of ``jax.custom_jvp`` late, with the types of the first trace, which differ
+    from those inside ``shard_map``. There the derivative is one that is traced here. (A program
+    that also has rules of ``jax.custom_vjp`` has no forward-mode derivative to trace.)
     """
     jaxpr = traced.jaxpr
     count = len(jaxpr.invars)
@@ -176,11 +212,14 @@ def _pair(traced: ClosedJaxpr, arrays: tuple[Any, ...]) -> Callable[..., Any]:
     def _(primals: Any, tangents: Any) -> Any:
         (floats, others), (dots, _) = primals, tangents
         out = with_rule(floats, others)
-        operands = (*floats, *dots, *others, *derivative.consts)
-        (dot,) = _evaluate(derivative.jaxpr, operands, inline=CALLS)
+        (dot,) = _evaluate(derivative.jaxpr, (*floats, *dots, *others, *derivative.consts))
         return tuple(varying_together((out, dot)))
 
-    return lambda *operands: with_rule(*split(operands))
+    def run(*operands: Any) -> Any:
+        inside = bool(jax.sharding.get_abstract_mesh().manual_axes)
+        return with_rule(*split(operands)) if inside else pair(*operands)
+
+    return run
 
 
 def _is_float(aval: Any) -> bool:
@@ -230,8 +269,8 @@ def _evaluate(
 def varying_together(arrays: Iterable[Any]) -> list[Any]:
     """``arrays``, each marked as varying along all mesh axes that one of them varies along.
 
-    ``shard_map`` types every array with the mesh axes along which it varies. JAX's own functions
-    bring their arguments together; its primitives do not. The transpose is the sum over these axes
+    ``shard_map`` types every array with the mesh axes along which it varies. ``jax.numpy`` does
+    this for its arguments, primitives do not. The transpose is the sum over these axes
     that the gradient of an array needs that all devices share.
     """
     arrays = list(arrays)
@@ -250,7 +289,7 @@ def of_tile(name: str, x: Any, shape: Shape, dtype: Any) -> Any:
       TypeError: a bool was expected and a number came, or the reverse.
       ValueError: it does not broadcast to the tile.
     """
-    xp = jnp if isinstance(x, jax.Array) else np  # what NumPy knows while tracing stays NumPy's
+    xp = jnp if isinstance(x, jax.Array) else np  # NumPy values stay NumPy's, and so known
     x, dtype = xp.asarray(x), jnp.dtype(dtype)
     is_bool = x.dtype == jnp.bool_
     if is_bool != (dtype == jnp.bool_) or jnp.issubdtype(x.dtype, jnp.complexfloating):
@@ -267,7 +306,7 @@ def of_tile(name: str, x: Any, shape: Shape, dtype: Any) -> Any:
 
 
 def fingerprint(jaxpr: Jaxpr) -> Hashable:
-    """Equal for two programs that do the same, operation by operation.
+    """Equal for two programs that do the same, operation by operation, but for their derivatives.
 
     >>> f = jax.make_jaxpr(lambda x: 2.0 * x + 1.0)(3.0)
     >>> g = jax.make_jaxpr(lambda y: 2.0 * y + 1.0)(4.0)
@@ -283,20 +322,22 @@ def fingerprint(jaxpr: Jaxpr) -> Hashable:
         return numbers.setdefault(x, len(numbers)), str(x.aval)
 
     def param(x: Any) -> Hashable:
-        if isinstance(x, ClosedJaxpr) and x.consts:
-            return object()  # equal to nothing else: compiled again
-        if isinstance(x, (Jaxpr, ClosedJaxpr)):
-            return fingerprint(x.jaxpr if isinstance(x, ClosedJaxpr) else x)
+        if isinstance(x, ClosedJaxpr):
+            return fingerprint(x.jaxpr), *map(_known, x.consts)
+        if isinstance(x, Jaxpr):
+            return fingerprint(x)
         if isinstance(x, (tuple, list)):
             return tuple(map(param, x))
         try:
             hash(x)
         except TypeError:
-            return object()
+            return object()  # unequal to everything, so it compiles again
         return type(x), x
 
     def equation(e: Any) -> Hashable:
-        params = tuple((key, param(e.params[key])) for key in sorted(e.params))
+        # Of a call with a rule of its own the rule is left out: see `_key`.
+        names = ["call_jaxpr"] if "call_jaxpr" in e.params else sorted(e.params)
+        params = tuple((name, param(e.params[name])) for name in names)
         return e.primitive, tuple(map(atom, e.invars)), params, tuple(map(atom, e.outvars))
 
     return (

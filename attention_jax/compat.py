@@ -32,6 +32,7 @@ __all__ = [
     "mlir",
     "no_mesh",
     "run_again",
+    "sharded_over",
     "triton",
     "varies",
 ]
@@ -48,10 +49,20 @@ def run_again(primitive: Any, inputs: Sequence[Any], params: dict[str, Any]) -> 
     return list(results) if primitive.multiple_results else [results]
 
 
-def like(aval: Any, shape: Sequence[Any], dtype: Any) -> Any:
-    """The type of a result that varies along the same mesh axes as ``aval`` and is not sharded."""
-    unsharded = NamedSharding(aval.sharding.mesh, PartitionSpec(*(None,) * len(shape)))
-    return aval.update(shape=tuple(shape), dtype=dtype, weak_type=False, sharding=unsharded)
+def like(aval: Any, shape: Sequence[Any], dtype: Any, spec: Sequence[Any] = ()) -> Any:
+    """The type of a result that varies along the same mesh axes as ``aval``.
+
+    Args:
+      spec: the explicit mesh axes that each of its axes is sharded over; default none.
+    """
+    sharding = NamedSharding(aval.sharding.mesh, PartitionSpec(*(spec or (None,) * len(shape))))
+    return aval.update(shape=tuple(shape), dtype=dtype, weak_type=False, sharding=sharding)
+
+
+def sharded_over(aval: Any, axis: Any) -> Any:
+    """The explicit mesh axes that an axis of an array is sharded over; None for none."""
+    spec = tuple(aval.sharding.spec)
+    return spec[axis] if axis < len(spec) else None
 
 
 def mesh_platform() -> str | None:

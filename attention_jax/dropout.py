@@ -66,7 +66,7 @@ def of_rate(rate: float, key: Any, dtype: Any) -> Dropout | None:
 
 
 def threshold(rate: float) -> np.uint32:
-    """So many of the ``2 ** 32`` hashes are kept."""
+    """How many of the ``2 ** 32`` hash values are kept."""
     return np.uint32(min(round((1.0 - rate) * 2.0**32), 2**32 - 1))
 
 
@@ -94,8 +94,8 @@ def check_rate(rate: Any) -> None:
     """Raises unless ``rate`` is a number in [0, 1) that is known while tracing."""
     if isinstance(rate, bool) or not isinstance(rate, (int, float, np.floating)):
         raise TypeError(
-            f"dropout_rate must be a float in [0, 1), got {type(rate).__name__}: it is part "
-            f"of the program and cannot be traced"
+            f"dropout_rate must be a float in [0, 1), got {type(rate).__name__}: it must "
+            f"be a Python number and cannot be traced"
         )
     if not 0.0 <= rate < 1.0:
         raise ValueError(f"dropout_rate must be in [0, 1), got {rate}")

@@ -202,7 +202,8 @@ def _explicit_mesh(arrays: Sequence[Any]) -> AbstractMesh | None:
     for x in arrays:
         sharding = jax.typeof(x).sharding
         if sharding.mesh.explicit_axes and any(axis is not None for axis in sharding.spec):
-            return sharding.mesh
+            in_use = jax.sharding.get_abstract_mesh()  # under vmap without the axes it maps over
+            return sharding.mesh if in_use.empty else in_use
     return None
 
 
@@ -238,7 +239,7 @@ def _on_each_device(
         return math.prod(mesh.shape[name] for name in mesh_axes.get(letter, ()))
 
     def spec(axes: str | tuple[str, ...], shape: Shape | None = None) -> PartitionSpec:
-        """An axis of size 1 is there for all."""
+        """An axis of size 1 is replicated."""
         split = [
             mesh_axes.get(letter) if shape is None or shape[i] == full.get(letter) else None
             for i, letter in enumerate(letters(axes))
@@ -262,7 +263,8 @@ def _on_each_device(
         mesh=mesh,
         in_specs=in_specs,
         out_specs=tuple(spec(axes) for axes in outputs),
-        axis_names=set(mesh.explicit_axes),
+        # Not the others, which a vmap around this may map over.
+        axis_names={name for names in mesh_axes.values() for name in names},
     )
     return run(*arrays)
 
@@ -277,7 +279,7 @@ def _spec(x: jax.Array) -> tuple[tuple[str, ...], ...]:
 def _align_heads(mesh_axes: dict[str, tuple[str, ...]], sizes: Sizes, mesh: AbstractMesh) -> None:
     """Query heads are sharded as the key-value heads that they read; where these cannot, neither.
 
-    A single key-value head is there for all.
+    A single key-value head is replicated.
     """
     names = mesh_axes.get("N") or mesh_axes.get("K")
     for letter in ("N", "K"):

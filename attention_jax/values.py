@@ -265,7 +265,7 @@ class StaticArray:
     """A NumPy array that may stand in a tree's structure: compared by its bytes, hashed once."""
 
     def __init__(self, array: np.ndarray) -> None:
-        self.array = np.ascontiguousarray(array)
+        self.array = np.array(array, order="C")  # a copy: it must not change any more
         self.array.setflags(write=False)
         digest = hashlib.sha256(self.array.tobytes()).digest()
         self._key = (self.array.shape, str(self.array.dtype), digest)

@@ -195,7 +195,8 @@ def backward(static: Static, *arrays: Any) -> tuple[Any, ...]:
             return buffers
         at = wrt.index(which)
         view = View(buffers[at], static.out_dims[at], p.place)
-        return [*buffers[:at], view.add(part.astype(dtype), window), *buffers[at + 1 :]]
+        part = part.astype(buffers[at].dtype)
+        return [*buffers[:at], view.add(part, window), *buffers[at + 1 :]]
 
     def start(p: Program, row: Row) -> Any:
         out, _, log_l, do, dlse = (p.rows(view, row.q0, p.grid.block_q) for view in p.rest)
@@ -253,7 +254,9 @@ def backward(static: Static, *arrays: Any) -> tuple[Any, ...]:
     cores = []
     for i in wrt:
         core = primitive.core_shape(arrays[i].shape, static.in_dims[i])
-        cores.append((core[::-1] if i in columns else core, dtype))
+        is_complex = jnp.issubdtype(arrays[i].dtype, jnp.complexfloating)  # of a function
+        wide = arrays[i].dtype if is_complex else dtype
+        cores.append((core[::-1] if i in columns else core, wide))
     buffers = over_rows(static, arrays, empty(static, cores), Formula(start, step, finish))
     results = []
     for x, i, dims in zip(buffers, wrt, static.out_dims, strict=True):

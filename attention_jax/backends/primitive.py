@@ -35,7 +35,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from attention_jax.axes import LSE_NAME, OUT_NAME, Shape, accumulation_dtype
 from attention_jax.closures import varying_together
-from attention_jax.compat import Primitive, ad, batching, like, mlir
+from attention_jax.compat import Primitive, ad, batching, like, mlir, sharded_over
 from attention_jax.lift import Head
 
 # out, m and log_l.
@@ -80,6 +80,20 @@ def mapped_shape(core: Shape, dims: Dims, levels: Shape) -> Shape:
     return tuple(at[axis] if axis in at else next(rest) for axis in range(rank))
 
 
+def spec(static: Static, avals: Sequence[Any], rank: int, dims: Dims) -> tuple[Any, ...]:
+    """The explicit mesh axes of a result: its mapped axes are sharded as those of the operands."""
+    axes: list[Any] = [None] * rank
+    for level, place in enumerate(dims):
+        if place is not None:
+            there = (
+                sharded_over(aval, each[level])
+                for aval, each in zip(avals, static.in_dims, strict=True)
+                if each[level] is not None
+            )
+            axes[place] = next((names for names in there if names is not None), None)
+    return tuple(axes)
+
+
 def num_differentiable(structure: Any) -> int:
     """The first leaves are the ones that can have tangents: query, key, value, scores, sink, scale.
 
@@ -115,8 +129,11 @@ def make(name: str, kernel: Kernel) -> Callable[..., tuple[jax.Array, jax.Array]
         accumulation = accumulation_dtype(avals[0].dtype)
         cores = [(query[0], value[1])] + [(query[0],)] * (len(static.out_dims) - 1)
         return [
-            like(avals[0], mapped_shape(core, dims, static.levels), accumulation)
-            for core, dims in zip(cores, static.out_dims, strict=True)
+            like(avals[0], shape, accumulation, spec(static, avals, len(shape), dims))
+            for dims, shape in (
+                (dims, mapped_shape(core, dims, static.levels))
+                for core, dims in zip(cores, static.out_dims, strict=True)
+            )
         ]
 
     def cotangents(static: Static, avals: Sequence[Any]) -> list[Any]:
@@ -126,8 +143,8 @@ def make(name: str, kernel: Kernel) -> Callable[..., tuple[jax.Array, jax.Array]
             for i, d in zip(static.wrt, static.out_dims, strict=True)
         ]
         return [
-            like(avals[i], shape, avals[i].dtype)
-            for i, shape in zip(static.wrt, shapes, strict=True)
+            like(avals[i], shape, avals[i].dtype, spec(static, avals, len(shape), dims))
+            for i, shape, dims in zip(static.wrt, shapes, static.out_dims, strict=True)
         ]
 
     # --- Plain formulas, for derivatives of the derivatives.

@@ -125,7 +125,7 @@ def check_back(mask: Mask, capacity: int, intact: Callable[[int], Any]) -> None:
     if back is None or back >= capacity:
         raise ValueError(
             f"mask may look back further than the {capacity} tokens of the rolling cache "
-            f"(capacity): and it with masks.window({capacity - 1}, None), or take a larger or a "
+            f"(capacity): & it with masks.window({capacity - 1}, None), or take a larger or a "
             f"plain cache, got {mask!r}"
         )
     found = intact(back + 1)
