@@ -8,7 +8,6 @@ from flax import nnx
 
 import attention_jax as aj
 from attention_jax import masks, scores
-from attention_jax.closures import fingerprint
 
 # 257 tokens: one more than `xla` is chosen for.
 IMPLEMENTATIONS = ("xla", "blockwise")
@@ -240,12 +239,63 @@ def test_what_a_mask_function_may_not_return():
     np.testing.assert_allclose(everything, aj.attention(X, X, X), atol=1e-6)
 
 
-def test_fingerprints_tell_rules_of_functions_apart():
-    one, two = jax.custom_jvp(jnp.sin), jax.custom_jvp(jnp.sin)
-    one.defjvps(lambda t, ans, x: t)
-    two.defjvps(lambda t, ans, x: 2 * t)
-    marks = [fingerprint(jax.make_jaxpr(f)(1.0).jaxpr) for f in (one, two)]
-    assert marks[0] != marks[1]
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_second_derivatives_of_a_rule_that_has_rules(implementation):
+    """The derivative of sinc is a function with a rule of its own."""
+    f = lambda s, w: s * jnp.sinc(w)  # noqa: E731
+    got = jax.hessian(lambda w: loss(w, implementation, f=f))(0.0)
+    expected = jax.hessian(lambda w: as_argument(w, f=f))(jnp.float32(0.0))
+    assert abs(expected) > 1
+    np.testing.assert_allclose(got, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_the_gradient_of_a_complex_table(implementation):
+    def run(table, implementation):
+        rule = lambda s, b, n, q, k: s * jnp.real(table[(q - k) % 3] * (1 + 2j))  # noqa: E731
+        score = scores.score_fn(rule)
+        return (aj.attention(X, X, X, score=score, implementation=implementation) ** 2).sum()
+
+    table = jax.lax.complex(normal(1, 3), normal(2, 3))
+    got = jax.grad(run)(table, implementation)
+    step = 1e-2
+    slopes = [
+        (run(table.at[0].add(d), "xla") - run(table.at[0].add(-d), "xla")) / (2 * step)
+        for d in (jnp.complex64(step), jnp.complex64(step * 1j))
+    ]
+    np.testing.assert_allclose(got[0], slopes[0] - 1j * slopes[1], rtol=2e-2)
+
+
+TABLE = normal(3, 20)
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda s, b, n, q, k: jax.nn.relu(s),
+        lambda s, b, n, q, k: jax.nn.relu(s * TABLE[0]),
+        jax.jit(lambda s, b, n, q, k: s + TABLE[k]),
+    ],
+    ids=["rule", "rule and array", "jit and array"],
+)
+def test_the_same_function_is_compiled_once(fn):
+    from attention_jax.attention import _attention
+
+    score = scores.score_fn(fn)
+    aj.attention(X, X, X, score=score)
+    before = _attention._cache_size()
+    aj.attention(X, X, X, score=score)
+    assert _attention._cache_size() == before
+
+
+def test_functions_that_differ_in_their_derivative_alone_are_told_apart():
+    def gradient(factor):
+        straight = jax.custom_jvp(lambda x: x + 0)
+        straight.defjvps(lambda t, ans, x: factor * t)
+        score = scores.score_fn(lambda s, b, n, q, k: straight(s))
+        return jax.grad(lambda x: (aj.attention(x, X, X, score=score) ** 2).sum())(X)
+
+    np.testing.assert_allclose(gradient(2.0), 2 * gradient(1.0), rtol=1e-4)
 
 
 # --- Numbers that are no part of the program, and constants that are.

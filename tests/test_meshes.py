@@ -140,6 +140,36 @@ def test_batch_and_heads_need_no_collective(mesh):
         assert not any(x in text for x in ("all-gather", "all-reduce", "all-to-all", "permute"))
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_vmap_over_a_sharded_axis(mesh, implementation):
+    arrays = [inputs()[name] for name in ("query", "key", "value")]
+
+    def loss(*arrays):
+        one = functools.partial(aj.attention, mask=masks.causal(), implementation=implementation)
+        out = jax.vmap(one)(*arrays)
+        return (out**2).sum(), out
+
+    both = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)
+    (_, expected), gradient = both(*arrays)
+    with jax.set_mesh(mesh):
+        sharded = [put(mesh, ("data", None, "model"), x) for x in arrays]
+        (_, out), got = jax.jit(both)(*sharded)
+    assert jax.typeof(out).sharding.spec == P("data", None, "model", None)
+    chex.assert_trees_all_close(np.asarray(out), np.asarray(expected), atol=1e-5)
+    chex.assert_trees_all_close(jax.device_get(got), jax.device_get(gradient), atol=1e-4)
+
+
+def test_a_table_that_is_sharded_where_it_is_looked_up(mesh):
+    arrays, table = [inputs()[name] for name in ("query", "key", "value")], normal(6, N, T)
+    rule = lambda s, b, n, q, k, table: s + table[n, k]  # noqa: E731
+    expected = aj.attention(*arrays, score=scores.score_fn(rule, table))
+    sharded = [put(mesh, ("data", None, "model"), x) for x in arrays]
+    with jax.set_mesh(mesh):
+        score = scores.score_fn(rule, put(mesh, ("model",), table))
+        got = aj.attention(*sharded, score=score)
+    chex.assert_trees_all_close(np.asarray(got), np.asarray(expected), atol=1e-5)
+
+
 def test_weights_and_mechanisms(mesh):
     q, k, v = (inputs()[name] for name in ("query", "key", "value"))
     fns = (
