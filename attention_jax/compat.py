@@ -30,6 +30,7 @@ __all__ = [
     "like",
     "mesh_platform",
     "mlir",
+    "no_axes",
     "no_mesh",
     "run_again",
     "sharded_over",
@@ -69,6 +70,12 @@ def mesh_platform() -> str | None:
     """The platform of the mesh in use, even one of devices that are not there; None without."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return None if device is None else device.platform
+
+
+def no_axes() -> Any:
+    """A context in which the mesh in use has no axes, only its device: a program of one device."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device))
 
 
 def no_mesh() -> Any:

@@ -129,6 +129,19 @@ def test_without_a_mesh_numbers_are_at_hand():
         assert np.array_equal(jnp.arange(3) + 1, [1, 2, 3])
 
 
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+def test_without_axes_the_device_stays(platform):
+    with jax.sharding.use_abstract_mesh(mesh_of(platform)), compat.no_axes():
+        assert compat.mesh_platform() == platform
+        assert jax.sharding.get_abstract_mesh().axis_names == ()
+
+
+def test_sharded_over_is_what_the_type_says():
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Explicit,))
+    array = jax.device_put(jnp.zeros((4, 3)), jax.sharding.NamedSharding(mesh, P("x")))
+    assert [compat.sharded_over(jax.typeof(array), axis) for axis in (0, 1)] == ["x", None]
+
+
 def private(path):
     """What a file imports of JAX that is not documented."""
     for node in ast.walk(ast.parse(path.read_text())):

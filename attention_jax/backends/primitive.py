@@ -35,7 +35,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from attention_jax.axes import LSE_NAME, OUT_NAME, Shape, accumulation_dtype
 from attention_jax.closures import varying_together
-from attention_jax.compat import Primitive, ad, batching, like, mlir, no_mesh, sharded_over
+from attention_jax.compat import Primitive, ad, batching, like, mlir, no_axes, sharded_over
 from attention_jax.lift import Head
 
 # out, m and log_l.
@@ -318,7 +318,7 @@ def _lowering(implementation: Callable[..., Any]) -> Callable[..., Any]:
     """Lowers a function without the mesh axes in its types: its loops run on one device."""
 
     def on_one_device(*arrays: Any, **params: Any) -> Any:
-        with no_mesh():
+        with no_axes():
             return implementation(*arrays, **params)
 
     lower = mlir.lower_fun(on_one_device, multiple_results=True)
