@@ -108,7 +108,7 @@ def test_a_number_that_functions_close_over_has_a_gradient():
     q, k, v = inputs()
 
     def run(w, fn):
-        mask = masks.mask_fn(lambda b, n, q, k: q * w - k < 12)
+        mask = masks.mask_fn(lambda b, n, q, k: (q - k).astype(jnp.float32) * w < 9)
         score = scores.score_fn(lambda s, b, n, q, k: jnp.tanh(s * w))
         return loss(fn, q, k, v, mask=mask, score=score)
 
