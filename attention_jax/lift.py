@@ -23,6 +23,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from attention_jax.axes import Shape, Sizes
+from attention_jax.compat import sharded_over
 from attention_jax.dropout import Dropout
 from attention_jax.masks import Mask
 from attention_jax.scores import Score
@@ -271,9 +272,8 @@ def _on_each_device(
 
 def _spec(x: jax.Array) -> tuple[tuple[str, ...], ...]:
     """The mesh axes along which each axis of ``x`` is sharded."""
-    spec = tuple(jax.typeof(x).sharding.spec)
-    groups = (() if s is None else s if isinstance(s, tuple) else (s,) for s in spec)
-    return (*groups, *((),) * (x.ndim - len(spec)))
+    spec = (sharded_over(jax.typeof(x), axis) for axis in range(x.ndim))
+    return tuple(() if s is None else s if isinstance(s, tuple) else (s,) for s in spec)
 
 
 def _align_heads(mesh_axes: dict[str, tuple[str, ...]], sizes: Sizes, mesh: AbstractMesh) -> None:

@@ -128,12 +128,13 @@ def make(name: str, kernel: Kernel) -> Callable[..., tuple[jax.Array, jax.Array]
         )
         accumulation = accumulation_dtype(avals[0].dtype)
         cores = [(query[0], value[1])] + [(query[0],)] * (len(static.out_dims) - 1)
+        shapes = [
+            mapped_shape(core, dims, static.levels)
+            for core, dims in zip(cores, static.out_dims, strict=True)
+        ]
         return [
             like(avals[0], shape, accumulation, spec(static, avals, len(shape), dims))
-            for dims, shape in (
-                (dims, mapped_shape(core, dims, static.levels))
-                for core, dims in zip(cores, static.out_dims, strict=True)
-            )
+            for shape, dims in zip(shapes, static.out_dims, strict=True)
         ]
 
     def cotangents(static: Static, avals: Sequence[Any]) -> list[Any]:
