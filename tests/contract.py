@@ -44,11 +44,14 @@ def in_blocks(block_q, block_k):
     return attention
 
 
-def in_table(name, entry):
-    """An implementation that only tests have, called by its name as the others are."""
+def in_table(name, entry, platform):
+    """A kernel's interpreter, called by a name that only tests have, as on the kernel's platform."""
 
     def attention(query, key, value, **options):
-        with mock.patch.dict(backends.IMPLEMENTATIONS, {name: entry}):
+        with (
+            mock.patch.dict(backends.IMPLEMENTATIONS, {name: entry}),
+            mock.patch.object(backends, "platform", lambda: platform),
+        ):
             return attention_jax.attention(query, key, value, **options, implementation=name)
 
     return attention
@@ -57,19 +60,19 @@ def in_table(name, entry):
 # Small tiles, so that short sequences have several; in the interpreter of kernels.
 _TILES = pallas_gpu.Tiles(32, 16, 4, 2), pallas_gpu.Tiles(16, 32, 4, 2)
 PALLAS_GPU = backends.Implementation(
-    why_unsupported=lambda request: pallas_gpu.why_unsupported(request._replace(platform="gpu")),
+    why_unsupported=pallas_gpu.why_unsupported,
     run=lambda call, request: pallas_gpu.run(call, request, tiles=_TILES, interpret=True),
     extra_bytes=pallas_gpu.extra_bytes,
 )
 SPLASH = backends.Implementation(
-    why_unsupported=lambda request: splash.why_unsupported(request._replace(platform="tpu")),
+    why_unsupported=splash.why_unsupported,
     run=lambda call, request: splash.run(call, request, interpret=True),
     extra_bytes=splash.extra_bytes,
 )
 
 IMPLEMENTATIONS = {
-    "splash interpreted": in_table("splash interpreted", SPLASH),
-    "pallas_gpu interpreted": in_table("pallas_gpu interpreted", PALLAS_GPU),
+    "splash interpreted": in_table("splash interpreted", SPLASH, "tpu"),
+    "pallas_gpu interpreted": in_table("pallas_gpu interpreted", PALLAS_GPU, "gpu"),
     "xla": implementation("xla"),
     "blockwise": implementation("blockwise"),
     "blockwise 16x32": in_blocks(16, 32),

@@ -180,7 +180,8 @@ def first(count: Any, shape: Shape) -> jax.Array | None:
     if count is None:
         return None
     count = jnp.asarray(count, jnp.int32)
-    return jnp.broadcast_to(jnp.arange(shape[-1], dtype=jnp.int32) < count[..., None], shape)
+    tokens = jnp.arange(shape[-1], dtype=jnp.int32)
+    return jnp.broadcast_to(jnp.expand_dims(tokens, range(count.ndim)) < count[..., None], shape)
 
 
 def check_capacity(capacity: int, config: Any) -> None:

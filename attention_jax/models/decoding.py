@@ -18,7 +18,7 @@ from flax import nnx
 from attention_jax.axes import is_array
 from attention_jax.masks.arguments import int_at_least
 from attention_jax.models import prompts
-from attention_jax.models.decoder import Decoder
+from attention_jax.models.decoder import Decoder, first
 from attention_jax.models.encoder_decoder import EncoderDecoder, Memory
 from attention_jax.models.sampling import Choice, Processor, Sampling, as_choice
 
@@ -294,7 +294,7 @@ def _begin(
     caches: Any,
 ) -> _Loop:
     """The prompt, and the first token."""
-    (B, T), new = prompt.shape, settings.max_new_tokens
+    B, new = prompt.shape[0], settings.max_new_tokens
     logits, caches = prompts.next_logits(model, prompt, count, memory, caches)
     result = Generated(
         jnp.full((B, new), settings.pad_token, jnp.int32),
@@ -302,7 +302,7 @@ def _begin(
         jnp.zeros(B, logits.dtype),
         caches,
     )
-    given = jnp.where(jnp.arange(T, dtype=jnp.int32) < count[:, None], prompt, -1)
+    given = jnp.where(first(count, prompt.shape), prompt, -1)
     so_far = jnp.concatenate([given, jnp.full((B, new), -1, jnp.int32)], axis=1)
     start = _Loop(jnp.int32(0), jnp.zeros(B, jnp.int32), so_far, jnp.zeros(B, bool), result)
     return _add(settings, keys, start, logits)
