@@ -32,13 +32,12 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from attention_jax import scores
-from attention_jax.arguments import ScoreLike, as_scores
-from attention_jax.attention import attention
-from attention_jax.axes import AnyArray, check_float_array, is_array, same_rank
-from attention_jax.by_position import check_lengths, of_positions
+from attention_jax.api import attention
+from attention_jax.backends.call import ScoreLike, as_scores
+from attention_jax.core.axes import AnyArray, check_float_array, int_at_least, is_array, same_rank
 from attention_jax.masks import Mask, at_positions, window
-from attention_jax.masks.arguments import int_at_least
-from attention_jax.masks.sight import check_ahead, check_back
+from attention_jax.masks.reach import check_ahead, check_back
+from attention_jax.masks.slicing import check_lengths, of_positions
 from attention_jax.scores import RelativeEmbedding, Score
 
 __all__ = ["KVCache", "attend", "extend", "init", "placed_scores"]

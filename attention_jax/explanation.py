@@ -10,11 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attention_jax import blocks
-from attention_jax.axes import Sizes
 from attention_jax.backends import blockwise
-from attention_jax.compat import no_mesh
-from attention_jax.masks import Mask
+from attention_jax.core.axes import Sizes
+from attention_jax.core.compat import no_mesh
+from attention_jax.masks import Mask, block_map
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,19 +89,19 @@ def explain_blocks(
     with no_mesh():  # its devices may not be there, or the mask's arrays split among them
         mask = jax.tree.map(jnp.asarray, jax.device_get(mask))
         kinds = np.asarray(
-            blocks.block_map(
+            block_map.block_map(
                 mask, sizes.T, sizes.S, block_q=block_q, block_k=block_k, B=batch, N=sizes.N
             ).kinds
         )
     repeat = programs * kinds.shape[-2] * kinds.shape[-1] // kinds.size
-    visited = int((kinds != blocks.EMPTY).sum()) * repeat
+    visited = int((kinds != block_map.EMPTY).sum()) * repeat
     pairs = block_q * block_k
     return {
         "blocks": {
             "block_q": block_q,
             "block_k": block_k,
             "visited": visited,
-            "full": int((kinds == blocks.FULL).sum()) * repeat,
+            "full": int((kinds == block_map.FULL).sum()) * repeat,
             "skipped": programs * kinds.shape[-2] * kinds.shape[-1] - visited,
         },
         "flops": min(dense, 2 * visited * pairs * (sizes.H + sizes.D)),

@@ -27,9 +27,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from attention_jax.axes import AnyArray, Size, is_array
-from attention_jax.closures import hoist, of_tile
-from attention_jax.values import Value, indexable
+from attention_jax.core.axes import AnyArray, Size, is_array
+from attention_jax.core.closures import hoist, of_tile
+from attention_jax.core.pytree import Value, indexable
 
 __all__ = [
     "Score",

@@ -89,7 +89,7 @@ def _train(arguments: Sequence[str]) -> int:
     if name not in TASKS:
         fail(f"unknown task {name!r}", "tasks", TASKS)
 
-    from experiments import train
+    from experiments.training import train
 
     task = load(name)
     preset, rest = split_preset(rest, next(iter(task.presets)))
@@ -148,8 +148,8 @@ def _evaluate(arguments: Sequence[str]) -> int:
     folder, rest = _split_run("evaluate", arguments)
     options = parse(EvaluateOptions, rest, "evaluate RUN")
 
-    from experiments import runs
-    from experiments.progress import show
+    from experiments.training import runs
+    from experiments.training.progress import show
 
     run = runs.load(folder)
     scores = run.task.evaluate(run.config, run.model, run.data, options.split)
@@ -161,7 +161,7 @@ def _sample(arguments: Sequence[str]) -> int:
     folder, rest = _split_run("sample", arguments)
     options = parse(TextOptions, rest, "sample RUN")
 
-    from experiments import runs
+    from experiments.training import runs
 
     run = runs.load(folder)
     if run.task.sample is None:
@@ -179,7 +179,8 @@ def _look(arguments: Sequence[str]) -> int:
     folder, rest = _split_run("look", arguments)
     options = parse(TextOptions, rest, "look RUN")
 
-    from experiments import look, runs
+    from experiments.report import look
+    from experiments.training import runs
 
     run = runs.load(folder)
     if run.task.look is None:
@@ -208,19 +209,19 @@ def _split_run(verb: str, arguments: Sequence[str]) -> tuple[Path, Sequence[str]
 
 
 def _report(arguments: Sequence[str]) -> int:
-    from experiments import report
+    from experiments.report import tables
 
-    return report.main(parse(report.Options, arguments, "report"))
+    return tables.main(parse(tables.Options, arguments, "report"))
 
 
 def _compare(arguments: Sequence[str]) -> int:
-    from experiments import compare
+    from experiments.bench import compare
 
     return compare.main(parse(compare.Options, arguments, "compare"))
 
 
 def _fewshot(arguments: Sequence[str]) -> int:
-    from experiments import sweep
+    from experiments.tasks.fewshot import sweep
 
     return sweep.main(parse(sweep.Options, arguments, "fewshot"))
 
@@ -232,9 +233,9 @@ def _walkthrough(arguments: Sequence[str]) -> int:
 
 
 def _bench(arguments: Sequence[str]) -> int:
-    from experiments import bench
+    from experiments.bench import attention
 
-    return int(bench.main(parse(bench.Options, arguments, "bench")) or 0)
+    return int(attention.main(parse(attention.Options, arguments, "bench")) or 0)
 
 
 VERBS = {

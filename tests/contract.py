@@ -17,7 +17,7 @@ from attention_jax import backends, testing
 from attention_jax.backends import blockwise, pallas_gpu, splash
 
 # The module, which the function of the same name hides.
-_module = sys.modules["attention_jax.attention"]
+_module = sys.modules["attention_jax.api"]
 
 
 def implementation(name):
@@ -45,12 +45,12 @@ def in_blocks(block_q, block_k):
 
 
 def in_table(name, entry, platform):
-    """A kernel's interpreter, called by a name that only tests have, as on the kernel's platform."""
+    """A kernel's interpreter under a name that only tests have, as on the kernel's platform."""
 
     def attention(query, key, value, **options):
         with (
             mock.patch.dict(backends.IMPLEMENTATIONS, {name: entry}),
-            mock.patch.object(backends, "platform", lambda: platform),
+            mock.patch.object(backends, "platform", return_value=platform),
         ):
             return attention_jax.attention(query, key, value, **options, implementation=name)
 
@@ -61,12 +61,12 @@ def in_table(name, entry, platform):
 _TILES = pallas_gpu.Tiles(32, 16, 4, 2), pallas_gpu.Tiles(16, 32, 4, 2)
 PALLAS_GPU = backends.Implementation(
     why_unsupported=pallas_gpu.why_unsupported,
-    run=lambda call, request: pallas_gpu.run(call, request, tiles=_TILES, interpret=True),
+    run=lambda call, spec: pallas_gpu.run(call, spec, tiles=_TILES, interpret=True),
     extra_bytes=pallas_gpu.extra_bytes,
 )
 SPLASH = backends.Implementation(
     why_unsupported=splash.why_unsupported,
-    run=lambda call, request: splash.run(call, request, interpret=True),
+    run=lambda call, spec: splash.run(call, spec, interpret=True),
     extra_bytes=splash.extra_bytes,
 )
 

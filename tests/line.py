@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from experiments import train
-from experiments.config import Config
+from experiments.training import train
+from experiments.training.config import Config
 
 
 class Line(nnx.Module):

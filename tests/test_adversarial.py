@@ -9,9 +9,9 @@ import pytest
 from flax import nnx
 
 from attention_jax.nn import Embeddings, moved_embeddings
-from experiments import adversarial, steps, train
-from experiments.config import Config
 from experiments.tasks import load
+from experiments.training import adversarial, steps, train
+from experiments.training.config import Config
 
 
 class Bag(nnx.Module):

@@ -12,10 +12,11 @@ import pytest
 from hypothesis import given, settings
 from quick import as_users
 
-from attention_jax import attention, attention_weights, backends, dropout, masks, scores
-from attention_jax.axes import Sizes
+from attention_jax import attention, attention_weights, backends, masks, scores
 from attention_jax.backends import blockwise
-from attention_jax.lift import Call
+from attention_jax.backends.call import Call
+from attention_jax.core import dropout
+from attention_jax.core.axes import Sizes
 
 B, T, S, N, K, H, D = 3, 5, 7, 4, 2, 3, 6
 pytestmark = pytest.mark.usefixtures("small_blocks")
@@ -334,9 +335,9 @@ def traces(monkeypatch):
     count = []
     xla = backends.IMPLEMENTATIONS["xla"]
 
-    def run(call, request):
-        count.append(request)
-        return xla.run(call, request)
+    def run(call, spec):
+        count.append(spec)
+        return xla.run(call, spec)
 
     monkeypatch.setitem(backends.IMPLEMENTATIONS, "xla", xla._replace(run=run))
     jax.clear_caches()

@@ -831,7 +831,7 @@ def test_no_bare_assert_and_no_blind_except(path):
     for node in ast.walk(ast.parse(path.read_text())):
         assert not isinstance(node, ast.Assert), f"line {node.lineno}: raise ValueError instead"
         if isinstance(node, ast.ExceptHandler):
-            if path.name == "testing.py":  # runs what is not ours, and reports how it fails
+            if path.parent.name == "testing":  # runs what is not ours, and reports how it fails
                 continue
             caught = ast.unparse(node.type) if node.type else "everything"
             blind = {"everything", "Exception", "BaseException"} & set(

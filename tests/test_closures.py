@@ -137,7 +137,7 @@ def test_a_lambda_written_anew_is_compiled_once():
     def call(w):
         return aj.attention(X, X, X, score=scores.score_fn(lambda s, b, n, q, k: s * w + 0.25))
 
-    from attention_jax.attention import _attention
+    from attention_jax.api import _attention
 
     call(jnp.float32(1.0))
     before = _attention._cache_size()
@@ -280,7 +280,7 @@ TABLE = normal(3, 20)
     ids=["rule", "rule and array", "jit and array"],
 )
 def test_the_same_function_is_compiled_once(fn):
-    from attention_jax.attention import _attention
+    from attention_jax.api import _attention
 
     score = scores.score_fn(fn)
     aj.attention(X, X, X, score=score)
@@ -303,7 +303,7 @@ def test_functions_that_differ_in_their_derivative_alone_are_told_apart():
 
 
 def test_numbers_that_no_block_depends_on_are_compiled_once():
-    from attention_jax.attention import _attention
+    from attention_jax.api import _attention
 
     def call(x):
         score = (scores.softcap(x), scores.alibi(offset=int(x)))

@@ -12,7 +12,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
 import attention_jax
-from attention_jax import compat
+from attention_jax.core import compat
 
 ROOT = pathlib.Path(attention_jax.__file__).parents[1]
 

@@ -22,9 +22,9 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 
 from attention_jax import masks, reference, scores
-from attention_jax.arguments import checked
-from attention_jax.backends import Request, cudnn, xla
-from attention_jax.values import full_rank
+from attention_jax.backends import Spec, cudnn, xla
+from attention_jax.backends.call import checked
+from attention_jax.core.pytree import full_rank
 
 _dot_product_attention = jax.nn.dot_product_attention
 
@@ -47,9 +47,9 @@ def inputs(T=T, S=None, B=B, dtype=BF16, H=H, D=None):
 
 
 def prepared(query, key, value, mask=None, score=(), scale=0.3, sinks=None, **options):
-    """``Call`` and ``Request``, as ``attention`` makes them."""
+    """``Call`` and ``Spec``, as ``attention`` makes them."""
     call, sizes = checked(query, key, value, mask=mask, score=score, sinks=sinks, scale=scale)
-    request = Request(
+    spec = Spec(
         sizes=sizes,
         dtype=call.query.dtype,
         mask=call.mask,
@@ -58,13 +58,13 @@ def prepared(query, key, value, mask=None, score=(), scale=0.3, sinks=None, **op
         sinks=sinks is not None,
         **{"dropout": False, "return_lse": False, "platform": "gpu", **options},
     )
-    return call, request
+    return call, spec
 
 
 def output(query, key, value, **options):
-    call, request = prepared(query, key, value, **options)
-    assert cudnn.why_unsupported(request) is None
-    out, lse = cudnn.run(call, request)
+    call, spec = prepared(query, key, value, **options)
+    assert cudnn.why_unsupported(spec) is None
+    out, lse = cudnn.run(call, spec)
     assert out.shape == query.shape
     assert out.dtype == query.dtype
     assert lse.shape == query.shape[:-1]
@@ -73,8 +73,8 @@ def output(query, key, value, **options):
 
 
 def by_xla(query, key, value, **options):
-    call, request = prepared(query, key, value, **options)
-    return xla.run(call, request.sizes)[0]
+    call, spec = prepared(query, key, value, **options)
+    return xla.run(call, spec.sizes)[0]
 
 
 @pytest.fixture
@@ -272,14 +272,14 @@ REFUSED = [
 def test_refuses(options, reason):
     options = dict(options)
     shape = {name: options.pop(name) for name in ("T", "S", "D", "H", "dtype") if name in options}
-    call, request = prepared(*inputs(**shape), **options)
-    found = cudnn.why_unsupported(request)
+    call, spec = prepared(*inputs(**shape), **options)
+    found = cudnn.why_unsupported(spec)
     assert found is not None
     assert re.search(reason, found), found
-    assert cudnn.extra_bytes(request) >= 0
+    assert cudnn.extra_bytes(spec) >= 0
     if found.startswith("mask"):
         with pytest.raises(NotImplementedError, match=reason):
-            cudnn.run(call, request)
+            cudnn.run(call, spec)
 
 
 # --- Rows that see nothing, keys that nothing sees.
@@ -515,22 +515,22 @@ def test_extra_bytes():
     assert cudnn.extra_bytes(prepared(*x)[1]) == 0
     assert cudnn.extra_bytes(prepared(*x, mask=masks.causal())[1]) == 0
     assert cudnn.extra_bytes(prepared(*x, mask=masks.prefix(3))[1]) == rows * (N + K)
-    request = prepared(*x, score=scores.bias(shared_bias))[1]
-    assert cudnn.extra_bytes(request) == rows * (N + K) + 2 * N * T * T
-    request = prepared(*x, score=scores.bias(own_bias))[1]
-    assert cudnn.extra_bytes(request) == rows * (N + K) + 2 * 6 * T * T
+    spec = prepared(*x, score=scores.bias(shared_bias))[1]
+    assert cudnn.extra_bytes(spec) == rows * (N + K) + 2 * N * T * T
+    spec = prepared(*x, score=scores.bias(own_bias))[1]
+    assert cudnn.extra_bytes(spec) == rows * (N + K) + 2 * 6 * T * T
 
 
 def test_nothing_is_probed():
     """Importing the adapter and asking it starts no backend, let alone one of a card."""
     program = (
         "import jax, ml_dtypes\n"
-        "from attention_jax.axes import Sizes\n"
-        "from attention_jax.backends import Request, cudnn\n"
+        "from attention_jax.core.axes import Sizes\n"
+        "from attention_jax.backends import Spec, cudnn\n"
         "sizes = Sizes(B=(2,), T=128, S=128, K=2, G=1, H=64, D=64)\n"
-        "request = Request(sizes, ml_dtypes.bfloat16, None, (), 0.1, False, 0.0, False, 'gpu')\n"
-        "assert cudnn.why_unsupported(request) is None\n"
-        "assert cudnn.extra_bytes(request) == 0\n"
+        "spec = Spec(sizes, ml_dtypes.bfloat16, None, (), 0.1, False, 0.0, False, 'gpu')\n"
+        "assert cudnn.why_unsupported(spec) is None\n"
+        "assert cudnn.extra_bytes(spec) == 0\n"
         "jax.config.update('jax_num_cpu_devices', 3)\n"  # which a backend that has started ignores
         "assert jax.device_count('cpu') == 3\n"
     )

@@ -12,12 +12,12 @@ import threading
 
 import pytest
 
-from experiments import data
+from experiments.datasets import files
 
-BODY = random.Random(0).randbytes(10 * data.CHUNK)
+BODY = random.Random(0).randbytes(10 * files.CHUNK)
 HALF = len(BODY) // 2
 NAME = "letters/a.bin"
-REAL = os.environ.get(data.VARIABLE)
+REAL = os.environ.get(files.VARIABLE)
 
 
 class Ranges(http.server.BaseHTTPRequestHandler):
@@ -96,9 +96,9 @@ def serving(handler):
 @pytest.fixture(autouse=True)
 def place(tmp_path, monkeypatch):
     """No variable, an empty cache, no proxy."""
-    monkeypatch.delenv(data.VARIABLE, raising=False)
+    monkeypatch.delenv(files.VARIABLE, raising=False)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(data.pooch, "os_cache", lambda project: tmp_path / "cache" / project)
+    monkeypatch.setattr(files.pooch, "os_cache", lambda project: tmp_path / "cache" / project)
     return tmp_path
 
 
@@ -113,7 +113,7 @@ def listed(tmp_path, monkeypatch):
             rows.append(f"{name}\t{len(body)}\t{sha256}\thttp://127.0.0.1:{port}/{name}")
         table = tmp_path / "data.tsv"
         table.write_text("\n".join(rows) + "\n")
-        monkeypatch.setattr(data, "TABLE", table)
+        monkeypatch.setattr(files, "TABLE", table)
 
     return write
 
@@ -126,8 +126,8 @@ def fetch(listed):
         with serving(handler) as server:
             listed({NAME: BODY}, server.server_port)
             try:
-                return data.path(NAME), server
-            except data.DataError as problem:
+                return files.path(NAME), server
+            except files.DataError as problem:
                 return problem, server
 
     return take
@@ -148,7 +148,7 @@ def folder(tmp_path, monkeypatch, listed):
     (found / NAME).parent.mkdir(parents=True)
     (found / NAME).write_bytes(BODY)
     listed({NAME: BODY})
-    monkeypatch.setenv(data.VARIABLE, str(found))
+    monkeypatch.setenv(files.VARIABLE, str(found))
     return found
 
 
@@ -161,9 +161,9 @@ def tree(folder):
 
 
 def assert_says(problem, *parts):
-    assert isinstance(problem, data.DataError)
+    assert isinstance(problem, files.DataError)
     assert isinstance(problem, OSError)
-    for part in (NAME, f"http://127.0.0.1:9/{NAME}", data.VARIABLE, *parts):
+    for part in (NAME, f"http://127.0.0.1:9/{NAME}", files.VARIABLE, *parts):
         assert part in re.sub(r"127.0.0.1:\d+", "127.0.0.1:9", str(problem))
 
 
@@ -171,14 +171,14 @@ def test_a_file_is_downloaded_once(fetch, cached):
     found, server = fetch(Ranges)
     assert found == cached[0]
     assert found.read_bytes() == BODY
-    assert data.path(NAME) == found  # the server is gone
+    assert files.path(NAME) == found  # the server is gone
     assert server.asked == [None]
     assert left(cached) == ["a.bin"]
 
 
 def test_pooch_is_quiet(fetch, monkeypatch):
     records = []
-    monkeypatch.setattr(data.pooch.get_logger(), "handle", records.append)
+    monkeypatch.setattr(files.pooch.get_logger(), "handle", records.append)
     fetch(Ranges)
     assert records == []
 
@@ -268,8 +268,8 @@ def test_no_network(listed, cached):
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]
     listed({NAME: BODY}, port)
-    with pytest.raises(data.DataError) as caught:
-        data.path(NAME)
+    with pytest.raises(files.DataError) as caught:
+        files.path(NAME)
     assert_says(caught.value, "could not be downloaded", "refused")
     assert left(cached) == ["a.bin.part"]
 
@@ -277,18 +277,18 @@ def test_no_network(listed, cached):
 def test_a_cache_that_cannot_be_made(listed, tmp_path):
     listed({NAME: BODY})
     (tmp_path / "cache").write_text("a file")
-    with pytest.raises(data.DataError) as caught:
-        data.path(NAME)
+    with pytest.raises(files.DataError) as caught:
+        files.path(NAME)
     assert_says(caught.value, str(tmp_path / "cache"))
 
 
 def test_a_file_of_the_folder_is_taken_from_there(folder, place):
-    assert data.path(NAME) == folder / NAME
+    assert files.path(NAME) == folder / NAME
     assert not (place / "cache").exists()
 
 
 def test_an_empty_variable_is_none(fetch, cached, monkeypatch):
-    monkeypatch.setenv(data.VARIABLE, "")
+    monkeypatch.setenv(files.VARIABLE, "")
     assert fetch(Ranges)[0] == cached[0]
 
 
@@ -313,8 +313,8 @@ def test_a_wrong_file_of_the_folder(folder, place, body, parts):
         (folder / NAME).unlink()
     else:
         (folder / NAME).write_bytes(body)
-    with pytest.raises(data.DataError) as caught:
-        data.path(NAME)
+    with pytest.raises(files.DataError) as caught:
+        files.path(NAME)
     assert_says(caught.value, str(folder / NAME), *parts)
     assert not (place / "cache").exists()
 
@@ -324,9 +324,9 @@ def test_the_variable_names_no_folder(folder, monkeypatch, tmp_path, exists):
     other = tmp_path / "other"
     if exists:
         other.write_text("a file")
-    monkeypatch.setenv(data.VARIABLE, str(other))
-    with pytest.raises(data.DataError) as caught:
-        data.path(NAME)
+    monkeypatch.setenv(files.VARIABLE, str(other))
+    with pytest.raises(files.DataError) as caught:
+        files.path(NAME)
     assert_says(caught.value, f"{other} is no folder")
 
 
@@ -337,10 +337,10 @@ def test_the_folder_is_never_written_to(folder, listed):
     for file in (*folder.rglob("*"), folder):
         file.chmod(0o555 if file.is_dir() else 0o444)
     try:
-        data.path(NAME)
-        assert data.lines("letters/b.gz") == ["b"]
-        with pytest.raises(data.DataError):
-            data.path("letters/c")
+        files.path(NAME)
+        assert files.lines("letters/b.gz") == ["b"]
+        with pytest.raises(files.DataError):
+            files.path("letters/c")
         assert tree(folder) == before
     finally:
         for file in (folder, *folder.rglob("*")):
@@ -350,9 +350,9 @@ def test_the_folder_is_never_written_to(folder, listed):
 def test_an_unknown_name(listed):
     listed({NAME: BODY, "letters/b": b"b", "numbers/1": b"1"})
     with pytest.raises(ValueError, match=r"one of letters/a\.bin, letters/b, got 'letters/c'"):
-        data.path("letters/c")
+        files.path("letters/c")
     with pytest.raises(ValueError, match=r"one of letters/a\.bin, letters/b, numbers/1, got 'c'"):
-        data.path("c")
+        files.path("c")
 
 
 def test_lines_end_at_line_feeds_alone(folder, listed):
@@ -365,16 +365,16 @@ def test_lines_end_at_line_feeds_alone(folder, listed):
     for name, body in bodies.items():
         (folder / name).write_bytes(body)
     listed(bodies)
-    assert data.lines("letters/latin", encoding="latin-1") == ["a\x85b\x0bc\r", "", " d ", "e"]
-    assert data.lines("letters/utf.gz") == ["a\x85b\x0bc\u2028\r", "", " d ", "e"]
-    assert data.lines("letters/none") == []
+    assert files.lines("letters/latin", encoding="latin-1") == ["a\x85b\x0bc\r", "", " d ", "e"]
+    assert files.lines("letters/utf.gz") == ["a\x85b\x0bc\u2028\r", "", " d ", "e"]
+    assert files.lines("letters/none") == []
     with pytest.raises(ValueError, match="encoding must be that of letters/latin, got 'utf-8'"):
-        data.lines("letters/latin")
+        files.lines("letters/latin")
 
 
 def test_every_line_of_the_table_is_whole():
-    known = data.files()
-    assert len(known) == len(data.TABLE.read_text().splitlines()) - 1
+    known = files.files()
+    assert len(known) == len(files.TABLE.read_text().splitlines()) - 1
     for name, file in known.items():
         assert name == file.name
         assert file.bytes > 0
@@ -383,10 +383,10 @@ def test_every_line_of_the_table_is_whole():
         assert file.url.endswith(name.rpartition("/")[2])
 
 
-@pytest.mark.skipif(not REAL, reason=f"{data.VARIABLE} names no folder")
+@pytest.mark.skipif(not REAL, reason=f"{files.VARIABLE} names no folder")
 def test_the_folder_of_this_machine_has_every_file(monkeypatch):
-    monkeypatch.setenv(data.VARIABLE, REAL)
-    names = [name for name in data.files() if not name.startswith("fashion_mnist/")]
+    monkeypatch.setenv(files.VARIABLE, REAL)
+    names = [name for name in files.files() if not name.startswith("fashion_mnist/")]
     assert names
     for name in names:
-        assert data.path(name).is_file()
+        assert files.path(name).is_file()

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attention_jax import attention, dropout, masks
+from attention_jax import attention, masks
 from attention_jax.backends import blockwise
-from attention_jax.lift import Call
+from attention_jax.backends.call import Call
+from attention_jax.core import dropout
 
 WORD = 2**32
 

@@ -8,9 +8,10 @@ import warnings
 import jax
 import pytest
 
-from experiments import compare, config
 from experiments.__main__ import main
+from experiments.bench import compare
 from experiments.tasks import TASKS, load
+from experiments.training import config
 
 # --- The command line.
 

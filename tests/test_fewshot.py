@@ -11,9 +11,11 @@ import pytest
 from flax import nnx
 
 from attention_jax.nn import Frozen
-from experiments import curve, data, ladders, report, sweep, text, train
+from experiments.datasets import files, text
+from experiments.report import ladders, tables
 from experiments.tasks import fewshot, trec
-from experiments.tasks.fewshot import ALL, draw
+from experiments.tasks.fewshot import ALL, curve, draw, sweep
+from experiments.training import train
 
 CONFIG = fewshot.PRESETS["smoke"]
 CLASSES = len(trec.CLASSES)
@@ -75,7 +77,7 @@ def test_more_than_there_are_are_refused():
         fewshot.data(configured(examples=201))
 
 
-@pytest.mark.skipif(data.VARIABLE not in os.environ, reason="no folder of data sets is named")
+@pytest.mark.skipif(files.VARIABLE not in os.environ, reason="no folder of data sets is named")
 def test_all_of_trec_are_as_many_as_the_plot_says():
     whole = fewshot.data(fewshot.PRESETS["cpu"]).splits["unlabelled"]
     assert len(whole.rows) == curve.TRAINING
@@ -171,7 +173,7 @@ def test_the_curve_is_run_once_and_drawn(tmp_path, capsys):
 
     readme = tmp_path / "README.md"
     readme.write_text("<!-- report:fewshot -->\n<!-- /report:fewshot -->\n")
-    assert report.main(report.Options(results=tmp_path / "results", readme=readme)) == 0
+    assert tables.main(tables.Options(results=tmp_path / "results", readme=readme)) == 0
     assert "| 10 | all | parameters |" in readme.read_text()
     assert "![Accuracy of fewshot against" in readme.read_text()
 

@@ -2,6 +2,7 @@
 
 import ast
 import doctest
+import graphlib
 import importlib
 import inspect
 import pathlib
@@ -16,197 +17,37 @@ import attention_jax
 PACKAGE = pathlib.Path(attention_jax.__file__).parent
 ROOT = PACKAGE.parent
 
-# Data flows one way: a file imports only from layers above its own. "" is the package itself.
-LAYERS = [
-    {"axes", "reference", "grid", "compat"},
-    {"values", "positions.arguments", "positions.scalings"},
-    {"closures", "dropout"},
-    {"masks.arguments", "masks.base", "scores"},
-    {"masks.bands", "masks.spans", "masks.layouts", "masks.places", "by_position"},
-    {"masks.sight", "positions.vectors", "positions.rope", "positions.relative"},
-    {"masks", "positions"},
-    {"softmax", "blocks", "tiles", "lift"},
-    {"arguments"},
-    {"backends.request", "backends.xla", "backends.primitive"},
-    {"backends.program", "backends.together", "backends.kernel_rules", "backends.pallas_tiles"},
-    {"backends.blockwise", "backends.cudnn", "backends.splash"},
-    {"backends.pallas_kernels"},
-    {"backends.pallas_launch"},
-    {"backends.pallas_gpu"},
+# Imports go one way: a package imports only from those before it. "" is the package itself.
+RANKS = [
+    {"core", "reference"},
+    {"masks"},
+    {"scores"},
+    {"positions"},
     {"backends"},
     {"explanation"},
-    {"attention"},
+    {"api"},
     {"cache"},
-    {"mechanisms.additive", "mechanisms.seen", "mechanisms.inverted", "mechanisms.topk"},
-    {"mechanisms.recurrence", "mechanisms.packing", "mechanisms.linformer", "mechanisms.routing"},
-    {"mechanisms.linear", "mechanisms.gated_linear", "mechanisms.differential"},
-    {"mechanisms.latent"},
-    {"mechanisms.slot"},
     {"mechanisms"},
-    {"nn.arguments"},
-    {"nn.linear", "nn.drop_in", "nn.norms", "nn.padding"},
-    {"nn.attention", "nn.feed_forward", "nn.embeddings"},
-    {"nn.blocks"},
-    {"nn.pooling", "nn.weights", "nn.adapters"},
     {"nn"},
-    {"models.running"},
-    {"models.layers"},
-    {"models.decoder", "models.encoder", "models.vision"},
-    {"models.encoder_decoder"},
-    {"models.prompts", "models.sampling"},
-    {"models.decoding", "models.beams"},
-    {"models.pretrained.safetensors", "models.pretrained.tensors", "models.pretrained.entries"},
-    {f"models.pretrained.{part}" for part in ("folders", "matching", "rope")},
-    {f"models.pretrained.{x}" for x in ("adapters", "bert", "gpt2", "llama", "t5", "vit")},
-    {"models.pretrained"},
     {"models"},
-    {"_cases", "_peers"},
-    {"_rules"},
-    {"_problems"},
     {"testing"},
     {""},
 ]
-RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}
+RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
 
-PUBLIC = {
-    "": [
-        "BlockMap",
-        "Explanation",
-        "KVCache",
-        "Mask",
-        "Score",
-        "attention",
-        "attention_weights",
-        "block_map",
-        "cache",
-        "explain",
-        "masks",
-        "positions",
-        "reference",
-        "scores",
-    ],
-    "masks": [
-        "Mask",
-        "at_positions",
-        "block_sparse",
-        "causal",
-        "chunked",
-        "dense",
-        "dilated",
-        "global_tokens",
-        "lengths",
-        "mask_fn",
-        "neighborhood",
-        "padding",
-        "prefix",
-        "segments",
-        "window",
-    ],
-    "mechanisms": [
-        "Features",
-        "PackedState",
-        "NAMED",
-        "absorbed_latent_attention",
-        "additive_attention",
-        "additive_weights",
-        "as_attention",
-        "clusters",
-        "delta_rule",
-        "differential_attention",
-        "differential_weight",
-        "gated_linear_attention",
-        "inverted_attention",
-        "latent_attention",
-        "linear_attention",
-        "linformer_attention",
-        "performer_features",
-        "retention",
-        "routing_attention",
-        "slot_attention",
-        "topk_attention",
-        "update_centroids",
-    ],
-    "models": [
-        "Beams",
-        "Decoder",
-        "DecoderConfig",
-        "Encoder",
-        "EncoderConfig",
-        "EncoderDecoder",
-        "EncoderDecoderConfig",
-        "Generated",
-        "Layers",
-        "Relative",
-        "Sampling",
-        "VisionConfig",
-        "VisionTransformer",
-        "beam_search",
-        "generate",
-        "pretrained",
-        "sampling",
-        "stream",
-    ],
-    "models.pretrained": ["load", "load_adapters", "save", "save_adapters"],
-    "nn": [
-        "AttentionPooling",
-        "Block",
-        "ClassToken",
-        "Embeddings",
-        "FeedForward",
-        "Frozen",
-        "KeysValues",
-        "MultiHeadAttention",
-        "OnePlusRMSNorm",
-        "Residual",
-        "attention_fn",
-        "dot_product_attention",
-        "low_rank",
-        "low_rank_state",
-        "merged",
-        "moved_embeddings",
-        "pooling",
-        "record_weights",
-        "with_low_rank",
-    ],
-    "positions": [
-        "DynamicNTK",
-        "Linear",
-        "Llama3",
-        "NTK",
-        "Rotary",
-        "Scaling",
-        "YaRN",
-        "alibi",
-        "alibi_slopes",
-        "frequencies",
-        "learned",
-        "relative_bias",
-        "relative_embedding",
-        "rotary",
-        "sinusoidal",
-        "transformer_xl",
-    ],
-    "scores": [
-        "Score",
-        "alibi",
-        "alibi_slopes",
-        "at_positions",
-        "bias",
-        "relative_bias",
-        "relative_buckets",
-        "relative_embedding",
-        "score_fn",
-        "softcap",
-    ],
-}
+# Packages and modules that users import from.
+PUBLIC = ["", "masks", "mechanisms", "models", "models.pretrained", "nn", "positions", "scores"]
+PUBLIC += ["testing"]
 
 
 def module_name(path):
-    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    parts = path.relative_to(ROOT).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+TOPS = [PACKAGE, ROOT / "experiments"]
+MODULES = {module_name(path): path for top in TOPS for path in sorted(top.rglob("*.py"))}
+OURS = [name for name in MODULES if name.startswith("attention_jax")]
 
 
 def imported(path):
@@ -218,33 +59,50 @@ def imported(path):
             assert node.level == 0, "imports are absolute"
             for alias in node.names:
                 full = f"{node.module}.{alias.name}"
-                yield full if full.removeprefix("attention_jax.") in MODULES else node.module
+                # A function that has the name of its module hides it.
+                yield full if full in MODULES and not hides(full) else node.module
 
 
-def test_every_module_has_a_layer():
-    assert set(RANK) == set(MODULES)
+def hides(name):
+    """Whether a package has a function or class by the name of one of its modules."""
+    parent, _, last = name.rpartition(".")
+    return parent in sys.modules and not inspect.ismodule(getattr(sys.modules[parent], last, ast))
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_a_file_imports_only_from_layers_above_its_own(module):
+def top_of(name):
+    """The package of ours that a module is in, such as ``masks``."""
+    return name.partition(".")[2].partition(".")[0]
+
+
+def test_every_package_has_a_rank():
+    assert set(RANK) == {top_of(name) for name in OURS}
+
+
+@pytest.mark.parametrize("module", OURS)
+def test_imports_only_from_packages_before_its_own(module):
     for name in imported(MODULES[module]):
-        top, _, rest = name.partition(".")
-        assert top not in ("experiments", "tests", "conftest")
-        if top == "attention_jax":
-            assert rest in MODULES, f"{name} is not a module of ours"
-            assert RANK[rest] < RANK[module], f"{module or 'the package'} imports {name}"
+        assert name.partition(".")[0] not in ("experiments", "tests", "conftest")
+        if name.partition(".")[0] == "attention_jax":
+            assert name in MODULES, f"{name} is not a module of ours"
+            mine, theirs = top_of(module), top_of(name)
+            assert mine == theirs or RANK[theirs] < RANK[mine], f"{module} imports {name}"
+
+
+def test_no_imports_go_in_circles():
+    graph = {name: {x for x in imported(MODULES[name]) if x in MODULES} for name in MODULES}
+    order = graphlib.TopologicalSorter(graph)
+    order.prepare()  # raises CycleError, which names the modules
 
 
 def test_every_folder_of_modules_is_installed():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     packages = project["tool"]["setuptools"]["packages"]
-    tops = [PACKAGE, ROOT / "experiments"]
-    folders = {path.parent for top in tops for path in top.rglob("__init__.py")}
+    folders = {path.parent for top in TOPS for path in top.rglob("__init__.py")}
     assert sorted(packages) == sorted(str(f.relative_to(ROOT)).replace("/", ".") for f in folders)
 
 
 def test_the_reference_is_numpy_and_the_standard_library():
-    tops = {name.partition(".")[0] for name in imported(MODULES["reference"])}
+    tops = {name.partition(".")[0] for name in imported(MODULES["attention_jax.reference"])}
     assert tops <= {"numpy", *sys.stdlib_module_names}
 
 
@@ -257,20 +115,23 @@ def test_importing_the_package_starts_no_backend():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
+def public(module):
+    return importlib.import_module(f"attention_jax.{module}".rstrip("."))
+
+
 @pytest.mark.parametrize("module", PUBLIC)
-def test_public_names(module):
-    found = importlib.import_module(f"attention_jax.{module}".rstrip("."))
-    assert sorted(found.__all__) == sorted(PUBLIC[module])
-    missing = [name for name in found.__all__ if not hasattr(found, name)]
+def test_public_names_are_listed_and_there(module):
+    assert len(set(public(module).__all__)) == len(public(module).__all__)
+    missing = [name for name in public(module).__all__ if not hasattr(public(module), name)]
     assert not missing
 
 
 @pytest.mark.parametrize(
     ("module", "name"),
-    [(m, n) for m, names in PUBLIC.items() for n in names if n not in PUBLIC],
+    [(m, n) for m in PUBLIC for n in public(m).__all__ if n not in PUBLIC],
 )
 def test_public_functions_have_docstrings_and_examples_that_run(module, name):
-    thing = getattr(importlib.import_module(f"attention_jax.{module}".rstrip(".")), name)
+    thing = getattr(public(module), name)
     if inspect.ismodule(thing):
         assert thing.__doc__
         return

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from experiments import data as files
+from experiments.datasets import files
 from experiments.tasks import links
 
 CONFIG = links.PRESETS["smoke"]

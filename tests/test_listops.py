@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from experiments.expressions import WORDS, evaluated, value, values
 from experiments.tasks import listops
+from experiments.tasks.listops.expressions import WORDS, evaluated, value, values
 
 CONFIG = dataclasses.replace(listops.PRESETS["smoke"], longest=64, nesting=6)
 

@@ -12,7 +12,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 def measure(*arguments):
     """Seconds and MiB beside arguments and results, from a process of its own."""
-    command = [sys.executable, "-m", "experiments.memory", *arguments]
+    command = [sys.executable, "-m", "experiments.bench.memory", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

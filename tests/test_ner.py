@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from experiments import data as files
-from experiments import spans
+from experiments.datasets import files
 from experiments.tasks import ner
+from experiments.tasks.ner import spans
 
 CONFIG = ner.PRESETS["smoke"]
 

@@ -13,9 +13,11 @@ from jax import export
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from attention_jax import attention, compat, explain, masks, scores
-from attention_jax.backends import kernel_rules, pallas_gpu, pallas_launch, pallas_tiles
-from attention_jax.values import Lookup
+from attention_jax import attention, explain, masks, scores
+from attention_jax.backends import pallas_gpu
+from attention_jax.backends.pallas_gpu import launch, refs, support
+from attention_jax.core import compat
+from attention_jax.core.pytree import Lookup
 
 NAME = "pallas_gpu interpreted"
 interpreted = IMPLEMENTATIONS[NAME]
@@ -95,8 +97,8 @@ def test_gradients_of_a_bias_and_of_slopes_come_from_a_kernel(heads):
         return loss(fn, q, k, v, score=score, mask=masks.window(9, 5))
 
     grad = jax.value_and_grad(run, (0, 1))
-    as_loops = mock.Mock(side_effect=pallas_launch._as_loops)
-    with mock.patch.object(pallas_launch, "_as_loops", as_loops):
+    as_loops = mock.Mock(side_effect=launch._as_loops)
+    with mock.patch.object(launch, "_as_loops", as_loops):
         ours = grad(bias, slopes, interpreted)
     as_loops.assert_not_called()  # nothing was left to the loops
     xla = functools.partial(attention, implementation="xla")
@@ -173,8 +175,8 @@ def test_a_tile_larger_than_its_array_is_filled_up_with_zeros_and_stored_without
     dims = (mapped,)
 
     def kernel(x, _, y, tile):
-        tile[...] = pallas_tiles.RefView(x, dims, (1,)).load((2, 16), (0, 16))
-        pallas_tiles.RefView(y, dims, (0,)).store(tile[...], (2, 16), (0, 16))
+        tile[...] = refs.RefView(x, dims, (1,)).load((2, 16), (0, 16))
+        refs.RefView(y, dims, (0,)).store(tile[...], (2, 16), (0, 16))
 
     y, tile = pl.pallas_call(
         kernel,
@@ -349,8 +351,8 @@ def test_a_kernel_has_all_operations_that_rules_may_use():
 
     x = jax.ShapeDtypeStruct((16, 32), jnp.float32)
     with jax.sharding.use_abstract_mesh(CARD):
-        used = set(kernel_rules._primitives(jax.make_jaxpr(every_operation)(x).jaxpr))
-        assert used == kernel_rules.POINTWISE
+        used = set(support._primitives(jax.make_jaxpr(every_operation)(x).jaxpr))
+        assert used == support.POINTWISE
         lowered_for_cuda(
             pl.pallas_call(kernel, out_shape=x, compiler_params=triton.CompilerParams()), x
         )

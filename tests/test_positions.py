@@ -195,7 +195,7 @@ def test_alibi_slopes_for_any_number_of_heads(n):
         closest = 2 ** math.floor(math.log2(n))
         return power_of_two(closest) + slopes(2 * closest)[0::2][: n - closest]
 
-    np.testing.assert_allclose(positions.alibi_slopes(n), slopes(n), rtol=1e-6)
+    np.testing.assert_allclose(scores.alibi_slopes(n), slopes(n), rtol=1e-6)
 
 
 def test_transformer_xl_in_attention_equals_its_formula():

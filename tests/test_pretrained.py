@@ -15,7 +15,7 @@ with warnings.catch_warnings():
 
 
 from attention_jax.models import pretrained  # noqa: E402
-from attention_jax.models.pretrained.entries import Entries  # noqa: E402
+from attention_jax.models.pretrained.hf_config import HFConfig  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
@@ -310,7 +310,7 @@ def test_an_entry_that_a_file_does_not_have_is_what_they_take_it_to_be(name):
     (family,) = (x for x in pretrained.FAMILIES if config.model_type in x.TYPES)
     configs = []
     for entries in (given, whole):
-        x = Entries({"model_type": config.model_type, **entries})
+        x = HFConfig({"model_type": config.model_type, **entries})
         configs.append(family.config(x, set()))
         x.finish("model")
     a, b = configs

@@ -14,7 +14,7 @@ from flax import nnx
 from attention_jax import models
 from attention_jax.models import pretrained
 from attention_jax.models.pretrained import bert, gpt2, llama, safetensors, t5, vit
-from attention_jax.models.pretrained.entries import Entries
+from attention_jax.models.pretrained.hf_config import HFConfig
 from attention_jax.positions import Llama3, Rotary, YaRN
 
 TOKENS = np.array([[3, 1, 4]])
@@ -108,7 +108,7 @@ def saved(tmp_path):
     return write
 
 
-# --- Entries.
+# --- HFConfig.
 
 FIRST_BERT = {  # of google-research's own code
     "directionality": "bidi",
@@ -225,7 +225,7 @@ SIZES = {
 
 
 def configured(kind, names=(), **entries):
-    x = Entries({"model_type": kind, **SIZES[kind], **entries})
+    x = HFConfig({"model_type": kind, **SIZES[kind], **entries})
     config = FAMILIES[kind].config(x, set(names))
     x.finish(kind)
     return config

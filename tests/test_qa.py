@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from experiments import answers, readers
-from experiments import data as files
-from experiments.answers import Passage, Question, Split
-from experiments.readers import Rarity, Window
+from experiments.datasets import files
 from experiments.tasks import qa
+from experiments.tasks.qa import answers, readers
+from experiments.tasks.qa.answers import Passage, Question, Split
+from experiments.tasks.qa.readers import Rarity, Window
 
 CONFIG = qa.PRESETS["smoke"]
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import ladders, plots, report, tasks
-from experiments.report import Options
+from experiments import tasks
+from experiments.report import ladders, plots, tables
+from experiments.report.tables import Options
 
 ROOT = Path(__file__).parents[1]
 
@@ -66,7 +67,7 @@ def write(options, records, name="trec"):
 
 def test_means_and_spreads_are_over_seeds_and_in_the_order_of_the_ladder(options):
     write(options, LADDER[::-1])
-    assert report.main(options) == 0
+    assert tables.main(options) == 0
     text = options.readme.read_text()
     rows = [line for line in text.splitlines() if line.startswith("| ")][2:]
     assert rows == [
@@ -87,13 +88,13 @@ def test_means_and_spreads_are_over_seeds_and_in_the_order_of_the_ladder(options
 def test_a_second_time_changes_nothing_and_check_says_so(options, capsys):
     write(options, LADDER)
     check = Options(options.results, options.readme, check=True)
-    assert report.main(check) == 1
+    assert tables.main(check) == 1
     assert "is not up to date" in capsys.readouterr().out
-    report.main(options)
+    tables.main(options)
     once = options.readme.read_text()
-    report.main(options)
+    tables.main(options)
     assert options.readme.read_text() == once
-    assert report.main(check) == 0
+    assert tables.main(check) == 0
 
 
 @pytest.mark.parametrize(
@@ -107,8 +108,8 @@ def test_a_second_time_changes_nothing_and_check_says_so(options, capsys):
 )
 def test_the_order_is_said_as_it_is(scores, said):
     ladder = ladders.rungs("trec", [record(m, 0, x) for m, x in scores.items()])
-    assert said in report.order(ladder)
-    assert "one seed" in report.order(ladder)
+    assert said in tables.order(ladder)
+    assert "one seed" in tables.order(ladder)
 
 
 def test_a_difference_within_the_spread_is_called_so():
@@ -116,14 +117,14 @@ def test_a_difference_within_the_spread_is_called_so():
         *(record("text_cnn", s, x) for s, x in enumerate((0.90, 0.92))),
         *(record("attention", s, x) for s, x in enumerate((0.905, 0.925))),
     ]
-    assert "are within the spread" in report.order(ladders.rungs("trec", runs))
+    assert "are within the spread" in tables.order(ladders.rungs("trec", runs))
 
 
 def test_less_is_better_where_the_record_says_so():
     runs = [record(m, 0, x, larger=False) for m, x in (("text_cnn", 2.0), ("attention", 1.5))]
     ladder = ladders.rungs("trec", runs)
-    assert "The classic order holds" in report.order(ladder)
-    assert "**150.0**" in "\n".join(report.table(ladder))
+    assert "The classic order holds" in tables.order(ladder)
+    assert "**150.0**" in "\n".join(tables.table(ladder))
 
 
 def test_runs_that_differ_in_more_than_the_seed_have_rows_of_their_own(options):
@@ -153,20 +154,20 @@ def test_rows_of_one_model_are_no_steps_of_the_ladder():
         "attention, mask global",
         "attention, mask window",
     ]
-    assert "The classic order holds" in report.order(ladder)
+    assert "The classic order holds" in tables.order(ladder)
 
 
 def test_the_later_of_two_equal_runs_counts(options):
     again = copy.deepcopy(LADDER[0])
     again["test"]["accuracy"] = 0.5
     write(options, [*LADDER, again])
-    report.main(options)
+    tables.main(options)
     assert "| naive_bayes | 50.0 |" in options.readme.read_text()
 
 
 def test_rungs_that_were_not_run_are_named(options):
     write(options, LADDER[:4])
-    report.main(options)
+    tables.main(options)
     assert "Not run yet: attention, attention_cnn." in options.readme.read_text()
 
 
@@ -174,7 +175,7 @@ def test_a_missing_place_is_named(options):
     options.readme.write_text("nothing\n")
     write(options, LADDER)
     with pytest.raises(ValueError, match=r"no place for trec: add the lines <!-- report:trec -->"):
-        report.main(options)
+        tables.main(options)
 
 
 @pytest.mark.parametrize(
@@ -193,7 +194,7 @@ def test_a_damaged_line_is_named(options, line, said):
     file = options.results / "trec.jsonl"
     file.write_text(json.dumps(LADDER[0]) + "\n" + line + "\n")
     with pytest.raises(ValueError, match=said):
-        report.main(options)
+        tables.main(options)
 
 
 @pytest.mark.parametrize(
@@ -205,7 +206,7 @@ def test_a_damaged_line_is_named(options, line, said):
 )
 def test_the_signature_of_a_score_is_told_and_is_no_column(options, more):
     write(options, [record("text_cnn", 0, 0.9, **more)])
-    report.main(options)
+    tables.main(options)
     text = options.readme.read_text()
     assert "Scores: `nrefs:1|case:mixed`." in text
     assert "| signature" not in text
@@ -215,12 +216,12 @@ def test_a_score_that_some_seeds_lack_is_left_out_of_their_row():
     ladder = ladders.rungs(
         "trec", [record("attention", 0, 0.8, test={"accuracy": 0.8}), record("attention", 1, 0.9)]
     )
-    assert report.table(ladder)[-1] == "| attention | **85.0 ± 7.1** |  | 2 | 1,234 | 10 | 62 |"
+    assert tables.table(ladder)[-1] == "| attention | **85.0 ± 7.1** |  | 2 | 1,234 | 10 | 62 |"
 
 
 def test_nothing_is_drawn_where_all_is_counted(options):
     write(options, LADDER[:1])
-    report.main(options)
+    tables.main(options)
     assert "![" not in options.readme.read_text()
     assert not (options.results / "trec.png").exists()
 
@@ -233,7 +234,7 @@ def test_a_baseline_without_a_validation_score_is_drawn_by_its_test_score(tmp_pa
 
 def test_all_versions_are_told(options):
     write(options, [record("text_cnn", 0, 0.9, versions={"python": "3.11.7", "jax": "0.10.2"})])
-    report.main(options)
+    tables.main(options)
     assert "2026-11-25, on 1 x cpu (cpu), python 3.11.7, jax 0.10.2." in options.readme.read_text()
 
 
@@ -241,7 +242,7 @@ def test_the_plot_has_lines_on_it(options):
     from matplotlib.image import imread
 
     write(options, LADDER)
-    report.main(options)
+    tables.main(options)
     pixels = imread(options.results / "trec.png")
     assert min(pixels.shape[:2]) > 300
     assert len(np.unique(pixels[..., :3].reshape(-1, 3), axis=0)) > 50
@@ -250,7 +251,7 @@ def test_the_plot_has_lines_on_it(options):
 def test_the_readme_is_what_the_records_say():
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)  # the links in the README begin there
-        assert report.main(Options(check=True)) == 0
+        assert tables.main(Options(check=True)) == 0
 
 
 def test_runs_on_other_data_are_in_a_table_of_their_own():
@@ -261,7 +262,7 @@ def test_runs_on_other_data_are_in_a_table_of_their_own():
     found = ladders.ladders("ner", some)
     names = {part: [rung.name for rung in ladder] for part, ladder in found.items()}
     assert names == {"ncbi": ["gru", "transformer"], "wnut17": ["gru"]}
-    said = report.block("ner", found, Path("results"))
+    said = tables.block("ner", found, Path("results"))
     assert said.index("On `ncbi`") < said.index("**70.0**") < said.index("On `wnut17`")
     assert "](results/ner-wnut17.png)" in said
     assert list(ladders.ladders("trec", LADDER)) == [""]

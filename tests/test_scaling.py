@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from experiments import scaling
-from experiments.scaling import KINDS, Point
+from experiments.bench import scaling
+from experiments.bench.scaling import KINDS, Point
 
 
 @pytest.mark.parametrize("power", [1.0, 2.0])

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 
 from attention_jax import attention_weights, scores
-from attention_jax.axes import Sizes
-from attention_jax.tiles import as_tile, local_axes
-from attention_jax.values import full_rank, map_leaves
+from attention_jax.backends.tile import as_tile, local_axes
+from attention_jax.core.axes import Sizes
+from attention_jax.core.pytree import full_rank, map_leaves
 
 B, N, T, S, H = 2, 6, 11, 13, 5
 SIZES = Sizes(B=(B,), T=T, S=S, K=3, G=2, H=H, D=7)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from attention_jax import softmax
+from attention_jax.core import softmax
 
 T, S, D = 3, 12, 5
 WHOLE = (4, 4, 4)  # blocks of keys

@@ -11,11 +11,12 @@ from flax import nnx
 
 from attention_jax.models import EncoderDecoder, EncoderDecoderConfig, Layers, generate
 from attention_jax.models.encoder_decoder import Memory
-from experiments import data as files
-from experiments import rouge, summaries, train
-from experiments.copier import Copier
+from experiments.datasets import files
+from experiments.datasets.text import END, PAD, START, UNKNOWN, Words
 from experiments.tasks import summarise
-from experiments.text import END, PAD, START, UNKNOWN, Words
+from experiments.tasks.summarise import rouge, summaries
+from experiments.tasks.summarise.copier import Copier
+from experiments.training import train
 
 needs_files = pytest.mark.skipif(
     files.VARIABLE not in os.environ, reason=f"{files.VARIABLE} names no folder of data sets"

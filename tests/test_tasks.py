@@ -10,9 +10,9 @@ import pytest
 from flax import nnx
 
 from attention_jax.nn import record_weights
-from experiments import attending, data, sentences, text
-from experiments.attending import TextConfig
-from experiments.seq2seq import Seq2Seq, greedy
+from experiments.datasets import files, text
+from experiments.models import sentences
+from experiments.models.seq2seq import Seq2Seq, greedy
 from experiments.tasks import (
     classification,
     digits,
@@ -23,9 +23,11 @@ from experiments.tasks import (
     relations,
     shakespeare,
 )
+from experiments.training import text_config
+from experiments.training.text_config import TextConfig
 
 needs_files = pytest.mark.skipif(
-    data.VARIABLE not in os.environ, reason=f"{data.VARIABLE} names no folder of data sets"
+    files.VARIABLE not in os.environ, reason=f"{files.VARIABLE} names no folder of data sets"
 )
 
 # --- Images.
@@ -319,7 +321,7 @@ def test_flax_in_place_of_ours_gives_the_same(mask):
 def test_what_flax_cannot_do_is_refused():
     x = jnp.ones((1, 3, 1, 4))
     with pytest.raises(NotImplementedError, match="attention flax has no scores"):
-        attending.flax_attention(x, x, x, scale=2.0)
+        text_config.flax_attention(x, x, x, scale=2.0)
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 
 import attention_jax
-from attention_jax import _cases, _problems, _rules, dropout, masks, testing
-from attention_jax.axes import Sizes
+from attention_jax import masks, testing
+from attention_jax.core import dropout
+from attention_jax.core.axes import Sizes
+from attention_jax.testing import problems, rules
+from attention_jax.testing.cases import MASKS, OPTIONS, SCORES, pairwise, possible
 
 right = functools.partial(attention_jax.attention, implementation="xla")
 
@@ -308,13 +311,13 @@ def test_peers_refuse_what_they_have_no_argument_for(peer, option):
 
 
 def test_every_two_values_of_two_options_meet():
-    rows = _cases.pairwise(_cases.OPTIONS, _cases.possible)
+    rows = pairwise(OPTIONS, possible)
     met = {pair for row in rows for pair in itertools.combinations(row.items(), 2)}
-    for (a, xs), (b, ys) in itertools.combinations(_cases.OPTIONS.items(), 2):
+    for (a, xs), (b, ys) in itertools.combinations(OPTIONS.items(), 2):
         for x, y in itertools.product(xs, ys):
-            assert ((a, x), (b, y)) in met or not _cases.possible({a: x, b: y}), (a, x, b, y)
-    assert all(_cases.possible(row) for row in rows)
-    assert len(rows) == len(_cases.MASKS) * len(_cases.SCORES)  # it cannot be done with fewer
+            assert ((a, x), (b, y)) in met or not possible({a: x, b: y}), (a, x, b, y)
+    assert all(possible(row) for row in rows)
+    assert len(rows) == len(MASKS) * len(SCORES)  # it cannot be done with fewer
 
 
 def test_a_bias_broadcasts_in_every_pattern():
@@ -337,32 +340,32 @@ def test_names_are_unique_and_cases_print():
 
 def test_numbers_are_the_same_each_time():
     (case,) = testing.cases(name="everything")
-    first, second = (_problems.problem(case) for _ in range(2))
+    first, second = (problems.problem(case) for _ in range(2))
     for a, b in zip(jax.tree.leaves(first.planted), jax.tree.leaves(second.planted), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
 def test_nothing_planted_is_used():
     for case in testing.cases(planted=True):
-        p = _problems.problem(case)
+        p = problems.problem(case)
         for clean, planted in zip(p.clean[:3], p.planted[:3], strict=True):
             finite = np.isfinite(planted.astype(np.float32))
             np.testing.assert_array_equal(clean[finite], planted[finite])
-        visible = _problems.oracle(p, gradients=False)["out"]
+        visible = problems.oracle(p, gradients=False)["out"]
         assert np.all(np.isfinite(visible))
 
 
 # The second writing of rules and formulas, against the first.
 
 ONE_OF_EACH = Sizes(B=(2, 3), T=35, S=35, K=2, G=3, H=11, D=7)
-each_mask = pytest.mark.parametrize("kind", _rules.MASKS)
-each_score = pytest.mark.parametrize("kind", _rules.SCORES)
+each_mask = pytest.mark.parametrize("kind", rules.MASKS)
+each_score = pytest.mark.parametrize("kind", rules.SCORES)
 
 
 @each_mask
 def test_masks_and_their_rules_agree(kind):
     case = testing.Case(kind, ONE_OF_EACH, mask=kind)
-    mask, rule = _rules.MASKS[kind](case, np.random.default_rng(0))
+    mask, rule = rules.MASKS[kind](case, np.random.default_rng(0))
     if mask is not None:
         dense = mask.to_dense(35, 35, B=6, N=6).reshape(2, 3, 6, 35, 35)
         np.testing.assert_array_equal(dense, np.broadcast_to(rule, dense.shape))
@@ -372,7 +375,7 @@ def test_masks_and_their_rules_agree(kind):
 @each_score
 def test_scores_and_their_formulas_agree(kind):
     case = testing.Case(kind, ONE_OF_EACH, score=kind)
-    p = _problems.problem(case)
+    p = problems.problem(case)
     q, k = jnp.arange(35)[:, None], jnp.arange(35)[None, :]
     for term in p.terms:
         leaves = jax.tree.leaves(term.build(**term.arrays))
@@ -392,7 +395,7 @@ def test_the_dropout_hash_and_its_copy_agree():
     words = np.array([123456789, 4000000000], np.uint32)
     ours = dropout.seed(jax.random.wrap_key_data(jnp.asarray(words), impl="threefry2x32"))
     shape = (2, 3, 5, 7, 11)
-    copy = _problems._keep(words, shape, 2, 0.3)
+    copy = problems._keep(words, shape, 2, 0.3)
     indices = np.indices((6, 5, 7, 11))
     keep = dropout.keep(ours, *indices, threshold=dropout.threshold(0.3))
     np.testing.assert_array_equal(keep.reshape(shape), copy)
@@ -411,7 +414,7 @@ def test_gradients_of_what_scores_hold_are_exact(kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", _cases.OPTIONS["dtype"])
+@pytest.mark.parametrize("dtype", OPTIONS["dtype"])
 def test_tolerances_mean_something(dtype):
     # Results of zero, and gradients of zero, are off in every row.
     def nothing(query, key, value, *, sinks, return_lse, **options):

@@ -5,8 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
-from experiments import text
-from experiments.ngrams import NGrams
+from experiments.datasets import text
+from experiments.tasks.shakespeare.ngrams import NGrams
 
 LENGTHS = np.random.default_rng(0).integers(1, 40, 103)
 

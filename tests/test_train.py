@@ -17,10 +17,10 @@ import pytest
 from flax import nnx
 from line import LINE, PLAIN, Line, batches, parameters, train_line
 
-from experiments import optimizers, train
-from experiments.checkpoints import BEST, LAST, Checkpoints
-from experiments.config import Config
-from experiments.progress import Progress
+from experiments.training import optimizers, train
+from experiments.training.checkpoints import BEST, LAST, Checkpoints
+from experiments.training.config import Config
+from experiments.training.progress import Progress
 
 
 def same(one, other):

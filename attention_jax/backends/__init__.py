@@ -1,8 +1,8 @@
 """The table of implementations: what each supports, and which is tried first where.
 
-An implementation is two functions: ``why_unsupported(request)`` says in words what it cannot do,
-or None; ``run(call, request)`` does it. Nothing is probed at import and nothing is remembered: the
-choice depends on the request alone.
+An implementation is two functions: ``why_unsupported(spec)`` says in words what it cannot do,
+or None; ``run(call, spec)`` does it. Nothing is probed at import and nothing is remembered: the
+choice depends on the ``Spec`` of a call alone.
 """
 
 from __future__ import annotations
@@ -13,35 +13,33 @@ from typing import Any, NamedTuple
 import jax
 
 from attention_jax.backends import blockwise, cudnn, pallas_gpu, splash, xla
-from attention_jax.backends.request import Request as Request
-from attention_jax.compat import mesh_platform
-from attention_jax.lift import Call
-from attention_jax.values import leaves
+from attention_jax.backends.call import Call
+from attention_jax.backends.call import Spec as Spec
+from attention_jax.core.compat import mesh_platform
+from attention_jax.core.pytree import leaves
 
 
 class Implementation(NamedTuple):
     """One way to compute attention."""
 
-    why_unsupported: Callable[[Request], str | None]
-    run: Callable[[Call, Request], tuple[jax.Array, jax.Array]]
-    extra_bytes: Callable[[Request], int]  # forward, beside arguments and results
+    why_unsupported: Callable[[Spec], str | None]
+    run: Callable[[Call, Spec], tuple[jax.Array, jax.Array]]
+    extra_bytes: Callable[[Spec], int]  # forward, beside arguments and results
     # Queries and keys per block, where cost follows the blocks that a mask leaves; else None.
-    block: Callable[[Request], tuple[int, int] | None] = lambda request: None
+    block: Callable[[Spec], tuple[int, int] | None] = lambda spec: None
 
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "blockwise": Implementation(
-        why_unsupported=lambda request: None,
-        run=lambda call, request: blockwise.run(call, request.sizes),
-        extra_bytes=lambda request: blockwise.extra_bytes(
-            request.sizes, request.dtype, request.mask
-        ),
-        block=lambda request: blockwise.block_sizes(request.sizes.T, request.sizes.S, request.mask),
+        why_unsupported=lambda spec: None,
+        run=lambda call, spec: blockwise.run(call, spec.sizes),
+        extra_bytes=lambda spec: blockwise.extra_bytes(spec.sizes, spec.dtype, spec.mask),
+        block=lambda spec: blockwise.block_sizes(spec.sizes.T, spec.sizes.S, spec.mask),
     ),
     "xla": Implementation(
-        why_unsupported=lambda request: None,
-        run=lambda call, request: xla.run(call, request.sizes),
-        extra_bytes=lambda request: xla.extra_bytes(request.sizes, request.dtype),
+        why_unsupported=lambda spec: None,
+        run=lambda call, spec: xla.run(call, spec.sizes),
+        extra_bytes=lambda spec: xla.extra_bytes(spec.sizes, spec.dtype),
     ),
     "cudnn": Implementation(cudnn.why_unsupported, cudnn.run, cudnn.extra_bytes),
     "pallas_gpu": Implementation(
@@ -96,33 +94,33 @@ def partitioned() -> bool:
     return any(kind != manual and size > 1 for kind, size in sizes)
 
 
-def preference(request: Request) -> tuple[tuple[str, str], ...]:
+def preference(spec: Spec) -> tuple[tuple[str, str], ...]:
     """All implementations in the order they are tried, each with the reason for its place."""
-    kernels = KERNELS.get(request.platform, ())
-    everywhere = _everywhere(request)
+    kernels = KERNELS.get(spec.platform, ())
+    everywhere = _everywhere(spec)
     elsewhere = tuple(
         (name, f"for a {place}")
         for place, others in KERNELS.items()
-        if place != request.platform
+        if place != spec.platform
         for name, _ in others
     )
     return (*kernels, *everywhere, *elsewhere)
 
 
-def _everywhere(request: Request) -> tuple[tuple[str, str], ...]:
+def _everywhere(spec: Spec) -> tuple[tuple[str, str], ...]:
     """What needs no kernel of a platform's own."""
-    if request.sizes.symbolic_lengths:
+    if spec.sizes.symbolic_lengths:
         return (
             ("xla", "symbolic lengths: nothing of it depends on blocks"),
             ("blockwise", "its blocks depend on lengths"),
         )
-    if max(request.sizes.T, request.sizes.S) <= MATERIALISE_UP_TO:
+    if max(spec.sizes.T, spec.sizes.S) <= MATERIALISE_UP_TO:
         return (
             ("xla", f"T and S are at most {MATERIALISE_UP_TO}: faster in one piece"),
             ("blockwise", f"loops pay off only for T or S above {MATERIALISE_UP_TO}"),
         )
-    few = request.sizes.T <= blockwise.FEW_QUERIES and bool(leaves(request.mask))
-    if few and request.sizes.T * request.sizes.S <= MOST_PAIRS_OF_A_CACHE:
+    few = spec.sizes.T <= blockwise.FEW_QUERIES and bool(leaves(spec.mask))
+    if few and spec.sizes.T * spec.sizes.S <= MOST_PAIRS_OF_A_CACHE:
         return (
             ("xla", "few queries and a mask of arrays, as of a cache: faster in one piece"),
             ("blockwise", "inside a decoding loop its own loops would copy the cache"),
@@ -133,25 +131,23 @@ def _everywhere(request: Request) -> tuple[tuple[str, str], ...]:
     )
 
 
-def why_unsupported(name: str, request: Request) -> str | None:
-    """What of the request an implementation cannot do, in words; None where it can all."""
-    if request.sizes.symbolic_lengths and name != "xla":
+def why_unsupported(name: str, spec: Spec) -> str | None:
+    """What of a call an implementation cannot do, in words; None where it can all."""
+    if spec.sizes.symbolic_lengths and name != "xla":
         return "T or S is symbolic, and its blocks depend on lengths that are known while tracing"
-    if request.sizes.symbolic_batch and name not in ("xla", "blockwise"):
+    if spec.sizes.symbolic_batch and name not in ("xla", "blockwise"):
         return "B is symbolic, and its kernel is launched for a number of examples that is known"
-    return IMPLEMENTATIONS[name].why_unsupported(request)
+    return IMPLEMENTATIONS[name].why_unsupported(spec)
 
 
-def choose(
-    implementation: str | Sequence[str] | None, request: Request
-) -> tuple[str, dict[str, str]]:
+def choose(implementation: str | Sequence[str] | None, spec: Spec) -> tuple[str, dict[str, str]]:
     """The implementation to run, and for each that there is the reason for or against it.
 
     Raises:
       NotImplementedError: none of those asked for supports the call.
     """
-    why_not = {name: why_unsupported(name, request) for name in IMPLEMENTATIONS}
-    order = preference(request)
+    why_not = {name: why_unsupported(name, spec) for name in IMPLEMENTATIONS}
+    order = preference(spec)
     if implementation is None:
         asked = tuple(name for name, _ in order)
     else:

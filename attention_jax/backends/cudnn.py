@@ -17,14 +17,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from attention_jax.axes import Sizes
-from attention_jax.backends.request import Request
-from attention_jax.lift import Call
+from attention_jax.backends.call import Call, Spec
+from attention_jax.core.axes import Sizes
 from attention_jax.masks import Band, Dense, Lengths, Mask
 from attention_jax.masks.base import conjuncts
 from attention_jax.scores import Bias, Score
 
-# On cards before Hopper; which card there is a request does not know.
+# On cards before Hopper; a spec does not say which card there is.
 WIDEST_HEAD = 128
 # Where the last tile of keys was not whole, backward has given NaN for rows of very small logits,
 # unless told the lengths. Tiles are of this many rows, or a divisor.
@@ -54,13 +53,13 @@ class Seen(NamedTuple):
     pairs: Any  # bool [B N T S], only where there is a bias
 
 
-def why_unsupported(request: Request) -> str | None:
-    """What of the request cuDNN, as ``jax.nn`` calls it, does not do or not do right; or None."""
-    z, dtype, scale = request.sizes, jnp.dtype(request.dtype), request.scale
+def why_unsupported(spec: Spec) -> str | None:
+    """What of a call cuDNN, as ``jax.nn`` calls it, does not do or not do right; or None."""
+    z, dtype, scale = spec.sizes, jnp.dtype(spec.dtype), spec.scale
     refusals = (
         (
-            request.platform != "gpu",
-            f"cuDNN is for NVIDIA GPUs, the platform is {request.platform}",
+            spec.platform != "gpu",
+            f"cuDNN is for NVIDIA GPUs, the platform is {spec.platform}",
         ),
         (
             dtype not in (jnp.bfloat16, jnp.float16),
@@ -72,12 +71,12 @@ def why_unsupported(request: Request) -> str | None:
             z.H > WIDEST_HEAD,
             f"heads wider than {WIDEST_HEAD} are not for every card, got {z.H} (H)",
         ),
-        (request.sinks, "softmax sinks have no place in cuDNN's kernel as jax.nn calls it"),
+        (spec.sinks, "softmax sinks have no place in cuDNN's kernel as jax.nn calls it"),
         (
-            request.dropout,
+            spec.dropout,
             "dropout is a hash of the key and the indices here, cuDNN draws its own",
         ),
-        (request.return_lse, "jax.nn stops the gradient of the lse and rounds it"),
+        (spec.return_lse, "jax.nn stops the gradient of the lse and rounds it"),
         (scale is None, "scale is an array, cuDNN needs a number known while tracing"),
         (
             scale is not None and not (scale > 0.0 and math.isfinite(scale)),
@@ -87,19 +86,19 @@ def why_unsupported(request: Request) -> str | None:
     for refused, reason in refusals:
         if refused:
             return reason
-    plan = _plan(request.mask, z)
+    plan = _plan(spec.mask, z)
     if isinstance(plan, str):
         return plan
-    return _why_not_scores(request.score, dtype, plan, z)
+    return _why_not_scores(spec.score, dtype, plan, z)
 
 
-def run(call: Call, request: Request) -> tuple[jax.Array, jax.Array]:
+def run(call: Call, spec: Spec) -> tuple[jax.Array, jax.Array]:
     """Output ``[*B T N D]``, and zeros ``[*B T N]`` in the place of the lse.
 
     Nobody sees those zeros: a call that asks for the lse is refused, and of any other call only the
     output is returned.
     """
-    z = request.sizes
+    z = spec.sizes
     plan = _plan(call.mask, z)
     if isinstance(plan, str):
         raise NotImplementedError(f"implementation 'cudnn' cannot: {plan}")
@@ -121,22 +120,22 @@ def run(call: Call, request: Request) -> tuple[jax.Array, jax.Array]:
     if key_length is not None or z.T % TILE or z.S % TILE:
         keys = jnp.full((B,), z.S, jnp.int32) if key_length is None else jnp.maximum(key_length, 1)
         lengths = jnp.full((B,), z.T, jnp.int32), keys
-    out = _only(seen.queries, _attend(query, key, value, bias, lengths, plan, request.scale))
+    out = _only(seen.queries, _attend(query, key, value, bias, lengths, plan, spec.scale))
     shape = (*z.B, z.T, z.N)
     return out.reshape(*shape, z.D), jnp.zeros(shape, jnp.float32)
 
 
-def extra_bytes(request: Request) -> int:
+def extra_bytes(spec: Spec) -> int:
     """Copies with zeros for what is padding, and of the bias without ``-inf``."""
-    z, plan = request.sizes, _plan(request.mask, request.sizes)
+    z, plan = spec.sizes, _plan(spec.mask, spec.sizes)
     if isinstance(plan, str):
         return 0
-    B, width = math.prod(z.B), jnp.dtype(request.dtype).itemsize
+    B, width = math.prod(z.B), jnp.dtype(spec.dtype).itemsize
     padded = bool(plan.query_lengths or plan.key_lengths)
     entries = 0
-    if padded or request.score:
+    if padded or spec.score:
         entries += 2 * B * z.T * z.N * z.H + 2 * B * z.S * z.K * z.H  # query, output; key, value
-    for score in request.score:
+    for score in spec.score:
         if isinstance(score, Bias):
             *batch, n, _, _ = score.array.shape
             entries += (B if padded or math.prod(batch) > 1 else 1) * n * z.T * z.S

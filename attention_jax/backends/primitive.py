@@ -33,10 +33,10 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from attention_jax.axes import LSE_NAME, OUT_NAME, Shape, accumulation_dtype
-from attention_jax.closures import varying_together
-from attention_jax.compat import Primitive, ad, batching, like, mlir, no_axes, sharded_over
-from attention_jax.lift import Head
+from attention_jax.backends.call import Head
+from attention_jax.core.axes import LSE_NAME, OUT_NAME, Shape, accumulation_dtype
+from attention_jax.core.closures import varying_together
+from attention_jax.core.compat import Primitive, ad, batching, like, mlir, no_axes, sharded_over
 
 # out, m and log_l.
 RESULTS = 3

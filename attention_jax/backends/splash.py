@@ -19,13 +19,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attention_jax import blocks, masks
-from attention_jax.axes import Sizes
-from attention_jax.backends.request import Request
-from attention_jax.grid import Grid
-from attention_jax.lift import Call
-from attention_jax.masks import And, BlockSparse, Lengths, Mask, Not, Or, Segments
+from attention_jax import masks
+from attention_jax.backends.call import Call, Spec
+from attention_jax.core.axes import Sizes
+from attention_jax.masks import And, BlockSparse, Lengths, Mask, Not, Or, Segments, block_map
 from attention_jax.masks.base import conjuncts, parts
+from attention_jax.masks.grid import Grid
 from attention_jax.scores import Softcap
 
 LANES = 128  # lengths are multiples of this, and so are blocks
@@ -44,39 +43,39 @@ class Plan(NamedTuple):
     lengths: tuple[Lengths, ...]  # with arrays
 
 
-def why_unsupported(request: Request) -> str | None:
-    """What of the request splash attention does not do, or not do exactly, in words; or None."""
-    dtype = jnp.dtype(request.dtype)
-    if request.platform != "tpu":
-        return f"its kernel is for TPUs, this is a {request.platform}"
-    if request.partitioned:
+def why_unsupported(spec: Spec) -> str | None:
+    """What of a call splash attention does not do, or not do exactly, in words; or None."""
+    dtype = jnp.dtype(spec.dtype)
+    if spec.platform != "tpu":
+        return f"its kernel is for TPUs, this is a {spec.platform}"
+    if spec.partitioned:
         return "the compiler cannot split its kernel over the mesh: shard_map can"
     if dtype not in (jnp.bfloat16, jnp.float32):
         return f"{dtype.name}: its products are of bfloat16 or float32"
-    if request.dropout:
+    if spec.dropout:
         return "dropout has no place in its kernel"
-    for score in request.score:
+    for score in spec.score:
         if not isinstance(score, Softcap):
             return f"score {type(score).__name__}: its kernel has softcap alone"
-    if len(request.score) > 1:
+    if len(spec.score) > 1:
         return "more than one softcap: its kernel has one"
-    if request.score and request.return_lse:
+    if spec.score and spec.return_lse:
         return "lse with softcap: of the lse its kernel has no gradient, and ours holds without one"
-    plan = _plan(request.mask)
+    plan = _plan(spec.mask)
     return plan if isinstance(plan, str) else None
 
 
-def run(call: Call, request: Request, *, interpret: bool = False) -> tuple[jax.Array, jax.Array]:
+def run(call: Call, spec: Spec, *, interpret: bool = False) -> tuple[jax.Array, jax.Array]:
     """Output ``[*B T N D]`` and lse ``[*B T N]``; zeros in its place where it is not asked for.
 
     Args:
       interpret: run the kernel step by step, on any platform, to test it.
     """
-    z, plan = request.sizes, _plan(call.mask)
+    z, plan = spec.sizes, _plan(call.mask)
     if isinstance(plan, str):
         raise NotImplementedError(f"implementation 'splash' cannot: {plan}")
     one: Callable[..., Any] = functools.partial(
-        _example, plan=plan, sizes=z, call=call, request=request, interpret=interpret
+        _example, plan=plan, sizes=z, call=call, spec=spec, interpret=interpret
     )
     ids = _segment_ids(plan, z)
     B = math.prod(z.B)
@@ -85,17 +84,17 @@ def run(call: Call, request: Request, *, interpret: bool = False) -> tuple[jax.A
     return out.reshape(*z.B, *out.shape[1:]), lse.reshape(*z.B, *lse.shape[1:])
 
 
-def extra_bytes(request: Request) -> int:
+def extra_bytes(spec: Spec) -> int:
     """Operands and output heads first, at lengths that are multiples of 128."""
-    z = request.sizes
+    z = spec.sizes
     T, S = _padded(z.T), _padded(z.S)
     entries = T * z.N * (z.H + z.D) + S * z.K * (z.H + z.D)
-    return math.prod(z.B) * entries * jnp.dtype(request.dtype).itemsize
+    return math.prod(z.B) * entries * jnp.dtype(spec.dtype).itemsize
 
 
-def block(request: Request) -> tuple[int, int] | None:
+def block(spec: Spec) -> tuple[int, int] | None:
     """Queries and keys per block."""
-    return _block(_padded(request.sizes.T)), _block(_padded(request.sizes.S))
+    return _block(_padded(spec.sizes.T)), _block(_padded(spec.sizes.S))
 
 
 def _padded(length: int) -> int:
@@ -186,9 +185,9 @@ class Asked:
     def seen(self) -> tuple[np.ndarray, np.ndarray]:
         """Bool ``[T]`` and ``[S]``: the query sees some key, the key is seen by some query."""
         grid = Grid(self.T, self.S, ASKED, ASKED)
-        kind = blocks.kinds(self.mask, grid, 0, 0)
+        kind = block_map.kinds(self.mask, grid, 0, 0)
         queries, keys = np.zeros(self.T, np.bool_), np.zeros(self.S, np.bool_)
-        for row, column in zip(*np.nonzero(kind != blocks.EMPTY), strict=True):
+        for row, column in zip(*np.nonzero(kind != block_map.EMPTY), strict=True):
             q = slice(row * ASKED, min((row + 1) * ASKED, self.T))
             k = slice(column * ASKED, min((column + 1) * ASKED, self.S))
             if queries[q].all() and keys[k].all():
@@ -217,10 +216,10 @@ def _lazy(asked: Asked, T: int, S: int) -> Any:
     from jax.experimental.pallas.ops.tpu import splash_attention
 
     size = _block(T), _block(S)
-    kind = np.array(blocks.kinds(asked.mask, Grid(asked.T, asked.S, *size), 0, 0))
+    kind = np.array(block_map.kinds(asked.mask, Grid(asked.T, asked.S, *size), 0, 0))
     if asked.S < S:  # the last block has padded keys
-        kind[:, -1] = np.minimum(kind[:, -1], blocks.PARTIAL)
-    whole = {blocks.EMPTY: np.zeros(size, np.bool_), blocks.FULL: np.ones(size, np.bool_)}
+        kind[:, -1] = np.minimum(kind[:, -1], block_map.PARTIAL)
+    whole = {block_map.EMPTY: np.zeros(size, np.bool_), block_map.FULL: np.ones(size, np.bool_)}
 
     class Lazy(splash_attention.Mask):
         """Equal to another of the same mask, so that heads and layers share what is found of it."""
@@ -257,7 +256,7 @@ def _example(
     plan: Plan,
     sizes: Sizes,
     call: Call,
-    request: Request,
+    spec: Spec,
     interpret: bool,
 ) -> tuple[jax.Array, jax.Array]:
     """Output ``[T N D]`` and lse ``[T N]``."""
@@ -276,9 +275,9 @@ def _example(
     if ids is not None:
         pads = zip(ids, (T, S), (NO_QUERY, NO_KEY), strict=True)
         ids = Ids(*(jnp.pad(x, (0, n - x.shape[0]), constant_values=none) for x, n, none in pads))
-    cap = request.score[0].cap if request.score else None  # type: ignore[attr-defined]
+    cap = spec.score[0].cap if spec.score else None  # type: ignore[attr-defined]
     kernel = functools.partial(_kernel, asked, cap, interpret)
-    if request.return_lse:
+    if spec.return_lse:
         out, lse = _with_lse(kernel)(q, k, v, sinks, ids)
     else:
         out, lse = _without_lse(kernel)(q, k, v, sinks, ids), jnp.zeros((z.N, T), jnp.float32)

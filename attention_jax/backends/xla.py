@@ -13,11 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from attention_jax import dropout
-from attention_jax.axes import LSE_NAME, OUT_NAME, Sizes, accumulation_dtype
-from attention_jax.lift import Call, Head, over_heads_and_examples
-from attention_jax.softmax import finite
-from attention_jax.tiles import (
+from attention_jax.backends.call import Call, Head
+from attention_jax.backends.heads import over_heads_and_examples
+from attention_jax.backends.tile import (
     apply_scores,
     clean,
     product,
@@ -26,6 +24,9 @@ from attention_jax.tiles import (
     visible,
     whole,
 )
+from attention_jax.core import dropout
+from attention_jax.core.axes import LSE_NAME, OUT_NAME, Sizes, accumulation_dtype
+from attention_jax.core.softmax import finite
 
 
 class Logits(NamedTuple):

@@ -3,7 +3,7 @@
 A mask is a pytree with ``&``, ``|``, ``~`` and one method, ``mask(b, n, q, k)``:
 True where query ``q`` of head ``n`` in example ``b`` sees key ``k``. The indices
 are integers or integer arrays that broadcast. ``T x S`` is never materialised;
-``to_dense`` does so on request, and ``print(mask)`` draws a small picture.
+``to_dense`` does so on spec, and ``print(mask)`` draws a small picture.
 
 >>> from attention_jax.masks import causal, window
 >>> print(causal() & window(3, 0))
@@ -24,6 +24,8 @@ JAX at run time. So a Python int is part of the program, and another one compile
 an array is data: in a loop over offsets or lengths pass ``jnp.asarray(i)``.
 """
 
+from attention_jax.masks.at_positions import Placed as Placed
+from attention_jax.masks.at_positions import at_positions as at_positions
 from attention_jax.masks.bands import Band as Band
 from attention_jax.masks.bands import Dilated as Dilated
 from attention_jax.masks.bands import causal as causal
@@ -33,27 +35,25 @@ from attention_jax.masks.base import And as And
 from attention_jax.masks.base import Mask as Mask
 from attention_jax.masks.base import Not as Not
 from attention_jax.masks.base import Or as Or
-from attention_jax.masks.layouts import BlockSparse as BlockSparse
-from attention_jax.masks.layouts import Dense as Dense
-from attention_jax.masks.layouts import MaskFn as MaskFn
-from attention_jax.masks.layouts import Neighborhood as Neighborhood
-from attention_jax.masks.layouts import block_sparse as block_sparse
-from attention_jax.masks.layouts import dense as dense
-from attention_jax.masks.layouts import mask_fn as mask_fn
-from attention_jax.masks.layouts import neighborhood as neighborhood
-from attention_jax.masks.places import Placed as Placed
-from attention_jax.masks.places import at_positions as at_positions
-from attention_jax.masks.spans import Chunked as Chunked
-from attention_jax.masks.spans import GlobalTokens as GlobalTokens
-from attention_jax.masks.spans import Lengths as Lengths
-from attention_jax.masks.spans import Padding as Padding
-from attention_jax.masks.spans import Segments as Segments
-from attention_jax.masks.spans import chunked as chunked
-from attention_jax.masks.spans import global_tokens as global_tokens
-from attention_jax.masks.spans import lengths as lengths
-from attention_jax.masks.spans import padding as padding
-from attention_jax.masks.spans import prefix as prefix
-from attention_jax.masks.spans import segments as segments
+from attention_jax.masks.explicit import BlockSparse as BlockSparse
+from attention_jax.masks.explicit import Dense as Dense
+from attention_jax.masks.explicit import MaskFn as MaskFn
+from attention_jax.masks.explicit import Neighborhood as Neighborhood
+from attention_jax.masks.explicit import block_sparse as block_sparse
+from attention_jax.masks.explicit import dense as dense
+from attention_jax.masks.explicit import mask_fn as mask_fn
+from attention_jax.masks.explicit import neighborhood as neighborhood
+from attention_jax.masks.sequence import Chunked as Chunked
+from attention_jax.masks.sequence import GlobalTokens as GlobalTokens
+from attention_jax.masks.sequence import Lengths as Lengths
+from attention_jax.masks.sequence import Padding as Padding
+from attention_jax.masks.sequence import Segments as Segments
+from attention_jax.masks.sequence import chunked as chunked
+from attention_jax.masks.sequence import global_tokens as global_tokens
+from attention_jax.masks.sequence import lengths as lengths
+from attention_jax.masks.sequence import padding as padding
+from attention_jax.masks.sequence import prefix as prefix
+from attention_jax.masks.sequence import segments as segments
 
 __all__ = [
     "Mask",

@@ -4,15 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Self
 
-from attention_jax.axes import Size
-from attention_jax.grid import Grid
-from attention_jax.masks.arguments import (
-    PerExample,
-    checked_align,
-    int_at_least,
-    per_example,
-)
+from attention_jax.core.axes import PerExample, Size, checked_align, int_at_least, per_example
 from attention_jax.masks.base import Mask
+from attention_jax.masks.grid import Grid
 
 
 class Band(Mask):

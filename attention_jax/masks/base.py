@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool
 
-from attention_jax.axes import is_array
-from attention_jax.grid import Grid
-from attention_jax.values import Value
+from attention_jax.core.axes import is_array
+from attention_jax.core.pytree import Value
+from attention_jax.masks.grid import Grid
 
 
 class Mask(Value):

@@ -2,6 +2,8 @@
 
 from attention_jax.mechanisms.additive import additive_attention as additive_attention
 from attention_jax.mechanisms.additive import additive_weights as additive_weights
+from attention_jax.mechanisms.as_attention import NAMED as NAMED
+from attention_jax.mechanisms.as_attention import as_attention as as_attention
 from attention_jax.mechanisms.differential import differential_attention as differential_attention
 from attention_jax.mechanisms.differential import differential_weight as differential_weight
 from attention_jax.mechanisms.gated_linear import delta_rule as delta_rule
@@ -21,8 +23,6 @@ from attention_jax.mechanisms.packing import PackedState as PackedState
 from attention_jax.mechanisms.routing import clusters as clusters
 from attention_jax.mechanisms.routing import routing_attention as routing_attention
 from attention_jax.mechanisms.routing import update_centroids as update_centroids
-from attention_jax.mechanisms.slot import NAMED as NAMED
-from attention_jax.mechanisms.slot import as_attention as as_attention
 from attention_jax.mechanisms.topk import topk_attention as topk_attention
 
 __all__ = [

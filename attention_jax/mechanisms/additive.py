@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from attention_jax import softmax
-from attention_jax.axes import AnyArray, accumulation_dtype
+from attention_jax.core import softmax
+from attention_jax.core.axes import AnyArray, accumulation_dtype
 
 
 def additive_attention(

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from attention_jax.arguments import check_types
-from attention_jax.attention import attention
-from attention_jax.axes import AnyArray, Output, accumulation_dtype, same_rank
+from attention_jax.api import attention
+from attention_jax.backends.call import check_types
+from attention_jax.core.axes import AnyArray, Output, accumulation_dtype, same_rank
 
 
 def differential_attention(

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from attention_jax.axes import AnyArray, Key, Query, Value, accumulation_dtype
+from attention_jax.backends.tile import product
+from attention_jax.core.axes import AnyArray, Key, Query, Value, accumulation_dtype
 from attention_jax.masks import causal
+from attention_jax.mechanisms.chunkwise import check_gate, checked, left_to_right
 from attention_jax.mechanisms.packing import PackedState, of, packed, runs
-from attention_jax.mechanisms.recurrence import check_gate, checked, left_to_right
-from attention_jax.tiles import product
 
 PIECE = 64  # tokens computed at once
 PIECE_OF_VECTORS = 16  # where each number of a key has its own gate: a piece takes C x C x H

@@ -7,12 +7,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from attention_jax import softmax
-from attention_jax.arguments import MaskLike, Scale, ScoreLike, checked
-from attention_jax.axes import Key, Output, Query, Value
+from attention_jax.backends.call import Head, MaskLike, Scale, ScoreLike, checked
+from attention_jax.backends.heads import over_heads_and_examples
+from attention_jax.backends.tile import product
 from attention_jax.backends.xla import scored
-from attention_jax.lift import Head, over_heads_and_examples
-from attention_jax.tiles import product
+from attention_jax.core import softmax
+from attention_jax.core.axes import Key, Output, Query, Value
 
 
 def inverted_attention(

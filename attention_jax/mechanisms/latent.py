@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from attention_jax.arguments import Scale, check_types
-from attention_jax.attention import attention
-from attention_jax.axes import AnyArray, Output, accumulation_dtype
+from attention_jax.api import attention
+from attention_jax.backends.call import Scale, check_types
+from attention_jax.core.axes import AnyArray, Output, accumulation_dtype
 
 
 def latent_attention(

@@ -12,20 +12,20 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from attention_jax.arguments import check_types
-from attention_jax.axes import (
+from attention_jax.backends.call import check_types
+from attention_jax.backends.heads import lift
+from attention_jax.backends.tile import product
+from attention_jax.core.axes import (
     Key,
     Query,
     Value,
     accumulation_dtype,
     check_query_key_value,
+    int_at_least,
 )
-from attention_jax.lift import lift
-from attention_jax.masks.arguments import int_at_least
+from attention_jax.mechanisms.causal_padding import only_seen, seen
+from attention_jax.mechanisms.chunkwise import left_to_right, over_pieces
 from attention_jax.mechanisms.packing import PackedState, of, packed, runs
-from attention_jax.mechanisms.recurrence import left_to_right, over_pieces
-from attention_jax.mechanisms.seen import only_seen, seen
-from attention_jax.tiles import product
 
 PIECE = 64  # tokens computed at once where it is causal
 LARGE = 1024  # where it is not

@@ -7,9 +7,9 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from attention_jax.arguments import Scale, check_types
-from attention_jax.attention import attention
-from attention_jax.axes import (
+from attention_jax.api import attention
+from attention_jax.backends.call import Scale, check_types
+from attention_jax.core.axes import (
     AnyArray,
     Key,
     Output,
@@ -18,7 +18,7 @@ from attention_jax.axes import (
     accumulation_dtype,
     check_query_key_value,
 )
-from attention_jax.mechanisms.seen import only_seen, seen
+from attention_jax.mechanisms.causal_padding import only_seen, seen
 
 
 def linformer_attention(

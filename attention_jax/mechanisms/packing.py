@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attention_jax.axes import Sizes, is_array
-from attention_jax.mechanisms.seen import Seen
+from attention_jax.core.axes import Sizes, is_array
+from attention_jax.mechanisms.causal_padding import Seen
 
 
 class PackedState(NamedTuple):

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from attention_jax import masks
-from attention_jax.arguments import Scale, check_types
-from attention_jax.attention import attention
-from attention_jax.axes import (
+from attention_jax.api import attention
+from attention_jax.backends.call import Scale, check_types
+from attention_jax.core.axes import (
     AnyArray,
     Key,
     Output,
@@ -21,7 +21,7 @@ from attention_jax.axes import (
     check_float_array,
     check_query_key_value,
 )
-from attention_jax.mechanisms.seen import seen
+from attention_jax.mechanisms.causal_padding import seen
 
 Centroids = Float[AnyArray, "K C H"]
 

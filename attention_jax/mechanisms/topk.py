@@ -5,12 +5,11 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from attention_jax import softmax
-from attention_jax.arguments import MaskLike, Scale, ScoreLike, checked
-from attention_jax.axes import Key, Output, Query, Value
+from attention_jax.backends.call import Head, MaskLike, Scale, ScoreLike, checked
+from attention_jax.backends.heads import over_heads_and_examples
 from attention_jax.backends.xla import scored
-from attention_jax.lift import Head, over_heads_and_examples
-from attention_jax.masks.arguments import int_at_least
+from attention_jax.core import softmax
+from attention_jax.core.axes import Key, Output, Query, Value, int_at_least
 
 
 def topk_attention(

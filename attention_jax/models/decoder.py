@@ -10,14 +10,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Float
 
-from attention_jax.axes import AnyArray, accumulation_dtype
 from attention_jax.cache import KVCache
+from attention_jax.core.axes import AnyArray, accumulation_dtype, check_positions
 from attention_jax.masks import Mask
 from attention_jax.models.layers import Layers, Stack, positions_after
 from attention_jax.nn import Embeddings
 from attention_jax.nn.linear import Linear
 from attention_jax.nn.padding import as_real, places
-from attention_jax.positions.arguments import check_positions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +134,9 @@ class Decoder(nnx.Module):
         """What the head sees, ``[*B T E]``; arguments and result as for a call."""
         tokens = check_positions(tokens, "tokens")
         real = as_real(real, tokens.shape)
-        held = real if caches is None else first(count, tokens.shape)
+        held = real
+        if caches is not None:
+            held = None if count is None else first_tokens(count, tokens.shape)
         if caches is not None and positions is None:
             positions = positions_after(caches, tokens.shape[-1], count)
         positions = places(positions, held)
@@ -175,10 +176,8 @@ class Decoder(nnx.Module):
         return self.stack.init_caches(batch, capacity, dtype=dtype, spare=spare)
 
 
-def first(count: Any, shape: Shape) -> jax.Array | None:
-    """Which of tokens ``[*B T]`` are real where the first ``count`` are; None: all."""
-    if count is None:
-        return None
+def first_tokens(count: Any, shape: Shape) -> jax.Array:
+    """Bool ``[*B T]``: True for the first ``count`` tokens of each row."""
     count = jnp.asarray(count, jnp.int32)
     tokens = jnp.arange(shape[-1], dtype=jnp.int32)
     return jnp.broadcast_to(jnp.expand_dims(tokens, range(count.ndim)) < count[..., None], shape)

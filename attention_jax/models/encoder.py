@@ -10,14 +10,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Float
 
-from attention_jax.axes import AnyArray, accumulation_dtype, same_rank
+from attention_jax.core.axes import AnyArray, accumulation_dtype, check_positions, same_rank
 from attention_jax.masks import Mask
 from attention_jax.models.layers import Layers, Stack
 from attention_jax.nn import Embeddings, pooling
 from attention_jax.nn.feed_forward import ACTIVATIONS
 from attention_jax.nn.linear import Linear
 from attention_jax.nn.padding import as_real, places
-from attention_jax.positions.arguments import check_positions
 
 HEADS = (None, "tokens", "classes")
 POOLS = ("first", "mean")

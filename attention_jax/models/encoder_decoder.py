@@ -10,14 +10,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Float
 
-from attention_jax.axes import AnyArray, accumulation_dtype
 from attention_jax.cache import KVCache
-from attention_jax.models.decoder import check_capacity, first
+from attention_jax.core.axes import AnyArray, accumulation_dtype, check_positions
+from attention_jax.models.decoder import check_capacity, first_tokens
 from attention_jax.models.layers import Layers, Stack, padding, positions_after
 from attention_jax.nn import Embeddings, FeedForward, Residual
 from attention_jax.nn.linear import Linear
 from attention_jax.nn.padding import as_real, places
-from attention_jax.positions.arguments import check_positions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,7 +167,9 @@ class EncoderDecoder(nnx.Module):
         target = check_positions(target, "target")
         T = target.shape[-1]
         real = as_real(real, target.shape, of="the target's")
-        held = real if caches is None else first(count, target.shape)
+        held = real
+        if caches is not None:
+            held = None if count is None else first_tokens(count, target.shape)
         positions = None if caches is None else positions_after(caches, T, count)
         positions = places(positions, held)
         result = self.decoder(

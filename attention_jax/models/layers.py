@@ -13,11 +13,10 @@ from flax import nnx
 from jaxtyping import Bool, Float
 
 from attention_jax import masks, scores
-from attention_jax.attention import attention
-from attention_jax.axes import AnyArray, same_rank
+from attention_jax.api import attention
 from attention_jax.cache import KVCache
+from attention_jax.core.axes import AnyArray, int_at_least, same_rank
 from attention_jax.masks import Mask
-from attention_jax.masks.arguments import int_at_least
 from attention_jax.models.running import Remat, period, run, scan
 from attention_jax.nn import Block, FeedForward, MultiHeadAttention, OnePlusRMSNorm
 from attention_jax.nn.attention import default_head_dim

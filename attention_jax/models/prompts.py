@@ -15,13 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from attention_jax.axes import is_array
-from attention_jax.masks.arguments import int_at_least
+from attention_jax.core.axes import check_positions, int_at_least, is_array
 from attention_jax.models.decoder import Decoder
 from attention_jax.models.encoder_decoder import EncoderDecoder, Memory
 from attention_jax.models.layers import last
 from attention_jax.nn.padding import as_real, filled
-from attention_jax.positions.arguments import check_positions
 
 
 def next_logits(

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from attention_jax.masks.arguments import int_at_least
+from attention_jax.core.axes import int_at_least
 
 Processor: TypeAlias = Callable[[Any, Any], Any]
 

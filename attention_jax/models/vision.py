@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Float
 
-from attention_jax.axes import AnyArray, accumulation_dtype, same_rank
+from attention_jax.core.axes import AnyArray, accumulation_dtype, same_rank
 from attention_jax.models.layers import Layers, Stack
 from attention_jax.nn import AttentionPooling, ClassToken, pooling
 from attention_jax.nn.embeddings import EMBED_INIT

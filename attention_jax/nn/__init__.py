@@ -6,11 +6,6 @@ local with some global tokens ``masks.window(128, 128) | masks.global_tokens(fla
 """
 
 from attention_jax.nn import pooling as pooling
-from attention_jax.nn.adapters import Frozen as Frozen
-from attention_jax.nn.adapters import low_rank as low_rank
-from attention_jax.nn.adapters import low_rank_state as low_rank_state
-from attention_jax.nn.adapters import merged as merged
-from attention_jax.nn.adapters import with_low_rank as with_low_rank
 from attention_jax.nn.attention import KeysValues as KeysValues
 from attention_jax.nn.attention import MultiHeadAttention as MultiHeadAttention
 from attention_jax.nn.blocks import Block as Block
@@ -20,10 +15,15 @@ from attention_jax.nn.drop_in import dot_product_attention as dot_product_attent
 from attention_jax.nn.embeddings import Embeddings as Embeddings
 from attention_jax.nn.embeddings import moved_embeddings as moved_embeddings
 from attention_jax.nn.feed_forward import FeedForward as FeedForward
+from attention_jax.nn.lora import Frozen as Frozen
+from attention_jax.nn.lora import low_rank as low_rank
+from attention_jax.nn.lora import low_rank_state as low_rank_state
+from attention_jax.nn.lora import merged as merged
+from attention_jax.nn.lora import with_low_rank as with_low_rank
 from attention_jax.nn.norms import OnePlusRMSNorm as OnePlusRMSNorm
 from attention_jax.nn.pooling import AttentionPooling as AttentionPooling
 from attention_jax.nn.pooling import ClassToken as ClassToken
-from attention_jax.nn.weights import record_weights as record_weights
+from attention_jax.nn.record_weights import record_weights as record_weights
 
 __all__ = [
     "AttentionPooling",

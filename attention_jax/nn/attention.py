@@ -14,16 +14,14 @@ from flax import nnx
 from jaxtyping import Float
 
 from attention_jax import cache as caches
-from attention_jax.arguments import as_mask, as_scores, check_flag
-from attention_jax.attention import attention as softmax_attention
-from attention_jax.attention import attention_weights
-from attention_jax.axes import AnyArray, Size, is_array, same_rank
+from attention_jax.api import attention as softmax_attention
+from attention_jax.api import attention_weights
+from attention_jax.backends.call import as_mask, as_scores, check_flag
 from attention_jax.cache import KVCache
-from attention_jax.dropout import check_rate
+from attention_jax.core.axes import AnyArray, Size, check_tokens, int_at_least, is_array, same_rank
+from attention_jax.core.dropout import check_rate
 from attention_jax.masks import Mask
-from attention_jax.masks.arguments import int_at_least
-from attention_jax.mechanisms.slot import check_weights
-from attention_jax.nn.arguments import check_tokens
+from attention_jax.mechanisms.as_attention import check_weights
 from attention_jax.nn.linear import BIAS_INIT, KERNEL_INIT, Linear
 from attention_jax.positions import DynamicNTK, Rotary
 from attention_jax.scores import Score

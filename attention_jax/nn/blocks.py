@@ -8,9 +8,9 @@ from typing import Any
 from flax import nnx
 from jaxtyping import Float
 
-from attention_jax.axes import AnyArray
 from attention_jax.cache import KVCache
-from attention_jax.dropout import check_rate
+from attention_jax.core.axes import AnyArray
+from attention_jax.core.dropout import check_rate
 from attention_jax.nn.attention import MultiHeadAttention
 
 ORDERS = ("pre", "post", "both")

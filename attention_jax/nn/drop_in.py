@@ -17,11 +17,17 @@ import numpy as np
 from flax import linen, nnx
 from jax.typing import ArrayLike
 
-from attention_jax import dropout, masks, scores
-from attention_jax.arguments import check_flag
-from attention_jax.attention import attention, attention_weights
-from attention_jax.axes import AnyArray, Sizes, check_broadcastable, check_query_key_value
-from attention_jax.masks.arguments import int_at_least
+from attention_jax import masks, scores
+from attention_jax.api import attention, attention_weights
+from attention_jax.backends.call import check_flag
+from attention_jax.core import dropout
+from attention_jax.core.axes import (
+    AnyArray,
+    Sizes,
+    check_broadcastable,
+    check_query_key_value,
+    int_at_least,
+)
 
 Flag = bool | np.bool_
 

@@ -10,13 +10,18 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Float
 
-from attention_jax.axes import AnyArray, same_rank
-from attention_jax.dropout import check_rate
-from attention_jax.masks.arguments import int_at_least
-from attention_jax.nn.arguments import check_broadcasts, check_tokens
+from attention_jax.core.axes import (
+    AnyArray,
+    check_broadcasts,
+    check_positions,
+    check_tokens,
+    int_at_least,
+    same_rank,
+)
+from attention_jax.core.dropout import check_rate
 from attention_jax.nn.padding import as_real, filled, places
 from attention_jax.positions import learned, sinusoidal
-from attention_jax.positions.arguments import check_positions, rows
+from attention_jax.positions.vectors import rows
 
 EMBED_INIT = nnx.initializers.normal(0.02)
 POSITIONS = (None, "learned", "sinusoidal")

@@ -11,10 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Float
 
-from attention_jax.axes import AnyArray
-from attention_jax.dropout import check_rate
-from attention_jax.masks.arguments import int_at_least
-from attention_jax.nn.arguments import check_tokens
+from attention_jax.core.axes import AnyArray, check_tokens, int_at_least
+from attention_jax.core.dropout import check_rate
 from attention_jax.nn.linear import BIAS_INIT, KERNEL_INIT, Linear
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {

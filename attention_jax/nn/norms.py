@@ -9,8 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Float
 
-from attention_jax.axes import AnyArray, accumulation_dtype, same_rank
-from attention_jax.nn.arguments import check_tokens
+from attention_jax.core.axes import AnyArray, accumulation_dtype, check_tokens, same_rank
 
 
 class OnePlusRMSNorm(nnx.Module):

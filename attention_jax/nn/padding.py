@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attention_jax.axes import Shape, broadcasts_to, is_array
+from attention_jax.core.axes import Shape, broadcasts_to, is_array
 
 
 def as_real(real: Any, shape: Shape, *, name: str = "real", of: str = "the tokens'") -> Any:

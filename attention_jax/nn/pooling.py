@@ -9,9 +9,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from attention_jax.axes import AnyArray, accumulation_dtype
-from attention_jax.masks.arguments import int_at_least
-from attention_jax.nn.arguments import check_real, check_tokens
+from attention_jax.core.axes import (
+    AnyArray,
+    accumulation_dtype,
+    check_real,
+    check_tokens,
+    int_at_least,
+)
 from attention_jax.nn.attention import MultiHeadAttention
 from attention_jax.nn.embeddings import EMBED_INIT
 

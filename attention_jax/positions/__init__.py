@@ -7,7 +7,8 @@ position, so that their product depends on the distance alone::
     angle_i = position * f_i,   f_i = theta ** (-2 i / width)
 
 A ``Scaling`` is a value that changes the frequencies ``f`` for sequences longer than those that a
-model was trained on. Slopes and buckets (ALiBi, T5) and Shaw's vectors are scores: see ``scores``.
+model was trained on. Slopes and buckets (ALiBi, T5) and Shaw's vectors are scores:
+``attention_jax.scores``.
 """
 
 from attention_jax.positions.relative import transformer_xl as transformer_xl
@@ -22,10 +23,6 @@ from attention_jax.positions.scalings import YaRN as YaRN
 from attention_jax.positions.scalings import frequencies as frequencies
 from attention_jax.positions.vectors import learned as learned
 from attention_jax.positions.vectors import sinusoidal as sinusoidal
-from attention_jax.scores import alibi as alibi
-from attention_jax.scores import alibi_slopes as alibi_slopes
-from attention_jax.scores import relative_bias as relative_bias
-from attention_jax.scores import relative_embedding as relative_embedding
 
 __all__ = [
     "NTK",
@@ -35,12 +32,8 @@ __all__ = [
     "Rotary",
     "Scaling",
     "YaRN",
-    "alibi",
-    "alibi_slopes",
     "frequencies",
     "learned",
-    "relative_bias",
-    "relative_embedding",
     "rotary",
     "sinusoidal",
     "transformer_xl",

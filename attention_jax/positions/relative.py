@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from attention_jax.axes import AnyArray, same_rank
+from attention_jax.core.axes import AnyArray, same_rank
 from attention_jax.scores import Score, relative_embedding
 
 

@@ -9,9 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from attention_jax.axes import AnyArray, accumulation_dtype, same_rank
-from attention_jax.positions.arguments import angles, check_positions
-from attention_jax.positions.scalings import DynamicNTK, Scaling, frequencies
+from attention_jax.core.axes import AnyArray, accumulation_dtype, check_positions, same_rank
+from attention_jax.positions.scalings import DynamicNTK, Scaling, angles, frequencies
 
 
 def rotary(

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from attention_jax.axes import same_rank
+from attention_jax.core.axes import same_rank
 
 
 class Scaling:
@@ -213,3 +213,9 @@ def frequencies(
             raise TypeError(f"scaling must be a Scaling or None, got {type(scaling).__name__}")
         f, scale = scaling.scaled(f, width, theta, length)
     return jnp.asarray(f, dtype), scale
+
+
+def angles(positions: Any, f: jax.Array) -> jax.Array:
+    """``position * f_i`` in the dtype of ``f``: ``[*B T, i]``."""
+    at, f = same_rank(jnp.asarray(positions)[..., None].astype(f.dtype), f)
+    return at * f

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
-from attention_jax.axes import AnyArray, accumulation_dtype
-from attention_jax.positions.arguments import angles, check_positions, rows
-from attention_jax.positions.scalings import frequencies
+from attention_jax.core.axes import AnyArray, accumulation_dtype, check_positions
+from attention_jax.positions.scalings import angles, frequencies
 
 
 def sinusoidal(
@@ -71,3 +72,19 @@ def learned(table: Float[AnyArray, "P E"], positions: Any) -> Float[Array, "*B T
     [[3.0, 4.0], [1.0, 2.0]]
     """
     return rows(table, positions, "positions")
+
+
+def rows(table: Any, index: Any, name: str) -> jax.Array:
+    """``table[index]``: an error for an index out of range where it is known, else NaN."""
+    index = check_positions(index, name)
+    if not isinstance(index, jax.core.Tracer) and index.size:
+        known = np.asarray(index)  # under jit, what JAX makes of a constant is not known
+        least, most = int(known.min()), int(known.max())
+        if least < 0 or most >= table.shape[0]:
+            raise ValueError(
+                f"{name} must be from 0 to {table.shape[0] - 1}, the rows of the table, got "
+                f"{least} to {most}"
+            )
+    # To take(), -1 is the last row: here it is out of range.
+    index = jnp.where(jnp.asarray(index) < 0, table.shape[0], index)
+    return jnp.take(jnp.asarray(table), index, axis=0, mode="fill", fill_value=jnp.nan)

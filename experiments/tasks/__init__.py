@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from experiments.train import Task
+    from experiments.training.train import Task
 
 
 class Row(NamedTuple):

@@ -13,11 +13,13 @@ import numpy as np
 from flax import nnx
 
 from attention_jax.nn import record_weights
-from experiments import sentences, text, train
-from experiments.attending import TextConfig
-from experiments.config import at_least_1, below_1
-from experiments.logits import cross_entropy, logits, scores
-from experiments.look import View, self_attention
+from experiments.datasets import text
+from experiments.models import sentences
+from experiments.report.look import View, self_attention
+from experiments.training import train
+from experiments.training.config import at_least_1, below_1
+from experiments.training.losses import cross_entropy, logits, scores
+from experiments.training.text_config import TextConfig
 
 Score = Callable[[np.ndarray, np.ndarray], train.Metrics]
 

@@ -17,7 +17,7 @@ import gzip
 
 import numpy as np
 
-from experiments.data import path
+from experiments.datasets.files import path
 from experiments.tasks import images
 from experiments.tasks.images import Config, Data, Split
 

@@ -13,14 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from attention_jax.axes import AnyArray
+from attention_jax.core.axes import AnyArray
 from attention_jax.models import Layers, VisionConfig, VisionTransformer
 from attention_jax.nn import record_weights
-from experiments import config as configs
-from experiments import text, train
-from experiments.attending import attention_options
-from experiments.logits import cross_entropy, logits, scores
-from experiments.look import View, self_attention
+from experiments.datasets import text
+from experiments.report.look import View, self_attention
+from experiments.training import config as configs
+from experiments.training import train
+from experiments.training.losses import cross_entropy, logits, scores
+from experiments.training.text_config import attention_options
 
 CLASSES = 10
 

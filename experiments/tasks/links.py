@@ -39,12 +39,13 @@ from flax import nnx
 from attention_jax.models import Layers
 from attention_jax.models.layers import Stack
 from attention_jax.nn import record_weights
-from experiments import attending, text, train
-from experiments.config import Config as BaseConfig
-from experiments.config import at_least_1, below_1, heads_divide, softmax_only
-from experiments.data import path
-from experiments.logits import cross_entropy, logits
-from experiments.look import View, self_attention
+from experiments.datasets import text
+from experiments.datasets.files import path
+from experiments.report.look import View, self_attention
+from experiments.training import text_config, train
+from experiments.training.config import Config as BaseConfig
+from experiments.training.config import at_least_1, below_1, heads_divide, softmax_only
+from experiments.training.losses import cross_entropy, logits
 
 ARCHIVES = {"fb15k237": "kg/FB15k-237.tar.gz", "wn18rr": "kg/WN18RR.tar.gz"}
 SPLITS = {"train": "train.txt", "validation": "valid.txt", "test": "test.txt"}
@@ -204,7 +205,7 @@ class Scorer(nnx.Module):
                 config.heads,
                 dropout_rate=config.dropout,
                 activation="gelu_tanh",
-                **attending.attention_options(config),
+                **text_config.attention_options(config),
             )
             self.stack = Stack(layers, causal=False, rngs=rngs)
 

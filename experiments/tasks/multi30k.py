@@ -31,14 +31,15 @@ from flax import nnx
 
 from attention_jax.models import EncoderDecoder, EncoderDecoderConfig, generate
 from attention_jax.nn import record_weights
-from experiments import attending, text, train
-from experiments.attending import TextConfig
-from experiments.config import at_least_1, softmax_only
-from experiments.data import lines
-from experiments.logits import cross_entropy
-from experiments.look import View, encoder_and_decoder
-from experiments.seq2seq import Seq2Seq, greedy
-from experiments.text import END, PAD, START
+from experiments.datasets import text
+from experiments.datasets.files import lines
+from experiments.datasets.text import END, PAD, START
+from experiments.models.seq2seq import Seq2Seq, greedy
+from experiments.report.look import View, encoder_and_decoder
+from experiments.training import text_config, train
+from experiments.training.config import at_least_1, softmax_only
+from experiments.training.losses import cross_entropy
+from experiments.training.text_config import TextConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,7 +202,7 @@ def init(config: Config, data: Data, rngs: nnx.Rngs) -> Any:
         return Seq2Seq(
             vocabulary, config.width, attend=attend, dropout_rate=config.dropout, rngs=rngs
         )
-    stack = attending.layers(config, hidden=config.hidden * config.width)
+    stack = text_config.layers(config, hidden=config.hidden * config.width)
     return EncoderDecoder(
         EncoderDecoderConfig(
             vocabulary,
@@ -209,7 +210,7 @@ def init(config: Config, data: Data, rngs: nnx.Rngs) -> Any:
             stack,
             positions=config.vectors,
             max_length=2 * config.reads if config.vectors == "learned" else None,
-            embedding_scale=attending.EMBEDDING_SCALE,
+            embedding_scale=text_config.EMBEDDING_SCALE,
             dropout_rate=config.dropout,
         ),
         rngs=rngs,

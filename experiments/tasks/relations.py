@@ -26,11 +26,11 @@ import zipfile
 
 import numpy as np
 
-from experiments.data import path
-from experiments.logits import scores
+from experiments.datasets.files import path
 from experiments.tasks import classification
 from experiments.tasks.classification import Config, Labelled
-from experiments.train import Metrics
+from experiments.training.losses import scores
+from experiments.training.train import Metrics
 
 RELATIONS = (
     "Cause-Effect",

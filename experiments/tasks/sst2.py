@@ -16,7 +16,7 @@ case.
 
 from __future__ import annotations
 
-from experiments.data import lines
+from experiments.datasets.files import lines
 from experiments.tasks import classification
 from experiments.tasks.classification import Config, Labelled
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from experiments.data import lines
+from experiments.datasets.files import lines
 from experiments.tasks import classification
 from experiments.tasks.classification import Config, Labelled
 

@@ -36,11 +36,12 @@ from attention_jax.models.layers import Stack
 from attention_jax.nn import record_weights
 from attention_jax.nn.embeddings import Embeddings
 from attention_jax.nn.linear import Linear
-from experiments import attending, text, train
-from experiments.attending import TextConfig
-from experiments.logits import cross_entropy, logits, scores
-from experiments.look import View, self_attention
-from experiments.text import PAD, START
+from experiments.datasets import text
+from experiments.datasets.text import PAD, START
+from experiments.report.look import View, self_attention
+from experiments.training import text_config, train
+from experiments.training.losses import cross_entropy, logits, scores
+from experiments.training.text_config import TextConfig
 
 SHAPES = ("square", "circle", "triangle")
 COLOURS = ("red", "green", "blue", "yellow")
@@ -241,14 +242,14 @@ class Answerer(nnx.Module):
             E,
             positions=config.vectors,
             max_length=LONGEST,
-            scale=attending.EMBEDDING_SCALE,
+            scale=text_config.EMBEDDING_SCALE,
             rngs=rngs,
         )
         self.patches = Linear(CELL * CELL * 3, E, rngs=rngs)
         init = nnx.initializers.normal(0.5)
         self.rows, self.columns = (nnx.Param(init(rngs.params(), (SIDE, E))) for _ in range(2))
         context = E if config.model == "cross" else None
-        layers = attending.layers(config)
+        layers = text_config.layers(config)
         self.stack = Stack(layers, causal=False, context_features=context, rngs=rngs)
         self.classify = Linear(E, len(ANSWERS), rngs=rngs)
 

@@ -41,8 +41,8 @@ from attention_jax.models.pretrained import (
     t5,
     vit,
 )
-from attention_jax.models.pretrained.adapters import load_adapters, save_adapters
-from attention_jax.models.pretrained.entries import Entries
+from attention_jax.models.pretrained.hf_config import HFConfig
+from attention_jax.models.pretrained.lora import load_adapters, save_adapters
 from attention_jax.models.pretrained.tensors import Tensor
 from attention_jax.nn import Embeddings
 
@@ -116,7 +116,7 @@ def load(
     family = _family(described)
     found = matching.stored(files, family, ignore)
     copies = matching.redundant(found, family)
-    entries, kind = Entries(described), str(described["model_type"])
+    entries, kind = HFConfig(described), str(described["model_type"])
     try:
         ours = family.config(entries, found.keys() - copies)
     except (TypeError, ValueError) as e:  # sizes that do not fit, often after a wrong entry
@@ -275,7 +275,7 @@ def _described(config: Any, more: dict[str, Any]) -> tuple[ModuleType, dict[str,
 
 def _read_back(family: ModuleType, config: Any, described: Mapping[str, Any]) -> Any:
     """What ``load`` would make of the entries, beside the tensors of a configuration."""
-    entries = Entries(described)
+    entries = HFConfig(described)
     names = {tensor.name for tensor in family.tensors(config)}
     again = family.config(entries, names)
     entries.finish("model")

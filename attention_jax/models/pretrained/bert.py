@@ -9,7 +9,7 @@ from flax import nnx
 
 from attention_jax.models.encoder import Encoder, EncoderConfig
 from attention_jax.models.layers import Layers
-from attention_jax.models.pretrained.entries import ACTIVATION_NAMES, Entries, labels
+from attention_jax.models.pretrained.hf_config import ACTIVATION_NAMES, HFConfig, labels
 from attention_jax.models.pretrained.tensors import Tensor, block, linear, norm
 
 TYPES = ("bert",)
@@ -28,7 +28,7 @@ ARCHITECTURES = {
 }
 
 
-def config(x: Entries, names: set[str]) -> EncoderConfig:
+def config(x: HFConfig, names: set[str]) -> EncoderConfig:
     """Our configuration from theirs."""
     head = ARCHITECTURES[x.architecture(ARCHITECTURES, "BertModel")]
     dropout = x.rate("hidden_dropout_prob", 0.1)

@@ -9,7 +9,7 @@ from flax import nnx
 
 from attention_jax.models.decoder import Decoder, DecoderConfig
 from attention_jax.models.layers import Layers
-from attention_jax.models.pretrained.entries import ACTIVATION_NAMES, Entries
+from attention_jax.models.pretrained.hf_config import ACTIVATION_NAMES, HFConfig
 from attention_jax.models.pretrained.tensors import Tensor, block, linear, norm
 
 TYPES = ("gpt2",)
@@ -20,7 +20,7 @@ COPIES = {"lm_head.weight": "transformer.wte.weight"}
 ARCHITECTURES = ("GPT2LMHeadModel", "GPT2Model")
 
 
-def config(x: Entries, names: set[str]) -> DecoderConfig:
+def config(x: HFConfig, names: set[str]) -> DecoderConfig:
     """Our configuration from theirs."""
     x.architecture(ARCHITECTURES, "GPT2LMHeadModel")
     E = x.number("n_embd")

@@ -10,7 +10,7 @@ from flax import nnx
 
 from attention_jax.models.decoder import Decoder, DecoderConfig
 from attention_jax.models.layers import Layers
-from attention_jax.models.pretrained.entries import ACTIVATION_NAMES, Entries
+from attention_jax.models.pretrained.hf_config import ACTIVATION_NAMES, HFConfig
 from attention_jax.models.pretrained.rope import rope_parameters, rotary
 from attention_jax.models.pretrained.tensors import Tensor, block, linear, norm
 
@@ -28,7 +28,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
-def config(x: Entries, names: set[str]) -> DecoderConfig:
+def config(x: HFConfig, names: set[str]) -> DecoderConfig:
     """Our configuration from theirs."""
     kind = x.take("model_type", "llama")
     x.architecture((f"{NAMES[kind]}ForCausalLM",), f"{NAMES[kind]}ForCausalLM")
@@ -88,13 +88,13 @@ def config(x: Entries, names: set[str]) -> DecoderConfig:
     )
 
 
-def _or_null(x: Entries, name: str, default: Any) -> Any:
+def _or_null(x: HFConfig, name: str, default: Any) -> Any:
     """A positive number; null is None, and is not the default."""
     return x.number(name, None) if name in x.left else default
 
 
-def _remarks(x: Entries, kind: str, window: int | None) -> None:
-    """Entries of published files that repeat others, or say what is so in any case."""
+def _remarks(x: HFConfig, kind: str, window: int | None) -> None:
+    """HFConfig of published files that repeat others, or say what is so in any case."""
     x.take("max_sequence_length", None)  # as max_position_embeddings, of the models' first code
     if kind == "llama":
         x.only("is_llama_config", True, None)
@@ -106,7 +106,7 @@ def _remarks(x: Entries, kind: str, window: int | None) -> None:
         x.only("attention_bias", False, None)
 
 
-def _windows(x: Entries, num_layers: int, window: int | None) -> tuple[int | None, ...]:
+def _windows(x: HFConfig, num_layers: int, window: int | None) -> tuple[int | None, ...]:
     names = {"sliding_attention": window, "full_attention": None}
     types = x.take("layer_types", None)
     if types is None:

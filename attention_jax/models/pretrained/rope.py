@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from attention_jax.models.pretrained.entries import Entries
+from attention_jax.models.pretrained.hf_config import HFConfig
 from attention_jax.positions import DynamicNTK, Linear, Llama3, Rotary, Scaling, YaRN
 
 ORIGINAL = "original_max_position_embeddings"
 
 
-def rotary(x: Entries, longest: int) -> Rotary:
+def rotary(x: HFConfig, longest: int) -> Rotary:
     """From ``rope_scaling``, the older entry, or else ``rope_parameters``.
 
     Where a file has both, ``rope_scaling`` is used, as Hugging Face does. A value inside of them

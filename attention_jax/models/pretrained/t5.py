@@ -10,7 +10,7 @@ from flax import nnx
 
 from attention_jax.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from attention_jax.models.layers import Layers, Relative
-from attention_jax.models.pretrained.entries import ACTIVATION_NAMES, ACTIVATIONS, Entries
+from attention_jax.models.pretrained.hf_config import ACTIVATION_NAMES, ACTIVATIONS, HFConfig
 from attention_jax.models.pretrained.tensors import Tensor, block, linear, norm
 
 TYPES = ("t5",)
@@ -25,7 +25,7 @@ COPIES = dict.fromkeys(
 ARCHITECTURES = ("T5ForConditionalGeneration", "T5WithLMHeadModel")
 
 
-def config(x: Entries, names: set[str]) -> EncoderDecoderConfig:
+def config(x: HFConfig, names: set[str]) -> EncoderDecoderConfig:
     """Our configuration from theirs. The head is tied where the file has none of its own."""
     x.architecture(ARCHITECTURES, "T5ForConditionalGeneration")
     E = x.number("d_model")
@@ -68,7 +68,7 @@ def config(x: Entries, names: set[str]) -> EncoderDecoderConfig:
     )
 
 
-def _activation(x: Entries) -> tuple[str, bool]:
+def _activation(x: HFConfig) -> tuple[str, bool]:
     name = x.take("feed_forward_proj", "relu")
     if not isinstance(name, str):
         x.wrong.append(f"feed_forward_proj must be a name, got {name!r}")

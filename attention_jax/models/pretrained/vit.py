@@ -8,7 +8,7 @@ from typing import Any
 from flax import nnx
 
 from attention_jax.models.layers import Layers
-from attention_jax.models.pretrained.entries import ACTIVATION_NAMES, Entries, labels
+from attention_jax.models.pretrained.hf_config import ACTIVATION_NAMES, HFConfig, labels
 from attention_jax.models.pretrained.tensors import Form, Tensor, block, linear, norm
 from attention_jax.models.vision import VisionConfig, VisionTransformer
 
@@ -21,7 +21,7 @@ WITHOUT_BATCH = Form(lambda x: x[0], lambda x: x[None])
 ARCHITECTURES = ("ViTModel", "ViTForImageClassification")
 
 
-def config(x: Entries, names: set[str]) -> VisionConfig:
+def config(x: HFConfig, names: set[str]) -> VisionConfig:
     """Our configuration from theirs."""
     architecture = x.architecture(ARCHITECTURES, "ViTModel")
     image, patch = _pair(x, "image_size", 224), _pair(x, "patch_size", 16)
@@ -54,7 +54,7 @@ def config(x: Entries, names: set[str]) -> VisionConfig:
     )
 
 
-def _pair(x: Entries, name: str, default: int) -> tuple[int, int]:
+def _pair(x: HFConfig, name: str, default: int) -> tuple[int, int]:
     """Rows and columns, from one number for both or two."""
     given = x.take(name, default)
     pair = given if isinstance(given, list) else [given, given]

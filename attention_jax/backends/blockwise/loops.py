@@ -1,0 +1,305 @@
+"""The loops around the tile formulas: which tile comes next, and what is cut out for it.
+
+One head of one example is a program: its arrays are views into the operands, which may have any
+number of mapped axes (see ``primitive``). A program walks through its rows, blocks of queries; a
+row walks through the key blocks that the mask lets it see.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from attention_jax.backends import primitive
+from attention_jax.backends.primitive import Dims, Static
+from attention_jax.backends.tile import (
+    Visible,
+    apply_scores,
+    as_tile,
+    clean,
+    local_axes,
+    rows_or_zero,
+    seen_values,
+    visible,
+)
+from attention_jax.core import dropout
+from attention_jax.core.axes import Shape, accumulation_dtype
+from attention_jax.core.dropout import Dropout
+from attention_jax.core.pytree import Leaf, leaves
+from attention_jax.masks.grid import Grid
+from attention_jax.scores import tile_indices
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What the loops depend on, besides shapes."""
+
+    block_q: int
+    block_k: int
+    some_full: bool  # may there be full blocks, and partial ones: else their loop is left out
+    some_partial: bool
+    single: bool  # every query block visits exactly one key block
+    together: int  # at most so many heads are computed at once
+    sharing: bool  # and only heads that share their keys
+
+
+# --- Cutting tiles out of arrays with mapped axes, and putting them back.
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """An array, where its mapped axes are, and the place along them that is looked at."""
+
+    array: jax.Array
+    dims: Dims
+    place: tuple[jax.Array, ...]
+
+    def _window(self, window: dict[int, tuple[Any, int]]) -> tuple[list[Any], list[int]]:
+        starts: list[Any] = []
+        sizes: list[int] = []
+        core = 0
+        for axis, length in enumerate(self.array.shape):
+            if axis in self.dims:
+                start, size = self.place[self.dims.index(axis)], 1
+            else:
+                start, size = window.get(core, (0, length))
+                core += 1
+            starts.append(start if isinstance(start, jax.Array) else np.int32(start))
+            sizes.append(size)
+        return starts, sizes
+
+    def cut(self, window: dict[int, tuple[Any, int]]) -> jax.Array:
+        """The part of one head of one example in ``window``: axis -> (start, size)."""
+        starts, sizes = self._window(window)
+        part = _slice(self.array, starts, sizes)
+        return part.reshape([n for a, n in enumerate(sizes) if a not in self.dims])
+
+    def put(self, part: jax.Array, window: dict[int, tuple[Any, int]]) -> jax.Array:
+        """The whole array with ``part`` in place of what ``cut`` gives."""
+        starts, sizes = self._window(window)
+        return _update(self.array, part.reshape(sizes), starts)
+
+    def add(self, part: jax.Array, window: dict[int, tuple[Any, int]]) -> jax.Array:
+        """The whole array with ``part`` added to what ``cut`` gives."""
+        starts, sizes = self._window(window)
+        part = part.reshape(sizes)
+        return _update(self.array, _slice(self.array, starts, sizes) + part, starts)
+
+
+# No index here is negative: saying so spares the compiler three operations for each.
+_slice = functools.partial(lax.dynamic_slice, allow_negative_indices=False)
+_update = functools.partial(lax.dynamic_update_slice, allow_negative_indices=False)
+
+
+class Tile(NamedTuple):
+    """One tile, cut and cleaned: what the formulas below see."""
+
+    q: jax.Array  # [t H], scaled
+    raw_q: jax.Array  # [t H]
+    k: jax.Array  # [s H]
+    v: jax.Array  # [s D]
+    k0: Any  # its first key
+    seen: Visible | None  # None: every query sees every key
+    kept: jax.Array | None  # [t s]: what dropout multiplies probabilities by
+    scores: list[Any]  # the arrays of the scores, cut to the tile
+    apply: Callable[..., jax.Array]  # (logits, arrays of the scores) -> logits
+
+
+class Row(NamedTuple):
+    """One block of queries of one head of one example."""
+
+    i: Any  # its number
+    q0: Any  # its first query
+    q: jax.Array  # [t H], scaled
+    raw_q: jax.Array  # [t H]
+    own: jax.Array | None  # bool [t]: False for queries that the row before owns
+
+
+class Program:
+    """One head of one example: cuts rows and tiles out of the operands."""
+
+    def __init__(self, static: Static, arrays: tuple[Any, ...], place: tuple[Any, ...]) -> None:
+        self.static, self.config, self.place = static, static.config, place
+        n = static.structure.num_leaves
+        views = [View(x, d, place) for x, d in zip(arrays, static.in_dims, strict=True)]
+        self.views, self.rest = views[:n], views[n:]
+        head, visits = primitive.as_head(jax.tree.unflatten(static.structure, self.views))
+        self.head, self.visits = head, visits
+        self.dtype = accumulation_dtype(arrays[0].dtype)
+        (T, self.H), (S, _), (_, self.D) = (
+            primitive.core_shape(v.array.shape, v.dims) for v in views[:3]
+        )
+        self.grid = Grid(T, S, self.config.block_q, self.config.block_k)
+        scalar = lambda v: v.cut({})  # noqa: E731
+        self.b, self.n = scalar(head.b), scalar(head.n)
+        # Not `tree.map`: a view is no leaf of JAX's.
+        self.dropout = None if head.dropout is None else Dropout(*map(scalar, head.dropout))
+        self.scale = scalar(head.scale).astype(self.dtype)
+        self.sink = None if head.sink is None else scalar(head.sink).astype(self.dtype)
+        self.mask_leaves, self.mask_structure = jax.tree.flatten(head.mask)
+        self.score_leaves, self.score_structure = jax.tree.flatten(head.score)
+        # A leaf's axes are a matter of its class, so they can be read off the structure.
+        self.mask_axes, self.score_axes = leaves(head.mask), leaves(head.score)
+
+    def core(self, view: View) -> tuple[int, ...]:
+        """The shape of one head of one example."""
+        return primitive.core_shape(view.array.shape, view.dims)
+
+    def rows(self, view: View, start: Any, size: int) -> jax.Array:
+        """Rows of a core axis 0, in the accumulation dtype."""
+        return view.cut({0: (start, size)}).astype(self.dtype)
+
+    def row(self, i: Any) -> Row:
+        """Block ``i`` of queries."""
+        t, T = self.grid.block_q, self.grid.T
+        q0 = jnp.minimum(i * t, T - t)  # the last block is moved back to lie within the array
+        raw = self.rows(self.head.query, q0, t)
+        own = None if T % t == 0 else q0 + jnp.arange(t, dtype=jnp.int32) >= i * t
+        return Row(i, q0, raw * self.scale, raw, own)
+
+    def tile(self, row: Row, j: Any, masked: bool) -> Tile:
+        """The tile of a row with key block ``j``."""
+        t, s = self.grid.block_q, self.grid.block_k
+        k0 = jnp.minimum(j * s, self.grid.S - s)  # the last block is moved back likewise
+        k, v = self.rows(self.head.key, k0, s), self.rows(self.head.value, k0, s)
+
+        def local(views: list[View], axes: list[Leaf]) -> list[Any]:
+            return [
+                as_tile(x.cut(self.leaf_window(x, leaf, row.q0, k0)), leaf)
+                for x, leaf in zip(views, axes, strict=True)
+            ]
+
+        arrays = local(self.score_leaves, self.score_axes)
+        mask, own = None, None
+        if masked:
+            mask = jax.tree.unflatten(self.mask_structure, local(self.mask_leaves, self.mask_axes))
+            own = None if row.own is None else row.own[:, None]
+            if self.grid.S % s:
+                columns = (k0 + jnp.arange(s, dtype=jnp.int32) >= j * s)[None, :]
+                own = columns if own is None else own & columns
+        scores = jax.tree.unflatten(self.score_structure, arrays)
+        seen = visible(mask, scores, self.b, self.n, (t, s), row.q0, k0, own)
+        q, raw_q = row.q, row.raw_q
+        if seen is not None:
+            raw_q = rows_or_zero(seen.queries, raw_q)
+            arrays = jax.tree.leaves(clean(scores, seen))
+            q, k, v = (
+                rows_or_zero(r, x) for r, x in ((seen.queries, q), (seen.keys, k), (seen.keys, v))
+            )
+        kept = None
+        if self.dropout is not None:
+            seed, threshold, keep_probability = self.dropout
+            at = tile_indices((t, s), row.q0, k0)
+            keep = dropout.keep(seed, self.b, self.n, *at, threshold=threshold)
+            kept = jnp.where(keep, 1 / keep_probability, jnp.zeros_like(keep_probability))
+
+        def apply(logits: jax.Array, arrays: Any) -> jax.Array:
+            scores = jax.tree.unflatten(self.score_structure, arrays)
+            return apply_scores(logits, scores, seen, self.b, self.n, row.q0, k0)
+
+        return Tile(q, raw_q, k, v, k0, seen, kept, arrays, apply)
+
+    def leaf_window(self, view: View, leaf: Leaf, q0: Any, k0: Any) -> dict[int, Any]:
+        """The window of a mask's or score's array for the tile at ``(q0, k0)``."""
+        windows = {"T": (q0, self.grid.block_q), "S": (k0, self.grid.block_k)}
+        shape = self.core(view)
+        return {
+            d: windows[a]
+            for d, a in enumerate(local_axes(leaf))
+            if a in windows and shape[d] > 1  # else it broadcasts
+        }
+
+    def clean_values(self, tile: Tile, s: jax.Array) -> jax.Array:
+        """The values without what a score hid, given the logits."""
+        return seen_values(s, tile.v, self.head.score)
+
+    def visits_of(self, row: Row) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The key blocks to visit ``[most]``, how many are full, how many there are."""
+        index, full, visited = (
+            v.cut({0: (row.i, 1)}).reshape(self.core(v)[1:]) for v in self.visits
+        )
+        return index, full, visited
+
+
+class Formula(NamedTuple):
+    """What is computed in a row, as a fold over the key blocks it visits.
+
+    ``buffers`` are the results, arrays as large as the operands, updated in place.
+    """
+
+    start: Callable[[Program, Row], Any]  # -> state
+    step: Callable[[Program, Row, Tile, Any, Any], Any]  # state, buffers -> state, buffers
+    finish: Callable[[Program, Row, Any, Any], Any]  # state, buffers -> buffers
+
+
+def over_rows(static: Static, arrays: tuple[Any, ...], buffers: Any, formula: Formula) -> Any:
+    """Computes ``formula`` in every row of every head of every example.
+
+    Rows run from the last to the first: the last may have been moved back onto rows that the one
+    before it owns, which then writes what is right.
+    """
+    config: Config = static.config
+
+    def head(e: Any, buffers: Any) -> Any:
+        program = Program(static, arrays, place_of(e, static.levels))
+        count = program.grid.rows
+
+        def one_row(r: Any, buffers: Any) -> Any:
+            row = program.row(count - 1 - r)
+
+            def visit(j: Any, masked: bool, carry: Any) -> Any:
+                return formula.step(program, row, program.tile(row, j, masked), *carry)
+
+            carry: Any = (formula.start(program, row), buffers)
+            if config.single and not config.some_partial:
+                carry = visit(jnp.int32(0), False, carry)
+            else:
+                index, full, visited = program.visits_of(row)
+                at = functools.partial(
+                    lax.dynamic_index_in_dim, keepdims=False, allow_negative_indices=False
+                )
+                if config.some_full:
+                    carry = lax.fori_loop(
+                        jnp.int32(0), full, lambda m, x: visit(at(index, m), False, x), carry
+                    )
+                if config.some_partial:
+                    carry = lax.fori_loop(
+                        full, visited, lambda m, x: visit(at(index, m), True, x), carry
+                    )
+            return formula.finish(program, row, *carry)
+
+        if count == 1:
+            return one_row(jnp.int32(0), buffers)
+        return lax.fori_loop(jnp.int32(0), jnp.int32(count), one_row, buffers)
+
+    heads = math.prod(static.levels)
+    if heads == 1:
+        return head(jnp.int32(0), buffers)
+    # `asarray`: their number may be symbolic.
+    return lax.fori_loop(jnp.int32(0), jnp.asarray(heads, jnp.int32), head, buffers)
+
+
+def place_of(e: Any, levels: Shape) -> tuple[Any, ...]:
+    """Number ``e`` as an index along each mapped axis."""
+    place = []
+    for size in reversed(levels):
+        length = jnp.asarray(size, jnp.int32)
+        place.append(lax.rem(e, length))
+        e = lax.div(e, length)
+    return tuple(reversed(place))
+
+
+def empty(static: Static, cores: list[tuple[tuple[int, ...], Any]]) -> list[jax.Array]:
+    """Zeros for results whose shapes without mapped axes, and dtypes, are ``cores``."""
+    return [
+        jnp.zeros(primitive.mapped_shape(core, dims, static.levels), dtype)
+        for (core, dtype), dims in zip(cores, static.out_dims, strict=True)
+    ]

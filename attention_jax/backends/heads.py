@@ -1,0 +1,262 @@
+"""From one head of one example to all: ``vmap`` over ``*B``, ``K`` and ``G``.
+
+A head function sees
+
+    query [T H], key [S H], value [S D], a mask and scores without B and N axes,
+    sink, scale, b, n, seed (scalars)
+
+and every array is mapped where it has the axis, never repeated where it has not: keys
+and values are not copied for the ``G`` query heads that share them, nor a bias for the
+examples that share it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+
+from attention_jax.backends.call import Call, Head
+from attention_jax.core.axes import Shape, Sizes
+from attention_jax.core.compat import sharded_over
+from attention_jax.core.pytree import leaves
+
+
+def over_heads_and_examples(
+    head: Callable[[Head], Any],
+    call: Call,
+    sizes: Sizes,
+    outputs: tuple[str, ...],
+    inputs: tuple[str, str, str] = ("*B T N H", "*B S K H", "*B S K D"),
+) -> tuple[jax.Array, ...]:
+    """``head`` on every head of every example.
+
+    Args:
+      head: from a ``Head`` to a tuple of arrays.
+      call: the arguments, masks and scores at full rank.
+      sizes: what the axis letters stand for.
+      outputs: per array, its axes with ``*B`` and ``N``, such as ``"*B T N D"``.
+      inputs: the axes of query, key and value.
+    """
+    xp = jnp if sizes.symbolic_batch else np
+    b = xp.arange(math.prod(sizes.B), dtype=np.int32).reshape(sizes.B)
+    n = np.arange(sizes.N, dtype=np.int32)
+    arguments = Head(*call, b=b, n=n)
+    axes = Head(*inputs, None, None, "N", "", "", "*B", "N")  # type: ignore[arg-type]
+    flat, structure = jax.tree.flatten(arguments)
+    flat_axes: list[Any] = []
+    for argument, letters in zip(arguments, axes, strict=True):
+        if letters is None:  # a mask, or scores: each array says its own axes
+            flat_axes += [leaf.axes for leaf in leaves(argument)]
+        elif argument is not None:
+            flat_axes += [letters] * len(jax.tree.leaves(argument))
+    return lift(
+        lambda *xs: head(jax.tree.unflatten(structure, xs)), flat, sizes, flat_axes, outputs
+    )
+
+
+def lift(
+    head: Callable[..., Any],
+    arrays: Sequence[Any],
+    sizes: Sizes,
+    inputs: Sequence[str | tuple[str, ...]],
+    outputs: Sequence[str],
+) -> tuple[jax.Array, ...]:
+    """``head`` on every head of every example of some arrays.
+
+    Args:
+      head: from the arrays, without the axes ``*B``, ``N`` and ``K``, to a tuple of arrays.
+      arrays: all of them; along ``*B`` and ``N`` also of size 1, for all.
+      sizes: what the axis letters stand for.
+      inputs: the axes of each array, such as ``"*B S K H"``; letters other than ``*B``, ``N`` and
+        ``K`` stay.
+      outputs: the same of each result, with ``*B``, and ``N``; or ``K`` for what does not depend on
+        the query heads.
+
+    >>> sizes = Sizes(B=(2,), T=3, S=5, K=2, G=2, H=7, D=7)
+    >>> query, key = np.ones((2, 3, 4, 7)), np.ones((2, 5, 2, 7))
+    >>> inputs = "*B T N H", "*B S K H"
+    >>> lift(lambda q, k: (q @ k.T,), (query, key), sizes, inputs, ["*B N T S"])[0].shape
+    (2, 4, 3, 5)
+    """
+    if mesh := _explicit_mesh(arrays):
+        return _on_each_device(head, arrays, sizes, inputs, outputs, mesh)
+    batch = [f"B{i}" for i in range(len(sizes.B))]
+    levels = [*batch, "K", "G"]
+
+    def named(axes: str | tuple[str, ...]) -> list[str]:
+        letters = axes.split() if isinstance(axes, str) else axes
+        spelled = {"*B": batch, "B": batch, "N": ["K", "G"]}
+        return [name for a in letters for name in spelled.get(a, [a])]
+
+    def split_heads(x: Any, axes: str | tuple[str, ...]) -> tuple[Any, list[str]]:
+        """``x`` with ``N`` as ``K, G``, without the mapped axes along which it has size 1."""
+        letters = axes.split() if isinstance(axes, str) else list(axes)
+        x = jnp.asarray(x)
+        if not letters:  # a scalar, or an array of a function: whole for every head
+            return x, []
+        shape: list[int] = []
+        d = 0
+        for a in letters:
+            if a in ("*B", "B"):
+                shape += x.shape[d : d + len(batch)]
+                d += len(batch)
+            elif a == "N":
+                shape += [sizes.K, sizes.G] if x.shape[d] == sizes.N else [1, 1]
+                d += 1
+            else:
+                shape.append(x.shape[d])
+                d += 1
+        names = named(axes)
+        drop = [i for i, name in enumerate(names) if name in levels and shape[i] == 1]
+        x = x.reshape(*[size for i, size in enumerate(shape) if i not in drop])
+        return x, [name for i, name in enumerate(names) if i not in drop]
+
+    split, names = [], []
+    for x, letters in zip(arrays, inputs, strict=True):
+        x, remaining = split_heads(x, letters)
+        split.append(x)
+        names.append(remaining)
+
+    mapped = head
+    results = [named(o) for o in outputs]
+    plan = []
+    for level in levels:  # outermost first: each strips its axis
+        where = tuple(r.index(level) if level in r else None for r in names)
+        names = [[x for x in r if x != level] for r in names]
+        out = tuple(r.index(level) if level in r else None for r in results)
+        results = [[x for x in r if x != level] for r in results]
+        plan.append((where, out))
+    for where, out in reversed(plan):
+        if all(w is None for w in where):  # every array has size 1 along this axis
+            mapped = _expand(mapped, out)
+        else:
+            mapped = jax.vmap(mapped, in_axes=where, out_axes=out)
+    outs = mapped(*split)
+
+    def join_heads(x: jax.Array, o: str) -> jax.Array:
+        letters = o.split()
+        lengths = dict(zip(named(o), x.shape, strict=True))
+        shape: list[int] = []
+        for a in letters:
+            if a == "*B":
+                shape += sizes.B
+            else:
+                shape.append(sizes.N if a == "N" else lengths[a])
+        return x.reshape(shape)
+
+    return tuple(join_heads(x, o) for x, o in zip(outs, outputs, strict=True))
+
+
+def _expand(fn: Callable[..., Any], axes: tuple[int | None, ...]) -> Callable[..., Any]:
+    """``fn`` with a new output axis of size 1: what ``vmap`` over an axis of size 1 gives."""
+
+    def expanded(*xs: Any) -> Any:
+        return tuple(
+            o if a is None else jnp.expand_dims(o, a) for o, a in zip(fn(*xs), axes, strict=True)
+        )
+
+    return expanded
+
+
+# --- Arrays that are sharded over the explicit axes of a mesh: each device maps its own part.
+
+
+def _explicit_mesh(arrays: Sequence[Any]) -> AbstractMesh | None:
+    """The mesh that one of the arrays is sharded over, explicitly; None where none is."""
+    for x in arrays:
+        sharding = jax.typeof(x).sharding
+        if sharding.mesh.explicit_axes and any(axis is not None for axis in sharding.spec):
+            in_use = jax.sharding.get_abstract_mesh()  # under vmap without the axes it maps over
+            return sharding.mesh if in_use.empty else in_use
+    return None
+
+
+def _on_each_device(
+    head: Callable[..., Any],
+    arrays: Sequence[Any],
+    sizes: Sizes,
+    inputs: Sequence[str | tuple[str, ...]],
+    outputs: Sequence[str],
+    mesh: AbstractMesh,
+) -> tuple[jax.Array, ...]:
+    """``lift`` under ``shard_map``: batch and heads stay sharded, all other axes are gathered.
+
+    Where two arrays disagree the first has it, and the others are resharded.
+    """
+    arrays = [jnp.asarray(x) for x in arrays]
+    batch = [f"B{i}" for i in range(len(sizes.B))]
+    full = dict(zip(batch, sizes.B, strict=True)) | {"N": sizes.N, "K": sizes.K}
+
+    def letters(axes: str | tuple[str, ...]) -> list[str]:
+        split = axes.split() if isinstance(axes, str) else axes
+        return [letter for a in split for letter in (batch if a in ("*B", "B") else [a])]
+
+    mesh_axes: dict[str, tuple[str, ...]] = {}  # of each letter
+    for x, axes in zip(arrays, inputs, strict=True):
+        for letter, length, names in zip(letters(axes), x.shape, _spec(x), strict=False):
+            taken = {name for group in mesh_axes.values() for name in group}
+            if names and length == full.get(letter) and not taken & set(names):
+                mesh_axes.setdefault(letter, names)
+    _align_heads(mesh_axes, sizes, mesh)
+
+    def parts(letter: str) -> int:
+        return math.prod(mesh.shape[name] for name in mesh_axes.get(letter, ()))
+
+    def spec(axes: str | tuple[str, ...], shape: Shape | None = None) -> PartitionSpec:
+        """An axis of size 1 is replicated."""
+        split = [
+            mesh_axes.get(letter) if shape is None or shape[i] == full.get(letter) else None
+            for i, letter in enumerate(letters(axes))
+        ]
+        return PartitionSpec(*split)
+
+    in_specs = tuple(spec(axes, x.shape) for x, axes in zip(arrays, inputs, strict=True))
+    arrays = [
+        jax.sharding.reshard(x, NamedSharding(mesh, s))
+        for x, s in zip(arrays, in_specs, strict=True)
+    ]
+    K = sizes.K // parts("K")
+    local = dataclasses.replace(
+        sizes,
+        B=tuple(full[b] // parts(b) for b in batch),
+        K=K,
+        G=sizes.N // parts("N") // K,
+    )
+    run = jax.shard_map(
+        lambda *xs: lift(head, xs, local, inputs, outputs),
+        mesh=mesh,
+        in_specs=in_specs,
+        out_specs=tuple(spec(axes) for axes in outputs),
+        # Not the others, which a vmap around this may map over.
+        axis_names={name for names in mesh_axes.values() for name in names},
+    )
+    return run(*arrays)
+
+
+def _spec(x: jax.Array) -> tuple[tuple[str, ...], ...]:
+    """The mesh axes along which each axis of ``x`` is sharded."""
+    spec = (sharded_over(jax.typeof(x), axis) for axis in range(x.ndim))
+    return tuple(() if s is None else s if isinstance(s, tuple) else (s,) for s in spec)
+
+
+def _align_heads(mesh_axes: dict[str, tuple[str, ...]], sizes: Sizes, mesh: AbstractMesh) -> None:
+    """Query heads are sharded as the key-value heads that they read; where these cannot, neither.
+
+    A single key-value head is replicated.
+    """
+    names = mesh_axes.get("N") or mesh_axes.get("K")
+    for letter in ("N", "K"):
+        mesh_axes.pop(letter, None)
+    if names is None:
+        return
+    if sizes.K % math.prod(mesh.shape[name] for name in names) == 0:
+        mesh_axes["N"] = mesh_axes["K"] = names
+    elif sizes.K == 1:
+        mesh_axes["N"] = names

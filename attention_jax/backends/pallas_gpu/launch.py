@@ -1,0 +1,305 @@
+"""The launches of ``pallas_kernels``: for all heads of all examples, forward and backward.
+
+Heads and batch axes are mapped axes of one primitive (see ``primitive``); here they become the
+grid, or, where many heads share what is written, a loop inside a program. What cannot be written by
+one program for each block goes to the loops of ``blockwise``: tangents, and cotangents of tables.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+
+from attention_jax.backends import blockwise, primitive
+from attention_jax.backends.blockwise.loops import place_of
+from attention_jax.backends.pallas_gpu import kernels
+from attention_jax.backends.pallas_gpu.kernels import Heads
+from attention_jax.backends.pallas_gpu.refs import Refs, RefView
+from attention_jax.backends.primitive import RESULTS, Dims, Static
+from attention_jax.backends.tile import local_axes
+from attention_jax.core.compat import triton
+from attention_jax.core.pytree import leaves
+from attention_jax.masks import block_map
+from attention_jax.masks.grid import Grid
+
+
+class Tiles(NamedTuple):
+    """How a kernel is cut: queries and keys per tile, threads, and loads under way at a time."""
+
+    block_q: int
+    block_k: int
+    warps: int
+    stages: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What the kernels depend on, besides shapes."""
+
+    forward: Tiles
+    backward: Tiles
+    loops: blockwise.Config  # of the tangents, which loops compute
+    interpret: bool
+
+
+class Visits(NamedTuple):
+    """The blocks to visit: for each block of queries, or of keys."""
+
+    forward: block_map.Visits
+    rows: block_map.Visits
+    columns: block_map.Visits
+    loops: block_map.Visits
+
+
+class Result(NamedTuple):
+    """What a kernel writes: its shape without mapped axes, its dtype, where those axes are."""
+
+    core: tuple[int, ...]
+    dtype: Any
+    dims: Dims
+
+
+def launch(
+    static: Static,
+    arrays: tuple[Any, ...],
+    results: list[Result],
+    kernel: Callable[..., None],
+    count: int,
+    tiles: Tiles,
+    inner: tuple[int, ...] = (),
+) -> list[jax.Array]:
+    """Runs ``kernel(heads, block, *results)`` for ``count`` blocks of every head of every example.
+
+    Args:
+      inner: mapped axes that are no axis of the grid: a program is given all heads along them.
+    """
+    outer = tuple(level for level in range(len(static.levels)) if level not in inner)
+    outer_sizes, inner_sizes = (
+        tuple(static.levels[level] for level in levels) for levels in (outer, inner)
+    )
+
+    def body(*refs: Any) -> None:
+        program = pl.program_id(0)
+        block, number = lax.rem(program, np.int32(count)), lax.div(program, np.int32(count))
+        outer_place = dict(zip(outer, place_of(number, outer_sizes), strict=True))
+
+        def place(g: Any) -> tuple[Any, ...]:
+            at = outer_place | dict(zip(inner, place_of(g, inner_sizes), strict=True))
+            return tuple(at[level] for level in range(len(static.levels)))
+
+        views = [
+            RefView(ref, result.dims, place(np.int32(0)))
+            for ref, result in zip(refs[len(arrays) :], results, strict=True)
+        ]
+        heads = Heads(math.prod(inner_sizes), lambda g: Refs(static, refs[: len(arrays)], place(g)))
+        kernel(heads, block, *views)
+
+    shapes = [
+        jax.ShapeDtypeStruct(primitive.mapped_shape(r.core, r.dims, static.levels), r.dtype)
+        for r in results
+    ]
+    outs = pl.pallas_call(
+        body,
+        grid=(count * math.prod(outer_sizes),),
+        out_shape=shapes,
+        compiler_params=triton.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
+        interpret=static.config.interpret,
+        name="attention",
+    )(*arrays)
+    return list(outs)
+
+
+def forward(static: Static, *arrays: Any) -> tuple[Any, ...]:
+    """Output ``[T D]``, ``m [T]`` and ``log l [T]``."""
+    tiles: Tiles = static.config.forward
+    cores = blockwise.result_cores(static, arrays)
+    results = [Result(*core, dims) for core, dims in zip(cores, static.out_dims, strict=True)]
+    count = -(-cores[0][0][0] // tiles.block_q)
+
+    def kernel(heads: Heads, i: Any, *views: RefView) -> None:
+        kernels.forward(heads.first, i, *views)
+
+    return tuple(launch(static, arrays, results, kernel, count, tiles))
+
+
+def backward(static: Static, *arrays: Any) -> tuple[Any, ...]:
+    """The cotangents of the operands that vary, in their order."""
+    number = blockwise.numbers(static)
+    shift, found = _rows(static, arrays, number)
+    found |= _looped(static, arrays, number)
+    levels = tuple(range(len(static.levels)))
+    static = dataclasses.replace(static, in_dims=(*static.in_dims, levels))
+    arrays = (*arrays, shift)
+    found |= _columns(static, arrays, number)
+    for leaf, i in enumerate(number.score):
+        if i in static.wrt and _has_pairs(static, arrays, number, leaf):
+            found[i] = _pairs(static, arrays, number, leaf)
+    return tuple(found[i] for i in static.wrt)
+
+
+def _rows(
+    static: Static, arrays: tuple[Any, ...], number: blockwise.Numbers
+) -> tuple[jax.Array, dict[int, jax.Array]]:
+    """``shift`` with all mapped axes first, and the cotangents of query, scale and sink."""
+    levels = tuple(range(len(static.levels)))
+    tiles: Tiles = static.config.backward
+    T = primitive.core_shape(arrays[number.query].shape, static.in_dims[number.query])[0]
+    count = -(-T // tiles.block_q)
+    wanted = [i for i in (number.query, number.scale, number.sink) if i in static.wrt]
+    results = [Result((T,), jnp.float32, levels)]
+    for i in wanted:
+        core: tuple[int, ...] = (count,)  # one part for each block
+        if i == number.query:
+            core = primitive.core_shape(arrays[i].shape, static.in_dims[i])
+        results.append(Result(core, jnp.float32, levels))
+
+    def kernel(heads: Heads, i: Any, *views: RefView) -> None:
+        given = dict(zip(wanted, views[1:], strict=True))
+        dq, dscale = given.get(number.query), given.get(number.scale)
+        dsink = None if number.sink is None else given.get(number.sink)
+        kernels.rows(heads.first, i, views[0], dq, dscale, dsink)
+
+    shift, *parts = launch(static, arrays, results, kernel, count, tiles)
+    found = {}
+    for i, x in zip(wanted, parts, strict=True):
+        x = x if i == number.query else x.sum(-1)
+        dims = static.out_dims[static.wrt.index(i)]
+        x = x.sum(tuple(level for level in levels if dims[level] is None))
+        kept = [d for d in dims if d is not None]
+        found[i] = jnp.moveaxis(x, range(len(kept)), kept).astype(arrays[i].dtype)
+    return shift, found
+
+
+def _columns(
+    static: Static, arrays: tuple[Any, ...], number: blockwise.Numbers
+) -> dict[int, jax.Array]:
+    """The cotangents of key and value, given ``shift`` too: together where heads share both."""
+    tiles: Tiles = static.config.backward
+    dims = dict(zip(static.wrt, static.out_dims, strict=True))
+    shared: dict[tuple[int, ...], list[int]] = {}
+    for i in (number.key, number.value):
+        if i in dims:
+            shared.setdefault(_summed(dims[i]), []).append(i)
+    found: dict[int, jax.Array] = {}
+    for inner, wanted in shared.items():
+        cores = [primitive.core_shape(arrays[i].shape, static.in_dims[i]) for i in wanted]
+        results = [
+            Result(core, arrays[i].dtype, dims[i]) for i, core in zip(wanted, cores, strict=True)
+        ]
+
+        def kernel(heads: Heads, j: Any, *views: RefView, wanted: list[int] = wanted) -> None:
+            given = dict(zip(wanted, views, strict=True))
+            kernels.columns(heads, j, given.get(number.key), given.get(number.value))
+
+        count = -(-cores[0][0] // tiles.block_k)
+        outs = launch(static, arrays, results, kernel, count, tiles, inner)
+        found |= dict(zip(wanted, outs, strict=True))
+    return found
+
+
+def _summed(dims: Dims) -> tuple[int, ...]:
+    """The mapped axes that a result does not have: it is the sum over them."""
+    return tuple(level for level, d in enumerate(dims) if d is None)
+
+
+def _lengths(static: Static, arrays: tuple[Any, ...], number: blockwise.Numbers) -> tuple[int, int]:
+    """``T`` and ``S``."""
+    (T, _), (S, _) = (
+        primitive.core_shape(arrays[i].shape, static.in_dims[i]) for i in (number.query, number.key)
+    )
+    return T, S
+
+
+def _has_pairs(
+    static: Static, arrays: tuple[Any, ...], number: blockwise.Numbers, leaf: int
+) -> bool:
+    """Is an array of the scores a number, or one entry for each pair.
+
+    In others many pairs meet in one entry, which would take atomics. In an array that a function
+    looks things up in a place is no pair, whatever its shape.
+    """
+    head, _ = primitive.as_head(
+        jax.tree.unflatten(static.structure, arrays[: static.structure.num_leaves])
+    )
+    i, about = number.score[leaf], leaves(head.score)[leaf]
+    core = primitive.core_shape(arrays[i].shape, static.in_dims[i])
+    if core == ():
+        return True
+    return core == _lengths(static, arrays, number) and local_axes(about) == ("T", "S")
+
+
+def _pairs(
+    static: Static, arrays: tuple[Any, ...], number: blockwise.Numbers, leaf: int
+) -> jax.Array:
+    """The cotangent of a number, or an array of ``T x S``, among those of the scores."""
+    tiles: Tiles = static.config.backward
+    lengths = _lengths(static, arrays, number)
+    grid = Grid(*lengths, tiles.block_q, tiles.block_k)
+    i = number.score[leaf]
+    dims = static.out_dims[static.wrt.index(i)]
+    one = primitive.core_shape(arrays[i].shape, static.in_dims[i]) == ()
+    result = Result(
+        (grid.rows, grid.columns) if one else lengths,  # of a number, a part for each tile
+        jnp.float32 if one else arrays[i].dtype,
+        dims,
+    )
+
+    def kernel(heads: Heads, block: Any, out: RefView) -> None:
+        row, column = place_of(block, (grid.rows, grid.columns))
+        kernels.pairs(heads, row, column, leaf, out, number=one)
+
+    count = grid.rows * grid.columns
+    (x,) = launch(static, arrays, [result], kernel, count, tiles, _summed(dims))
+    return x.sum((-1, -2)).astype(arrays[i].dtype) if one else x
+
+
+def _looped(
+    static: Static, arrays: tuple[Any, ...], number: blockwise.Numbers
+) -> dict[int, jax.Array]:
+    """The cotangents of the scores' other arrays, by the loops of ``blockwise``."""
+    wanted = tuple(
+        i
+        for leaf, i in enumerate(number.score)
+        if i in static.wrt and not _has_pairs(static, arrays, number, leaf)
+    )
+    if not wanted:
+        return {}
+    out_dims = tuple(static.out_dims[static.wrt.index(i)] for i in wanted)
+    static, arrays = _as_loops(dataclasses.replace(static, wrt=wanted, out_dims=out_dims), arrays)
+    # The loops round logits in another order, so their probabilities need a normaliser of theirs.
+    count = static.structure.num_leaves
+    again = dataclasses.replace(
+        static,
+        in_dims=static.in_dims[:count],
+        out_dims=static.in_dims[count : count + RESULTS],
+        wrt=(),
+    )
+    results = blockwise.KERNEL.forward(again, *arrays[:count])
+    arrays = (*arrays[:count], *results, *arrays[count + RESULTS :])
+    return dict(zip(wanted, blockwise.KERNEL.backward(static, *arrays), strict=True))
+
+
+def tangent(static: Static, *arrays: Any) -> tuple[Any, ...]:
+    """Tangents of output and ``log l``, by the loops of ``blockwise``."""
+    static, arrays = _as_loops(static, arrays)
+    return blockwise.KERNEL.tangent(static, *arrays)
+
+
+def _as_loops(static: Static, arrays: tuple[Any, ...]) -> tuple[Static, tuple[Any, ...]]:
+    """The same operands with the blocks that ``blockwise`` visits."""
+    count = static.structure.num_leaves
+    head, visits = primitive.as_head(jax.tree.unflatten(static.structure, range(count)))
+    order, structure = jax.tree.flatten(primitive.operands(head, visits.loops))
+    in_dims = tuple(static.in_dims[i] for i in order) + static.in_dims[count:]
+    static = dataclasses.replace(
+        static, structure=structure, config=static.config.loops, in_dims=in_dims
+    )
+    return static, (*(arrays[i] for i in order), *arrays[count:])

@@ -1,0 +1,275 @@
+"""What a GPU kernel loads and stores: tiles of operands that stay whole in the card's memory.
+
+A kernel sees every operand of every head as a reference; ``Refs`` is one head of one example of
+them. Tiles are powers of two, so whatever lies beyond an array is loaded as 0 and not stored, and
+whoever uses a tile hides the pairs that lie outside.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from attention_jax.backends import primitive
+from attention_jax.backends.primitive import Dims
+from attention_jax.backends.tile import local_axes
+from attention_jax.core import dropout
+from attention_jax.core.compat import triton
+from attention_jax.core.pytree import Leaf, Lookup, leaves
+from attention_jax.scores import tile_indices
+
+LEAST = 16  # a product's tiles have at least so many rows and columns
+
+
+def padded(n: int) -> int:
+    """The power of two that a tile needs for ``n`` rows or columns.
+
+    >>> padded(11), padded(64), padded(65)
+    (16, 64, 128)
+    """
+    return max(LEAST, pl.next_power_of_2(n))
+
+
+@dataclasses.dataclass(frozen=True)
+class RefView:
+    """An operand, where its mapped axes are, and the place along them that is looked at."""
+
+    ref: Any
+    dims: Dims
+    place: tuple[Any, ...]
+
+    @property
+    def core(self) -> tuple[int, ...]:
+        """The shape of one head of one example."""
+        return primitive.core_shape(self.ref.shape, self.dims)
+
+    def _index(self, *core: Any) -> tuple[Any, ...]:
+        rest = iter(core)
+        return tuple(
+            self.place[self.dims.index(axis)] if axis in self.dims else next(rest)
+            for axis in range(len(self.ref.shape))
+        )
+
+    def entry(self, *core: Any) -> Any:
+        """The numbers at these indices, ints or int arrays that broadcast."""
+        index = self._index(*jnp.broadcast_arrays(*core))
+        return triton.load(self.ref.at[index])
+
+    def load(self, *window: tuple[Any, int], inside: bool = False) -> jax.Array:
+        """A tile: ``(start, size)`` for each core axis; zeros beyond the array.
+
+        Args:
+          inside: the first axis of the tile surely lies within the array.
+        """
+        at, mask = self._tile(window, inside)
+        return triton.load(at, mask=mask, other=None if mask is None else self._zero())
+
+    def put_entry(self, x: jax.Array, *core: Any) -> None:
+        """The reverse of ``entry``."""
+        triton.store(self.ref.at[self._index(*core)], x.astype(self.ref.dtype))
+
+    def store(self, x: jax.Array, *window: tuple[Any, int]) -> None:
+        """The reverse of ``load``."""
+        at, mask = self._tile(window, False)
+        triton.store(at, x.astype(self.ref.dtype), mask=mask)
+
+    def _zero(self) -> jax.Array:
+        return jnp.zeros((), self.ref.dtype)
+
+    def _tile(self, window: tuple[tuple[Any, int], ...], inside: bool) -> tuple[Any, Any]:
+        """A tile's entries, and which of them lie within the array; None: all, which loads faster.
+
+        The entries are given by their indices: a slice may be no longer than the array, a tile is.
+        A card sees no difference, both are a start and a range.
+        """
+        sizes = tuple(size for _, size in window)
+        indices, mask = [], None
+        for axis, ((start, size), length) in enumerate(zip(window, self.core, strict=True)):
+            shape = [size if a == axis else 1 for a in range(len(window))]
+            index = start + jax.lax.broadcasted_iota(jnp.int32, shape, axis)
+            indices.append(index)
+            whole = isinstance(start, int) and start + size <= length
+            if whole or (axis == 0 and inside):
+                continue
+            mask = index < length if mask is None else mask & (index < length)
+        at = self.ref.at[self._index(*indices)]
+        return at, None if mask is None else jnp.broadcast_to(mask, sizes)
+
+
+class Found:
+    """What was looked up, to be found again where nothing can be loaded: under ``jvp``."""
+
+    def __init__(self) -> None:
+        self._values: list[Any] = []
+        self._left: Iterator[Any] | None = None
+
+    def remembering(self, entry: Callable[..., Any]) -> Callable[..., Any]:
+        """``entry``, the first time; then what it gave, in the same order."""
+
+        def look_up(*index: Any) -> Any:
+            if self._left is not None:
+                return next(self._left)
+            self._values.append(entry(*index))
+            return self._values[-1]
+
+        return look_up
+
+    def again(self) -> None:
+        """From here on the same look-ups come a second time."""
+        self._left = iter(self._values)
+
+
+class Seen(NamedTuple):
+    """Who sees whom in a tile."""
+
+    pairs: jax.Array  # bool [t s]
+    queries: jax.Array  # bool [t]: sees some key of the tile
+    keys: jax.Array  # bool [s]: is seen by some query of the tile
+
+
+class Tile(NamedTuple):
+    """One tile of pairs: what the formulas see."""
+
+    dot: jax.Array  # [t s]: query . key
+    s: jax.Array  # [t s]: the logits, -inf where hidden
+    slope: jax.Array | None  # [t s]: ds by what is differentiated; None where that is 1
+    seen: Seen | None  # None: every query sees every key
+    kept: jax.Array | None  # [t s]: what dropout multiplies probabilities by
+
+
+class Refs:
+    """One head of one example."""
+
+    def __init__(self, static: primitive.Static, refs: tuple[Any, ...], place: Any) -> None:
+        count = static.structure.num_leaves
+        views = [RefView(r, d, place) for r, d in zip(refs, static.in_dims, strict=True)]
+        self.config, self.rest = static.config, views[count:]
+        self.head, self.visits = primitive.as_head(
+            jax.tree.unflatten(static.structure, views[:count])
+        )
+        head = self.head
+        (self.T, self.H), (self.S, self.D) = head.query.core, head.value.core
+        self.b, self.n = head.b.entry(), head.n.entry()
+        self.scale = head.scale.entry().astype(jnp.float32)
+        self.sink = None if head.sink is None else head.sink.entry().astype(jnp.float32)
+        self.dropout = (
+            None if head.dropout is None else dropout.Dropout(*(x.entry() for x in head.dropout))
+        )
+        # A bias may hold -inf, a function may return it.
+        self.hiding = any(score.HIDES or "array" in score.AXES for score in head.score)
+
+    def rows(self, view: RefView, start: Any, size: int, *, inside: bool = False) -> jax.Array:
+        """Rows of query, key, value, output: ``[size]``, or ``[size, padded(width)]``."""
+        return view.load((start, size), *((0, padded(n)) for n in view.core[1:]), inside=inside)
+
+    def put(self, view: RefView, x: jax.Array, start: Any, size: int) -> None:
+        """The reverse of ``rows``."""
+        view.store(x, (start, size), *((0, padded(n)) for n in view.core[1:]))
+
+    def _local(
+        self, value: Any, shape: tuple[int, int], q0: Any, k0: Any, found: Found | None = None
+    ) -> Any:
+        """A mask, or scores, with its arrays in the shape that rules see."""
+        windows = {"T": (q0, shape[0]), "S": (k0, shape[1])}
+
+        def local(view: RefView, leaf: Leaf) -> Any:
+            axes = local_axes(leaf)
+            if not view.core:
+                return view.entry()
+            if not axes or not set(axes) <= windows.keys():  # rules look things up in it
+                entry = view.entry if found is None else found.remembering(view.entry)
+                return Lookup(entry, view.core, view.ref.dtype)
+            x = view.load(
+                *(windows[a] if n > 1 else (0, 1) for a, n in zip(axes, view.core, strict=True))
+            )
+            if axes == ("T",):
+                return x[:, None]
+            return x[None, :] if axes == ("S",) else x
+
+        arrays, structure = jax.tree.flatten(value)
+        local_arrays = [local(x, leaf) for x, leaf in zip(arrays, leaves(value), strict=True)]
+        return jax.tree.unflatten(structure, local_arrays)
+
+    def tile(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        q0: Any,
+        k0: Any,
+        *,
+        masked: bool,
+        slope: bool = False,
+        leaf: int | None = None,
+    ) -> Tile:
+        """The tile of queries ``q [t H]`` from ``q0`` on and keys ``k [s H]`` from ``k0`` on.
+
+        Args:
+          masked: False where every query surely sees every key, but for what a score hides.
+          slope: also what a change of the logits before the scores is multiplied by; or, with
+            ``leaf``, of this number among the arrays of the scores.
+        """
+        shape = q.shape[0], k.shape[0]
+        at = tile_indices(shape, q0, k0)
+        pairs = None
+        if masked:
+            pairs = (at[0] < self.T) & (at[1] < self.S)
+            if self.head.mask is not None:
+                mask = self._local(self.head.mask, shape, q0, k0)
+                pairs = pairs & mask.rule(self.b, self.n, *at)
+            pairs = jnp.broadcast_to(pairs, shape)
+        found = Found()
+        arrays, structure = jax.tree.flatten(self._local(self.head.score, shape, q0, k0, found))
+
+        def apply(s: jax.Array, arrays: list[Any]) -> jax.Array:
+            for score in jax.tree.unflatten(structure, arrays):
+                s = score.rule(s, self.b, self.n, *at)
+                if pairs is not None:  # what it makes of a hidden pair must not reach the next
+                    s = jnp.where(pairs, s, jnp.zeros_like(s))
+            return s
+
+        dot = product(q, k, 1, 1)
+        s0 = self.scale * dot
+        s0 = s0 if pairs is None else jnp.where(pairs, s0, jnp.zeros_like(s0))
+        s, change = apply(s0, arrays), None
+        if self.head.score and slope:
+            found.again()
+            x = s0 if leaf is None else arrays[leaf]
+
+            def along(x: jax.Array) -> jax.Array:
+                if leaf is None:
+                    return apply(x, arrays)
+                return apply(s0, [*arrays[:leaf], x, *arrays[leaf + 1 :]])
+
+            s, change = jax.jvp(along, (x,), (jnp.ones_like(x),))
+        if pairs is not None:
+            s = jnp.where(pairs, s, -jnp.inf)
+        if self.hiding:
+            pairs = s != -jnp.inf
+        seen = None if pairs is None else Seen(pairs, some(pairs, 1), some(pairs, 0))
+        kept = None
+        if self.dropout is not None:
+            seed, threshold, keep_probability = self.dropout
+            keep = dropout.keep(seed, self.b, self.n, *at, threshold=threshold)
+            kept = jnp.where(keep, 1 / keep_probability, jnp.float32(0.0))
+        return Tile(dot, s, change, seen, kept)
+
+
+def some(x: jax.Array, axis: int) -> jax.Array:
+    """``x.any(axis)``, as the compiler of kernels has it."""
+    return x.astype(jnp.int32).max(axis) > 0
+
+
+def product(a: jax.Array, b: jax.Array, contract_a: int, contract_b: int) -> jax.Array:
+    """A matrix product in float32; float32 operands are not rounded to the cores' own format."""
+    return jax.lax.dot_general(
+        a,
+        b,
+        (((contract_a,), (contract_b,)), ((), ())),
+        precision=jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None,
+        preferred_element_type=jnp.float32,
+    )

@@ -1,0 +1,180 @@
+"""One tile of pairs: cutting values to it, who sees whom in it, its logits.
+
+Everything here is for one head of one example: masks and scores have lost their ``B``
+and ``N`` axes. All of ``T x S`` is a tile too: the materialised path uses it so.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from attention_jax.core.axes import Size
+from attention_jax.core.pytree import Leaf, map_leaves
+from attention_jax.masks import Mask
+from attention_jax.scores import Score, tile_indices
+
+V = TypeVar("V")
+MOST_KNOWN = 2**18  # pairs to look at while tracing: a millisecond
+
+
+def local_axes(leaf: Leaf) -> tuple[str, ...]:
+    """The axes a leaf has left within one head of one example."""
+    return tuple(a for a in leaf.axes if a not in ("B", "N"))
+
+
+def as_tile(x: Any, leaf: Leaf) -> Any:
+    """An array cut to a tile, in the shape that rules see: ``[t, 1]``, ``[1, s]``, ``[t, s]``."""
+    axes = local_axes(leaf)
+    if "T" in axes and "S" not in axes:
+        return jnp.expand_dims(x, 1)
+    if "S" in axes and "T" not in axes:
+        return jnp.expand_dims(x, 0)
+    return jnp.asarray(x)
+
+
+def whole(value: V) -> V:
+    """A value cut to the tile that holds all pairs."""
+    return map_leaves(as_tile, value)
+
+
+class Visible(NamedTuple):
+    """Who sees whom in a tile."""
+
+    pairs: Bool[Array, "t s"]
+    queries: Bool[Array, " t"] | None  # sees some key of the tile; None: every query does
+    keys: Bool[Array, " s"] | None  # is seen by some query of the tile; None: every key is
+
+
+def visible(
+    mask: Mask | None,
+    scores: tuple[Score, ...],
+    b: Any,
+    n: Any,
+    shape: tuple[Size, Size],
+    q0: Any,
+    k0: Any,
+    own: Any = None,
+) -> Visible | None:
+    """Who sees whom in the tile at ``(q0, k0)``: mask, and biases of ``-inf``.
+
+    Args:
+      mask, scores: cut to the tile.
+      own: bool, broadcasts to ``[t s]``: False for pairs that belong to another tile.
+
+    Returns:
+      None where every query surely sees every key.
+    """
+    parts = [] if own is None else [own]
+    if mask is not None:
+        parts.append(mask.rule(b, n, *tile_indices(shape, q0, k0)))
+    for score in reversed(scores):
+        if not score.KEEPS_HIDDEN:  # what earlier scores hid, it may show again
+            break
+        if (shown := score.visible()) is not None:
+            parts.append(shown)
+    if not parts:
+        return None
+    pairs = functools.reduce(jnp.logical_and, parts)
+    pairs = jnp.broadcast_to(pairs, shape)
+    queries: jax.Array | None = pairs.any(1)
+    keys: jax.Array | None = pairs.any(0)
+    if len(parts) == 1 and mask is not None and (known := _known(mask, b, n, shape, q0, k0)):
+        every_query, every_key = known
+        queries, keys = None if every_query else queries, None if every_key else keys
+    return Visible(pairs, queries, keys)
+
+
+def _known(
+    mask: Mask, b: Any, n: Any, shape: tuple[Size, Size], q0: Any, k0: Any
+) -> tuple[bool, bool] | None:
+    """Whether every query sees some key, and every key is seen, where that is known by now."""
+    static = isinstance(q0, int) and isinstance(k0, int) and not jax.tree.leaves(mask)
+    static = static and all(isinstance(n, int) for n in shape)
+    if not static or math.prod(shape) > MOST_KNOWN:
+        return None
+    q, k = (np.arange(size, dtype=np.int32) for size in shape)
+    pairs = mask.rule(b, n, q0 + q[:, None], k0 + k[None, :])
+    if not isinstance(pairs, np.ndarray | np.bool_):
+        return None
+    pairs = np.broadcast_to(pairs, shape)
+    return bool(pairs.any(1).all()), bool(pairs.any(0).all())
+
+
+def rows_or_zero(keep: Bool[Array, " r"] | None, x: Float[Array, "r c"]) -> Float[Array, "r c"]:
+    """``x`` with the rows that nobody may see replaced by zeros.
+
+    Hidden keys, values and queries may hold NaN or inf, and ``0 * nan`` is ``nan``: they must be
+    gone before any product.
+    """
+    return x if keep is None else jnp.where(keep[:, None], x, jnp.zeros_like(x))
+
+
+def clean(scores: V, seen: Visible) -> V:
+    """Scores with zeros in the rows of their arrays that belong to queries that see nothing."""
+
+    queries = seen.queries
+    if queries is None:
+        return scores
+
+    def rows(x: Any, leaf: Leaf) -> Any:
+        axes = local_axes(leaf)
+        if "T" not in axes or "S" in axes or not jnp.issubdtype(x.dtype, jnp.floating):
+            return x
+        return jnp.where(queries.reshape(-1, *(1,) * (x.ndim - 1)), x, jnp.zeros_like(x))
+
+    return map_leaves(rows, scores)
+
+
+def apply_scores(
+    s: Float[Array, "t s"],
+    scores: tuple[Score, ...],
+    seen: Visible | None,
+    b: Any,
+    n: Any,
+    q0: Any,
+    k0: Any,
+) -> Float[Array, "t s"]:
+    """The scores in order, then the mask: ``-inf`` where a query does not see a key."""
+    for score in scores:
+        s = score.tile(s, b, n, q0, k0)
+        if seen is not None:  # what a score makes of a hidden pair must not reach the next one
+            s = jnp.where(seen.pairs, s, jnp.zeros_like(s))
+    return s if seen is None else _hide(s, seen.pairs)
+
+
+@jax.custom_jvp
+def _hide(s: Float[Array, "t s"], pairs: Bool[Array, "t s"]) -> Float[Array, "t s"]:
+    """``-inf`` where a query does not see a key, as a minimum: XLA fuses it with the products."""
+    return jnp.minimum(s, jnp.where(pairs, jnp.inf, -jnp.inf).astype(s.dtype))
+
+
+@_hide.defjvp
+def _hide_jvp(primals: Any, tangents: Any) -> Any:
+    (s, pairs), (ds, _) = primals, tangents
+    return _hide(s, pairs), jnp.where(pairs, ds, jnp.zeros_like(ds))
+
+
+def seen_values(
+    s: Float[Array, "t s"], v: Float[Array, "s D"], scores: tuple[Score, ...]
+) -> Float[Array, "s D"]:
+    """``v`` with zeros for keys that a score hid (logit ``-inf``) from every query of the tile."""
+    if not any(score.HIDES for score in scores):
+        return v
+    return rows_or_zero((s != -jnp.inf).any(0), v)
+
+
+def product(a: jax.Array, b: jax.Array, contract_a: int, contract_b: int) -> jax.Array:
+    """A matrix product over the named axes, in full precision of the operands' dtype."""
+    return jax.lax.dot_general(
+        a,
+        b,
+        (((contract_a,), (contract_b,)), ((), ())),
+        precision=jax.lax.Precision.HIGHEST,
+    )

@@ -1,0 +1,1 @@
+"""What everything else is built on: axes and checks, pytrees, closures, softmax, dropout."""

@@ -1,0 +1,277 @@
+"""Axis letters, array aliases, and shape checks that name the argument.
+
+One alphabet, in annotations, einsums, tests and docs:
+
+=========  ==================================================================
+``B``      batch; ``*B`` any number of leading batch axes, also none
+``T``      query length
+``S``      key-value length
+``N``      query heads, ``N = G * K``
+``K``      key-value heads; ``K == 1`` is multi-query attention
+``G``      query heads per key-value head: query head ``n`` reads key-value
+           head ``n // G``
+``H``      width of query and key
+``D``      width of value and output
+=========  ==================================================================
+
+The layout is ``*B T N H``, as in ``jax.nn``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, TypeAlias
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+AnyArray: TypeAlias = Array | np.ndarray
+
+# Names of results, for policies of jax.checkpoint.
+OUT_NAME, LSE_NAME = "attention_out", "attention_lse"
+
+# Sizes are ints, or the symbolic ones of jax.export.
+Size: TypeAlias = Any
+Shape: TypeAlias = tuple[Size, ...]
+
+Query = Float[AnyArray, "*B T N H"]
+Key = Float[AnyArray, "*B S K H"]
+Value = Float[AnyArray, "*B S K D"]
+Output = Float[Array, "*B T N D"]
+Normaliser = Float[Array, "*B T N"]
+
+# An int, or one int per example.
+PerExample = int | Int[AnyArray, "*B"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """What the axis letters stand for in one call.
+
+    >>> Sizes(B=(2,), T=5, S=7, K=3, G=2, H=11, D=13).N
+    6
+    """
+
+    B: Shape
+    T: Size
+    S: Size
+    K: int
+    G: int
+    H: int
+    D: int
+
+    @property
+    def N(self) -> int:
+        """Query heads."""
+        return self.K * self.G
+
+    @property
+    def symbolic_batch(self) -> bool:
+        """Is the number of examples known only to ``jax.export``, by name."""
+        return any(map(jax.export.is_symbolic_dim, self.B))
+
+    @property
+    def symbolic_lengths(self) -> bool:
+        """Is the query or key length known only to ``jax.export``, by name."""
+        return any(map(jax.export.is_symbolic_dim, (self.T, self.S)))
+
+
+def is_array(x: Any) -> bool:
+    """True for what JAX computes on: its arrays, tracers and NumPy arrays."""
+    return isinstance(x, (jax.Array, np.ndarray, np.generic))
+
+
+def check_float_array(name: str, x: Any) -> None:
+    """Raises TypeError unless ``x`` has a shape and a floating dtype.
+
+    Anything with ``shape`` and ``dtype`` will do, so that ``explain`` can be
+    asked about a ``jax.ShapeDtypeStruct``.
+    """
+    if not (is_array(x) or isinstance(x, jax.ShapeDtypeStruct)):
+        raise TypeError(
+            f"{name} must be a JAX or NumPy array, got {type(x).__name__}: convert it with "
+            f"jnp.asarray"
+        )
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(
+            f"{name} must have a floating dtype, got {jnp.dtype(x.dtype).name}: cast it, for "
+            f"example with {name}.astype(jnp.float32)"
+        )
+
+
+def check_query_key_value(query: Any, key: Any, value: Any) -> Sizes:
+    """Checks rank, dtype and shape of the three arrays, and names their axes.
+
+    Raises:
+      TypeError: not an array, not floating, or three different dtypes.
+      ValueError: rank below 3, or axes that do not fit together.
+
+    >>> import numpy as np
+    >>> q, k = np.zeros((2, 5, 6, 4), np.float32), np.zeros((2, 7, 3, 4), np.float32)
+    >>> check_query_key_value(q, k, k)
+    Sizes(B=(2,), T=5, S=7, K=3, G=2, H=4, D=4)
+    """
+    arrays = {"query": query, "key": key, "value": value}
+    layout = {"query": "[*B T N H]", "key": "[*B S K H]", "value": "[*B S K D]"}
+    for name, x in arrays.items():
+        check_float_array(name, x)
+        if len(x.shape) < 3:
+            raise ValueError(
+                f"{name} must have at least 3 axes {layout[name]}, got shape {tuple(x.shape)}"
+            )
+    if not query.dtype == key.dtype == value.dtype:
+        raise TypeError(
+            "query, key and value must have one dtype, got "
+            + ", ".join(f"{n} {jnp.dtype(x.dtype).name}" for n, x in arrays.items())
+            + ": cast them to the one you mean"
+        )
+    *B, T, N, H = query.shape
+    *B_key, S, K, H_key = key.shape
+    *B_value, S_value, K_value, D = value.shape
+    for name, batch in (("key", B_key), ("value", B_value)):
+        if batch != B:
+            raise ValueError(
+                f"{name} has batch axes {tuple(batch)} (*B) but query has {tuple(B)}: they must "
+                f"be equal"
+            )
+    if H_key != H:
+        raise ValueError(f"key has width {H_key} (H) but query has {H}: they must be equal")
+    if S_value != S:
+        raise ValueError(f"value has length {S_value} (S) but key has {S}: they must be equal")
+    if K_value != K:
+        raise ValueError(f"value has {K_value} heads (K) but key has {K}: they must be equal")
+    if H == 0:
+        raise ValueError("query has width 0 (H): it must be at least 1")
+    if K == 0 or N % K:
+        raise ValueError(f"key has {K} heads (K) but query has {N} (N): N must be a multiple of K")
+    return Sizes(B=tuple(B), T=T, S=S, K=K, G=N // K, H=H, D=D)
+
+
+def accumulation_dtype(dtype: Any) -> jnp.dtype:
+    """The dtype softmax, lse and sums are computed in: at least float32.
+
+    >>> accumulation_dtype(jnp.bfloat16).name
+    'float32'
+    """
+    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
+
+
+def broadcasts_to(shape: Shape, full: Shape) -> bool:
+    """Whether an array of ``shape`` broadcasts to ``full``; sizes may be symbolic.
+
+    >>> broadcasts_to((3, 1), (2, 3, 4)), broadcasts_to((2, 1, 1), (3, 4))
+    (True, False)
+    """
+    missing = len(full) - len(shape)
+    return missing >= 0 and all(a in (1, f) for a, f in zip(shape, full[missing:], strict=True))
+
+
+def same_rank(*arrays: Any) -> tuple[Any, ...]:
+    """Arrays with axes of size 1 before theirs, so that they broadcast without new axes.
+
+    Broadcasting would add those axes itself, unless ``jax_numpy_rank_promotion`` forbids it.
+
+    >>> a, b = same_rank(np.zeros((2, 3)), np.zeros(3))
+    >>> a.shape, b.shape
+    ((2, 3), (1, 3))
+    """
+    rank = max(jnp.ndim(x) for x in arrays)
+    return tuple(jnp.expand_dims(x, tuple(range(rank - jnp.ndim(x)))) for x in arrays)
+
+
+def check_broadcastable(name: str, shape: Shape, sizes: Sizes) -> None:
+    """Raises ValueError unless ``shape`` broadcasts to ``[*B N T S]``."""
+    full = (*sizes.B, sizes.N, sizes.T, sizes.S)
+    if not broadcasts_to(shape, full):
+        raise ValueError(
+            f"{name} has shape {tuple(shape)}, which does not broadcast to [*B N T S] = {full}"
+        )
+
+
+# --- Checks of other arguments.
+
+
+def int_at_least(name: str, x: Any, least: int) -> int:
+    """``x`` as an int; raises unless it is one, and at least ``least``."""
+    if isinstance(x, (bool, np.bool_)) or not isinstance(x, (int, np.integer)):
+        raise TypeError(f"{name} must be an int, got {type(x).__name__} {x!r}")
+    if x < least:
+        raise ValueError(f"{name} must be at least {least}, got {x}")
+    return int(x)
+
+
+def int_array(name: str, x: Any, rank: int) -> None:
+    """Raises unless ``x`` is a signed integer array of at least ``rank`` axes."""
+    if not is_array(x) or not jnp.issubdtype(x.dtype, jnp.signedinteger):
+        raise TypeError(f"{name} must be a signed integer array, got {_describe(x)}")
+    if x.ndim < rank:
+        raise ValueError(f"{name} must have at least {rank} axes, got shape {x.shape}")
+
+
+def bool_array(name: str, x: Any, rank: int) -> None:
+    """Raises unless ``x`` is a bool array of at least ``rank`` axes."""
+    if not is_array(x) or x.dtype != np.bool_:
+        raise TypeError(f"{name} must be a bool array (True = visible), got {_describe(x)}")
+    if x.ndim < rank:
+        raise ValueError(f"{name} must have at least {rank} axes, got shape {x.shape}")
+
+
+def _describe(x: Any) -> str:
+    return f"dtype {x.dtype}" if is_array(x) else type(x).__name__
+
+
+def per_example(name: str, x: Any) -> Any:
+    """An int stays an int; an int array is data."""
+    if isinstance(x, (int, np.integer)) and not isinstance(x, bool):
+        return int(x)
+    int_array(name, x, 0)
+    return x
+
+
+def checked_align(align: str) -> str:
+    """``align``; raises unless it is ``"start"`` or ``"end"``."""
+    if align not in ("start", "end"):
+        raise ValueError(f'align must be "start" or "end", got {align!r}')
+    return align
+
+
+def check_tokens(name: str, x: Any, layout: str, width: int) -> None:
+    """Raises unless ``x`` is a floating array with the axes of ``layout`` and a width.
+
+    Args:
+      name: of the argument.
+      x: the argument.
+      layout: such as ``"[*B T E]"``: at least as many axes as it has letters beside ``*B``.
+      width: of the last axis.
+    """
+    check_float_array(name, x)
+    *axes, last = layout.strip("[]").split()
+    rank = len([a for a in axes if a not in ("*B", "...")]) + 1
+    if x.ndim < rank or x.shape[-1] != width:
+        raise ValueError(f"{name} must have shape {layout} with {last} = {width}, got {x.shape}")
+
+
+def check_real(real: Any, shape: Shape) -> None:
+    """Raises unless ``real`` says of each token ``[*B T]`` whether it is one."""
+    if not is_array(real) or real.dtype != np.bool_:
+        got = f"dtype {real.dtype}" if is_array(real) else type(real).__name__
+        raise TypeError(f"real must be a bool array (False for padding), got {got}")
+    check_broadcasts("real", real, shape)
+
+
+def check_broadcasts(name: str, x: Any, shape: Shape) -> None:
+    """Raises unless the array ``x`` broadcasts to ``shape``, which is that of the tokens."""
+    if not broadcasts_to(x.shape, shape):
+        raise ValueError(f"{name} must broadcast to [*B T] = {shape}, got {x.shape}")
+
+
+def check_positions(positions: Any, name: str = "positions") -> Any:
+    """The argument as an array; raises where it cannot be positions."""
+    if not is_array(positions):
+        positions = np.asarray(positions)
+    if not jnp.issubdtype(positions.dtype, jnp.integer):
+        raise TypeError(f"{name} must be integers, got {positions.dtype}")
+    return positions

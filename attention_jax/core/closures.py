@@ -1,0 +1,347 @@
+"""What the functions of ``mask_fn`` and ``score_fn`` close over, as arrays that JAX can see.
+
+A function may close over arrays: traced ones, parameters, tables. They must be operands of the
+program, or gradients, ``vmap`` and a second call with other values miss them. ``hoist`` traces the
+function for one pair of query and key, takes the arrays that its jaxpr closes over, and hands them
+on as arguments::
+
+    fn(s, b, n, q, k)  ->  fn(s, b, n, q, k, *closed_over)
+
+The jaxpr of one pair is lifted to any tile with ``jnp.vectorize``.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attention_jax.core.axes import Shape, broadcasts_to, same_rank
+from attention_jax.core.compat import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun, run_again, varies
+from attention_jax.core.pytree import StaticArray
+
+CUSTOM_JVP = "custom_jvp_call"
+CALLS = ("jit", CUSTOM_JVP)
+
+# The tile to trace with: unequal lengths, so that mixed-up axes fail.
+TILE = (16, 32)
+
+
+class Traced:
+    """A function that has been traced: two are equal where they compute the same.
+
+    It stands in a tree's structure, so ``jit`` compares it. A lambda created on every call compiles
+    once; a function that closes over a Python number that has changed compiles again.
+    """
+
+    def __init__(self, fn: Callable[..., Any], run: Callable[..., Any], *key: Hashable) -> None:
+        self.__name__ = getattr(fn, "__name__", type(fn).__name__)
+        self.closes_over = run is not fn  # its last arguments are what it closes over
+        self._run = run
+        self._key = (getattr(fn, "__code__", type(fn)), *key)
+
+    def __call__(self, *args: Any) -> Any:
+        return self._run(*args)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Traced) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+
+def hoist(
+    fn: Callable[..., Any], arrays: tuple[Any, ...], dtypes: Sequence[Any], name: str
+) -> tuple[Traced, tuple[Any, ...]]:
+    """``fn`` and ``arrays``, with the arrays that ``fn`` closes over added to ``arrays``.
+
+    Args:
+      fn: ``fn(s, b, n, q, k, *arrays)``, or without ``s``.
+      arrays: its arrays.
+      dtypes: of ``(s, b, n, q, k)``, or of ``(b, n, q, k)``.
+      name: of the function that made the mask or score, for messages.
+
+    Raises:
+      TypeError: ``fn`` closes over traced arrays and is no function of single pairs; or it does
+        not return one array.
+    """
+    if isinstance(fn, Traced):
+        return fn, arrays
+    letters = ("s", "b", "n", "q", "k")[-len(dtypes) :]
+    _check_arguments(name, fn, len(dtypes) + len(arrays), ", ".join(letters))
+    t, s = TILE
+    shapes = [(t, s), (), (), (t, 1), (1, s)][-len(dtypes) :]
+    tile = [jax.ShapeDtypeStruct(shape, d) for shape, d in zip(shapes, dtypes, strict=True)]
+    # Without shardings: inside a kernel an array is whole.
+    kinds = [jax.ShapeDtypeStruct(x.shape, jax.typeof(x).dtype) for x in arrays]
+    whole = _jaxpr(fn, (*tile, *kinds))
+    if len(whole.out_avals) != 1:
+        raise TypeError(
+            f"{name}: fn must return one array, got {len(whole.out_avals)} (None counts as none)"
+        )
+    key = _key(fn, whole, (*tile, *kinds))
+    if not whole.consts:
+        return Traced(fn, fn, key), arrays
+    try:
+        pair = _jaxpr(fn, (*(jax.ShapeDtypeStruct((), d) for d in dtypes), *kinds))
+        if pair.out_avals[0].shape:
+            raise ValueError(f"it returns an array of shape {pair.out_avals[0].shape}")
+    except (AssertionError, IndexError, TypeError, ValueError) as error:
+        if any(isinstance(x, jax.core.Tracer) for x in whole.consts):
+            raise TypeError(
+                f"{name}: fn closes over traced arrays and cannot be traced for a single pair, "
+                f"with scalar q and k ({error}): pass these arrays as arguments, after the function"
+            ) from error
+        return Traced(fn, fn, key, *map(_known, whole.consts)), arrays
+    closed_over = tuple(x if isinstance(x, jax.Array) else np.asarray(x) for x in pair.consts)
+    run = _over_tile(_pair(pair, (*arrays, *closed_over)), dtypes)
+    return Traced(fn, run, key, fingerprint(pair.jaxpr)), (*arrays, *closed_over)
+
+
+def _jaxpr(fn: Callable[..., Any], arguments: Sequence[Any]) -> Any:
+    # A new function each time: JAX remembers the trace of one it has seen, whatever has become of
+    # the values that it closes over.
+    return jax.make_jaxpr(lambda *args: fn(*args))(*arguments)
+
+
+def _key(fn: Callable[..., Any], traced: ClosedJaxpr, arguments: Sequence[Any]) -> Hashable:
+    """What the program does; where it has rules of derivatives, what its gradient does too.
+
+    Such a rule is a function, made anew by every trace: only what it computes can be compared.
+    """
+    own = fingerprint(traced.jaxpr)
+    if not any(_rules(traced.jaxpr)) or not _is_float(traced.out_avals[0]):
+        return own
+    places = [i for i, x in enumerate(arguments) if _is_float(x)]
+
+    def gradient(cotangent: Any, *args: Any) -> Any:
+        def of_floats(*floats: Any) -> Any:
+            given = list(args)
+            for i, x in zip(places, floats, strict=True):
+                given[i] = x
+            return fn(*given)
+
+        return jax.vjp(of_floats, *(args[i] for i in places))[1](cotangent)
+
+    shape, dtype = traced.out_avals[0].shape, traced.out_avals[0].dtype
+    return own, fingerprint(
+        _jaxpr(gradient, (jax.ShapeDtypeStruct(shape, dtype), *arguments)).jaxpr
+    )
+
+
+def _known(x: Any) -> Hashable:
+    """An array by its entries; unequal to everything where they are not at hand."""
+    if isinstance(x, jax.core.Tracer) or jnp.issubdtype(x.dtype, jax.dtypes.extended):
+        return object()
+    return StaticArray(np.array(x))
+
+
+def _check_arguments(name: str, fn: Callable[..., Any], count: int, letters: str) -> None:
+    """Raises where a function surely cannot be called with so many arguments."""
+    try:
+        signature = inspect.signature(fn)
+    except ValueError:  # one of C's may have none
+        return
+    try:
+        signature.bind(*(None,) * count)
+    except TypeError as error:
+        raise TypeError(
+            f"{name}: fn is called as fn({letters}, *arrays), with {count} arguments here, and "
+            f"takes {signature}: {error}"
+        ) from None
+
+
+def _over_tile(pair: Callable[..., Any], dtypes: Sequence[Any]) -> Callable[..., Any]:
+    """A function of one pair as a function of a tile."""
+
+    def run(*args: Any) -> Any:
+        indices, arrays = args[: len(dtypes)], args[len(dtypes) :]
+        indices = same_rank(*(jnp.asarray(x, d) for x, d in zip(indices, dtypes, strict=True)))
+        return jnp.vectorize(lambda *xs: pair(*xs, *arrays))(*indices)
+
+    return run
+
+
+def _pair(traced: ClosedJaxpr, arrays: tuple[Any, ...]) -> Callable[..., Any]:
+    """The traced program as a function of indices, arrays and what it closes over.
+
+    JAX traces the rules of ``jax.custom_jvp`` late, with the types of the first trace, which differ
+    from those inside ``shard_map``. There the derivative is one that is traced here. (A program
+    that also has rules of ``jax.custom_vjp`` has no forward-mode derivative to trace.)
+    """
+    jaxpr = traced.jaxpr
+    count = len(jaxpr.invars)
+    kinds = [_is_float(x.aval) for x in (*jaxpr.invars, *jaxpr.constvars)]
+
+    def pair(*operands: Any) -> Any:
+        return _evaluate(jaxpr, operands)[0]
+
+    rules = set(_rules(jaxpr))
+    if CUSTOM_JVP not in rules or len(rules) > 1 or not _is_float(traced.out_avals[0]):
+        return pair
+
+    def split(operands: Sequence[Any]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        both = list(zip(operands, kinds, strict=True))
+        return tuple(x for x, kind in both if kind), tuple(x for x, kind in both if not kind)
+
+    def join(floats: Sequence[Any], others: Sequence[Any]) -> list[Any]:
+        each = {True: iter(floats), False: iter(others)}
+        return [next(each[kind]) for kind in kinds]
+
+    def along(floats: Any, dots: Any, others: Any) -> Any:
+        def program(*floats: Any) -> Any:
+            operands = join(floats, others)
+            return jaxpr_as_fun(ClosedJaxpr(jaxpr, operands[count:]))(*operands[:count])[0]
+
+        return jax.jvp(program, floats, dots)[1]
+
+    indices = jaxpr.invars[: len(kinds) - len(arrays)]
+    scalars = [jax.ShapeDtypeStruct((), x.aval.dtype) for x in indices]
+    floats, others = split([*scalars, *arrays])
+    derivative = jax.make_jaxpr(along)(floats, floats, others)
+
+    @jax.custom_jvp
+    def with_rule(floats: Any, others: Any) -> Any:
+        return _evaluate(jaxpr, join(floats, others), inline=CALLS)[0]
+
+    @with_rule.defjvp
+    def _(primals: Any, tangents: Any) -> Any:
+        (floats, others), (dots, _) = primals, tangents
+        out = with_rule(floats, others)
+        (dot,) = _evaluate(derivative.jaxpr, (*floats, *dots, *others, *derivative.consts))
+        return tuple(varying_together((out, dot)))
+
+    def run(*operands: Any) -> Any:
+        inside = bool(jax.sharding.get_abstract_mesh().manual_axes)
+        return with_rule(*split(operands)) if inside else pair(*operands)
+
+    return run
+
+
+def _is_float(aval: Any) -> bool:
+    return jnp.issubdtype(aval.dtype, jnp.inexact)
+
+
+def _rules(jaxpr: Jaxpr) -> Iterator[str]:
+    """The calls in a program of functions that have derivatives of their own."""
+    for e in jaxpr.eqns:
+        if "call_jaxpr" in e.params:
+            yield e.primitive.name
+        elif e.primitive.name == "jit":
+            yield from _rules(e.params["jaxpr"].jaxpr)
+
+
+def _evaluate(
+    jaxpr: Jaxpr, operands: Sequence[Any], inline: tuple[str, ...] = ("jit",)
+) -> list[Any]:
+    """The results of a program, operation by operation, given its inputs and then its constants.
+
+    ``jaxpr_as_fun`` runs each operation under the mesh of its trace. A kernel runs
+    elsewhere: inside ``shard_map``, where the axes of that mesh are manual.
+    """
+    values = dict(zip((*jaxpr.invars, *jaxpr.constvars), operands, strict=True))
+
+    def read(x: Any) -> Any:
+        return x.val if isinstance(x, Literal) else values[x]
+
+    for e in jaxpr.eqns:
+        inputs, params = varying_together([read(x) for x in e.invars]), dict(e.params)
+        call = next((name for name in ("jaxpr", "call_jaxpr") if name in params), "")
+        program = params.get(call)
+
+        def inner(*xs: Any, program: Any = program) -> list[Any]:
+            return _evaluate(program.jaxpr, (*xs, *program.consts), inline)
+
+        if e.primitive.name in inline:
+            outputs = inner(*inputs)
+        else:
+            if call == "call_jaxpr":
+                params[call] = jax.make_jaxpr(inner)(*inputs)
+            outputs = run_again(e.primitive, inputs, params)
+        values |= zip(e.outvars, outputs, strict=True)
+    return [read(x) for x in jaxpr.outvars]
+
+
+def varying_together(arrays: Iterable[Any]) -> list[Any]:
+    """``arrays``, each marked as varying along all mesh axes that one of them varies along.
+
+    ``shard_map`` types every array with the mesh axes along which it varies. ``jax.numpy`` does
+    this for its arguments, primitives do not. The transpose is the sum over these axes
+    that the gradient of an array needs that all devices share.
+    """
+    arrays = list(arrays)
+    own = [varies(jax.typeof(x)) for x in arrays]
+    every = frozenset().union(*own)
+    return [
+        jax.lax.pcast(x, tuple(sorted(every - axes)), to="varying") if every - axes else x
+        for x, axes in zip(arrays, own, strict=True)
+    ]
+
+
+def of_tile(name: str, x: Any, shape: Shape, dtype: Any) -> Any:
+    """What a function returned, at the shape and dtype of a tile.
+
+    Raises:
+      TypeError: a bool was expected and a number came, or the reverse.
+      ValueError: it does not broadcast to the tile.
+    """
+    xp = jnp if isinstance(x, jax.Array) else np  # NumPy values stay NumPy's, and so known
+    x, dtype = xp.asarray(x), jnp.dtype(dtype)
+    is_bool = x.dtype == jnp.bool_
+    if is_bool != (dtype == jnp.bool_) or jnp.issubdtype(x.dtype, jnp.complexfloating):
+        expected = "bools, True where visible" if dtype == jnp.bool_ else "real logits"
+        raise TypeError(f"{name}: fn must return {expected}, got dtype {x.dtype}")
+    if x.shape == shape:
+        return x.astype(dtype)
+    if not broadcasts_to(x.shape, shape):
+        raise ValueError(
+            f"{name}: fn must return an array that broadcasts to the tile {list(shape)} [t s], got "
+            f"shape {list(x.shape)}"
+        )
+    return xp.broadcast_to(x.astype(dtype), shape)
+
+
+def fingerprint(jaxpr: Jaxpr) -> Hashable:
+    """Equal for two programs that do the same, operation by operation, but for their derivatives.
+
+    >>> f = jax.make_jaxpr(lambda x: 2.0 * x + 1.0)(3.0)
+    >>> g = jax.make_jaxpr(lambda y: 2.0 * y + 1.0)(4.0)
+    >>> h = jax.make_jaxpr(lambda y: 2.0 * y + 1.5)(4.0)
+    >>> fingerprint(f.jaxpr) == fingerprint(g.jaxpr), fingerprint(f.jaxpr) == fingerprint(h.jaxpr)
+    (True, False)
+    """
+    numbers: dict[Any, int] = {}
+
+    def atom(x: Any) -> Hashable:
+        if isinstance(x, Literal):
+            return str(x.aval), np.asarray(x.val).tobytes()
+        return numbers.setdefault(x, len(numbers)), str(x.aval)
+
+    def param(x: Any) -> Hashable:
+        if isinstance(x, ClosedJaxpr):
+            return fingerprint(x.jaxpr), *map(_known, x.consts)
+        if isinstance(x, Jaxpr):
+            return fingerprint(x)
+        if isinstance(x, (tuple, list)):
+            return tuple(map(param, x))
+        try:
+            hash(x)
+        except TypeError:
+            return object()  # unequal to everything, so it compiles again
+        return type(x), x
+
+    def equation(e: Any) -> Hashable:
+        # Of a call with a rule of its own the rule is left out: see `_key`.
+        names = ["call_jaxpr"] if "call_jaxpr" in e.params else sorted(e.params)
+        params = tuple((name, param(e.params[name])) for name in names)
+        return e.primitive, tuple(map(atom, e.invars)), params, tuple(map(atom, e.outvars))
+
+    return (
+        tuple(map(atom, (*jaxpr.constvars, *jaxpr.invars))),
+        tuple(map(equation, jaxpr.eqns)),
+        tuple(map(atom, jaxpr.outvars)),
+    )

@@ -1,0 +1,120 @@
+"""Dropout as a hash: keep or drop of ``(b, n, q, k)`` depends on the key and these four alone.
+
+So it is the same for every implementation, block size and sharding, needs no
+``T x S`` array of random bits, and the backward pass asks again instead of storing
+it. The arithmetic is on 32-bit unsigned integers, which wrap: NumPy gives the same
+bits (a test holds them equal).
+
+Source: the mixing steps are the finaliser of MurmurHash3 (Appleby 2011).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attention_jax.core.axes import is_array
+
+# Odd constants that spread an index over 32 bits, one per index, so that (q, k) and (k, q) differ.
+_SPREAD = {
+    "b": np.uint32(0x9E3779B1),
+    "n": np.uint32(0x85EBCA77),
+    "q": np.uint32(0xC2B2AE3D),
+    "k": np.uint32(0x27D4EB2F),
+}
+
+
+@jax.jit
+def seed(key: Any) -> jax.Array:
+    """Folds a JAX random key, new style or raw ``uint32``, into one ``uint32``.
+
+    >>> seed(jax.random.key(0)).dtype.name
+    'uint32'
+    """
+    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.key_data(key)
+    words = jnp.asarray(key).astype(jnp.uint32)
+    mixed = jnp.uint32(0)
+    for i in range(words.shape[0]):
+        mixed = mix(mixed ^ words[i]) + _SPREAD["k"]
+    return mixed
+
+
+def mix(x: Any) -> Any:
+    """MurmurHash3's finaliser: every input bit changes every output bit half the time."""
+    x = (x ^ (x >> np.uint32(16))) * np.uint32(0x85EBCA6B)
+    x = (x ^ (x >> np.uint32(13))) * np.uint32(0xC2B2AE35)
+    return x ^ (x >> np.uint32(16))
+
+
+class Dropout(NamedTuple):
+    """What drops probabilities, as three scalars: another rate is not another program."""
+
+    seed: Any  # uint32
+    threshold: Any  # uint32: hashes below it are kept
+    keep_probability: Any  # 1 - rate, in the dtype of the logits
+
+
+def of_rate(rate: float, key: Any, dtype: Any) -> Dropout | None:
+    """Dropout at ``rate``; None for a rate of 0."""
+    if rate == 0.0:
+        return None
+    return Dropout(seed(key), threshold(rate), np.asarray(1.0 - rate, dtype))
+
+
+def threshold(rate: float) -> np.uint32:
+    """How many of the ``2 ** 32`` hash values are kept."""
+    return np.uint32(min(round((1.0 - rate) * 2.0**32), 2**32 - 1))
+
+
+def keep(seed: Any, b: Any, n: Any, q: Any, k: Any, *, threshold: Any) -> Any:
+    """Is the probability of pair ``(q, k)`` kept: True with probability ``1 - rate``.
+
+    Args:
+      seed: ``uint32``, from ``seed(key)``.
+      b, n, q, k: example, query head, query and key; integers or integer arrays that broadcast.
+      threshold: ``uint32``, from ``threshold(rate)``.
+
+    >>> q, k = jnp.arange(100)[:, None], jnp.arange(100)[None, :]
+    >>> round(float(keep(seed(jax.random.key(1)), 0, 0, q, k, threshold=threshold(0.25)).mean()), 2)
+    0.75
+    """
+
+    def spread(x: Any, letter: str) -> Any:
+        return jnp.asarray(x).astype(jnp.uint32) * _SPREAD[letter]
+
+    row = mix(mix(mix(seed ^ spread(b, "b")) ^ spread(n, "n")) ^ spread(q, "q"))
+    return mix(row ^ spread(k, "k")) < threshold
+
+
+def check_rate(rate: Any) -> None:
+    """Raises unless ``rate`` is a number in [0, 1) that is known while tracing."""
+    if isinstance(rate, bool) or not isinstance(rate, (int, float, np.floating)):
+        raise TypeError(
+            f"dropout_rate must be a float in [0, 1), got {type(rate).__name__}: it must "
+            f"be a Python number and cannot be traced"
+        )
+    if not 0.0 <= rate < 1.0:
+        raise ValueError(f"dropout_rate must be in [0, 1), got {rate}")
+
+
+def check(rate: Any, key: Any, name: str = "dropout_key") -> None:
+    """Raises unless ``rate`` is in [0, 1) and, where it is not 0, the key is a random key."""
+    check_rate(rate)
+    if key is None:
+        if rate > 0.0:
+            raise ValueError(
+                f"dropout_rate is {rate} but {name} is None: pass a key, for example "
+                f"jax.random.key(0)"
+            )
+        return
+    if not is_array(key):
+        raise TypeError(f"{name} must be a JAX random key, got {type(key).__name__}")
+    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    if not typed and key.dtype != jnp.uint32:
+        raise TypeError(f"{name} must be a JAX random key, got dtype {key.dtype}")
+    if key.ndim != (0 if typed else 1):
+        raise ValueError(f"{name} must be one key, got shape {key.shape}")

@@ -1,0 +1,245 @@
+"""Masks of parts of a sequence: prefix, lengths, segments, chunks, global tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Bool, Int
+
+from attention_jax.core.axes import (
+    AnyArray,
+    PerExample,
+    bool_array,
+    int_array,
+    int_at_least,
+    per_example,
+)
+from attention_jax.masks.base import Mask
+from attention_jax.masks.grid import Grid
+
+
+class Lengths(Mask):
+    """The first ``query`` queries see the first ``key`` keys; None is no bound."""
+
+    AXES = {"query": "*B", "key": "*B"}
+    query: PerExample | None
+    key: PerExample | None
+
+    def rule(self, b: Any, n: Any, q: Any, k: Any) -> Any:
+        return self._below(q, k)
+
+    def block(self, grid: Grid, b: Any, n: Any) -> tuple[Any, Any]:
+        return self._below(grid.q0, grid.k0), self._below(grid.q1, grid.k1)
+
+    def _below(self, q: Any, k: Any) -> Any:
+        inside = (q == q) & (k == k)  # all True, of the right shape
+        if self.query is not None:
+            inside = inside & (q < self.query)
+        if self.key is not None:
+            inside = inside & (k < self.key)
+        return inside
+
+
+def prefix(length: PerExample) -> Mask:
+    """Query ``i`` sees key ``j`` where ``j < length``; or-ed with ``causal`` it is prefix-LM.
+
+    Args:
+      length: an int, or an int array ``[*B]``.
+
+    >>> from attention_jax.masks import causal
+    >>> print(prefix(3) | causal())
+    ███·····
+    ███·····
+    ███·····
+    ████····
+    █████···
+    ██████··
+    ███████·
+    ████████
+
+    Source: Raffel et al. 2020, "Exploring the Limits of Transfer Learning" (T5), section 3.2.1.
+    """
+    return Lengths(None, per_example("length", length))
+
+
+def lengths(query: PerExample | None = None, key: PerExample | None = None) -> Mask:
+    """Query ``i`` sees key ``j`` where ``i < query`` and ``j < key``; None is no bound.
+
+    Args:
+      query, key: how many queries and keys are real, ints or int arrays ``[*B]``; the rest is
+        padding, and whatever it holds reaches nothing.
+
+    >>> print(lengths(query=6, key=5))
+    █████···
+    █████···
+    █████···
+    █████···
+    █████···
+    █████···
+    ········
+    ········
+    """
+    return Lengths(
+        None if query is None else per_example("query", query),
+        None if key is None else per_example("key", key),
+    )
+
+
+class Segments(Mask):
+    """Equal ids, none negative."""
+
+    AXES = {"query_ids": "*B T", "key_ids": "*B S"}
+    query_ids: Any
+    key_ids: Any
+
+    def rule(self, b: Any, n: Any, q: Any, k: Any) -> Any:
+        return (self.query_ids == self.key_ids) & (self.query_ids >= 0)
+
+    def block(self, grid: Grid, b: Any, n: Any) -> tuple[Any, Any]:
+        # The interval of the ids that are no padding; it is empty (low > high) where all are.
+        def intervals(over: Callable[..., Any], ids: Any) -> tuple[Any, Any, Any]:
+            unpadded = jnp.where(ids < 0, jnp.iinfo(ids.dtype).max, ids)
+            return over(jnp.min, unpadded), over(jnp.max, ids), over(jnp.all, ids >= 0)
+
+        q_low, q_high, q_real = intervals(grid.over_queries, jnp.asarray(self.query_ids))
+        k_low, k_high, k_real = intervals(grid.over_keys, jnp.asarray(self.key_ids))
+        some = (q_low <= k_high) & (k_low <= q_high) & (q_high >= 0) & (k_high >= 0)
+        same = (q_low == q_high) & (k_low == k_high) & (q_low == k_low)
+        return some, same & q_real & k_real
+
+
+def segments(
+    query_ids: Int[AnyArray, "*B T"], key_ids: Int[AnyArray, "*B S"] | None = None
+) -> Mask:
+    """Query ``i`` sees key ``j`` where their ids are equal and not negative (packed documents).
+
+    Args:
+      query_ids: int array ``[*B T]``; a negative id is padding, which sees and is seen by nothing.
+      key_ids: int array ``[*B S]``; None takes ``query_ids``.
+
+    >>> import numpy as np
+    >>> print(segments(np.array([0, 0, 0, 1, 1, 2, -1, -1])))
+    ███·····
+    ███·····
+    ███·····
+    ···██···
+    ···██···
+    ·····█··
+    ········
+    ········
+
+    Source: Krell et al. 2021, "Efficient Sequence Packing without Cross-contamination".
+    """
+    key_ids = query_ids if key_ids is None else key_ids
+    for name, ids in (("query_ids", query_ids), ("key_ids", key_ids)):
+        int_array(name, ids, 1)
+    if query_ids.dtype != key_ids.dtype:
+        raise TypeError(
+            f"query_ids and key_ids must have one dtype, got {query_ids.dtype} and {key_ids.dtype}"
+        )
+    return Segments(query_ids, key_ids)
+
+
+class Padding(Segments):
+    """One segment, and padding: said so, for what can hide padding and no other segments."""
+
+
+def padding(real: Bool[AnyArray, "*B S"], queries: int | None = None) -> Mask:
+    """Hides what is not real: as keys, and where queries and keys are the same, as both.
+
+    Args:
+      real: bool array ``[*B S]``, False for padding.
+      queries: how many other tokens see them (T); None: they see themselves.
+
+    >>> import numpy as np
+    >>> print(padding(np.array([True, True, False, True])))
+    ██·█
+    ██·█
+    ····
+    ██·█
+    >>> print(padding(np.array([True, True, False, True]), queries=2))
+    ██·█
+    ██·█
+    """
+    bool_array("real", real, 1)
+    ids = jnp.where(jnp.asarray(real), 0, -1).astype(jnp.int32)
+    if queries is None:
+        return Padding(ids, ids)
+    shape = (*ids.shape[:-1], int_at_least("queries", queries, 0))
+    return Padding(jnp.zeros(shape, jnp.int32), ids)
+
+
+class Chunked(Mask):
+    """The same chunk of ``size`` positions."""
+
+    size: int
+
+    def rule(self, b: Any, n: Any, q: Any, k: Any) -> Any:
+        return q // self.size == k // self.size
+
+    def block(self, grid: Grid, b: Any, n: Any) -> tuple[Any, Any]:
+        q0, q1 = grid.q0 // self.size, grid.q1 // self.size
+        k0, k1 = grid.k0 // self.size, grid.k1 // self.size
+        return (q0 <= k1) & (k0 <= q1), (q0 == q1) & (k0 == k1) & (q0 == k0)
+
+
+def chunked(size: int) -> Mask:
+    """Query ``i`` sees key ``j`` where ``i // size == j // size``.
+
+    >>> print(chunked(3))
+    ███·····
+    ███·····
+    ███·····
+    ···███··
+    ···███··
+    ···███··
+    ······██
+    ······██
+
+    Source: Qiu et al. 2020, "Blockwise Self-Attention for Long Document Understanding".
+    """
+    return Chunked(int_at_least("size", size, 1))
+
+
+class GlobalTokens(Mask):
+    """Flagged queries see all keys, flagged keys are seen by all queries."""
+
+    AXES = {"query_flags": "*B T", "key_flags": "*B S"}
+    query_flags: Any
+    key_flags: Any
+
+    def rule(self, b: Any, n: Any, q: Any, k: Any) -> Any:
+        return self.query_flags | self.key_flags
+
+    def block(self, grid: Grid, b: Any, n: Any) -> tuple[Any, Any]:
+        q, k = jnp.asarray(self.query_flags), jnp.asarray(self.key_flags)
+        return (
+            grid.over_queries(jnp.any, q) | grid.over_keys(jnp.any, k),
+            grid.over_queries(jnp.all, q) | grid.over_keys(jnp.all, k),
+        )
+
+
+def global_tokens(flags: Bool[AnyArray, "*B T"]) -> Mask:
+    """Query ``i`` sees key ``j`` where ``flags[i] or flags[j]``; for self-attention, ``T == S``.
+
+    Args:
+      flags: bool array ``[*B T]``.
+
+    >>> import numpy as np
+    >>> from attention_jax.masks import window
+    >>> print(global_tokens(np.arange(8) == 0) | window(1, 1))
+    ████████
+    ███·····
+    ████····
+    █·███···
+    █··███··
+    █···███·
+    █····███
+    █·····██
+
+    Source: Beltagy et al. 2020, "Longformer", section 3.1.
+    """
+    bool_array("flags", flags, 1)
+    return GlobalTokens(flags, flags)

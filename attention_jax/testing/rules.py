@@ -1,0 +1,369 @@
+"""Masks and scores a second time, in NumPy, from the rules that the design states.
+
+A kind of mask is a function of a case: the value to test, and its rule on positions ``i`` and
+``j``. A kind of score is a list of such functions: the value, and its formula. What the oracle
+sees is made of these rules and formulas: it shares no line with what is tested.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from attention_jax import masks, scores
+from attention_jax.masks import Mask
+from attention_jax.scores import Score
+from attention_jax.testing.cases import Case
+
+Arrays = dict[str, np.ndarray]
+Normal = Callable[..., np.ndarray]  # (*shape, dtype=the case's) -> normally distributed numbers
+
+# --- Masks.
+
+
+def _per_example(case: Case, rng: np.random.Generator, low: int, high: int) -> tuple[Any, Any]:
+    """Ints ``[*B]``, and the same as ``[*B 1 1 1]``."""
+    x = np.asarray(rng.integers(low, high, size=case.sizes.B), np.int32)
+    return x, x[..., None, None, None]
+
+
+def _ij(case: Case) -> tuple[np.ndarray, np.ndarray]:
+    return np.arange(case.sizes.T)[:, None], np.arange(case.sizes.S)[None, :]
+
+
+def _none(case: Case, rng: np.random.Generator) -> tuple[Mask | None, Any]:
+    return None, np.True_
+
+
+def _causal(case: Case, rng: np.random.Generator) -> tuple[Mask, Any]:
+    i, j = _ij(case)
+    return masks.causal(), j <= i
+
+
+def _causal_end(case: Case, rng: np.random.Generator) -> tuple[Mask, Any]:
+    i, j = _ij(case)
+    return masks.causal(align="end"), j - (case.sizes.S - 1) <= i - (case.sizes.T - 1)
+
+
+def _causal_offsets(case: Case, rng: np.random.Generator) -> tuple[Mask, Any]:
+    (i, j), (offset, o) = _ij(case), _per_example(case, rng, -case.sizes.T, case.sizes.S)
+    return masks.causal(offset), j <= i + o
+
+
+def _window_offset(case: Case, rng: np.random.Generator) -> tuple[Mask, Any]:
+    i, j = _ij(case)
+    return masks.window(7, 3, offset=2), (i + 2 - 7 <= j) & (j <= i + 2 + 3)
+
+
+def _prefix_or_causal(case: Case, rng: np.random.Generator) -> tuple[Mask, Any]:
+    (i, j), (length, n) = _ij(case), _per_example(case, rng, 0, case.sizes.S + 1)
+    return masks.prefix(length) | masks.causal(), (j < n) | (j <= i)
+
+
+def _lengths(case: Case, rng: np.random.Generator, least: int = 1) -> tuple[Mask, Any]:
+    i, j = _ij(case)
+    query, t = _per_example(case, rng, least, max(case.sizes.T, 2))
+    key, s = _per_example(case, rng, least, max(case.sizes.S, 2))
+    if least == 0:  # one example with no keys, one with no queries
+        key.flat[0], query.flat[-1] = 0, 0
+    return masks.lengths(query=query, key=key), (i < t) & (j < s)
+
+
+def _segments(case: Case, rng: np.random.Generator) -> tuple[Mask, Any]:
+    z = case.sizes
+    q, k = (np.sort(rng.integers(-1, 4, size=(*z.B, n)), -1).astype(np.int32) for n in (z.T, z.S))
+    rows, columns = q[..., None, :, None], k[..., None, None, :]
+    return masks.segments(q, k), (rows == columns) & (rows >= 0) & (columns >= 0)
+
+
+def _chunked(case: Case, rng: np.random.Generator) -> tuple[Mask, Any]:
+    i, j = _ij(case)
+    return masks.chunked(9), np.floor(i / 9) == np.floor(j / 9)
+
+
+def _not_chunked(case: Case, rng: np.random.Generator) -> tuple[Mask, Any]:
+    i, j = _ij(case)
+    return ~masks.chunked(9) & masks.causal(), (np.floor(i / 9) != np.floor(j / 9)) & (j <= i)
+
+
+def _dilated(case: Case, rng: np.random.Generator) -> tuple[Mask, Any]:
+    i, j = _ij(case)
+    return masks.dilated(3) & masks.causal(), np.isin(i - j, np.arange(0, 1000, 3))
+
+
+def _global(case: Case, rng: np.random.Generator) -> tuple[Mask, Any]:
+    i, j = _ij(case)
+    flags = rng.random((*case.sizes.B, case.sizes.T)) < 0.1
+    seen = flags[..., None, :, None] | flags[..., None, None, :]
+    return masks.global_tokens(flags) | masks.window(2, 2), seen | (abs(i - j) <= 2)
+
+
+def _neighborhood(case: Case, rng: np.random.Generator) -> tuple[Mask, Any]:
+    shape, size = {35: ((5, 7), (3, 5)), 143: ((11, 13), (5, 3))}[case.sizes.T]
+    seen = np.ones((case.sizes.T,) * 2, bool)
+    places = np.indices(shape).reshape(2, -1)
+    for x, n, w in zip(places, shape, size, strict=True):
+        centre = np.minimum(np.maximum(x, w // 2), n - 1 - w // 2)
+        seen &= abs(centre[:, None] - x[None, :]) <= w // 2
+    return masks.neighborhood(shape, size), seen
+
+
+def _block_sparse(case: Case, rng: np.random.Generator, traced: bool = False) -> tuple[Mask, Any]:
+    z, block = case.sizes, 6
+    layout = rng.random((-(-z.T // block), -(-z.S // block))) < 0.5
+    seen = np.kron(layout, np.ones((block, block), bool))[: z.T, : z.S]
+    return masks.block_sparse(jnp.asarray(layout) if traced else layout, block), seen
+
+
+def _dense(case: Case, rng: np.random.Generator) -> tuple[Mask, Any]:
+    z = case.sizes
+    array = rng.random((*z.B, z.N, z.T, z.S)) < 0.6
+    array[..., 3::4, :] = False  # every fourth row sees nothing
+    array[..., -1, :, :] &= z.T > 1  # nor does the last head, if there is one query
+    return masks.dense(array), array
+
+
+def _nothing(case: Case, rng: np.random.Generator) -> tuple[Mask, Any]:
+    array = np.zeros((case.sizes.T, case.sizes.S), bool)
+    return masks.dense(array), array
+
+
+def _some_pairs(b: Any, n: Any, q: Any, k: Any, table: Any) -> Any:
+    return (q + 2 * k + n + table[b]) % 5 > 1
+
+
+def _mask_fn(case: Case, rng: np.random.Generator, evaluate: bool = False) -> tuple[Mask, Any]:
+    i, j = _ij(case)
+    table, t = _per_example(case, rng, 0, 5)
+    seen = np.remainder(i + 2 * j + np.arange(case.sizes.N)[:, None, None] + t, 5) > 1
+    return masks.mask_fn(_some_pairs, table.reshape(-1), evaluate=evaluate), seen
+
+
+MASKS: dict[str, Callable[[Case, np.random.Generator], tuple[Mask | None, Any]]] = {
+    "none": _none,
+    "nothing": _nothing,
+    "causal": _causal,
+    "causal end": _causal_end,
+    "causal offsets": _causal_offsets,
+    "window offset": _window_offset,
+    "prefix | causal": _prefix_or_causal,
+    "lengths": _lengths,
+    "length 0": functools.partial(_lengths, least=0),
+    "segments": _segments,
+    "chunked": _chunked,
+    "~chunked & causal": _not_chunked,
+    "dilated & causal": _dilated,
+    "global | window": _global,
+    "neighborhood": _neighborhood,
+    "block_sparse": _block_sparse,
+    "block_sparse traced": functools.partial(_block_sparse, traced=True),
+    "dense": _dense,
+    "mask_fn": _mask_fn,
+    "mask_fn evaluated": functools.partial(_mask_fn, evaluate=True),
+}
+
+
+# --- Scores.
+
+
+@dataclasses.dataclass(frozen=True)
+class Term:
+    """One score as the checker sees it.
+
+    A softcap, or something added to the logits: ``add(xp, **arrays)`` is that, broadcastable to
+    ``[*B N T S]``, in NumPy or ``jax.numpy``; ``pull(d, **arrays)`` are the gradients of its
+    arrays, given that of what was added, ``[*B N T S]`` (None: of the array added, as it is).
+    """
+
+    name: str
+    build: Callable[..., Score]
+    arrays: Arrays = dataclasses.field(default_factory=dict)
+    cap: float = math.inf
+    add: Callable[..., Any] | None = None
+    pull: Callable[..., Arrays] | None = None
+
+
+def _softcap(case: Case, normal: Normal, rng: np.random.Generator) -> Term:
+    return Term("softcap", lambda: scores.softcap(2.5), cap=2.5)
+
+
+def _bias(case: Case, normal: Normal, rng: np.random.Generator, hide: float = 0.0) -> Term:
+    z = case.sizes
+    batch = [b if "B" in case.bias else 1 for b in z.B]
+    if "b" in case.bias:
+        batch[-1:] = z.B[-1:]
+    shape = (*batch, *(getattr(z, a) if a in case.bias else 1 for a in "NTS"))
+    while shape and shape[0] == 1:  # axes that it broadcasts along, it need not have
+        shape = shape[1:]
+    array = normal(*shape, dtype=jnp.dtype(case.bias_dtype or case.dtype))
+    if hide:
+        array = np.where(rng.random(shape) < hide, np.asarray(-np.inf, array.dtype), array)
+        if "T" in case.bias and z.T > 1:
+            array[..., 1::4, :] = -np.inf  # whole rows
+    return Term("bias", lambda array: scores.bias(array), {"array": array}, add=_itself)
+
+
+def _sum_of(formula: str, *operands: np.ndarray) -> np.ndarray:
+    """``np.einsum``, then summed over the examples, which are what ``...`` stands for."""
+    result = np.einsum(formula, *(np.asarray(x, np.float64) for x in operands), optimize=True)
+    rank = len(formula.split("...")[-1])
+    return np.sum(result, tuple(range(result.ndim - rank)))
+
+
+def _itself(xp: Any, array: Any) -> Any:
+    return array
+
+
+def _slopes(N: int) -> list[float]:
+    """ALiBi's: a geometric sequence from 2^(-8/N); between powers of two, odd ones of the next."""
+    power = 1 << (N.bit_length() - 1)
+    if power == N:
+        return [2.0 ** (-8.0 * m / N) for m in range(1, N + 1)]
+    return _slopes(power) + _slopes(2 * power)[0::2][: N - power]
+
+
+def _alibi(case: Case, normal: Normal, rng: np.random.Generator, own: bool = True) -> Term:
+    """With its own slopes and aligned to the end, or with default slopes and offsets ``[*B]``."""
+    z, (i, j) = case.sizes, _ij(case)
+    offsets, o = _per_example(case, rng, -5, 9)
+    distance = abs(i + (z.S - z.T if own else o) - j).astype(np.float64)
+
+    def add(xp: Any, slopes: Any = None) -> Any:
+        if slopes is None:
+            return -np.asarray(_slopes(z.N))[:, None, None] * distance
+        return -slopes[:, None, None] * xp.asarray(distance, slopes.dtype)
+
+    def pull(d: np.ndarray, slopes: Any = None) -> Arrays:
+        if slopes is None:
+            return {}
+        return {"slopes": _sum_of("...nts,ts->...n", d, -distance)}
+
+    def build(slopes: Any = None) -> Score:
+        if slopes is None:
+            return scores.alibi(offset=offsets)
+        return scores.alibi(slopes, align="end")
+
+    arrays = {"slopes": abs(normal(z.N)) / 4} if own else {}
+    return Term("alibi", build, arrays, add=add, pull=pull)
+
+
+def _relative_bias(
+    case: Case, normal: Normal, rng: np.random.Generator, causal: bool = False
+) -> Term:
+    """T5: bucket of distance, in both directions or one; no distance lies on an edge."""
+    i, j = _ij(case)
+    distance, buckets, most = j - i - 2, 8, 20
+    away = np.maximum(-distance, 0) if causal else abs(distance)
+    side = buckets if causal else buckets // 2
+    exact = side // 2
+    with np.errstate(divide="ignore"):
+        far = exact + np.floor(np.log(away / exact) / np.log(most / exact) * (side - exact))
+    bucket = np.where(away < exact, away, np.minimum(far, side - 1))
+    bucket = bucket if causal else bucket + side * (distance > 0)
+    hot = bucket[..., None] == np.arange(buckets)  # [T S R]
+
+    def add(xp: Any, table: Any) -> Any:
+        return xp.einsum("rn,tsr->nts", table, xp.asarray(hot, table.dtype))
+
+    def pull(d: np.ndarray, table: np.ndarray) -> Arrays:
+        return {"table": _sum_of("...nts,tsr->...rn", d, hot)}
+
+    def build(table: Any) -> Score:
+        return scores.relative_bias(table, bidirectional=not causal, max_distance=most, offset=2)
+
+    return Term(
+        "relative_bias", build, {"table": normal(buckets, case.sizes.N)}, add=add, pull=pull
+    )
+
+
+def _relative_embedding(
+    case: Case, normal: Normal, rng: np.random.Generator, shared: bool = False
+) -> Term:
+    """Shaw: ``query_i . table[clip(j - i - offset, -c, c) + c]``, aligned to the end."""
+    z, (i, j), c = case.sizes, _ij(case), 4
+    clipped = np.maximum(np.minimum(j - i - (z.S - z.T), c), -c)
+    hot = clipped[..., None] == np.arange(-c, c + 1)  # [T S R]
+    rows = "rh" if shared else "rnh"
+
+    def add(xp: Any, query: Any, table: Any) -> Any:
+        products = xp.einsum(f"...tnh,{rows}->...ntr", query, table)
+        return xp.einsum("...ntr,tsr->...nts", products, xp.asarray(hot, table.dtype))
+
+    def pull(d: np.ndarray, query: np.ndarray, table: np.ndarray) -> Arrays:
+        d_products = np.einsum("...nts,tsr->...ntr", d, hot.astype(float), optimize=True)
+        return {
+            "query": np.einsum(f"...ntr,{rows}->...tnh", d_products, table),
+            "table": _sum_of(f"...ntr,...tnh->...{rows}", d_products, query),
+        }
+
+    arrays = {
+        "query": normal(*z.B, z.T, z.N, z.H),
+        "table": normal(2 * c + 1, *(() if shared else (z.N,)), z.H),
+    }
+
+    def build(query: Any, table: Any) -> Score:
+        return scores.relative_embedding(query, table, align="end")
+
+    return Term("relative_embedding", build, arrays, add=add, pull=pull)
+
+
+def _looked_up(s: Any, b: Any, n: Any, q: Any, k: Any, table: Any) -> Any:
+    return s + table[(q + 2 * k + b) % 5, n].astype(s.dtype)
+
+
+def _score_fn(case: Case, normal: Normal, rng: np.random.Generator) -> Term:
+    z, (i, j) = case.sizes, _ij(case)
+    b = np.arange(math.prod(z.B)).reshape(z.B)[..., None, None]
+    hot = np.remainder(i + 2 * j + b, 5)[..., None] == np.arange(5)  # [*B T S R]
+
+    def add(xp: Any, table: Any) -> Any:
+        return xp.einsum("rn,...tsr->...nts", table, xp.asarray(hot, table.dtype))
+
+    def pull(d: np.ndarray, table: np.ndarray) -> Arrays:
+        return {"table": _sum_of("...nts,...tsr->...rn", d, hot)}
+
+    def build(table: Any) -> Score:
+        return scores.score_fn(_looked_up, table)
+
+    return Term("score_fn", build, {"table": normal(5, z.N)}, add=add, pull=pull)
+
+
+def _hide_some(s: Any, b: Any, n: Any, q: Any, k: Any) -> Any:
+    return jnp.where((q + k) % 3 == 0, -jnp.inf, s + jnp.asarray(0.5, s.dtype))
+
+
+def _hiding_score_fn(case: Case, normal: Normal, rng: np.random.Generator) -> Term:
+    i, j = _ij(case)
+    added = np.where(np.isin(i + j, np.arange(0, 1000, 3)), -np.inf, 0.5)
+    return Term(
+        "score_fn",
+        lambda: scores.score_fn(_hide_some),
+        add=lambda xp: added,
+        pull=lambda d: {},
+    )
+
+
+_hiding_bias = functools.partial(_bias, hide=0.25)
+
+SCORES: dict[str, tuple[Callable[[Case, Normal, np.random.Generator], Term], ...]] = {
+    "none": (),
+    "softcap": (_softcap,),
+    "alibi": (_alibi,),
+    "bias": (_bias,),
+    "-inf bias": (_hiding_bias,),
+    "relative_bias": (_relative_bias,),
+    "relative_bias, causal": (functools.partial(_relative_bias, causal=True),),
+    "relative_embedding": (_relative_embedding,),
+    "relative_embedding, shared": (functools.partial(_relative_embedding, shared=True),),
+    "score_fn": (_score_fn,),
+    "hiding score_fn": (_hiding_score_fn,),
+    "bias, softcap": (_bias, _softcap),
+    "-inf bias, softcap": (_hiding_bias, _softcap),
+    "softcap, alibi": (_softcap, functools.partial(_alibi, own=False)),
+}

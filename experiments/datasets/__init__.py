@@ -1,0 +1,1 @@
+"""Where data sets are and how their text becomes tokens."""

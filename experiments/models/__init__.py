@@ -1,0 +1,1 @@
+"""Models that several tasks share: classic ones, and encoders of sentences."""

@@ -1,0 +1,158 @@
+"""Models that read a sentence of words and give logits of its class; each takes ``words [B T]``."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from attention_jax.models import Encoder, EncoderConfig
+from attention_jax.nn import Embeddings
+from attention_jax.nn.linear import Linear
+from experiments.datasets.text import PAD, UNKNOWN
+from experiments.training import text_config
+
+
+class NaiveBayes:
+    """Multinomial naive Bayes on words and pairs of neighbours, smoothed by adding one.
+
+    It is counted, not trained: scikit-learn's. A word that training did not have says nothing.
+    """
+
+    def __init__(self, rows: list[list[int]], labels: np.ndarray) -> None:
+        from sklearn.feature_extraction.text import CountVectorizer
+        from sklearn.naive_bayes import MultinomialNB
+        from sklearn.pipeline import make_pipeline
+
+        self.model = make_pipeline(CountVectorizer(analyzer=_words_and_pairs), MultinomialNB())
+        self.model.fit(rows, labels)
+
+    def __call__(self, words: np.ndarray) -> np.ndarray:
+        """Log-probabilities ``[B C]``."""
+        return np.asarray(self.model.predict_log_proba(np.asarray(words).tolist()), np.float32)
+
+
+def _words_and_pairs(row: list[int]) -> list[str]:
+    words = [str(x) for x in row if x not in (PAD, UNKNOWN)]
+    return words + [f"{a} {b}" for a, b in itertools.pairwise(words)]
+
+
+class Convolutions(nnx.Module):
+    """``max_t relu(conv_w(x))`` for some widths ``w``: ``[B T E]`` to ``[B widths * filters]``."""
+
+    def __init__(
+        self, features: int, filters: int, widths: tuple[int, ...], *, rngs: nnx.Rngs
+    ) -> None:
+        self.convolutions = nnx.List(
+            [nnx.Conv(features, filters, kernel_size=(w,), rngs=rngs) for w in widths]
+        )
+
+    def __call__(self, x: jax.Array, real: jax.Array) -> jax.Array:
+        """Tokens that are not ``real [B T]`` are 0, and no maximum is taken there."""
+        x = jnp.where(real[..., None], x, 0)
+        found = [jax.nn.relu(convolution(x)) for convolution in self.convolutions]
+        return jnp.concatenate([jnp.where(real[..., None], y, 0).max(1) for y in found], axis=-1)
+
+
+WIDTHS = (3, 4, 5)
+
+
+class TextCNN(nnx.Module):
+    """Word vectors, convolutions of three widths, the largest of each filter, dropout, classes.
+
+    Source: Kim 2014, "Convolutional Neural Networks for Sentence Classification" (CNN-rand).
+    """
+
+    def __init__(self, config: Any, vocabulary: int, classes: int, rngs: nnx.Rngs) -> None:
+        init = nnx.initializers.normal(0.25)
+        self.embed = Embeddings(vocabulary, config.word_width, embedding_init=init, rngs=rngs)
+        self.noise = WordDropout(config.word_dropout, rngs=rngs)
+        self.features = Convolutions(config.word_width, config.filters, WIDTHS, rngs=rngs)
+        self.dropout = nnx.Dropout(config.feature_dropout, rngs=rngs)
+        self.classify = nnx.Linear(len(WIDTHS) * config.filters, classes, rngs=rngs)
+
+    def __call__(self, words: Any) -> jax.Array:
+        """Logits ``[B C]``."""
+        real = words != PAD
+        x = self.features(self.embed(self.noise(words)), real)
+        return self.classify(self.dropout(x))
+
+
+class SelfAttention(nnx.Module):
+    """Word vectors and an encoder; classes from the mean of its tokens, or from convolutions.
+
+    The convolutions see each word's vector beside what the encoder made of it.
+    """
+
+    def __init__(
+        self, config: Any, vocabulary: int, classes: int, rngs: nnx.Rngs, *, convolve: bool
+    ) -> None:
+        E = config.width
+        self.noise = WordDropout(config.word_dropout, rngs=rngs)
+        self.encoder = Encoder(
+            EncoderConfig(
+                vocabulary,
+                text_config.layers(config),
+                positions=config.vectors,
+                max_length=config.longest,
+                embedding_scale=text_config.EMBEDDING_SCALE,
+                pool="mean",
+                dropout_rate=config.dropout,
+            ),
+            rngs=rngs,
+        )
+        self.features = nnx.data(None)
+        width = E
+        if convolve:
+            self.features = Convolutions(2 * E, config.filters, WIDTHS, rngs=rngs)
+            width = len(WIDTHS) * config.filters
+        self.dropout = nnx.Dropout(config.feature_dropout, rngs=rngs)
+        self.classify = Linear(width, classes, rngs=rngs)
+
+    def __call__(self, words: Any) -> jax.Array:
+        """Logits ``[B C]``."""
+        real = words != PAD
+        words = self.noise(words)
+        x = self.encoder.hidden(words, real=real)
+        if self.features is None:
+            x = self.encoder.pooled(x, real)
+        else:
+            vectors = self.encoder.embed.vectors(words)
+            x = self.features(jnp.concatenate([vectors, x], axis=-1), real)
+        return self.classify(self.dropout(x))
+
+
+class WordDropout(nnx.Module):
+    """Makes some words unknown in training, so that unknown ones are known.
+
+    Source: Iyyer et al. 2015, "Deep Unordered Composition Rivals Syntactic Methods".
+    """
+
+    def __init__(self, rate: float, *, rngs: nnx.Rngs) -> None:
+        self.rate, self.deterministic = rate, False
+        self.rngs = rngs.dropout.fork()
+
+    def __call__(self, words: Any) -> jax.Array:
+        """``[B T]`` to ``[B T]``; padding stays."""
+        words = jnp.asarray(words)
+        if self.deterministic or not self.rate:
+            return words
+        lost = jax.random.bernoulli(self.rngs(), self.rate, words.shape) & (words != PAD)
+        return jnp.where(lost, UNKNOWN, words)
+
+    def set_view(self, deterministic: bool | None = None) -> None:
+        """For ``nnx.view``."""
+        if deterministic is not None:
+            self.deterministic = deterministic
+
+
+def build(config: Any, vocabulary: int, classes: int, rngs: nnx.Rngs) -> nnx.Module:
+    """The model that is trained under its name."""
+    if config.model == "text_cnn":
+        return TextCNN(config, vocabulary, classes, rngs)
+    convolve = config.model == "attention_cnn"
+    return SelfAttention(config, vocabulary, classes, rngs, convolve=convolve)

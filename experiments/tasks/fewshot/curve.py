@@ -1,0 +1,102 @@
+"""Accuracy against the number of labelled examples: a table and a picture of ``fewshot``'s runs."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from pathlib import Path
+
+import numpy as np
+
+from experiments.report.ladders import Rung, Shown
+from experiments.report.plots import COLOURS
+
+ALL = 0  # as the number of examples
+TRAINING = 4907  # labelled questions there are
+
+
+def cells(ladder: list[Rung]) -> dict[str, dict[int, Rung]]:
+    """By model and number of examples; of those that differ in more, what is most like a preset."""
+    found: dict[str, dict[int, Rung]] = {}
+    for rung in ladder:
+        found.setdefault(rung.model, {}).setdefault(rung.runs[0]["config"]["examples"], rung)
+    return found
+
+
+def table(ladder: list[Rung]) -> list[str]:
+    """Accuracy: a row for each model, a column for each number; the best of a column is bold."""
+    rows = cells(ladder)
+    sizes = sorted({size for row in rows.values() for size in row}, key=_place)
+    best = {
+        size: max(row[size].mean("accuracy") for row in rows.values() if size in row)
+        for size in sizes
+    }
+    heads = ["all" if size == ALL else f"{size}" for size in sizes]
+    lines = [
+        f"| accuracy, %, of labelled examples: | {' | '.join(heads)} | parameters |",
+        f"| --- |{' ---: |' * (len(sizes) + 1)}",
+    ]
+    for model, row in rows.items():
+        shown = []
+        for size in sizes:
+            if size not in row:
+                shown.append("")
+                continue
+            mean, spread = (100 * x("accuracy") for x in (row[size].mean, row[size].spread))
+            cell = f"{mean:.1f} ± {spread:.1f}" if len(row[size].runs) > 1 else f"{mean:.1f}"
+            bold = row[size].mean("accuracy") == best[size]
+            shown.append(f"**{cell}**" if bold else cell)
+        parameters = next(iter(row.values())).runs[0]["parameters"]
+        lines.append(f"| {model} | {' | '.join(shown)} | {parameters:,} |")
+    return lines
+
+
+def order(ladder: list[Rung]) -> str:
+    """Of how many draws the table is, and how long a run took."""
+    draws = sorted({len(rung.runs) for rung in ladder})
+    number = f"{draws[0]} to {draws[-1]}" if len(draws) > 1 else f"{draws[0]}"
+    seconds = [run["seconds"] for rung in ladder for run in rung.runs if run["parameters"]]
+    trained = f" Training took {statistics.fmean(seconds):.0f} seconds a run." if seconds else ""
+    return f"Mean and standard deviation over draws, {number} of each number of examples.{trained}"
+
+
+def caption(title: str) -> str:
+    """What the plot shows."""
+    return f"Accuracy of {title} against the number of labelled examples"
+
+
+def draw(ladder: list[Rung], file: Path) -> None:
+    """Accuracy on the test split against the number of labelled examples."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axis = figure.subplots()
+    rows = cells(ladder)
+    for colour, (model, row) in zip(itertools.cycle(COLOURS), rows.items(), strict=False):
+        sizes = sorted(row, key=_place)
+        x = [_place(size) for size in sizes]
+        mean = np.array([100 * row[size].mean("accuracy") for size in sizes])
+        spread = np.array([100 * row[size].spread("accuracy") for size in sizes])
+        axis.plot(x, mean, color=colour, marker="o", markersize=4, linewidth=1.4, label=model)
+        axis.fill_between(x, mean - spread, mean + spread, color=colour, alpha=0.12, linewidth=0)
+    ticks = sorted({size for row in rows.values() for size in row}, key=_place)
+    axis.set_xscale("log")
+    axis.set_xticks([_place(size) for size in ticks])
+    axis.set_xticklabels(["all" if size == ALL else f"{size}" for size in ticks])
+    axis.minorticks_off()
+    axis.set_title("test accuracy, %; mean and deviation over draws", fontsize=10, loc="left")
+    axis.set_xlabel("labelled examples", fontsize=9)
+    axis.tick_params(labelsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(axis="y", color="#dddddd", linewidth=0.6)
+    axis.legend(fontsize=8.5, frameon=False, loc="lower right")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=100, facecolor="white", metadata={"Software": None})
+
+
+def _place(size: int) -> int:
+    """Where a number of examples is on the axis."""
+    return TRAINING if size == ALL else size
+
+
+SHOWN = Shown(table, order, caption, draw)

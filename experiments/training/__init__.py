@@ -1,0 +1,1 @@
+"""What a task is, the loop that trains it, and the folder of a run."""
