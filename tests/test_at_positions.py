@@ -38,7 +38,7 @@ def expected_mask(name, queries, keys):
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("name", MASKS)
-def test_rule_and_blocks(name, seed):
+def test_at_positions_follows_the_rule_and_its_block_map_is_sound(name, seed):
     queries, keys = random_positions(seed)
     mask, expected = (
         masks.at_positions(MASKS[name], queries, keys),
@@ -62,7 +62,7 @@ def test_blocks_are_skipped():
 
 
 @pytest.mark.parametrize("implementation", ["xla", "blockwise"])
-def test_in_attention_each_example_has_positions_of_its_own(implementation):
+def test_each_example_has_its_own_positions_in_attention(implementation):
     rng = np.random.default_rng(0)
     q, k, v = (rng.normal(size=(2, n, 2, 4)).astype(np.float32) for n in (T, S, S))
     places = [random_positions(seed) for seed in (0, 1)]

@@ -140,7 +140,7 @@ def test_the_block_size_does_not_matter(name):
         slow(100, 20, True),
     ],
 )
-def test_how_many_heads_are_computed_together_does_not_matter(heads, T, each, monkeypatch):
+def test_the_number_of_heads_batched_together_does_not_matter(heads, T, each, monkeypatch):
     q, k, v = inputs(B=(4,), T=T)
     mask = masks.window(2, 0)
     if each:
@@ -170,7 +170,7 @@ def test_how_many_heads_are_computed_together_does_not_matter(heads, T, each, mo
     assert set(looped) == {4 * N // min(heads, most)}
 
 
-def test_heads_together_where_a_mapped_axis_comes_last(monkeypatch):
+def test_heads_batched_where_a_mapped_axis_comes_last(monkeypatch):
     """The mapped axis is the outermost, and after the one that is taken in two parts."""
     monkeypatch.setattr(blockwise, "TOGETHER", 8 * 3 * 4)  # of 4 examples of 4 heads
     jax.clear_caches()

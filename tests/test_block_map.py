@@ -176,7 +176,7 @@ def problems(draw, trees=compositions, builders=None):
 @pytest.mark.slow
 @settings(max_examples=20)
 @given(problems())
-def test_compositions_let_through_what_their_parts_say(p):
+def test_compositions_follow_their_parts(p):
     mask, seen, _ = p.known()
     dense = mask.to_dense(*p.lengths, B=B, N=N)
     np.testing.assert_array_equal(dense, np.broadcast_to(seen, dense.shape))
@@ -226,14 +226,14 @@ def check_sound(p, seen, kinds):
 
 @settings(max_examples=40)
 @given(problems())
-def test_an_empty_block_is_empty_and_a_full_block_full(p):
+def test_block_maps_are_sound(p):
     mask, seen, _ = p.known()
     check_sound(p, seen, p.kinds(mask))
 
 
 @settings(max_examples=15)
 @given(problems())
-def test_block_maps_hold_for_traced_masks_too(p):
+def test_block_maps_of_traced_masks_are_sound(p):
     mask, seen, _ = p.known()
     traced = jax.jit(lambda mask: jnp.asarray(p.kinds(mask)))(mask)
     check_sound(p, seen, traced)

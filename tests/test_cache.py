@@ -42,7 +42,7 @@ def whole(arrays, mask, **options):
 
 @pytest.mark.parametrize("cuts", ["chunks", slow("at once"), slow("one by one")])
 @pytest.mark.parametrize("name", MASKS)
-def test_any_way_to_cut_equals_the_whole(name, cuts):
+def test_any_split_into_calls_equals_the_whole(name, cuts):
     arrays, kept, mask = inputs(), empty(capacity=T + 2), MASKS[name]
     step = jax.jit(functools.partial(cache.attend, mask=mask, return_lse=True))
     parts = []
@@ -80,7 +80,7 @@ def test_a_rolling_cache_equals_a_window(cuts, capacity):
 
 
 @pytest.mark.parametrize("cuts", CUTS)
-def test_a_rolling_cache_alone_is_a_window_of_its_capacity(cuts):
+def test_a_rolling_cache_without_a_mask_is_a_window_of_its_capacity(cuts):
     arrays, kept, parts = inputs(), empty(WINDOW, rolling=True), []
     for part in cut(arrays, CUTS[cuts]):
         out, kept = cache.attend(kept, *part)
@@ -139,7 +139,7 @@ def test_a_donated_cache_is_updated_in_place():
     assert memory.temp_size_in_bytes < size / 4
 
 
-def test_traced_overflow_writes_over_nothing():
+def test_traced_overflow_overwrites_nothing():
     _, k, v = inputs(T=3)
     step = jax.jit(lambda kept, k, v: kept.append(k, v))
     kept = step(empty(capacity=4), k, v)
@@ -158,7 +158,7 @@ def test_appending_more_than_a_rolling_cache_holds_keeps_the_last():
     assert sorted(np.asarray(kept.positions())[0]) == [5, 6, 7, 8]
 
 
-def test_padding_takes_no_place_in_a_rolling_cache():
+def test_padding_takes_no_slot_in_a_rolling_cache():
     _, k, v = inputs()
     kept = empty(capacity=4, rolling=True).append(k[:, :4], v[:, :4])
     kept = kept.append(k[:, 4:8], v[:, 4:8], count=np.array([1, 0]))
@@ -209,7 +209,7 @@ def test_a_rollback_of_nothing_and_of_everything():
         leaves_close(jax.jit(lambda kept: kept.rollback(kept.length - 2))(kept).length, [T - 2] * B)
 
 
-def test_a_rollback_to_what_is_written_over_is_refused():
+def test_a_rollback_past_overwritten_tokens_is_refused():
     _, k, v = inputs()
     kept = empty(capacity=WINDOW, rolling=True).append(k, v)  # holds 5, 6, 7, 8
     with pytest.raises(ValueError, match=r"length must be at least .*written over"):
@@ -227,7 +227,7 @@ def test_a_rollback_to_what_is_written_over_is_refused():
     cache.extend(again, *new, mask=masks.window(WINDOW - 2, 0))
 
 
-def test_overflow_is_forgotten_by_a_rollback():
+def test_a_rollback_clears_overflow():
     _, k, v = inputs(T=3)
     full = jax.jit(lambda kept: kept.append(k, v).append(k, v))(empty(capacity=4))
     assert full.overflowed.all()

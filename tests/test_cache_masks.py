@@ -155,7 +155,7 @@ def each_logit(score, T, S):
         return s
 
     fn = jax.vmap(jax.vmap(one, in_axes=(None, 0)), in_axes=(0, None))
-    return np.asarray(fn(jnp.arange(B), jnp.arange(N)))
+    return np.asarray(jax.jit(fn)(jnp.arange(B), jnp.arange(N)))
 
 
 # Attention follows from these pairs and logits: one test of it is enough.
@@ -163,7 +163,7 @@ def each_logit(score, T, S):
 
 @pytest.mark.parametrize("cuts", [[4, 1, 1], slow([3, 3])])
 @pytest.mark.parametrize("name", mostly_slow(MASKS, KINDS))
-def test_a_mask_shows_the_same_tokens(name, cuts):
+def test_a_mask_allows_the_same_pairs_with_a_cache(name, cuts):
     whole = np.asarray(MASKS[name].to_dense(T, T, B=B, N=N))
     np.testing.assert_array_equal(visible(MASKS[name], empty(), cuts), whole)
 
@@ -171,7 +171,7 @@ def test_a_mask_shows_the_same_tokens(name, cuts):
 @pytest.mark.slow
 @pytest.mark.parametrize("cuts", [[4, 1, 1], [3, 3]])
 @pytest.mark.parametrize("name", MASKS)
-def test_a_mask_shows_the_same_tokens_in_a_rolling_cache(name, cuts):
+def test_a_mask_allows_the_same_pairs_with_a_rolling_cache(name, cuts):
     near = MASKS[name] & masks.window(WINDOW - 1, None)
     whole = np.asarray(near.to_dense(T, T, B=B, N=N))
     np.testing.assert_array_equal(visible(near, empty(rolling=True), cuts), whole)
@@ -186,16 +186,18 @@ def test_a_mask_shows_the_same_tokens_in_a_rolling_cache(name, cuts):
     ],
 )
 @pytest.mark.parametrize("name", SCORES)
-def test_a_score_makes_the_same_logits(name, rolling, cuts):
+def test_a_score_gives_the_same_logits_with_a_cache(name, rolling, cuts):
     near = masks.window(WINDOW - 1, 0)
     seen, whole = np.asarray(near.to_dense(T, T)), each_logit(SCORES[name], T, T)
     got = changed(SCORES[name], empty(rolling), cuts, near)
     close(got, np.where(seen, whole, 0), 1e-5)
 
 
-@pytest.mark.parametrize("implementation", ["xla", "blockwise"])
-@pytest.mark.parametrize("rolling", [False, True])
-def test_attention_is_the_same(rolling, implementation):
+@pytest.mark.parametrize(
+    ("rolling", "implementation"),
+    [(False, "xla"), (True, "blockwise"), slow(True, "xla"), slow(False, "blockwise")],
+)
+def test_attention_with_a_cache_equals_the_whole_sequence(rolling, implementation):
     mask, score = BOTH & masks.window(2, None), (SCORES["relative_bias"], *SCORES["several"])
     expected = attention(*tokens(), mask=mask, score=score)
     options = {"mask": mask, "score": score, "implementation": implementation}
@@ -214,7 +216,7 @@ def test_a_prefix_in_more_than_one_call_is_refused(cuts):
         in_calls(empty(), cuts, mask=BOTH)
 
 
-def test_a_rolling_cache_refuses_what_it_holds_no_more():
+def test_a_rolling_cache_refuses_masks_that_look_back_too_far():
     for mask in (CAUSAL, masks.window(3, 0), BOTH, masks.segments(IDS) & CAUSAL):
         with pytest.raises(ValueError, match=r"mask may look back.*masks\.window\(2, None\)"):
             in_calls(empty(rolling=True), [T], mask=mask)

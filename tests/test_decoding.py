@@ -45,7 +45,7 @@ def by_hand(model, prompt, new=NEW):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["rotary, windows", "relative, a window"])
-def test_greedy_is_the_likeliest_each_time(name):
+def test_greedy_takes_the_most_likely_token(name):
     model = decoder(name)
     expected = [by_hand(model, p) for p in PROMPTS]
     for side in ("left", "right"):
@@ -59,7 +59,7 @@ def test_greedy_is_the_likeliest_each_time(name):
 
 
 @pytest.mark.slow
-def test_log_probability_is_that_of_the_tokens():
+def test_log_probability_sums_over_the_tokens():
     model = decoder()
     tokens, real = padded("left")
     got = generate(model, tokens, real=real, max_new_tokens=NEW)
@@ -96,7 +96,7 @@ def test_a_stop_token_ends_a_row_and_no_other():
 
 
 @pytest.mark.slow
-def test_going_on_from_the_caches_is_the_same():
+def test_resuming_from_caches_is_the_same():
     model = decoder("rotary, windows")
     tokens, real = padded("left")
     whole = generate(model, tokens, real=real, max_new_tokens=NEW).tokens
@@ -107,7 +107,7 @@ def test_going_on_from_the_caches_is_the_same():
 
 
 @pytest.mark.slow
-def test_sampling_is_of_the_key_and_the_row():
+def test_sampling_depends_on_the_key_and_the_row():
     model, prompt = decoder(), np.array([[3, 1]] * 40)
     options = {"max_new_tokens": NEW, "sampling": Sampling()}
     a = generate(model, prompt, key=jax.random.key(0), **options).tokens
@@ -176,7 +176,7 @@ def scores(model, prompt, new):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("stop", "penalty"), [((), 1.0), ((3,), 0.0), ((3, 8), 2.0)])
-def test_as_many_beams_as_continuations_find_the_best(stop, penalty):
+def test_enough_beams_find_the_best_continuation(stop, penalty):
     model, new, found = decoder(), 2, 6
     tokens, real = padded("left")
     options = {"beams": V, "length_penalty": penalty, "stop": stop, "pad_token": 0}
@@ -207,7 +207,7 @@ def test_one_beam_is_greedy():
 
 
 @pytest.mark.slow
-def test_beams_of_a_row_are_its_own():
+def test_beams_of_rows_are_independent():
     model = decoder("relative, a window")
     tokens, real = padded("left")
     options = {"max_new_tokens": NEW, "beams": 3, "stop": 4}

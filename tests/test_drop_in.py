@@ -101,13 +101,13 @@ def test_promote_dtype_is_called_in_place_of_the_cast():
 
 
 @pytest.mark.parametrize("precision", [None, "default", jax.lax.Precision.HIGH])
-def test_products_have_at_least_the_precision_asked_for(precision):
+def test_products_have_at_least_the_requested_precision(precision):
     x = jax.ShapeDtypeStruct((T, N, 8), jnp.float32)
     program = str(jax.make_jaxpr(lambda x: attention_fn(x, x, x, precision=precision))(x))
     assert set(re.findall(r"Precision\.(\w+)", program)) == {"HIGHEST"}
 
 
-def test_what_cannot_be_honoured_is_refused():
+def test_unsupported_arguments_are_refused():
     x = jax_normal(0, T, N, 8)
     for name in ("einsum_dot_general", "qk_attn_weights_einsum", "attn_weights_value_einsum"):
         with pytest.raises(NotImplementedError, match=f"{name} must be None"):
@@ -120,7 +120,7 @@ def test_what_cannot_be_honoured_is_refused():
         attention_fn(x, x, x, dropout_rate=0.5)
 
 
-def test_a_query_that_sees_nothing_gives_zero():
+def test_a_query_that_attends_to_no_key_gives_zero():
     x = jax_normal(0, T, N, 8)
     out = attention_fn(x, x, x, mask=~masks.prefix(0).to_dense(T, T) & (jnp.arange(T) > T))
     np.testing.assert_array_equal(out, 0)

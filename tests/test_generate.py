@@ -84,7 +84,7 @@ def test_unknown_tokens_outside_the_vocabulary_end_their_row_alone():
 
 
 @pytest.mark.slow
-def test_nor_does_a_beam_come_of_such_a_row():
+def test_beams_of_an_ended_row_stay_ended():
     bad = PROMPT.copy()
     bad[1, 0], bad[2, 2] = -1, V
     run = jax.jit(lambda x: beam_search(decoder(), x, max_new_tokens=2, beams=2))
@@ -180,14 +180,14 @@ FORMULAS = {
 
 
 @pytest.mark.parametrize("name", FORMULAS)
-def test_processors_are_their_formulas(name):
+def test_processors_equal_their_formulas(name):
     processor, expected = FORMULAS[name]
     got = processor(jnp.asarray(SO_FAR), jnp.asarray(LOGITS))
     np.testing.assert_allclose(got, expected, rtol=1e-6)
     assert hash(processor) == hash(eval(repr(processor), vars(sampling)))
 
 
-def test_sampling_is_its_processors():
+def test_sampling_equals_its_processors():
     how = Sampling(0.7, 5, 0.8, min_p=0.1, repetition_penalty=1.3)
     assert how.processors == (
         sampling.repetition_penalty(1.3),
@@ -230,14 +230,14 @@ def test_processors_see_the_prompt_and_what_was_generated():
             tokens.append(token)
 
 
-def test_a_penalty_without_end_repeats_nothing():
+def test_an_infinite_penalty_repeats_nothing():
     how = sampling.likeliest(lambda _, logits: logits - 1e3, sampling.repetition_penalty(1e6))
     got = generate(decoder(), PROMPT, max_new_tokens=NEW, sampling=how)
     for prompt, row in zip(PROMPT.tolist(), got.tokens.tolist(), strict=True):
         assert len(set(row) - set(prompt)) == NEW
 
 
-def test_where_nothing_is_left_there_is_no_token():
+def test_no_token_is_drawn_where_none_is_allowed():
     how = sampling.likeliest(lambda _, logits: jnp.full_like(logits, -jnp.inf))
     got = generate(decoder(), PROMPT, max_new_tokens=2, sampling=how)
     assert got.tokens.tolist() == [[-1, 0]] * 3
@@ -260,7 +260,7 @@ def shorter(_, logits):
 @pytest.mark.parametrize(
     "how", [None, pytest.param(Sampling(0.9, top_p=0.9), marks=pytest.mark.slow)]
 )
-def test_a_stream_gives_what_generate_does(how):
+def test_a_stream_equals_generate(how):
     options = {"real": REAL, "max_new_tokens": NEW, "sampling": how, "key": jax.random.key(1)}
     free = generate(decoder(), PROMPT, **options).tokens
     options |= {"stop": [int(free[0, 1]), int(free[1, 0])], "pad_token": 7}
@@ -290,6 +290,6 @@ def test_a_stream_of_an_encoder_decoder_reads_the_source():
     np.testing.assert_array_equal(np.stack([*stream(both_sides(), start, **options)], 1), expected)
 
 
-def test_a_stream_is_of_the_host():
+def test_a_stream_runs_on_the_host():
     with pytest.raises(TypeError, match="under jit use generate"):
         jax.jit(lambda x: stream(decoder(), x, max_new_tokens=1))(PROMPT)

@@ -79,7 +79,7 @@ def test_every_package_has_a_rank():
 
 
 @pytest.mark.parametrize("module", OURS)
-def test_imports_only_from_packages_before_its_own(module):
+def test_imports_only_from_packages_of_lower_rank(module):
     for name in imported(MODULES[module]):
         assert name.partition(".")[0] not in ("experiments", "tests", "conftest")
         if name.partition(".")[0] == "attention_jax":

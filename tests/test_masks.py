@@ -152,7 +152,7 @@ def test_examples_count_over_all_batch_axes():
         np.testing.assert_array_equal(dense[b], masks.causal(int(offset)).to_dense(T, S))
 
 
-def test_align_end_has_no_rule_before_the_lengths_are_known():
+def test_align_end_needs_the_lengths():
     with pytest.raises(ValueError, match=r"once T and S are known"):
         masks.causal(align="end").mask(0, 0, 1, 1)
 

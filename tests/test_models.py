@@ -78,7 +78,7 @@ def decoder(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", DECODERS)
-def test_caches_give_the_same(name):
+def test_caches_equal_the_whole_sequence(name):
     model, x = decoder(name), tokens(0, B, T)
     whole = call(model, x)
     assert whole.shape == (B, T, V)
@@ -95,7 +95,7 @@ def test_caches_give_the_same(name):
 @pytest.mark.parametrize(
     "name", ["learned", "rotary, windows", "relative, a window", "alibi, a mask"]
 )
-def test_ragged_chunks_give_the_same(name):
+def test_ragged_chunks_with_a_cache_equal_the_whole_sequence(name):
     """Row 0 gets 6 tokens and then 3, row 1 gets 2 and then 4, in chunks with padding last."""
     model, x = decoder(name), tokens(0, B, T)
     whole, caches = call(model, x), model.init_caches((B,), T)
@@ -109,7 +109,7 @@ def test_ragged_chunks_give_the_same(name):
     close(b[1], whole[1, 2:6], atol=1e-4)
 
 
-def test_a_window_needs_no_more_room_than_itself():
+def test_a_window_needs_a_cache_of_its_size():
     config = DECODERS["rotary, windows"]
     caches = models.Decoder(config, rngs=nnx.Rngs(0)).init_caches((B,), 100)
     assert [c.capacity for c in caches] == [3, 100, 3]
@@ -122,7 +122,7 @@ def test_a_window_needs_no_more_room_than_itself():
 @pytest.mark.parametrize(
     "name", [pytest.param("rotary, windows", marks=pytest.mark.slow), "relative, a window"]
 )
-def test_tokens_that_were_only_tried_are_forgotten(name):
+def test_rolled_back_tokens_are_forgotten(name):
     """Two tokens are tried and taken back, of one row both and of the other one."""
     model, x = decoder(name), tokens(0, B, T)
     whole, caches = call(model, x), model.init_caches((B,), T + 2, spare=2)
@@ -140,7 +140,7 @@ def prefix_decoder(**changes):
     return randomised(models.Decoder(config, rngs=nnx.Rngs(0)))
 
 
-def test_a_prompt_of_a_prefix_lm_sees_itself():
+def test_a_prefix_lm_attends_to_its_whole_prompt():
     model, x = prefix_decoder(), tokens(0, B, T)
     lengths = np.array([4, 6])
     whole = model(x, prefix=lengths)
@@ -156,7 +156,7 @@ def test_a_prompt_of_a_prefix_lm_sees_itself():
 
 
 @pytest.mark.parametrize("windows", [pytest.param((None,), marks=pytest.mark.slow), (3, None)])
-def test_caches_of_a_prefix_lm_give_the_same(windows):
+def test_caches_of_a_prefix_lm_equal_the_whole_sequence(windows):
     model, x = prefix_decoder(windows=windows), tokens(0, B, T)
     lengths = np.array([4, 2])
     whole = model(x, prefix=lengths)
@@ -173,7 +173,7 @@ def test_caches_of_a_prefix_lm_give_the_same(windows):
         model(x[:, :3], caches=model.init_caches((B,), T), prefix=lengths)
 
 
-def test_a_token_does_not_see_the_next():
+def test_a_decoder_is_causal():
     model, x = decoder("learned"), tokens(0, B, T)
     other = x.copy()
     other[:, -1] = (other[:, -1] + 1) % V
@@ -182,7 +182,7 @@ def test_a_token_does_not_see_the_next():
     assert np.abs(a[:, -1] - b[:, -1]).max() > 1e-3
 
 
-def test_a_mask_of_the_layers_joins_the_others_and_alibi_counts_distances():
+def test_a_mask_of_the_layers_is_combined_and_alibi_uses_distances():
     i, j = np.arange(T)[:, None], np.arange(T)
     mask = masks.chunked(4)
     config = models.DecoderConfig(V, layers(num_layers=1, mask=mask, alibi=True))
@@ -199,7 +199,7 @@ def test_a_mask_of_the_layers_joins_the_others_and_alibi_counts_distances():
     close(weights[0], far / far.sum(-1, keepdims=True))
 
 
-def test_a_window_of_an_encoder_is_on_both_sides():
+def test_an_encoder_window_has_two_sides():
     config = models.EncoderConfig(V, layers(num_layers=1, windows=(4,)), max_length=T)
     model, x = randomised(models.Encoder(config, rngs=nnx.Rngs(0))), tokens(0, 1, T)
     for j in range(T):
@@ -219,7 +219,7 @@ ENCODERS = {
 
 
 @pytest.mark.parametrize("name", ENCODERS)
-def test_padding_is_nothing(name):
+def test_padding_changes_nothing(name):
     config = models.EncoderConfig(V, layers(order="post"), max_length=T, **ENCODERS[name])
     model = randomised(models.Encoder(config, rngs=nnx.Rngs(0)))
     x, lengths = tokens(0, B, T), np.array([4, T])
@@ -228,7 +228,7 @@ def test_padding_is_nothing(name):
     close(got[:1] if config.head == "classes" else got[:1, :4], alone)
 
 
-def test_more_masks_compose():
+def test_masks_of_a_call_are_combined_with_the_models():
     model, x = decoder("learned"), tokens(0, B, T)
     documents = np.array([[0] * 4 + [1] * 5] * B)
     at = np.array([[0, 1, 2, 3, 0, 1, 2, 3, 4]] * B)

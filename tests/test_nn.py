@@ -72,7 +72,7 @@ def test_mask_and_score_are_values():
     close(both, separate(x))
 
 
-def test_positions_turn_queries_and_keys():
+def test_rotary_rotates_queries_and_keys():
     x, at = normal(0, B, T, E), np.array([[0, 1, 2, 0, 1, 2, 3], [5, 6, 7, 8, 9, 10, 11]])
     module = new(rotary=positions.Rotary(theta=50.0, width=2))
     turn = functools.partial(positions.rotary, theta=50.0, width=2)
@@ -97,7 +97,7 @@ def test_cross_attention(fused):
     close(got[0], module(x[0], context[0, :3]))
 
 
-def test_fused_is_the_same_product():
+def test_a_fused_projection_is_the_same_product():
     x = normal(0, B, T, E)
     fused, separate = new(fused=True, num_kv_heads=2), new(num_kv_heads=2)
     parts = ("query", "key", "value")
@@ -136,7 +136,7 @@ step = nnx.jit(lambda module, x, cache: module(x, cache=cache))
 
 @pytest.mark.parametrize("cuts", [[4, 2, 1], slow([1] * T)])
 @pytest.mark.parametrize("name", CACHED)
-def test_a_cache_gives_the_same(name, cuts):
+def test_a_cache_equals_the_whole_sequence(name, cuts):
     module, x = new(**CACHED[name]), normal(0, B, T, E)
     cache, parts, start = module.init_cache((B,), T + 1), [], 0
     for n in cuts:
@@ -147,7 +147,7 @@ def test_a_cache_gives_the_same(name, cuts):
     close(jnp.concatenate(parts, axis=1), whole)
 
 
-def test_a_rolling_cache_gives_the_same_scores():
+def test_a_rolling_cache_keeps_relative_scores():
     score = scores.alibi(), scores.relative_bias(normal(0, 8, 4), max_distance=6)
     module, x = new(mask=masks.window(2, 0), score=score), normal(0, B, T, E)
     cache, parts = module.init_cache((B,), 3, rolling=True), []
@@ -157,7 +157,7 @@ def test_a_rolling_cache_gives_the_same_scores():
     close(jnp.concatenate(parts, axis=1), module(x))
 
 
-def test_a_prefix_sees_itself_in_both_directions_with_a_cache():
+def test_a_prefix_mask_with_a_cache():
     module, x = new(mask=masks.prefix(3) | masks.causal()), normal(0, B, T, E)
     cache, parts = module.init_cache((B,), T), []
     for part in np.split(x, [4, 5, 6], axis=1):
@@ -171,7 +171,7 @@ def test_a_prefix_sees_itself_in_both_directions_with_a_cache():
         both(x, cache=both.init_cache((B,), T))
 
 
-def test_a_cache_gives_weights():
+def test_weights_with_a_cache():
     module, x = new(), normal(0, B, T, E)
     _, weights, cache = module(x, cache=module.init_cache((B,), T), return_weights=True)
     assert weights.shape == (B, 4, T, T)
@@ -179,7 +179,7 @@ def test_a_cache_gives_weights():
     assert cache.length.tolist() == [T, T]
 
 
-def test_attention_is_a_slot():
+def test_attention_can_be_replaced():
     """Another function takes the place of ours, with what ours would be given."""
     asked = []
 
@@ -197,7 +197,7 @@ def test_attention_is_a_slot():
     assert asked[1]["implementation"] == "mine"
 
 
-def test_recorded_weights_are_those_of_each_module_and_leave_the_model_alone():
+def test_recorded_weights_are_those_of_each_module():
     class Two(nnx.Module):
         def __init__(self):
             self.first = new(mask=masks.causal(), dropout_rate=0.5)
@@ -220,7 +220,7 @@ def test_recorded_weights_are_those_of_each_module_and_leave_the_model_alone():
 
 
 @pytest.mark.parametrize("name", mechanisms.NAMED)
-def test_a_mechanism_has_no_weights_to_show(name):
+def test_mechanisms_without_weights_say_so(name):
     attention = functools.partial(mechanisms.NAMED[name])
     module, x = new(attention=attention, mask=masks.causal()), normal(0, B, T, E)
     said = f"{name}.* has no weights of a softmax over keys"
@@ -242,7 +242,7 @@ def test_a_module_that_is_not_called_need_not_have_weights():
     assert list(found) == ["first"]
 
 
-def test_there_must_be_something_to_record():
+def test_recording_needs_an_attention_module():
     with pytest.raises(ValueError, match="model must hold a MultiHeadAttention"):
         nn.record_weights(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), normal(0, 1, 2))
 
@@ -297,7 +297,7 @@ def test_gradients_reach_every_parameter():
         assert np.abs(leaf.get_value()).max() > 1e-6, path
 
 
-def test_attention_is_the_librarys():
+def test_the_module_calls_attention():
     """Not a formula of its own: what the module calls is ``attention``."""
     module, x = new(implementation="blockwise"), normal(0, B, T, E)
     q, k, v = module._project(x, x, "query", "key", "value")

@@ -78,7 +78,7 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_harmless_entries(name, saved):
+def test_harmless_config_entries_are_accepted(name, saved):
     kind, entries = PUBLISHED[name]
     folder, expected = saved(kind, **entries)
     assert_same(pretrained.load(folder), expected)
@@ -133,7 +133,7 @@ def configured(kind, names=(), **entries):
 
 
 @pytest.mark.parametrize(("kind", "entries", "message"), HARMFUL)
-def test_other_values_of_them_are_not(kind, entries, message):
+def test_harmful_config_entries_are_refused(kind, entries, message):
     with pytest.raises(ValueError, match=r"config.json of a") as error:
         configured(kind, **entries)
     assert message in str(error.value)
@@ -157,7 +157,7 @@ def test_other_heads_are_named(kind, name):
         configured(kind, architectures=[name])
 
 
-def test_what_a_file_does_not_say_is_what_hugging_face_takes_it_to_be():
+def test_missing_entries_have_the_defaults_of_hugging_face():
     """As in the configuration classes of transformers 5.24; a null is not the same."""
     assert configured("mistral").layers.windows == (4096,)
     assert configured("mistral").layers.num_kv_heads == 8

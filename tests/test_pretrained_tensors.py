@@ -80,7 +80,7 @@ COPIES = [
 
 
 @pytest.mark.parametrize(("kind", "copy", "original"), COPIES)
-def test_a_copy_may_be_there_or_stand_alone(kind, copy, original, saved):
+def test_a_tied_tensor_may_be_stored_twice_or_once(kind, copy, original, saved):
     folder, expected = saved(kind, lambda arrays: arrays | {copy: arrays[original]})
     model = pretrained.load(folder)
     assert_same(model, expected)
@@ -93,7 +93,7 @@ def test_a_copy_may_be_there_or_stand_alone(kind, copy, original, saved):
 
 
 @pytest.mark.parametrize(("kind", "copy", "original"), COPIES[:-1])
-def test_a_copy_that_is_none_is_named(kind, copy, original, saved):
+def test_an_untied_copy_is_named(kind, copy, original, saved):
     folder, expected = saved(kind, lambda arrays: arrays | {copy: arrays[original] + 1})
     with pytest.raises(ValueError, match=f"{copy} should be a copy of {original} and is not"):
         pretrained.load(folder)
@@ -102,7 +102,7 @@ def test_a_copy_that_is_none_is_named(kind, copy, original, saved):
 
 
 @pytest.mark.parametrize(("kind", "copy", "original"), [COPIES[0], COPIES[1], COPIES[-1]])
-def test_a_head_of_its_own_is_used_where_that_is_said(kind, copy, original, saved):
+def test_an_untied_head_is_used_where_configured(kind, copy, original, saved):
     """Of T5 the tensors say it: its entry is about the scale of what the head sees."""
     doubled = "lm_head.weight"
     folder, expected = saved(kind, lambda arrays: arrays | {doubled: 2 * arrays[original]})
@@ -137,7 +137,7 @@ def test_a_missing_head_is_named_with_what_to_do(saved):
     assert pretrained.load(folder, config={"tie_word_embeddings": True}).config.tied
 
 
-def test_a_long_list_of_tensors_is_cut(saved):
+def test_a_long_list_of_tensors_is_truncated(saved):
     folder, _ = saved("llama", lambda arrays: {f"other.{name}": x for name, x in arrays.items()})
     with pytest.raises(ValueError, match=r"and 4 more like these") as error:
         pretrained.load(folder)
@@ -156,7 +156,7 @@ def test_numbers_that_float16_cannot_hold(saved):
         pretrained.load(folder, param_dtype=jnp.int8)
 
 
-def test_a_name_on_a_hub_is_no_folder():
+def test_a_hub_name_is_not_a_folder():
     with pytest.raises(FileNotFoundError, match=r"got 'org/name', which is none.*download"):
         pretrained.load("org/name")
 

@@ -57,7 +57,7 @@ each_way = pytest.mark.parametrize(
 
 
 @each_way
-def test_a_row_that_sees_no_key_gives_zero(how):
+def test_an_empty_row_gives_zero(how):
     arrays, options = inputs(), hiding(how, partial_mask())
     result = reference.attention(*arrays[:3], **options)
     assert np.all(result.out[:, EMPTY_ROWS] == 0.0)
@@ -75,7 +75,7 @@ def test_a_row_that_sees_no_key_gives_zero(how):
             assert np.all(array[:, :, EMPTY_ROWS] == 0.0)
 
 
-def test_if_no_row_sees_a_key_everything_is_zero():
+def test_if_every_row_is_empty_everything_is_zero():
     arrays = inputs()
     options = {"mask": np.zeros((1, 1), bool), "scores": (Softcap(CAP), Bias(np.ones((T, S))))}
     result = reference.attention(*arrays[:3], **options)
@@ -113,7 +113,7 @@ def test_a_sink_of_minus_infinity_is_no_sink():
 @pytest.mark.parametrize("sinks", [None, np.linspace(-1.0, 2.0, N)], ids=["no sinks", "sinks"])
 @pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
 @each_way
-def test_what_is_hidden_may_hold_anything(how, poison, sinks):
+def test_masked_positions_may_hold_anything(how, poison, sinks):
     mask = partial_mask()
     options = {**hiding(how, mask), "sinks": sinks}
     clean = inputs()
@@ -147,7 +147,7 @@ def test_masked_entries_of_a_bias_may_hold_anything(poison):
     assert np.all(g.scores[2][~mask] == 0.0)
 
 
-def test_a_key_hidden_in_one_head_only_stays_out_of_that_head():
+def test_a_key_masked_in_one_head_is_visible_in_the_others():
     query, key, value, *_ = inputs()
     mask = np.ones((N, 1, S), bool)
     mask[0, :, 2] = False  # heads 0 and 1 read the same key head
@@ -158,7 +158,7 @@ def test_a_key_hidden_in_one_head_only_stays_out_of_that_head():
     assert np.all(np.isnan(planted.out[:, :, 1]))
 
 
-def test_what_is_visible_is_not_hidden():
+def test_visible_nan_reaches_the_output():
     query, key, value, *_ = inputs()
     value[0, 0, 0, 0] = np.nan
     out = reference.attention(query, key, value).out
@@ -166,7 +166,7 @@ def test_what_is_visible_is_not_hidden():
     assert np.isnan(out).sum() == T * G
 
 
-def test_a_softcap_after_a_bias_makes_its_hidden_keys_visible():
+def test_a_softcap_after_a_masking_bias_makes_keys_visible():
     arrays = inputs()
     bias = np.where(np.arange(S) < 4, 0.0, -np.inf)
     result = reference.attention(*arrays[:3], scores=(Bias(bias), Softcap(CAP)))
@@ -180,7 +180,7 @@ def test_a_softcap_after_a_bias_makes_its_hidden_keys_visible():
     assert np.all(gradients.value[:, 4:] != 0.0)
 
 
-def test_examples_do_not_meet():
+def test_examples_are_independent():
     arrays, options = inputs(), every_option()
     arrays[0][1], arrays[1][1], arrays[2][1] = np.nan, np.nan, np.nan
     bad = reference.attention(*arrays[:3], **options)

@@ -87,7 +87,7 @@ def test_results_and_gradients_are_the_same(name, way):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_the_program_of_a_loop_does_not_grow_with_the_layers():
+def test_a_scanned_program_does_not_grow_with_the_layers():
     def equations(num_layers, **way):
         model = decoder(num_layers=num_layers, **way)
         graph, state = nnx.split(model)
@@ -98,7 +98,7 @@ def test_the_program_of_a_loop_does_not_grow_with_the_layers():
 
 
 @pytest.mark.slow
-def test_a_loop_that_computes_anew_needs_less_memory():
+def test_scan_with_remat_needs_less_memory():
     def temporaries(**way):
         model = decoder(num_layers=8, windows=(None,), **way)
         graph, parameters, rest = nnx.split(model, nnx.Param, ...)
@@ -114,13 +114,13 @@ def test_a_loop_that_computes_anew_needs_less_memory():
 
 
 @pytest.mark.parametrize("way", ["scan, remat", pytest.param("remat", marks=pytest.mark.slow)])
-def test_generation_is_the_same(way):
+def test_generation_under_scan_and_remat_is_the_same(way):
     plain, other = decoder(), decoder(**WAYS[way])
     found, right = (generate(m, TOKENS, max_new_tokens=4).tokens for m in (other, plain))
     np.testing.assert_array_equal(found, right)
 
 
-def test_weights_are_recorded_all_the_same():
+def test_weights_are_recorded_under_scan_and_remat():
     out, weights = record_weights(decoder(scan=True, remat=True), TOKENS)
     right, expected = record_weights(decoder(), TOKENS)
     np.testing.assert_array_equal(out, right)
@@ -152,7 +152,7 @@ def test_period():
         ({"scan": True, "windows": (2, 2, 2, None)}, ValueError, "scan needs windows that repeat"),
     ],
 )
-def test_mistakes_are_named(options, error, said):
+def test_mistakes_raise_errors(options, error, said):
     with pytest.raises(error, match=said):
         layers(**options)
 
@@ -173,7 +173,7 @@ class Keeping(FeedForward):
 
 
 @pytest.mark.parametrize("way", ["remat", "scan"])
-def test_what_a_block_would_keep_of_a_call_is_refused(way):
+def test_a_block_that_stores_activations_is_refused(way):
     model = decoder(**WAYS[way])
     for block in model.stack.blocks:
         block.feed_forward.sublayer = Keeping(8, 8, rngs=nnx.Rngs(0))

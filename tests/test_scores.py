@@ -126,14 +126,14 @@ def test_logits_keep_their_dtype(score, rule):
         assert score.resolve(T, S, N).score(s, 1, 2, QI, KJ).dtype == dtype
 
 
-def test_a_bias_of_minus_infinity_hides_whatever_the_logit_holds():
+def test_a_bias_of_minus_infinity_masks_nan_logits():
     array = np.array([0.5, -np.inf, -np.inf, -np.inf], np.float32)
     s = jnp.array([1.0, jnp.nan, jnp.inf, -jnp.inf])
     got = scores.bias(array).score(s, 0, 0, 0, np.arange(4))
     assert got.tolist() == [1.5, -math.inf, -math.inf, -math.inf]
 
 
-def test_what_waits_for_the_lengths_has_no_rule_before():
+def test_align_end_needs_the_lengths():
     for score in (
         scores.alibi(),
         scores.alibi(SLOPES, align="end"),
@@ -162,7 +162,7 @@ def cut(score, b, n, q0, k0, t, s):
 
 
 @each_rule
-def test_tile_equals_rule_wherever_it_lies(score, rule, x64):
+def test_a_tile_equals_the_rule_at_any_place(score, rule, x64):
     t, s = 4, 3
     logits, score = jnp.asarray(RNG.normal(size=(t, s))), in_float64(score)
 
@@ -256,7 +256,7 @@ def test_equal_scores_are_equal_and_hash_alike():
 
 
 @pytest.mark.usefixtures("x64")
-def test_alibi_slopes_are_float64_where_everything_is():
+def test_alibi_slopes_are_float64_under_x64():
     x = np.random.default_rng(0).normal(size=(1, 12, 9, 4))
     slopes = 2.0 ** -np.array([*range(1, 9), 0.5])  # the last is no float32
     distance = np.abs(np.arange(12)[:, None] - np.arange(12))

@@ -89,7 +89,7 @@ def test_any_split_merges_to_the_whole(how, x64):
 
 
 @given(problems, st.permutations(range(S)))
-def test_merge_commutes_and_nothing_is_neutral(p, order):
+def test_merge_commutes_and_the_empty_state_is_neutral(p, order):
     s, v = (x.astype(np.float32) for x in p)
     a, b, _ = blocks(s, v, order)
     nothing = softmax.start(T, D, jnp.float32)
@@ -98,7 +98,7 @@ def test_merge_commutes_and_nothing_is_neutral(p, order):
             np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
 
 
-def test_no_key_gives_zero_and_minus_infinity():
+def test_no_keys_give_zero_and_lse_minus_infinity():
     out, lse = finish(softmax.start(T, D, jnp.float32))
     assert (out == 0).all()
     assert (lse == -jnp.inf).all()
@@ -117,7 +117,7 @@ def test_a_sink_joins_the_denominator_once(p, sink):
         np.testing.assert_allclose(x, expected, rtol=2e-5, atol=2e-6)
 
 
-def test_dropout_leaves_the_normaliser_alone(x64):
+def test_dropout_does_not_change_the_normaliser(x64):
     s, v = problem(0, 0.0, 1.0)
     kept = np.random.default_rng(0).integers(0, 2, (T, S)) * 2.0
     state = softmax.update(softmax.start(T, D, jnp.float64), *map(jnp.asarray, (s, v, kept)))
@@ -133,7 +133,7 @@ def test_the_dtype_of_the_state_is_kept(dtype, x64):
     assert {x.dtype for x in (*merge(state, state), *finish(state))} == {jnp.dtype(dtype)}
 
 
-def test_gradients_at_hidden_keys_are_zero_not_nan(x64):
+def test_gradients_at_masked_keys_are_zero_not_nan(x64):
     s, v = problem(1, 0.9, 1.0)
     assert (s == -np.inf).all(1).any()
 
