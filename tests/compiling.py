@@ -12,6 +12,8 @@ import os
 OPTIONS = {
     "xla_backend_optimization_level": (0, 3),
     "xla_llvm_disable_expensive_passes": (True, False),
+    # Modules in parallel pay for large programs only, and the workers keep the cores busy.
+    "xla_cpu_parallel_codegen_split_count": (1, 32),
 }
 # XLA aborts on a flag it does not know: by version, not by trying.
 if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11):

@@ -16,6 +16,7 @@ os.environ["XLA_FLAGS"] = " ".join(
     ]
 )
 
+import gc
 import importlib.util
 import pkgutil
 
@@ -51,6 +52,12 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("default")
+
+
+def pytest_collection_finish():
+    """What is imported by now stays: the garbage collector need not walk through it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import mostly_slow
 from jax.test_util import check_grads
 
 from attention_jax import masks
@@ -58,6 +59,8 @@ def jitted(name, return_state):
 
 NAMES = ["linear", "retention", "gated", "scalar gates", "delta"]
 every = pytest.mark.parametrize("name", NAMES)
+# A default run takes two: gates per entry, and the delta rule.
+two_by_default = pytest.mark.parametrize("name", mostly_slow(NAMES, {"gated", "delta"}))
 
 
 def oracle(name, query, key, value, gates, beta):
@@ -97,7 +100,7 @@ def test_equals_the_recurrence_token_by_token(name):
     np.testing.assert_allclose(found, oracle(name, *arrays()), rtol=1e-10, atol=1e-12)
 
 
-@every
+@two_by_default
 @pytest.mark.usefixtures("x64")
 def test_a_state_resumes_after_earlier_tokens(name):
     """The steps of decoding equal the parallel form, however the sequence is cut."""
@@ -112,7 +115,7 @@ def test_a_state_resumes_after_earlier_tokens(name):
     np.testing.assert_allclose(state, last, rtol=1e-10, atol=1e-12)
 
 
-@every
+@two_by_default
 def test_padding_is_skipped(name):
     """As if the padding had not been there, whatever it holds."""
     given = arrays(T=9, dtype=np.float32)
@@ -169,7 +172,7 @@ def test_packed_documents_are_independent(name):
     np.testing.assert_allclose(found, alone(name, given, DOCUMENTS), rtol=1e-10, atol=1e-12)
 
 
-@every
+@two_by_default
 @pytest.mark.usefixtures("x64")
 def test_a_packed_state_resumes_within_its_document(name):
     """Wherever the row is cut: within a document, where another begins, within padding."""
@@ -239,7 +242,7 @@ def test_segments_need_causality():
         linear_attention(query, key, value, segments=np.zeros(4, int))
 
 
-@every
+@two_by_default
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_sums_are_in_float32(name, dtype):
     low = [jnp.asarray(x, dtype) for x in arrays()]
@@ -264,7 +267,7 @@ def test_gradients_equal_finite_differences(name):
     check_grads(total, (query, key, value, gates, beta), order=1, modes=["fwd", "rev"])
 
 
-@every
+@two_by_default
 def test_an_empty_sequence_keeps_the_state(name):
     given = arrays(T=5, dtype=np.float32)
     _, state = run(name, *given, return_state=True)
@@ -273,7 +276,7 @@ def test_an_empty_sequence_keeps_the_state(name):
     np.testing.assert_array_equal(state, same)
 
 
-@every
+@two_by_default
 def test_causal_outputs_ignore_later_tokens(name):
     given = arrays(dtype=np.float32)
     changed = [np.concatenate([x[:, :100], x[:, 100:] / 3], axis=1) for x in given]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import jax_normal
+from helpers import jax_normal, mostly_slow, slow
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -77,14 +77,8 @@ def put(mesh, spec, x):
     return jax.device_put(x, NamedSharding(mesh, P(*spec)))
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=() if name == "batch and heads" else pytest.mark.slow)
-        for name in SPECS
-    ],
-)
+@pytest.mark.parametrize("implementation", ["blockwise", slow("xla")])
+@pytest.mark.parametrize("name", mostly_slow(SPECS, {"batch and heads"}))
 def test_attention_and_its_gradient(mesh, name, implementation):
     def loss(arrays):
         out, lse = everything(**arrays, lengths=lengths, implementation=implementation)
@@ -137,7 +131,7 @@ def test_batch_and_heads_need_no_collective(mesh):
         assert not any(x in text for x in ("all-gather", "all-reduce", "all-to-all", "permute"))
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ["blockwise", slow("xla")])
 def test_vmap_over_a_sharded_axis(mesh, implementation):
     arrays = [inputs()[name] for name in ("query", "key", "value")]
 

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from helpers import close, randomised
+from helpers import close, mostly_slow, randomised, slow
 
 from attention_jax import masks, models, positions, scores
 from attention_jax.models import Layers, Relative
@@ -119,9 +119,8 @@ def test_a_window_needs_a_cache_of_its_size():
     assert [c.capacity for c in caches] == [7, 100, 7]
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param("rotary, windows", marks=pytest.mark.slow), "relative, a window"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["rotary, windows", "relative, a window"])
 def test_rolled_back_tokens_are_forgotten(name):
     """Two tokens are tried and taken back, of one row both and of the other one."""
     model, x = decoder(name), tokens(0, B, T)
@@ -218,7 +217,7 @@ ENCODERS = {
 }
 
 
-@pytest.mark.parametrize("name", ENCODERS)
+@pytest.mark.parametrize("name", mostly_slow(ENCODERS, {"tokens", "mean"}))
 def test_padding_changes_nothing(name):
     config = models.EncoderConfig(V, layers(order="post"), max_length=T, **ENCODERS[name])
     model = randomised(models.Encoder(config, rngs=nnx.Rngs(0)))
@@ -354,7 +353,7 @@ def test_encoder_decoder(name):
     close(jnp.concatenate(parts, axis=1), whole, atol=1e-4)
 
 
-@pytest.mark.parametrize("pool", ["class", "mean", "attention"])
+@pytest.mark.parametrize("pool", ["class", slow("mean"), slow("attention")])
 def test_vision(pool):
     config = models.VisionConfig((4, 6), 2, SMALL, classes=5, channels=3, pool=pool)
     model = randomised(models.VisionTransformer(config, rngs=nnx.Rngs(0)))

@@ -20,7 +20,7 @@ from attention_jax import attention, masks, scores
 
 B, T, S, N, K, H, D = 2, 5, 7, 4, 2, 3, 2
 pytestmark = pytest.mark.usefixtures("small_blocks", "x64")
-each_setting = pytest.mark.parametrize("setting", ["plain", "everything"])
+each_setting = pytest.mark.parametrize("setting", ["everything", slow("plain")])
 KEY = jax.random.key(0)
 
 
@@ -162,6 +162,7 @@ def test_second_and_third_derivatives_in_any_order():
     close(jax.jit(lambda: third(f))(), jax.jit(lambda: third(plain))(), 1e-7)
 
 
+@pytest.mark.slow
 def test_jacobians_forward_and_reverse():
     p, f, plain = setup("everything", "blockwise", "xla")
     g, h = (lambda value, f=f: f({**p, "value": value})[0] for f in (f, plain))
@@ -321,7 +322,7 @@ def test_sharded_arrays_under_jit_drop_the_same_pairs(implementation):
     close(got, jax.jit(jax.value_and_grad(scalar(plain)))(p))
 
 
-@pytest.mark.parametrize("saved", [True, False])
+@pytest.mark.parametrize("saved", [True, slow(False)])
 def test_a_checkpoint_that_saves_the_results_runs_the_forward_pass_once(saved):
     x = jnp.ones((300, 2, 4))
     policy = jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse")

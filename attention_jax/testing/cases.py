@@ -13,7 +13,7 @@ long     a pair whose lengths span many blocks
 numerics a promise where rounding matters: long sums, large logits, low precision
 padded   a promise with NaN and inf planted in padding
 empty    a promise with no keys, no queries, no examples or queries that attend to no key
-kernel   a few promises that reach most of a kernel, for interpreters, which are slow
+kernel   core promises that reach most of a kernel, for interpreters, which are slow
 narrow   a promise within the reach of the narrowest functions: one width, no grouped heads
 ======== ===========================================================================================
 """
@@ -255,7 +255,7 @@ _NUMERICS = {
     "empty rows by both",
     "everything",
 }
-_KERNEL = {"planted, bias", "heads in order", "length 0, sinks", "lse, long, bfloat16"}
+_KERNEL = {"planted, bias", "length 0, sinks"}
 # Tags of single promises; a group of them has its tag in ``_promises``.
 PROMISE_TAGS = {
     "numerics": _NUMERICS,
@@ -263,28 +263,22 @@ PROMISE_TAGS = {
     "core": {
         *_NUMERICS,
         *_KERNEL,
+        "heads in order",
         "no keys",
         "no queries",
         "no examples",
-        "no examples, two axes",
         "empty rows by mask",
         "empty rows by -inf bias",
-        "empty rows by causal offset",
         "length 0",
         "nothing visible",
         "no keys, sinks",
         "empty rows by mask, sinks",
-        "nothing visible, sinks",
         "planted",
-        "planted, Shaw",
         "planted, segments, long",
         "causal, T < S",
         "causal end, T < S",
-        "causal, T > S",
         "softcap shows -inf bias again",
         "score_fn hides",
-        "T5, one direction",
-        "bias of one batch axis",
         "traced layout",
         "complement",
         "evaluated mask_fn",
