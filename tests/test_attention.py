@@ -13,10 +13,7 @@ from hypothesis import given, settings
 from quick import as_users
 
 from attention_jax import attention, attention_weights, backends, masks, scores
-from attention_jax.backends import blockwise
-from attention_jax.backends.call import Call
-from attention_jax.core import dropout
-from attention_jax.core.axes import Sizes
+from attention_jax.backends import Blockwise
 
 B, T, S, N, K, H, D = 3, 5, 7, 4, 2, 3, 6
 pytestmark = pytest.mark.usefixtures("small_blocks")
@@ -185,31 +182,22 @@ def test_the_block_size_does_not_matter(name):
     q, k, v = inputs()
     options = OPTIONS[name]
     key = jax.random.key(1)
-    sizes = Sizes(B=(B,), T=T, S=S, K=K, G=N // K, H=H, D=D)
     rate = options.get("dropout_rate", 0.0)
-    mask = options.get("mask")
-    mask = None if mask is None else mask.resolve(T, S, N)
-    score = options.get("score", ())
+    extra = {"dropout_key": key} if rate else {}
 
     def loss(run, q, k, v):
         out, lse = run(q, k, v)
         return jnp.sin(out).sum() + jnp.cos(jnp.where(lse == -jnp.inf, 0, lse)).sum(), (out, lse)
 
-    def blocked(block, q, k, v):
-        call = Call(
-            q, k, v, mask, score, options.get("sinks"), jnp.float32(H**-0.5),
-            dropout.of_rate(rate, key, jnp.float32),
-        )  # fmt: skip
-        return blockwise.run(call, sizes, block=block)
-
-    def plain(q, k, v):
-        extra = {"dropout_key": key} if rate else {}
-        return attention(q, k, v, **options, **extra, implementation="xla", return_lse=True)
+    def run_by(implementation):
+        return functools.partial(
+            attention, **options, **extra, implementation=implementation, return_lse=True
+        )
 
     gradient = functools.partial(jax.grad, argnums=(0, 1, 2), has_aux=True)
-    expected = jax.jit(gradient(functools.partial(loss, plain)))(q, k, v)
+    expected = jax.jit(gradient(functools.partial(loss, run_by("xla"))))(q, k, v)
     for block in [(2, 3), (5, 2)]:
-        run = jax.jit(gradient(functools.partial(loss, functools.partial(blocked, block))))
+        run = jax.jit(gradient(functools.partial(loss, run_by(Blockwise(*block)))))
         close(run(q, k, v), expected, 1e-4)
 
 
@@ -333,13 +321,13 @@ def test_vmap_over_some_arguments_is_a_loop(name, implementation):
 def traces(monkeypatch):
     """Counts how often an implementation is traced."""
     count = []
-    xla = backends.IMPLEMENTATIONS["xla"]
 
-    def run(call, spec):
-        count.append(spec)
-        return xla.run(call, spec)
+    class Counting(backends.XLA):
+        def run(self, call, spec):
+            count.append(spec)
+            return super().run(call, spec)
 
-    monkeypatch.setitem(backends.IMPLEMENTATIONS, "xla", xla._replace(run=run))
+    monkeypatch.setitem(backends.IMPLEMENTATIONS, "xla", Counting())
     jax.clear_caches()
     return count
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 
 from attention_jax import Mask, block_map, masks
-from attention_jax.masks.block_map import EMPTY, FULL, PARTIAL, visits
+from attention_jax.masks.block_map import EMPTY, FULL, PARTIAL, schedule
 from attention_jax.masks.grid import Grid
 
 B, N = 3, 2
@@ -294,7 +294,7 @@ def test_visits_are_the_full_blocks_then_the_partial_ones(lengths, seed):
     T, S = lengths
     grid = Grid(T, S, block_q=2, block_k=2)
     kinds = np.random.default_rng(seed).integers(0, 3, (grid.rows, grid.columns)).astype(np.int8)
-    index, full, visited = visits(kinds, grid)
+    index, full, visited = schedule(kinds, grid)
     for r, row in enumerate(kinds):
         # A last block that is not filled is not taken for full.
         whole = [c for c in range(len(row)) if 2 * r + 2 <= T and 2 * c + 2 <= S]
@@ -304,7 +304,7 @@ def test_visits_are_the_full_blocks_then_the_partial_ones(lengths, seed):
         assert visited[r] == len(fulls) + len(others)
         assert index[r, : visited[r]].tolist() == fulls + others
     assert index.shape[1] == max(1, visited.max())
-    in_jax = visits(jnp.asarray(kinds), grid)
+    in_jax = schedule(jnp.asarray(kinds), grid)
     np.testing.assert_array_equal(in_jax.index[:, : index.shape[1]], index)
     np.testing.assert_array_equal(in_jax.full, full)
     np.testing.assert_array_equal(in_jax.visited, visited)

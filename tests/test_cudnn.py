@@ -22,8 +22,8 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 
 from attention_jax import masks, reference, scores
-from attention_jax.backends import Spec, cudnn, xla
-from attention_jax.backends.call import checked
+from attention_jax.backends import XLA, CuDNN
+from attention_jax.backends.call import bind, complete, spec_of
 from attention_jax.core.pytree import full_rank
 
 _dot_product_attention = jax.nn.dot_product_attention
@@ -37,6 +37,9 @@ def normal(seed, *shape, dtype=BF16):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
 
 
+CUDNN = CuDNN()
+
+
 def inputs(T=T, S=None, B=B, dtype=BF16, H=H, D=None):
     S, D = T if S is None else S, H if D is None else D
     return (
@@ -48,23 +51,25 @@ def inputs(T=T, S=None, B=B, dtype=BF16, H=H, D=None):
 
 def prepared(query, key, value, mask=None, score=(), scale=0.3, sinks=None, **options):
     """``Call`` and ``Spec``, as ``attention`` makes them."""
-    call, sizes = checked(query, key, value, mask=mask, score=score, sinks=sinks, scale=scale)
-    spec = Spec(
-        sizes=sizes,
-        dtype=call.query.dtype,
-        mask=call.mask,
-        score=call.score,
-        scale=scale if isinstance(scale, float) else None,
-        sinks=sinks is not None,
-        **{"dropout": False, "return_lse": False, "platform": "gpu", **options},
+    call = bind(
+        query,
+        key,
+        value,
+        mask=mask,
+        score=score,
+        sinks=sinks,
+        scale=scale,
+        static_numbers=True,
     )
-    return call, spec
+    call, sizes = complete(call)
+    known = scale if isinstance(scale, float) else None
+    return call, spec_of(call, sizes, scale=known, platform="gpu")._replace(**options)
 
 
 def output(query, key, value, **options):
     call, spec = prepared(query, key, value, **options)
-    assert cudnn.why_unsupported(spec) is None
-    out, lse = cudnn.run(call, spec)
+    assert CUDNN.why_unsupported(spec) is None
+    out, lse = CUDNN.run(call, spec)
     assert out.shape == query.shape
     assert out.dtype == query.dtype
     assert lse.shape == query.shape[:-1]
@@ -74,7 +79,7 @@ def output(query, key, value, **options):
 
 def by_xla(query, key, value, **options):
     call, spec = prepared(query, key, value, **options)
-    return xla.run(call, spec.sizes)[0]
+    return XLA().run(call, spec)[0]
 
 
 @pytest.fixture
@@ -252,7 +257,7 @@ REFUSED = [
     ({"mask": masks.window(2, 0), "S": 8}, "causal and T is 10 but S is 8"),
     ({"mask": masks.window(2, None)}, "left window without causal"),
     ({"mask": masks.window(2, None), "S": 8}, "left window without causal"),
-    ({"mask": masks.window(3, 1)}, "sees 1 keys after the query"),
+    ({"mask": masks.window(3, 1)}, "allows 1 keys after the query"),
     ({"mask": masks.window(2, 0) & masks.lengths(key=lengths)}, "window and key lengths"),
     ({"score": scores.softcap(2.0)}, "score Softcap has no place"),
     ({"score": scores.alibi()}, "score Alibi has no place"),
@@ -273,16 +278,16 @@ def test_refuses(options, reason):
     options = dict(options)
     shape = {name: options.pop(name) for name in ("T", "S", "D", "H", "dtype") if name in options}
     call, spec = prepared(*inputs(**shape), **options)
-    found = cudnn.why_unsupported(spec)
+    found = CUDNN.why_unsupported(spec)
     assert found is not None
     assert re.search(reason, found), found
-    assert cudnn.extra_bytes(spec) >= 0
+    assert CUDNN.extra_bytes(spec) >= 0
     if found.startswith("mask"):
         with pytest.raises(NotImplementedError, match=reason):
-            cudnn.run(call, spec)
+            CUDNN.run(call, spec)
 
 
-# --- Rows that see nothing, keys that nothing sees.
+# --- Fully masked queries and keys.
 
 
 hiding = np.asarray(normal(6, 1, T, T)).copy()
@@ -512,13 +517,13 @@ def test_vmap_of_a_shared_bias_is_refused():
 def test_extra_bytes():
     x = inputs()
     rows = 2 * math.prod(B) * T * H * 2
-    assert cudnn.extra_bytes(prepared(*x)[1]) == 0
-    assert cudnn.extra_bytes(prepared(*x, mask=masks.causal())[1]) == 0
-    assert cudnn.extra_bytes(prepared(*x, mask=masks.prefix(3))[1]) == rows * (N + K)
+    assert CUDNN.extra_bytes(prepared(*x)[1]) == 0
+    assert CUDNN.extra_bytes(prepared(*x, mask=masks.causal())[1]) == 0
+    assert CUDNN.extra_bytes(prepared(*x, mask=masks.prefix(3))[1]) == rows * (N + K)
     spec = prepared(*x, score=scores.bias(shared_bias))[1]
-    assert cudnn.extra_bytes(spec) == rows * (N + K) + 2 * N * T * T
+    assert CUDNN.extra_bytes(spec) == rows * (N + K) + 2 * N * T * T
     spec = prepared(*x, score=scores.bias(own_bias))[1]
-    assert cudnn.extra_bytes(spec) == rows * (N + K) + 2 * 6 * T * T
+    assert CUDNN.extra_bytes(spec) == rows * (N + K) + 2 * 6 * T * T
 
 
 def test_nothing_is_probed():
@@ -526,11 +531,11 @@ def test_nothing_is_probed():
     program = (
         "import jax, ml_dtypes\n"
         "from attention_jax.core.axes import Sizes\n"
-        "from attention_jax.backends import Spec, cudnn\n"
+        "from attention_jax.backends import CuDNN, Spec\n"
         "sizes = Sizes(B=(2,), T=128, S=128, K=2, G=1, H=64, D=64)\n"
         "spec = Spec(sizes, ml_dtypes.bfloat16, None, (), 0.1, False, 0.0, False, 'gpu')\n"
-        "assert cudnn.why_unsupported(spec) is None\n"
-        "assert cudnn.extra_bytes(spec) == 0\n"
+        "assert CuDNN().why_unsupported(spec) is None\n"
+        "assert CuDNN().extra_bytes(spec) == 0\n"
         "jax.config.update('jax_num_cpu_devices', 3)\n"  # which a backend that has started ignores
         "assert jax.device_count('cpu') == 3\n"
     )

@@ -142,15 +142,15 @@ def picky(monkeypatch):
     """A further implementation, first in line, that refuses softcap; what it ran."""
     ran = []
 
-    def why_unsupported(spec):
-        return "it knows no scores" if spec.score else None
+    class Picky(backends.XLA):
+        def why_unsupported(self, spec):
+            return "it knows no scores" if spec.score else None
 
-    def run(call, spec):
-        ran.append(spec)
-        return backends.IMPLEMENTATIONS["xla"].run(call, spec)
+        def run(self, call, spec):
+            ran.append(spec)
+            return super().run(call, spec)
 
-    entry = backends.Implementation(why_unsupported, run, lambda spec: 0)
-    monkeypatch.setitem(backends.IMPLEMENTATIONS, "picky", entry)
+    monkeypatch.setitem(backends.IMPLEMENTATIONS, "picky", Picky())
     rest = backends.preference
     monkeypatch.setattr(backends, "preference", lambda r: (("picky", "the best"), *rest(r)))
     jax.clear_caches()
@@ -238,9 +238,9 @@ def test_a_platform_without_kernels_runs_what_runs_everywhere():
         return_lse=False,
         platform="METAL",
     )
-    chosen, reasons = backends.choose(None, spec)
-    assert chosen == "blockwise"
-    assert set(reasons) == set(backends.IMPLEMENTATIONS)
+    choice = backends.choose(None, spec)
+    assert choice.name == "blockwise"
+    assert set(choice.reasons) == set(backends.IMPLEMENTATIONS)
 
 
 def test_the_platform_is_that_of_the_mesh_in_use():

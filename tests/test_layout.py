@@ -24,7 +24,6 @@ RANKS = [
     {"scores"},
     {"positions"},
     {"backends"},
-    {"explanation"},
     {"api"},
     {"cache"},
     {"mechanisms"},

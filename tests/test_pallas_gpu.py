@@ -14,8 +14,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from attention_jax import attention, explain, masks, scores
-from attention_jax.backends import pallas_gpu
 from attention_jax.backends.pallas_gpu import launch, refs, support
+from attention_jax.backends.pallas_gpu import run as pallas_gpu
 from attention_jax.core import compat
 from attention_jax.core.pytree import Lookup
 

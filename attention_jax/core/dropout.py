@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attention_jax.core.axes import is_array
+from attention_jax.core.axes import Shape, is_array
 
 # Odd constants that spread an index over 32 bits, one per index, so that (q, k) and (k, q) differ.
 _SPREAD = {
@@ -88,6 +88,12 @@ def keep(seed: Any, b: Any, n: Any, q: Any, k: Any, *, threshold: Any) -> Any:
 
     row = mix(mix(mix(seed ^ spread(b, "b")) ^ spread(n, "n")) ^ spread(q, "q"))
     return mix(row ^ spread(k, "k")) < threshold
+
+
+def keep_pairs(dropout: Dropout, b: Any, n: Any, shape: Shape) -> jax.Array:
+    """The dropout mask of one head, bool ``[T S]``: True where a probability is kept."""
+    q, k = jnp.arange(shape[0])[:, None], jnp.arange(shape[1])[None, :]
+    return keep(dropout.seed, b, n, q, k, threshold=dropout.threshold)
 
 
 def check_rate(rate: Any) -> None:

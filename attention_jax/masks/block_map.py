@@ -114,8 +114,8 @@ def kinds(mask: Mask | None, grid: Grid, b: Any, n: Any) -> Any:
     return xp.broadcast_to(kind, shape)
 
 
-class Visits(NamedTuple):
-    """What a backend walks through: for each query block, first the full, then the partial blocks.
+class BlockSchedule(NamedTuple):
+    """The key blocks to visit for each query block: first the full, then the partial ones.
 
     Row ``i`` visits key blocks ``index[i, :visited[i]]``, of which the first ``full[i]`` are full.
     """
@@ -125,14 +125,14 @@ class Visits(NamedTuple):
     visited: Any  # int32 [rows]
 
 
-def visits(kind: Any, grid: Grid) -> Visits:
+def schedule(kind: Any, grid: Grid) -> BlockSchedule:
     """The blocks to visit, given their kinds.
 
     A last block that the length does not fill counts as partial: a backend moves it back to lie
-    within the arrays, and must then hide what it shares with the block before.
+    within the arrays, and must then mask what it shares with the block before.
 
     >>> grid = Grid(T=4, S=6, block_q=2, block_k=2)
-    >>> v = visits(np.array([[2, 0, 1], [1, 2, 2]], np.int8), grid)
+    >>> v = schedule(np.array([[2, 0, 1], [1, 2, 2]], np.int8), grid)
     >>> v.index.tolist(), v.full.tolist(), v.visited.tolist()
     ([[0, 2, 1], [1, 2, 0]], [1, 2], [2, 3])
     """
@@ -146,4 +146,4 @@ def visits(kind: Any, grid: Grid) -> Visits:
     visited = (kind != EMPTY).sum(-1, dtype=np.int32)
     if xp is np:  # the longest row is known: keep no more
         order = order[:, : max(1, int(visited.max(initial=0)))]
-    return Visits(order, full, visited)
+    return BlockSchedule(order, full, visited)

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from attention_jax.backends.tile import product
 from attention_jax.core.axes import AnyArray, Key, Query, Value, accumulation_dtype
+from attention_jax.core.softmax import product
 from attention_jax.masks import causal
 from attention_jax.mechanisms.chunkwise import check_gate, checked, left_to_right
 from attention_jax.mechanisms.packing import PackedState, of, packed, runs

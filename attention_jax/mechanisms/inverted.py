@@ -7,12 +7,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from attention_jax.backends.call import Head, MaskLike, Scale, ScoreLike, checked
+from attention_jax.backends.call import Head, MaskLike, Scale, ScoreLike, bind, complete
 from attention_jax.backends.heads import over_heads_and_examples
-from attention_jax.backends.tile import product
-from attention_jax.backends.xla import scored
+from attention_jax.backends.xla import logits
 from attention_jax.core import softmax
 from attention_jax.core.axes import Key, Output, Query, Value
+from attention_jax.core.softmax import product
 
 
 def inverted_attention(
@@ -98,16 +98,16 @@ def _log_shares(s: jax.Array) -> jax.Array:
 
 
 def _inverted(head: Head) -> tuple[jax.Array]:
-    s, _, v = scored(head)
+    s, v, _ = logits(head)
     return (product(jnp.exp(_log_shares(s)), v, 1, 0),)
 
 
 def _slots(head: Head) -> tuple[jax.Array]:
-    s, _, v = scored(head)
+    s, v, _ = logits(head)
     return (product(softmax.rows(_log_shares(s)), v, 1, 0),)
 
 
 def _run(head: Any, query: Any, key: Any, value: Any, **options: Any) -> jax.Array:
-    call, sizes = checked(query, key, value, **options)
+    call, sizes = complete(bind(query, key, value, **options))
     (out,) = over_heads_and_examples(head, call, sizes, ("*B T N D",))
     return out.astype(call.query.dtype)

@@ -14,7 +14,6 @@ from jaxtyping import Array, Float
 
 from attention_jax.backends.call import check_types
 from attention_jax.backends.heads import lift
-from attention_jax.backends.tile import product
 from attention_jax.core.axes import (
     Key,
     Query,
@@ -23,6 +22,7 @@ from attention_jax.core.axes import (
     check_query_key_value,
     int_at_least,
 )
+from attention_jax.core.softmax import product
 from attention_jax.mechanisms.causal_padding import only_seen, seen
 from attention_jax.mechanisms.chunkwise import left_to_right, over_pieces
 from attention_jax.mechanisms.packing import PackedState, of, packed, runs

@@ -5,9 +5,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from attention_jax.backends.call import Head, MaskLike, Scale, ScoreLike, checked
+from attention_jax.backends.call import Head, MaskLike, Scale, ScoreLike, bind, complete
 from attention_jax.backends.heads import over_heads_and_examples
-from attention_jax.backends.xla import scored
+from attention_jax.backends.xla import logits
 from attention_jax.core import softmax
 from attention_jax.core.axes import Key, Output, Query, Value, int_at_least
 
@@ -49,10 +49,10 @@ def topk_attention(
     Source: Gupta et al. 2021, "Memory-efficient Transformers via Top-k Attention".
     """
     int_at_least("k", k, 1)
-    call, sizes = checked(query, key, value, mask=mask, score=score, scale=scale)
+    call, sizes = complete(bind(query, key, value, mask=mask, score=score, scale=scale))
 
     def head(one: Head) -> tuple[jax.Array]:
-        s, _, v = scored(one)
+        s, v, _ = logits(one)
         largest, top = jax.lax.top_k(s, min(k, s.shape[1]))  # [T k]
         return (jnp.einsum("tk,tkd->td", softmax.rows(largest), v[top]),)
 

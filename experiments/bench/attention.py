@@ -26,12 +26,10 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 
 import attention_jax as aj
-from attention_jax.backends import blockwise
-from attention_jax.backends.call import Call
-from attention_jax.core.axes import check_query_key_value
+from attention_jax.backends import Blockwise
+from attention_jax.backends.blockwise.run import SPEED
 from experiments.bench import scaling
 from experiments.bench.contenders import (
     Shape,
@@ -308,9 +306,9 @@ def short(options: Options) -> list[Row]:
 
 
 def blocks(options: Options) -> list[Row]:
-    """How fast the blockwise loops run with each block size: ``blockwise.SPEED``."""
+    """How fast the blockwise loops run with each block size: ``SPEED`` of the blockwise backend."""
     rows = []
-    for size in blockwise.SPEED:
+    for size in SPEED:
         for causal in (False, True):
             shape = Shape(4096, 4096, 4, causal=causal)
             for backward in (False, True):
@@ -324,10 +322,7 @@ def blocks(options: Options) -> list[Row]:
 
 def _with_blocks(shape: Shape, size: tuple[int, int]) -> Callable[..., Any]:
     def attend(q: Any, k: Any, v: Any) -> Any:
-        sizes = check_query_key_value(q, k, v)
-        scale = jnp.asarray(shape.H**-0.5, q.dtype)
-        call = Call(q, k, v, shape.mask, (), None, scale, None)
-        return blockwise.run(call, sizes, block=size)[0]
+        return aj.attention(q, k, v, mask=shape.mask, implementation=Blockwise(*size))
 
     return attend
 
