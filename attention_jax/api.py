@@ -26,6 +26,7 @@ from attention_jax.backends.call import (
     complete,
     spec_of,
 )
+from attention_jax.core import dropout
 from attention_jax.core.axes import (
     Key,
     Normaliser,
@@ -240,14 +241,14 @@ class Explanation:
     """Which implementation runs, why, and what it costs.
 
     Attributes:
-      chosen: the implementation's name, or None where none of those asked for can.
+      chosen: the implementation's name, or None if none of those asked for supports the call.
       platform: for which platform.
       reasons: for each implementation, the reason for or against it.
       blocks: visited, full and skipped blocks over all heads and examples, and the block size; None
-        where the mask's arrays are known only at run time.
+        if the mask's arrays are known only at run time.
       flops: of the forward pass over the visited blocks.
       dense_flops: of the forward pass over all pairs, ``2 * B * N * T * S * (H + D)``.
-      extra_bytes: for each implementation, forward, beside arguments and results.
+      extra_bytes: of each implementation's forward pass, beside arguments and results.
     """
 
     chosen: str | None
@@ -306,12 +307,12 @@ def explain(
     """Which implementation a call of ``attention`` runs, why, and what it costs.
 
     Args:
-      query, key, value: arrays, or ``jax.ShapeDtypeStruct``: nothing is computed with them.
+      query, key, value: arrays or ``jax.ShapeDtypeStruct``: only shapes and dtypes matter.
+      mask, score, ...: as for ``attention``.
       platform: ``"cpu"``, ``"gpu"`` or ``"tpu"``; None is the one in use.
-      The rest as for ``attention``.
 
     Returns:
-      A value that prints as a table. ``chosen`` is None where none of those asked for can.
+      A value that prints as a table.
 
     Raises:
       TypeError, ValueError: as ``attention``.
@@ -326,6 +327,7 @@ def explain(
     if platform not in ("cpu", "gpu", "tpu"):
         raise ValueError(f'platform must be "cpu", "gpu" or "tpu", got {platform!r}')
     asked = backends.as_backends(implementation)
+    dropout.check(dropout_rate, dropout_key)
     call = bind(
         query,
         key,
@@ -334,13 +336,12 @@ def explain(
         score=score,
         sinks=sinks,
         scale=scale,
-        dropout_rate=dropout_rate,
-        dropout_key=dropout_key,
         static_numbers=_static_numbers(asked, platform),
         abstract=True,
     )
     known_scale = call.scale if isinstance(call.scale, float) else None
-    call, sizes = complete(call)
+    query, key, value = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in call[:3])
+    call, sizes = complete(call._replace(query=query, key=key, value=value))
     spec = spec_of(
         call,
         sizes,
@@ -348,7 +349,7 @@ def explain(
         return_lse=return_lse,
         platform=platform,
         partitioned=backends.partitioned(),
-    )
+    )._replace(dropout=dropout_rate > 0.0)
     choice = backends.choose(asked, spec)
     # Without a choice, the blocks are those of the backend that every platform has.
     chosen = backends.IMPLEMENTATIONS["blockwise"] if choice.name is None else choice.backend

@@ -14,6 +14,7 @@ from quick import as_users
 
 from attention_jax import attention, attention_weights, backends, masks, scores
 from attention_jax.backends import Blockwise
+from attention_jax.backends.blockwise import formulas
 
 B, T, S, N, K, H, D = 3, 5, 7, 4, 2, 3, 6
 pytestmark = pytest.mark.usefixtures("small_blocks")
@@ -203,7 +204,7 @@ def test_the_block_size_does_not_matter(name):
 
 @pytest.mark.parametrize(("T", "each"), [(2, False), (20, False), (20, True)])
 @pytest.mark.parametrize("heads", [1, 8, 100])
-def test_how_many_heads_are_computed_together_does_not_matter(heads, T, each, monkeypatch):
+def test_the_number_of_batched_heads_does_not_matter(heads, T, each, monkeypatch):
     q, k, v = inputs(B=(4,), T=T)
     mask = masks.window(2, 0)
     if each:
@@ -221,22 +222,20 @@ def test_how_many_heads_are_computed_together_does_not_matter(heads, T, each, mo
 
     def spy(static, *rest):
         looped.append(math.prod(static.levels))
-        return over_rows(static, *rest)
+        return over_query_blocks(static, *rest)
 
-    over_rows = blockwise.over_rows
-    monkeypatch.setattr(blockwise, "over_rows", spy)
-    monkeypatch.setattr(blockwise, "TOGETHER", heads * min(T, 3) * 4)
+    over_query_blocks = formulas.over_query_blocks
+    monkeypatch.setattr(formulas, "over_query_blocks", spy)
     jax.clear_caches()
-    close(run("blockwise"), run("xla"))
+    close(run(Blockwise(3, 4, batch_pairs=heads * min(T, 3) * 4)), run("xla"))
     # Few queries: only heads that share keys. Other blocks for each example: not those.
     most = N // K if T == 2 else N if each else 4 * N
     assert set(looped) == {4 * N // min(heads, most)}
 
 
-def test_heads_together_where_a_mapped_axis_comes_last(monkeypatch):
-    """The mapped axis is the outermost, and after the one that is taken in two parts."""
-    monkeypatch.setattr(blockwise, "TOGETHER", 8 * 3 * 4)  # of 4 examples of 4 heads
-    jax.clear_caches()
+def test_batched_heads_where_a_mapped_axis_comes_last():
+    """The mapped axis is the outermost, and after the one that is split in two."""
+    small = Blockwise(3, 4, batch_pairs=8 * 3 * 4)  # 8 of the heads of 4 examples with 4 heads
     arrays = [jnp.stack([x, 2 * x], axis=-1) for x in inputs(B=(4,), T=20)]
 
     def run(implementation):
@@ -244,7 +243,7 @@ def test_heads_together_where_a_mapped_axis_comes_last(monkeypatch):
         mapped = jax.vmap(attend, in_axes=-1, out_axes=-1)
         return jax.jit(jax.value_and_grad(lambda x: jnp.sin(mapped(*x)).sum()))(arrays)
 
-    close(run("blockwise"), run("xla"))
+    close(run(small), run("xla"))
 
 
 # --- vmap is the batch axis.

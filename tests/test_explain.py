@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from attention_jax import attention, backends, explain, masks, scores
-from attention_jax.backends import blockwise
 from attention_jax.core.axes import Sizes
 
 B, T, S, N, K, H, D = 2, 11, 13, 4, 2, 3, 6
@@ -26,7 +25,7 @@ def arrays(T=T, S=S):
 
 @pytest.fixture
 def blocks_of_3_by_4(monkeypatch):
-    monkeypatch.setattr(blockwise, "block_sizes", lambda T, S, *_: (3, 4))
+    monkeypatch.setitem(backends.IMPLEMENTATIONS, "blockwise", backends.Blockwise(3, 4))
 
 
 @each_platform

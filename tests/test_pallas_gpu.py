@@ -175,8 +175,8 @@ def test_a_tile_larger_than_its_array_is_filled_up_with_zeros_and_stored_without
     dims = (mapped,)
 
     def kernel(x, _, y, tile):
-        tile[...] = refs.RefView(x, dims, (1,)).load((2, 16), (0, 16))
-        refs.RefView(y, dims, (0,)).store(tile[...], (2, 16), (0, 16))
+        tile[...] = refs.MappedRef(x, dims, (1,)).load((2, 16), (0, 16))
+        refs.MappedRef(y, dims, (0,)).store(tile[...], (2, 16), (0, 16))
 
     y, tile = pl.pallas_call(
         kernel,

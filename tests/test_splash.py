@@ -111,7 +111,7 @@ def test_equals_the_materialised_path(name):
 def test_a_mask_of_many_pairs_is_asked_block_by_block():
     asked = splash.StaticMask(masks.causal() & masks.window(1000, 0), 2**17, 2**17)
     start = time.perf_counter()
-    queries, keys = asked.seen()
+    queries, keys = asked.visible()
     assert queries.all()
     assert keys.all()
     assert time.perf_counter() - start < 20  # 1.7e10 pairs one by one take minutes and 16 GiB

@@ -177,7 +177,7 @@ def choose(asked: tuple[Named, ...] | None, spec: Spec) -> Choice:
             return "asked for"
         return f"asked for after {name}" if other in names else "not asked for"
 
-    able = [other for other in backends if why_not[other] is None]
+    able = [other for other in (*given, *IMPLEMENTATIONS) if why_not[other] is None]
     refusal = "; ".join(f"implementation {x!r} cannot: {why_not[x]}" for x in names)
     return Choice(
         name,

@@ -205,7 +205,7 @@ def complete(call: Call) -> tuple[Call, Sizes]:
             value=_as_array(call.value),
             mask=mask,
             score=tuple(full_rank(x.resolve(T, S, N), sizes, "score") for x in score),
-            scale=jnp.asarray(call.scale).astype(accumulation_dtype(call.query.dtype)),
+            scale=_as_scale(call),
         ),
         sizes,
     )
@@ -242,6 +242,12 @@ def spec_of(
 
 def _as_array(x: Any) -> Any:
     return x if isinstance(x, jax.ShapeDtypeStruct) else jnp.asarray(x)
+
+
+def _as_scale(call: Call) -> Any:
+    if isinstance(call.query, jax.ShapeDtypeStruct):  # nothing is computed for explain
+        return call.scale
+    return jnp.asarray(call.scale).astype(accumulation_dtype(call.query.dtype))
 
 
 def _hoisted(

@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -193,6 +194,7 @@ class OneHead:
             raw_q = zero_rows(visible.queries, raw_q)
             arrays = jax.tree.leaves(scores_of_visible(scores, visible))
             q, k, v = visible.zero_rows(q, k, v)
+        chex.assert_shape([q, k, v], [(t, self.H), (s, self.H), (s, self.D)])
         kept = None
         if self.dropout is not None:
             seed, threshold, keep_probability = self.dropout
