@@ -80,7 +80,7 @@ def mapped_shape(core: Shape, dims: Dims, levels: Shape) -> Shape:
     return tuple(at[axis] if axis in at else next(rest) for axis in range(rank))
 
 
-def spec(static: Static, avals: Sequence[Any], rank: int, dims: Dims) -> tuple[Any, ...]:
+def mesh_axes(static: Static, avals: Sequence[Any], rank: int, dims: Dims) -> tuple[Any, ...]:
     """The explicit mesh axes of a result: its mapped axes are sharded as those of the operands."""
     axes: list[Any] = [None] * rank
     for level, place in enumerate(dims):
@@ -190,7 +190,7 @@ def _cotangents(static: Static, avals: Sequence[Any]) -> list[Any]:
 
 def _result(static: Static, avals: Sequence[Any], core: Shape, dims: Dims, dtype: Any) -> Any:
     shape = mapped_shape(core, dims, static.levels)
-    return like(avals[0], shape, dtype, spec(static, avals, len(shape), dims))
+    return like(avals[0], shape, dtype, mesh_axes(static, avals, len(shape), dims))
 
 
 def _lowering(implementation: Callable[..., Any]) -> Callable[..., Any]:
