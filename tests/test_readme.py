@@ -9,6 +9,7 @@ import pathlib
 import re
 import shlex
 import shutil
+import textwrap
 import tomllib
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ FILES = sorted(
     for pattern in ("README.md", ".github/*.md", "experiments/**/*.md")
     for file in ROOT.glob(pattern)
 )
+FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.DOTALL | re.MULTILINE)  # also within lists
 PYTHON, SHELL, SHOWN = "python", ("bash", "sh"), ("text", "diff")
 # What each verb of ``python -m experiments`` calls once its options are parsed.
 WORK = (
@@ -52,8 +54,9 @@ class Block(NamedTuple):
 
 def blocks(file):
     text = file.read_text(encoding="utf-8")
-    for found in re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
-        yield Block(file, text[: found.start()].count("\n") + 1, *found.groups())
+    for found in FENCE.finditer(text):
+        _, language, code = found.groups()
+        yield Block(file, text[: found.start()].count("\n") + 1, language, textwrap.dedent(code))
 
 
 BLOCKS = [block for file in FILES for block in blocks(file)]
@@ -105,8 +108,8 @@ def test_commands_exist(command, monkeypatch):
         case ["python", "-m", module, *_]:
             assert importlib.util.find_spec(module)
         case [program, *_]:
-            there = shutil.which(program) or importlib.util.find_spec(program.replace("/", "_"))
-            assert program in BUILTINS or (ROOT / program).is_file() or there
+            ours = program in BUILTINS or (ROOT / program).is_file()
+            assert ours or shutil.which(program) or importlib.util.find_spec(program)
 
 
 def parse(arguments, monkeypatch):
@@ -127,6 +130,16 @@ def parse(arguments, monkeypatch):
         main(arguments)
 
 
+@pytest.mark.parametrize("file", ["README.md", ".github/CONTRIBUTING.md"])
+def test_files_named_in_the_text_exist(file):
+    words = re.findall(r"`([^`\s]+)`", FENCE.sub("", (ROOT / file).read_text(encoding="utf-8")))
+    paths = {word for word in words if word.endswith((".py", "/")) and "NAME" not in word}
+    places = ROOT, ROOT / "attention_jax", ROOT / "attention_jax/models/pretrained"
+    missing = {path for path in paths if not any((place / path).exists() for place in places)}
+    assert paths
+    assert not missing
+
+
 def test_the_install_and_test_command_stands_on_one_line_for_the_gate():
     assert len(INSTALL_AND_TEST.findall((ROOT / "README.md").read_text(encoding="utf-8"))) == 1
 
@@ -137,7 +150,7 @@ def test_the_readme_is_short():
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
 def test_links_lead_to_files(file):
-    text = re.sub(r"^```.*?^```$", "", file.read_text(encoding="utf-8"), flags=re.DOTALL | re.M)
+    text = FENCE.sub("", file.read_text(encoding="utf-8"))
     targets = [target.partition("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", text)]
     relative = [target for target in targets if target and "://" not in target]
     assert [target for target in relative if not (file.parent / target).exists()] == []
