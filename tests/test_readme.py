@@ -6,6 +6,7 @@ import importlib.util
 import io
 import itertools
 import pathlib
+import pkgutil
 import re
 import shlex
 import shutil
@@ -131,13 +132,14 @@ def parse(arguments, monkeypatch):
 
 
 @pytest.mark.parametrize("file", ["README.md", ".github/CONTRIBUTING.md"])
-def test_files_named_in_the_text_exist(file):
+def test_files_and_modules_named_in_the_text_exist(file):
     words = re.findall(r"`([^`\s]+)`", FENCE.sub("", (ROOT / file).read_text(encoding="utf-8")))
     paths = {word for word in words if word.endswith((".py", "/")) and "NAME" not in word}
-    places = ROOT, ROOT / "attention_jax", ROOT / "attention_jax/models/pretrained"
-    missing = {path for path in paths if not any((place / path).exists() for place in places)}
     assert paths
-    assert not missing
+    places = ROOT, ROOT / "attention_jax", ROOT / "attention_jax/models/pretrained"
+    assert {path for path in paths if not any((place / path).exists() for place in places)} == set()
+    for name in {word for word in words if word.startswith("attention_jax.")}:
+        assert pkgutil.resolve_name(name), name
 
 
 def test_the_install_and_test_command_stands_on_one_line_for_the_gate():
