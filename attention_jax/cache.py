@@ -5,6 +5,17 @@
     keys, values, mask, cache = extend(cache, key, value)  and what their queries attend to
     result, cache = attend(cache, query, key, value)       and attention to it
 
+A prompt in one call, in chunks or token by token gives the same results. Under ``jit``, donate the
+cache, so that it is updated in place rather than copied:
+
+>>> x = jax.random.normal(jax.random.key(0), (2, 10, 4, 8))  # *B T N H
+>>> cache = init((2,), capacity=16, num_kv_heads=4, head_dim=8)
+>>> step = jax.jit(attend, donate_argnums=0)
+>>> prompt, cache = step(cache, x[:, :9], x[:, :9], x[:, :9])
+>>> token, cache = step(cache, x[:, 9:], x[:, 9:], x[:, 9:])
+>>> token.shape, cache.length.tolist()
+((2, 1, 4, 8), [10, 10])
+
 A plain cache stores token ``p`` at slot ``p`` and holds ``capacity`` tokens. A rolling one stores
 it at ``p % capacity``, over the oldest, for models that look back no further than a window.
 

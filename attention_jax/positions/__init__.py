@@ -6,6 +6,12 @@ position, so that their product depends on the distance alone::
 
     angle_i = position * f_i,   f_i = theta ** (-2 i / width)
 
+>>> import numpy as np
+>>> query = np.ones((2, 5, 4, 16), np.float32)  # *B T N H
+>>> padded_left = np.array([[0, 1, 2, 3, 4], [0, 0, 0, 1, 2]])  # the second row has three tokens
+>>> rotary(query, padded_left).shape
+(2, 5, 4, 16)
+
 A ``Scaling`` is a value that changes the frequencies ``f`` for sequences longer than those that a
 model was trained on. Slopes and buckets (ALiBi, T5) and Shaw's vectors are scores:
 ``attention_jax.scores``.
