@@ -235,7 +235,7 @@ def test_mistakes_with_segments_are_named(options, error, said):
 
 def test_segments_need_causality():
     query, key, value, *_ = arrays(T=4, dtype=np.float32)
-    with pytest.raises(ValueError, match="segments are of causal attention"):
+    with pytest.raises(ValueError, match="return_state and segments require"):
         linear_attention(query, key, value, segments=np.zeros(4, int))
 
 

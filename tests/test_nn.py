@@ -246,7 +246,7 @@ def test_recorded_weights_are_those_of_each_module_and_leave_the_model_alone():
 def test_a_mechanism_has_no_weights_to_show(name):
     attention = functools.partial(mechanisms.NAMED[name])
     module, x = new(attention=attention, mask=masks.causal()), normal(B, T, E)
-    said = f"{name}.* has no weights of a softmax over keys"
+    said = f"{name}.* has no softmax weights over keys"
     with pytest.raises(NotImplementedError, match=said):
         module(x, return_weights=True)
     with pytest.raises(NotImplementedError, match=said):
