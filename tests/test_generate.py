@@ -136,7 +136,7 @@ def test_rows_that_roll_must_not_run_out_of_learned_positions():
     (cache,) = model.init_caches((3,), capacity=6)
     assert cache.rolling
     full = (dataclasses.replace(cache, length=jnp.array([4, 2, 3])),)
-    with pytest.raises(ValueError, match="at most 6 tokens, the learned positions"):
+    with pytest.raises(ValueError, match="has 6 learned positions"):
         generate(model, PROMPT[:, :1], max_new_tokens=3, caches=full)
 
 

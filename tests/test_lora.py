@@ -318,7 +318,7 @@ def test_a_model_without_adapters_has_none_to_take_out():
         ),
         ({"train": ("classify",)}, r"train must name some of .*embed.*; got classify"),
         # What is trained in full is not adapted.
-        ({"train": ("stack",)}, "where must name some of no attribute, for there is none"),
+        ({"train": ("stack",)}, "where must name some of no attribute, since there are none"),
     ],
 )
 def test_mistakes_are_named(options, said):

@@ -307,11 +307,11 @@ def test_an_entry_that_a_file_does_not_have_is_what_they_take_it_to_be(name):
     config = getattr(transformers, name)(**given)
     whole = config.to_dict()
     whole.pop("architectures", None)
-    (family,) = (x for x in pretrained.FAMILIES if config.model_type in x.TYPES)
+    (family,) = (x for x in pretrained.FAMILIES if config.model_type in x.MODEL_TYPES)
     configs = []
     for entries in (given, whole):
         x = HFConfig({"model_type": config.model_type, **entries})
-        configs.append(family.config(x, set()))
+        configs.append(family.from_hf(x, set()))
         x.finish("model")
     a, b = configs
     assert a == b

@@ -177,5 +177,5 @@ def test_what_a_block_would_keep_of_a_call_is_refused(way):
     model = decoder(**WAYS[way])
     for block in model.stack.blocks:
         block.feed_forward.sublayer = Keeping(8, 8, rngs=nnx.Rngs(0))
-    with pytest.raises(NotImplementedError, match="remat and scan keep nothing of a block's call"):
+    with pytest.raises(NotImplementedError, match="remat and scan discard changes"):
         model(TOKENS)

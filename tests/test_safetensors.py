@@ -157,7 +157,7 @@ def test_all_that_is_wrong_with_tensors_is_said_at_once(folder):
         arrays["extra.weight"] = np.zeros(3, np.float32)
         return arrays
 
-    with pytest.raises(ValueError, match="tensors are not those") as error:
+    with pytest.raises(ValueError, match="tensors do not fit") as error:
         pretrained.load(rewritten(folder, change))
     for part in (
         "transformer.wpe.weight is missing",
@@ -266,7 +266,7 @@ LLAMA = {
 )
 def test_what_a_family_cannot_do_is_named(entries, message, folder):
     (folder / "config.json").write_text(json.dumps(LLAMA | entries))
-    with pytest.raises(ValueError, match=r"config.json of a") as error:
+    with pytest.raises(ValueError, match=r"config.json of .* is not supported") as error:
         pretrained.load(folder)
     assert message in str(error.value)
 
