@@ -168,8 +168,8 @@ class Layers:
             object.__setattr__(self, name, x)
         if self.scan and self.num_layers > 1 and period(self.windows) == self.num_layers:
             raise ValueError(
-                f"scan needs windows with a period that divides num_layers = {self.num_layers} and "
-                f"is smaller, got {self.windows}"
+                f"scan needs windows that repeat with a period below num_layers = "
+                f"{self.num_layers} that divides it, got {self.windows}"
             )
 
     @property
