@@ -235,7 +235,7 @@ def wrong_modules():
         (lambda: cross(x), value, "context must be given", "width 6"),
         (lambda: cross(x, f(B, S, 8)), value, "C = 6", "(2, 7, 8)"),
         (lambda: own(x, c), value, "C = 8", "(2, 7, 6)"),
-        (lambda: fused(x, f(B, S, 8)), value, "context must be None where", "fused"),
+        (lambda: fused(x, f(B, S, 8)), value, "context must be None if", "fused"),
         (lambda: fused.keys_values(f(B, S, 8)), value, "fused"),
         (lambda: turned(x, f(B, S, 8)), value, "context must be None with rotary"),
         (lambda: cross(x, c, cache=cross.init_cache((B,), 9)), value, "cache must be None"),
@@ -266,14 +266,14 @@ def wrong_modules():
         (
             lambda: nn.Block(own, feed(), norm=norm)(x, c),
             value,
-            "context must be given exactly where",
+            "context must be given if and only if",
             "no cross-attention",
         ),
         (
             lambda: nn.Block(own, feed(), norm=norm, cross_attention=cross)(x),
             value,
-            "context must be given exactly where",
-            "got none",
+            "context must be given if and only if",
+            "got no context",
         ),
         (lambda: embed(positions="fixed"), value, "positions must be one of", "'fixed'"),
         (lambda: embed(positions="learned"), value, "max_length must be given"),
@@ -407,7 +407,7 @@ def wrong_models():
         (
             lambda: models.EncoderDecoderConfig(10, small, Layers(4, 1, 2)),
             value,
-            "one width",
+            "the same width",
             "8 and 4",
         ),
         (lambda: models.VisionConfig((4, 6), 4, small), value, "patch must divide", "4"),
@@ -423,7 +423,7 @@ def wrong_models():
         (lambda: go(max_new_tokens=0), value, "max_new_tokens must be at least 1", "0"),
         (lambda: go(max_new_tokens=9), value, "capacity must be at most 6", "11"),
         (lambda: go(capacity=3), value, "capacity must be at least 4", "got 3"),
-        (lambda: go(real=real), value, "real must have a token in every row"),
+        (lambda: go(real=real), value, "real must be True somewhere in every row"),
         (lambda: go(real=real[:1]), value, "real must be bool of the prompt's shape", "(1, 3)"),
         (lambda: go(real=real.astype(int)), value, "real must be bool", "int64"),
         (lambda: go(sampling=Sampling()), value, "key must be given with sampling"),
@@ -697,7 +697,7 @@ def wrong_mechanisms():
 
     value, type_, cannot = "ValueError", "TypeError", "NotImplementedError"
     q, k, v = good().values()
-    x, square = f(B, T, K, H), f(B, T, K, 1)  # one length, for those that read left to right
+    x, square = f(B, T, K, H), f(B, T, K, 1)  # one length, for the causal ones
     mixing, centroids, vector = f(4, S), f(K, 3, H), f(N, H)
     plain = {
         "inverted": m.inverted_attention,
@@ -721,10 +721,10 @@ def wrong_mechanisms():
     yield lambda: m.topk_attention(q, k, v, k=2.0), type_, "k must be an int"
     for mask in (masks.window(2, 0), masks.causal(1), masks.causal(), b(T, S)):
         call = functools.partial(m.linear_attention, q, k, v, mask=mask)
-        yield call, cannot, "linear_attention can", "take"
+        yield call, cannot, "linear_attention supports", "use attention"
     yield lambda: m.linear_attention(x, x, x, return_state=True), value, "mask=masks.causal()"
     yield lambda: m.performer_features(jax.random.key(0), 0, 4), value, "H must be at least 1"
-    yield lambda: m.retention(x, x, x, mask=None), value, "left to right"
+    yield lambda: m.retention(x, x, x, mask=None), value, "retention is causal"
     yield lambda: m.retention(x, x, x, decay=f(3)), value, "decay has shape (3,)", "[K] = (2,)"
     yield lambda: m.retention(x, x, x, state=x), value, "state must have shape [*B K M D]"
     yield lambda: m.retention(x, x, x, return_state=1), type_, "return_state must be True or False"
@@ -747,7 +747,7 @@ def wrong_mechanisms():
         wrong[place] = wrong[place][:1]
         yield functools.partial(m.latent_attention, *wrong), value, f"{name} must have shape"
     call = functools.partial(m.absorbed_latent_attention, *latents, return_lse=True)
-    yield call, cannot, "return_lse: take latent_attention"
+    yield call, cannot, "use latent_attention"
     linear = m.NAMED["linear"]
     yield (
         lambda: linear(x, x, x, score=scores.softcap(3.0)),

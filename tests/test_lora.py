@@ -1,4 +1,4 @@
-"""Low-rank adapters: they begin as nothing, few numbers train, and merged they are gone."""
+"""Low-rank adapters: initially without effect, few trainable parameters, and merged again."""
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +53,7 @@ def adapted(model, seed=1, **options):
 
 
 def moved(model, size=0.3):
-    """With adapters that are not 0 any more."""
+    """With nonzero adapters."""
     for i, (_, module) in enumerate(nnx.iter_modules(model)):
         if isinstance(module, nnx.LoRA):
             b = module.lora_b
@@ -75,7 +75,7 @@ MODELS = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_adapters_begin_as_nothing_and_merged_are_what_they_were(name):
+def test_adapters_start_at_zero_and_merging_keeps_the_outputs(name):
     make, call = MODELS[name]
     model = make()
     before = call(model)
@@ -98,7 +98,7 @@ def test_adapters_begin_as_nothing_and_merged_are_what_they_were(name):
         (classifier(), ("classify",), {"classify"}),
     ],
 )
-def test_what_is_named_is_adapted_and_nothing_else_trains(model, where, layers_of):
+def test_only_named_projections_are_adapted_and_train(model, where, layers_of):
     new = adapted(model, where=where)
     assert {name.split(".")[-2] for name in names(new, nnx.Param)} == layers_of
     assert names(new, nnx.Param) == names(new, nnx.LoRAParam)
@@ -106,7 +106,7 @@ def test_what_is_named_is_adapted_and_nothing_else_trains(model, where, layers_o
     assert kept == names(model, nnx.Param)
 
 
-def test_a_head_that_is_named_trains_in_full():
+def test_a_named_head_trains_in_full():
     new = adapted(classifier(), train=("classify", "norm"))
     whole = names(new, nnx.Param) - names(new, nnx.LoRAParam)
     assert {name for name in whole if ".norm." not in f".{name}"} == {
@@ -118,7 +118,7 @@ def test_a_head_that_is_named_trains_in_full():
     assert names(only, nnx.Param) == {"classify.kernel", "classify.bias"}
 
 
-def test_the_gradient_is_of_adapters_alone_and_the_step_learns():
+def test_gradients_are_of_adapters_only_and_a_step_reduces_the_loss():
     new = adapted(classifier(), train=("classify",))
     labels = jnp.array([0, 1])
     graph, parameters, rest = nnx.split(new, nnx.Param, ...)
@@ -137,7 +137,7 @@ def test_the_gradient_is_of_adapters_alone_and_the_step_learns():
     assert loss(step) < value
 
 
-def test_the_tied_table_stays_one():
+def test_tied_tables_stay_tied():
     model = decoder()
     new = adapted(model, train=("embed",))
     assert "embed.tokens" in names(new, nnx.Param)
@@ -162,7 +162,7 @@ class Twice(nnx.Module):
         return self.tied(self.other(self.query(x)))
 
 
-def test_what_is_shared_stays_shared():
+def test_shared_projections_stay_shared():
     model = Twice(rngs=nnx.Rngs(0))
     x = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
     new = adapted(model)
@@ -197,7 +197,7 @@ def test_adapters_have_the_dtype_of_their_projection():
     np.testing.assert_array_equal(adapted(half)(TOKENS), half(TOKENS))
 
 
-def test_a_second_adapter_leaves_the_first_as_it_is():
+def test_a_second_adapter_keeps_the_first():
     first = moved(adapted(decoder(), where=("query",)))
     second = adapted(first, where=("value",))
     assert {name.split(".")[-2] for name in names(second, nnx.Param)} == {"value"}
@@ -206,7 +206,7 @@ def test_a_second_adapter_leaves_the_first_as_it_is():
 
 
 @pytest.mark.parametrize("window", [3, pytest.param(None, marks=pytest.mark.slow)])
-def test_a_loaded_decoder_writes_the_same_adapted_and_merged(tmp_path, window):
+def test_a_loaded_decoder_generates_the_same_adapted_and_merged(tmp_path, window):
     more = {"num_kv_heads": 1, "gated": True, "norm": "rms", "bias": False}
     more |= {"feed_forward_bias": False, "activation": "silu", "windows": (window,)}
     config = DecoderConfig(V, layers(**more, rotary=Rotary()), max_length=64)
@@ -253,7 +253,7 @@ def test_a_loaded_encoder_is_adapted(tmp_path):
     np.testing.assert_allclose(merged(new)(TOKENS), after, rtol=1e-4, atol=1e-5)
 
 
-def test_adapters_alone_come_back(tmp_path):
+def test_adapters_round_trip_without_the_model(tmp_path):
     options = {"where": ("query", "down"), "train": ("classify",)}
     trained = moved(adapted(classifier(), **options))
     trained.classify.bias[...] = jnp.arange(4, dtype=jnp.float32)
@@ -273,14 +273,14 @@ def test_adapters_alone_come_back(tmp_path):
     np.testing.assert_array_equal(low_rank_state(trained)["classify.bias"], np.arange(4))
 
 
-def test_adapters_alone_are_all_of_them_where_some_are_frozen():
+def test_saved_adapters_include_frozen_ones():
     second = moved(adapted(moved(adapted(decoder(), where=("query",))), where=("value",)))
     state = low_rank_state(second)
     again = with_low_rank(adapted(decoder(), seed=7), state)  # both at once
     np.testing.assert_array_equal(again(TOKENS), second(TOKENS))
 
 
-def test_adapters_alone_take_the_dtype_of_the_model():
+def test_loaded_adapters_take_the_dtype_of_the_model():
     new = adapted(decoder())
     state = {name: np.asarray(x, jnp.bfloat16) for name, x in low_rank_state(moved(new)).items()}
     again = low_rank_state(with_low_rank(new, state))
@@ -296,13 +296,13 @@ def test_adapters_alone_take_the_dtype_of_the_model():
         ({"train": ("embed",)}, r"embed.tokens is missing"),
     ],
 )
-def test_adapters_that_do_not_fit_are_refused(options, said):
+def test_adapters_that_do_not_fit_raise(options, said):
     state = low_rank_state(adapted(decoder()))
     with pytest.raises(ValueError, match=f"same rank, where and train: .*{said}"):
         with_low_rank(adapted(decoder(), **options), state)
 
 
-def test_a_model_without_adapters_has_none_to_take_out():
+def test_a_model_without_adapters_raises():
     for model in (decoder(), merged(adapted(decoder()))):
         with pytest.raises(ValueError, match="model must have adapters"):
             low_rank_state(model)
@@ -318,9 +318,9 @@ def test_a_model_without_adapters_has_none_to_take_out():
         ),
         ({"train": ("classify",)}, r"train must name some of .*embed.*; got classify"),
         # What is trained in full is not adapted.
-        ({"train": ("stack",)}, "where must name some of no attribute, for there is none"),
+        ({"train": ("stack",)}, "where must name some of no attribute, since there are none"),
     ],
 )
-def test_mistakes_are_named(options, said):
+def test_invalid_names_raise(options, said):
     with pytest.raises(ValueError, match=said):
         adapted(decoder(), **options)

@@ -1,4 +1,4 @@
-"""The models: padding changes nothing, caches change nothing, every parameter learns."""
+"""Models: padding and caches do not change results, and every parameter learns."""
 
 import dataclasses
 
@@ -83,7 +83,7 @@ def decoder(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", DECODERS)
-def test_caches_give_the_same(name):
+def test_caches_do_not_change_the_result(name):
     model, x = decoder(name), tokens(0, B, T)
     whole = call(model, x)
     assert whole.shape == (B, T, V)
@@ -100,7 +100,7 @@ def test_caches_give_the_same(name):
 @pytest.mark.parametrize(
     "name", ["learned", "rotary, windows", "relative, a window", "alibi, a mask"]
 )
-def test_ragged_chunks_give_the_same(name):
+def test_ragged_chunks_do_not_change_the_result(name):
     """Row 0 gets 6 tokens and then 3, row 1 gets 2 and then 4, in chunks with padding last."""
     model, x = decoder(name), tokens(0, B, T)
     whole, caches = call(model, x), model.init_caches((B,), T)
@@ -114,7 +114,7 @@ def test_ragged_chunks_give_the_same(name):
     close(b[1], whole[1, 2:6], atol=1e-4)
 
 
-def test_a_window_needs_no_more_room_than_itself():
+def test_caches_of_windows_are_no_larger_than_the_window():
     config = DECODERS["rotary, windows"]
     caches = models.Decoder(config, rngs=nnx.Rngs(0)).init_caches((B,), 100)
     assert [c.capacity for c in caches] == [3, 100, 3]
@@ -127,8 +127,8 @@ def test_a_window_needs_no_more_room_than_itself():
 @pytest.mark.parametrize(
     "name", [pytest.param("rotary, windows", marks=pytest.mark.slow), "relative, a window"]
 )
-def test_tokens_that_were_only_tried_are_forgotten(name):
-    """Two tokens are tried and taken back, of one row both and of the other one."""
+def test_rollback_of_speculated_tokens(name):
+    """Two tokens are speculated; one row rolls back both, the other one of them."""
     model, x = decoder(name), tokens(0, B, T)
     whole, caches = call(model, x), model.init_caches((B,), T + 2, spare=2)
     _, caches = step(model, x[:, :6], caches, np.array([6, 5]))
@@ -145,7 +145,7 @@ def prefix_decoder(**changes):
     return randomised(models.Decoder(config, rngs=nnx.Rngs(0)))
 
 
-def test_a_prompt_of_a_prefix_lm_sees_itself():
+def test_the_prompt_of_a_prefix_lm_is_bidirectional():
     model, x = prefix_decoder(), tokens(0, B, T)
     lengths = np.array([4, 6])
     whole = model(x, prefix=lengths)
@@ -161,7 +161,7 @@ def test_a_prompt_of_a_prefix_lm_sees_itself():
 
 
 @pytest.mark.parametrize("windows", [pytest.param((None,), marks=pytest.mark.slow), (3, None)])
-def test_caches_of_a_prefix_lm_give_the_same(windows):
+def test_caches_of_a_prefix_lm_do_not_change_the_result(windows):
     model, x = prefix_decoder(windows=windows), tokens(0, B, T)
     lengths = np.array([4, 2])
     whole = model(x, prefix=lengths)
@@ -178,7 +178,7 @@ def test_caches_of_a_prefix_lm_give_the_same(windows):
         model(x[:, :3], caches=model.init_caches((B,), T), prefix=lengths)
 
 
-def test_a_token_does_not_see_the_next():
+def test_decoders_are_causal():
     model, x = decoder("learned"), tokens(0, B, T)
     other = x.copy()
     other[:, -1] = (other[:, -1] + 1) % V
@@ -187,7 +187,7 @@ def test_a_token_does_not_see_the_next():
     assert np.abs(a[:, -1] - b[:, -1]).max() > 1e-3
 
 
-def test_a_mask_of_the_layers_joins_the_others_and_alibi_counts_distances():
+def test_the_mask_of_the_layers_is_combined_with_others_and_alibi():
     i, j = np.arange(T)[:, None], np.arange(T)
     mask = masks.chunked(4)
     config = models.DecoderConfig(V, layers(num_layers=1, mask=mask, alibi=True))
@@ -204,7 +204,7 @@ def test_a_mask_of_the_layers_joins_the_others_and_alibi_counts_distances():
     close(weights[0], far / far.sum(-1, keepdims=True))
 
 
-def test_a_window_of_an_encoder_is_on_both_sides():
+def test_the_window_of_an_encoder_is_centred():
     config = models.EncoderConfig(V, layers(num_layers=1, windows=(4,)), max_length=T)
     model, x = randomised(models.Encoder(config, rngs=nnx.Rngs(0))), tokens(0, 1, T)
     for j in range(T):
@@ -224,7 +224,7 @@ ENCODERS = {
 
 
 @pytest.mark.parametrize("name", ENCODERS)
-def test_padding_is_nothing(name):
+def test_padding_does_not_change_the_result(name):
     config = models.EncoderConfig(V, layers(order="post"), max_length=T, **ENCODERS[name])
     model = randomised(models.Encoder(config, rngs=nnx.Rngs(0)))
     x, lengths = tokens(0, B, T), np.array([4, T])
@@ -233,7 +233,7 @@ def test_padding_is_nothing(name):
     close(got[:1] if config.head == "classes" else got[:1, :4], alone)
 
 
-def test_more_masks_compose():
+def test_masks_of_a_call_compose():
     model, x = decoder("learned"), tokens(0, B, T)
     documents = np.array([[0] * 4 + [1] * 5] * B)
     at = np.array([[0, 1, 2, 3, 0, 1, 2, 3, 4]] * B)
@@ -259,7 +259,7 @@ placed = nnx.jit(lambda model, x, real, at: model(x, real=real, positions=at))
 
 
 def beside_padding(x, side, fill=-1):
-    """Tokens ``[B T]`` among three of padding, which hold what is no token."""
+    """Tokens ``[B T]`` with three of padding, which hold invalid tokens."""
     wide = np.full((len(x), x.shape[1] + 3), fill)
     wide[:, SIDES[side]] = x
     real = np.zeros(wide.shape, bool)
@@ -270,7 +270,7 @@ def beside_padding(x, side, fill=-1):
 @pytest.mark.parametrize(
     "kind", ["learned", *[pytest.param(k, marks=pytest.mark.slow) for k in [*KINDS][1:]]]
 )
-def test_positions_follow_the_padding(kind):
+def test_positions_start_after_the_padding(kind):
     config, changes = KINDS[kind]
     config = models.DecoderConfig(V, layers(num_layers=1, **changes), **config)
     model, x = randomised(models.Decoder(config, rngs=nnx.Rngs(0))), tokens(0, B, T)
@@ -284,7 +284,7 @@ def test_positions_follow_the_padding(kind):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["learned", "sinusoidal", "rotary"])
-def test_positions_of_an_encoder_follow_the_padding(kind):
+def test_positions_of_an_encoder_start_after_the_padding(kind):
     config, changes = KINDS[kind]
     config = {"positions": None, **config}
     config |= {"types": 2, "head": "classes", "classes": 3}  # of the first token that is real
@@ -299,7 +299,7 @@ def test_positions_of_an_encoder_follow_the_padding(kind):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["learned", "sinusoidal", "rotary", "relative"])
-def test_positions_of_both_sequences_follow_the_padding(kind):
+def test_positions_of_both_sequences_start_after_the_padding(kind):
     config, changes = KINDS[kind]
     config = {"positions": None, **config}
     one = layers(num_layers=1, **changes)
@@ -313,7 +313,7 @@ def test_positions_of_both_sequences_follow_the_padding(kind):
         close(run(model, a, b, x, y)[:, SIDES[there]], expected, atol=1e-4)
 
 
-def test_tokens_of_padding_may_be_any_integers_and_others_must_be_in_the_vocabulary():
+def test_padding_may_hold_any_integers_and_tokens_must_be_in_the_vocabulary():
     embed = Embeddings(V, 4, positions="learned", max_length=3, types=2, rngs=nnx.Rngs(0))
     x, real = np.array([[99, -5, 3, 4, 12]]), [[False, False, True, True, True]]
     got = embed(x, real=real, types=np.where(real, 1, 9), positions=np.array([[-1, 9, 2, 0, 1]]))
@@ -420,7 +420,7 @@ def test_equal_configurations_are_equal():
 
 @pytest.mark.slow
 @jax.numpy_dtype_promotion("standard")  # Flax's own, in its norms
-def test_bfloat16_computes_in_it_and_gives_float32():
+def test_bfloat16_computation_with_float32_logits():
     config = dataclasses.replace(DECODERS["learned"], layers=layers(dtype=jnp.bfloat16))
     model, x = models.Decoder(config, rngs=nnx.Rngs(0)), tokens(0, B, T)
     logits, caches = model(x, caches=model.init_caches((B,), T))

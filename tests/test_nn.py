@@ -23,7 +23,7 @@ def close(a, b, atol=2e-5):
 
 
 def randomised(module, seed=0):
-    """Every parameter random: at zeros and ones mistakes hide."""
+    """Every parameter random, since zeros and ones hide mistakes."""
     state = nnx.state(module, nnx.Param)
     leaves, tree = jax.tree.flatten(state)
     keys = jax.random.split(jax.random.key(seed), len(leaves))
@@ -79,12 +79,12 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_equals_the_formula(name):
+def test_matches_the_formula(name):
     module, x = new(**OPTIONS[name]), normal(B, T, E)
     close(np.asarray(module(x), np.float64), by_hand(module, x))
 
 
-def test_mask_and_score_are_values():
+def test_masks_and_scores_of_module_and_call():
     x, table = normal(B, T, E), normal(4, T, T, seed=1)
     module = new(mask=masks.causal(), score=scores.softcap(1.5))
     visible = np.tril(np.ones((T, T), bool)) & (np.arange(T) != 2)
@@ -95,7 +95,7 @@ def test_mask_and_score_are_values():
     close(both, separate(x))
 
 
-def test_positions_turn_queries_and_keys():
+def test_positions_rotate_queries_and_keys():
     x, at = normal(B, T, E), np.array([[0, 1, 2, 0, 1, 2, 3], [5, 6, 7, 8, 9, 10, 11]])
     module = new(rotary=positions.Rotary(theta=50.0, width=2))
     turn = functools.partial(positions.rotary, theta=50.0, width=2)
@@ -159,7 +159,7 @@ step = nnx.jit(lambda module, x, cache: module(x, cache=cache))
 
 @pytest.mark.parametrize("cuts", [[4, 2, 1], [1] * T])
 @pytest.mark.parametrize("name", CACHED)
-def test_a_cache_gives_the_same(name, cuts):
+def test_caches_do_not_change_the_result(name, cuts):
     module, x = new(**CACHED[name]), normal(B, T, E)
     cache, parts, start = module.init_cache((B,), T + 1), [], 0
     for n in cuts:
@@ -170,7 +170,7 @@ def test_a_cache_gives_the_same(name, cuts):
     close(jnp.concatenate(parts, axis=1), whole)
 
 
-def test_a_rolling_cache_gives_the_same_scores():
+def test_rolling_caches_do_not_change_scores():
     score = scores.alibi(), scores.relative_bias(normal(8, 4), max_distance=6)
     module, x = new(mask=masks.window(2, 0), score=score), normal(B, T, E)
     cache, parts = module.init_cache((B,), 3, rolling=True), []
@@ -180,7 +180,7 @@ def test_a_rolling_cache_gives_the_same_scores():
     close(jnp.concatenate(parts, axis=1), module(x))
 
 
-def test_a_prefix_sees_itself_in_both_directions_with_a_cache():
+def test_a_prefix_is_bidirectional_with_a_cache():
     module, x = new(mask=masks.prefix(3) | masks.causal()), normal(B, T, E)
     cache, parts = module.init_cache((B,), T), []
     for part in np.split(x, [4, 5, 6], axis=1):
@@ -194,7 +194,7 @@ def test_a_prefix_sees_itself_in_both_directions_with_a_cache():
         both(x, cache=both.init_cache((B,), T))
 
 
-def test_a_cache_gives_weights():
+def test_weights_with_a_cache():
     module, x = new(), normal(B, T, E)
     _, weights, cache = module(x, cache=module.init_cache((B,), T), return_weights=True)
     assert weights.shape == (B, 4, T, T)
@@ -202,8 +202,8 @@ def test_a_cache_gives_weights():
     assert cache.length.tolist() == [T, T]
 
 
-def test_attention_is_a_slot():
-    """Another function takes the place of ours, with what ours would be given."""
+def test_attention_can_be_replaced():
+    """A replacement gets the arguments that ours would get."""
     asked = []
 
     def uniform(query, key, value, **options):
@@ -220,7 +220,7 @@ def test_attention_is_a_slot():
     assert asked[1]["implementation"] == "mine"
 
 
-def test_recorded_weights_are_those_of_each_module_and_leave_the_model_alone():
+def test_recorded_weights_are_those_of_each_module_and_the_model_is_unchanged():
     class Two(nnx.Module):
         def __init__(self):
             self.first = new(mask=masks.causal(), dropout_rate=0.5)
@@ -243,10 +243,10 @@ def test_recorded_weights_are_those_of_each_module_and_leave_the_model_alone():
 
 
 @pytest.mark.parametrize("name", mechanisms.NAMED)
-def test_a_mechanism_has_no_weights_to_show(name):
+def test_mechanisms_have_no_weights(name):
     attention = functools.partial(mechanisms.NAMED[name])
     module, x = new(attention=attention, mask=masks.causal()), normal(B, T, E)
-    said = f"{name}.* has no weights of a softmax over keys"
+    said = f"{name}.* has no softmax weights over keys"
     with pytest.raises(NotImplementedError, match=said):
         module(x, return_weights=True)
     with pytest.raises(NotImplementedError, match=said):
@@ -265,7 +265,7 @@ def test_a_module_that_is_not_called_need_not_have_weights():
     assert list(found) == ["first"]
 
 
-def test_there_must_be_something_to_record():
+def test_recording_weights_requires_an_attention_module():
     with pytest.raises(ValueError, match="model must hold a MultiHeadAttention"):
         nn.record_weights(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), normal(1, 2))
 
@@ -299,7 +299,7 @@ def test_dtypes_are_those_of_flax():
     )
 
 
-def test_equals_the_module_of_flax():
+def test_equals_the_flax_module():
     x = normal(B, T, E)
     theirs = nnx.MultiHeadAttention(4, E, decode=False, rngs=nnx.Rngs(1))
     module = new()
@@ -330,7 +330,7 @@ def block(rngs, order="pre", cross=False, dropout_rate=0.0):
     )
 
 
-def test_the_orders_of_a_block():
+def test_norm_positions_of_a_block():
     x, context = normal(B, T, E), normal(B, S, 6, seed=1)
     for order in ("pre", "post", "both"):
         module = randomised(block(nnx.Rngs(0), order, cross=True))
@@ -445,7 +445,7 @@ def test_one_plus_rms_norm():
     assert nn.OnePlusRMSNorm(E, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))(x).dtype == jnp.bfloat16
 
 
-def test_pooling_reads_no_padding():
+def test_pooling_ignores_padding():
     x, real = normal(B, T, E), np.arange(T) < np.array([[3], [T]])
     x = np.where(real[..., None], x, np.nan)
     close(np.asarray(nn.pooling.mean(x, real))[0], x[0, :3].mean(0))
@@ -457,7 +457,7 @@ def test_pooling_reads_no_padding():
     close(first(x)[:, 0], jnp.broadcast_to(first.token[...], (B, E)))
 
 
-def test_dynamic_ntk_is_of_each_row():
+def test_dynamic_ntk_is_per_row():
     rotary = positions.Rotary(scaling=positions.DynamicNTK(2.0, 4))
     x, at = normal(B, T, 2, 8), np.stack([np.arange(T), np.arange(T) % 3])
     both = rotary(x, at)
@@ -476,8 +476,8 @@ def test_gradients_reach_every_parameter():
         assert np.abs(leaf.get_value()).max() > 1e-6, path
 
 
-def test_attention_is_the_librarys():
-    """Not a formula of its own: what the module calls is ``attention``."""
+def test_modules_call_attention():
+    """The module has no formula of its own."""
     module, x = new(implementation="blockwise"), normal(B, T, E)
     q, k, v = module._project(x, x, "query", "key", "value")
     heads = attention(q, k, v, implementation="blockwise")
