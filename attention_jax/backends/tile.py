@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float
 from attention_jax.core.axes import Size
 from attention_jax.core.pytree import Leaf, map_leaves
 from attention_jax.masks import Mask
-from attention_jax.scores import Score, tile_indices
+from attention_jax.scores import Masking, Score, tile_indices
 
 V = TypeVar("V")
 MOST_KNOWN = 2**18  # pairs to look at while tracing: a millisecond
@@ -75,10 +75,10 @@ def visible(
     if mask is not None:
         parts.append(mask.rule(b, n, *tile_indices(shape, q0, k0)))
     for score in reversed(scores):
-        if not score.KEEPS_HIDDEN:  # what earlier scores hid, it may show again
+        if not score.MASKING.keeps:  # what earlier scores masked may be visible again
             break
-        if (shown := score.visible()) is not None:
-            parts.append(shown)
+        if score.MASKING.adds:
+            parts.append(score.visible())
     if not parts:
         return None
     pairs = functools.reduce(jnp.logical_and, parts)
@@ -165,7 +165,7 @@ def seen_values(
     s: Float[Array, "t s"], v: Float[Array, "s D"], scores: tuple[Score, ...]
 ) -> Float[Array, "s D"]:
     """``v`` with zeros for keys that a score hid (logit ``-inf``) from every query of the tile."""
-    if not any(score.HIDES for score in scores):
+    if not any(score.MASKING is Masking.UNKNOWN for score in scores):
         return v
     return rows_or_zero((s != -jnp.inf).any(0), v)
 

@@ -27,6 +27,7 @@ from attention_jax.backends.tile import (
 from attention_jax.core import dropout
 from attention_jax.core.axes import LSE_NAME, OUT_NAME, Sizes, accumulation_dtype
 from attention_jax.core.softmax import finite
+from attention_jax.scores import Masking
 
 
 class Logits(NamedTuple):
@@ -63,7 +64,7 @@ def logits(head: Head) -> Logits:
     s, sees, v = scored(head)
     dtype = s.dtype
     m = s.max(axis=-1, initial=-jnp.inf)
-    if any(score.HIDES for score in head.score) or s.shape[1] == 0:
+    if any(score.MASKING is Masking.UNKNOWN for score in head.score) or s.shape[1] == 0:
         sees = m != -jnp.inf
     sink = None if head.sink is None else head.sink.astype(dtype)
     if sink is not None:

@@ -196,7 +196,7 @@ def check_broadcastable(name: str, shape: Shape, sizes: Sizes) -> None:
 
 def int_at_least(name: str, x: Any, least: int) -> int:
     """``x`` as an int; raises unless it is one, and at least ``least``."""
-    if isinstance(x, (bool, np.bool_)) or not isinstance(x, (int, np.integer)):
+    if not is_int(x):
         raise TypeError(f"{name} must be an int, got {type(x).__name__} {x!r}")
     if x < least:
         raise ValueError(f"{name} must be at least {least}, got {x}")
@@ -219,15 +219,31 @@ def bool_array(name: str, x: Any, rank: int) -> None:
         raise ValueError(f"{name} must have at least {rank} axes, got shape {x.shape}")
 
 
+def float_array(name: str, x: Any, ranks: tuple[int, ...] | None = None) -> None:
+    """Raises unless ``x`` is a floating array, of one of these ``ranks`` if they are given."""
+    if not is_array(x) or not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"{name} must be a floating array, got {_describe(x)}")
+    if ranks is not None and x.ndim not in ranks:
+        allowed = " or ".join(map(str, ranks))
+        raise ValueError(f"{name} must have {allowed} axes, got shape {x.shape}")
+
+
 def _describe(x: Any) -> str:
     return f"dtype {x.dtype}" if is_array(x) else type(x).__name__
 
 
+def is_int(x: Any) -> bool:
+    """True for a Python or NumPy int, which a bool is not."""
+    return isinstance(x, (int, np.integer)) and not isinstance(x, (bool, np.bool_))
+
+
 def per_example(name: str, x: Any) -> Any:
-    """An int stays an int; an int array is data."""
-    if isinstance(x, (int, np.integer)) and not isinstance(x, bool):
+    """``x`` if it is an int or an int array ``[*B]``; a NumPy scalar becomes an int."""
+    if is_int(x):
         return int(x)
-    int_array(name, x, 0)
+    if not is_array(x) or not jnp.issubdtype(x.dtype, jnp.signedinteger):
+        got = _describe(x) if is_array(x) else f"{type(x).__name__} {x!r}"
+        raise TypeError(f"{name} must be an int or a signed integer array, got {got}")
     return x
 
 
@@ -275,3 +291,31 @@ def check_positions(positions: Any, name: str = "positions") -> Any:
     if not jnp.issubdtype(positions.dtype, jnp.integer):
         raise TypeError(f"{name} must be integers, got {positions.dtype}")
     return positions
+
+
+def check_position_arrays(query_positions: Any, key_positions: Any) -> None:
+    """Raises unless both are signed integer arrays ``[*B T]`` and ``[*B S]`` of one dtype."""
+    for name, x in (("query_positions", query_positions), ("key_positions", key_positions)):
+        int_array(name, x, 1)
+    check_one_dtype("query_positions", query_positions, "key_positions", key_positions)
+
+
+def check_one_dtype(name: str, x: Any, other_name: str, other: Any) -> None:
+    """Raises TypeError unless the two arrays have one dtype."""
+    if x.dtype != other.dtype:
+        raise TypeError(
+            f"{name} and {other_name} must have one dtype, got {x.dtype} and {other.dtype}"
+        )
+
+
+def check_function(fn: Any, arguments: str, arrays: tuple[Any, ...]) -> None:
+    """Raises TypeError unless ``fn`` is callable and ``arrays``, its last arguments, are arrays.
+
+    Args:
+      arguments: its first ones, such as ``"b, n, q, k"``.
+    """
+    if not callable(fn):
+        raise TypeError(f"fn must be a function of ({arguments}, *arrays), got {type(fn).__name__}")
+    for x in arrays:
+        if not is_array(x):
+            raise TypeError(f"arrays must be JAX or NumPy arrays, got {type(x).__name__}")
