@@ -112,6 +112,17 @@ def hoist(
     return Traced(fn, run, key, fingerprint(pair.jaxpr)), (*arrays, *closed_over)
 
 
+def uses_arguments(fn: Callable[..., Any], *arguments: Any) -> bool:
+    """Whether the result of a function may depend on its arguments, found by tracing it.
+
+    >>> uses_arguments(lambda b, n: b + 1, 0, 0), uses_arguments(lambda b, n: 1, 0, 0)
+    (True, False)
+    """
+    jaxpr = _jaxpr(lambda *args: jnp.asarray(fn(*args)), arguments).jaxpr
+    used = [x for e in jaxpr.eqns for x in e.invars] + list(jaxpr.outvars)
+    return any(x is argument for x in used for argument in jaxpr.invars)
+
+
 def _jaxpr(fn: Callable[..., Any], arguments: Sequence[Any]) -> Any:
     # A new function each time: JAX caches the trace of a function, even if the values that it
     # closes over have changed.
