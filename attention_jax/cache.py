@@ -35,7 +35,13 @@ from jaxtyping import Array, Float, Int
 from attention_jax import scores
 from attention_jax.api import attention
 from attention_jax.backends.call import ScoreLike, as_scores
-from attention_jax.core.axes import AnyArray, check_float_array, int_at_least, same_rank
+from attention_jax.core.axes import (
+    AnyArray,
+    check_float_array,
+    check_positions,
+    int_at_least,
+    same_rank,
+)
 from attention_jax.masks import Mask, at_positions, window
 from attention_jax.masks.in_cache import check_ahead, check_back, check_lengths, of_positions
 from attention_jax.scores import Score
@@ -135,9 +141,7 @@ class KVCache:
         batch = self.length.shape
         count = T if count is None else count
         if not isinstance(count, jax.core.Tracer):
-            checked = np.asarray(count)
-            if not np.issubdtype(checked.dtype, np.integer):
-                raise TypeError(f"count must be integers, got {checked.dtype}")
+            checked = np.asarray(check_positions(count, "count"))
             if checked.size and not (checked.min() >= 0 and checked.max() <= T):
                 raise ValueError(f"count must be from 0 to T = {T}, got {count}")
         count = jnp.broadcast_to(jnp.asarray(count, jnp.int32), batch)
@@ -200,9 +204,8 @@ class KVCache:
         >>> cache.append(x, x).rollback(np.array([1, 2])).positions().tolist()
         [[0, -1, -1, -1], [0, 1, -1, -1]]
         """
-        if not jnp.issubdtype(jnp.result_type(length), jnp.integer):
-            raise TypeError(f"length must be integers, got {jnp.result_type(length)}")
-        length = jnp.broadcast_to(jnp.asarray(length, jnp.int32), self.length.shape)
+        length = jnp.asarray(check_positions(length, "length"), jnp.int32)
+        length = jnp.broadcast_to(length, self.length.shape)
         first = self._first() if self.rolling else None
         least = jnp.zeros((), jnp.int32) if first is None else first
         if not any(isinstance(x, jax.core.Tracer) for x in (length, self.length, least)):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from attention_jax.core.axes import AnyArray, float_array
+from attention_jax.core.axes import AnyArray, as_float, float_array
 from attention_jax.scores.base import Masking, Score
 
 
@@ -38,11 +38,10 @@ def softcap(cap: float) -> Score:
 
     Source: Gemma Team 2024, "Gemma 2", section 2.
     """
-    if isinstance(cap, bool) or not isinstance(cap, (int, float)):
-        raise TypeError(f"cap must be a float, got {type(cap).__name__}")
+    cap = as_float("cap", cap)
     if not (cap > 0 and math.isfinite(cap)):
         raise ValueError(f"cap must be positive and finite, got {cap}")
-    return Softcap(float(cap))
+    return Softcap(cap)
 
 
 class Bias(Score):
