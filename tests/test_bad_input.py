@@ -175,7 +175,7 @@ def wrong_constructions():
         (lambda: scores.softcap(0), value, "cap", "positive and finite", "0"),
         (lambda: scores.softcap(-1.0), value, "cap", "positive", "-1.0"),
         (lambda: scores.softcap(np.inf), value, "cap", "finite", "inf"),
-        (lambda: scores.softcap("50"), type_, "cap", "float", "str"),
+        (lambda: scores.softcap("50"), type_, "cap", "number", "str"),
         (lambda: scores.alibi(f(2, N)), value, "slopes", "1 axes", "(2, 4)"),
         (lambda: scores.alibi(i(N)), type_, "slopes", "floating array", "int32"),
         (lambda: scores.alibi(offset=0.5), type_, "offset", "int", "0.5"),
@@ -250,7 +250,7 @@ def wrong_modules():
         (
             lambda: own(x, cache=own.init_cache((B,), 9), mask=np.ones((T, T), bool)),
             type_,
-            "mask must be a Mask in terms of positions",
+            "mask must be a Mask of positions",
             "ndarray",
         ),
         (

@@ -208,9 +208,9 @@ def test_a_rollback_of_nothing_and_of_everything():
 def test_a_rollback_to_what_is_written_over_is_refused():
     _, k, v = inputs()
     kept = empty(capacity=WINDOW, rolling=True).append(k, v)  # holds 5, 6, 7, 8
-    with pytest.raises(ValueError, match=r"length must be at least .*written over"):
+    with pytest.raises(ValueError, match=r"length must be at least .*overwritten"):
         kept.rollback(np.array([5, 4]))
-    with pytest.raises(ValueError, match="from 0 to the tokens there are"):
+    with pytest.raises(ValueError, match="from 0 to the cache's length"):
         kept.rollback(T + 1)
     with pytest.raises(TypeError, match="length must be integers"):
         kept.rollback(3.0)
@@ -218,7 +218,7 @@ def test_a_rollback_to_what_is_written_over_is_refused():
     np.testing.assert_array_equal(again.positions(), [[-1, 5, 6, 7], [-1, 5, 6, -1]])
     np.testing.assert_array_equal(again.intact(WINDOW), [True, False])  # row 1 lacks token 4
     new = [x[:, :1] for x in (k, v)]
-    with pytest.raises(ValueError, match="written over by those that the cache was rolled back by"):
+    with pytest.raises(ValueError, match="overwritten before the cache was rolled back"):
         cache.extend(again, *new, mask=MASKS["window"])
     cache.extend(again, *new, mask=masks.window(WINDOW - 2, 0))
 

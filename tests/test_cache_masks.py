@@ -211,7 +211,7 @@ def test_attention_is_the_same_with_every_score(name, cuts, rolling):
 
 @pytest.mark.parametrize("name", LOOK_AHEAD)
 def test_a_mask_that_looks_ahead_is_refused(name):
-    with pytest.raises(ValueError, match=r"mask may show a query later tokens.*masks\.causal"):
+    with pytest.raises(ValueError, match=r"mask may let a query attend to later.*masks\.causal"):
         in_calls(empty(), [T], mask=LOOK_AHEAD[name])
 
 

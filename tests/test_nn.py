@@ -190,7 +190,7 @@ def test_a_prefix_is_bidirectional_with_a_cache():
     with pytest.raises(ValueError, match="they must come in one call"):
         module(x[:, :2], cache=module.init_cache((B,), T))
     both = new(mask=masks.window(2, 2))
-    with pytest.raises(ValueError, match="mask may show a query later tokens"):
+    with pytest.raises(ValueError, match="mask may let a query attend to later"):
         both(x, cache=both.init_cache((B,), T))
 
 

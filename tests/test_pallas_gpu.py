@@ -384,7 +384,7 @@ IDS = jnp.arange(1000)
                     np.zeros((2, 1000, 8, 64), jnp.bfloat16), np.zeros((9, 64), jnp.bfloat16)
                 )
             },
-            "relative_embedding",
+            "score RelativeEmbedding cannot run in a kernel",
         ),
         ({"mask": masks.mask_fn(lambda b, n, q, k: IDS[q] == IDS[k])}, "pass it as an argument"),
         (

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from attention_jax import attention, masks, positions
+from attention_jax import attention, masks, positions, scores
 from attention_jax.nn import Embeddings
 from attention_jax.positions import NTK, DynamicNTK, Linear, Llama3, YaRN
 

@@ -15,6 +15,7 @@ from attention_jax import attention_weights, scores
 from attention_jax.backends.tile import as_tile, local_axes
 from attention_jax.core.axes import Sizes
 from attention_jax.core.pytree import full_rank, map_leaves
+from attention_jax.scores.relative import skew
 
 B, N, T, S, H = 2, 6, 11, 13, 5
 SIZES = Sizes(B=(B,), T=T, S=S, K=3, G=2, H=H, D=7)
@@ -203,7 +204,7 @@ def test_tile_equals_rule_wherever_it_lies(score, rule, x64):
 def test_skew_moves_diagonals_to_columns(t, s):
     x = np.arange(t * (t + s - 1)).reshape(t, -1)
     expected = [[x[i, j + t - 1 - i] for j in range(s)] for i in range(t)]
-    assert scores.skew(jnp.asarray(x)).tolist() == expected
+    assert skew(jnp.asarray(x)).tolist() == expected
 
 
 # --- Buckets and slopes.

@@ -22,6 +22,7 @@ import numpy as np
 from attention_jax import masks
 from attention_jax.backends.call import Backend, Call, Spec, symbolic_sizes_refused
 from attention_jax.core.axes import Sizes
+from attention_jax.core.closures import uses_arguments
 from attention_jax.core.softmax import zero_rows
 from attention_jax.masks import And, BlockSparse, Lengths, Mask, Not, Or, Segments, block_map
 from attention_jax.masks.base import conjuncts, parts
@@ -123,6 +124,11 @@ def _plan(mask: Mask | None) -> SplashMask | str:
         if any(isinstance(p, masks.MaskFn) for p in parts(part)):
             return "mask_fn may depend on the example and its kernel has one mask for all"
         if not jax.tree.leaves(part):
+            if _differs_between_heads(part):
+                return (
+                    f"mask {type(part).__name__} may depend on the example or head and its kernel "
+                    f"has one mask for all"
+                )
             static = part if static is None else static & part
         elif isinstance(part, Segments):
             segments.append(part)
@@ -136,6 +142,12 @@ def _plan(mask: Mask | None) -> SplashMask | str:
     if len(segments) > 1:
         return f"mask has {len(segments)} segments, its kernel takes one"
     return SplashMask(static, segments[0] if segments else None, tuple(lengths))
+
+
+def _differs_between_heads(mask: Mask) -> bool:
+    """Whether the rule of a mask without arrays uses the example or the head."""
+    q, k = np.arange(2, dtype=np.int32)[:, None], np.arange(2, dtype=np.int32)[None, :]
+    return uses_arguments(lambda b, n: mask.rule(b, n, q, k), np.int32(0), np.int32(0))
 
 
 class Ids(NamedTuple):

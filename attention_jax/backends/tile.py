@@ -19,7 +19,7 @@ from attention_jax.core.axes import Size
 from attention_jax.core.pytree import Leaf, map_leaves
 from attention_jax.core.softmax import zero_rows
 from attention_jax.masks import Mask
-from attention_jax.scores import Score, tile_indices
+from attention_jax.scores import Masking, Score, tile_indices
 
 V = TypeVar("V")
 MOST_KNOWN = 2**18  # pairs to look at while tracing: a millisecond
@@ -80,10 +80,10 @@ def visible_pairs(
     if mask is not None:
         parts.append(mask.rule(b, n, *tile_indices(shape, q0, k0)))
     for score in reversed(scores):
-        if not score.KEEPS_HIDDEN:  # it may unmask what earlier scores masked
+        if not score.MASKING.keeps:  # it may unmask what earlier scores masked
             break
-        if (shown := score.visible()) is not None:
-            parts.append(shown)
+        if score.MASKING.adds:
+            parts.append(score.visible())
     if not parts:
         return None
     pairs = functools.reduce(jnp.logical_and, parts)
@@ -160,6 +160,6 @@ def unmasked_values(
     s: Float[Array, "t s"], v: Float[Array, "s D"], scores: tuple[Score, ...]
 ) -> Float[Array, "s D"]:
     """``v`` with zeros for keys that a score masked (logit ``-inf``) for the whole tile."""
-    if not any(score.HIDES for score in scores):
+    if not any(score.MASKING is Masking.UNKNOWN for score in scores):
         return v
     return zero_rows((s != -jnp.inf).any(0), v)

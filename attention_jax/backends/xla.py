@@ -27,6 +27,7 @@ from attention_jax.backends.tile import (
 from attention_jax.core import dropout, softmax
 from attention_jax.core.axes import LSE_NAME, OUT_NAME, Sizes, accumulation_dtype
 from attention_jax.core.softmax import product, zero_rows
+from attention_jax.scores import Masking
 
 
 def attend(head: Head) -> tuple[Float[Array, "T D"], Float[Array, " T"], Float[Array, " T"]]:
@@ -65,7 +66,7 @@ def logits(
 
 def _rows(s: jax.Array, visible: Visible | None, head: Head) -> jax.Array | None:
     """Which rows have a visible key; None: all."""
-    if any(score.HIDES for score in head.score) or s.shape[1] == 0:
+    if any(score.MASKING is Masking.UNKNOWN for score in head.score) or s.shape[1] == 0:
         return s.max(axis=-1, initial=-jnp.inf) != -jnp.inf
     return None if visible is None else visible.queries
 

@@ -5,8 +5,8 @@ Whole rows: ``average`` and ``probabilities``. Running: ``start``, ``update`` bl
 
     m = max s,   l = sum exp(s - m),   a = sum exp(s - m) v
 
-describe the block; two descriptions merge by rescaling both to the larger maximum,
-and at the end ``out = a / l`` and ``lse = m + log l``. Exact for any size of logits.
+describe the block. Two of them merge by rescaling both to the larger maximum, and at the end
+``out = a / l`` and ``lse = m + log l``. Exact for logits of any size.
 
 Source: Milakov and Gimelshein 2018, "Online normalizer calculation for softmax";
 Rabe and Staats 2021, "Self-attention Does Not Need O(n^2) Memory".
@@ -22,12 +22,12 @@ from jaxtyping import Array, Bool, Float
 
 
 def finite(m: jax.Array) -> jax.Array:
-    """``m``, or 0 where ``m`` is ``-inf``: what may be subtracted from ``-inf`` without NaN."""
+    """``m``, or 0 where ``m`` is ``-inf``: safe to subtract from ``-inf``, which gives no NaN."""
     return jnp.where(m == -jnp.inf, jnp.zeros_like(m), m)
 
 
 def rows(s: Float[Array, "t s"]) -> Float[Array, "t s"]:
-    """The softmax of each row whole, 0 where all of it is ``-inf``.
+    """The softmax of each row; 0 for a row of ``-inf``.
 
     >>> rows(jnp.array([[0.0, 0.0, -jnp.inf], [-jnp.inf] * 3])).tolist()
     [[0.5, 0.5, 0.0], [0.0, 0.0, 0.0]]
@@ -148,11 +148,16 @@ def _dropped(kept: jax.Array | None, x: jax.Array) -> jax.Array:
 def zero_rows(keep: Bool[Array, "*r"] | None, x: Float[Array, "*r ..."]) -> Any:
     """``x`` with zeros in the rows that are not kept; None keeps all.
 
-    A selection, because masked rows may hold NaN or inf, and ``0 * nan`` is ``nan``.
+    A selection, because masked queries, keys and values may hold NaN or inf, and ``0 * nan`` is
+    ``nan``: they are zeroed before any product.
 
     Args:
-      keep: the first axes of ``x``, or of size 1.
+      keep: the shape of the first axes of ``x``, or of size 1.
       x: rows of one or more axes.
+
+    >>> x = jnp.array([[1.0, 2.0], [jnp.nan, jnp.inf]])
+    >>> zero_rows(jnp.array([True, False]), x).tolist()
+    [[1.0, 2.0], [0.0, 0.0]]
     """
     if keep is None:
         return x
@@ -192,13 +197,13 @@ def update(
     value: Float[Array, "s D"],
     kept: Float[Array, "t s"] | None = None,
 ) -> State:
-    """Takes one more block of keys into account.
+    """The state after one more block of keys.
 
     Args:
-      state: what is known so far.
-      logits: ``[t s]``; ``-inf`` hides a key.
+      state: of the keys so far.
+      logits: ``[t s]``; ``-inf`` masks a key.
       value: ``[s D]``.
-      kept: what dropout multiplies the probabilities by; the normaliser never sees it.
+      kept: the factor by which dropout multiplies each probability; the normaliser leaves it out.
 
     >>> s, v = jnp.array([[0.0, 1.0, 2.0]]), jnp.array([[1.0], [2.0], [3.0]])
     >>> halves = update(update(start(1, 1, jnp.float32), s[:, :1], v[:1]), s[:, 1:], v[1:])
@@ -239,10 +244,10 @@ def merge(a: State, b: State) -> State:
 def finish(state: State, sink: jax.Array | None = None) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Output ``[t D]``, ``m [t]`` and ``log l [t]`` with ``lse = m + log l``.
 
-    No key seen gives output 0 and ``log l = -inf``; ``m`` is finite.
+    A query with no visible key gives output 0 and ``log l = -inf``; ``m`` is finite.
 
     Args:
-      state: all keys.
+      state: of all keys.
       sink: an extra logit in the denominator, a scalar.
     """
     m, total, weighted = state

@@ -6,10 +6,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from attention_jax.core.axes import Sizes, is_array
+from attention_jax.core.axes import Sizes, broadcasts_to, check_positions
 from attention_jax.mechanisms.causal_padding import CausalPadding, keep_rows
 
 
@@ -91,15 +90,8 @@ def document_starts(segments: Any, state: Any, padding: CausalPadding, sizes: Si
 
 
 def _ids(name: str, ids: Any, shape: tuple[int, ...], axes: str) -> jax.Array:
-    if not is_array(ids):
-        ids = np.asarray(ids)
-    if not jnp.issubdtype(ids.dtype, jnp.integer):
-        raise TypeError(f"{name} must be integers, got {ids.dtype}")
-    try:
-        fits = np.broadcast_shapes(ids.shape, shape) == shape
-    except ValueError:
-        fits = False
-    if not fits:
+    ids = check_positions(ids, name)
+    if not broadcasts_to(ids.shape, shape):
         raise ValueError(f"{name} must broadcast to {shape}, {axes}, got {ids.shape}")
     return jnp.broadcast_to(jnp.asarray(ids, jnp.int32), shape)
 

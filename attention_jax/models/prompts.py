@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from attention_jax.core.axes import check_positions, int_at_least, is_array
+from attention_jax.core.axes import as_int, check_positions, int_at_least, is_array
 from attention_jax.models.decoder import Decoder
 from attention_jax.models.encoder_decoder import EncoderDecoder, Memory
 from attention_jax.models.layers import last
@@ -65,9 +65,7 @@ def _known_int(name: str, x: Any) -> int:
         raise TypeError(f"{name} must be known when the loop is compiled, got a traced value")
     if is_array(x) and x.ndim == 0:
         x = x.item()
-    if isinstance(x, bool) or not isinstance(x, int):
-        raise TypeError(f"{name} must be an int, got {type(x).__name__} {x!r}")
-    return x
+    return as_int(name, x)
 
 
 def prepare(

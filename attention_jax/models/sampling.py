@@ -24,10 +24,9 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
-from attention_jax.core.axes import int_at_least
+from attention_jax.core.axes import as_float, int_at_least
 
 Processor: TypeAlias = Callable[[Any, Any], Any]
 
@@ -77,7 +76,7 @@ def temperature(temperature: float) -> Processor:
     >>> temperature(0.5)(jnp.array([-1]), jnp.array([1.0, 2.0])).tolist()
     [2.0, 4.0]
     """
-    x = _number("temperature", temperature)
+    x = as_float("temperature", temperature)
     if not 0 < x < float("inf"):
         raise ValueError(f"temperature must be positive, got {x}: greedy is sampling=None")
     return Formula(_temperature, x)
@@ -113,7 +112,7 @@ def top_p(p: float) -> Processor:
 
     Source: Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration".
     """
-    x = _number("top_p", p)
+    x = as_float("top_p", p)
     if not 0 < x <= 1:
         raise ValueError(f"top_p must be in (0, 1], got {x}")
     return Formula(_top_p, x)
@@ -133,7 +132,7 @@ def min_p(p: float) -> Processor:
     Source: Nguyen et al. 2024, "Turning Up the Heat: Min-p Sampling for Creative and Coherent LLM
     Outputs".
     """
-    x = _number("min_p", p)
+    x = as_float("min_p", p)
     if not 0 <= x <= 1:
         raise ValueError(f"min_p must be in [0, 1], got {x}")
     return Formula(_min_p, x)
@@ -153,7 +152,7 @@ def repetition_penalty(penalty: float) -> Processor:
 
     Source: Keskar et al. 2019, "CTRL", section 4.1.
     """
-    x = _number("repetition_penalty", penalty)
+    x = as_float("repetition_penalty", penalty)
     if not 0 < x < float("inf"):
         raise ValueError(f"repetition_penalty must be positive, got {x}")
     return Formula(_repetition_penalty, x)
@@ -341,9 +340,3 @@ def _checked(processors: Sequence[Processor], name: str = "processors") -> tuple
             ) from None
     parts = [x.processors if isinstance(x, Chain) else (x,) for x in processors]
     return tuple(itertools.chain(*parts))
-
-
-def _number(name: str, x: Any) -> float:
-    if isinstance(x, (bool, np.bool_)) or not isinstance(x, (int, float, np.integer, np.floating)):
-        raise TypeError(f"{name} must be a number, got {type(x).__name__} {x!r}")
-    return float(x)

@@ -25,8 +25,10 @@ from attention_jax.core.axes import (
     AnyArray,
     Sizes,
     check_broadcastable,
+    check_positions,
     check_query_key_value,
     int_at_least,
+    is_int,
 )
 
 Flag = bool | np.bool_
@@ -331,9 +333,7 @@ def _bias(bias: Any, sizes: Sizes) -> jax.Array:
 
 def _lengths(name: str, x: Any, sizes: Sizes) -> jax.Array:
     """One int per example; without a batch axis, of shape ``()`` or ``(1,)``."""
-    given, x = x, _array(name, x)
-    if not jnp.issubdtype(x.dtype, jnp.integer):
-        raise TypeError(f"{name} must be integers, got dtype {x.dtype}")
+    given, x = x, check_positions(_array(name, x), name)
     if x.shape != sizes.B and (sizes.B or x.shape != (1,)):
         raise ValueError(
             f"{name} has shape {x.shape}, expected [B] = {sizes.B or (1,)}: one length for each "
@@ -346,7 +346,7 @@ def _lengths(name: str, x: Any, sizes: Sizes) -> jax.Array:
 
 
 def _window(size: Any) -> tuple[int, int]:
-    both = (size, size) if isinstance(size, (int, np.integer)) else size
+    both = (size, size) if is_int(size) else size
     try:
         left, right = (int_at_least("local_window_size", x, 0) for x in both)
     except (TypeError, ValueError) as e:

@@ -153,8 +153,7 @@ class Refs:
         self.dropout = (
             None if head.dropout is None else dropout.Dropout(*(x.entry() for x in head.dropout))
         )
-        # A bias may hold -inf, a function may return it.
-        self.hiding = any(score.HIDES or "array" in score.AXES for score in head.score)
+        self.hiding = any(score.MASKING.adds for score in head.score)
 
     def rows(self, view: MappedRef, start: Any, size: int, *, inside: bool = False) -> jax.Array:
         """Rows of query, key, value, output: ``[size]``, or ``[size, padded(width)]``."""
