@@ -171,11 +171,10 @@ def test_the_curve_is_run_once_and_drawn(tmp_path, capsys):
     pixels = imread(tmp_path / "results" / "fewshot.png")
     assert len(np.unique(pixels[..., :3].reshape(-1, 3), axis=0)) > 50
 
-    readme = tmp_path / "README.md"
-    readme.write_text("<!-- report:fewshot -->\n<!-- /report:fewshot -->\n")
-    assert tables.main(tables.Options(results=tmp_path / "results", readme=readme)) == 0
-    assert "| 10 | all | parameters |" in readme.read_text()
-    assert "![Accuracy of fewshot against" in readme.read_text()
+    assert tables.main(tables.Options(results=tmp_path / "results")) == 0
+    page = (tmp_path / "results" / "README.md").read_text()
+    assert "| 10 | all | parameters |" in page
+    assert "![Accuracy of fewshot against" in page
 
     capsys.readouterr()
     assert sweep.main(options) == 0  # nothing is run
@@ -220,7 +219,7 @@ def test_the_table_has_a_column_for_each_number():
         "| naive_bayes | 45.0 ± 7.1 | **60.0 ± 0.0** |  | 1,234 |",
         "| adapted | **55.0 ± 7.1** |  | **90.0** | 1,234 |",
     ]
-    assert "1 to 2 of each" in curve.order(rungs)
+    assert "1 to 2 of each" in curve.comment(rungs)
 
 
 @pytest.mark.parametrize(

@@ -15,13 +15,12 @@ from flax import nnx
 from attention_jax.nn import record_weights
 from experiments.datasets import text
 from experiments.models import sentences
-from experiments.report.look import View, self_attention
-from experiments.training import train
 from experiments.training.config import at_least_1, below_1
 from experiments.training.losses import cross_entropy, logits, scores
+from experiments.training.task import AttentionView, Loss, Metrics, Task, self_attention
 from experiments.training.text_config import TextConfig
 
-Score = Callable[[np.ndarray, np.ndarray], train.Metrics]
+Score = Callable[[np.ndarray, np.ndarray], Metrics]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,10 +161,10 @@ def batches(config: Config, data: Data, step: int) -> Iterator[Batch]:
         yield Batch(text.padded([split.rows[i] for i in index]), split.labels[index])
 
 
-def loss(config: Config, model: Any, batch: Batch) -> train.Loss:
+def loss(config: Config, model: Any, batch: Batch) -> Loss:
     """Cross-entropy."""
     each = cross_entropy(model(batch.words), batch.labels, config.label_smoothing)
-    return train.Loss(each.sum(), jnp.float32(each.size))
+    return Loss(each.sum(), jnp.float32(each.size))
 
 
 def predict(model: Any, rows: list[list[int]], size: int = 128) -> np.ndarray:
@@ -178,9 +177,7 @@ def predict(model: Any, rows: list[list[int]], size: int = 128) -> np.ndarray:
     return np.asarray(jax.nn.log_softmax(np.stack([found[i] for i in range(len(rows))])))
 
 
-def evaluate(
-    config: Config, model: Any, data: Data, split: str, score: Score = scores
-) -> train.Metrics:
+def evaluate(config: Config, model: Any, data: Data, split: str, score: Score = scores) -> Metrics:
     """Accuracy and mean cross-entropy, or another score, over every sentence once."""
     rows, _, labels, _ = data.splits[split]
     return score(predict(model, rows), labels)
@@ -217,7 +214,7 @@ def sample(config: Config, model: Any, data: Data, sentence: str | None) -> str:
     return "\n".join(said)
 
 
-def look(config: Config, model: Any, data: Data, sentence: str | None) -> list[View]:
+def look(config: Config, model: Any, data: Data, sentence: str | None) -> list[AttentionView]:
     """The encoder's attention in one sentence."""
     if not isinstance(model, sentences.SelfAttention):
         raise ValueError(f"model {config.model} has no attention to look at: take attention")
@@ -236,9 +233,9 @@ def task(
     *,
     score: Score = scores,
     metric: str = "accuracy",
-) -> train.Task[Config, Data]:
+) -> Task[Config, Data]:
     """The task of this name; ``score`` is of logits ``[n C]`` and labels, ``metric`` one of its."""
-    return train.Task(
+    return Task(
         name=name,
         presets=presets,
         data=functools.partial(data, classes, read),

@@ -17,17 +17,16 @@ from attention_jax.core.axes import AnyArray
 from attention_jax.models import Layers, VisionConfig, VisionTransformer
 from attention_jax.nn import record_weights
 from experiments.datasets import text
-from experiments.report.look import View, self_attention
 from experiments.training import config as configs
-from experiments.training import train
 from experiments.training.losses import cross_entropy, logits, scores
+from experiments.training.task import AttentionView, Loss, Metrics, Task, self_attention
 from experiments.training.text_config import attention_options
 
 CLASSES = 10
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(configs.Config):
+class Config(configs.TrainConfig):
     """The options of a classifier of images, beside those of every task."""
 
     model: Literal["logistic", "cnn", "vit"] = "vit"
@@ -185,13 +184,13 @@ def shifted(images: np.ndarray, most: int, rng: np.random.Generator) -> np.ndarr
     return padded[np.arange(len(images))[:, None, None], i + down, j + right]
 
 
-def loss(config: Config, model: Any, batch: Split) -> train.Loss:
+def loss(config: Config, model: Any, batch: Split) -> Loss:
     """Cross-entropy."""
     each = cross_entropy(model(batch.images), batch.labels, config.label_smoothing)
-    return train.Loss(each.sum(), jnp.float32(each.size))
+    return Loss(each.sum(), jnp.float32(each.size))
 
 
-def evaluate(config: Config, model: Any, data: Data, split: str) -> train.Metrics:
+def evaluate(config: Config, model: Any, data: Data, split: str) -> Metrics:
     """Accuracy and mean cross-entropy, over every image once."""
     images, labels = data[split]
     size = min(500, len(labels))
@@ -209,7 +208,7 @@ def task(
     read: Callable[[], Data],
     side: int,
     names: tuple[str, ...],
-) -> train.Task[Config, Data]:
+) -> Task[Config, Data]:
     """The task of this name, of square images that ``read`` gives and classes of these names."""
 
     def data(config: Config) -> Data:
@@ -218,7 +217,7 @@ def task(
             raise ValueError(f"patch must divide {side}, got {config.patch}")
         return found
 
-    return train.Task(
+    return Task(
         name=name,
         presets=presets,
         data=data,
@@ -239,7 +238,7 @@ def task(
 
 def look(
     names: tuple[str, ...], config: Config, model: Any, data: Data, given: str | None
-) -> list[View]:
+) -> list[AttentionView]:
     """Attention over the patches of a test image, the first or that of the number given."""
     if not isinstance(model, ViT):
         raise ValueError(f"model {config.model} has no attention to look at: take vit")

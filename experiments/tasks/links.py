@@ -41,11 +41,10 @@ from attention_jax.models.layers import Stack
 from attention_jax.nn import record_weights
 from experiments.datasets import text
 from experiments.datasets.files import path
-from experiments.report.look import View, self_attention
-from experiments.training import text_config, train
-from experiments.training.config import Config as BaseConfig
-from experiments.training.config import at_least_1, below_1, heads_divide, softmax_only
+from experiments.training import text_config
+from experiments.training.config import TrainConfig, at_least_1, below_1, heads_divide, softmax_only
 from experiments.training.losses import cross_entropy, logits
+from experiments.training.task import AttentionView, Loss, Metrics, Task, self_attention
 
 ARCHIVES = {"fb15k237": "kg/FB15k-237.tar.gz", "wn18rr": "kg/WN18RR.tar.gz"}
 SPLITS = {"train": "train.txt", "validation": "valid.txt", "test": "test.txt"}
@@ -53,7 +52,7 @@ RANKS = (1, 3, 10)
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(BaseConfig):
+class Config(TrainConfig):
     """The options of who completes a graph."""
 
     model: Literal["distmult", "attention"] = "attention"
@@ -238,10 +237,10 @@ def batches(config: Config, data: Data, step: int) -> Iterator[Batch]:
         yield Batch(given[index], tails[index])
 
 
-def loss(config: Config, model: Any, batch: Batch) -> train.Loss:
+def loss(config: Config, model: Any, batch: Batch) -> Loss:
     """Cross-entropy over all entities."""
     each = cross_entropy(model(batch.given), batch.tails, config.label_smoothing)
-    return train.Loss(each.sum(), jnp.float32(each.size))
+    return Loss(each.sum(), jnp.float32(each.size))
 
 
 def ranks(model: Any, data: Data, asked: Batch, size: int = 256) -> np.ndarray:
@@ -258,7 +257,7 @@ def ranks(model: Any, data: Data, asked: Batch, size: int = 256) -> np.ndarray:
     return np.array(found)
 
 
-def evaluate(config: Config, model: Any, data: Data, split: str) -> train.Metrics:
+def evaluate(config: Config, model: Any, data: Data, split: str) -> Metrics:
     """Mean reciprocal rank and Hits@k over both directions of every fact; of a validation split,
     of the first ``scored`` facts of a fixed order."""
     facts = data.splits[split]
@@ -313,7 +312,7 @@ def _relation(data: Data, number: int) -> str:
     return data.relations[number] if number < n else f"~{data.relations[number - n]}"
 
 
-def look(config: Config, model: Any, data: Data, given: str | None) -> list[View]:
+def look(config: Config, model: Any, data: Data, given: str | None) -> list[AttentionView]:
     """The attention of the two tokens of a question."""
     if config.model != "attention":
         raise ValueError(f"model {config.model} has no attention to look at: take attention")
@@ -323,7 +322,7 @@ def look(config: Config, model: Any, data: Data, given: str | None) -> list[View
     return self_attention("encoder", tokens, weights)
 
 
-TASK = train.Task(
+TASK = Task(
     name="links",
     presets=PRESETS,
     data=data,

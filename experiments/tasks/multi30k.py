@@ -35,10 +35,10 @@ from experiments.datasets import text
 from experiments.datasets.files import lines
 from experiments.datasets.text import END, PAD, START
 from experiments.models.seq2seq import Seq2Seq, greedy
-from experiments.report.look import View, encoder_and_decoder
-from experiments.training import text_config, train
+from experiments.training import text_config
 from experiments.training.config import at_least_1, softmax_only
 from experiments.training.losses import cross_entropy
+from experiments.training.task import AttentionView, Loss, Metrics, Task, encoder_and_decoder
 from experiments.training.text_config import TextConfig
 
 
@@ -237,13 +237,13 @@ def logits_of(model: Any, source: Any, target: Any) -> jax.Array:
     return model(source, target, source_real=source != PAD, target_real=target != PAD)
 
 
-def loss(config: Config, model: Any, batch: Batch) -> train.Loss:
+def loss(config: Config, model: Any, batch: Batch) -> Loss:
     """Cross-entropy of each subword of the target after those before it."""
     wanted = batch.target[:, 1:]
     logits = logits_of(model, batch.source, batch.target[:, :-1])
     each = cross_entropy(logits, wanted, config.label_smoothing)
     real = wanted != PAD
-    return train.Loss(jnp.where(real, each, 0).sum(), real.sum(dtype=jnp.float32))
+    return Loss(jnp.where(real, each, 0).sum(), real.sum(dtype=jnp.float32))
 
 
 def translate(model: Any, data: Data, rows: list[list[int]], size: int = 128) -> list[list[int]]:
@@ -271,7 +271,7 @@ def translate(model: Any, data: Data, rows: list[list[int]], size: int = 128) ->
     return [made[i] for i in range(len(rows))]
 
 
-def evaluate(config: Config, model: Any, data: Data, split: str) -> train.Metrics:
+def evaluate(config: Config, model: Any, data: Data, split: str) -> Metrics:
     """sacrebleu of the greedy translations of every sentence."""
     import sacrebleu
 
@@ -319,7 +319,7 @@ def sample(config: Config, model: Any, data: Data, sentence: str | None) -> str:
     )
 
 
-def look(config: Config, model: Any, data: Data, sentence: str | None) -> list[View]:
+def look(config: Config, model: Any, data: Data, sentence: str | None) -> list[AttentionView]:
     """The attention of a source, of its translation, and of the translation to the source."""
     if config.model == "gru":
         raise ValueError("model gru has no attention to look at: take gru_attention or transformer")
@@ -331,7 +331,7 @@ def look(config: Config, model: Any, data: Data, sentence: str | None) -> list[V
     arrays = np.array([row], np.int32), np.array([target], np.int32)
     if isinstance(model, Seq2Seq):
         weights = np.asarray(model.weights(*arrays))[:, None]
-        return [View("translation to source", targets, sources, weights)]
+        return [AttentionView("translation to source", targets, sources, weights)]
     _, found = record_weights(model, *arrays)
     return encoder_and_decoder("source", sources, "translation", targets, found)
 
@@ -342,7 +342,7 @@ def _shown(data: Data, token: int) -> str:
     return str(data.subwords.decode([token]))
 
 
-TASK = train.Task(
+TASK = Task(
     name="multi30k",
     presets=PRESETS,
     data=data,

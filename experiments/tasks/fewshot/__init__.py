@@ -40,10 +40,10 @@ from experiments.tasks import classification, trec
 from experiments.tasks.classification import Batch, Data, Split
 from experiments.tasks.fewshot import curve
 from experiments.tasks.fewshot.curve import ALL
-from experiments.training import train
 from experiments.training.config import at_least_1
 from experiments.training.losses import cross_entropy
-from experiments.training.steps import steps
+from experiments.training.steps import trainer
+from experiments.training.task import Loss, Task
 
 PRETRAINED = ("finetuned", "adapted")
 ADAPTED = ("query", "value")  # projections that adapted changes
@@ -247,11 +247,11 @@ def hidden(config: Config, data: Data) -> Iterator[Hidden]:
         yield Hidden(left, places.astype(np.int32), np.where(chosen, were, PAD))
 
 
-def guessing_loss(config: Any, model: WordModel, batch: Hidden) -> train.Loss:
+def guessing_loss(config: Any, model: WordModel, batch: Hidden) -> Loss:
     """Cross-entropy of the hidden words."""
     each = cross_entropy(model(batch.words, batch.places), batch.targets)
     chosen = batch.targets != PAD
-    return train.Loss(jnp.where(chosen, each, 0).sum(), chosen.sum())
+    return Loss(jnp.where(chosen, each, 0).sum(), chosen.sum())
 
 
 class Pretrained(NamedTuple):
@@ -272,12 +272,12 @@ def pretrain(config: Config, data: Data) -> Pretrained:
         learning_rate=config.pretraining_rate,
         ema=0.0,
     )
-    how = steps(guessing_loss, options, WordModel(fresh.encoder, rngs=nnx.Rngs(config.seed)))
-    state, losses = how.put(how.first), []
+    training = trainer(guessing_loss, options, WordModel(fresh.encoder, rngs=nnx.Rngs(config.seed)))
+    state, losses = training.put(training.initial), []
     for step, batch in enumerate(itertools.islice(hidden(config, data), options.steps)):
-        state, loss, *_ = how.update(state, batch, step)
+        state, loss, *_ = training.update(state, batch, step)
         losses.append(loss)
-    encoder = how.model(state.weights).encoder
+    encoder = training.model(state.weights).encoder
     return Pretrained(jax.device_get(nnx.state(encoder, nnx.Param)), list(map(float, losses)))
 
 
@@ -304,7 +304,7 @@ def init(
     return low_rank(model, rank=config.rank, where=ADAPTED, train=("classify",), rngs=rngs)
 
 
-TASK = train.Task(
+TASK = Task(
     name="fewshot",
     presets=PRESETS,
     data=data,
@@ -317,5 +317,5 @@ TASK = train.Task(
     unit="sentences",
     sample=classification.sample,
     look=classification.look,
-    shown=curve.SHOWN,
+    report=curve.REPORT,
 )

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.report.ladders import Rung, Shown
-from experiments.report.plots import COLOURS
+from experiments.training.task import COLOURS, LadderReport, Rung
 
 ALL = 0  # as the number of examples
 TRAINING = 4907  # labelled questions there are
@@ -51,7 +50,7 @@ def table(ladder: list[Rung]) -> list[str]:
     return lines
 
 
-def order(ladder: list[Rung]) -> str:
+def comment(ladder: list[Rung]) -> str:
     """Of how many draws the table is, and how long a run took."""
     draws = sorted({len(rung.runs) for rung in ladder})
     number = f"{draws[0]} to {draws[-1]}" if len(draws) > 1 else f"{draws[0]}"
@@ -99,4 +98,4 @@ def _place(size: int) -> int:
     return TRAINING if size == ALL else size
 
 
-SHOWN = Shown(table, order, caption, draw)
+REPORT = LadderReport(table, comment, caption, draw)

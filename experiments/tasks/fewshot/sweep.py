@@ -19,14 +19,14 @@ from typing import Any
 
 import jax
 
-from experiments.report import ladders
-from experiments.report.ladders import Record
 from experiments.tasks import fewshot
 from experiments.tasks.classification import Data
 from experiments.tasks.fewshot import Config, Pretrained, curve
 from experiments.tasks.fewshot.curve import ALL
 from experiments.training import config as configs
 from experiments.training import train
+from experiments.training.runs import Flags
+from experiments.training.task import Record, Rung
 
 MODELS = configs.choices(Config, "model")
 RATES = {"adapted": 6e-3}  # learning rates other than the preset's: adapters begin at nothing
@@ -75,11 +75,19 @@ def main(options: Options) -> int:
                 for size in options.sizes:
                     records.append(_run(task, options, model, size, seed))
     file = (options.record or options.out / "fewshot") / "fewshot.png"
-    ladder = ladders.rungs("fewshot", records)
+    ladder = rungs(records)
     print("\n".join(curve.table(ladder)))
     curve.draw(ladder, file)
     print(f"wrote {file}")
     return 0
+
+
+def rungs(records: list[Record]) -> list[Rung]:
+    """A rung for each model, in the order of the ladder, and number of labelled examples."""
+    groups: dict[tuple[str, int], list[Record]] = {}
+    for record in sorted(records, key=lambda record: MODELS.index(record["model"])):
+        groups.setdefault((record["model"], record["config"]["examples"]), []).append(record)
+    return [Rung(model, runs) for (model, _), runs in groups.items()]
 
 
 class _Once:
@@ -107,7 +115,7 @@ def _run(task: Any, options: Options, model: Any, size: int, seed: int) -> Recor
         if record["config"] != configs.as_json(config):
             raise ValueError(f"{file} is of another configuration: take another folder, --out")
         return record
-    flags = train.Flags(out=options.out, name=name, resume=True, record=options.record)
+    flags = Flags(out=options.out, name=name, resume=True, record=options.record)
     return train.run(task, config, preset=options.preset, flags=flags)
 
 

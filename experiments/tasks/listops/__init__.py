@@ -39,7 +39,6 @@ from attention_jax.nn.linear import Linear
 from experiments.datasets import text
 from experiments.datasets.text import PAD
 from experiments.models.recurrent import GRU, last_state
-from experiments.report.look import View, self_attention
 from experiments.tasks.listops.expressions import (
     CLOSE,
     OPERATOR,
@@ -48,9 +47,10 @@ from experiments.tasks.listops.expressions import (
     expression,
     values,
 )
-from experiments.training import text_config, train
+from experiments.training import text_config
 from experiments.training.config import at_least_1
 from experiments.training.losses import cross_entropy, logits, scores
+from experiments.training.task import AttentionView, Loss, Metrics, Task, self_attention
 from experiments.training.text_config import TextConfig
 
 
@@ -264,12 +264,12 @@ def batches(config: Config, data: Data, step: int) -> Iterator[Batch]:
         step += 1
 
 
-def loss(config: Config, model: Any, batch: Batch) -> train.Loss:
+def loss(config: Config, model: Any, batch: Batch) -> Loss:
     """Cross-entropy of the whole; and the mean of that of all lists in it, where they are asked."""
     n = jnp.float32(len(batch.labels))
     if config.asked == "outermost":
         each = cross_entropy(model(batch.tokens), batch.labels, config.label_smoothing)
-        return train.Loss(each.sum(), n)
+        return Loss(each.sum(), n)
     said, lists = model.each(batch.tokens)
     each = jnp.where(lists, cross_entropy(said, batch.values, config.label_smoothing), 0)
     number = lists.sum(axis=1, dtype=jnp.float32)
@@ -277,7 +277,7 @@ def loss(config: Config, model: Any, batch: Batch) -> train.Loss:
     at = lists.shape[1] - 1 - jnp.argmax(lists[:, ::-1], axis=1)
     at = at if isinstance(model, Recurrent) else jnp.argmax(lists, axis=1)
     whole = jnp.take_along_axis(each, at[:, None], axis=1)[:, 0]
-    return train.Loss((whole + each.sum(axis=1) / number).sum(), n)
+    return Loss((whole + each.sum(axis=1) / number).sum(), n)
 
 
 def predict(config: Config, model: Any, rows: list[list[int]], size: int = 32) -> np.ndarray:
@@ -291,7 +291,7 @@ def predict(config: Config, model: Any, rows: list[list[int]], size: int = 32) -
     return np.stack([found[i] for i in range(len(rows))])
 
 
-def evaluate(config: Config, model: Any, data: Data, split: str) -> train.Metrics:
+def evaluate(config: Config, model: Any, data: Data, split: str) -> Metrics:
     """Accuracy and mean cross-entropy, over every expression once."""
     rows, labels = data.splits[split]
     return scores(predict(config, model, rows), labels)
@@ -334,7 +334,7 @@ def sample(config: Config, model: Any, data: Data, given: str | None) -> str:
     )
 
 
-def look(config: Config, model: Any, data: Data, given: str | None) -> list[View]:
+def look(config: Config, model: Any, data: Data, given: str | None) -> list[AttentionView]:
     """The encoder's attention over an expression, or over the shortest of the test split."""
     if config.model not in ("transformer", "window"):
         raise ValueError(
@@ -346,7 +346,7 @@ def look(config: Config, model: Any, data: Data, given: str | None) -> list[View
     return self_attention("encoder", tokens, weights)
 
 
-TASK = train.Task(
+TASK = Task(
     name="listops",
     presets=PRESETS,
     data=data,

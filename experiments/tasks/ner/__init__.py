@@ -39,11 +39,11 @@ from experiments.datasets.files import lines
 from experiments.datasets.text import PAD
 from experiments.models.recurrent import GRU
 from experiments.models.sentences import WordDropout
-from experiments.report.look import View, self_attention
 from experiments.tasks.ner.spans import Agreement, agreement, spans
-from experiments.training import text_config, train
+from experiments.training import text_config
 from experiments.training.config import at_least_1, below_1
 from experiments.training.losses import cross_entropy, logits
+from experiments.training.task import AttentionView, Loss, Metrics, Task, self_attention
 from experiments.training.text_config import TextConfig
 
 FILES = {
@@ -329,11 +329,11 @@ def batches(config: Config, data: Data, step: int) -> Iterator[Batch]:
         )
 
 
-def loss(config: Config, model: Any, batch: Batch) -> train.Loss:
+def loss(config: Config, model: Any, batch: Batch) -> Loss:
     """Cross-entropy of the tag of each word."""
     each = cross_entropy(model((batch.words, batch.letters)), batch.tags, config.label_smoothing)
     real = batch.words != PAD
-    return train.Loss(jnp.where(real, each, 0).sum(), real.sum(dtype=jnp.float32))
+    return Loss(jnp.where(real, each, 0).sum(), real.sum(dtype=jnp.float32))
 
 
 def tag(model: Any, data: Data, sentences: list[list[str]], size: int = 64) -> list[list[str]]:
@@ -367,7 +367,7 @@ def agree(model: Any, data: Data, split: str) -> Agreement:
     return agreement([s.tags for s in sentences], tag(model, data, [s.words for s in sentences]))
 
 
-def evaluate(config: Config, model: Any, data: Data, split: str) -> train.Metrics:
+def evaluate(config: Config, model: Any, data: Data, split: str) -> Metrics:
     """F1, precision and recall of spans over every sentence once; guessed tags repaired."""
     found = agree(model, data, split)
     return {
@@ -414,7 +414,7 @@ def bracketed(words: list[str], tags: list[str]) -> str:
     return " ".join(found)
 
 
-def look(config: Config, model: Any, data: Data, given: str | None) -> list[View]:
+def look(config: Config, model: Any, data: Data, given: str | None) -> list[AttentionView]:
     """The encoder's attention in one sentence."""
     if config.model != "transformer":
         raise ValueError(f"model {config.model} has no attention to look at: take transformer")
@@ -426,7 +426,7 @@ def look(config: Config, model: Any, data: Data, given: str | None) -> list[View
     return self_attention("encoder", words, weights)
 
 
-TASK = train.Task(
+TASK = Task(
     name="ner",
     presets=PRESETS,
     data=data,

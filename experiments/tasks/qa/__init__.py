@@ -43,7 +43,6 @@ from attention_jax.nn import record_weights
 from experiments.datasets import text
 from experiments.datasets.files import path
 from experiments.datasets.text import END, START
-from experiments.report.look import View, self_attention
 from experiments.tasks.qa import answers
 from experiments.tasks.qa.answers import LONGEST_QUESTION, Passage, Question, Split, parsed
 from experiments.tasks.qa.readers import (
@@ -57,9 +56,9 @@ from experiments.tasks.qa.readers import (
     length_of,
     windows,
 )
-from experiments.training import train
 from experiments.training.config import at_least_1, below_1
 from experiments.training.losses import logits
+from experiments.training.task import AttentionView, Loss, Metrics, Task, self_attention
 from experiments.training.text_config import TextConfig
 
 WIKIPEDIA, XQUAD = "squadshifts/new_wiki_v1.0.json", "xquad_en/xquad.en.json"
@@ -258,7 +257,7 @@ def init(config: Config, data: Data, rngs: nnx.Rngs) -> Any:
     return Reader(config, data.lexicon, rngs)
 
 
-def loss(config: Config, model: Any, batch: Batch) -> train.Loss:
+def loss(config: Config, model: Any, batch: Batch) -> Loss:
     """``-log`` of the probability of all reference answers together, among all spans."""
     scores = model(batch.inputs)
     total = jax.nn.logsumexp(scores, axis=(1, 2))
@@ -267,7 +266,7 @@ def loss(config: Config, model: Any, batch: Batch) -> train.Loss:
         are = scores > NEVER
         mean = jnp.where(are, scores, 0).sum((1, 2)) / are.sum((1, 2), dtype=jnp.float32)
         each = (1 - config.label_smoothing) * each + config.label_smoothing * (total - mean)
-    return train.Loss(each.sum(), jnp.float32(each.size))
+    return Loss(each.sum(), jnp.float32(each.size))
 
 
 def answer(config: Config, model: Any, data: Data, split: Split, size: int = 32) -> list[Answer]:
@@ -303,14 +302,14 @@ def cut(split: Split, found: Answer) -> str:
     return _passage(split, found).cut(found.first, found.last)
 
 
-def scores(config: Config, model: Any, data: Data, split: Split) -> train.Metrics:
+def scores(config: Config, model: Any, data: Data, split: Split) -> Metrics:
     """F1 and exact match over every question; how many reference answers break a word."""
     said = [cut(split, found) for found in answer(config, model, data, split)]
     agreement = answers.agreement(said, [question.answers for question in split.questions])
     return {**agreement, "unaligned": float(split.unaligned)}
 
 
-def evaluate(config: Config, model: Any, data: Data, split: str) -> train.Metrics:
+def evaluate(config: Config, model: Any, data: Data, split: str) -> Metrics:
     """See ``scores``; with the test split those of the second test set too, as ``xquad_``."""
     found = scores(config, model, data, data.splits[split])
     if split != "test":
@@ -358,7 +357,7 @@ def sample(config: Config, model: Any, data: Data, given: str | None) -> str:
     return "\n\n".join(said)
 
 
-def look(config: Config, model: Any, data: Data, given: str | None) -> list[View]:
+def look(config: Config, model: Any, data: Data, given: str | None) -> list[AttentionView]:
     """Attention in the window that has the answer to the first question of the test split."""
     if config.model == "overlap":
         raise ValueError("model overlap has no attention to look at: take gru or transformer")
@@ -375,11 +374,11 @@ def look(config: Config, model: Any, data: Data, given: str | None) -> list[View
     else:
         n = len(tokens) - len(words)
         (to_question,) = (np.asarray(w)[..., :n] for w in weights.values())
-        views = [View("all words to the question", tokens, tokens[:n], to_question)]
+        views = [AttentionView("all words to the question", tokens, tokens[:n], to_question)]
     return [view._replace(note=f"The answer: {cut(split, found)}") for view in views]
 
 
-TASK = train.Task(
+TASK = Task(
     name="qa",
     presets=PRESETS,
     data=data,

@@ -37,11 +37,11 @@ from attention_jax.nn.linear import Linear
 from experiments.datasets import text
 from experiments.datasets.files import path
 from experiments.models.recurrent import GRU
-from experiments.report.look import View, self_attention
 from experiments.tasks.shakespeare.ngrams import BYTES, NGrams
-from experiments.training import text_config, train
+from experiments.training import text_config
 from experiments.training.config import at_least_1, heads_divide
 from experiments.training.losses import cross_entropy, logits
+from experiments.training.task import AttentionView, Loss, Metrics, Task, self_attention
 from experiments.training.text_config import TextConfig
 
 
@@ -204,10 +204,10 @@ def batches(config: Config, data: Data, step: int) -> Iterator[np.ndarray]:
         step += 1
 
 
-def loss(config: Config, model: Any, batch: Any) -> train.Loss:
+def loss(config: Config, model: Any, batch: Any) -> Loss:
     """Cross-entropy of each character after those before it."""
     each = cross_entropy(model(batch[:, :-1]), batch[:, 1:], config.label_smoothing)
-    return train.Loss(each.sum(), jnp.float32(each.size))
+    return Loss(each.sum(), jnp.float32(each.size))
 
 
 @nnx.jit
@@ -215,7 +215,7 @@ def _nats(model: Any, tokens: Any, targets: Any) -> jax.Array:
     return cross_entropy(model(tokens), targets)
 
 
-def evaluate(config: Config, model: Any, data: Data, split: str) -> train.Metrics:
+def evaluate(config: Config, model: Any, data: Data, split: str) -> Metrics:
     """Nats per character: windows that overlap by half, of which the second half counts."""
     start, stop = data.splits[split]
     T, half, size = config.context, config.context // 2, 64
@@ -288,7 +288,7 @@ def _one_by_one(
     return np.array(written[len(prompt) :])
 
 
-def look(config: Config, model: Any, data: Data, given: str | None) -> list[View]:
+def look(config: Config, model: Any, data: Data, given: str | None) -> list[AttentionView]:
     """The decoder's attention over a text, or over the first characters of the test split."""
     if config.model not in ("transformer", "gru_attention"):
         raise ValueError(
@@ -302,7 +302,7 @@ def look(config: Config, model: Any, data: Data, given: str | None) -> list[View
     return self_attention("decoder", shown, weights)
 
 
-TASK = train.Task(
+TASK = Task(
     name="shakespeare",
     presets=PRESETS,
     data=data,

@@ -36,13 +36,13 @@ from attention_jax.nn import record_weights
 from experiments.datasets import text
 from experiments.datasets.text import END, PAD, START, UNKNOWN
 from experiments.models.seq2seq import Seq2Seq, greedy
-from experiments.report.look import View, encoder_and_decoder
 from experiments.tasks.summarise import rouge, summaries
 from experiments.tasks.summarise.copier import Copier
 from experiments.tasks.summarise.summaries import BestSentence, Lead, Text
-from experiments.training import text_config, train
+from experiments.training import text_config
 from experiments.training.config import at_least_1, softmax_only
 from experiments.training.losses import cross_entropy
+from experiments.training.task import AttentionView, Loss, Metrics, Task, encoder_and_decoder
 from experiments.training.text_config import TextConfig
 
 WORD = re.compile(r"\w+(?:'\w+)?|[^\w\s]")
@@ -250,7 +250,7 @@ def batches(config: Config, data: Data, step: int) -> Iterator[Batch]:
         )
 
 
-def loss(config: Config, model: Any, batch: Batch) -> train.Loss:
+def loss(config: Config, model: Any, batch: Batch) -> Loss:
     """Cross-entropy of each word of the summary after those before it.
 
     A word that is unknown, and not in the source either, is none that a model should make: it
@@ -265,7 +265,7 @@ def loss(config: Config, model: Any, batch: Batch) -> train.Loss:
         logits = model(batch.source, target, **options)
         each = cross_entropy(logits, wanted, config.label_smoothing)
     real = (wanted != PAD) & (wanted != UNKNOWN)
-    return train.Loss(jnp.where(real, each, 0).sum(), real.sum(dtype=jnp.float32))
+    return Loss(jnp.where(real, each, 0).sum(), real.sum(dtype=jnp.float32))
 
 
 def summarise(config: Config, model: Any, data: Data, split: Split, size: int = 64) -> list[str]:
@@ -303,7 +303,7 @@ def decoded(config: Config, model: Any, source: np.ndarray) -> list[list[int]]:
     return [[x for x in row if x not in (PAD, END)] for row in rows]
 
 
-def evaluate(config: Config, model: Any, data: Data, split: str) -> train.Metrics:
+def evaluate(config: Config, model: Any, data: Data, split: str) -> Metrics:
     """ROUGE over all summaries."""
     texts = data.splits[split]
     made = summarise(config, model, data, texts)
@@ -331,7 +331,7 @@ def sample(config: Config, model: Any, data: Data, written: str | None) -> str:
     )
 
 
-def look(config: Config, model: Any, data: Data, written: str | None) -> list[View]:
+def look(config: Config, model: Any, data: Data, written: str | None) -> list[AttentionView]:
     """The attention of a source, of its summary, and of the summary to the source."""
     if config.model not in ("gru_attention", "transformer", "copier"):
         raise ValueError(
@@ -345,16 +345,16 @@ def look(config: Config, model: Any, data: Data, written: str | None) -> list[Vi
     said = ["<s>", *summarise(config, model, data, split)[0].split()]
     if isinstance(model, Seq2Seq):
         weights = np.asarray(model.weights(source, target))[:, None]
-        return [View("summary to source", said, words, weights)]
+        return [AttentionView("summary to source", said, words, weights)]
     _, found = record_weights(model, source, target)
     seen = encoder_and_decoder("source", words, "summary", said, found)
     if isinstance(model, Copier):
         pointed = np.asarray(model.copied_from(source, target))[:, None]
-        seen.insert(0, View("what is copied", said, words, pointed))
+        seen.insert(0, AttentionView("what is copied", said, words, pointed))
     return seen
 
 
-TASK = train.Task(
+TASK = Task(
     name="summarise",
     presets=PRESETS,
     data=data,
