@@ -173,11 +173,10 @@ def test_sweep_skips_existing_runs_and_draws_the_curve(tmp_path, capsys):
     pixels = imread(tmp_path / "results" / "fewshot.png")
     assert len(np.unique(pixels[..., :3].reshape(-1, 3), axis=0)) > 50
 
-    readme = tmp_path / "README.md"
-    readme.write_text("<!-- report:fewshot -->\n<!-- /report:fewshot -->\n")
-    assert tables.main(tables.Options(results=tmp_path / "results", readme=readme)) == 0
-    assert "| 10 | all | parameters |" in readme.read_text()
-    assert "![Accuracy of fewshot against" in readme.read_text()
+    assert tables.main(tables.Options(results=tmp_path / "results")) == 0
+    page = (tmp_path / "results" / "README.md").read_text()
+    assert "| 10 | all | parameters |" in page
+    assert "![Accuracy of fewshot against" in page
 
     capsys.readouterr()
     assert sweep.main(options) == 0  # every run is skipped

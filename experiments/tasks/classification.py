@@ -16,14 +16,13 @@ from attention_jax.nn import record_weights
 from experiments.datasets import text
 from experiments.models import sentences
 from experiments.models.inference import map_by_length
-from experiments.report.look import View, self_attention
 from experiments.tasks.common import check_length, random_indices, verdict
-from experiments.training import train
 from experiments.training.config import at_least_1, below_1
 from experiments.training.losses import cross_entropy, logits, scores
+from experiments.training.task import AttentionView, Loss, Metrics, Task, self_attention
 from experiments.training.text_config import TextConfig
 
-Score = Callable[[np.ndarray, np.ndarray], train.Metrics]
+Score = Callable[[np.ndarray, np.ndarray], Metrics]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,10 +163,10 @@ def batches(config: Config, data: Data, step: int) -> Iterator[Batch]:
         yield Batch(text.padded([split.rows[i] for i in index]), split.labels[index])
 
 
-def loss(config: Config, model: Any, batch: Batch) -> train.Loss:
+def loss(config: Config, model: Any, batch: Batch) -> Loss:
     """Cross-entropy."""
     each = cross_entropy(model(batch.words), batch.labels, config.label_smoothing)
-    return train.Loss(each.sum(), jnp.float32(each.size))
+    return Loss(each.sum(), jnp.float32(each.size))
 
 
 def predict(model: Any, rows: list[list[int]], size: int = 128) -> np.ndarray:
@@ -182,9 +181,7 @@ def predict(model: Any, rows: list[list[int]], size: int = 128) -> np.ndarray:
     )
 
 
-def evaluate(
-    config: Config, model: Any, data: Data, split: str, score: Score = scores
-) -> train.Metrics:
+def evaluate(config: Config, model: Any, data: Data, split: str, score: Score = scores) -> Metrics:
     """Scores of one split, accuracy and mean cross-entropy by default."""
     rows, _, labels, _ = data.splits[split]
     return score(predict(model, rows), labels)
@@ -218,7 +215,7 @@ def sample(config: Config, model: Any, data: Data, sentence: str | None) -> str:
     return "\n".join(lines)
 
 
-def look(config: Config, model: Any, data: Data, sentence: str | None) -> list[View]:
+def look(config: Config, model: Any, data: Data, sentence: str | None) -> list[AttentionView]:
     """Attention weights of the encoder on one sentence."""
     if not isinstance(model, sentences.SelfAttention):
         raise ValueError(
@@ -239,7 +236,7 @@ def task(
     *,
     score: Score = scores,
     metric: str = "accuracy",
-) -> train.Task[Config, Data]:
+) -> Task[Config, Data]:
     """Builds a sentence classification task.
 
     Args:
@@ -250,7 +247,7 @@ def task(
       score: from logits ``[n C]`` and labels ``[n]`` to named scores.
       metric: the score that selects the best weights.
     """
-    return train.Task(
+    return Task(
         name=name,
         presets=presets,
         data=functools.partial(load, classes, read),

@@ -18,17 +18,16 @@ from attention_jax.models import Layers, VisionConfig, VisionTransformer
 from attention_jax.nn import record_weights
 from experiments.datasets import text
 from experiments.models.inference import full_batches
-from experiments.report.look import View, self_attention
 from experiments.training import config as configs
-from experiments.training import train
 from experiments.training.losses import cross_entropy, logits, scores
+from experiments.training.task import AttentionView, Loss, Metrics, Task, self_attention
 from experiments.training.text_config import attention_options
 
 CLASSES = 10
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(configs.Config):
+class Config(configs.TrainConfig):
     """Options of an image classifier."""
 
     model: Literal["logistic", "cnn", "vit"] = "vit"
@@ -187,13 +186,13 @@ def shifted(images: np.ndarray, limit: int, rng: np.random.Generator) -> np.ndar
     return padded[np.arange(len(images))[:, None, None], i + down, j + right]
 
 
-def loss(config: Config, model: Any, batch: Split) -> train.Loss:
+def loss(config: Config, model: Any, batch: Split) -> Loss:
     """Cross-entropy."""
     each = cross_entropy(model(batch.images), batch.labels, config.label_smoothing)
-    return train.Loss(each.sum(), jnp.float32(each.size))
+    return Loss(each.sum(), jnp.float32(each.size))
 
 
-def evaluate(config: Config, model: Any, data: Data, split: str) -> train.Metrics:
+def evaluate(config: Config, model: Any, data: Data, split: str) -> Metrics:
     """Accuracy and mean cross-entropy of one split."""
     images, labels = data[split]
     n = len(labels)
@@ -207,7 +206,7 @@ def task(
     read: Callable[[], Data],
     side: int,
     names: tuple[str, ...],
-) -> train.Task[Config, Data]:
+) -> Task[Config, Data]:
     """Builds an image classification task.
 
     Args:
@@ -223,7 +222,7 @@ def task(
             raise ValueError(f"patch must divide {side}, got {config.patch}")
         return synthetic(side) if config.synthetic else read()
 
-    return train.Task(
+    return Task(
         name=name,
         presets=presets,
         data=load,
@@ -244,7 +243,7 @@ def task(
 
 def look(
     names: tuple[str, ...], config: Config, model: Any, data: Data, given: str | None
-) -> list[View]:
+) -> list[AttentionView]:
     """Attention weights over the patches of a test image, by default the first.
 
     Args:

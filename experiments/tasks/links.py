@@ -42,12 +42,11 @@ from attention_jax.nn import record_weights
 from experiments.datasets import text
 from experiments.datasets.files import path
 from experiments.models.inference import full_batches
-from experiments.report.look import View, self_attention
 from experiments.tasks.common import random_indices
-from experiments.training import text_config, train
-from experiments.training.config import Config as BaseConfig
-from experiments.training.config import at_least_1, below_1, heads_divide, softmax_only
+from experiments.training import text_config
+from experiments.training.config import TrainConfig, at_least_1, below_1, heads_divide, softmax_only
 from experiments.training.losses import cross_entropy, logits
+from experiments.training.task import AttentionView, Loss, Metrics, Task, self_attention
 
 ARCHIVES = {"fb15k237": "kg/FB15k-237.tar.gz", "wn18rr": "kg/WN18RR.tar.gz"}
 SPLITS = {"train": "train.txt", "validation": "valid.txt", "test": "test.txt"}
@@ -55,7 +54,7 @@ RANKS = (1, 3, 10)
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(BaseConfig):
+class Config(TrainConfig):
     """Options of a link predictor."""
 
     model: Literal["distmult", "attention"] = "attention"
@@ -240,10 +239,10 @@ def batches(config: Config, data: Data, step: int) -> Iterator[Batch]:
         yield Batch(given[index], tails[index])
 
 
-def loss(config: Config, model: Any, batch: Batch) -> train.Loss:
+def loss(config: Config, model: Any, batch: Batch) -> Loss:
     """Cross-entropy over all entities."""
     each = cross_entropy(model(batch.given), batch.tails, config.label_smoothing)
-    return train.Loss(each.sum(), jnp.float32(each.size))
+    return Loss(each.sum(), jnp.float32(each.size))
 
 
 def ranks(model: Any, data: Data, queries: Batch, size: int = 256) -> np.ndarray:
@@ -260,7 +259,7 @@ def ranks(model: Any, data: Data, queries: Batch, size: int = 256) -> np.ndarray
     return np.array(result[:n])
 
 
-def evaluate(config: Config, model: Any, data: Data, split: str) -> train.Metrics:
+def evaluate(config: Config, model: Any, data: Data, split: str) -> Metrics:
     """Mean reciprocal rank and Hits@k over both directions of each fact.
 
     Of the validation split, a fixed random selection of ``scored`` facts is used.
@@ -315,7 +314,7 @@ def _relation_name(data: Data, relation: int) -> str:
     return data.relations[relation] if relation < n else f"~{data.relations[relation - n]}"
 
 
-def look(config: Config, model: Any, data: Data, given: str | None) -> list[View]:
+def look(config: Config, model: Any, data: Data, given: str | None) -> list[AttentionView]:
     """Attention weights between head and relation; default those of the first test fact."""
     if config.model != "attention":
         raise ValueError(f"model {config.model} has no attention to look at: use attention")
@@ -325,7 +324,7 @@ def look(config: Config, model: Any, data: Data, given: str | None) -> list[View
     return self_attention("encoder", tokens, weights)
 
 
-TASK = train.Task(
+TASK = Task(
     name="links",
     presets=PRESETS,
     data=load,

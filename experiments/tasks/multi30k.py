@@ -35,11 +35,10 @@ from experiments.datasets import text
 from experiments.datasets.files import lines
 from experiments.datasets.text import END, PAD, START
 from experiments.models.seq2seq import Seq2Seq, decode_rows, transformer_config
-from experiments.report.look import View, encoder_and_decoder
 from experiments.tasks.common import check_length, random_indices
-from experiments.training import train
 from experiments.training.config import at_least_1, softmax_only
 from experiments.training.losses import cross_entropy
+from experiments.training.task import AttentionView, Loss, Metrics, Task, encoder_and_decoder
 from experiments.training.text_config import TextConfig
 
 
@@ -228,13 +227,13 @@ def logits_of(model: Any, source: Any, target: Any) -> jax.Array:
     return model(source, target, source_real=source != PAD, target_real=target != PAD)
 
 
-def loss(config: Config, model: Any, batch: Batch) -> train.Loss:
+def loss(config: Config, model: Any, batch: Batch) -> Loss:
     """Cross-entropy of each subword of the target given the subwords before it."""
     targets = batch.target[:, 1:]
     logits = logits_of(model, batch.source, batch.target[:, :-1])
     each = cross_entropy(logits, targets, config.label_smoothing)
     real = targets != PAD
-    return train.Loss(jnp.where(real, each, 0).sum(), real.sum(dtype=jnp.float32))
+    return Loss(jnp.where(real, each, 0).sum(), real.sum(dtype=jnp.float32))
 
 
 def translate(model: Any, data: Data, rows: list[list[int]], size: int = 128) -> list[list[int]]:
@@ -244,7 +243,7 @@ def translate(model: Any, data: Data, rows: list[list[int]], size: int = 128) ->
     )
 
 
-def evaluate(config: Config, model: Any, data: Data, split: str) -> train.Metrics:
+def evaluate(config: Config, model: Any, data: Data, split: str) -> Metrics:
     """BLEU of the greedy translations of one split, by sacrebleu."""
     import sacrebleu
 
@@ -290,7 +289,7 @@ def sample(config: Config, model: Any, data: Data, sentence: str | None) -> str:
     )
 
 
-def look(config: Config, model: Any, data: Data, sentence: str | None) -> list[View]:
+def look(config: Config, model: Any, data: Data, sentence: str | None) -> list[AttentionView]:
     """Attention weights of a source, its translation, and from the translation to the source."""
     if config.model == "gru":
         raise ValueError("model gru has no attention to look at: use gru_attention or transformer")
@@ -301,7 +300,7 @@ def look(config: Config, model: Any, data: Data, sentence: str | None) -> list[V
     arrays = np.array([row], np.int32), np.array([target], np.int32)
     if isinstance(model, Seq2Seq):
         weights = np.asarray(model.weights(*arrays))[:, None]
-        return [View("translation to source", targets, sources, weights)]
+        return [AttentionView("translation to source", targets, sources, weights)]
     _, recorded = record_weights(model, *arrays)
     return encoder_and_decoder("source", sources, "translation", targets, recorded)
 
@@ -312,7 +311,7 @@ def _token_text(data: Data, token: int) -> str:
     return str(data.subwords.decode([token]))
 
 
-TASK = train.Task(
+TASK = Task(
     name="multi30k",
     presets=PRESETS,
     data=load,

@@ -30,7 +30,7 @@ from experiments.datasets.files import path
 from experiments.tasks import classification
 from experiments.tasks.classification import Config, Labelled
 from experiments.training.losses import scores
-from experiments.training.train import Metrics
+from experiments.training.task import Metrics
 
 RELATIONS = (
     "Cause-Effect",

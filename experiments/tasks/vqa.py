@@ -39,10 +39,10 @@ from attention_jax.nn.linear import Linear
 from experiments.datasets import text
 from experiments.datasets.text import PAD, START
 from experiments.models.inference import full_batches
-from experiments.report.look import View, self_attention
 from experiments.tasks.common import verdict
-from experiments.training import text_config, train
+from experiments.training import text_config
 from experiments.training.losses import cross_entropy, logits, scores
+from experiments.training.task import AttentionView, Loss, Metrics, Task, self_attention
 from experiments.training.text_config import TextConfig
 
 SHAPES = ("square", "circle", "triangle")
@@ -297,11 +297,11 @@ def batches(config: Config, data: Data, step: int) -> Iterator[Examples]:
         step += 1
 
 
-def loss(config: Config, model: Any, batch: Examples) -> train.Loss:
+def loss(config: Config, model: Any, batch: Examples) -> Loss:
     """Cross-entropy of the answers."""
     answers = model((batch.images, batch.questions))
     each = cross_entropy(answers, batch.answers, config.label_smoothing)
-    return train.Loss(each.sum(), jnp.float32(each.size))
+    return Loss(each.sum(), jnp.float32(each.size))
 
 
 def predict(model: Any, asked: Examples, size: int = 200) -> np.ndarray:
@@ -314,7 +314,7 @@ def predict(model: Any, asked: Examples, size: int = 200) -> np.ndarray:
     return np.concatenate(rows)[:n]
 
 
-def evaluate(config: Config, model: Any, data: Data, split: str) -> train.Metrics:
+def evaluate(config: Config, model: Any, data: Data, split: str) -> Metrics:
     """Accuracy, also for each kind of question, and mean cross-entropy."""
     asked = data.splits[split]
     predicted = predict(model, asked)
@@ -358,7 +358,7 @@ def _in_words(scene: Scene) -> str:
     return "\n".join(rows)
 
 
-def look(config: Config, model: Any, data: Data, given: str | None) -> list[View]:
+def look(config: Config, model: Any, data: Data, given: str | None) -> list[AttentionView]:
     """Attention weights over words and patches, for the first image of the test split."""
     test = data.splits["test"]
     row = test.questions[0] if given is None else np.array(encode(given))
@@ -372,14 +372,14 @@ def look(config: Config, model: Any, data: Data, given: str | None) -> list[View
         across = [w for name, w in weights.items() if ".cross_attention" in name]
         stacked = np.stack([np.asarray(w[0]) for w in across])
         return [
-            View("question to image", words, cells, stacked),
+            AttentionView("question to image", words, cells, stacked),
             *self_attention("question", words, own),
         ]
     tokens = {"question": words, "image": [words[0], *cells], "joint": [*words, *cells]}
     return self_attention("encoder", tokens[config.model], weights)
 
 
-TASK = train.Task(
+TASK = Task(
     name="vqa",
     presets=PRESETS,
     data=load,

@@ -35,7 +35,6 @@ from experiments.tasks.fewshot import curve
 from experiments.tasks.fewshot.config import PRESETS, Config
 from experiments.tasks.fewshot.data import batches, load
 from experiments.tasks.fewshot.pretraining import Pretrained, pretrain
-from experiments.training import train
 
 PRETRAINED = ("finetuned", "adapted")
 ADAPTED = ("query", "value")  # projections with a low-rank update in adapted
@@ -62,7 +61,7 @@ def init(
     return low_rank(model, rank=config.rank, where=ADAPTED, train=("classify",), rngs=rngs)
 
 
-TASK = train.Task(
+TASK = Task(
     name="fewshot",
     presets=PRESETS,
     data=load,
@@ -75,5 +74,5 @@ TASK = train.Task(
     unit="sentences",
     sample=classification.sample,
     look=classification.look,
-    shown=curve.SHOWN,
+    report=curve.REPORT,
 )

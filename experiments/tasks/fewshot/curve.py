@@ -8,9 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.report.ladders import Rung, Shown
-from experiments.report.plots import COLOURS
 from experiments.tasks.fewshot.config import ALL
+from experiments.training.task import COLOURS, LadderReport, Rung
 
 TRAINING = 4907  # questions in the training split of trec
 
@@ -51,7 +50,7 @@ def table(ladder: list[Rung]) -> list[str]:
     return lines
 
 
-def order(ladder: list[Rung]) -> str:
+def comment(ladder: list[Rung]) -> str:
     """A sentence on the number of draws and the mean training time."""
     draws = sorted({len(rung.runs) for rung in ladder})
     number = f"{draws[0]} to {draws[-1]}" if len(draws) > 1 else f"{draws[0]}"
@@ -101,4 +100,4 @@ def _place(size: int) -> int:
     return TRAINING if size == ALL else size
 
 
-SHOWN = Shown(table, order, caption, draw)
+REPORT = LadderReport(table, comment, caption, draw)

@@ -23,9 +23,9 @@ from experiments.tasks import classification
 from experiments.tasks.classification import Data
 from experiments.tasks.fewshot.config import Config
 from experiments.tasks.fewshot.data import cycle, words_of
-from experiments.training import train
 from experiments.training.losses import cross_entropy
-from experiments.training.steps import steps
+from experiments.training.steps import trainer
+from experiments.training.task import Loss
 
 
 class MaskedBatch(NamedTuple):
@@ -78,11 +78,11 @@ def masked_batches(config: Config, data: Data) -> Iterator[MaskedBatch]:
         yield MaskedBatch(masked, positions.astype(np.int32), np.where(chosen, original, PAD))
 
 
-def masked_loss(config: Any, model: WordModel, batch: MaskedBatch) -> train.Loss:
+def masked_loss(config: Any, model: WordModel, batch: MaskedBatch) -> Loss:
     """Cross-entropy of the masked words."""
     each = cross_entropy(model(batch.words, batch.positions), batch.targets)
     chosen = batch.targets != PAD
-    return train.Loss(jnp.where(chosen, each, 0).sum(), chosen.sum())
+    return Loss(jnp.where(chosen, each, 0).sum(), chosen.sum())
 
 
 class Pretrained(NamedTuple):
@@ -104,8 +104,9 @@ def pretrain(config: Config, data: Data) -> Pretrained:
         learning_rate=config.pretraining_rate,
         ema=0.0,
     )
-    loop = steps(masked_loss, options, WordModel(fresh.encoder, rngs=nnx.Rngs(config.seed)))
-    state, losses = loop.put(loop.first), []
+    model = WordModel(fresh.encoder, rngs=nnx.Rngs(config.seed))
+    loop = trainer(masked_loss, options, model)
+    state, losses = loop.put(loop.initial), []
     for step, batch in enumerate(itertools.islice(masked_batches(config, data), options.steps)):
         state, loss, *_ = loop.update(state, batch, step)
         losses.append(loss)

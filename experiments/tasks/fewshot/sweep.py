@@ -19,8 +19,6 @@ from typing import Any
 
 import jax
 
-from experiments.report import ladders
-from experiments.report.ladders import Record
 from experiments.tasks import fewshot
 from experiments.tasks.classification import Data
 from experiments.tasks.fewshot import curve
@@ -28,6 +26,8 @@ from experiments.tasks.fewshot.config import ALL, PRESETS, Config
 from experiments.tasks.fewshot.pretraining import Pretrained, pretrain
 from experiments.training import config as configs
 from experiments.training import train
+from experiments.training.runs import Flags
+from experiments.training.task import Record
 
 MODELS = configs.choices(Config, "model")
 RATES = {"adapted": 6e-3}  # overrides the preset's learning rate: LoRA updates start at zero
@@ -76,7 +76,7 @@ def main(options: Options) -> int:
                 for size in options.sizes:
                     records.append(_run(task, options, model, size, seed))
     file = (options.record or options.out / "fewshot") / "fewshot.png"
-    ladder = ladders.rungs("fewshot", records)
+    ladder = rungs(records)
     print("\n".join(curve.table(ladder)))
     curve.draw(ladder, file)
     print(f"wrote {file}")
@@ -110,7 +110,7 @@ def _run(task: Any, options: Options, model: Any, size: int, seed: int) -> Recor
                 f"{file} is of another configuration: choose another folder with --out"
             )
         return record
-    flags = train.Flags(out=options.out, name=name, resume=True, record=options.record)
+    flags = Flags(out=options.out, name=name, resume=True, record=options.record)
     return train.run(task, config, preset=options.preset, flags=flags)
 
 

@@ -33,14 +33,13 @@ from flax import nnx
 from attention_jax.nn import record_weights
 from experiments.datasets import text
 from experiments.models.inference import map_by_length
-from experiments.report.look import View, self_attention
 from experiments.tasks.common import check_length, verdict
 from experiments.tasks.listops.config import PRESETS, Config
 from experiments.tasks.listops.data import Batch, Data, Examples, batches, buckets, load
 from experiments.tasks.listops.expressions import WORDS, evaluate_words
 from experiments.tasks.listops.models import Recurrent, Transformer
-from experiments.training import train
 from experiments.training.losses import cross_entropy, logits, scores
+from experiments.training.task import AttentionView, Loss, Metrics, self_attention
 
 
 def init(config: Config, data: Data, rngs: nnx.Rngs) -> Any:
@@ -52,12 +51,12 @@ def init(config: Config, data: Data, rngs: nnx.Rngs) -> Any:
     return Transformer(dataclasses.replace(config, **changed), rngs=rngs)
 
 
-def loss(config: Config, model: Any, batch: Batch) -> train.Loss:
+def loss(config: Config, model: Any, batch: Batch) -> Loss:
     """Cross-entropy of the whole, plus the mean over all lists unless only the whole is asked."""
     n = jnp.float32(len(batch.labels))
     if config.asked == "outermost":
         each = cross_entropy(model(batch.tokens), batch.labels, config.label_smoothing)
-        return train.Loss(each.sum(), n)
+        return Loss(each.sum(), n)
     at_tokens, lists = model.each(batch.tokens)
     each = jnp.where(lists, cross_entropy(at_tokens, batch.values, config.label_smoothing), 0)
     number = lists.sum(axis=1, dtype=jnp.float32)
@@ -65,7 +64,7 @@ def loss(config: Config, model: Any, batch: Batch) -> train.Loss:
     at = lists.shape[1] - 1 - jnp.argmax(lists[:, ::-1], axis=1)
     at = at if isinstance(model, Recurrent) else jnp.argmax(lists, axis=1)
     whole = jnp.take_along_axis(each, at[:, None], axis=1)[:, 0]
-    return train.Loss((whole + each.sum(axis=1) / number).sum(), n)
+    return Loss((whole + each.sum(axis=1) / number).sum(), n)
 
 
 def predict(config: Config, model: Any, rows: list[list[int]], size: int = 32) -> np.ndarray:
@@ -80,7 +79,7 @@ def predict(config: Config, model: Any, rows: list[list[int]], size: int = 32) -
     return np.stack(map_by_length(run, [len(row) for row in rows], size))
 
 
-def evaluate(config: Config, model: Any, data: Data, split: str) -> train.Metrics:
+def evaluate(config: Config, model: Any, data: Data, split: str) -> Metrics:
     """Accuracy and mean cross-entropy of one split."""
     rows, labels = data.splits[split]
     return scores(predict(config, model, rows), labels)
@@ -120,7 +119,7 @@ def sample(config: Config, model: Any, data: Data, given: str | None) -> str:
     )
 
 
-def look(config: Config, model: Any, data: Data, given: str | None) -> list[View]:
+def look(config: Config, model: Any, data: Data, given: str | None) -> list[AttentionView]:
     """Attention weights of the encoder on an expression; default the shortest test expression."""
     if config.model not in ("transformer", "window"):
         raise ValueError(
@@ -132,7 +131,7 @@ def look(config: Config, model: Any, data: Data, given: str | None) -> list[View
     return self_attention("encoder", tokens, weights)
 
 
-TASK = train.Task(
+TASK = Task(
     name="listops",
     presets=PRESETS,
     data=load,

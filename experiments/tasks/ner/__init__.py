@@ -31,14 +31,13 @@ from attention_jax.nn import record_weights
 from experiments.datasets import text
 from experiments.datasets.text import PAD
 from experiments.models.inference import map_by_length
-from experiments.report.look import View, self_attention
 from experiments.tasks.common import random_indices
 from experiments.tasks.ner.bio import agreement, spans
 from experiments.tasks.ner.config import BUCKETS, PRESETS, Config
 from experiments.tasks.ner.data import Batch, Data, Sentence, letters, load, normalized
 from experiments.tasks.ner.models import MostFrequent, Tagger
-from experiments.training import train
 from experiments.training.losses import cross_entropy, logits
+from experiments.training.task import AttentionView, Metrics, self_attention
 
 
 def init(config: Config, data: Data, rngs: nnx.Rngs) -> Any:
@@ -61,11 +60,11 @@ def batches(config: Config, data: Data, step: int) -> Iterator[Batch]:
         )
 
 
-def loss(config: Config, model: Any, batch: Batch) -> train.Loss:
+def loss(config: Config, model: Any, batch: Batch) -> Loss:
     """Cross-entropy of the tag of each word."""
     each = cross_entropy(model((batch.words, batch.letters)), batch.tags, config.label_smoothing)
     real = batch.words != PAD
-    return train.Loss(jnp.where(real, each, 0).sum(), real.sum(dtype=jnp.float32))
+    return Loss(jnp.where(real, each, 0).sum(), real.sum(dtype=jnp.float32))
 
 
 def tag(model: Any, data: Data, sentences: list[list[str]], size: int = 64) -> list[list[str]]:
@@ -95,7 +94,7 @@ def tag(model: Any, data: Data, sentences: list[list[str]], size: int = 64) -> l
     return tags
 
 
-def evaluate(config: Config, model: Any, data: Data, split: str) -> train.Metrics:
+def evaluate(config: Config, model: Any, data: Data, split: str) -> Metrics:
     """F1, precision and recall of spans, and how many predicted tags were repaired."""
     sentences = data.splits[split].sentences
     tags = tag(model, data, [s.words for s in sentences])
@@ -138,7 +137,7 @@ def bracketed(words: list[str], tags: list[str]) -> str:
     return " ".join(shown)
 
 
-def look(config: Config, model: Any, data: Data, given: str | None) -> list[View]:
+def look(config: Config, model: Any, data: Data, given: str | None) -> list[AttentionView]:
     """Attention weights of the transformer on one sentence; default the first test sentence."""
     if config.model != "transformer":
         raise ValueError(f"model {config.model} has no attention to look at: use transformer")
@@ -150,7 +149,7 @@ def look(config: Config, model: Any, data: Data, given: str | None) -> list[View
     return self_attention("encoder", words, weights)
 
 
-TASK = train.Task(
+TASK = Task(
     name="ner",
     presets=PRESETS,
     data=load,

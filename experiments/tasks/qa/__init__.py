@@ -41,7 +41,6 @@ from attention_jax.nn import record_weights
 from experiments.datasets import text
 from experiments.datasets.text import END, START
 from experiments.models.inference import map_by_length
-from experiments.report.look import View, self_attention
 from experiments.tasks.common import random_indices
 from experiments.tasks.qa import answers
 from experiments.tasks.qa.answers import LONGEST_QUESTION, Passage, Question, Split
@@ -57,8 +56,8 @@ from experiments.tasks.qa.data import (
     windows,
 )
 from experiments.tasks.qa.models import MASKED, Overlap, Reader
-from experiments.training import train
 from experiments.training.losses import logits
+from experiments.training.task import AttentionView, Loss, Metrics, self_attention
 
 SEPARATOR = "|||"
 
@@ -97,7 +96,7 @@ def _passage_offset(split: Split, window: Window) -> int:
     return input_length(split, window) - (window.stop - window.start)
 
 
-def loss(config: Config, model: Any, batch: Batch) -> train.Loss:
+def loss(config: Config, model: Any, batch: Batch) -> Loss:
     """``-log`` of the total probability of the reference answers, in a softmax over all spans."""
     scores = model(batch.inputs)
     total = jax.nn.logsumexp(scores, axis=(1, 2))
@@ -106,7 +105,7 @@ def loss(config: Config, model: Any, batch: Batch) -> train.Loss:
         valid = scores > MASKED
         mean = jnp.where(valid, scores, 0).sum((1, 2)) / valid.sum((1, 2), dtype=jnp.float32)
         each = (1 - config.label_smoothing) * each + config.label_smoothing * (total - mean)
-    return train.Loss(each.sum(), jnp.float32(each.size))
+    return Loss(each.sum(), jnp.float32(each.size))
 
 
 class Answer(NamedTuple):
@@ -155,7 +154,7 @@ def answer_text(split: Split, found: Answer) -> str:
     return _passage(split, found).cut(found.first, found.last)
 
 
-def evaluate(config: Config, model: Any, data: Data, split: str) -> train.Metrics:
+def evaluate(config: Config, model: Any, data: Data, split: str) -> Metrics:
     """F1 and exact match; for the test split also on the second test set, as ``xquad_``."""
     metrics = _scores(config, model, data, data.splits[split])
     if split != "test":
@@ -164,7 +163,7 @@ def evaluate(config: Config, model: Any, data: Data, split: str) -> train.Metric
     return {**metrics, **{f"xquad_{name}": x for name, x in second.items()}}
 
 
-def _scores(config: Config, model: Any, data: Data, split: Split) -> train.Metrics:
+def _scores(config: Config, model: Any, data: Data, split: Split) -> Metrics:
     texts = [answer_text(split, found) for found in answer(config, model, data, split)]
     agreement = answers.agreement(texts, [question.answers for question in split.questions])
     return {**agreement, "unaligned": float(split.unaligned)}
@@ -209,7 +208,7 @@ def sample(config: Config, model: Any, data: Data, given: str | None) -> str:
     return "\n\n".join(blocks)
 
 
-def look(config: Config, model: Any, data: Data, given: str | None) -> list[View]:
+def look(config: Config, model: Any, data: Data, given: str | None) -> list[AttentionView]:
     """Attention weights in the window of the answer; default the first test question."""
     if config.model == "overlap":
         raise ValueError("model overlap has no attention to look at: use gru or transformer")
@@ -226,11 +225,11 @@ def look(config: Config, model: Any, data: Data, given: str | None) -> list[View
     else:
         n = len(tokens) - len(words)
         (to_question,) = (np.asarray(w)[..., :n] for w in weights.values())
-        views = [View("all words to the question", tokens, tokens[:n], to_question)]
+        views = [AttentionView("all words to the question", tokens, tokens[:n], to_question)]
     return [view._replace(note=f"The answer: {answer_text(split, found)}") for view in views]
 
 
-TASK = train.Task(
+TASK = Task(
     name="qa",
     presets=PRESETS,
     data=load,

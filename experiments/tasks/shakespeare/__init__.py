@@ -32,14 +32,13 @@ from attention_jax.mechanisms import NAMED
 from attention_jax.models import Decoder, Sampling, generate
 from attention_jax.nn import record_weights
 from experiments.datasets import text
-from experiments.report.look import View, self_attention
 from experiments.tasks.common import check_length
 from experiments.tasks.shakespeare.config import PRESETS, Config
 from experiments.tasks.shakespeare.data import Data, batches, load
 from experiments.tasks.shakespeare.models import Recurrent, transformer
 from experiments.tasks.shakespeare.ngrams import NGrams
-from experiments.training import train
 from experiments.training.losses import cross_entropy, logits
+from experiments.training.task import AttentionView, Loss, Metrics, self_attention
 
 
 def init(config: Config, data: Data, rngs: nnx.Rngs) -> Any:
@@ -52,10 +51,10 @@ def init(config: Config, data: Data, rngs: nnx.Rngs) -> Any:
     return Recurrent(config, attend=config.model == "gru_attention", rngs=rngs)
 
 
-def loss(config: Config, model: Any, batch: Any) -> train.Loss:
+def loss(config: Config, model: Any, batch: Any) -> Loss:
     """Cross-entropy of each character given the characters before it."""
     each = cross_entropy(model(batch[:, :-1]), batch[:, 1:], config.label_smoothing)
-    return train.Loss(each.sum(), jnp.float32(each.size))
+    return Loss(each.sum(), jnp.float32(each.size))
 
 
 @nnx.jit
@@ -63,7 +62,7 @@ def _nats(model: Any, tokens: Any, targets: Any) -> jax.Array:
     return cross_entropy(model(tokens), targets)
 
 
-def evaluate(config: Config, model: Any, data: Data, split: str) -> train.Metrics:
+def evaluate(config: Config, model: Any, data: Data, split: str) -> Metrics:
     """Nats and bits per character, over half-overlapping windows whose second half counts."""
     start, stop = data.splits[split]
     T, half, size = config.context, config.context // 2, 64
@@ -133,7 +132,7 @@ def _sample_uncached(
     return np.array(tokens[len(prompt) :])
 
 
-def look(config: Config, model: Any, data: Data, given: str | None) -> list[View]:
+def look(config: Config, model: Any, data: Data, given: str | None) -> list[AttentionView]:
     """Attention weights on a text; default the first characters of the test split."""
     if config.model not in ("transformer", "gru_attention"):
         raise ValueError(
@@ -146,7 +145,7 @@ def look(config: Config, model: Any, data: Data, given: str | None) -> list[View
     return self_attention("decoder", [chr(x) for x in tokens], weights)
 
 
-TASK = train.Task(
+TASK = Task(
     name="shakespeare",
     presets=PRESETS,
     data=load,

@@ -35,7 +35,6 @@ from attention_jax.nn import record_weights
 from experiments.datasets import text
 from experiments.datasets.text import PAD, START, UNKNOWN
 from experiments.models.seq2seq import Seq2Seq, decode, decode_rows, transformer_config
-from experiments.report.look import View, encoder_and_decoder
 from experiments.tasks.common import random_indices
 from experiments.tasks.summarise import rouge
 from experiments.tasks.summarise.config import BUCKETS, PRESETS, Config
@@ -51,8 +50,8 @@ from experiments.tasks.summarise.data import (
     tokens,
 )
 from experiments.tasks.summarise.extractive import BestSentence, Lead
-from experiments.training import train
 from experiments.training.losses import cross_entropy
+from experiments.training.task import AttentionView, Loss, Metrics, encoder_and_decoder
 
 
 class Batch(NamedTuple):
@@ -91,7 +90,7 @@ def batches(config: Config, data: Data, step: int) -> Iterator[Batch]:
         )
 
 
-def loss(config: Config, model: Any, batch: Batch) -> train.Loss:
+def loss(config: Config, model: Any, batch: Batch) -> Loss:
     """Cross-entropy of each word of the summary given the words before it.
 
     Words that are neither in the vocabulary nor in the source are ignored.
@@ -105,7 +104,7 @@ def loss(config: Config, model: Any, batch: Batch) -> train.Loss:
         logits = model(batch.source, inputs, **options)
         each = cross_entropy(logits, targets, config.label_smoothing)
     counted = (targets != PAD) & (targets != UNKNOWN)
-    return train.Loss(jnp.where(counted, each, 0).sum(), counted.sum(dtype=jnp.float32))
+    return Loss(jnp.where(counted, each, 0).sum(), counted.sum(dtype=jnp.float32))
 
 
 def summarise(config: Config, model: Any, data: Data, split: Split, size: int = 64) -> list[str]:
@@ -127,7 +126,7 @@ def summarise(config: Config, model: Any, data: Data, split: Split, size: int = 
     return summaries
 
 
-def evaluate(config: Config, model: Any, data: Data, split: str) -> train.Metrics:
+def evaluate(config: Config, model: Any, data: Data, split: str) -> Metrics:
     """Mean ROUGE of one split."""
     texts = data.splits[split]
     summaries = summarise(config, model, data, texts)
@@ -154,7 +153,7 @@ def sample(config: Config, model: Any, data: Data, given: str | None) -> str:
     )
 
 
-def look(config: Config, model: Any, data: Data, given: str | None) -> list[View]:
+def look(config: Config, model: Any, data: Data, given: str | None) -> list[AttentionView]:
     """Attention weights of a text, its summary, and from the summary to the text."""
     if config.model not in ("gru_attention", "transformer", "copier"):
         raise ValueError(
@@ -168,16 +167,16 @@ def look(config: Config, model: Any, data: Data, given: str | None) -> list[View
     summary = ["<s>", *summarise(config, model, data, split)[0].split()]
     if isinstance(model, Seq2Seq):
         weights = np.asarray(model.weights(source, target))[:, None]
-        return [View("summary to source", summary, words, weights)]
+        return [AttentionView("summary to source", summary, words, weights)]
     _, recorded = record_weights(model, source, target)
     views = encoder_and_decoder("source", words, "summary", summary, recorded)
     if isinstance(model, Copier):
         copied = np.asarray(model.copied_from(source, target))[:, None]
-        views.insert(0, View("copied words", summary, words, copied))
+        views.insert(0, AttentionView("copied words", summary, words, copied))
     return views
 
 
-TASK = train.Task(
+TASK = Task(
     name="summarise",
     presets=PRESETS,
     data=load,
