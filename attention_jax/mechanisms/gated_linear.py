@@ -34,7 +34,7 @@ def gated_linear_chunk(
     q: Float[Array, "C H"],
     k: Float[Array, "C H"],
     v: Float[Array, "C D"],
-    g: Float[Array, "C #H"],
+    g: Float[Array, " C #H"],
 ) -> tuple[Float[Array, "C D"], Float[Array, "H D"]]:
     """A chunk of one head, with the recurrence unrolled over its tokens::
 
@@ -64,7 +64,7 @@ def packed_gated_linear_chunk(
     starts: Float[Array, "C 1"],
     k: Float[Array, "C H"],
     v: Float[Array, "C D"],
-    g: Float[Array, "C #H"],
+    g: Float[Array, " C #H"],
 ) -> tuple[Float[Array, "C D"], Float[Array, "H D"]]:
     """``gated_linear_chunk`` with the state reset where a document starts: a gate of 0."""
     return gated_linear_chunk(state, q, k, v, jnp.where(starts > 0, -jnp.inf, g))

@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Float
 
 from attention_jax.cache import KVCache
-from attention_jax.core.axes import AnyArray, accumulation_dtype, check_positions
+from attention_jax.core.axes import AnyArray, Shape, accumulation_dtype, check_positions
 from attention_jax.masks import Mask
 from attention_jax.models.layers import Layers, Stack, check_embeddings, positions_after
 from attention_jax.nn import Embeddings

@@ -168,29 +168,29 @@ def chain(*processors: Processor) -> Processor:
     return Chain(_checked(processors))
 
 
-def _temperature(temperature: float, tokens: Any, logits: Float[Array, "V"]) -> Any:
+def _temperature(temperature: float, tokens: Any, logits: Float[Array, " V"]) -> Any:
     return logits / temperature
 
 
-def _top_k(k: int, tokens: Any, logits: Float[Array, "V"]) -> Any:
+def _top_k(k: int, tokens: Any, logits: Float[Array, " V"]) -> Any:
     if k >= logits.shape[-1]:
         return logits
     likeliest, at = jax.lax.top_k(logits, k)
     return jnp.full_like(logits, -jnp.inf).at[at].set(likeliest)
 
 
-def _top_p(p: float, tokens: Any, logits: Float[Array, "V"]) -> Any:
+def _top_p(p: float, tokens: Any, logits: Float[Array, " V"]) -> Any:
     likeliest, at = jax.lax.top_k(logits, logits.shape[-1])
     probability = jax.nn.softmax(likeliest)
     before = jnp.cumsum(probability) - probability
     return jnp.full_like(logits, -jnp.inf).at[at].set(jnp.where(before < p, likeliest, -jnp.inf))
 
 
-def _min_p(p: float, tokens: Any, logits: Float[Array, "V"]) -> Any:
+def _min_p(p: float, tokens: Any, logits: Float[Array, " V"]) -> Any:
     return jnp.where(jnp.exp(logits - jnp.max(logits)) >= p, logits, -jnp.inf)
 
 
-def _repetition_penalty(penalty: float, tokens: Any, logits: Float[Array, "V"]) -> Any:
+def _repetition_penalty(penalty: float, tokens: Any, logits: Float[Array, " V"]) -> Any:
     V = logits.shape[-1]
     at = jnp.where(tokens < 0, V, tokens)  # out of range: dropped
     present = jnp.zeros(V, bool).at[at].set(True, mode="drop")
@@ -244,7 +244,9 @@ class Sampling:
         }
         return tuple(make(x) for make, x in numbers.items() if x is not None)
 
-    def draw(self, logits: Float[Array, "V"], key: jax.Array, tokens: Any = None) -> Int[Array, ""]:
+    def draw(
+        self, logits: Float[Array, " V"], key: jax.Array, tokens: Any = None
+    ) -> Int[Array, ""]:
         """Draws one token.
 
         Args:
@@ -274,7 +276,7 @@ class Choice:
     processors: tuple[Processor, ...] = ()
     draws: bool = False
 
-    def __call__(self, tokens: Any, logits: Float[Array, "V"], key: Any) -> Int[Array, ""]:
+    def __call__(self, tokens: Any, logits: Float[Array, " V"], key: Any) -> Int[Array, ""]:
         """The token; -1 if there is none to choose, since logits are NaN or all are ``-inf``."""
         left, at = _processed(self.processors, tokens, logits)
         token = jax.random.categorical(key, left) if self.draws else jnp.argmax(left)

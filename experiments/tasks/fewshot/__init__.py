@@ -35,6 +35,7 @@ from experiments.tasks.fewshot import curve
 from experiments.tasks.fewshot.config import PRESETS, Config
 from experiments.tasks.fewshot.data import batches, load
 from experiments.tasks.fewshot.pretraining import Pretrained, pretrain
+from experiments.training.task import Task
 
 PRETRAINED = ("finetuned", "adapted")
 ADAPTED = ("query", "value")  # projections with a low-rank update in adapted

@@ -27,7 +27,7 @@ from experiments.tasks.fewshot.pretraining import Pretrained, pretrain
 from experiments.training import config as configs
 from experiments.training import train
 from experiments.training.runs import Flags
-from experiments.training.task import Record
+from experiments.training.task import Record, Rung
 
 MODELS = configs.choices(Config, "model")
 RATES = {"adapted": 6e-3}  # overrides the preset's learning rate: LoRA updates start at zero
@@ -81,6 +81,14 @@ def main(options: Options) -> int:
     curve.draw(ladder, file)
     print(f"wrote {file}")
     return 0
+
+
+def rungs(records: list[Record]) -> list[Rung]:
+    """A rung for each model, in the order of the ladder, and number of labelled examples."""
+    groups: dict[tuple[str, int], list[Record]] = {}
+    for record in sorted(records, key=lambda record: MODELS.index(record["model"])):
+        groups.setdefault((record["model"], record["config"]["examples"]), []).append(record)
+    return [Rung(model, runs) for (model, _), runs in groups.items()]
 
 
 class _PretrainOnce:

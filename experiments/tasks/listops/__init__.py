@@ -39,7 +39,7 @@ from experiments.tasks.listops.data import Batch, Data, Examples, batches, bucke
 from experiments.tasks.listops.expressions import WORDS, evaluate_words
 from experiments.tasks.listops.models import Recurrent, Transformer
 from experiments.training.losses import cross_entropy, logits, scores
-from experiments.training.task import AttentionView, Loss, Metrics, self_attention
+from experiments.training.task import AttentionView, Loss, Metrics, Task, self_attention
 
 
 def init(config: Config, data: Data, rngs: nnx.Rngs) -> Any:

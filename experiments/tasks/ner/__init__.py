@@ -37,7 +37,7 @@ from experiments.tasks.ner.config import BUCKETS, PRESETS, Config
 from experiments.tasks.ner.data import Batch, Data, Sentence, letters, load, normalized
 from experiments.tasks.ner.models import MostFrequent, Tagger
 from experiments.training.losses import cross_entropy, logits
-from experiments.training.task import AttentionView, Metrics, self_attention
+from experiments.training.task import AttentionView, Loss, Metrics, Task, self_attention
 
 
 def init(config: Config, data: Data, rngs: nnx.Rngs) -> Any:

@@ -57,7 +57,7 @@ from experiments.tasks.qa.data import (
 )
 from experiments.tasks.qa.models import MASKED, Overlap, Reader
 from experiments.training.losses import logits
-from experiments.training.task import AttentionView, Loss, Metrics, self_attention
+from experiments.training.task import AttentionView, Loss, Metrics, Task, self_attention
 
 SEPARATOR = "|||"
 

@@ -38,7 +38,7 @@ from experiments.tasks.shakespeare.data import Data, batches, load
 from experiments.tasks.shakespeare.models import Recurrent, transformer
 from experiments.tasks.shakespeare.ngrams import NGrams
 from experiments.training.losses import cross_entropy, logits
-from experiments.training.task import AttentionView, Loss, Metrics, self_attention
+from experiments.training.task import AttentionView, Loss, Metrics, Task, self_attention
 
 
 def init(config: Config, data: Data, rngs: nnx.Rngs) -> Any:

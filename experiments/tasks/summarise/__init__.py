@@ -51,7 +51,7 @@ from experiments.tasks.summarise.data import (
 )
 from experiments.tasks.summarise.extractive import BestSentence, Lead
 from experiments.training.losses import cross_entropy
-from experiments.training.task import AttentionView, Loss, Metrics, encoder_and_decoder
+from experiments.training.task import AttentionView, Loss, Metrics, Task, encoder_and_decoder
 
 
 class Batch(NamedTuple):
