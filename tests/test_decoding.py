@@ -235,8 +235,8 @@ def test_beams_of_an_encoder_decoder():
 def test_the_loop_compiles_once():
     model = decoder()
     chex.clear_trace_counter()
-    before = models.decoding._run._cache_size()
+    before = models.generation._run._cache_size()
     for seed in range(3):
         prompt = np.random.default_rng(seed).integers(0, V, (2, 3))
         generate(model, prompt, max_new_tokens=NEW)
-    assert models.decoding._run._cache_size() == before + 1
+    assert models.generation._run._cache_size() == before + 1

@@ -210,7 +210,7 @@ def test_sampling_equals_its_processors():
 
 
 def test_equal_processors_compile_once():
-    run = models.decoding._run
+    run = models.generation._run
     generate(decoder(), PROMPT, max_new_tokens=2, sampling=sampling.likeliest(sampling.top_k(3)))
     before = run._cache_size()
     generate(decoder(), PROMPT, max_new_tokens=2, sampling=sampling.likeliest(sampling.top_k(3)))

@@ -65,9 +65,9 @@ from attention_jax.models.encoder import Encoder as Encoder
 from attention_jax.models.encoder import EncoderConfig as EncoderConfig
 from attention_jax.models.encoder_decoder import EncoderDecoder as EncoderDecoder
 from attention_jax.models.encoder_decoder import EncoderDecoderConfig as EncoderDecoderConfig
-from attention_jax.models.generate import Generated as Generated
-from attention_jax.models.generate import generate as generate
-from attention_jax.models.generate import stream as stream
+from attention_jax.models.generation import Generated as Generated
+from attention_jax.models.generation import generate as generate
+from attention_jax.models.generation import stream as stream
 from attention_jax.models.layers import Layers as Layers
 from attention_jax.models.layers import Relative as Relative
 from attention_jax.models.sampling import Sampling as Sampling
