@@ -221,7 +221,7 @@ def test_the_table_has_a_column_for_each_number_of_examples():
         "| naive_bayes | 45.0 ± 7.1 | **60.0 ± 0.0** |  | 1,234 |",
         "| adapted | **55.0 ± 7.1** |  | **90.0** | 1,234 |",
     ]
-    assert "1 to 2 draws of each" in curve.order(rungs)
+    assert "1 to 2 draws of each" in curve.comment(rungs)
 
 
 @pytest.mark.parametrize(

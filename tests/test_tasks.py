@@ -270,7 +270,7 @@ def test_mechanisms_without_a_cache_can_be_sampled():
 
 def test_mechanisms_are_rejected_by_tasks_that_need_weights_or_caches():
     for task in (digits, multi30k):
-        with pytest.raises(ValueError, match="attention linear is for listops"):
+        with pytest.raises(ValueError, match="attention linear works for listops"):
             dataclasses.replace(task.PRESETS["smoke"], attention="linear")
     with pytest.raises(ValueError, match=r"attention must be one of .*linear.*got fast"):
         TextConfig(attention="fast")
@@ -320,7 +320,7 @@ def test_flax_attention_matches_ours(mask):
 
 def test_flax_attention_rejects_unsupported_options():
     x = jnp.ones((1, 3, 1, 4))
-    with pytest.raises(NotImplementedError, match="attention flax has no scores"):
+    with pytest.raises(NotImplementedError, match="attention flax does not support scores"):
         text_config.flax_attention(x, x, x, scale=2.0)
 
 
