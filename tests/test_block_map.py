@@ -1,4 +1,4 @@
-"""Random compositions of masks: their pairs, and their block maps against looking at every pair."""
+"""Random compositions of masks: their pairs and block maps against a count of every pair."""
 
 from typing import NamedTuple
 
@@ -15,12 +15,12 @@ from attention_jax.masks.grid import Grid
 
 B, N = 3, 2
 
-# --- Masks, each with the pairs it lets through, counted out in NumPy.
+# --- Masks, each with its visible pairs in NumPy.
 
 
 class Known(NamedTuple):
     mask: Mask
-    seen: np.ndarray  # bool, broadcasts to [B N T S]
+    visible: np.ndarray  # bool, broadcasts to [B N T S]
     tight: bool  # its block map is exact
 
     def __repr__(self):
@@ -32,7 +32,7 @@ def positions(T, S):
 
 
 def number(rng, low, high):
-    """An int or one int per example; and the same as an array that broadcasts."""
+    """An int, or one int per example, and the same as an array that broadcasts."""
     x = rng.integers(low, high, B).astype(np.int32)
     if rng.random() < 0.5:
         return int(x[0]), x[0]
@@ -45,10 +45,10 @@ def band(rng, T, S):
     offset, o = number(rng, -S, S)
     align = ["start", "end"][rng.integers(2)]
     distance = j - i - o - (S - T if align == "end" else 0)
-    seen = distance == distance
-    seen = seen if left is None else seen & (distance >= -left)
-    seen = seen if right is None else seen & (distance <= right)
-    return Known(masks.window(left, right, offset=offset, align=align), seen, True)
+    visible = distance == distance
+    visible = visible if left is None else visible & (distance >= -left)
+    visible = visible if right is None else visible & (distance <= right)
+    return Known(masks.window(left, right, offset=offset, align=align), visible, True)
 
 
 def some_lengths(rng, T, S):
@@ -81,14 +81,14 @@ def documents(rng, T, S):
         np.where(np.arange(T) < T - rng.integers(0, 3), q, -1),
         np.where(rng.random() < 0.9, k, -1),
     )
-    seen = (q[:, None, :, None] == k[:, None, None, :]) & (q[:, None, :, None] >= 0)
-    return Known(masks.segments(q, k), seen, True)
+    visible = (q[:, None, :, None] == k[:, None, None, :]) & (q[:, None, :, None] >= 0)
+    return Known(masks.segments(q, k), visible, True)
 
 
 def unsorted_segments(rng, T, S):
     q, k = (rng.integers(-2, 4, (B, n)) for n in (T, S))
-    seen = (q[:, None, :, None] == k[:, None, None, :]) & (q[:, None, :, None] >= 0)
-    return Known(masks.segments(q, k), seen, False)
+    visible = (q[:, None, :, None] == k[:, None, None, :]) & (q[:, None, :, None] >= 0)
+    return Known(masks.segments(q, k), visible, False)
 
 
 def layouts(rng, T, S):
@@ -123,12 +123,12 @@ def boxes(rng, T, S):
     width = int(rng.choice([n for n in range(1, T + 1) if T % n == 0]))
     shape = (T // width, width)
     size = tuple(int(rng.choice(range(1, n + 1, 2))) for n in shape)
-    seen = np.True_
+    visible = np.True_
     for a, b, n, w in zip(
         np.unravel_index(i, shape), np.unravel_index(j, shape), shape, size, strict=True
     ):
-        seen = seen & (abs(np.minimum(np.maximum(a, w // 2), n - 1 - w // 2) - b) <= w // 2)
-    return Known(masks.neighborhood(shape, size), seen, False)
+        visible = visible & (abs(np.minimum(np.maximum(a, w // 2), n - 1 - w // 2) - b) <= w // 2)
+    return Known(masks.neighborhood(shape, size), visible, False)
 
 
 ATOMS = [band, some_lengths, some_prefix, chunks, strides, documents, unsorted_segments]
@@ -155,7 +155,7 @@ def build(tree, T, S):
         return head(np.random.default_rng(*rest), T, S)
     parts = [build(part, T, S) for part in rest]
     if head == "~":
-        return Known(~parts[0].mask, ~parts[0].seen, parts[0].tight)
+        return Known(~parts[0].mask, ~parts[0].visible, parts[0].tight)
     (a, x, _), (b, y, _) = parts
     return Known(a & b, x & y, False) if head == "&" else Known(a | b, x | y, False)
 
@@ -183,10 +183,10 @@ def problems(draw, trees=compositions, builders=None):
 @pytest.mark.slow
 @settings(max_examples=20)
 @given(problems())
-def test_compositions_let_through_what_their_parts_say(p):
-    mask, seen, _ = p.known()
+def test_compositions_combine_their_parts(p):
+    mask, visible, _ = p.known()
     dense = mask.to_dense(*p.lengths, B=B, N=N)
-    np.testing.assert_array_equal(dense, np.broadcast_to(seen, dense.shape))
+    np.testing.assert_array_equal(dense, np.broadcast_to(visible, dense.shape))
 
 
 @pytest.mark.slow
@@ -212,19 +212,19 @@ def test_laws_of_boolean_algebra(trees):
 # --- Block maps.
 
 
-def counted(seen, block_q, block_k):
-    """The kinds ``[B N rows columns]``, by looking at every pair."""
-    *lead, T, S = seen.shape
+def counted(visible, block_q, block_k):
+    """The kinds ``[B N rows columns]``, from every pair."""
+    *lead, T, S = visible.shape
     kinds = np.full((*lead, -(-T // block_q), -(-S // block_k)), PARTIAL)
     for r, c in np.ndindex(kinds.shape[-2:]):
-        part = seen[..., r * block_q : (r + 1) * block_q, c * block_k : (c + 1) * block_k]
+        part = visible[..., r * block_q : (r + 1) * block_q, c * block_k : (c + 1) * block_k]
         kinds[..., r, c][part.all((-2, -1))] = FULL
         kinds[..., r, c][~part.any((-2, -1))] = EMPTY
     return kinds
 
 
-def check_sound(p, seen, kinds):
-    exact = counted(np.broadcast_to(seen, (B, N, *p.lengths)), *p.block)
+def check_sound(p, visible, kinds):
+    exact = counted(np.broadcast_to(visible, (B, N, *p.lengths)), *p.block)
     kinds = np.broadcast_to(kinds, exact.shape)
     assert (exact[kinds == EMPTY] == EMPTY).all()
     assert (exact[kinds == FULL] == FULL).all()
@@ -233,17 +233,17 @@ def check_sound(p, seen, kinds):
 
 @settings(max_examples=40)
 @given(problems())
-def test_an_empty_block_is_empty_and_a_full_block_full(p):
-    mask, seen, _ = p.known()
-    check_sound(p, seen, p.kinds(mask))
+def test_block_maps_are_sound(p):
+    mask, visible, _ = p.known()
+    check_sound(p, visible, p.kinds(mask))
 
 
 @settings(max_examples=15)
 @given(problems())
-def test_block_maps_hold_for_traced_masks_too(p):
-    mask, seen, _ = p.known()
+def test_block_maps_of_traced_masks_are_sound(p):
+    mask, visible, _ = p.known()
     traced = jax.jit(lambda mask: jnp.asarray(p.kinds(mask)))(mask)
-    check_sound(p, seen, traced)
+    check_sound(p, visible, traced)
     np.testing.assert_array_equal(traced, p.kinds(mask))
 
 
@@ -254,10 +254,10 @@ def test_single_masks_have_exact_block_maps(builder):
     def check(p):
         if builder in SQUARE_ATOMS:
             p = p._replace(lengths=(12, 12))
-        mask, seen, tight = p.known()
-        for known in (Known(mask, seen, tight), Known(~mask, ~seen, tight)):
+        mask, visible, tight = p.known()
+        for known in (Known(mask, visible, tight), Known(~mask, ~visible, tight)):
             kinds = p.kinds(known.mask)
-            exact = check_sound(p, known.seen, kinds)
+            exact = check_sound(p, known.visible, kinds)
             if known.tight:
                 np.testing.assert_array_equal(np.broadcast_to(kinds, exact.shape), exact)
 
@@ -296,7 +296,7 @@ def test_visits_are_the_full_blocks_then_the_partial_ones(lengths, seed):
     kinds = np.random.default_rng(seed).integers(0, 3, (grid.rows, grid.columns)).astype(np.int8)
     index, full, visited = schedule(kinds, grid)
     for r, row in enumerate(kinds):
-        # A last block that is not filled is not taken for full.
+        # A last block that reaches beyond the arrays does not count as full.
         whole = [c for c in range(len(row)) if 2 * r + 2 <= T and 2 * c + 2 <= S]
         fulls = [c for c in whole if row[c] == FULL]
         others = [c for c in range(len(row)) if row[c] != EMPTY and c not in fulls]

@@ -1,4 +1,4 @@
-"""Decoding with a cache equals attention over the whole sequence, however it is cut into calls."""
+"""Decoding with a cache equals attention over the whole sequence, in any split into calls."""
 
 import functools
 
@@ -50,7 +50,7 @@ def whole(arrays, mask, **options):
 
 @pytest.mark.parametrize("cuts", CUTS)
 @pytest.mark.parametrize("name", MASKS)
-def test_any_way_to_cut_equals_the_whole(name, cuts):
+def test_any_split_into_calls_equals_the_whole(name, cuts):
     arrays, kept, mask = inputs(), empty(capacity=T + 2), MASKS[name]
     step = jax.jit(functools.partial(cache.attend, mask=mask, return_lse=True))
     parts = []
@@ -135,7 +135,7 @@ def test_a_donated_cache_is_updated_in_place():
     assert memory.temp_size_in_bytes < size / 4
 
 
-def test_traced_overflow_writes_over_nothing():
+def test_traced_overflow_overwrites_nothing():
     _, k, v = inputs(T=3)
     step = jax.jit(lambda kept, k, v: kept.append(k, v))
     kept = step(empty(capacity=4), k, v)
@@ -168,7 +168,7 @@ def test_a_dtype_of_its_own():
     assert kept.key.dtype == kept.value.dtype == jnp.bfloat16
 
 
-# --- Back to an earlier length: as if the tokens since had never come.
+# --- Rollback: as if the dropped tokens had never been appended.
 
 
 def leaves_close(a, b):
@@ -176,8 +176,8 @@ def leaves_close(a, b):
 
 
 @pytest.mark.parametrize("rolling", [False, True])
-def test_after_a_rollback_other_tokens_come(rolling):
-    """With a window of 4 in a rolling cache of 6 slots, up to 3 tokens can be taken back."""
+def test_appending_other_tokens_after_a_rollback(rolling):
+    """With a window of 4 in a rolling cache of 6 slots, up to 3 tokens can be dropped."""
     arrays, tried, mask = inputs(), inputs(T=3, batch=(B,)), MASKS["window"]
     keep = np.array([6, 5])
     kept = empty(capacity=6 if rolling else 12, rolling=rolling)
@@ -205,7 +205,7 @@ def test_a_rollback_of_nothing_and_of_everything():
         leaves_close(jax.jit(lambda kept: kept.rollback(kept.length - 2))(kept).length, [T - 2] * B)
 
 
-def test_a_rollback_to_what_is_written_over_is_refused():
+def test_a_rollback_to_overwritten_tokens_is_refused():
     _, k, v = inputs()
     kept = empty(capacity=WINDOW, rolling=True).append(k, v)  # holds 5, 6, 7, 8
     with pytest.raises(ValueError, match=r"length must be at least .*overwritten"):
@@ -223,7 +223,7 @@ def test_a_rollback_to_what_is_written_over_is_refused():
     cache.extend(again, *new, mask=masks.window(WINDOW - 2, 0))
 
 
-def test_overflow_is_forgotten_by_a_rollback():
+def test_a_rollback_clears_overflow():
     _, k, v = inputs(T=3)
     full = jax.jit(lambda kept: kept.append(k, v).append(k, v))(empty(capacity=4))
     assert full.overflowed.all()

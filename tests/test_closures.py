@@ -1,4 +1,4 @@
-"""What functions of masks and scores close over: its gradients, its transformations, its values."""
+"""Arrays that functions of masks and scores close over: gradients, transformations, values."""
 
 import jax
 import jax.numpy as jnp
@@ -91,7 +91,7 @@ def test_a_mask_closes_over_a_traced_array(implementation):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_a_function_with_a_derivative_of_its_own(implementation):
+def test_a_function_with_a_custom_derivative(implementation):
     @jax.custom_jvp
     def straight(x):
         return jnp.round(4 * x) / 4
@@ -133,7 +133,7 @@ def test_python_numbers_that_change_outside_of_jit():
         np.testing.assert_allclose(got, as_argument(jnp.float32(w)), rtol=1e-5)
 
 
-def test_a_lambda_written_anew_is_compiled_once():
+def test_a_new_lambda_on_every_call_is_compiled_once():
     def call(w):
         return aj.attention(X, X, X, score=scores.score_fn(lambda s, b, n, q, k: s * w + 0.25))
 
@@ -240,8 +240,8 @@ def test_what_a_mask_function_may_not_return():
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_second_derivatives_of_a_rule_that_has_rules(implementation):
-    """The derivative of sinc is a function with a rule of its own."""
+def test_second_derivatives_of_nested_custom_rules(implementation):
+    """The derivative of sinc has a custom rule itself."""
     f = lambda s, w: s * jnp.sinc(w)  # noqa: E731
     got = jax.hessian(lambda w: loss(w, implementation, f=f))(0.0)
     expected = jax.hessian(lambda w: as_argument(w, f=f))(jnp.float32(0.0))
@@ -289,7 +289,7 @@ def test_the_same_function_is_compiled_once(fn):
     assert _attention._cache_size() == before
 
 
-def test_functions_that_differ_in_their_derivative_alone_are_told_apart():
+def test_functions_that_differ_only_in_their_derivative_are_unequal():
     def gradient(factor):
         straight = jax.custom_jvp(lambda x: x + 0)
         straight.defjvps(lambda t, ans, x: factor * t)
@@ -299,7 +299,7 @@ def test_functions_that_differ_in_their_derivative_alone_are_told_apart():
     np.testing.assert_allclose(gradient(2.0), 2 * gradient(1.0), rtol=1e-4)
 
 
-# --- Numbers that are no part of the program, and constants that are.
+# --- Numbers that are not part of the program, and constants that are.
 
 
 def test_numbers_that_no_block_depends_on_are_compiled_once():

@@ -1,7 +1,7 @@
 """The oracle, checked by means that share nothing with it.
 
 Its formula against scalar loops, its gradients against finite differences and against automatic
-differentiation, and each promise about empty rows, hidden keys and errors on its own.
+differentiation, and each promise about empty rows, masked keys and errors on its own.
 """
 
 import math
@@ -29,7 +29,7 @@ def inputs(seed=0, batch=(B,)):
 
 
 def every_option(seed=1, batch=(B,)):
-    """All options at once. Every row sees a key, and some see few."""
+    """All options at once. Every query attends to some key, some to few."""
     rng = np.random.default_rng(seed)
     mask = rng.random((*batch, N, T, S)) < 0.6
     mask[..., np.arange(T), np.arange(T)] = True
@@ -65,7 +65,7 @@ each_option = pytest.mark.parametrize("options", ONE_BY_ONE.values(), ids=ONE_BY
 
 
 def literal(query, key, value, options):
-    """The definition once more: scalars, `math`, no running maximum, no matrix."""
+    """The definition in scalar loops: `math`, no running maximum, no matrix."""
     *batch, t_len, n_len, width = query.shape
     s_len, kv_len = key.shape[-3:-1]
     full = (*batch, n_len, t_len, s_len)
@@ -348,7 +348,7 @@ def test_without_sinks_there_is_no_gradient_of_them():
     assert reference.head_gradients([[1.0]], [[1.0]], [[1.0]], [[1.0]], sink=0.0).sinks.shape == ()
 
 
-# Empty rows, hidden keys
+# Empty rows, masked keys
 
 
 HIDDEN_KEYS, EMPTY_ROWS = [2, 6], [0, 3]
@@ -380,7 +380,7 @@ each_way = pytest.mark.parametrize(
 
 
 @each_way
-def test_a_row_that_sees_no_key_gives_zero(how):
+def test_a_fully_masked_row_gives_zero(how):
     arrays, options = inputs(), hiding(how, partial_mask())
     result = reference.attention(*arrays[:3], **options)
     assert np.all(result.out[:, EMPTY_ROWS] == 0.0)
@@ -398,7 +398,7 @@ def test_a_row_that_sees_no_key_gives_zero(how):
             assert np.all(array[:, :, EMPTY_ROWS] == 0.0)
 
 
-def test_if_no_row_sees_a_key_everything_is_zero():
+def test_if_all_rows_are_masked_everything_is_zero():
     arrays = inputs()
     options = {"mask": np.zeros((1, 1), bool), "scores": (Softcap(CAP), Bias(np.ones((T, S))))}
     result = reference.attention(*arrays[:3], **options)
@@ -436,7 +436,7 @@ def test_a_sink_of_minus_infinity_is_no_sink():
 @pytest.mark.parametrize("sinks", [None, np.linspace(-1.0, 2.0, N)], ids=["no sinks", "sinks"])
 @pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
 @each_way
-def test_what_is_hidden_may_hold_anything(how, poison, sinks):
+def test_masked_keys_and_queries_may_hold_anything(how, poison, sinks):
     mask = partial_mask()
     options = {**hiding(how, mask), "sinks": sinks}
     clean = inputs()
@@ -470,7 +470,7 @@ def test_masked_entries_of_a_bias_may_hold_anything(poison):
     assert np.all(g.scores[2][~mask] == 0.0)
 
 
-def test_a_key_hidden_in_one_head_only_stays_out_of_that_head():
+def test_a_key_masked_in_one_head_stays_out_of_that_head_only():
     query, key, value, *_ = inputs()
     mask = np.ones((N, 1, S), bool)
     mask[0, :, 2] = False  # heads 0 and 1 read the same key head
@@ -481,7 +481,7 @@ def test_a_key_hidden_in_one_head_only_stays_out_of_that_head():
     assert np.all(np.isnan(planted.out[:, :, 1]))
 
 
-def test_what_is_visible_is_not_hidden():
+def test_nan_at_a_visible_key_reaches_the_result():
     query, key, value, *_ = inputs()
     value[0, 0, 0, 0] = np.nan
     out = reference.attention(query, key, value).out
@@ -489,7 +489,7 @@ def test_what_is_visible_is_not_hidden():
     assert np.isnan(out).sum() == T * G
 
 
-def test_a_softcap_after_a_bias_makes_its_hidden_keys_visible():
+def test_a_softcap_after_a_bias_makes_masked_keys_visible():
     arrays = inputs()
     bias = np.where(np.arange(S) < 4, 0.0, -np.inf)
     result = reference.attention(*arrays[:3], scores=(Bias(bias), Softcap(CAP)))
@@ -503,7 +503,7 @@ def test_a_softcap_after_a_bias_makes_its_hidden_keys_visible():
     assert np.all(gradients.value[:, 4:] != 0.0)
 
 
-def test_examples_do_not_meet():
+def test_examples_are_independent():
     arrays, options = inputs(), every_option()
     arrays[0][1], arrays[1][1], arrays[2][1] = np.nan, np.nan, np.nan
     bad = reference.attention(*arrays[:3], **options)
@@ -589,7 +589,7 @@ ERRORS = {
     "keep must broadcast to [*B N T S] = (2, 6, 5, 7), got (3, 1, 1)": wrong(
         keep=np.ones((K, 1, 1), bool)
     ),
-    "keep must say what a dropout_rate of 0.3 drops, got None": wrong(dropout_rate=RATE),
+    "keep must be given with a dropout_rate of 0.3, got None": wrong(dropout_rate=RATE),
     "dropout_rate must be in [0, 1), got 1.0": wrong(keep=np.True_, dropout_rate=1.0),
     "dropout_rate must be in [0, 1), got -0.1": wrong(keep=np.True_, dropout_rate=-0.1),
     "scores[1].array must broadcast to [*B N T S] = (2, 6, 5, 7), got (7, 1)": wrong(
@@ -623,6 +623,6 @@ ERRORS = {
 
 
 @pytest.mark.parametrize(("message", "call"), ERRORS.items(), ids=ERRORS.keys())
-def test_errors_name_the_argument_what_was_expected_and_what_came(message, call):
+def test_errors_name_the_argument_and_what_was_expected_and_given(message, call):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         call()

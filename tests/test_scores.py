@@ -1,4 +1,4 @@
-"""Scores against formulas written a second time in NumPy, tiles against rules, gradients."""
+"""Scores against formulas in NumPy, tiles against rules, gradients."""
 
 import functools
 import math
@@ -65,7 +65,7 @@ def looking_up(s, b, n, q, k, table, factor):
 LOOKED_UP = RNG.normal(size=(B, N, 3))
 TWO = np.array(2.0)
 
-# The score, and what it makes of the logits s [T S] in head n of example b.
+# The score, and its formula on logits s [T S] in head n of example b.
 RULES = {
     "softcap": (scores.softcap(1.5), lambda s, b, n: 1.5 * np.tanh(s / 1.5)),
     "alibi": (
@@ -123,7 +123,7 @@ each_rule = pytest.mark.parametrize(("score", "rule"), RULES.values(), ids=RULES
 
 
 def in_float64(score):
-    """Its floating arrays as JAX arrays in float64; to be called with x64 on."""
+    """The score with its floating arrays in float64; needs x64."""
     wide = lambda x: jnp.asarray(x, jnp.float64 if x.dtype.kind == "f" else None)  # noqa: E731
     return jax.tree.map(wide, score)
 
@@ -143,14 +143,14 @@ def test_logits_keep_their_dtype(score, rule):
         assert score.resolve(T, S, N).score(s, 1, 2, QI, KJ).dtype == dtype
 
 
-def test_a_bias_of_minus_infinity_hides_whatever_the_logit_holds():
+def test_a_bias_of_minus_infinity_masks_nan_and_inf():
     array = np.array([0.5, -np.inf, -np.inf, -np.inf], np.float32)
     s = jnp.array([1.0, jnp.nan, jnp.inf, -jnp.inf])
     got = scores.bias(array).score(s, 0, 0, 0, np.arange(4))
     assert got.tolist() == [1.5, -math.inf, -math.inf, -math.inf]
 
 
-def test_what_waits_for_the_lengths_has_no_rule_before():
+def test_scores_that_depend_on_lengths_raise_before_these_are_known():
     for score in (
         scores.alibi(),
         scores.alibi(SLOPES, align="end"),
@@ -179,7 +179,7 @@ def cut(score, b, n, q0, k0, t, s):
 
 
 @each_rule
-def test_tile_equals_rule_wherever_it_lies(score, rule, x64):
+def test_tile_equals_rule_at_any_place(score, rule, x64):
     t, s = 4, 3
     logits, score = jnp.asarray(RNG.normal(size=(t, s))), in_float64(score)
 
@@ -222,7 +222,7 @@ def test_buckets_are_those_of_t5(num, most, bidirectional):
 
 
 def published_slopes(n):
-    """As the paper's code says it: by recursion on the next smaller power of two."""
+    """The paper's code: recursion on the next smaller power of two."""
     if math.log2(n).is_integer():
         start = 2 ** (-(2 ** -(math.log2(n) - 3)))
         return [start * start**i for i in range(n)]
@@ -261,7 +261,7 @@ def test_gradients_of_every_array_of_a_score(name, x64):
         assert all((g != 0).any() for g in jax.tree.leaves(gradients))
 
 
-def test_equal_scores_are_equal_and_hash_alike():
+def test_equal_scores_hash_alike():
     builds = [
         lambda: scores.softcap(2.0),
         lambda: scores.softcap(3.0),
@@ -282,7 +282,7 @@ def test_equal_scores_are_equal_and_hash_alike():
 
 
 @pytest.mark.usefixtures("x64")
-def test_alibi_slopes_are_float64_where_everything_is():
+def test_alibi_slopes_are_float64_for_float64_inputs():
     x = np.random.default_rng(0).normal(size=(1, 12, 9, 4))
     slopes = 2.0 ** -np.array([*range(1, 9), 0.5])  # the last is no float32
     distance = np.abs(np.arange(12)[:, None] - np.arange(12))

@@ -49,6 +49,7 @@ def rotary(
       ValueError: ``width`` is odd or more than H; ``positions`` do not broadcast to ``[*B T]``.
       TypeError: ``positions`` are not integers.
 
+    >>> import numpy as np
     >>> x = np.array([[[1.0, 0.0]], [[1.0, 0.0]]], np.float32)  # T = 2, N = 1, H = 2
     >>> print(np.asarray(rotary(x, np.arange(2))).round(2)[:, 0])
     [[1.   0.  ]
@@ -92,6 +93,7 @@ class Rotary:
     Attributes:
       theta, width, interleaved, scaling: as for ``rotary``.
 
+    >>> import numpy as np
     >>> x = np.array([[[1.0, 0.0]], [[1.0, 0.0]]], np.float32)  # T = 2, N = 1, H = 2
     >>> print(np.asarray(Rotary()(x, np.arange(2))).round(2)[:, 0])
     [[1.   0.  ]
