@@ -24,8 +24,8 @@ from attention_jax.scores import Score, ScoreFn
 POINTWISE = frozenset(
     """abs acos acosh add add_any and asin asinh atan atan2 atanh bitcast_convert_type
     broadcast_in_dim cbrt ceil clamp convert_element_type cos cosh div eq exp exp2 expm1 floor
-    ge gt integer_pow iota is_finite le log log1p logistic lt max min mul ne neg not or pow
-    rem reshape reshard rsqrt select_n shift_left shift_right_arithmetic shift_right_logical
+    ge gt integer_pow iota is_finite le log log1p logistic lt max min mul ne neg not
+    one_minus_square or pow rem reshape reshard rsqrt select_n shift_left shift_right_arithmetic shift_right_logical
     sign sin sinh sqrt square squeeze stop_gradient sub tan tanh xor""".split()  # noqa: SIM905
 )
 
@@ -35,7 +35,7 @@ def as_operands(mask: Mask | None) -> Mask | None:
 
     def change(x: Any) -> Any:
         if isinstance(x, StaticArray):
-            return jnp.asarray(x.array)
+            return x.array
         if isinstance(x, tuple):
             return tuple(map(change, x))
         return as_operands(x) if isinstance(x, Mask) else x
