@@ -25,8 +25,9 @@ POINTWISE = frozenset(
     """abs acos acosh add add_any and asin asinh atan atan2 atanh bitcast_convert_type
     broadcast_in_dim cbrt ceil clamp convert_element_type cos cosh div eq exp exp2 expm1 floor
     ge gt integer_pow iota is_finite le log log1p logistic lt max min mul ne neg not
-    one_minus_square or pow rem reshape reshard rsqrt select_n shift_left shift_right_arithmetic shift_right_logical
-    sign sin sinh sqrt square squeeze stop_gradient sub tan tanh xor""".split()  # noqa: SIM905
+    one_minus_square or pow rem reshape reshard rsqrt select_n shift_left
+    shift_right_arithmetic shift_right_logical sign sin sinh sqrt square squeeze stop_gradient
+    sub tan tanh xor""".split()  # noqa: SIM905
 )
 
 
