@@ -6,12 +6,12 @@ and the import hook must be there before the package is imported: hence the orde
 
 import os
 
-import quick
+import compiling
 
 os.environ["XLA_FLAGS"] = " ".join(
     [
         os.environ.get("XLA_FLAGS", ""),
-        *quick.flags(),
+        *compiling.flags(),
         "--xla_force_host_platform_device_count=8",
     ]
 )

@@ -8,7 +8,7 @@ besides its own, or every small case would be one tile.
 import functools
 
 import pytest
-from quick import as_users
+from compiling import default_options
 
 import attention_jax
 from attention_jax import testing
@@ -33,27 +33,27 @@ IMPLEMENTATIONS = {
     "auto": implementation(None),
 }
 
-PROMISES = [case for case in testing.cases() if not case.name[:3].isdigit()]
-PAIRS = testing.cases()[len(PROMISES) :]
-LOOPED = [case for i, case in enumerate(PAIRS) if i % 3]
-TINY = [case for case in LOOPED if case.sizes.T * case.sizes.S < 2000][::3]
+PROMISES = testing.cases(tag="promise")
+PAIRS = testing.cases(tag="pair")
 
-# Every implementation keeps every promise. The pairs are shared out, as masks, scores and dropout
-# are common to all: all of them for one implementation is `testing.check(fn)`.
+# Every implementation keeps every promise. Every pair goes to at least one of them, as masks,
+# scores and dropout are common to all: all pairs for one implementation is ``testing.check(fn)``.
 CHECKS = {
-    "xla": [*PROMISES, *PAIRS[::3]],
-    "blockwise": PROMISES[2::4],
-    "blockwise 16x32": [*PROMISES, *(case for case in LOOPED if case not in TINY)],
-    "blockwise 7x5": TINY,
-    # Compiled as users' programs are; all other tests' are compiled fast.
-    "auto": PROMISES[3::8],
+    "xla": PROMISES + testing.cases(tag="small"),
+    "blockwise": testing.cases(tag="numerics") + testing.cases(tag="padded"),
+    "blockwise 16x32": PROMISES + testing.cases(tag="long"),
+    "blockwise 7x5": [case for case in testing.cases(tag="small") if "core" in case.tags],
+    # Compiled with XLA's default options; all other tests are compiled fast.
+    "auto": testing.cases(tag="numerics"),
 }
 
 
-def mostly_slow(cases, quick):
-    """The cases as parameters of a test; a default run has time for those named in ``quick``."""
+def parameters(name, cases, tag="core"):
+    """``(name, case)`` as parameters of a test; without the tag they are slow tests."""
     return [
-        pytest.param(c, id=c.name, marks=[] if c.name in quick else [pytest.mark.slow])
+        pytest.param(
+            name, c, id=f"{c.name}-{name}", marks=[] if tag in c.tags else [pytest.mark.slow]
+        )
         for c in cases
     ]
 
@@ -67,7 +67,7 @@ def assert_right(name, case):
     report = testing.check(
         IMPLEMENTATIONS[name],
         cases=[prepared(case)],
-        compiler_options=as_users() if name == "auto" else None,
+        compiler_options=default_options() if name == "auto" else None,
     )
     wrong = [row for row in report.rows if row.verdict != "ok"]  # a refusal is wrong here
     assert not wrong, f"{name}: {case}\n{report}"

@@ -41,10 +41,3 @@ def _covering(arguments):
         best = max(drawn, key=lambda case: len(pairs(case) & missing))
         missing -= pairs(best)
         yield best
-
-
-def close(ours, exact, tolerance):
-    """Within a tolerance relative to the largest number there is."""
-    ours, exact = (np.asarray(x, np.float64) for x in (ours, exact))
-    largest = max(1, np.abs(exact).max(initial=0))
-    np.testing.assert_allclose(ours, exact, rtol=0, atol=tolerance * largest)

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from attention_jax import attention, block_map, masks, reference
+from attention_jax.testing import rules
 
 T, S = 6, 11
 MASKS = {
@@ -77,5 +78,4 @@ def test_attention_with_positions_per_example(implementation):
 
 
 def expected_window(queries, keys):
-    distance = queries[:, None] - keys[None]
-    return (distance >= 0) & (distance <= 4) & (keys >= 0)[None]
+    return rules.band(queries[:, None], keys, 4, 0) & (keys >= 0)

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from attention_jax import Mask, block_map, masks
 from attention_jax.masks.block_map import EMPTY, FULL, PARTIAL, schedule
 from attention_jax.masks.grid import Grid
+from attention_jax.testing import rules
 
 B, N = 3, 2
 
@@ -44,11 +45,8 @@ def band(rng, T, S):
     left, right = (int(x) if x >= 0 else None for x in rng.integers(-2, 9, 2))
     offset, o = number(rng, -S, S)
     align = ["start", "end"][rng.integers(2)]
-    distance = j - i - o - (S - T if align == "end" else 0)
-    visible = distance == distance
-    visible = visible if left is None else visible & (distance >= -left)
-    visible = visible if right is None else visible & (distance <= right)
-    return Known(masks.window(left, right, offset=offset, align=align), visible, True)
+    seen = rules.band(i, j, left, right, o + (S - T if align == "end" else 0))
+    return Known(masks.window(left, right, offset=offset, align=align), seen, True)
 
 
 def some_lengths(rng, T, S):
@@ -65,13 +63,13 @@ def some_prefix(rng, T, S):
 def chunks(rng, T, S):
     i, j = positions(T, S)
     size = int(rng.integers(1, 9))
-    return Known(masks.chunked(size), i // size == j // size, True)
+    return Known(masks.chunked(size), rules.same_chunk(i, j, size), True)
 
 
 def strides(rng, T, S):
     i, j = positions(T, S)
     stride = int(rng.integers(1, 6))
-    return Known(masks.dilated(stride), (i - j) % stride == 0, True)
+    return Known(masks.dilated(stride), rules.strided(i, j, stride), True)
 
 
 def documents(rng, T, S):
@@ -81,14 +79,14 @@ def documents(rng, T, S):
         np.where(np.arange(T) < T - rng.integers(0, 3), q, -1),
         np.where(rng.random() < 0.9, k, -1),
     )
-    visible = (q[:, None, :, None] == k[:, None, None, :]) & (q[:, None, :, None] >= 0)
-    return Known(masks.segments(q, k), visible, True)
+    seen = rules.same_segment(q[:, None, :, None], k[:, None, None, :])
+    return Known(masks.segments(q, k), seen, True)
 
 
 def unsorted_segments(rng, T, S):
     q, k = (rng.integers(-2, 4, (B, n)) for n in (T, S))
-    visible = (q[:, None, :, None] == k[:, None, None, :]) & (q[:, None, :, None] >= 0)
-    return Known(masks.segments(q, k), visible, False)
+    seen = rules.same_segment(q[:, None, :, None], k[:, None, None, :])
+    return Known(masks.segments(q, k), seen, False)
 
 
 def layouts(rng, T, S):
@@ -97,7 +95,7 @@ def layouts(rng, T, S):
     layout = rng.random((-(-T // size), -(-S // size))) < rng.choice([0.2, 0.8])
     known = rng.random() < 0.5
     mask = masks.block_sparse(layout if known else jnp.asarray(layout), size)
-    return Known(mask, layout[i // size, j // size], True)
+    return Known(mask, rules.in_layout(i, j, layout, size), True)
 
 
 def arrays(rng, T, S):
@@ -123,12 +121,7 @@ def boxes(rng, T, S):
     width = int(rng.choice([n for n in range(1, T + 1) if T % n == 0]))
     shape = (T // width, width)
     size = tuple(int(rng.choice(range(1, n + 1, 2))) for n in shape)
-    visible = np.True_
-    for a, b, n, w in zip(
-        np.unravel_index(i, shape), np.unravel_index(j, shape), shape, size, strict=True
-    ):
-        visible = visible & (abs(np.minimum(np.maximum(a, w // 2), n - 1 - w // 2) - b) <= w // 2)
-    return Known(masks.neighborhood(shape, size), visible, False)
+    return Known(masks.neighborhood(shape, size), rules.neighbors(i, j, shape, size), False)
 
 
 ATOMS = [band, some_lengths, some_prefix, chunks, strides, documents, unsorted_segments]

@@ -2,11 +2,11 @@
 
 import functools
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import close, normal, slow
 
 from attention_jax import attention, cache, masks, scores
 
@@ -19,10 +19,6 @@ MASKS = {
     "function": masks.mask_fn(lambda b, n, q, k: (q + k) % 3 != 0) & masks.causal(),
 }
 CUTS = {"at once": [9], "chunks": [4, 1, 3, 1], "one by one": [1] * 9}
-
-
-def normal(seed, *shape):
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 def inputs(T=T, batch=(B,)):
@@ -40,15 +36,11 @@ def cut(arrays, lengths):
     return [[x[:, a:b] for x in arrays] for a, b in zip(ends - lengths, ends, strict=True)]
 
 
-def close(a, b):
-    chex.assert_trees_all_close(a, b, rtol=2e-5, atol=2e-5)
-
-
 def whole(arrays, mask, **options):
     return attention(*arrays, mask=masks.causal() if mask is None else mask, **options)
 
 
-@pytest.mark.parametrize("cuts", CUTS)
+@pytest.mark.parametrize("cuts", ["chunks", slow("at once"), slow("one by one")])
 @pytest.mark.parametrize("name", MASKS)
 def test_any_split_into_calls_equals_the_whole(name, cuts):
     arrays, kept, mask = inputs(), empty(capacity=T + 2), MASKS[name]
@@ -62,8 +54,20 @@ def test_any_split_into_calls_equals_the_whole(name, cuts):
     np.testing.assert_array_equal(kept.length, [T] * B)
 
 
-@pytest.mark.parametrize("capacity", [WINDOW, WINDOW + 1, 2 * T])
-@pytest.mark.parametrize("cuts", CUTS)
+@pytest.mark.parametrize(
+    ("cuts", "capacity"),
+    [
+        ("at once", WINDOW),
+        ("chunks", WINDOW),
+        ("one by one", WINDOW + 1),
+        slow("at once", WINDOW + 1),
+        slow("at once", 2 * T),
+        slow("chunks", WINDOW + 1),
+        slow("chunks", 2 * T),
+        slow("one by one", WINDOW),
+        slow("one by one", 2 * T),
+    ],
+)
 def test_a_rolling_cache_equals_a_window(cuts, capacity):
     arrays, kept = inputs(), empty(capacity, rolling=True)
     parts = []

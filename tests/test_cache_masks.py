@@ -3,11 +3,11 @@
 What is expected is attention without a cache over all tokens at once.
 """
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import close, mostly_slow, slow
 
 from attention_jax import attention, cache, masks, scores
 
@@ -49,6 +49,9 @@ MASKS = {  # causal masks, or a prefix in the first call
     "mask_fn, arrays": masks.mask_fn(lambda b, n, q, k, x: x[b, q] == x[b, k], IDS) & CAUSAL,
     "not": ~masks.dilated(2) & CAUSAL,
 }
+# One of each kind, for a default run.
+KINDS = {"causal", "window", "prefix", "lengths", "segments", "chunked", "dilated", "global"}
+KINDS |= {"neighborhood", "block_sparse", "dense", "mask_fn", "not"}
 LOOK_AHEAD = {
     "all": masks.window(None, None),
     "window": masks.window(1, 1),
@@ -155,30 +158,39 @@ def each_logit(score, T, S):
     return np.asarray(fn(jnp.arange(B), jnp.arange(N)))
 
 
-def close(a, b):
-    chex.assert_trees_all_close(a, b, rtol=1e-5, atol=1e-5)
+# Attention follows from these pairs and logits: one test of it is enough.
 
 
-@pytest.mark.parametrize("name", MASKS)
-def test_the_same_tokens_are_visible(name):
+@pytest.mark.parametrize("cuts", [[4, 1, 1], slow([3, 3])])
+@pytest.mark.parametrize("name", mostly_slow(MASKS, KINDS))
+def test_the_same_tokens_are_visible(name, cuts):
     whole = np.asarray(MASKS[name].to_dense(T, T, B=B, N=N))
-    np.testing.assert_array_equal(visible(MASKS[name], empty(), [4, 1, 1]), whole)
+    np.testing.assert_array_equal(visible(MASKS[name], empty(), cuts), whole)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("cuts", [[4, 1, 1], [3, 3]])
 @pytest.mark.parametrize("name", MASKS)
-def test_the_same_tokens_are_visible_in_a_rolling_cache(name):
+def test_the_same_tokens_are_visible_in_a_rolling_cache(name, cuts):
     near = MASKS[name] & masks.window(WINDOW - 1, None)
     whole = np.asarray(near.to_dense(T, T, B=B, N=N))
-    np.testing.assert_array_equal(visible(near, empty(rolling=True), [4, 1, 1]), whole)
+    np.testing.assert_array_equal(visible(near, empty(rolling=True), cuts), whole)
 
 
+@pytest.mark.parametrize(
+    ("rolling", "cuts"),
+    [
+        (True, [4, 1, 1]),
+        slow(True, [1] * T),
+        slow(False, [3, 3]),
+    ],
+)
 @pytest.mark.parametrize("name", SCORES)
-def test_a_score_makes_the_same_logits(name):
+def test_a_score_makes_the_same_logits(name, rolling, cuts):
     near = masks.window(WINDOW - 1, 0)
     seen, whole = np.asarray(near.to_dense(T, T)), each_logit(SCORES[name], T, T)
-    got = changed(SCORES[name], empty(rolling=True), [4, 1, 1], near)
-    close(got, np.where(seen, whole, 0))
+    got = changed(SCORES[name], empty(rolling), cuts, near)
+    close(got, np.where(seen, whole, 0), 1e-5)
 
 
 @pytest.mark.parametrize("implementation", ["xla", "blockwise"])
@@ -187,26 +199,7 @@ def test_attention_is_the_same(rolling, implementation):
     mask, score = BOTH & masks.window(2, None), (SCORES["relative_bias"], *SCORES["several"])
     expected = attention(*tokens(), mask=mask, score=score)
     options = {"mask": mask, "score": score, "implementation": implementation}
-    close(in_calls(empty(rolling), [4, 1, 1], **options), expected)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("rolling", [False, True])
-@pytest.mark.parametrize("cuts", [[T], [4, 1, 1], [3, 3]])
-@pytest.mark.parametrize("name", MASKS)
-def test_attention_is_the_same_with_every_mask(name, cuts, rolling):
-    mask = MASKS[name] & masks.window(WINDOW - 1, None) if rolling else MASKS[name]
-    close(in_calls(empty(rolling), cuts, mask=mask), attention(*tokens(), mask=mask))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("rolling", [False, True])
-@pytest.mark.parametrize("cuts", [[T], [4, 1, 1], [3, 3], [1] * T])
-@pytest.mark.parametrize("name", SCORES)
-def test_attention_is_the_same_with_every_score(name, cuts, rolling):
-    mask = masks.window(WINDOW - 1, 0) if rolling else CAUSAL
-    expected = attention(*tokens(), mask=mask, score=SCORES[name])
-    close(in_calls(empty(rolling), cuts, mask=mask, score=SCORES[name]), expected)
+    close(in_calls(empty(rolling), [4, 1, 1], **options), expected, 1e-5)
 
 
 @pytest.mark.parametrize("name", LOOK_AHEAD)
@@ -257,4 +250,4 @@ def test_relative_embeddings_hold_the_query_of_the_call():
         score = scores.relative_embedding(new[0], table)
         out, kept = cache.attend(kept, *new, score=score)
         parts.append(out)
-    close(jnp.concatenate(parts, axis=1), expected)
+    close(jnp.concatenate(parts, axis=1), expected, 1e-5)

@@ -5,19 +5,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from helpers import jax_normal, slow
 
 import attention_jax as aj
 from attention_jax import masks, scores
 
 # 257 tokens: one more than `xla` is chosen for.
 IMPLEMENTATIONS = ("xla", "blockwise")
+mostly_blockwise = pytest.mark.parametrize("implementation", ["blockwise", slow("xla")])
 
 
-def normal(seed, *shape):
-    return jax.random.normal(jax.random.key(seed), shape)
-
-
-X = normal(0, 1, 20, 2, 4)
+X = jax_normal(0, 1, 20, 2, 4)
 
 
 def loss(w, implementation, x=X, f=lambda s, w: s * w):
@@ -45,15 +43,19 @@ TRANSFORMED = {
 }
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("name", TRANSFORMED)
+# ``xla`` is plain JAX: a default run checks its gradient alone.
+@pytest.mark.parametrize(
+    ("name", "implementation"),
+    [*((name, "blockwise") for name in TRANSFORMED), ("jit of grad", "xla")]
+    + [slow(name, "xla") for name in TRANSFORMED if name != "jit of grad"],
+)
 def test_a_traced_number_under_transformations(name, implementation):
     w = jnp.float32(0.7)
     got = TRANSFORMED[name](lambda w: loss(w, implementation))(w)
     np.testing.assert_allclose(got, TRANSFORMED[name](as_argument)(w), rtol=2e-4)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@mostly_blockwise
 def test_the_gradient_is_that_of_finite_differences(implementation):
     got = jax.jit(jax.grad(loss), static_argnums=1)(1.0, implementation)
     expected = (loss(1.01, implementation) - loss(0.99, implementation)) / 0.02
@@ -70,7 +72,7 @@ def test_a_table_and_its_gradient(implementation):
             score = scores.score_fn(rule, table)
         return (aj.attention(X, X, X, score=score, implementation=implementation) ** 2).sum()
 
-    table = normal(1, 2, 5)
+    table = jax_normal(1, 2, 5)
     got = jax.jit(jax.grad(run), static_argnums=(1, 2))(table, implementation, True)
     np.testing.assert_allclose(got, jax.grad(run)(table, "xla", False), rtol=1e-4, atol=1e-5)
 
@@ -90,7 +92,7 @@ def test_a_mask_closes_over_a_traced_array(implementation):
     np.testing.assert_allclose(both[1], aj.attention(X, X, X, mask=masks.causal()), atol=1e-6)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@mostly_blockwise
 def test_a_function_with_a_custom_derivative(implementation):
     @jax.custom_jvp
     def straight(x):
@@ -104,7 +106,7 @@ def test_a_function_with_a_custom_derivative(implementation):
         np.testing.assert_allclose(got, expected, rtol=2e-4)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@mostly_blockwise
 def test_nnx_parameters_that_a_function_closes_over(implementation):
     def run(w, x):
         score = scores.score_fn(lambda s, b, n, q, k: s * w[...])
@@ -180,7 +182,7 @@ def test_arrays_of_functions_that_need_a_whole_tile():
         jax.jit(lambda w: aj.attention(X, X, X, score=scores.score_fn(f(w))))(known)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@mostly_blockwise
 def test_what_a_score_function_may_return(implementation):
     def gradient(fn):
         def run(x):
@@ -239,7 +241,7 @@ def test_what_a_mask_function_may_not_return():
     np.testing.assert_allclose(everything, aj.attention(X, X, X), atol=1e-6)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@mostly_blockwise
 def test_second_derivatives_of_nested_custom_rules(implementation):
     """The derivative of sinc has a custom rule itself."""
     f = lambda s, w: s * jnp.sinc(w)  # noqa: E731
@@ -257,7 +259,7 @@ def test_the_gradient_of_a_complex_table(implementation):
         score = scores.score_fn(rule)
         return (aj.attention(X, X, X, score=score, implementation=implementation) ** 2).sum()
 
-    table = jax.lax.complex(normal(1, 3), normal(2, 3))
+    table = jax.lax.complex(jax_normal(1, 3), jax_normal(2, 3))
     got = jax.grad(run)(table, implementation)
     step = 1e-2
     slopes = [
@@ -267,7 +269,7 @@ def test_the_gradient_of_a_complex_table(implementation):
     np.testing.assert_allclose(got[0], float(slopes[0]) - 1j * float(slopes[1]), rtol=2e-2)
 
 
-TABLE = normal(3, 20)
+TABLE = jax_normal(3, 20)
 
 
 @pytest.mark.parametrize(
@@ -321,7 +323,7 @@ def test_numbers_that_no_block_depends_on_are_compiled_once():
 @pytest.mark.parametrize("kind", ["mask", "bias", "closure"])
 def test_large_constants_are_hidden_from_constant_folding(kind):
     visible = np.tril(np.ones((300, 300), bool))
-    x = normal(0, 1, 300, 1, 4)
+    x = jax_normal(0, 1, 300, 1, 4)
 
     def run(x):
         if kind == "mask":

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from helpers import mostly_slow, normal
 from jax.experimental import checkify
 
 import attention_jax as aj
@@ -44,10 +45,6 @@ TOKENS = rng.integers(1, 11, (B, T)).astype(np.int32)
 POSITIONS = np.arange(T, dtype=np.int32)
 
 
-def normal(*shape):
-    return np.random.default_rng(1).normal(size=shape).astype(np.float32)
-
-
 # --- Attention.
 
 MASKS = {
@@ -68,13 +65,13 @@ MASKS = {
 SCORES = {
     "softcap": scores.softcap(5.0),
     "alibi": scores.alibi(offset=np.array([0, 3], np.int32)),
-    "bias": scores.bias(normal(B, N, T, T)),
+    "bias": scores.bias(normal(1, B, N, T, T)),
     "-inf bias": scores.bias(np.where(FLAGS, 0, -np.inf).astype(np.float32)[:, None, None]),
-    "bias of heads": scores.bias(normal(N, 1, T)),
-    "relative_bias": scores.relative_bias(normal(8, N), max_distance=4),
-    "relative_embedding": scores.relative_embedding(Q, normal(5, N, H)),
+    "bias of heads": scores.bias(normal(1, N, 1, T)),
+    "relative_bias": scores.relative_bias(normal(1, 8, N), max_distance=4),
+    "relative_embedding": scores.relative_embedding(Q, normal(1, 5, N, H)),
     "score_fn": scores.score_fn(
-        lambda s, b, n, q, k, x: s + x[n] * (q - k).astype(s.dtype), normal(N)
+        lambda s, b, n, q, k, x: s + x[n] * (q - k).astype(s.dtype), normal(1, N)
     ),
 }
 
@@ -90,7 +87,7 @@ def attend(mask=None, score=(), implementation="xla", rate=0.0, key=None):
         return (out**2).sum() + lse.sum(), (out, lse)
 
     grad = jax.grad(total, argnums=(0, 1, 2, 3, 4), allow_int=True, has_aux=True)
-    return grad(Q, KEY, VALUE, normal(N), score)
+    return grad(Q, KEY, VALUE, normal(1, N), score)
 
 
 def without_sinks(mask=None, implementation="xla"):
@@ -114,10 +111,10 @@ def all_positions(_):
     vectors = [
         positions.sinusoidal(POSITIONS, 6),
         positions.sinusoidal(TOKENS, 6, interleaved=False),
-        positions.learned(normal(12, 3), TOKENS),
+        positions.learned(normal(1, 12, 3), TOKENS),
     ]
     query, score = positions.transformer_xl(
-        Q, normal(5, N, H), content_bias=normal(N, H), position_bias=normal(N, H)
+        Q, normal(1, 5, N, H), content_bias=normal(1, N, H), position_bias=normal(1, N, H)
     )
     return turned, vectors, aj.attention(query, KEY, VALUE, score=score)
 
@@ -146,9 +143,9 @@ def maps_and_drawings(_):
 
 
 def drop_ins(key):
-    bias, heads = normal(N, T, T)[None], np.repeat(KEY, 2, axis=2)
+    bias, heads = normal(1, N, T, T)[None], np.repeat(KEY, 2, axis=2)
     options = {"mask": FLAGS[:, None, None], "dropout_rng": key, "dropout_rate": 0.2}
-    values = normal(B, T, N, D)
+    values = normal(1, B, T, N, D)
     return [
         nn.dot_product_attention(
             Q, KEY, VALUE, bias[:, :, :1], key_value_seq_lengths=np.array([3, 6]), is_causal=True
@@ -161,7 +158,7 @@ def drop_ins(key):
 def linear_mechanisms(key):
     causal = masks.causal() & masks.padding(FLAGS)
     features = mechanisms.performer_features(key, H, 8)
-    gates, beta = -np.abs(normal(B, T, K, H)), np.abs(normal(B, T, K))
+    gates, beta = -np.abs(normal(1, B, T, K, H)), np.abs(normal(1, B, T, K))
     calls = {
         "linear": lambda q, k, v: mechanisms.linear_attention(q, k, v, mask=masks.padding(FLAGS)),
         "performer": lambda q, k, v: mechanisms.linear_attention(
@@ -176,7 +173,7 @@ def linear_mechanisms(key):
 
 def dense_mechanisms(_):
     causal, padding = masks.causal(offset=np.array([-1, 0])), masks.padding(FLAGS)
-    mixing, centroids = normal(3, T), normal(K, 2, H)
+    mixing, centroids = normal(1, 3, T), normal(1, K, 2, H)
     calls = {
         "topk": lambda q, k, v: mechanisms.topk_attention(q, k, v, k=2, mask=causal),
         "inverted": lambda q, k, v: mechanisms.inverted_attention(q, k, v, mask=causal),
@@ -188,17 +185,17 @@ def dense_mechanisms(_):
             q, k, v, centroids, mask=masks.causal() & padding
         ),
         "differential": lambda q, k, v: mechanisms.differential_attention(
-            q, k, v[:, :, :1], normal(2), mask=causal
+            q, k, v[:, :, :1], normal(1, 2), mask=causal
         ),
         "additive": lambda q, k, v: mechanisms.additive_attention(
-            q, jnp.repeat(k, 2, axis=2), jnp.repeat(v, 2, axis=2), normal(N, H), mask=FLAGS[0]
+            q, jnp.repeat(k, 2, axis=2), jnp.repeat(v, 2, axis=2), normal(1, N, H), mask=FLAGS[0]
         ),
         "latent": lambda q, k, v: mechanisms.absorbed_latent_attention(
-            q, q[..., :2], k[:, :, 0], k[:, :, 1, :2], normal(H, N, H), normal(H, N, D)
+            q, q[..., :2], k[:, :, 0], k[:, :, 1, :2], normal(1, H, N, H), normal(1, H, N, D)
         ),
     }
     moved = mechanisms.update_centroids(centroids, Q, KEY, mask=padding)
-    weight = mechanisms.differential_weight(*(normal(N, H) for _ in range(4)), layer=1)
+    weight = mechanisms.differential_weight(*(normal(1, N, H) for _ in range(4)), layer=1)
     return _gradients(calls), moved, weight
 
 
@@ -241,7 +238,7 @@ def tagger(key):
 
 def vision(key, **more):
     config = VisionConfig(image=(4, 4), patch=2, layers=layers(norm="rms"), classes=3, **more)
-    return train(VisionTransformer(config, rngs=nnx.Rngs(key)), normal(B, 4, 4, 3))
+    return train(VisionTransformer(config, rngs=nnx.Rngs(key)), normal(1, B, 4, 4, 3))
 
 
 def decoder(key):
@@ -379,11 +376,6 @@ QUICK_RUNS = [
 ]
 QUICK_TRACES = ["xla, segments", "blockwise, window", "blockwise, dropout", "blockwise, bias"]
 QUICK_TRACES += ["positions", "cache", "drop-ins", "tagger"]
-
-
-def mostly_slow(names, quick):
-    """Names as parameters of a test; a default run has time for the quick ones."""
-    return [pytest.param(x, marks=[] if x in quick else [pytest.mark.slow]) for x in names]
 
 
 @pytest.mark.parametrize("name", mostly_slow(CALLS, QUICK_TRACES))

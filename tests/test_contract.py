@@ -1,20 +1,15 @@
 """Every implementation against the oracle, on the checker's catalogue (see ``contract``)."""
 
 import pytest
-from contract import CHECKS, PAIRS, PROMISES, assert_right
+from contract import CHECKS, PAIRS, PROMISES, assert_right, parameters
 
-# Case by case, so that those who are checked on one share the oracle's answer.
-# A default run has time for every fourth pair.
+# Case by case, so that implementations checked on one case share the oracle's answer.
 EACH = [
-    pytest.param(
-        name,
-        case,
-        id=f"{case.name}-{name}",
-        marks=[pytest.mark.slow] if case in PAIRS and case not in PAIRS[::4] else [],
-    )
-    for case in (*PROMISES, *PAIRS)
-    for name in CHECKS
-    if case in CHECKS[name]
+    parameter
+    for case in PROMISES + PAIRS
+    for name, cases in CHECKS.items()
+    if case in cases
+    for parameter in parameters(name, [case])
 ]
 
 

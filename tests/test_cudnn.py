@@ -1,146 +1,41 @@
-"""The adapter to cuDNN, without a card: what it asks of ``jax.nn``, what it refuses, what it mends.
-
-The kernel's place takes ``jax.nn``'s own formula, in float32, made worse: rows that cuDNN does not
-define are NaN, and so is every gradient that flows through them, even from a cotangent of 0. What
-``jax.nn`` makes of its arguments for a card is read from the program that it compiles for one.
-"""
+"""The adapter to cuDNN: what it asks of ``jax.nn``, what it refuses, and what it repairs."""
 
 import functools
-import json
 import math
 import re
 import subprocess
 import sys
-from unittest import mock
 
+import cudnn_calls
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-# Private: the only way to compile for a card's cuDNN without the card.
-from jax._src.cudnn import fused_attention_stablehlo
+from cudnn_calls import (
+    BF16,
+    CUDNN,
+    F32,
+    SUPPORTED,
+    B,
+    G,
+    H,
+    K,
+    N,
+    T,
+    by_xla,
+    inputs,
+    lengths,
+    normal,
+    output,
+    own_bias,
+    prepared,
+    shared_bias,
+)
 
 from attention_jax import masks, reference, scores
-from attention_jax.backends import XLA, CuDNN
-from attention_jax.backends.call import bind, complete, spec_of
 from attention_jax.core.pytree import full_rank
 
-_dot_product_attention = jax.nn.dot_product_attention
-
-B, T, K, G, H = (2, 3), 10, 2, 3, 8
-N = K * G
-BF16, F32 = jnp.bfloat16, jnp.float32
-
-
-def normal(seed, *shape, dtype=BF16):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
-
-
-CUDNN = CuDNN()
-
-
-def inputs(T=T, S=None, B=B, dtype=BF16, H=H, D=None):
-    S, D = T if S is None else S, H if D is None else D
-    return (
-        normal(0, *B, T, N, H, dtype=dtype),
-        normal(1, *B, S, K, H, dtype=dtype),
-        normal(2, *B, S, K, D, dtype=dtype),
-    )
-
-
-def prepared(query, key, value, mask=None, score=(), scale=0.3, sinks=None, **options):
-    """``Call`` and ``Spec``, as ``attention`` makes them."""
-    call = bind(
-        query,
-        key,
-        value,
-        mask=mask,
-        score=score,
-        sinks=sinks,
-        scale=scale,
-        static_numbers=True,
-    )
-    call, sizes = complete(call)
-    known = scale if isinstance(scale, float) else None
-    return call, spec_of(call, sizes, scale=known, platform="gpu")._replace(**options)
-
-
-def output(query, key, value, **options):
-    call, spec = prepared(query, key, value, **options)
-    assert CUDNN.why_unsupported(spec) is None
-    out, lse = CUDNN.run(call, spec)
-    assert out.shape == query.shape
-    assert out.dtype == query.dtype
-    assert lse.shape == query.shape[:-1]
-    assert lse.dtype == jnp.float32
-    return out
-
-
-def by_xla(query, key, value, **options):
-    call, spec = prepared(query, key, value, **options)
-    return XLA().run(call, spec)[0]
-
-
-@pytest.fixture
-def calls():
-    """The kernel's stand-in; the arguments that it was called with."""
-    made = []
-
-    def stand_in(query, key, value, bias=None, **options):
-        made.append({"query": query, "key": key, "value": value, "bias": bias, **options})
-        assert options.pop("implementation") == "cudnn"
-        wide = [None if x is None else x.astype(F32) for x in (query, key, value, bias)]
-        out = _dot_product_attention(*wide, **options, implementation="xla").astype(query.dtype)
-        undefined = jnp.zeros(query.shape[:2], bool)
-        if options["query_seq_lengths"] is not None:
-            i, last = jnp.arange(query.shape[1]), options["query_seq_lengths"][:, None]
-            keys = options["key_value_seq_lengths"][:, None]
-            window = options["local_window_size"]
-            reach = keys if window is None else keys + window[0]
-            undefined = (
-                (i >= last)
-                | (keys == 0)
-                | (options["is_causal"] & (i >= reach) & (window is not None))
-            )
-        # A product, not a selection: what comes back is NaN as well.
-        return out * jnp.where(undefined, jnp.nan, 1.0)[..., None, None].astype(out.dtype)
-
-    with mock.patch.object(jax.nn, "dot_product_attention", stand_in):
-        yield made
-
-
-# --- What is asked of jax.nn.
-
-
-lengths = np.array([[10, 7, 4], [1, 9, 10]], np.int32)
-other_lengths = np.array([[3, 10, 5], [8, 1, 10]], np.int32)
-shared_bias = normal(4, N, T, T)
-own_bias = normal(5, *B, 1, T, T)
-
-SUPPORTED = {
-    "plain": {},
-    "causal": {"mask": masks.causal()},
-    "causal, aligned at the end of equal lengths": {"mask": masks.causal(align="end")},
-    "window": {"mask": masks.window(3, 0)},
-    "window of self alone": {"mask": masks.window(0, 0)},
-    "window and causal": {"mask": masks.causal() & masks.window(4, None)},
-    "least of two windows": {"mask": masks.window(5, 2) & masks.causal() & masks.window(2, 7)},
-    "key lengths": {"mask": masks.lengths(key=lengths)},
-    "both lengths": {"mask": masks.lengths(query=lengths, key=other_lengths)},
-    "lengths of one axis": {
-        "mask": masks.lengths(key=lengths[:1]) & masks.lengths(query=lengths[:, :1])
-    },
-    "least of two lengths": {"mask": masks.lengths(key=lengths) & masks.prefix(other_lengths)},
-    "causal and lengths": {"mask": masks.causal() & masks.lengths(other_lengths, lengths)},
-    "window and query lengths": {"mask": masks.window(2, 0) & masks.lengths(query=lengths)},
-    "bias": {"score": scores.bias(shared_bias)},
-    "bias per example": {"score": scores.bias(own_bias), "mask": masks.causal()},
-    "bias and lengths": {
-        "score": scores.bias(shared_bias[:1]),
-        "mask": masks.lengths(lengths, other_lengths) & masks.causal(),
-    },
-}
+calls = pytest.fixture(cudnn_calls.calls)
 
 
 @pytest.mark.slow
@@ -366,149 +261,6 @@ def test_bias_that_hides(calls):
     assert told[0, 0, 1].max() == 0  # one that sees what is all but hidden
     rest, as_told = hiding[0, 4:], np.asarray(told[0, 0, 4:])
     np.testing.assert_array_equal(as_told[rest != -np.inf], rest[rest != -np.inf])
-
-
-# --- What jax.nn makes of it for a card.
-
-
-class FakeVersions:
-    """Of cuDNN, which is not installed here."""
-
-    @staticmethod
-    def cudnn_get_version():
-        return 91300
-
-
-def compiled(fn, *arguments):
-    """The calls of cuDNN in the program for a card: target, configuration, types."""
-    with mock.patch.object(fused_attention_stablehlo, "cuda_versions", FakeVersions):
-        text = jax.jit(fn).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
-    found = []
-    for line in text.splitlines():
-        if match := re.search(r'@__(cudnn\S+)\(.*?backend_config = "(.*?)", .* : (\(.*)', line):
-            config = json.loads(match[2].replace("\\22", '"'))["cudnn_fmha_backend_config"]
-            found.append((match[1], config, match[3]))
-    return found
-
-
-@pytest.mark.parametrize(
-    ("name", "kind", "window"),
-    [
-        ("plain", "PADDING", 0),
-        ("causal", "PADDING_CAUSAL", 0),
-        ("window", "PADDING_CAUSAL", 4),  # (i - 4, i]: three keys beside self
-        ("window of self alone", "PADDING_CAUSAL", 1),
-        ("key lengths", "PADDING", 0),
-        ("causal and lengths", "PADDING_CAUSAL", 0),
-    ],
-)
-def test_program_for_a_card(name, kind, window):
-    fn = functools.partial(output, **SUPPORTED[name])
-    ((target, config, types),) = compiled(fn, *inputs())
-    assert target == "cudnn$fmhaSoftmax"
-    assert config["mask_type"] == kind
-    assert config["sliding_window_length"] == window
-    assert config["fmha_scale"] == 0.3
-    assert config["dropout_rate"] == 0.0
-    assert types.startswith("(tensor<6x10x6x8xbf16>, tensor<6x10x2x8xbf16>, tensor<6x10x2x8xbf16>")
-
-
-def test_program_without_lengths():
-    """Whole tiles: nothing is said of lengths."""
-    for mask, kind in (
-        (None, "NO_MASK"),
-        (masks.causal(), "CAUSAL"),
-        (masks.window(3, 0), "CAUSAL"),
-    ):
-        ((_, config, types),) = compiled(functools.partial(output, mask=mask), *inputs(128))
-        assert config["mask_type"] == kind
-        assert "i32" not in types
-
-
-def test_program_in_float16():
-    fn = functools.partial(output, mask=masks.causal())
-    ((_, config, types),) = compiled(fn, *inputs(dtype=np.float16))
-    assert config["intermediate_tensor_shape"]["element_type"] == "F16"
-    assert "bf16" not in types
-
-
-def gradients(*x, **options):
-    return jax.grad(lambda x: output(*x, **options).astype(F32).sum())(x)
-
-
-def test_program_of_gradients():
-    fn = functools.partial(gradients, **SUPPORTED["causal and lengths"])
-    forward, backward = compiled(fn, *inputs())
-    assert forward[0] == "cudnn$fmhaSoftmax"
-    assert backward[0] == "cudnn$fmhaSoftmaxBackward"
-    assert backward[1]["mask_type"] == "PADDING_CAUSAL"
-
-    def of_bias(*x):
-        return jax.grad(lambda b: output(*x, score=scores.bias(b)).astype(F32).sum())(shared_bias)
-
-    _, (target, _, types) = compiled(of_bias, *inputs())
-    assert target == "cudnn$fmhaScaleBiasSoftmaxBackward"
-    assert "tensor<1x6x10x10xbf16>" in types.split("->")[1]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("order", "in_axes"), [("grad of vmap", (1, 0, None)), ("vmap of grad", (None, 2, 0))]
-)
-def test_vmap(order, in_axes, calls):
-    """Any axis, or none, of any array: one call for all, the same numbers, on a card as well."""
-    x = tuple(
-        a if axis is None else jnp.moveaxis(jnp.stack([a, a + a]), 0, axis)
-        for a, axis in zip(inputs(B=()), in_axes, strict=True)
-    )
-    own = np.array([3, 10], np.int32)
-
-    def one(q, k, v, length, b):
-        mask = masks.causal() & masks.lengths(length, length)
-        return output(q, k, v, mask=mask, score=scores.bias(b)).astype(F32).sum()
-
-    axes = (*in_axes, 0, None)
-    if order == "vmap of grad":
-        program = jax.vmap(jax.grad(one, (0, 1, 2, 4)), axes)
-    else:
-        program = jax.grad(lambda *x: jax.vmap(one, axes)(*x).sum(), (0, 1, 2, 4))
-    arguments = (*x, own, shared_bias)
-    found = jax.jit(program)(*arguments)
-    picked = [
-        [
-            a if axis is None else jnp.take(a, i, axis)
-            for a, axis in zip(arguments, axes, strict=True)
-        ]
-        for i in range(2)
-    ]
-    each = [jax.jit(jax.grad(one, (0, 1, 2, 4)))(*p) for p in picked]
-    for d, axis, *parts in zip(found, (*in_axes, None), *each, strict=True):
-        if order == "vmap of grad":
-            right = jnp.stack(parts)
-        else:
-            right = sum(parts) if axis is None else jnp.stack(parts, axis)
-        np.testing.assert_allclose(d.astype(F32), right.astype(F32), rtol=0.02, atol=0.02)
-    with mock.patch.object(jax.nn, "dot_product_attention", _dot_product_attention):
-        for _, _, types in compiled(program, *arguments):
-            assert types.startswith("(tensor<2x10x6x8xbf16>")
-
-
-def test_vmap_of_vmap():
-    x = jnp.stack([jnp.stack([inputs(B=())[0]] * 3)] * 2)
-    key, value = inputs(B=())[1:]
-    inner = jax.vmap(gradients, (0, None, None))
-    ((_, _, types), _) = compiled(jax.vmap(inner, (0, None, None)), x, key, value)
-    assert types.startswith("(tensor<6x10x6x8xbf16>")
-
-
-def test_vmap_of_a_shared_bias_is_refused():
-    def one(q, k, v):
-        return output(q, k, v, score=scores.bias(shared_bias[:1]))
-
-    with pytest.raises(
-        NotImplementedError, match=r"under vmap the bias of score must have .* 'xla' can"
-    ):
-        compiled(jax.vmap(one), *inputs(B=(2,)))
 
 
 # --- What it costs.

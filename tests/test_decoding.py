@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from helpers import randomised
 from test_models import DECODERS, SEQUENCES
-from test_nn import randomised
 
 from attention_jax import models
 from attention_jax.models import Sampling, beam_search, generate

@@ -10,19 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import close, jax_normal
 
 from attention_jax import masks
 from attention_jax.nn import attention_fn, dot_product_attention
 
 B, T, S, N, E = 2, 6, 9, 4, 16
-
-
-def normal(seed, *shape):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape).astype(np.float32))
-
-
-def close(a, b, tolerance=2e-5):
-    np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
 
 
 def visible():
@@ -56,7 +49,7 @@ def test_dropout_is_broadcast_or_not():
 
 
 def test_broadcast_dropout_with_bias_and_mask():
-    bias, mask = normal(5, B, 1, T, S), visible()[None]
+    bias, mask = jax_normal(5, B, 1, T, S), visible()[None]
     without = dropped(True, rate=0.0, bias=bias, mask=mask)
     kept = dropped(True) > 0
     np.testing.assert_allclose(
@@ -65,7 +58,7 @@ def test_broadcast_dropout_with_bias_and_mask():
 
 
 def test_deterministic_and_rate_zero():
-    q, k, v = normal(0, B, T, N, 4), normal(1, B, S, N, 4), normal(2, B, S, N, 4)
+    q, k, v = jax_normal(0, B, T, N, 4), jax_normal(1, B, S, N, 4), jax_normal(2, B, S, N, 4)
     plain = attention_fn(q, k, v)
     close(attention_fn(q, k, v, dropout_rate=0.5, deterministic=True), plain)
     close(plain, flax.linen.dot_product_attention(q, k, v))
@@ -81,14 +74,18 @@ def test_dropout_rates_of_numpy():
 @pytest.mark.parametrize("dtype", [bool, jnp.int32, jnp.float32, jnp.bfloat16, np.float64])
 def test_masks_of_any_dtype_where_none_is_promoted(dtype):
     assert jax.config.jax_numpy_dtype_promotion == "strict"
-    x = normal(0, B, T, N, 8)
+    x = jax_normal(0, B, T, N, 8)
     mask = np.asarray(visible()[..., :T])
     expected = flax.linen.dot_product_attention(x, x, x, mask=mask)
     close(attention_fn(x, x, x, mask=np.asarray(mask, dtype)), expected)
 
 
 def test_dtype_promotes_and_casts():
-    q, k, v = normal(0, T, N, 4).astype(jnp.bfloat16), normal(1, S, N, 4), normal(2, S, N, 4)
+    q, k, v = (
+        jax_normal(0, T, N, 4).astype(jnp.bfloat16),
+        jax_normal(1, S, N, 4),
+        jax_normal(2, S, N, 4),
+    )
     with jax.numpy_dtype_promotion("standard"):
         assert attention_fn(q, k, v).dtype == jnp.float32
     assert attention_fn(q, k, v, dtype=jnp.bfloat16).dtype == jnp.bfloat16
@@ -99,7 +96,7 @@ def test_promote_dtype_replaces_the_cast():
         assert dtype is None
         return [x.astype(jnp.float16) for x in arrays]
 
-    x = normal(0, T, N, 4)
+    x = jax_normal(0, T, N, 4)
     assert attention_fn(x, x, x, promote_dtype=narrow).dtype == jnp.float16
 
 
@@ -111,7 +108,7 @@ def test_products_have_at_least_the_precision_asked_for(precision):
 
 
 def test_unsupported_arguments_raise():
-    x = normal(0, T, N, 8)
+    x = jax_normal(0, T, N, 8)
     for name in ("einsum_dot_general", "qk_attn_weights_einsum", "attn_weights_value_einsum"):
         with pytest.raises(NotImplementedError, match=f"{name} must be None"):
             attention_fn(x, x, x, **{name: jnp.einsum})
@@ -124,6 +121,6 @@ def test_unsupported_arguments_raise():
 
 
 def test_a_query_without_visible_keys_gives_zero():
-    x = normal(0, T, N, 8)
+    x = jax_normal(0, T, N, 8)
     out = attention_fn(x, x, x, mask=~masks.prefix(0).to_dense(T, T) & (jnp.arange(T) > T))
     np.testing.assert_array_equal(out, 0)

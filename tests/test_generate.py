@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from helpers import randomised, softmax
 from test_models import SEQUENCES, V
-from test_nn import randomised
 
 from attention_jax import models
 from attention_jax.models import Sampling, beam_search, generate, sampling, stream
@@ -144,11 +144,6 @@ def test_rolling_caches_are_limited_by_learned_positions():
 
 LOGITS = np.random.default_rng(0).normal(size=17).astype(np.float32) * 2
 SO_FAR = np.array([3, 0, 16, 3, -1, -1], np.int32)
-
-
-def softmax(x):
-    p = np.exp(x - x.max())
-    return p / p.sum()
 
 
 def nucleus(x, p):

@@ -13,7 +13,7 @@ import numpy as np
 import pairwise
 import pytest
 from flax import nnx
-from pairwise import close
+from helpers import close_to_largest, jax_normal
 
 from attention_jax.nn import attention_fn
 
@@ -26,10 +26,6 @@ pytestmark = pytest.mark.usefixtures("promotion")
 def promotion():
     with jax.numpy_dtype_promotion("standard"):
         yield
-
-
-def normal(seed, *shape, dtype=jnp.float32):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
 
 
 def seen(shape, dtype=bool):
@@ -74,7 +70,7 @@ NNX = {**ARGUMENTS, "num_kv_heads": (N, 2, 1), "is_causal": (False, True)}
 def inputs(case):
     """What a module is called with: tokens, or tokens and a context; and a mask."""
     lead, heads = case["lead"], case["heads_of_mask"]
-    x, context = normal(0, *lead, T, E), normal(1, *lead, S, E)
+    x, context = jax_normal(0, *lead, T, E), jax_normal(1, *lead, S, E)
     arrays = (x, context) if case["context"] else (x,)
     mask = None
     if heads is not None:
@@ -97,9 +93,9 @@ def compare(case, run, parameters, ours, theirs, in_float32):
     chex.assert_trees_all_equal_shapes_and_dtypes(out, jax.eval_shape(both(theirs), parameters)[1])
     narrowest = max(float(jnp.finfo(x or "float32").eps) for x in case["dtypes"])
     for x, y in zip(jax.tree.leaves(out), jax.tree.leaves(exact), strict=True):
-        close(x, y, 8 * narrowest)
+        close_to_largest(x, y, 8 * narrowest)
     for x, y in zip(jax.tree.leaves(gradient), jax.tree.leaves(exact_gradient), strict=True):
-        close(x, y, 32 * narrowest)
+        close_to_largest(x, y, 32 * narrowest)
 
 
 @pytest.mark.parametrize("case", pairwise.cases(LINEN, fast=3))
@@ -163,15 +159,17 @@ def test_nnx(case):
 
 @pytest.mark.parametrize("bias", [(B, N, T, S), (1, 1, T, S), (N, 1, S), (S,)])
 def test_functions_with_a_bias(bias):
-    q, k, v, bias = (normal(i, *x) for i, x in enumerate([(B, T, N, 8), *[(B, S, N, 8)] * 2, bias]))
+    q, k, v, bias = (
+        jax_normal(i, *x) for i, x in enumerate([(B, T, N, 8), *[(B, S, N, 8)] * 2, bias])
+    )
     mask = seen((B, 1, T, S))
     out = attention_fn(q, k, v, bias, mask)
     for theirs in (flax.linen.dot_product_attention, nnx.dot_product_attention):
-        close(out, jax.jit(theirs)(q, k, v, bias, mask), 1e-5)
+        close_to_largest(out, jax.jit(theirs)(q, k, v, bias, mask), 1e-5)
 
 
 def test_nnx_decoding_with_flax_cache():
-    x, outs = normal(0, B, T, E), []
+    x, outs = jax_normal(0, B, T, E), []
     for function in (attention_fn, nnx.dot_product_attention):
         module = nnx.MultiHeadAttention(
             N, E, num_kv_heads=2, attention_fn=function, decode=True, rngs=nnx.Rngs(0)
@@ -179,11 +177,11 @@ def test_nnx_decoding_with_flax_cache():
         module.init_cache(x.shape)
         step = nnx.jit(lambda module, x: module(x))
         outs.append(jnp.concatenate([step(module, x[:, i : i + 1]) for i in range(T)], axis=1))
-    close(*outs, 1e-5)
+    close_to_largest(*outs, 1e-5)
 
 
 def test_linen_decoding_with_flax_cache():
-    x, outs = normal(0, B, T, E), []
+    x, outs = jax_normal(0, B, T, E), []
     for function in (attention_fn, flax.linen.dot_product_attention):
         module = flax.linen.MultiHeadAttention(N, attention_fn=function, decode=True)
         variables = module.init(jax.random.key(0), x)
@@ -193,13 +191,13 @@ def test_linen_decoding_with_flax_cache():
             variables = variables | changed
             ys.append(y)
         outs.append(jnp.concatenate(ys, axis=1))
-    close(*outs, 1e-5)
+    close_to_largest(*outs, 1e-5)
 
 
 @pytest.mark.parametrize("broadcast", [True, False])
 def test_dropout_in_linen_and_nnx(broadcast):
     """Keys of the same value drop alike, others not; on the average nothing is lost."""
-    x, rate = normal(0, B, T, E), 0.4
+    x, rate = jax_normal(0, B, T, E), 0.4
     options = {"broadcast_dropout": broadcast, "dropout_rate": rate, "attention_fn": attention_fn}
     linen = flax.linen.MultiHeadDotProductAttention(N, **options)
     parameters = linen.init(jax.random.key(0), x, deterministic=True)
@@ -223,7 +221,7 @@ def test_dropout_in_linen_and_nnx(broadcast):
 
 
 def test_an_einsum_of_a_module_is_refused():
-    x = normal(0, B, T, E)
+    x = jax_normal(0, B, T, E)
     options = {"qk_attn_weights_einsum_cls": lambda: jnp.einsum}
     options["attn_weights_value_einsum_cls"] = options["qk_attn_weights_einsum_cls"]
     module = flax.linen.MultiHeadAttention(N, attention_fn=attention_fn, **options)

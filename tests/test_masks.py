@@ -1,6 +1,4 @@
-"""Masks against formulas in NumPy; masks as values."""
-
-import itertools
+"""Masks against the checker's rules in NumPy; masks as values."""
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +6,8 @@ import numpy as np
 import pytest
 
 from attention_jax import masks
+from attention_jax.testing import rules
+from attention_jax.testing.rules import band
 
 B, N, T, S = 3, 2, 11, 13
 SQUARE = 12  # T and S of masks that want them equal
@@ -23,45 +23,35 @@ FLAGS = RNG.random((B, SQUARE)) < 0.3
 TABLE = RNG.random((B, N, T + S)) < 0.5
 
 
-def neighbors(i, j, shape, size):
-    """Pair by pair: on every axis the box's centre is clamped and its reach is half its size."""
-    visible = np.ones((SQUARE, SQUARE), bool)
-    for i, j in itertools.product(range(SQUARE), repeat=2):
-        cells = np.unravel_index(i, shape), np.unravel_index(j, shape)
-        for a, b, n, w in zip(*cells, shape, size, strict=True):
-            visible[i, j] &= abs(min(max(a, w // 2), n - 1 - w // 2) - b) <= w // 2
-    return visible
-
-
 def looked_up(b, n, q, k, table):
     return jnp.asarray(table)[b, n, q + k]
 
 
 # The mask, and for each example b and head n its rule on queries i [T 1] and keys j [1 S].
 RULES = {
-    "causal": (masks.causal(), lambda b, n, i, j: j <= i),
-    "causal offset": (masks.causal(3), lambda b, n, i, j: j <= i + 3),
-    "causal negative offset": (masks.causal(-2), lambda b, n, i, j: j <= i - 2),
-    "causal offsets": (masks.causal(OFFSETS), lambda b, n, i, j: j <= i + OFFSETS[b]),
-    "causal end": (masks.causal(align="end"), lambda b, n, i, j: j <= i + (S - T)),
+    "causal": (masks.causal(), lambda b, n, i, j: band(i, j, right=0)),
+    "causal offset": (masks.causal(3), lambda b, n, i, j: band(i, j, right=3)),
+    "causal negative offset": (masks.causal(-2), lambda b, n, i, j: band(i, j, right=-2)),
+    "causal offsets": (masks.causal(OFFSETS), lambda b, n, i, j: band(i, j, right=OFFSETS[b])),
+    "causal end": (masks.causal(align="end"), lambda b, n, i, j: band(i, j, right=S - T)),
     "causal offsets end": (
         masks.causal(OFFSETS, align="end"),
-        lambda b, n, i, j: j <= i + OFFSETS[b] + (S - T),
+        lambda b, n, i, j: band(i, j, right=OFFSETS[b] + (S - T)),
     ),
-    "window": (masks.window(2, 1), lambda b, n, i, j: (i - 2 <= j) & (j <= i + 1)),
-    "window no left": (masks.window(None, 1), lambda b, n, i, j: j <= i + 1),
-    "window no right": (masks.window(2, None), lambda b, n, i, j: i - 2 <= j),
+    "window": (masks.window(2, 1), lambda b, n, i, j: band(i, j, 2, 1)),
+    "window no left": (masks.window(None, 1), lambda b, n, i, j: band(i, j, None, 1)),
+    "window no right": (masks.window(2, None), lambda b, n, i, j: band(i, j, 2, None)),
     "window no bound": (masks.window(None, None), lambda b, n, i, j: True),
-    "window of self": (masks.window(0, 0), lambda b, n, i, j: i == j),
+    "window of self": (masks.window(0, 0), lambda b, n, i, j: band(i, j, 0, 0)),
     "window offset": (
         masks.window(2, 1, offset=3),
-        lambda b, n, i, j: (i - 2 <= j - 3) & (j - 3 <= i + 1),
+        lambda b, n, i, j: band(i, j, 2, 1, offset=3),
     ),
     "window offsets end": (
         masks.window(3, 0, offset=OFFSETS, align="end"),
-        lambda b, n, i, j: (i - 3 <= j - OFFSETS[b] - (S - T)) & (j - OFFSETS[b] - (S - T) <= i),
+        lambda b, n, i, j: band(i, j, 3, 0, offset=OFFSETS[b] + S - T),
     ),
-    "dilated": (masks.dilated(3), lambda b, n, i, j: (i - j) % 3 == 0),
+    "dilated": (masks.dilated(3), lambda b, n, i, j: rules.strided(i, j, 3)),
     "dilated by 1": (masks.dilated(1), lambda b, n, i, j: True),
     "prefix": (masks.prefix(5), lambda b, n, i, j: j < 5),
     "prefix of nothing": (masks.prefix(0), lambda b, n, i, j: False),
@@ -76,17 +66,20 @@ RULES = {
     "no lengths": (masks.lengths(), lambda b, n, i, j: True),
     "segments": (
         masks.segments(QUERY_IDS, KEY_IDS),
-        lambda b, n, i, j: (QUERY_IDS[i] == KEY_IDS[j]) & (QUERY_IDS[i] >= 0) & (KEY_IDS[j] >= 0),
+        lambda b, n, i, j: rules.same_segment(QUERY_IDS[i], KEY_IDS[j]),
     ),
     "segments batched": (
         masks.segments(IDS[:, :T], IDS[:, T:]),
-        lambda b, n, i, j: (IDS[b, i] == IDS[b, T + j]) & (IDS[b, i] >= 0),
+        lambda b, n, i, j: rules.same_segment(IDS[b, i], IDS[b, T + j]),
     ),
-    "chunked": (masks.chunked(4), lambda b, n, i, j: i // 4 == j // 4),
-    "block_sparse": (masks.block_sparse(LAYOUT, 3), lambda b, n, i, j: LAYOUT[i // 3, j // 3]),
+    "chunked": (masks.chunked(4), lambda b, n, i, j: rules.same_chunk(i, j, 4)),
+    "block_sparse": (
+        masks.block_sparse(LAYOUT, 3),
+        lambda b, n, i, j: rules.in_layout(i, j, LAYOUT, 3),
+    ),
     "block_sparse data": (
         masks.block_sparse(jnp.asarray(LAYOUT), 3),
-        lambda b, n, i, j: LAYOUT[i // 3, j // 3],
+        lambda b, n, i, j: rules.in_layout(i, j, LAYOUT, 3),
     ),
     "dense": (masks.dense(DENSE), lambda b, n, i, j: DENSE[b, n, i, j]),
     "dense TS": (masks.dense(DENSE[0, 1]), lambda b, n, i, j: DENSE[0, 1, i, j]),
@@ -100,27 +93,27 @@ RULES = {
     "and or not": (
         masks.causal() & ~masks.segments(QUERY_IDS, KEY_IDS) | masks.prefix(LENGTHS),
         lambda b, n, i, j: (
-            ((j <= i) & ~((QUERY_IDS[i] == KEY_IDS[j]) & (QUERY_IDS[i] >= 0))) | (j < LENGTHS[b])
+            (band(i, j, right=0) & ~rules.same_segment(QUERY_IDS[i], KEY_IDS[j])) | (j < LENGTHS[b])
         ),
     ),
 }
 SQUARE_RULES = {
     "segments of self": (
         masks.segments(IDS[:, :SQUARE]),
-        lambda b, n, i, j: (IDS[b, i] == IDS[b, j]) & (IDS[b, i] >= 0),
+        lambda b, n, i, j: rules.same_segment(IDS[b, i], IDS[b, j]),
     ),
     "global_tokens": (masks.global_tokens(FLAGS), lambda b, n, i, j: FLAGS[b, i] | FLAGS[b, j]),
     "neighborhood 1d": (
         masks.neighborhood((12,), 5),
-        lambda b, n, i, j: neighbors(i, j, (12,), (5,)),
+        lambda b, n, i, j: rules.neighbors(i, j, (12,), (5,)),
     ),
     "neighborhood 2d": (
         masks.neighborhood((3, 4), 3),
-        lambda b, n, i, j: neighbors(i, j, (3, 4), (3, 3)),
+        lambda b, n, i, j: rules.neighbors(i, j, (3, 4), (3, 3)),
     ),
     "neighborhood 3d": (
         masks.neighborhood((2, 3, 2), (1, 3, 1)),
-        lambda b, n, i, j: neighbors(i, j, (2, 3, 2), (1, 3, 1)),
+        lambda b, n, i, j: rules.neighbors(i, j, (2, 3, 2), (1, 3, 1)),
     ),
 }
 ALL = [(*case, T, S) for case in RULES.values()] + [

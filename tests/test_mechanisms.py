@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import softmax
 from jax.test_util import check_grads
 
 from attention_jax import masks, mechanisms, scores
@@ -54,11 +55,6 @@ ALL = np.ones((B, N, T, S), bool)
 
 
 # --- The formulas.
-
-
-def softmax(s):
-    e = np.exp(s - s.max())
-    return e / e.sum()
 
 
 def softmax_rows(s, seen):

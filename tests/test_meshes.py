@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from helpers import jax_normal
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -18,10 +19,6 @@ B, T, N, K, H = 4, 12, 4, 2, 8
 IMPLEMENTATIONS = ("xla", "blockwise")
 
 
-def normal(seed, *shape):
-    return jax.random.normal(jax.random.key(seed), shape)
-
-
 @pytest.fixture(scope="module")
 def mesh():
     return jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
@@ -29,11 +26,11 @@ def mesh():
 
 def inputs():
     return {
-        "query": normal(0, B, T, N, H),
-        "key": normal(1, B, T, K, H),
-        "value": normal(2, B, T, K, H),
-        "bias": normal(3, N, T, T),
-        "sinks": normal(4, N),
+        "query": jax_normal(0, B, T, N, H),
+        "key": jax_normal(1, B, T, K, H),
+        "value": jax_normal(2, B, T, K, H),
+        "bias": jax_normal(3, N, T, T),
+        "sinks": jax_normal(4, N),
         "lengths": jnp.array([12, 8, 4, 0]),
         "weight": jnp.float32(1.1),
     }
@@ -124,7 +121,7 @@ def test_outside_of_jit(mesh, in_use):
 
 
 def test_a_single_key_value_head_is_there_for_all(mesh):
-    q, k = normal(0, B, T, N, H), normal(1, B, T, 1, H)
+    q, k = jax_normal(0, B, T, N, H), jax_normal(1, B, T, 1, H)
     expected = aj.attention(q, k, k)
     out = aj.attention(put(mesh, ("data", None, "model"), q), k, k)
     assert jax.typeof(out).sharding.spec == P("data", None, "model", None)
@@ -160,7 +157,7 @@ def test_vmap_over_a_sharded_axis(mesh, implementation):
 
 
 def test_a_table_that_is_sharded_where_it_is_looked_up(mesh):
-    arrays, table = [inputs()[name] for name in ("query", "key", "value")], normal(6, N, T)
+    arrays, table = [inputs()[name] for name in ("query", "key", "value")], jax_normal(6, N, T)
     rule = lambda s, b, n, q, k, table: s + table[n, k]  # noqa: E731
     expected = aj.attention(*arrays, score=scores.score_fn(rule, table))
     sharded = [put(mesh, ("data", None, "model"), x) for x in arrays]
@@ -185,12 +182,12 @@ def test_weights_and_mechanisms(mesh):
 
 
 def test_modules_and_drop_ins(mesh):
-    x = normal(5, B, T, 16)
+    x = jax_normal(5, B, T, 16)
     ours = nn.MultiHeadAttention(16, num_heads=4, mask=masks.causal(), rngs=nnx.Rngs(0))
     flax = nnx.MultiHeadAttention(
         num_heads=4, in_features=16, attention_fn=nn.attention_fn, decode=False, rngs=nnx.Rngs(0)
     )
-    q = normal(0, B, T, N, H)
+    q = jax_normal(0, B, T, N, H)
     with jax.set_mesh(mesh):
         sharded = put(mesh, ("data",), x)
         for module in (ours, flax):
@@ -206,7 +203,7 @@ def test_modules_and_drop_ins(mesh):
 
 def test_a_function_that_closes_over_a_number_inside_shard_map():
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
-    x = normal(0, B, T, 2, H)
+    x = jax_normal(0, B, T, 2, H)
 
     def loss(x, w):
         score = scores.score_fn(lambda s, b, n, q, k: jax.nn.softplus(s * w))

@@ -2,14 +2,13 @@
 
 import dataclasses
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from flax import nnx
-from test_nn import randomised
+from helpers import close, randomised
 
 from attention_jax import masks, models, positions, scores
 from attention_jax.models import Layers, Relative
@@ -21,10 +20,6 @@ SMALL = Layers(features=12, num_layers=2, num_heads=3, hidden=16)
 
 def tokens(seed, *shape):
     return np.random.default_rng(seed).integers(0, V, shape)
-
-
-def close(a, b, atol=2e-5):
-    chex.assert_trees_all_close(a, b, rtol=2e-5, atol=atol)
 
 
 def layers(**changes):

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from helpers import normal
 
-from attention_jax import attention, masks, positions, scores
+from attention_jax import attention, masks, positions
 from attention_jax.nn import Embeddings
 from attention_jax.positions import NTK, DynamicNTK, Linear, Llama3, YaRN
 
@@ -26,10 +27,6 @@ SCALINGS = {
     "llama3": Llama3(8.0, original=64),
 }
 LENGTH = 40
-
-
-def normal(*shape, seed=0):
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 def twin_frequency(i, width, theta, scaling):
@@ -86,7 +83,7 @@ def twin_rotary(x, at, theta, width, interleaved, scaling):
 @pytest.mark.parametrize("width", [2, 8, None])
 @pytest.mark.parametrize("name", SCALINGS)
 def test_rotary_equals_its_twin(name, width, interleaved):
-    x, at = normal(B, T, N, H), np.array([[0, 1, 2, 5, 5, 39, 3], [7, 6, 5, 4, 3, 2, 1]])
+    x, at = normal(0, B, T, N, H), np.array([[0, 1, 2, 5, 5, 39, 3], [7, 6, 5, 4, 3, 2, 1]])
     scaling, theta = SCALINGS[name], 500.0
     run = functools.partial(
         positions.rotary, theta=theta, width=width, interleaved=interleaved, scaling=scaling
@@ -99,7 +96,7 @@ def test_rotary_equals_its_twin(name, width, interleaved):
 
 
 def test_only_the_distance_matters():
-    q, k = normal(1, T, N, H), normal(1, T, N, H, seed=1)
+    q, k = normal(0, 1, T, N, H), normal(1, 1, T, N, H)
 
     def logits(first):
         at = np.arange(first, first + T)
@@ -111,7 +108,7 @@ def test_only_the_distance_matters():
 
 
 def test_rotary_under_transformations():
-    x, at = jnp.asarray(normal(B, T, N, H)), jnp.arange(T) + jnp.array([[0], [9]])
+    x, at = jnp.asarray(normal(0, B, T, N, H)), jnp.arange(T) + jnp.array([[0], [9]])
     whole = positions.rotary(x, at)
     chex.assert_trees_all_close(jax.vmap(positions.rotary)(x, at), whole, atol=1e-6)
     # A rotation keeps lengths: the gradient of the squared length is that without it.
@@ -144,7 +141,7 @@ def test_learned_positions_that_are_constants_of_a_jitted_function():
 @pytest.mark.parametrize("name", SCALINGS)
 def test_float64_stays_float64(name):
     """Angles too: in float32 they are off by 1e-4 at position 2000."""
-    x, at = normal(B, T, N, H).astype(np.float64), 2000 + np.arange(T)
+    x, at = normal(0, B, T, N, H).astype(np.float64), 2000 + np.arange(T)
     expected = twin_rotary(x, at, 500.0, H, False, SCALINGS[name])
     run = functools.partial(positions.rotary, theta=500.0, scaling=SCALINGS[name])
     np.testing.assert_allclose(run(x, at, length=LENGTH), expected, atol=1e-11)
@@ -173,7 +170,7 @@ def test_sinusoidal_in_bfloat16_is_rounded_last():
 
 
 def test_learned_positions_and_their_gradient():
-    table, at = normal(5, 4), np.array([[4, 0], [1, 1]])
+    table, at = normal(0, 5, 4), np.array([[4, 0], [1, 1]])
     np.testing.assert_array_equal(positions.learned(table, at), table[at])
     gradient = jax.grad(lambda t: positions.learned(t, at).sum())(jnp.asarray(table))
     np.testing.assert_array_equal(gradient[:, 0], [1, 2, 0, 0, 1])
@@ -181,26 +178,9 @@ def test_learned_positions_and_their_gradient():
     np.testing.assert_array_equal(np.isnan(outside).all(-1), [False, True, True])
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 6, 8, 12, 20])
-def test_alibi_slopes_for_any_number_of_heads(n):
-    """The recipe of the paper's authors: powers of two, and every other slope of the next."""
-
-    def power_of_two(n):
-        start = 2 ** (-(2 ** -(math.log2(n) - 3)))
-        return [start * start**i for i in range(n)]
-
-    def slopes(n):
-        if math.log2(n).is_integer():
-            return power_of_two(n)
-        closest = 2 ** math.floor(math.log2(n))
-        return power_of_two(closest) + slopes(2 * closest)[0::2][: n - closest]
-
-    np.testing.assert_allclose(scores.alibi_slopes(n), slopes(n), rtol=1e-6)
-
-
 def test_transformer_xl_in_attention_equals_its_formula():
-    q, k, v = (normal(1, T, N, H, seed=i) for i in range(3))
-    u, w, table = normal(N, H, seed=3), normal(N, H, seed=4), normal(2 * T - 1, N, H, seed=5)
+    q, k, v = (normal(i, 1, T, N, H) for i in range(3))
+    u, w, table = normal(3, N, H), normal(4, N, H), normal(5, 2 * T - 1, N, H)
     query, score = positions.transformer_xl(q, table, content_bias=u, position_bias=w)
     out = attention(query, k, v, score=score, mask=masks.causal())
     for n in range(N):

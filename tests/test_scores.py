@@ -1,4 +1,4 @@
-"""Scores against formulas in NumPy, tiles against rules, gradients."""
+"""Scores against the checker's formulas in NumPy, tiles against rules, gradients."""
 
 import functools
 import math
@@ -16,6 +16,7 @@ from attention_jax.backends.tile import as_tile, local_axes
 from attention_jax.core.axes import Sizes
 from attention_jax.core.pytree import full_rank, map_leaves
 from attention_jax.scores.relative import skew
+from attention_jax.testing import rules
 
 B, N, T, S, H = 2, 6, 11, 13, 5
 SIZES = Sizes(B=(B,), T=T, S=S, K=3, G=2, H=H, D=7)
@@ -29,29 +30,12 @@ VECTORS = RNG.normal(size=(7, N, H))  # distances -3 to 3
 QUERY = RNG.normal(size=(B, T, N, H))
 
 
-def bucket(distance, num_buckets, bidirectional, max_distance):
-    """T5's bucket of one distance ``j - i``, in scalars and float32 where it is rounded."""
-    start = 0
-    if bidirectional:
-        num_buckets //= 2
-        start, distance = (num_buckets if distance > 0 else 0), abs(distance)
-    else:
-        distance = max(-distance, 0)
-    exact = num_buckets // 2
-    if distance < exact:
-        return start + distance
-    ratio = np.log(np.float32(distance) / np.float32(exact))
-    ratio = ratio / np.float32(math.log(max_distance / exact)) * np.float32(num_buckets - exact)
-    return start + min(exact + int(ratio), num_buckets - 1)
-
-
 def t5(distances, n, table=TABLE, bidirectional=True, max_distance=9):
-    args = len(table), bidirectional, max_distance
-    return np.vectorize(lambda d: table[bucket(d, *args), n])(distances)
+    return table[rules.t5_bucket(distances, len(table), bidirectional, max_distance), n]
 
 
 def shaw(distances, b, n, table=VECTORS):
-    return np.einsum("th,tsh->ts", QUERY[b, :, n], table[np.clip(distances, -3, 3) + 3, n])
+    return np.einsum("th,tsh->ts", QUERY[b, :, n], table[rules.clipped(distances, 3), n])
 
 
 def counting(s, b, n, q, k):
@@ -214,27 +198,18 @@ def test_skew_moves_diagonals_to_columns(t, s):
 @pytest.mark.parametrize(("num", "most"), [(32, 128), (8, 9), (4, 100), (12, 1000), (64, 512)])
 def test_buckets_are_those_of_t5(num, most, bidirectional):
     distances = np.arange(-600, 601, dtype=np.int32)
-    expected = [bucket(int(d), num, bidirectional, most) for d in distances]
+    expected = rules.t5_bucket(distances, num, bidirectional, most).tolist()
     options = {"num_buckets": num, "bidirectional": bidirectional, "max_distance": most}
     assert scores.relative_buckets(distances, **options).tolist() == expected
     traced = jax.jit(lambda d: scores.relative_buckets(d, **options))
     assert traced(distances).tolist() == expected
 
 
-def published_slopes(n):
-    """The paper's code: recursion on the next smaller power of two."""
-    if math.log2(n).is_integer():
-        start = 2 ** (-(2 ** -(math.log2(n) - 3)))
-        return [start * start**i for i in range(n)]
-    closest = 2 ** math.floor(math.log2(n))
-    return published_slopes(closest) + published_slopes(2 * closest)[0::2][: n - closest]
-
-
 def test_alibi_slopes_are_the_published_ones_for_any_number_of_heads():
     for n in range(1, 40):
         slopes = scores.alibi_slopes(n)
         assert slopes.shape == (n,)
-        np.testing.assert_allclose(slopes, published_slopes(n), rtol=1e-6)
+        np.testing.assert_allclose(slopes, rules.alibi_slopes(n), rtol=1e-6)
 
 
 # --- Derivatives.

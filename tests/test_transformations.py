@@ -6,11 +6,13 @@ of its own, and held against finite differences once and against ``xla`` everywh
 
 import functools
 
+import helpers
 import jax
 import jax.numpy as jnp
 import jax.test_util
 import numpy as np
 import pytest
+from helpers import jax_normal
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -22,20 +24,16 @@ each_setting = pytest.mark.parametrize("setting", ["plain", "everything"])
 KEY = jax.random.key(0)
 
 
-def normal(seed, *shape):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape))
-
-
 def parameters(setting, batch=(B,)):
     """All that is differentiated."""
     p = {
-        "query": normal(0, *batch, T, N, H),
-        "key": normal(1, *batch, S, K, H),
-        "value": normal(2, *batch, S, K, D),
+        "query": jax_normal(0, *batch, T, N, H),
+        "key": jax_normal(1, *batch, S, K, H),
+        "value": jax_normal(2, *batch, S, K, D),
     }
     if setting == "everything":
-        p |= {"sinks": normal(3, N), "scale": jnp.asarray(0.6)}
-        p |= {"bias": normal(4, N, 1, S), "slopes": abs(normal(5, N))}
+        p |= {"sinks": jax_normal(3, N), "scale": jnp.asarray(0.6)}
+        p |= {"bias": jax_normal(4, N, 1, S), "slopes": abs(jax_normal(5, N))}
     return p
 
 
@@ -76,7 +74,7 @@ def scalar(f):
 
 
 def tangents(p, seed=7):
-    return {name: normal(seed + i, *x.shape) for i, (name, x) in enumerate(p.items())}
+    return {name: jax_normal(seed + i, *x.shape) for i, (name, x) in enumerate(p.items())}
 
 
 def dot(a, b):
@@ -84,10 +82,7 @@ def dot(a, b):
     return sum(jax.tree.leaves(products))
 
 
-def close(a, b, tolerance=1e-9):
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance)
+close = functools.partial(helpers.close, tolerance=1e-9)
 
 
 def stacked(xs):
@@ -180,11 +175,11 @@ def test_arrays_of_learned_scores_have_derivatives_to_second_order():
     """T5's table, Shaw's table and query, arrays of a function; from one score into the next."""
     query, key, value = (parameters("plain")[n] for n in ("query", "key", "value"))
     p = {
-        "t5": normal(1, 8, N),
-        "shaw": normal(2, 5, N, H),
+        "t5": jax_normal(1, 8, N),
+        "shaw": jax_normal(2, 5, N, H),
         "query": query,
-        "factor": normal(3, N),
-        "column": normal(4, B, S),
+        "factor": jax_normal(3, N),
+        "column": jax_normal(4, B, S),
     }
 
     def changed(s, b, n, q, k, factor, column):
@@ -220,7 +215,7 @@ def test_checkpoint():
 
 
 def test_scan_over_layers_and_its_gradient():
-    x, scales = normal(0, B, T, N, H), jnp.array([0.3, -0.5, 0.9])
+    x, scales = jax_normal(0, B, T, N, H), jnp.array([0.3, -0.5, 0.9])
     mask = masks.causal()
 
     def layer(implementation, x, scale):
@@ -263,7 +258,7 @@ def test_vmap_of_grad_and_grad_of_vmap():
 def test_vmap_of_derivatives_over_one_argument(name, mode):
     """Only that argument, or only tangents and cotangents, have the axis; as the last of theirs."""
     p, f, plain = setup("everything", "blockwise", "xla")
-    xs = [normal(i, *p[name].shape) for i in range(3)]
+    xs = [jax_normal(i, *p[name].shape) for i in range(3)]
     dots, shape = tangents(p), jax.eval_shape(f, p)
 
     def derivative(g, x, dot):
@@ -272,7 +267,7 @@ def test_vmap_of_derivatives_over_one_argument(name, mode):
             return jax.jvp(g, (p_,), (dots_,))[1]
         return jax.vjp(g, p_)[1]((dot, jnp.ones(shape[1].shape)))[0]
 
-    seconds = [normal(9 + i, *(xs[0] if mode == "jvp" else shape[0]).shape) for i in range(3)]
+    seconds = [jax_normal(9 + i, *(xs[0] if mode == "jvp" else shape[0]).shape) for i in range(3)]
     last = functools.partial(jnp.stack, axis=-1)
     one = jax.jit(functools.partial(derivative, plain))
     mapped = jax.jit(jax.vmap(functools.partial(derivative, f), in_axes=(-1, None)))

@@ -1,7 +1,21 @@
 """The checker's catalogue: named calls of attention, as values without arrays.
 
-Two parts: every option paired with every other (``pairwise``), and the promises of the library one
-by one (``PROMISES``). ``_problems`` makes arrays of a case, ``testing`` checks a function on them.
+Two parts: the promises of the library one by one, and every option paired with every other
+(``pairwise``). ``problems`` makes the arrays of a case, ``check`` checks a function on them.
+Tags select cases:
+
+======== ===========================================================================================
+promise  one promise of the library
+pair     a row of the pairwise table
+core     enough for a quick check: the main promises, and pairs with every value of every option
+small    a pair whose lengths span at most two blocks of (16, 32)
+long     a pair whose lengths span many blocks
+numerics a promise where rounding matters: long sums, large logits, low precision
+padded   a promise with NaN and inf planted in padding
+empty    a promise with no keys, no queries, no examples or queries that attend to no key
+kernel   a few promises that reach most of a kernel, for interpreters, which are slow
+narrow   a promise within the reach of the narrowest functions: one width, no grouped heads
+======== ===========================================================================================
 """
 
 from __future__ import annotations
@@ -29,20 +43,21 @@ class Case:
     """One call of attention: what the axes are and which options it uses.
 
     Attributes:
-      name: says it all in a few words; also the seed of the numbers.
-      sizes: what the axis letters stand for.
-      dtype: of query, key, value, sinks and of what scores hold.
-      mask, score: the name of a kind in ``_problems``.
+      name: a few words that tell the case from all others; also the seed of the numbers.
+      sizes: the sizes of the axes, by letter.
+      dtype: of query, key, value, sinks and the arrays of scores.
+      mask, score: the name of a kind in ``rules``.
       bias: the axes that a bias array has, of ``B N T S`` (``b``: the last of ``*B`` only); it
         broadcasts along the others.
       bias_dtype: of a bias array, where it is not ``dtype``.
       sinks: is there a sink per head.
       scale: None for the default, else a number, passed as an array and differentiated.
       dropout_rate: the probability of dropping a probability.
-      lse: is the normaliser asked for, and does the loss depend on it.
-      magnitude: what the query is multiplied by: 300 gives logits up to a thousand.
-      planted: NaN and inf wherever nothing may look: hidden keys and values, queries that see
-        nothing and their cotangents, bias entries of hidden pairs.
+      lse: is the normaliser returned, and does the loss depend on it.
+      magnitude: a factor of the query: 300 gives logits up to a thousand.
+      planted: NaN and inf in every number that must not be read: masked keys and values, queries
+        that attend to no key and their cotangents, bias entries of masked pairs.
+      tags: what ``cases(tag=...)`` selects by.
     """
 
     name: str
@@ -58,6 +73,7 @@ class Case:
     lse: bool = True
     magnitude: float = 1.0
     planted: bool = False
+    tags: frozenset[str] = frozenset()
 
     @property
     def wide(self) -> str:
@@ -68,7 +84,7 @@ class Case:
         shown = [f"{self.name}: {self.dtype}"]
         shown += [f"{f.name}={getattr(self.sizes, f.name)}" for f in dataclasses.fields(Sizes)]
         for f in dataclasses.fields(self)[3:]:
-            if getattr(self, f.name) != f.default:
+            if f.name != "tags" and getattr(self, f.name) != f.default:
                 shown.append(f"{f.name}={getattr(self, f.name)!r}")
         return " ".join(shown)
 
@@ -104,7 +120,7 @@ SCORES = (
     "bias, softcap",
     "softcap, alibi",
 )
-# Small ones span two or more blocks of (16, 32), long ones many.
+# The first four span one or two blocks of (16, 32), the long ones many.
 LENGTHS = {
     "T < S": (23, 37),
     "T > S": (41, 19),
@@ -203,7 +219,12 @@ def _every_pair() -> list[Case]:
     ]
     turns = itertools.cycle(patterns)
     result = []
+    met: set[tuple[str, Any]] = set()
     for number, row in enumerate(pairwise(OPTIONS, possible)):
+        tags = {"pair", "long" if row["lengths"].startswith("long") else "small"}
+        if not met.issuperset(row.items()):
+            tags.add("core")
+            met.update(row.items())
         T, S = LENGTHS[row["lengths"]]
         (K, G), (H, D) = HEADS[row["heads"]], row["widths"]
         fields = {name: row[name] for name in OPTIONS if name in Case.__annotations__}
@@ -216,6 +237,7 @@ def _every_pair() -> list[Case]:
                 f"{number:03} {row['mask']}, {row['score']}",
                 Sizes(B=row["batch"], T=T, S=S, K=K, G=G, H=H, D=D),
                 planted=row["mask"] == "lengths",
+                tags=frozenset(tags),
                 **fields,
             )
         )
@@ -223,6 +245,51 @@ def _every_pair() -> list[Case]:
 
 
 # --- The promises, one by one.
+
+_NUMERICS = {
+    "plain",
+    "lse, long",
+    "lse, long, bfloat16",
+    "large logits, bfloat16",
+    "large logits, float16",
+    "empty rows by both",
+    "everything",
+}
+_KERNEL = {"planted, bias", "heads in order", "length 0, sinks", "lse, long, bfloat16"}
+# Tags of single promises; a group of them has its tag in ``_promises``.
+PROMISE_TAGS = {
+    "numerics": _NUMERICS,
+    "kernel": _KERNEL,
+    "core": {
+        *_NUMERICS,
+        *_KERNEL,
+        "no keys",
+        "no queries",
+        "no examples",
+        "no examples, two axes",
+        "empty rows by mask",
+        "empty rows by -inf bias",
+        "empty rows by causal offset",
+        "length 0",
+        "nothing visible",
+        "no keys, sinks",
+        "empty rows by mask, sinks",
+        "nothing visible, sinks",
+        "planted",
+        "planted, Shaw",
+        "planted, segments, long",
+        "causal, T < S",
+        "causal end, T < S",
+        "causal, T > S",
+        "softcap shows -inf bias again",
+        "score_fn hides",
+        "T5, one direction",
+        "bias of one batch axis",
+        "traced layout",
+        "complement",
+        "evaluated mask_fn",
+    },
+}
 
 
 def _sized(sizes: Sizes = SMALL, **changes: Any) -> Sizes:
@@ -297,41 +364,68 @@ def _promises() -> list[Case]:
         "bfloat16, narrow": Case("", dtype="bfloat16"),
         "no keys, narrow": Case("", _sized(S=0)),
     }
-    replace = dataclasses.replace
-    return [
-        *(replace(c, name=name) for name, c in nothing.items()),
-        *(replace(c, name=f"{name}, sinks", sinks=True) for name, c in nothing.items()),
-        *(replace(c, name=name, planted=True) for name, c in planted.items()),
-        *(replace(c, name=name) for name, c in others.items()),
-        *(
-            replace(c, name=name, sizes=replace(NARROW, S=c.sizes.S), lse=False)
-            for name, c in narrow.items()
+    every = {
+        **_tagged(nothing, "empty"),
+        **_tagged(
+            {f"{n}, sinks": dataclasses.replace(c, sinks=True) for n, c in nothing.items()}, "empty"
         ),
+        **_tagged({n: dataclasses.replace(c, planted=True) for n, c in planted.items()}, "padded"),
+        **_tagged(others),
+        **_tagged(
+            {
+                n: dataclasses.replace(c, sizes=_sized(NARROW, S=c.sizes.S), lse=False)
+                for n, c in narrow.items()
+            },
+            "narrow",
+        ),
+    }
+    return [
+        dataclasses.replace(
+            case,
+            name=name,
+            tags=case.tags | {tag for tag, names in PROMISE_TAGS.items() if name in names},
+        )
+        for name, case in every.items()
     ]
 
 
-def cases(**chosen: Any) -> tuple[Case, ...]:
+def _tagged(promises: Mapping[str, Case], *tags: str) -> dict[str, Case]:
+    return {
+        n: dataclasses.replace(c, tags=frozenset({"promise", *tags})) for n, c in promises.items()
+    }
+
+
+def cases(*, tag: str | None = None, **chosen: Any) -> tuple[Case, ...]:
     """The catalogue: the library's promises one by one, then every option with every other.
 
     Args:
+      tag: only cases with this tag.
       **chosen: values that fields of ``Case`` must have; without any, the whole catalogue.
 
     Raises:
       TypeError: not a field of ``Case``.
+      ValueError: no case has this tag.
 
     >>> len(cases()) > 150
     True
     >>> print(*cases(name="causal, T < S"))
     causal, T < S: float32 B=(2,) T=23 S=37 K=2 G=3 H=11 D=7 mask='causal'
+    >>> {case.mask for case in cases(tag="core")} >= set(MASKS)
+    True
     """
     fields = [f.name for f in dataclasses.fields(Case)]
     for name in chosen:
         if name not in fields:
             raise TypeError(f"cases can be chosen by {', '.join(fields)}, got {name}")
+    every = (*_promises(), *_every_pair())
+    known = frozenset().union(*(case.tags for case in every))
+    if tag is not None and tag not in known:
+        raise ValueError(f"tag must be one of {', '.join(sorted(known))}, got {tag!r}")
     return tuple(
         case
-        for case in (*_promises(), *_every_pair())
-        if all(getattr(case, name) == value for name, value in chosen.items())
+        for case in every
+        if (tag is None or tag in case.tags)
+        and all(getattr(case, name) == value for name, value in chosen.items())
     )
 
 

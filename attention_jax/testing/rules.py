@@ -1,8 +1,9 @@
-"""Masks and scores a second time, in NumPy, from the rules that the design states.
+"""Masks and scores a second time, in NumPy: the rules that the oracle and the tests share.
 
-A kind of mask is a function of a case: the value to test, and its rule on positions ``i`` and
-``j``. A kind of score is a list of such functions: the value, and its formula. What the oracle
-sees is made of these rules and formulas: it shares no line with what is tested.
+First the rules themselves, on query positions ``i`` and key positions ``j``. A kind of mask is a
+function of a case: the mask to test, and its rule for this case. A kind of score is a list of such
+functions: the score, and its formula. The oracle is given these rules and formulas only: it shares
+no line with what is tested.
 """
 
 from __future__ import annotations
@@ -24,6 +25,81 @@ from attention_jax.testing.cases import Case
 Arrays = dict[str, np.ndarray]
 Normal = Callable[..., np.ndarray]  # (*shape, dtype=the case's) -> normally distributed numbers
 
+# --- Rules.
+
+
+def band(i: Any, j: Any, left: Any = None, right: Any = None, offset: Any = 0) -> Any:
+    """``i + offset - left <= j <= i + offset + right``; None is no bound on that side."""
+    distance = np.asarray(j - i - offset)
+    visible = np.ones(distance.shape, bool)
+    if left is not None:
+        visible = visible & (-left <= distance)
+    if right is not None:
+        visible = visible & (distance <= right)
+    return visible
+
+
+def strided(i: Any, j: Any, stride: int) -> Any:
+    """Keys at multiples of ``stride`` from the query."""
+    return np.remainder(i - j, stride) == 0
+
+
+def same_chunk(i: Any, j: Any, size: int) -> Any:
+    """Query and key are in one chunk of ``size`` positions."""
+    return np.floor(i / size) == np.floor(j / size)
+
+
+def same_segment(query_ids: Any, key_ids: Any) -> Any:
+    """Equal ids; a negative id is padding."""
+    return (query_ids == key_ids) & (query_ids >= 0) & (key_ids >= 0)
+
+
+def neighbors(i: Any, j: Any, shape: tuple[int, ...], size: tuple[int, ...]) -> Any:
+    """On every axis of a grid, the key is at most half a window from the query's clamped cell."""
+    visible = np.True_
+    cells = np.unravel_index(i, shape), np.unravel_index(j, shape)
+    for a, b, n, w in zip(*cells, shape, size, strict=True):
+        centre = np.minimum(np.maximum(a, w // 2), n - 1 - w // 2)
+        visible = visible & (abs(centre - b) <= w // 2)
+    return visible
+
+
+def in_layout(i: Any, j: Any, layout: np.ndarray, block: int) -> Any:
+    """The layout's entry for the blocks of query and key."""
+    return layout[i // block, j // block]
+
+
+def alibi_slopes(N: int) -> list[float]:
+    """A geometric sequence from 2^(-8/N); between powers of two, every other of the next power's.
+
+    Source: Press et al. 2022, "Train Short, Test Long", and its published code.
+    """
+    power = 1 << (N.bit_length() - 1)
+    if power == N:
+        return [2.0 ** (-8.0 * m / N) for m in range(1, N + 1)]
+    return alibi_slopes(power) + alibi_slopes(2 * power)[0::2][: N - power]
+
+
+def t5_bucket(distance: Any, buckets: int, bidirectional: bool, max_distance: int) -> Any:
+    """T5's bucket of distances ``j - i``, in float32 where it rounds, as the published code.
+
+    Source: Raffel et al. 2020, "Exploring the Limits of Transfer Learning".
+    """
+    side = buckets // 2 if bidirectional else buckets
+    away = abs(distance) if bidirectional else np.maximum(-distance, 0)
+    exact = side // 2
+    ratio = np.log(np.maximum(away, 1).astype(np.float32) / np.float32(exact))
+    ratio = ratio / np.float32(math.log(max_distance / exact)) * np.float32(side - exact)
+    far = np.minimum(exact + ratio.astype(np.int32), side - 1)
+    bucket = np.where(away < exact, away, far)
+    return bucket + side * (distance > 0) if bidirectional else bucket
+
+
+def clipped(distance: Any, most: int) -> Any:
+    """The row of a table of ``2 most + 1`` distances ``j - i``."""
+    return np.minimum(np.maximum(distance, -most), most) + most
+
+
 # --- Masks.
 
 
@@ -43,27 +119,27 @@ def _none(case: Case, rng: np.random.Generator) -> tuple[Mask | None, Any]:
 
 def _causal(case: Case, rng: np.random.Generator) -> tuple[Mask, Any]:
     i, j = _ij(case)
-    return masks.causal(), j <= i
+    return masks.causal(), band(i, j, right=0)
 
 
 def _causal_end(case: Case, rng: np.random.Generator) -> tuple[Mask, Any]:
     i, j = _ij(case)
-    return masks.causal(align="end"), j - (case.sizes.S - 1) <= i - (case.sizes.T - 1)
+    return masks.causal(align="end"), band(i, j, right=0, offset=case.sizes.S - case.sizes.T)
 
 
 def _causal_offsets(case: Case, rng: np.random.Generator) -> tuple[Mask, Any]:
     (i, j), (offset, o) = _ij(case), _per_example(case, rng, -case.sizes.T, case.sizes.S)
-    return masks.causal(offset), j <= i + o
+    return masks.causal(offset), band(i, j, right=0, offset=o)
 
 
 def _window_offset(case: Case, rng: np.random.Generator) -> tuple[Mask, Any]:
     i, j = _ij(case)
-    return masks.window(7, 3, offset=2), (i + 2 - 7 <= j) & (j <= i + 2 + 3)
+    return masks.window(7, 3, offset=2), band(i, j, 7, 3, offset=2)
 
 
 def _prefix_or_causal(case: Case, rng: np.random.Generator) -> tuple[Mask, Any]:
     (i, j), (length, n) = _ij(case), _per_example(case, rng, 0, case.sizes.S + 1)
-    return masks.prefix(length) | masks.causal(), (j < n) | (j <= i)
+    return masks.prefix(length) | masks.causal(), (j < n) | band(i, j, right=0)
 
 
 def _lengths(case: Case, rng: np.random.Generator, least: int = 1) -> tuple[Mask, Any]:
@@ -78,47 +154,41 @@ def _lengths(case: Case, rng: np.random.Generator, least: int = 1) -> tuple[Mask
 def _segments(case: Case, rng: np.random.Generator) -> tuple[Mask, Any]:
     z = case.sizes
     q, k = (np.sort(rng.integers(-1, 4, size=(*z.B, n)), -1).astype(np.int32) for n in (z.T, z.S))
-    rows, columns = q[..., None, :, None], k[..., None, None, :]
-    return masks.segments(q, k), (rows == columns) & (rows >= 0) & (columns >= 0)
+    return masks.segments(q, k), same_segment(q[..., None, :, None], k[..., None, None, :])
 
 
 def _chunked(case: Case, rng: np.random.Generator) -> tuple[Mask, Any]:
     i, j = _ij(case)
-    return masks.chunked(9), np.floor(i / 9) == np.floor(j / 9)
+    return masks.chunked(9), same_chunk(i, j, 9)
 
 
 def _not_chunked(case: Case, rng: np.random.Generator) -> tuple[Mask, Any]:
     i, j = _ij(case)
-    return ~masks.chunked(9) & masks.causal(), (np.floor(i / 9) != np.floor(j / 9)) & (j <= i)
+    return ~masks.chunked(9) & masks.causal(), ~same_chunk(i, j, 9) & band(i, j, right=0)
 
 
 def _dilated(case: Case, rng: np.random.Generator) -> tuple[Mask, Any]:
     i, j = _ij(case)
-    return masks.dilated(3) & masks.causal(), np.isin(i - j, np.arange(0, 1000, 3))
+    return masks.dilated(3) & masks.causal(), strided(i, j, 3) & band(i, j, right=0)
 
 
 def _global(case: Case, rng: np.random.Generator) -> tuple[Mask, Any]:
     i, j = _ij(case)
     flags = rng.random((*case.sizes.B, case.sizes.T)) < 0.1
-    seen = flags[..., None, :, None] | flags[..., None, None, :]
-    return masks.global_tokens(flags) | masks.window(2, 2), seen | (abs(i - j) <= 2)
+    flagged = flags[..., None, :, None] | flags[..., None, None, :]
+    return masks.global_tokens(flags) | masks.window(2, 2), flagged | band(i, j, 2, 2)
 
 
 def _neighborhood(case: Case, rng: np.random.Generator) -> tuple[Mask, Any]:
     shape, size = {35: ((5, 7), (3, 5)), 143: ((11, 13), (5, 3))}[case.sizes.T]
-    seen = np.ones((case.sizes.T,) * 2, bool)
-    places = np.indices(shape).reshape(2, -1)
-    for x, n, w in zip(places, shape, size, strict=True):
-        centre = np.minimum(np.maximum(x, w // 2), n - 1 - w // 2)
-        seen &= abs(centre[:, None] - x[None, :]) <= w // 2
-    return masks.neighborhood(shape, size), seen
+    return masks.neighborhood(shape, size), neighbors(*_ij(case), shape, size)
 
 
 def _block_sparse(case: Case, rng: np.random.Generator, traced: bool = False) -> tuple[Mask, Any]:
     z, block = case.sizes, 6
     layout = rng.random((-(-z.T // block), -(-z.S // block))) < 0.5
-    seen = np.kron(layout, np.ones((block, block), bool))[: z.T, : z.S]
-    return masks.block_sparse(jnp.asarray(layout) if traced else layout, block), seen
+    mask = masks.block_sparse(jnp.asarray(layout) if traced else layout, block)
+    return mask, in_layout(*_ij(case), layout, block)
 
 
 def _dense(case: Case, rng: np.random.Generator) -> tuple[Mask, Any]:
@@ -220,14 +290,6 @@ def _itself(xp: Any, array: Any) -> Any:
     return array
 
 
-def _slopes(N: int) -> list[float]:
-    """ALiBi's: a geometric sequence from 2^(-8/N); between powers of two, odd ones of the next."""
-    power = 1 << (N.bit_length() - 1)
-    if power == N:
-        return [2.0 ** (-8.0 * m / N) for m in range(1, N + 1)]
-    return _slopes(power) + _slopes(2 * power)[0::2][: N - power]
-
-
 def _alibi(case: Case, normal: Normal, rng: np.random.Generator, own: bool = True) -> Term:
     """With its own slopes and aligned to the end, or with default slopes and offsets ``[*B]``."""
     z, (i, j) = case.sizes, _ij(case)
@@ -236,7 +298,7 @@ def _alibi(case: Case, normal: Normal, rng: np.random.Generator, own: bool = Tru
 
     def add(xp: Any, slopes: Any = None) -> Any:
         if slopes is None:
-            return -np.asarray(_slopes(z.N))[:, None, None] * distance
+            return -np.asarray(alibi_slopes(z.N))[:, None, None] * distance
         return -slopes[:, None, None] * xp.asarray(distance, slopes.dtype)
 
     def pull(d: np.ndarray, slopes: Any = None) -> Arrays:
@@ -256,16 +318,10 @@ def _alibi(case: Case, normal: Normal, rng: np.random.Generator, own: bool = Tru
 def _relative_bias(
     case: Case, normal: Normal, rng: np.random.Generator, causal: bool = False
 ) -> Term:
-    """T5: bucket of distance, in both directions or one; no distance lies on an edge."""
+    """T5: the entry of each distance's bucket, in both directions or one."""
     i, j = _ij(case)
     distance, buckets, most = j - i - 2, 8, 20
-    away = np.maximum(-distance, 0) if causal else abs(distance)
-    side = buckets if causal else buckets // 2
-    exact = side // 2
-    with np.errstate(divide="ignore"):
-        far = exact + np.floor(np.log(away / exact) / np.log(most / exact) * (side - exact))
-    bucket = np.where(away < exact, away, np.minimum(far, side - 1))
-    bucket = bucket if causal else bucket + side * (distance > 0)
+    bucket = t5_bucket(distance, buckets, not causal, most)
     hot = bucket[..., None] == np.arange(buckets)  # [T S R]
 
     def add(xp: Any, table: Any) -> Any:
@@ -287,8 +343,7 @@ def _relative_embedding(
 ) -> Term:
     """Shaw: ``query_i . table[clip(j - i - offset, -c, c) + c]``, aligned to the end."""
     z, (i, j), c = case.sizes, _ij(case), 4
-    clipped = np.maximum(np.minimum(j - i - (z.S - z.T), c), -c)
-    hot = clipped[..., None] == np.arange(-c, c + 1)  # [T S R]
+    hot = clipped(j - i - (z.S - z.T), c)[..., None] == np.arange(2 * c + 1)  # [T S R]
     rows = "rh" if shared else "rnh"
 
     def add(xp: Any, query: Any, table: Any) -> Any:

@@ -1,0 +1,170 @@
+"""Blocks, embeddings, norms and pooling: their formulas by hand, under Flax's transformations."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from helpers import close, linear, normal, randomised
+
+from attention_jax import masks, nn, positions
+
+B, T, S, E = 2, 7, 5, 12
+
+
+# --- Blocks.
+
+
+def block(rngs, order="pre", cross=False, dropout_rate=0.0):
+    return nn.Block(
+        nn.MultiHeadAttention(E, 3, mask=masks.causal(), rngs=rngs),
+        nn.FeedForward(E, 20, dropout_rate=dropout_rate, rngs=rngs),
+        norm=functools.partial(nnx.LayerNorm, E, rngs=rngs),
+        cross_attention=nn.MultiHeadAttention(E, 3, context_features=6, rngs=rngs)
+        if cross
+        else None,
+        order=order,
+        dropout_rate=dropout_rate,
+        rngs=rngs,
+    )
+
+
+def test_norm_positions_of_a_block():
+    x, context = normal(0, B, T, E), normal(1, B, S, 6)
+    for order in ("pre", "post", "both"):
+        module = randomised(block(nnx.Rngs(0), order, cross=True))
+        y = x
+        for part in ("attention", "cross_attention", "feed_forward"):
+            r = getattr(module, part)
+            inner = r.norm(y) if order != "post" else y
+            added = r.sublayer(inner, *[context] * (part == "cross_attention"))
+            if order == "both":
+                added = r.norm_after(added)
+            y = y + added
+            if order == "post":
+                y = r.norm(y)
+        close(module(x, context), y)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu", "silu", jnp.tanh])
+def test_feed_forward(activation, gated):
+    from math import erf, sqrt
+
+    formulas = {
+        "gelu": np.vectorize(lambda a: a * 0.5 * (1 + erf(a / sqrt(2)))),
+        "gelu_tanh": lambda a: a * 0.5 * (1 + np.tanh(sqrt(2 / np.pi) * (a + 0.044715 * a**3))),
+        "relu": lambda a: np.maximum(a, 0),
+        "silu": lambda a: a / (1 + np.exp(-a)),
+    }
+    x = normal(0, B, T, E)
+    m = randomised(nn.FeedForward(E, 20, activation=activation, gated=gated, rngs=nnx.Rngs(0)))
+    act = formulas.get(activation, np.tanh)
+    up = linear(m.up, x)
+    hidden = act(linear(m.gate, x)) * up if gated else act(up)
+    close(np.asarray(m(x)), linear(m.down, hidden), atol=1e-4)
+
+
+def test_transformations_of_flax():
+    x = normal(0, B, T, E)
+    module = randomised(block(nnx.Rngs(0)))
+    expected = module(x)
+    close(nnx.jit(lambda m, x: m(x))(module, x), expected)
+    graph, state = nnx.split(module)
+    close(nnx.merge(graph, state)(x), expected)
+
+    def loss(m, x):
+        return jnp.sum(m(x) ** 2)
+
+    plain = nnx.grad(loss)(module, x)
+    for leaf in jax.tree.leaves(plain):
+        assert np.isfinite(leaf).all()
+    kernel = plain["attention"]["sublayer"]["value"]["kernel"]
+    assert np.abs(kernel[...]).max() > 0
+    remat = nnx.grad(lambda m, x: jnp.sum(nnx.remat(lambda m, x: m(x))(m, x) ** 2))(module, x)
+    close(jax.tree.leaves(plain), jax.tree.leaves(remat), atol=1e-4)
+    jitted = nnx.jit(nnx.grad(loss))(module, x)
+    close(jax.tree.leaves(plain), jax.tree.leaves(jitted), atol=1e-4)
+
+
+@pytest.mark.slow
+def test_layers_under_scan_and_models_under_vmap():
+    x, depth = normal(0, B, T, E), 3
+    keys = jax.random.split(jax.random.key(0), depth)
+    layers = nnx.vmap(lambda key: block(nnx.Rngs(key)))(keys)
+
+    @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+    def scanned(x, layer):
+        return layer(x)
+
+    graph, state = nnx.split(layers)
+    each = [nnx.merge(graph, jax.tree.map(lambda a, i=i: a[i], state)) for i in range(depth)]
+    close(scanned(x, layers), functools.reduce(lambda y, layer: layer(y), each, x))
+    together = nnx.vmap(lambda m, x: m(x), in_axes=(0, None))(layers, x)
+    close(together, jnp.stack([layer(x) for layer in each]))
+
+
+@pytest.mark.slow
+def test_dropout_in_a_block_under_scan():
+    keys = jax.random.split(jax.random.key(0), 2)
+    layers = nnx.vmap(lambda key: block(nnx.Rngs(key), dropout_rate=0.3))(keys)
+
+    @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+    def scanned(x, layer):
+        return layer(x)
+
+    x = normal(0, B, T, E)
+    assert np.abs(scanned(x, layers) - scanned(x, layers)).max() > 1e-3
+    layers.eval()
+    close(scanned(x, layers), scanned(x, layers))
+
+
+# --- Embeddings, norms, pooling.
+
+
+def test_embeddings():
+    tokens, types = np.array([[3, 1, 4], [1, 5, 9]]), np.array([[0, 1, 1], [0, 0, 1]])
+    m = nn.Embeddings(
+        10, 6, positions="learned", max_length=4, types=2, scale=2.0, rngs=nnx.Rngs(0)
+    )
+    at = np.array([[1, 2, 3], [0, 0, 1]])
+    expected = 2 * m.tokens[...][tokens] + m.positions[...][at] + m.types[...][types]
+    close(m(tokens, positions=at, types=types), expected)
+    close(m(tokens), 2 * m.tokens[...][tokens] + m.positions[...][:3] + m.types[...][0])
+    close(m.logits(expected), expected @ m.tokens[...].T)
+    plain = nn.Embeddings(10, 6, positions="sinusoidal", rngs=nnx.Rngs(0))
+    close(plain(tokens), plain.tokens[...][tokens] + positions.sinusoidal(np.arange(3), 6))
+
+
+def test_one_plus_rms_norm():
+    x = normal(0, B, T, E)
+    m = randomised(nn.OnePlusRMSNorm(E, epsilon=1e-3, rngs=nnx.Rngs(0)))
+    expected = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-3) * (1 + np.asarray(m.scale[...]))
+    close(np.asarray(m(x)), expected)
+    assert nn.OnePlusRMSNorm(E, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))(x).dtype == jnp.bfloat16
+
+
+def test_pooling_ignores_padding():
+    x, real = normal(0, B, T, E), np.arange(T) < np.array([[3], [T]])
+    x = np.where(real[..., None], x, np.nan)
+    close(np.asarray(nn.pooling.mean(x, real))[0], x[0, :3].mean(0))
+    pool = randomised(nn.AttentionPooling(E, 3, queries=2, rngs=nnx.Rngs(0)))
+    assert pool(x, real).shape == (B, 2, E)
+    close(pool(x, real)[0], pool(x[0, :3]))
+    assert nn.pooling.mean(x, np.zeros_like(real)).tolist() == np.zeros((B, E)).tolist()
+    first = nn.ClassToken(E, rngs=nnx.Rngs(0))
+    close(first(x)[:, 0], jnp.broadcast_to(first.token[...], (B, E)))
+
+
+def test_dynamic_ntk_is_per_row():
+    rotary = positions.Rotary(scaling=positions.DynamicNTK(2.0, 4))
+    x, at = normal(0, B, T, 2, 8), np.stack([np.arange(T), np.arange(T) % 3])
+    both = rotary(x, at)
+    for i in range(B):
+        close(both[i], rotary(x[i], at[i]))
+        alone = positions.rotary(
+            x[i], at[i], scaling=positions.DynamicNTK(2.0, 4), length=int(at[i].max()) + 1
+        )
+        close(both[i], alone)
