@@ -58,8 +58,9 @@ def parameters(name, cases, tag="core"):
     ]
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=64)
 def prepared(case):
+    """The oracle's answer and the tolerances, shared by all that are checked on one case."""
     return testing.trial(case)
 
 

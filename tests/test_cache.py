@@ -80,7 +80,7 @@ def test_a_rolling_cache_equals_a_window(cuts, capacity):
 
 
 @pytest.mark.parametrize("cuts", CUTS)
-def test_a_rolling_cache_alone_is_a_window_of_its_capacity(cuts):
+def test_a_rolling_cache_without_a_mask_is_a_window_of_its_capacity(cuts):
     arrays, kept, parts = inputs(), empty(WINDOW, rolling=True), []
     for part in cut(arrays, CUTS[cuts]):
         out, kept = cache.attend(kept, *part)
@@ -158,7 +158,7 @@ def test_appending_more_than_a_rolling_cache_holds_keeps_the_last():
     assert sorted(np.asarray(kept.positions())[0]) == [5, 6, 7, 8]
 
 
-def test_padding_takes_no_place_in_a_rolling_cache():
+def test_padding_takes_no_slot_in_a_rolling_cache():
     _, k, v = inputs()
     kept = empty(capacity=4, rolling=True).append(k[:, :4], v[:, :4])
     kept = kept.append(k[:, 4:8], v[:, 4:8], count=np.array([1, 0]))

@@ -155,7 +155,7 @@ def each_logit(score, T, S):
         return s
 
     fn = jax.vmap(jax.vmap(one, in_axes=(None, 0)), in_axes=(0, None))
-    return np.asarray(fn(jnp.arange(B), jnp.arange(N)))
+    return np.asarray(jax.jit(fn)(jnp.arange(B), jnp.arange(N)))
 
 
 # Attention follows from these pairs and logits: one test of it is enough.
@@ -186,16 +186,18 @@ def test_the_same_tokens_are_visible_in_a_rolling_cache(name, cuts):
     ],
 )
 @pytest.mark.parametrize("name", SCORES)
-def test_a_score_makes_the_same_logits(name, rolling, cuts):
+def test_a_score_gives_the_same_logits_with_a_cache(name, rolling, cuts):
     near = masks.window(WINDOW - 1, 0)
     seen, whole = np.asarray(near.to_dense(T, T)), each_logit(SCORES[name], T, T)
     got = changed(SCORES[name], empty(rolling), cuts, near)
     close(got, np.where(seen, whole, 0), 1e-5)
 
 
-@pytest.mark.parametrize("implementation", ["xla", "blockwise"])
-@pytest.mark.parametrize("rolling", [False, True])
-def test_attention_is_the_same(rolling, implementation):
+@pytest.mark.parametrize(
+    ("rolling", "implementation"),
+    [(False, "xla"), (True, "blockwise"), slow(True, "xla"), slow(False, "blockwise")],
+)
+def test_attention_with_a_cache_equals_the_whole_sequence(rolling, implementation):
     mask, score = BOTH & masks.window(2, None), (SCORES["relative_bias"], *SCORES["several"])
     expected = attention(*tokens(), mask=mask, score=score)
     options = {"mask": mask, "score": score, "implementation": implementation}

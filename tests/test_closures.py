@@ -56,7 +56,7 @@ def test_a_traced_number_under_transformations(name, implementation):
 
 
 @mostly_blockwise
-def test_the_gradient_is_that_of_finite_differences(implementation):
+def test_the_gradient_equals_finite_differences(implementation):
     got = jax.jit(jax.grad(loss), static_argnums=1)(1.0, implementation)
     expected = (loss(1.01, implementation) - loss(0.99, implementation)) / 0.02
     np.testing.assert_allclose(got, expected, rtol=1e-3)
@@ -304,7 +304,7 @@ def test_functions_that_differ_only_in_their_derivative_are_unequal():
 # --- Numbers that are not part of the program, and constants that are.
 
 
-def test_numbers_that_no_block_depends_on_are_compiled_once():
+def test_numbers_outside_the_block_map_are_compiled_once():
     from attention_jax.api import _attention
 
     def call(x):

@@ -92,7 +92,7 @@ def test_varies_along_the_axes_that_shard_map_splits():
     assert compat.varies(jax.typeof(jnp.zeros(4))) == set()
 
 
-def test_like_varies_as_its_model_does():
+def test_like_varies_as_its_model():
     seen = {}
 
     def body(x):
@@ -123,7 +123,7 @@ def test_mesh_platform_is_that_of_a_mesh_of_present_devices():
         assert compat.mesh_platform() == "cpu"
 
 
-def test_without_a_mesh_numbers_are_at_hand():
+def test_without_a_mesh_values_are_concrete():
     with jax.sharding.use_abstract_mesh(mesh_of("gpu")), compat.no_mesh():
         assert compat.mesh_platform() is None
         assert np.array_equal(jnp.arange(3) + 1, [1, 2, 3])

@@ -385,7 +385,7 @@ def test_no_rank_is_promoted(name):
 
 
 @pytest.mark.parametrize("run", mostly_slow(RUNS, QUICK_RUNS), ids=", ".join)
-def test_it_runs(run):
+def test_runs_under_each_setting(run):
     setting, name = run
     with SETTINGS[setting]() as key:
         result = jax.jit(CALLS[name])(key)
@@ -394,7 +394,7 @@ def test_it_runs(run):
 
 
 @pytest.mark.parametrize("name", mostly_slow(HIDING[:5], ["xla, without sinks"]))
-def test_no_nan_on_the_way(name):
+def test_no_intermediate_nan(name):
     """Not even one that is replaced later, as ``-inf - -inf`` in a hidden row would be."""
     error, _ = checkify.checkify(CALLS[name], errors=checkify.nan_checks)(jax.random.key(0))
     assert error.get() is None

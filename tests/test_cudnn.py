@@ -98,7 +98,7 @@ def test_arguments(calls):
     assert recorded(calls, score=scores.bias(shared_bias))["bias"].shape == (1, N, T, T)
 
 
-def test_lengths_are_told(calls):
+def test_lengths_are_passed(calls):
     def told(T, mask):
         def program(*x):
             output(*x, mask=mask)
@@ -169,7 +169,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("options", "reason"), REFUSED, ids=[r for _, r in REFUSED])
-def test_refuses(options, reason):
+def test_refuses_with_a_reason(options, reason):
     options = dict(options)
     shape = {name: options.pop(name) for name in ("T", "S", "D", "H", "dtype") if name in options}
     call, spec = prepared(*inputs(**shape), **options)
@@ -238,7 +238,7 @@ def test_padding_reaches_nothing(name, causal, with_bias, calls):
         assert (x[~np.broadcast_to(keep, x.shape)] == 0).all()
 
 
-def test_bias_that_hides(calls):
+def test_a_masking_bias(calls):
     """The gradient of what hides is 0, and no number near the limits of float32 is summed."""
 
     def program(x, array):

@@ -176,7 +176,7 @@ def scores(model, prompt, new):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("stop", "penalty"), [((), 1.0), ((3,), 0.0), ((3, 8), 2.0)])
-def test_as_many_beams_as_continuations_find_the_best(stop, penalty):
+def test_enough_beams_find_the_best_continuation(stop, penalty):
     model, new, found = decoder(), 2, 6
     tokens, real = padded("left")
     options = {"beams": V, "length_penalty": penalty, "stop": stop, "pad_token": 0}

@@ -101,7 +101,7 @@ def test_promote_dtype_replaces_the_cast():
 
 
 @pytest.mark.parametrize("precision", [None, "default", jax.lax.Precision.HIGH])
-def test_products_have_at_least_the_precision_asked_for(precision):
+def test_products_have_at_least_the_requested_precision(precision):
     x = jax.ShapeDtypeStruct((T, N, 8), jnp.float32)
     program = str(jax.make_jaxpr(lambda x: attention_fn(x, x, x, precision=precision))(x))
     assert set(re.findall(r"Precision\.(\w+)", program)) == {"HIGHEST"}

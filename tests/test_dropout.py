@@ -50,7 +50,7 @@ def test_keep_is_the_hash_in_unbounded_integers(rate):
         assert got[place] == kept(words, *at, rate)
 
 
-def test_the_hash_spreads_over_all_32_bits():
+def test_the_dropout_hash_spreads_over_all_32_bits():
     x = np.arange(1 << 12, dtype=np.uint32) << np.uint32(9)
     got = np.asarray(dropout.mix(jnp.asarray(x)))
     assert got.tolist() == [mixed(int(v)) for v in x]
@@ -68,14 +68,14 @@ def test_typed_and_raw_keys_are_one_key():
     )
 
 
-def test_every_word_of_the_key_counts():
+def test_dropout_depends_on_every_word_of_the_key():
     seeds = [dropout.seed(np.array(w, np.uint32)) for w in ([0, 0], [0, 1], [1, 0], [1, 1], [0])]
     assert len({int(s) for s in seeds}) == 5
     assert len({int(dropout.seed(jax.random.key(i, impl="rbg"))) for i in range(5)}) == 5
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
-def test_the_share_that_is_dropped_is_the_rate(rate):
+def test_the_dropped_share_is_the_rate(rate):
     keep = keep_all(jax.random.key(1), (2, 3, 128, 128), rate)
     deviation = (rate * (1 - rate) / keep.size) ** 0.5
     assert abs(keep.mean() - (1 - rate)) < 4 * deviation
@@ -104,7 +104,7 @@ def test_examples_heads_queries_keys_and_seeds_are_independent():
     assert correlation(keep, keep_all(jax.random.key(2), keep.shape, 0.5)) < 5
 
 
-def test_the_same_pairs_are_kept_by_every_implementation_and_block_size():
+def test_every_implementation_and_block_size_drops_the_same_pairs():
     B, T, S, K, N, rate = 2, 7, 11, 2, 4, 0.4
     key = jax.random.key(5)
     # Equal logits and unit vectors as values: the output is the kept probabilities themselves.
@@ -131,7 +131,7 @@ def test_the_same_pairs_are_kept_by_every_implementation_and_block_size():
         np.testing.assert_allclose(lse, np.log(S), rtol=1e-6)
 
 
-def test_the_mean_is_kept():
+def test_dropout_keeps_the_mean():
     q = jnp.zeros((64, 8, 4))
     v = jnp.broadcast_to(jnp.float32(1), (256, 8, 4))
     k = jnp.zeros((256, 8, 4))

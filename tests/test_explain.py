@@ -44,7 +44,7 @@ def test_prints_a_table_for_every_platform(platform):
     assert "GFLOP" in rest[-1]
 
 
-def test_small_problems_run_in_one_piece_and_large_ones_block_by_block():
+def test_small_calls_take_xla_and_large_ones_blockwise():
     assert explain(*shapes(), platform="cpu").chosen == "xla"
     assert explain(*shapes(512, 512), platform="cpu").chosen == "blockwise"
     named = explain(*shapes(), implementation="blockwise")
@@ -91,7 +91,7 @@ ROWS, COLUMNS = np.arange(T)[:, None], np.arange(S)
     ],
     ids=["none", "causal", "causal end", "lengths", "dense", "bool array"],
 )
-def test_blocks_are_counted_right(mask, visible, blocks_of_3_by_4):
+def test_explain_counts_blocks(mask, visible, blocks_of_3_by_4):
     expected = count(np.asarray(visible))
     for given in (shapes(), arrays()):
         explanation = explain(*given, mask=mask)
@@ -119,14 +119,14 @@ def test_what_is_known_only_at_run_time_is_not_counted(blocks_of_3_by_4):
     assert "at most" in str(explanation)
 
 
-def test_nothing_to_do_costs_nothing():
+def test_an_empty_call_costs_nothing():
     for t, s in ((0, 5), (5, 0)):
         explanation = explain(*shapes(t, s), mask=masks.causal())
         assert explanation.flops == explanation.dense_flops == 0
         assert "GFLOP" in str(explanation)
 
 
-def test_memory_is_that_of_logits_or_of_tiles():
+def test_memory_counts_logits_or_tiles():
     small, large = (explain(*shapes(n, n), mask=masks.causal()) for n in (2048, 4096))
     assert large.extra_bytes["xla"] == 4 * small.extra_bytes["xla"]
     assert small.extra_bytes["xla"] >= 4 * B * N * 2048**2
@@ -157,7 +157,7 @@ def picky(monkeypatch):
     jax.clear_caches()
 
 
-def test_what_cannot_is_passed_over(picky):
+def test_unsupported_implementations_are_skipped(picky):
     expected = attention(*arrays(), score=scores.softcap(2.0), implementation="xla")
     out = attention(*arrays(), score=scores.softcap(2.0))
     np.testing.assert_array_equal(out, expected)
@@ -169,7 +169,7 @@ def test_what_cannot_is_passed_over(picky):
     assert len(picky) == 2
 
 
-def test_a_name_that_cannot_is_an_error_that_says_who_can(picky):
+def test_an_unsupported_name_raises_and_says_which_can(picky):
     for implementation in ("picky", ["picky"]):
         with pytest.raises(
             NotImplementedError, match=r"'picky' cannot: it knows no scores.*blockwise, xla"

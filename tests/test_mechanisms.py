@@ -214,7 +214,7 @@ def test_gradients_match_finite_differences(name):
 
 
 @every
-def test_vmap_equals_the_batch_axis_and_no_keys_give_0(name):
+def test_vmap_equals_the_batch_axis_and_no_keys_give_zero(name):
     mechanism, _ = MECHANISMS[name]
     query, key, value = (x.astype(np.float32) for x in (QUERY, KEY, VALUE))
     one = jax.vmap(mechanism)(query, key, value)

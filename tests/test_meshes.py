@@ -156,7 +156,7 @@ def test_vmap_over_a_sharded_axis(mesh, implementation):
     chex.assert_trees_all_close(jax.device_get(got), jax.device_get(gradient), atol=1e-4)
 
 
-def test_a_table_that_is_sharded_where_it_is_looked_up(mesh):
+def test_a_table_sharded_along_its_index(mesh):
     arrays, table = [inputs()[name] for name in ("query", "key", "value")], jax_normal(6, N, T)
     rule = lambda s, b, n, q, k, table: s + table[n, k]  # noqa: E731
     expected = aj.attention(*arrays, score=scores.score_fn(rule, table))

@@ -97,7 +97,7 @@ def test_cross_attention(fused):
     close(got[0], module(x[0], context[0, :3]))
 
 
-def test_fused_is_the_same_product():
+def test_a_fused_projection_is_the_same_product():
     x = normal(0, B, T, E)
     fused, separate = new(fused=True, num_kv_heads=2), new(num_kv_heads=2)
     parts = ("query", "key", "value")

@@ -118,7 +118,7 @@ def test_a_number_that_functions_close_over_has_a_gradient():
 
 
 @pytest.mark.slow
-def test_a_table_as_large_as_all_pairs_is_no_array_of_pairs():
+def test_a_table_of_the_size_of_all_pairs_is_looked_up():
     q, k, v = inputs(T=21, S=37)
     table = jax.random.normal(jax.random.key(1), (21, 37))
     # Looked up backwards: pair (q, k) is not place (q, k).
@@ -139,7 +139,7 @@ def test_results_are_the_same_bits_each_time():
 
 
 @pytest.mark.slow
-def test_blocks_that_the_mask_leaves_empty_are_not_visited():
+def test_empty_blocks_are_not_visited():
     q, k, v = inputs(T=64, S=64)
     mask = masks.mask_fn(lambda b, n, q, k: k < 16, evaluate=True)
     seen = masks.causal() & masks.lengths(key=16)
@@ -166,7 +166,7 @@ class Blank(masks.Mask):
 
 
 @pytest.mark.parametrize("mapped", [0, 1, 2])
-def test_a_tile_larger_than_its_array_is_filled_up_with_zeros_and_stored_without(mapped):
+def test_a_tile_larger_than_its_array_is_padded_with_zeros(mapped):
     x = jnp.arange(30.0).reshape(2, 5, 3) + 1  # two arrays 5 x 3
     dims = (mapped,)
 
@@ -417,7 +417,7 @@ def test_a_function_with_its_array_as_argument_is_taken():
     assert reason(mask=fn) == "asked for"
 
 
-def test_by_name_on_another_platform_says_who_can():
+def test_by_name_on_another_platform_says_which_can():
     q, k, v = inputs()
     with pytest.raises(NotImplementedError, match=r"for GPUs, this is a cpu.*blockwise, xla"):
         attention(q, k, v, implementation="pallas_gpu")
@@ -446,7 +446,7 @@ def test_lookup_clips_and_wraps_as_jax_does():
 
 
 @pytest.mark.parametrize("index", [..., slice(2), 1.0, (0, 0), np.array([True])])
-def test_lookup_refuses_what_is_no_index(index):
+def test_lookup_refuses_other_indices(index):
     lookup = Lookup(lambda i: i, (10,), jnp.float32)
     with pytest.raises(NotImplementedError, match="1 integers"):
         lookup[index]

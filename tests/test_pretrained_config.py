@@ -78,7 +78,7 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_harmless_entries(name, saved):
+def test_harmless_config_entries_are_accepted(name, saved):
     kind, entries = PUBLISHED[name]
     folder, expected = saved(kind, **entries)
     assert_same(pretrained.load(folder), expected)

@@ -140,7 +140,7 @@ def test_the_gradient_of_a_bias_has_its_shape(shape):
     close(own, full.sum(axis=axes, keepdims=True).reshape(shape))
 
 
-def test_without_sinks_there_is_no_gradient_of_them():
+def test_without_sinks_their_gradient_is_none():
     assert reference.attention_gradients(*inputs()).sinks is None
     assert reference.head_gradients([[1.0]], [[1.0]], [[1.0]], [[1.0]]).sinks is None
     assert reference.head_gradients([[1.0]], [[1.0]], [[1.0]], [[1.0]], sink=0.0).sinks.shape == ()

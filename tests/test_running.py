@@ -114,7 +114,7 @@ def test_a_scan_with_remat_needs_less_memory():
 
 
 @pytest.mark.parametrize("way", ["scan, remat", pytest.param("remat", marks=pytest.mark.slow)])
-def test_generation_is_the_same(way):
+def test_generation_under_scan_and_remat_is_the_same(way):
     plain, other = decoder(), decoder(**WAYS[way])
     found, right = (generate(m, TOKENS, max_new_tokens=4).tokens for m in (other, plain))
     np.testing.assert_array_equal(found, right)

@@ -98,7 +98,7 @@ def test_merge_commutes_and_has_a_neutral_state(p, order):
             np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
 
 
-def test_no_key_gives_zero_and_minus_infinity():
+def test_no_keys_give_zero_and_lse_minus_infinity():
     out, lse = finish(softmax.start(T, D, jnp.float32))
     assert (out == 0).all()
     assert (lse == -jnp.inf).all()
@@ -117,7 +117,7 @@ def test_a_sink_joins_the_denominator_once(p, sink):
         np.testing.assert_allclose(x, expected, rtol=2e-5, atol=2e-6)
 
 
-def test_dropout_leaves_the_normaliser_alone(x64):
+def test_dropout_does_not_change_the_normaliser(x64):
     s, v = problem(0, 0.0, 1.0)
     kept = np.random.default_rng(0).integers(0, 2, (T, S)) * 2.0
     state = softmax.update(softmax.start(T, D, jnp.float64), *map(jnp.asarray, (s, v, kept)))

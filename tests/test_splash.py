@@ -46,7 +46,7 @@ def possible(case):
 CASES = [case for case in PROMISES + PAIRS if possible(case)]
 
 
-def test_there_is_enough_to_check():
+def test_enough_cases_are_supported():
     assert len(CASES) >= 20
     assert any("kernel" in case.tags for case in CASES)
 
@@ -130,7 +130,7 @@ def test_blocks_are_those_of_the_mask_and_need_no_device(mask):
     assert not found[:, S:].any()
 
 
-def test_equal_masks_are_one_to_splash():
+def test_equal_masks_are_equal_to_splash():
     one, other, third = (
         splash._lazy(splash.StaticMask(masks.window(n, 0), 512, 512), 512, 512) for n in (9, 9, 8)
     )
@@ -205,6 +205,6 @@ def test_refuses_with_a_reason(options, words):
     assert words in reason(**options)
 
 
-def test_by_name_on_another_platform_says_who_can():
+def test_by_name_on_another_platform_says_which_can():
     with pytest.raises(NotImplementedError, match=r"for TPUs, this is a cpu.*blockwise, xla"):
         attention(*inputs(), implementation="splash")

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from contract import prepared
 
 import attention_jax
 from attention_jax import masks, testing
@@ -25,7 +26,7 @@ def failing(fn, *names, **changes):
         dataclasses.replace(case, **changes) for name in names for case in testing.cases(name=name)
     ]
     assert len(cases) == len(names)
-    report = testing.check(fn, cases=cases)
+    report = testing.check(fn, cases=[prepared(case) for case in cases])
     return {row.what for row in report.failures}
 
 
@@ -81,7 +82,7 @@ def changed(**changes):
 
 
 @pytest.mark.parametrize("fn", [right, formula], ids=["ours", "one's own"])
-def test_what_is_right_passes(fn):
+def test_correct_attention_passes(fn):
     assert failing(fn, "plain", "causal, T < S", "causal end, T < S") == set()
     assert failing(fn, "plain", dropout_rate=0.3, scale=0.5) == set()
 
@@ -114,13 +115,13 @@ def test_another_dropout():
     assert failing(wrong, "plain", dropout_rate=0.3) == {"out", *BACKWARD}
 
 
-def test_no_care_for_empty_rows():
+def test_empty_rows_mishandled():
     assert failing(formula, "empty rows by mask") == {"out", "d value"}
     large = functools.partial(formula, hidden=-1e9)
     assert {"out", "lse"} <= failing(large, "empty rows by mask")
 
 
-def test_hidden_keys_that_leak():
+def test_masked_keys_that_leak():
     large = functools.partial(formula, hidden=-1e9)
     assert failing(large, "planted", planted=False, mask="causal") == set()
     assert "out" in failing(large, "planted")
@@ -167,7 +168,7 @@ def test_sinks_ignored_or_counted_twice():
     assert failing(twice, "plain", sinks=True) == {*ALL, "d sinks"}
 
 
-def test_half_precision_on_the_way():
+def test_half_precision_intermediates():
     def rounded(x):
         return x.astype(jnp.bfloat16).astype(x.dtype)
 
@@ -259,20 +260,21 @@ each_peer = pytest.mark.parametrize("peer", PEERS.values(), ids=PEERS.keys())
 
 def verdicts(peer, name, **changes):
     (case,) = testing.cases(name=name)
+    trial = prepared(dataclasses.replace(case, **changes))
     with jax.numpy_dtype_promotion("standard"):
-        report = testing.check(peer, cases=[dataclasses.replace(case, **changes)])
+        report = testing.check(peer, cases=[trial])
     return {row.what: row.verdict for row in report.rows}
 
 
 @each_peer
 @pytest.mark.parametrize("name", ["plain", "causal end", "bias", "bfloat16"])
-def test_peers_are_right_where_nothing_is_special(peer, name):
+def test_peers_are_right_on_plain_cases(peer, name):
     found = verdicts(peer, f"{name}, narrow")
     assert set(found.values()) == {"ok"}, found
 
 
 @each_peer
-def test_peers_take_the_mean_where_nothing_is_visible(peer):
+def test_peers_take_the_mean_of_empty_rows(peer):
     found = verdicts(peer, "empty rows by mask, narrow")
     assert found["out"] == "wrong"
     assert found["d value"] == "wrong"
@@ -280,7 +282,7 @@ def test_peers_take_the_mean_where_nothing_is_visible(peer):
 
 @each_peer
 @pytest.mark.parametrize("name", ["empty rows by -inf bias", "planted"])
-def test_peers_give_nan_where_a_bias_hides_everything_or_padding_holds_it(peer, name):
+def test_peers_give_nan_for_empty_rows_and_planted_padding(peer, name):
     found = verdicts(peer, f"{name}, narrow")
     assert found["out"] == "wrong"
     assert found["d query"] == "wrong"
@@ -301,7 +303,7 @@ def test_the_lse_of_jax_nn_has_no_gradient_and_is_rounded():
 
 @each_peer
 @pytest.mark.parametrize("option", [{"sinks": True}, {"dropout_rate": 0.3}, {"score": "softcap"}])
-def test_peers_refuse_what_they_have_no_argument_for(peer, option):
+def test_peers_refuse_options_they_lack(peer, option):
     found = verdicts(peer, "plain, narrow", **option)
     assert list(found) == ["all"]
     assert found["all"].startswith("refused: ")
@@ -402,7 +404,7 @@ def test_the_dropout_hash_and_its_copy_agree():
 
 
 @each_score
-def test_gradients_of_what_scores_hold_are_exact(kind):
+def test_gradients_of_score_arrays_are_exact(kind):
     # The plain formula is differentiated by JAX: in float64 it differs from the oracle by rounding,
     # or the chain rule written beside a formula is wrong and the tolerance with it.
     sizes = Sizes(B=(2, 3), T=7, S=13, K=2, G=3, H=5, D=3)
@@ -415,7 +417,7 @@ def test_gradients_of_what_scores_hold_are_exact(kind):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", OPTIONS["dtype"])
-def test_tolerances_mean_something(dtype):
+def test_tolerances_are_tight(dtype):
     # Results of zero, and gradients of zero, are off in every row.
     def nothing(query, key, value, *, sinks, return_lse, **options):
         out = jnp.zeros((*query.shape[:-1], value.shape[-1]), query.dtype)

@@ -34,7 +34,7 @@ def test_the_default_path_for_a_tpu_is_splash_attention(found):
 
 
 @pytest.mark.parametrize("name", ["causal", "window, softcap", "prefix, sinks, lse", "segments"])
-def test_forward_and_backward_compile_to_the_kernels_and_no_array_of_pairs(found, name):
+def test_forward_and_backward_compile_to_kernels_without_an_array_of_pairs(found, name):
     forward, backward = found[f"attend, {name}"], found[f"grads, {name}"]
     assert forward["kernels"] == 1
     # Forward, dq, dk and dv; the lse's gradient takes attention to the keys besides.

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import jax.test_util
 import numpy as np
 import pytest
-from helpers import jax_normal
+from helpers import jax_normal, slow
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -94,7 +94,7 @@ def stacked(xs):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("implementation", "order"), [(None, 2), ("blockwise", 1)])
-def test_derivatives_are_those_of_finite_differences(implementation, order):
+def test_derivatives_equal_finite_differences(implementation, order):
     """And the second of ``blockwise`` equal those of ``xla``, below."""
     p, f = setup("everything", implementation)
     check = functools.partial(jax.test_util.check_grads, args=(p,), order=1, eps=1e-5)
@@ -285,8 +285,10 @@ SPECS = {
 SPECS["heads"] |= {"sinks": P("x"), "bias": P("x"), "slopes": P("x")}
 
 
-@pytest.mark.parametrize("implementation", [None, "blockwise"])
-@pytest.mark.parametrize("over", ["batch", "heads"])
+@pytest.mark.parametrize(
+    ("over", "implementation"),
+    [("batch", "blockwise"), ("heads", None), slow("batch", None), slow("heads", "blockwise")],
+)
 def test_shard_map_and_its_gradients(over, implementation):
     devices = 8 if over == "batch" else 2
     p, plain = setup("everything", "xla", b=8)
