@@ -7,7 +7,7 @@ once on such a tile, and refused by name if it does more than a kernel can.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -30,15 +30,19 @@ POINTWISE = frozenset(
 )
 
 
-def as_operands(mask: Mask | None) -> Mask | None:
-    """``mask`` with the arrays of its structure as leaves, since a kernel cannot hold arrays."""
+def as_operands(mask: Mask | None, array: Callable[[np.ndarray], Any] = jnp.asarray) -> Mask | None:
+    """``mask`` with the arrays of its structure as leaves, since a kernel cannot hold arrays.
+
+    Args:
+      array: makes the leaves.
+    """
 
     def change(x: Any) -> Any:
         if isinstance(x, StaticArray):
-            return jnp.asarray(x.array)
+            return array(x.array)
         if isinstance(x, tuple):
             return tuple(map(change, x))
-        return as_operands(x) if isinstance(x, Mask) else x
+        return as_operands(x, array) if isinstance(x, Mask) else x
 
     if mask is None:
         return None
@@ -48,7 +52,8 @@ def as_operands(mask: Mask | None) -> Mask | None:
 
 def why_unsupported(mask: Mask | None, score: tuple[Score, ...]) -> str | None:
     """Why a kernel cannot compute the mask or one of the scores; None where it can."""
-    values: list[Mask | Score] = [*score] if mask is None else [as_operands(mask), *score]  # type: ignore[list-item]
+    mask = as_operands(mask, np.asarray)  # only their shapes matter, nothing goes to a device
+    values = score if mask is None else (mask, *score)
     return next((problem for value in values if (problem := _named_problem(value))), None)
 
 
