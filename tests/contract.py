@@ -48,8 +48,13 @@ CHECKS = {
 }
 
 
-def parameters(name, cases, tag="core"):
+# What a default run checks of each; the rest is slow.
+DEFAULT_TAGS = {"blockwise": "smoke", "blockwise 7x5": "smoke", "auto": "smoke"}
+
+
+def parameters(name, cases, tag=None):
     """``(name, case)`` as parameters of a test; without the tag they are slow tests."""
+    tag = tag or DEFAULT_TAGS.get(name, "core")
     return [
         pytest.param(
             name, c, id=f"{c.name}-{name}", marks=[] if tag in c.tags else [pytest.mark.slow]

@@ -69,6 +69,7 @@ def test_log_probability_of_the_generated_tokens():
         chex.assert_trees_all_close(log_p, sum(each[i, t] for i, t in enumerate(row)), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_prefix_lm_attends_to_the_whole_prompt():
     layers = dataclasses.replace(DECODERS["learned"].layers, prefix_lm=True)
     config = dataclasses.replace(DECODERS["learned"], layers=layers)

@@ -8,6 +8,7 @@ import warnings
 import jax
 import numpy as np
 import pytest
+from helpers import mostly_slow, slow
 
 from attention_jax import explain
 from experiments.__main__ import main
@@ -268,7 +269,7 @@ def test_compare_exits_with_code_1_if_ours_is_out_of_bounds(monkeypatch, capsys)
     assert capsys.readouterr().out.splitlines()[-1] == "ours: out of bounds in xla"
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", mostly_slow(SHAPES, {*SHAPES} - {"window 1000000"}))
 def test_named_shape_has_an_implementation_on_every_platform(name):
     shape = SHAPES[name]
     for platform in ("cpu", "gpu", "tpu"):
@@ -278,7 +279,7 @@ def test_named_shape_has_an_implementation_on_every_platform(name):
 
 
 @pytest.mark.parametrize("shape", SHORT[:2], ids=str)
-@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("backward", [slow(False), True])
 def test_contenders_run(shape, backward):
     for contender in (contenders.ours, contenders.jax_nn):
         assert contender(shape, backward=backward)() is not None
@@ -311,6 +312,7 @@ MEASURED = {
 }
 
 
+@pytest.mark.slow
 def test_cache_section_has_sizes():
     rows = SECTIONS["cache"](Options())
     assert [row.note for row in rows] == ["16,384 MiB", "4,096 MiB", "512 MiB"]

@@ -9,6 +9,7 @@ import subprocess
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import mostly_slow
 
 from experiments.report import look
 from experiments.training.task import AttentionView
@@ -293,7 +294,7 @@ ACTS = {
 
 
 @in_browser
-@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize("act", mostly_slow(ACTS, {"clicked", "left"}))
 def test_query_is_selected(act, browse):
     encoder = view()
     found = browse([encoder], "layer=0&head=1&token=1", ACTS[act])

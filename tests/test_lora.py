@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from helpers import mostly_slow
 
 from attention_jax.models import (
     Decoder,
@@ -74,7 +75,7 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", mostly_slow(MODELS, {"decoder", "fused"}))
 def test_adapters_start_at_zero_and_merging_keeps_the_outputs(name):
     make, call = MODELS[name]
     model = make()
@@ -205,7 +206,8 @@ def test_a_second_adapter_keeps_the_first():
     np.testing.assert_allclose(merged(second)(TOKENS), after, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("window", [3, pytest.param(None, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("window", [3, None])
 def test_a_loaded_decoder_generates_the_same_adapted_and_merged(tmp_path, window):
     more = {"num_kv_heads": 1, "gated": True, "norm": "rms", "bias": False}
     more |= {"feed_forward_bias": False, "activation": "silu", "windows": (window,)}

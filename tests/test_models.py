@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from helpers import close, randomised
+from helpers import close, randomised, slow
 
 from attention_jax import masks, models, positions, scores
 from attention_jax.models import Layers, Relative
@@ -155,7 +155,7 @@ def test_the_prompt_of_a_prefix_lm_is_bidirectional():
         model(x)
 
 
-@pytest.mark.parametrize("windows", [pytest.param((None,), marks=pytest.mark.slow), (3, None)])
+@pytest.mark.parametrize("windows", [slow((None,)), (3, None)])
 def test_caches_of_a_prefix_lm_do_not_change_the_result(windows):
     model, x = prefix_decoder(windows=windows), tokens(0, B, T)
     lengths = np.array([4, 2])

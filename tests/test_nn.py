@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import close, linear, normal, randomised, slow
+from helpers import close, linear, mostly_slow, normal, randomised, slow
 
 from attention_jax import attention, masks, mechanisms, nn, positions, reference, scores
 
@@ -134,8 +134,11 @@ CACHED = {
 step = nnx.jit(lambda module, x, cache: module(x, cache=cache))
 
 
+QUICK_CACHED = {"window, kv heads", "rotary, norm", "scores of distances"}
+
+
 @pytest.mark.parametrize("cuts", [[4, 2, 1], slow([1] * T)])
-@pytest.mark.parametrize("name", CACHED)
+@pytest.mark.parametrize("name", mostly_slow(CACHED, QUICK_CACHED))
 def test_caches_do_not_change_the_result(name, cuts):
     module, x = new(**CACHED[name]), normal(0, B, T, E)
     cache, parts, start = module.init_cache((B,), T + 1), [], 0

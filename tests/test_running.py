@@ -113,7 +113,8 @@ def test_a_scan_with_remat_needs_less_memory():
     assert temporaries(scan=True, remat=True) < temporaries(scan=True) / 2
 
 
-@pytest.mark.parametrize("way", ["scan, remat", pytest.param("remat", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["scan, remat", "remat"])
 def test_generation_under_scan_and_remat_is_the_same(way):
     plain, other = decoder(), decoder(**WAYS[way])
     found, right = (generate(m, TOKENS, max_new_tokens=4).tokens for m in (other, plain))

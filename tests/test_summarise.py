@@ -82,6 +82,7 @@ def test_splits_have_their_published_sizes_and_are_fixed():
 
 
 @needs_files
+@pytest.mark.slow
 def test_lead_baseline_reaches_its_measured_score():
     """ROUGE-L 16.6 with 12 words, on all titles; 22.9 with the first sentence, on SciTLDR."""
     for corpus, expected in (("titles", 0.166), ("scitldr", 0.229)):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from helpers import slow
 
 from attention_jax.nn import record_weights
 from experiments.datasets import files, text
@@ -379,7 +380,7 @@ def test_long_prompts_are_rejected():
         shakespeare.prompt_of(config, "x" * 17)
 
 
-@pytest.mark.parametrize("model", ["gru", "gru_attention", "transformer"])
+@pytest.mark.parametrize("model", [slow("gru"), "gru_attention", "transformer"])
 def test_language_models_are_causal(model):
     config = dataclasses.replace(shakespeare.PRESETS["smoke"], model=model)
     data = shakespeare.load(config)
@@ -412,6 +413,7 @@ def test_greedy_picks_the_likeliest_token_and_ignores_padding(attend):
             target.append(token)
 
 
+@pytest.mark.slow
 def test_additive_attention_weights_sum_to_1_over_the_source():
     model = Seq2Seq(12, 8, attend=True, rngs=nnx.Rngs(0))
     weights = model.weights(np.array([[5, 6, 7, 0]], np.int32), np.array([[2, 4, 4]], np.int32))
@@ -420,6 +422,7 @@ def test_additive_attention_weights_sum_to_1_over_the_source():
     assert not weights[..., 3].any()
 
 
+@pytest.mark.slow
 def test_smoothed_loss_matches_smoothed_targets():
     import jax
     import optax

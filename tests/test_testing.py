@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from contract import prepared
+from helpers import slow
 
 import attention_jax
 from attention_jax import masks, testing
@@ -267,7 +268,7 @@ def verdicts(peer, name, **changes):
 
 
 @each_peer
-@pytest.mark.parametrize("name", ["plain", "causal end", "bias", "bfloat16"])
+@pytest.mark.parametrize("name", ["plain", slow("causal end"), slow("bias"), slow("bfloat16")])
 def test_peers_are_right_on_plain_cases(peer, name):
     found = verdicts(peer, f"{name}, narrow")
     assert set(found.values()) == {"ok"}, found

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from helpers import slow
 from line import LINE, PLAIN, Line, batches, parameters, train_line
 
 from experiments.training import optimizers
@@ -107,7 +108,8 @@ def test_log_has_losses_and_scores(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "split", [{"accumulate": 4}, {"devices": 8}, {"accumulate": 2, "devices": 4}]
+    "split",
+    [slow({"accumulate": 4}), slow({"devices": 8}), {"accumulate": 2, "devices": 4}],
 )
 def test_microbatches_and_devices_give_the_same_losses(tmp_path, split):
     split = {"batch_size": 16, "steps": 30} | split

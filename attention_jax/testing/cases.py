@@ -260,6 +260,7 @@ _KERNEL = {"planted, bias", "heads in order", "length 0, sinks", "lse, long, bfl
 PROMISE_TAGS = {
     "numerics": _NUMERICS,
     "kernel": _KERNEL,
+    "smoke": {"plain", "everything", "planted, bias", "lse, long, bfloat16"},
     "core": {
         *_NUMERICS,
         *_KERNEL,

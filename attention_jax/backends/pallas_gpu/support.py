@@ -49,7 +49,8 @@ def as_operands(mask: Mask | None) -> Mask | None:
 
 def why_unsupported(mask: Mask | None, score: tuple[Score, ...]) -> str | None:
     """Why a kernel cannot compute the mask or one of the scores; None where it can."""
-    values: list[Mask | Score] = [*score] if mask is None else [as_operands(mask), *score]  # type: ignore[list-item]
+    mask = as_operands(mask)
+    values = score if mask is None else (mask, *score)
     return next((problem for value in values if (problem := _named_problem(value))), None)
 
 
