@@ -95,7 +95,8 @@ def attention(
         out_i = sum_j dropout(exp(s_ij - lse_i)) value_j
 
     A query that attends to no key has output 0, lse ``-inf`` (with sinks: the sink) and zero
-    gradients. Masked keys and values do not affect the result, even if they hold NaN.
+    gradients. Keys and values that no query may attend to do not affect the result, even if they
+    hold NaN.
 
     Args:
       query: ``[*B T N H]``, any floating dtype; sums are in at least float32.
@@ -122,7 +123,8 @@ def attention(
     Masks' Python numbers (offsets, windows, lengths) are constants of the compiled program: another
     value compiles again, because the blocks to compute depend on them. To compile once for many
     values pass an array, such as ``masks.causal(offset=jnp.asarray(i))``. On a CPU ``scale``,
-    ``dropout_rate``, ``softcap`` and the offsets of scores compile once.
+    ``dropout_rate``, ``softcap`` and the offsets of scores compile once, unless ``implementation``
+    includes a configured kernel.
 
     Raises:
       TypeError, ValueError: an argument is wrong; the message names it.
@@ -248,7 +250,7 @@ class Explanation:
         if the mask's arrays are known only at run time.
       flops: of the forward pass over the visited blocks.
       dense_flops: of the forward pass over all pairs, ``2 * B * N * T * S * (H + D)``.
-      extra_bytes: of each implementation's forward pass, beside arguments and results.
+      extra_bytes: of each implementation's forward pass, not counting arguments and results.
     """
 
     chosen: str | None
@@ -327,6 +329,7 @@ def explain(
     if platform not in ("cpu", "gpu", "tpu"):
         raise ValueError(f'platform must be "cpu", "gpu" or "tpu", got {platform!r}')
     asked = backends.as_backends(implementation)
+    static_numbers = _static_numbers(asked, platform)
     dropout.check(dropout_rate, dropout_key)
     call = bind(
         query,
@@ -336,12 +339,16 @@ def explain(
         score=score,
         sinks=sinks,
         scale=scale,
-        static_numbers=_static_numbers(asked, platform),
+        static_numbers=static_numbers,
         abstract=True,
     )
-    known_scale = call.scale if isinstance(call.scale, float) else None
-    query, key, value = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in call[:3])
+    known_scale = call.scale if static_numbers and isinstance(call.scale, float) else None
+    query, key, value = (
+        jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype)) for x in call[:3]
+    )
     call, sizes = complete(call._replace(query=query, key=key, value=value))
+    if sizes.symbolic_batch or sizes.symbolic_lengths:
+        raise ValueError(f"explain needs sizes that are numbers, got query of shape {query.shape}")
     spec = spec_of(
         call,
         sizes,
@@ -351,9 +358,10 @@ def explain(
         partitioned=backends.partitioned(),
     )._replace(dropout=dropout_rate > 0.0)
     choice = backends.choose(asked, spec)
-    # Without a choice, the blocks are those of the backend that every platform has.
-    chosen = backends.IMPLEMENTATIONS["blockwise"] if choice.name is None else choice.backend
-    block = chosen.block(spec) or backends.IMPLEMENTATIONS["blockwise"].block(spec)
+    # Without blocks of its own, those of the backend that every platform has.
+    every = backends.IMPLEMENTATIONS["blockwise"]
+    chosen = every if choice.name is None else choice.backend
+    block = (1, 1) if _no_pairs(sizes) else chosen.block(spec) or every.block(spec)
     return Explanation(
         chosen=choice.name,
         platform=platform,

@@ -167,7 +167,7 @@ def test_explain_names_what_a_gpu_kernel_cannot_close_over():
     closed = scores.score_fn(lambda s, b, n, q, k: s + table[n])
     chosen, why = reason(closed)
     assert chosen == "blockwise"
-    assert "closes over an array, or a number beside one: pass it as an argument" in why
+    assert "closes over an array, or over a number while it takes arrays: pass it" in why
     assert reason(scores.score_fn(lambda s, b, n, q, k, t: s + t[n], table))[0] == "pallas_gpu"
     assert reason(scores.score_fn(lambda s, b, n, q, k: s * number))[0] == "pallas_gpu"
 

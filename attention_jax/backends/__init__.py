@@ -15,6 +15,7 @@ alone. ``attention`` also takes a configured value, such as ``Blockwise(block_q=
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -69,9 +70,10 @@ KERNELS = {
 # not depend on heads or batch size, which may differ between training and serving.
 MATERIALISE_UP_TO = 256
 
-# So are a few queries of a cache, whose mask holds its positions: a decoding step is itself in a
-# loop, in which XLA copies the cache for every loop inside. GPT-2's size, ms per token, blockwise
-# and in one piece: 43 and 17 with room for 1,000 tokens, 64 and 22 for 2,000, 152 and 45 for 6,000.
+# The same holds for a few queries against a cache, whose mask holds positions: a decoding step is
+# itself in a loop, in which XLA copies the cache for every loop inside. ms per token of GPT-2's
+# size, blockwise and in one piece: 43 and 17 with room for 1,000 tokens, 64 and 22 for 2,000, 152
+# and 45 for 6,000.
 MOST_PAIRS_OF_A_CACHE = 2**20
 
 # A name of IMPLEMENTATIONS, or a configured value.
@@ -120,7 +122,7 @@ def _everywhere(spec: Spec) -> tuple[tuple[str, str], ...]:
     T, S = spec.sizes.T, spec.sizes.S
     if spec.sizes.symbolic_lengths:
         return (
-            ("xla", "symbolic lengths: nothing of it depends on blocks"),
+            ("xla", "symbolic lengths: it needs no block sizes"),
             ("blockwise", "its blocks depend on lengths"),
         )
     if max(T, S) <= MATERIALISE_UP_TO:
@@ -143,7 +145,7 @@ class Choice(NamedTuple):
     """The backend that runs a call, and the reasons."""
 
     name: str | None  # None: none of those asked for supports the call
-    backends: dict[str, Backend]  # all that were considered, in the order they are tried
+    backends: dict[str, Backend]  # configured ones, then all that have a name, as they are tried
     reasons: dict[str, str]  # for or against each
     refusal: str  # what to raise if there is none
 
@@ -205,14 +207,28 @@ def as_backends(implementation: Any) -> tuple[Named, ...] | None:
     elif isinstance(implementation, Sequence):
         asked = tuple(implementation)
     else:
+        is_class = isinstance(implementation, type)
+        got = implementation.__name__ if is_class else type(implementation).__name__
         raise TypeError(
-            f"implementation must be a name, a Backend, a sequence of these or None, got "
-            f"{type(implementation).__name__}"
+            f"implementation must be a name, a Backend, a sequence of these or None, got {got}"
+            + (f": pass {got}(), not the class" if is_class else "")
         )
     known = ", ".join(IMPLEMENTATIONS)
     if not asked:
         raise ValueError(f"implementation must name at least one of {known}, got an empty sequence")
     for x in asked:
-        if not isinstance(x, Backend) and x not in IMPLEMENTATIONS:
-            raise ValueError(f"implementation must be one of {known}, a Backend or None, got {x!r}")
+        if not isinstance(x, Backend) and not (isinstance(x, str) and x in IMPLEMENTATIONS):
+            hint = f": pass {x.__name__}(), not the class" if isinstance(x, type) else ""
+            raise ValueError(
+                f"implementation must be one of {known}, a Backend or None, got {x!r}{hint}"
+            )
+    configured = [x for x in asked if isinstance(x, Backend)]
+    for x in configured:
+        if not dataclasses.is_dataclass(x) or type(x).__hash__ is None:
+            raise TypeError(
+                f"implementation: {type(x).__name__} must be a frozen dataclass, so that equal "
+                f"values share one compilation"
+            )
+        if str(x) in IMPLEMENTATIONS or any(x != y and str(x) == str(y) for y in configured):
+            raise ValueError(f"implementation: another backend prints as {x} too: rename its class")
     return asked

@@ -92,7 +92,7 @@ class Backend:
     lists those that have a name.
     """
 
-    # The kernel needs the Python numbers of masks and scores as constants of the program.
+    # The kernel needs ``scale`` and the Python numbers of scores as constants of the program.
     STATIC_NUMBERS: ClassVar[bool] = False
 
     def __str__(self) -> str:
@@ -110,7 +110,7 @@ class Backend:
         raise NotImplementedError(f"{type(self).__name__} must define run(call, spec)")
 
     def extra_bytes(self, spec: Spec) -> int:
-        """Memory of the forward pass beside arguments and results."""
+        """Memory of the forward pass, not counting arguments and results."""
         raise NotImplementedError(f"{type(self).__name__} must define extra_bytes(spec)")
 
     def block(self, spec: Spec) -> tuple[int, int] | None:
@@ -153,7 +153,7 @@ def bind(
 
     Args:
       query, key, value, mask, score, sinks, scale, dropout_rate, dropout_key: as for ``attention``.
-      static_numbers: keep Python numbers of masks and scores as constants of the program.
+      static_numbers: keep Python numbers of scores as constants of the program.
       abstract: query, key and value may be ``jax.ShapeDtypeStruct``.
 
     Raises:

@@ -30,7 +30,7 @@ WIDEST_HEAD = 128
 # If the last tile of keys is partial, the backward pass has given NaN for rows of very small logits
 # unless it is given the lengths. Tiles have this many rows, or a divisor of it.
 TILE = 128
-# Masks a pair in a bias: its exponential is 0 beside any logit, and unlike -inf it can be
+# Masks a pair in a bias: its exponential is 0 next to that of any logit, and unlike -inf it can be
 # subtracted from itself. Float16 cannot represent it.
 MASKED = -(2.0**41)
 # Rows whose bias is below this throughout are shifted up: sums of such numbers have no precision
@@ -59,7 +59,7 @@ class VisibleOfCall(NamedTuple):
 class CuDNN(Backend):
     """cuDNN's fused kernel, for the calls that it computes exactly."""
 
-    # As constants: masks in cuDNN's terms are Python numbers.
+    # cuDNN takes the scale as a number.
     STATIC_NUMBERS = True
 
     def why_unsupported(self, spec: Spec) -> str | None:
@@ -307,7 +307,7 @@ def _attend(
         scale=scale,
         # Never a window alone: without causal, jax.nn forgets that it ends with the query.
         is_causal=plan.causal,
-        # Keys beside self, for jax.nn; it adds self for cuDNN.
+        # Keys other than its own, for jax.nn; it adds that one for cuDNN.
         local_window_size=None if plan.window is None else (plan.window, 0),
         query_seq_lengths=None if lengths is None else lengths[0],
         key_value_seq_lengths=None if lengths is None else lengths[1],

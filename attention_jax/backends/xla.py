@@ -40,7 +40,7 @@ def attend(head: Head) -> tuple[Float[Array, "T D"], Float[Array, " T"], Float[A
     if head.dropout is not None:
         kept = dropout.keep_pairs(head.dropout, head.b, head.n, s.shape)
         v = v / head.dropout.keep_probability
-    out, m, log_l = softmax.average(s, v, rows=rows, sink=head.sink, kept=kept)
+    out, m, log_l = softmax.average(s, v, visible_rows=rows, sink=head.sink, kept=kept)
     return zero_rows(rows, out), m, log_l
 
 
@@ -106,7 +106,7 @@ def attention_weights(call: Call, sizes: Sizes) -> Float[Array, "*B N T S"]:
 
     def weights(head: Head) -> tuple[jax.Array]:
         s, _, rows = logits(head)
-        return (softmax.probabilities(s, rows=rows, sink=head.sink),)
+        return (softmax.probabilities(s, visible_rows=rows, sink=head.sink),)
 
     (p,) = over_heads_and_examples(weights, call, sizes, ("*B N T S",))
     return p

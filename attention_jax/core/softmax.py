@@ -26,10 +26,10 @@ def finite(m: jax.Array) -> jax.Array:
     return jnp.where(m == -jnp.inf, jnp.zeros_like(m), m)
 
 
-def rows(s: Float[Array, "t s"]) -> Float[Array, "t s"]:
+def softmax_rows(s: Float[Array, "t s"]) -> Float[Array, "t s"]:
     """The softmax of each row; 0 for a row of ``-inf``.
 
-    >>> rows(jnp.array([[0.0, 0.0, -jnp.inf], [-jnp.inf] * 3])).tolist()
+    >>> softmax_rows(jnp.array([[0.0, 0.0, -jnp.inf], [-jnp.inf] * 3])).tolist()
     [[0.5, 0.5, 0.0], [0.0, 0.0, 0.0]]
     """
     e = jnp.exp(s - jax.lax.stop_gradient(finite(s.max(axis=-1, initial=-jnp.inf)))[:, None])
@@ -41,7 +41,7 @@ def average(
     s: Float[Array, "t s"],
     v: Float[Array, "s D"],
     *,
-    rows: Bool[Array, " t"] | None = None,
+    visible_rows: Bool[Array, " t"] | None = None,
     sink: Float[Array, ""] | None = None,
     kept: Bool[Array, "t s"] | None = None,
 ) -> tuple[Float[Array, "t D"], Float[Array, " t"], Float[Array, " t"]]:
@@ -50,9 +50,10 @@ def average(
     Args:
       s: logits; ``-inf`` where masked.
       v: values.
-      rows: which rows have a visible key; None: all. The output of the others is arbitrary.
+      visible_rows: which rows have a visible key; None: all. The output of the others is arbitrary.
       sink: a further logit in the denominator.
-      kept: the dropout mask; it does not change the lse.
+      kept: the dropout mask; it does not change the lse. The caller divides ``v`` by the keep
+        probability.
 
     Returns:
       Output, ``m`` and ``log l`` with ``lse = m + log l``; ``m`` is finite and counts as a constant
@@ -63,44 +64,46 @@ def average(
     >>> bool(jnp.allclose(out, jax.nn.softmax(s) @ v))
     True
     """
-    s, sink, m = _less_maximum(s, sink, rows)
-    out, log_l = _average(s, sink, v, rows, kept)
+    s, sink, m = _less_maximum(s, sink, visible_rows)
+    out, log_l = _average(s, sink, v, visible_rows, kept)
     return out, m, log_l
 
 
 def probabilities(
     s: Float[Array, "t s"],
     *,
-    rows: Bool[Array, " t"] | None = None,
+    visible_rows: Bool[Array, " t"] | None = None,
     sink: Float[Array, ""] | None = None,
 ) -> Float[Array, "t s"]:
     """``p_ij = exp(s_ij - lse_i)``; arguments as for ``average``."""
-    s, sink, _ = _less_maximum(s, sink, rows)
-    e, total, _ = _exponentials(s, sink, rows)
+    s, sink, _ = _less_maximum(s, sink, visible_rows)
+    e, total, _ = _exponentials(s, sink, visible_rows)
     return e / total[:, None]
 
 
 def _less_maximum(
-    s: jax.Array, sink: jax.Array | None, rows: jax.Array | None
+    s: jax.Array, sink: jax.Array | None, visible_rows: jax.Array | None
 ) -> tuple[jax.Array, jax.Array | None, jax.Array]:
     """Logits and sink less the largest logit ``m`` of each row, and ``m``."""
     m = s.max(axis=-1, initial=-jnp.inf)
     sink = None if sink is None else sink.astype(s.dtype)
     if sink is not None:
         m = finite(jnp.maximum(m, sink))
-    elif rows is not None:  # a maximum rather than a selection: XLA fuses it with the products
-        m = jnp.maximum(m, jnp.where(rows, -jnp.inf, 0.0).astype(s.dtype))
+    elif (
+        visible_rows is not None
+    ):  # a maximum rather than a selection: XLA fuses it with the products
+        m = jnp.maximum(m, jnp.where(visible_rows, -jnp.inf, 0.0).astype(s.dtype))
     m = jax.lax.stop_gradient(m)
     return s - m[:, None], None if sink is None else sink - m, m
 
 
 def _exponentials(
-    s: jax.Array, sink: jax.Array | None, rows: jax.Array | None
+    s: jax.Array, sink: jax.Array | None, visible_rows: jax.Array | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """``e_ij = exp s_ij``, ``total_i = sum_j e_ij + exp sink``, 1 where that is 0, and its log."""
     e = jnp.exp(s)
     total = e.sum(axis=-1)
-    empty = None if rows is None else ~rows
+    empty = None if visible_rows is None else ~visible_rows
     if sink is not None:
         total = total + jnp.exp(sink)
         empty = total == 0
@@ -115,11 +118,11 @@ def _average(
     s: jax.Array,
     sink: jax.Array | None,
     v: jax.Array,
-    rows: jax.Array | None,
+    visible_rows: jax.Array | None,
     kept: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
     """``average`` of logits less their maximum. Divided last, where it is smaller."""
-    e, total, log_l = _exponentials(s, sink, rows)
+    e, total, log_l = _exponentials(s, sink, visible_rows)
     return product(_dropped(kept, e), v, 1, 0) / total[:, None], log_l
 
 
@@ -129,15 +132,15 @@ def _average_jvp(primals: Any, tangents: Any) -> Any:
 
     If one key has all the weight the difference is exactly 0.
     """
-    (s, sink, v, rows, kept), (ds, dsink, dv, _, _) = primals, tangents
-    e, total, _ = _exponentials(s, sink, rows)
+    (s, sink, v, visible_rows, kept), (ds, dsink, dv, _, _) = primals, tangents
+    e, total, _ = _exponentials(s, sink, visible_rows)
     p = e / total[:, None]
     mean = (p * ds).sum(axis=-1)
     if sink is not None:
         mean = mean + jnp.exp(sink) / total * dsink
     dp = _dropped(kept, p * (ds - mean[:, None]))
     dout = product(dp, v, 1, 0) + product(_dropped(kept, p), dv, 1, 0)
-    return _average(s, sink, v, rows, kept), (dout, mean)
+    return _average(s, sink, v, visible_rows, kept), (dout, mean)
 
 
 def _dropped(kept: jax.Array | None, x: jax.Array) -> jax.Array:
@@ -195,7 +198,7 @@ def update(
     state: State,
     logits: Float[Array, "t s"],
     value: Float[Array, "s D"],
-    kept: Float[Array, "t s"] | None = None,
+    dropout_factor: Float[Array, "t s"] | None = None,
 ) -> State:
     """The state after one more block of keys.
 
@@ -219,7 +222,8 @@ def update(
     return State(
         m,
         state.total * shrink + p.sum(axis=-1),
-        state.weighted * shrink[:, None] + (p if kept is None else p * kept) @ value,
+        state.weighted * shrink[:, None]
+        + (p if dropout_factor is None else p * dropout_factor) @ value,
     )
 
 

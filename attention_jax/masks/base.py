@@ -25,8 +25,8 @@ class Mask(Value):
 
     - ``AXES``: the axes of each field that holds an array, from which follows what ``rule`` gets of
       it: ``"N"`` a scalar, ``"*B T"`` ``[t, 1]``, ``"*B S"`` ``[1, s]``, ``"*B N T S"`` ``[t, s]``
-      (see ``core.pytree``). An array without is whole in every tile. With ``BROADCAST = True``
-      axes ``T``, ``S`` and ``N`` may have size 1.
+      (see ``core.pytree``). An array that declares no axes is passed whole to every tile.
+      With ``BROADCAST = True`` axes ``T``, ``S`` and ``N`` may have size 1.
     - ``block``: which blocks are surely empty or surely full, so that they are skipped. By default
       every block is partial.
     - ``BY_INTERVALS = True`` where ``block`` only asks for the bounds ``grid.q0 .. grid.k1`` and
@@ -116,7 +116,7 @@ class Mask(Value):
         return UNBOUNDED
 
     def natural_size(self) -> tuple[int | None, int | None]:
-        """The ``T`` and ``S`` that the mask is made for, beside those of arrays in ``AXES``."""
+        """The ``T`` and ``S`` that the mask is made for, apart from those of arrays in ``AXES``."""
         return None, None
 
     # A NumPy array on the left leaves the operator to the mask, whose error says what to do.

@@ -22,7 +22,7 @@ def weights_of_one_head(
     """``softmax_j(v . tanh(q_i + k_j))``, over the visible keys of each query."""
     k = jnp.where(visible.any(axis=0)[:, None], k, 0)  # fully masked keys may hold anything
     logits = jnp.tanh(q[:, None] + k[None]) @ v
-    return softmax.rows(jnp.where(visible, logits, -jnp.inf))
+    return softmax.softmax_rows(jnp.where(visible, logits, -jnp.inf))
 
 
 def additive_attention(

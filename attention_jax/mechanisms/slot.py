@@ -25,7 +25,7 @@ def slot_head(head: Head) -> tuple[Float[Array, "T D"]]:
     """
     s, v, _ = logits(head)
     log_A = log_softmax_over_queries(s)
-    return (product(softmax.rows(log_A), v, 1, 0),)
+    return (product(softmax.softmax_rows(log_A), v, 1, 0),)
 
 
 def slot_attention(

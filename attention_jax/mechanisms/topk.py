@@ -22,7 +22,7 @@ def topk_head(head: Head, *, k: int) -> tuple[Float[Array, "T D"]]:
     """The softmax over the ``k`` largest logits of each query, for one head of one example."""
     s, v, _ = logits(head)
     largest, top = jax.lax.top_k(s, min(k, s.shape[1]))  # [T k]
-    return (jnp.einsum("tk,tkd->td", softmax.rows(largest), v[top]),)
+    return (jnp.einsum("tk,tkd->td", softmax.softmax_rows(largest), v[top]),)
 
 
 def topk_attention(

@@ -39,10 +39,10 @@ class Score(Value):
 
     - ``AXES``: the axes of each field that holds an array, from which follows what ``rule`` sees of
       it: ``"N"`` a scalar, ``"*B T"`` ``[t, 1]``, ``"*B S"`` ``[1, s]``, ``"*B N T S"`` ``[t, s]``
-      (see ``core.pytree``). An array without is whole in every tile. With ``BROADCAST = True``
-      axes ``T``, ``S`` and ``N`` may have size 1.
-    - ``MASKING``: which results may be ``-inf``. The default says nothing, and what masked keys
-      hold is then kept from results by looking at every logit.
+      (see ``core.pytree``). An array that declares no axes is passed whole to every tile.
+      With ``BROADCAST = True`` axes ``T``, ``S`` and ``N`` may have size 1.
+    - ``MASKING``: which results may be ``-inf``. The default promises nothing: every logit is
+      then inspected, to keep what masked keys hold out of the result.
     - ``visible()``, with ``MASKING = Masking.VISIBLE``: the pairs that the score does not mask.
     - ``USES_POSITIONS = False`` where ``rule`` uses neither ``q`` nor ``k``.
     - ``tile``: the same as ``rule``, faster, given that a tile's indices are contiguous.

@@ -105,6 +105,7 @@ def wrong_arguments():
 
 def wrong_constructions():
     from attention_jax import block_map, explain, masks, scores
+    from attention_jax.backends import Blockwise, PallasGPU
 
     value, type_ = "ValueError", "TypeError"
     explain = functools.partial(explain, **good())
@@ -164,6 +165,9 @@ def wrong_constructions():
         (lambda: scores.score_fn(max, 3), type_, "arrays", "int"),
         (lambda: explain(platform="cuda"), value, "platform", '"gpu"', "'cuda'"),
         (lambda: explain(implementation="flash"), value, "implementation", "'flash'"),
+        (lambda: Blockwise(block_k=16.0), type_, "block_k must be an int", "16.0"),
+        (lambda: Blockwise(True), type_, "block_q must be an int", "True"),
+        (lambda: PallasGPU((16, 16, 2, 1)), type_, "forward must be Tiles or None", "tuple"),
         (lambda: explain(sinks=f(3)), value, "sinks", "(3,)", "[N] = (4,)"),
         (lambda: explain(dropout_rate=0.1), value, "dropout_rate", "dropout_key is None"),
         (lambda: explain(dropout_rate=-0.5), value, "dropout_rate", "[0, 1)", "-0.5"),

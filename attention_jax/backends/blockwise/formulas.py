@@ -51,7 +51,7 @@ def forward(static: Static, *arrays: Any) -> tuple[Any, ...]:
 
     def step(p: OneHead, row: QueryBlock, tile: Tile, state: softmax.State, buffers: Any) -> Any:
         s = tile.apply(product(tile.q, tile.k, 1, 1), tile.scores)
-        return softmax.update(state, s, p.unmasked_values(tile, s), tile.kept), buffers
+        return softmax.update(state, s, p.unmasked_values(tile, s), tile.dropout_factor), buffers
 
     def finish(p: OneHead, row: QueryBlock, state: softmax.State, buffers: Any) -> Any:
         return _write(p, row, buffers, softmax.finish(state, p.sink))
@@ -147,7 +147,9 @@ def tangent(static: Static, *arrays: Any) -> tuple[Any, ...]:
         s, ds = jax.jvp(tile.apply, (s0, tile.scores), (ds0, dscores(p, row, tile)))
         prob = _probabilities(s, lse)
         pds = prob * ds
-        dropped = (lambda x: x) if tile.kept is None else (lambda x: x * tile.kept)
+        dropped = (
+            (lambda x: x) if tile.dropout_factor is None else (lambda x: x * tile.dropout_factor)
+        )
         weighted = weighted + product(dropped(pds), p.unmasked_values(tile, s), 1, 0)
         if view := dot(p, index.value):
             dv = zero_rows(tile.visible and tile.visible.keys, p.rows(view, *keys))
@@ -210,8 +212,10 @@ def backward(static: Static, *arrays: Any) -> tuple[Any, ...]:
         s, pull = jax.vjp(logits, s0, *(tile.scores[m] for m in varying))
         prob = _probabilities(s, lse)
         dp = product(clean_do, p.unmasked_values(tile, s), 1, 1)
-        dropped = prob if tile.kept is None else prob * tile.kept
-        ds = prob * ((dp if tile.kept is None else dp * tile.kept) + shift[:, None])
+        dropped = prob if tile.dropout_factor is None else prob * tile.dropout_factor
+        ds = prob * (
+            (dp if tile.dropout_factor is None else dp * tile.dropout_factor) + shift[:, None]
+        )
         if tile.visible is not None:
             ds = jnp.where(tile.visible.pairs, ds, jnp.zeros_like(ds))
         ds0, *dscores = pull(ds)

@@ -109,7 +109,7 @@ class Tile(NamedTuple):
     v: jax.Array  # [s D]
     k0: Any  # its first key
     visible: Visible | None  # None: all pairs
-    kept: jax.Array | None  # [t s]: what dropout multiplies probabilities by
+    dropout_factor: jax.Array | None  # [t s]: what dropout multiplies probabilities by
     scores: list[Any]  # the arrays of the scores, cut to the tile
     apply: Callable[..., jax.Array]  # (logits, arrays of the scores) -> logits
 

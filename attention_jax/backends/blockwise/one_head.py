@@ -16,8 +16,8 @@ from jaxtyping import Array, Float
 
 from attention_jax.backends import primitive
 from attention_jax.backends.blockwise import formulas
-from attention_jax.backends.blockwise.run import block_sizes, plan
-from attention_jax.backends.call import Head, bind, complete
+from attention_jax.backends.blockwise.run import Blockwise, plan
+from attention_jax.backends.call import Head, MaskLike, Scale, ScoreLike, bind, complete, spec_of
 from attention_jax.backends.primitive import RESULTS, Static
 from attention_jax.core.axes import AnyArray
 
@@ -28,7 +28,7 @@ class Cotangents(NamedTuple):
     query: Float[Array, "T H"]
     key: Float[Array, "S H"]
     value: Float[Array, "S D"]
-    score: list[Any]  # one for each floating array of the scores
+    score: list[Any]  # one for each floating array of the scores, and softcap's number
     sink: Float[Array, ""] | None
     scale: Float[Array, ""]
 
@@ -38,16 +38,22 @@ def one_head_forward(
     key: Float[AnyArray, "S H"],
     value: Float[AnyArray, "S D"],
     *,
+    mask: MaskLike = None,
+    score: ScoreLike = (),
+    sink: Any = None,
+    scale: Scale = None,
+    dropout_rate: float = 0.0,
+    dropout_key: Any = None,
     block: tuple[int, int] | None = None,
-    **options: Any,
 ) -> tuple[Float[Array, "T D"], Float[Array, " T"]]:
     """Output and lse of one head, in float32 or wider.
 
     Args:
       query, key, value: arrays without batch and head axes.
-      block: queries and keys per block; None chooses.
-      **options: ``mask``, ``score``, ``scale``, ``dropout_rate`` and ``dropout_key`` as for
-        ``attention``; ``sink``, a number.
+      mask, score: as for ``attention``; their arrays have no axes ``*B``, and ``N`` of size 1.
+      sink: a number.
+      scale, dropout_rate, dropout_key: as for ``attention``.
+      block: queries and keys per block, cut to the lengths; None chooses.
 
     Raises:
       TypeError, ValueError: as ``attention``.
@@ -58,7 +64,9 @@ def one_head_forward(
     >>> bool(jnp.allclose(out, jax.nn.softmax(q / 2) @ q))
     True
     """
-    static, arrays = _operands(query, key, value, block=block, **options)
+    options = {"mask": mask, "score": score, "scale": scale}
+    options |= {"dropout_rate": dropout_rate, "dropout_key": dropout_key}
+    static, arrays = _operands(query, key, value, sink=sink, block=block, options=options)
     out, m, log_l = formulas.forward(static, *arrays)
     return out, m + log_l
 
@@ -70,13 +78,19 @@ def one_head_backward(
     d_out: Float[AnyArray, "T D"],
     d_lse: Float[AnyArray, " T"] | None = None,
     *,
+    mask: MaskLike = None,
+    score: ScoreLike = (),
+    sink: Any = None,
+    scale: Scale = None,
+    dropout_rate: float = 0.0,
+    dropout_key: Any = None,
     block: tuple[int, int] | None = None,
-    **options: Any,
 ) -> Cotangents:
     """Gradients of one head, given those of its output and, if it is used, of its lse.
 
     Args:
-      query, key, value, block, **options: as for ``one_head_forward``.
+      query, key, value, mask, score, sink, scale, dropout_rate, dropout_key, block: as for
+        ``one_head_forward``.
       d_out: cotangent of the output.
       d_lse: cotangent of the lse; None is zero.
 
@@ -90,7 +104,9 @@ def one_head_backward(
     >>> bool(jnp.allclose(got.value, jax.grad(loss)(q), atol=1e-6))
     True
     """
-    static, arrays = _operands(query, key, value, block=block, **options)
+    options = {"mask": mask, "score": score, "scale": scale}
+    options |= {"dropout_rate": dropout_rate, "dropout_key": dropout_key}
+    static, arrays = _operands(query, key, value, sink=sink, block=block, options=options)
     out, m, log_l = formulas.forward(static, *arrays)
     d_lse = jnp.zeros_like(log_l) if d_lse is None else jnp.asarray(d_lse, log_l.dtype)
     count = primitive.num_differentiable(static.structure)
@@ -119,15 +135,19 @@ def _operands(
     key: Any,
     value: Any,
     *,
+    sink: Any,
     block: tuple[int, int] | None,
-    sink: Any = None,
-    **options: Any,
+    options: dict[str, Any],
 ) -> tuple[Static, list[jax.Array]]:
     """One head as the flat operands of the formulas."""
     query, key, value = (jnp.asarray(x) for x in (query, key, value))
     sinks = None if sink is None else jnp.reshape(jnp.asarray(sink, query.dtype), (1,))
     with_heads = (x[:, None, :] for x in (query, key, value))
     call, sizes = complete(bind(*with_heads, sinks=sinks, **options))
+    if 0 in (sizes.T, sizes.S):
+        raise ValueError(f"query and key must not be empty, got lengths {sizes.T} and {sizes.S}")
+    backend = Blockwise() if block is None else Blockwise(*block)
+    block = backend.block(spec_of(call, sizes, platform="cpu"))
 
     def of_head(x: Any) -> Any:
         return x.at(0, 0, slice(None), slice(None))
@@ -144,7 +164,7 @@ def _operands(
         b=jnp.int32(0),
         n=jnp.int32(0),
     )
-    schedule, loops = plan(head, block or block_sizes(sizes.T, sizes.S, head.mask))
+    schedule, loops = plan(head, block)
     leaves, structure = jax.tree.flatten(primitive.operands(head, schedule))
     static = Static(structure, loops, (), ((),) * len(leaves), ((),) * RESULTS)
     return static, [jnp.asarray(x) for x in leaves]

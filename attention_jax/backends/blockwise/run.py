@@ -19,7 +19,7 @@ from attention_jax.backends.blockwise.batching import batched
 from attention_jax.backends.blockwise.loops import Loops
 from attention_jax.backends.call import Backend, Call, Head, Spec, symbolic_lengths_refused
 from attention_jax.backends.heads import over_heads_and_examples
-from attention_jax.core.axes import accumulation_dtype
+from attention_jax.core.axes import accumulation_dtype, int_at_least
 from attention_jax.core.pytree import leaves
 from attention_jax.masks import Mask, block_map
 from attention_jax.masks.grid import Grid
@@ -105,6 +105,12 @@ class Blockwise(Backend):
     block_q: int | None = None
     block_k: int | None = None
     batch_pairs: int = BATCH_PAIRS
+
+    def __post_init__(self) -> None:
+        for name, least in (("block_q", 1), ("block_k", 1), ("batch_pairs", 0)):
+            x = getattr(self, name)
+            if x is not None:
+                object.__setattr__(self, name, int_at_least(name, x, least))
 
     def why_unsupported(self, spec: Spec) -> str | None:
         return symbolic_lengths_refused(spec.sizes)

@@ -47,7 +47,7 @@ def forward(p: Refs, i: Any, out: MappedRef, m: MappedRef, log_l: MappedRef) -> 
         shift = finite(new)
         e, shrink = jnp.exp(tile.s - shift[:, None]), jnp.exp(largest - shift)
         total = total * shrink + e.sum(1)
-        e = e if tile.kept is None else e * tile.kept
+        e = e if tile.dropout_factor is None else e * tile.dropout_factor
         v = zero_rows(tile.visible and tile.visible.keys, v)
         weighted = weighted * shrink[:, None] + product(e.astype(v.dtype), v, 1, 0)
         return new, total, weighted
@@ -83,8 +83,8 @@ def gradients(
     """``p_ij = exp(s_ij - lse_i)``, ``ds_ij = p_ij (do_i . v_j - delta_i + dlse_i)``."""
     prob = jnp.exp((tile.s - m[:, None]) - log_l[:, None])
     dp = product(do, v, 1, 1)
-    dropped = prob if tile.kept is None else prob * tile.kept
-    ds = prob * ((dp if tile.kept is None else dp * tile.kept) + shift[:, None])
+    dropped = prob if tile.dropout_factor is None else prob * tile.dropout_factor
+    ds = prob * ((dp if tile.dropout_factor is None else dp * tile.dropout_factor) + shift[:, None])
     if tile.slope is not None:
         ds = ds * tile.slope
     return Gradients(

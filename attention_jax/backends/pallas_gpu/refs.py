@@ -131,7 +131,7 @@ class PairTile(NamedTuple):
     s: jax.Array  # [t s]: the logits, -inf where masked
     slope: jax.Array | None  # [t s]: ds by what is differentiated; None where that is 1
     visible: Visible | None  # None: all pairs
-    kept: jax.Array | None  # [t s]: what dropout multiplies probabilities by
+    dropout_factor: jax.Array | None  # [t s]: what dropout multiplies probabilities by
 
 
 class Refs:

@@ -101,6 +101,14 @@ class PallasGPU(Backend):
     backward: Tiles | None = None
     interpret: bool = False
 
+    def __post_init__(self) -> None:
+        for name in ("forward", "backward"):
+            tiles = getattr(self, name)
+            if tiles is not None and not isinstance(tiles, Tiles):
+                raise TypeError(f"{name} must be Tiles or None, got {type(tiles).__name__}")
+            if tiles is not None and tuple(map(padded, tiles[:2])) != tiles[:2]:
+                raise ValueError(f"{name} must have blocks of a power of two, from 16, got {tiles}")
+
     def why_unsupported(self, spec: Spec) -> str | None:
         z = spec.sizes
         if reason := symbolic_sizes_refused(z):
@@ -112,9 +120,9 @@ class PallasGPU(Backend):
         dtype = jnp.dtype(spec.dtype)
         if dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
             return f"{dtype.name}: its products are of bfloat16, float16 or float32"
-        if None in self._tiles(spec):
+        if None in self._tiles(spec) or not (self.interpret or self._fit(spec)):
             return (
-                f"widths {z.H} (H) and {z.D} (D) in {dtype.name}: the smallest tiles need more "
+                f"widths {z.H} (H) and {z.D} (D) in {dtype.name}: the tiles need more "
                 f"than the {SHARED_MEMORY // 1024} KiB of shared memory there is"
             )
         return support.why_unsupported(spec.mask, spec.score)
@@ -140,6 +148,15 @@ class PallasGPU(Backend):
     def block(self, spec: Spec) -> tuple[int, int] | None:
         tiles, _ = self._tiles(spec)
         return None if tiles is None else (tiles.block_q, tiles.block_k)
+
+    def _fit(self, spec: Spec) -> bool:
+        """Whether the tiles of both passes fit into shared memory."""
+        z, itemsize = spec.sizes, jnp.dtype(spec.dtype).itemsize
+        return all(
+            tiles is not None
+            and shared_bytes(tiles, z.H, z.D, itemsize, backward=backward) <= SHARED_MEMORY
+            for tiles, backward in zip(self._tiles(spec), (False, True), strict=True)
+        )
 
     def _tiles(self, spec: Spec) -> tuple[Tiles | None, Tiles | None]:
         """Those of the forward and the backward pass; None: none fits into shared memory."""

@@ -76,8 +76,8 @@ def _problem(value: Any) -> str | None:
         fn = value.fn
         if isinstance(fn, Traced) and fn.closes_over and any(np.ndim(x) for x in arrays):
             return (
-                "closes over an array, or a number beside one: pass it as an argument, after the "
-                "function"
+                "closes over an array, or over a number while it takes arrays: pass it as an "
+                "argument, after the function"
             )
     in_tile = [_in_tile(x, leaf) for x, leaf in zip(arrays, leaves(value), strict=True)]
     loaded = [x for x in in_tile if not isinstance(x, Lookup)]
