@@ -228,7 +228,7 @@ def test_look_at_a_mechanism_without_softmax_weights_raises(tmp_path, capsys):
     capsys.readouterr()
     assert run("look", tmp_path / "trec" / "attention-smoke-seed0") == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "linear_attention has no weights of a softmax over keys to look at: take" in line
+    assert "linear_attention has no softmax weights over keys to return: use" in line
 
 
 def test_config_survives_json():

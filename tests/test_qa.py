@@ -393,5 +393,5 @@ def test_look_shows_the_window_of_the_answer(data, model):
 @pytest.mark.slow
 def test_look_rejects_mechanisms_without_weights(data):
     config, reader = build(data, model="transformer", attention="linear")
-    with pytest.raises(NotImplementedError, match="linear_attention has no weights of a softmax"):
+    with pytest.raises(NotImplementedError, match="linear_attention has no softmax weights"):
         qa.look(config, reader, data, None)

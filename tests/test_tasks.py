@@ -256,7 +256,7 @@ def test_named_mechanisms_are_causal(attention):
     np.testing.assert_allclose(model(tokens)[:, :-1], model(other)[:, :-1], atol=1e-6)
     plain = shakespeare.init(shakespeare.PRESETS["smoke"], data, nnx.Rngs(0))
     assert float(jnp.abs(model(tokens) - plain(tokens)).max()) > 1e-4
-    with pytest.raises(NotImplementedError, match=f"{attention}.* has no weights of a softmax"):
+    with pytest.raises(NotImplementedError, match=f"{attention}.* has no softmax weights"):
         shakespeare.look(config, model, data, None)
 
 

@@ -219,7 +219,9 @@ def _forward_jvp(p: Primitives, primals: Any, tangents: Any, *, static: Static) 
     out = checkpoint_name(out, OUT_NAME)
     m, log_l = (checkpoint_name(x, LSE_NAME) for x in (m, log_l))
     constant = _zero(m)
-    wrt = _varying(primals, tangents)
+    # Masks do not pass gradients on, so neither do numbers that their functions close over.
+    possible = num_differentiable(static.structure)
+    wrt = tuple(i for i in _varying(primals, tangents) if i < possible)
     if not wrt:
         return (out, m, log_l), (_zero(out), constant, _zero(log_l))
     static = dataclasses.replace(
