@@ -1,15 +1,31 @@
-"""attention_jax: attention for JAX that can be trusted, read and afforded."""
+"""Exact, composable attention for JAX, in linear memory on any device.
+
+>>> import jax
+>>> import attention_jax as aj
+>>> x = jax.random.normal(jax.random.key(0), (2, 300, 4, 16))  # batch, length, heads, width
+>>> mask = aj.masks.causal() & aj.masks.window(63, 0)
+>>> aj.attention(x, x, x, mask=mask, score=aj.scores.softcap(30.0)).shape
+(2, 300, 4, 16)
+>>> aj.explain(x, x, x, mask=mask, platform="cpu").chosen
+'blockwise'
+
+``attention`` is the function, ``masks`` and ``scores`` are its vocabulary, ``reference`` is its
+definition, and ``explain`` tells which backend runs and why. Flax modules are in
+``attention_jax.nn``, transformers in ``attention_jax.models``, other kinds of attention in
+``attention_jax.mechanisms``, and the checker, with all that it guarantees, in
+``attention_jax.testing``.
+"""
 
 from attention_jax import cache as cache
 from attention_jax import masks as masks
 from attention_jax import positions as positions
 from attention_jax import reference as reference
 from attention_jax import scores as scores
+from attention_jax.api import Explanation as Explanation
 from attention_jax.api import attention as attention
 from attention_jax.api import attention_weights as attention_weights
 from attention_jax.api import explain as explain
 from attention_jax.cache import KVCache as KVCache
-from attention_jax.explanation import Explanation as Explanation
 from attention_jax.masks import Mask as Mask
 from attention_jax.masks.block_map import BlockMap as BlockMap
 from attention_jax.masks.block_map import block_map as block_map

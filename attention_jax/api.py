@@ -1,13 +1,10 @@
-"""The public functions: ``attention``, ``attention_weights``, ``explain``.
-
-They check arguments, bring them into one form, choose an implementation and run it. The formulas
-are in ``backends/xla.py`` (readable) and ``backends/blockwise.py`` (fast), and before those, in
-NumPy, in ``reference.py``.
-"""
+"""``attention``, ``attention_weights`` and ``explain``: arguments in, a backend chosen and run."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, Literal, overload
 
@@ -17,22 +14,17 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from attention_jax import backends
-from attention_jax.backends import Spec, xla
+from attention_jax.backends import Backend, xla
 from attention_jax.backends.call import (
     Call,
     MaskLike,
     Scale,
     ScoreLike,
     Sinks,
-    as_mask,
-    as_scores,
-    call_of,
+    bind,
     check_flag,
-    check_scalars_and_sinks,
-    check_types,
-    hoisted,
-    resolve,
-    scale_of,
+    complete,
+    spec_of,
 )
 from attention_jax.core import dropout
 from attention_jax.core.axes import (
@@ -43,15 +35,11 @@ from attention_jax.core.axes import (
     Sizes,
     Value,
     accumulation_dtype,
-    check_query_key_value,
 )
-from attention_jax.explanation import Explanation, explain_blocks
-from attention_jax.masks import Mask
-from attention_jax.scores import Score
+from attention_jax.core.compat import no_mesh
+from attention_jax.masks import Mask, block_map
 
-__all__ = ["attention", "attention_weights", "explain"]
-
-Implementation = str | Sequence[str] | None
+Implementation = str | Backend | Sequence[str | Backend] | None
 
 
 @overload
@@ -98,7 +86,7 @@ def attention(
     implementation: Implementation = None,
     return_lse: bool = False,
 ) -> Output | tuple[Output, Normaliser]:
-    """Softmax attention in all its forms.
+    """Scaled dot-product attention with masks, scores, sinks and dropout.
 
     For each query ``i`` of each head of each example::
 
@@ -106,22 +94,24 @@ def attention(
         lse_i = log(sum_j exp s_ij + exp sink)
         out_i = sum_j dropout(exp(s_ij - lse_i)) value_j
 
-    A query that sees no key gives output 0, lse ``-inf`` (with sinks: the sink) and zero
-    gradients. What keys hold that no query may see reaches nothing, even NaN.
+    A query that attends to no key has output 0, lse ``-inf`` (with sinks: the sink) and zero
+    gradients. Keys and values that no query may attend to do not affect the result, even if they
+    hold NaN.
 
     Args:
       query: ``[*B T N H]``, any floating dtype; sums are in at least float32.
       key: ``[*B S K H]``; ``N`` is a multiple of ``K``, query head ``n`` reads key head
         ``n // (N // K)``.
       value: ``[*B S K D]``.
-      mask: who sees whom: a ``Mask`` from ``attention_jax.masks``, or a bool array broadcastable
-        to ``[*B N T S]``, True where visible.
+      mask: which keys each query may attend to: a ``Mask`` from ``attention_jax.masks``, or a bool
+        array broadcastable to ``[*B N T S]``, True where visible.
       score: changes of the logits: a ``Score`` from ``attention_jax.scores``, or a sequence.
       sinks: ``[N]``, an extra logit per head that takes probability and gives no value.
       scale: what ``query . key`` is multiplied by; None is ``1 / sqrt(H)``. May be traced.
       dropout_rate: probability of dropping a probability, in [0, 1); the rest is scaled up.
-      dropout_key: a JAX random key. Keep or drop is a hash of it and ``(b, n, i, j)``.
-      implementation: a name, a sequence of names to try in order, or None to choose.
+      dropout_key: a JAX random key. The dropout mask is a hash of it and ``(b, n, i, j)``.
+      implementation: a name, a configured ``Backend`` such as ``backends.Blockwise(block_q=128)``,
+        a sequence of these to try in order, or None to choose.
       return_lse: also return the natural-log normaliser.
 
     Returns:
@@ -130,10 +120,11 @@ def attention(
       know them as ``"attention_out"`` and ``"attention_lse"``: where both are saved, the backward
       pass of ``blockwise`` and ``pallas_gpu`` does not run the forward pass again.
 
-    A Python number is part of the program, and another value compiles again, where the blocks to
-    compute depend on it: offsets of masks, windows, lengths. To compile once for many values pass
-    an array, such as ``masks.causal(offset=jnp.asarray(i))``. ``scale``, ``dropout_rate``,
-    ``softcap`` and the offsets of scores compile once on a CPU.
+    Masks' Python numbers (offsets, windows, lengths) are constants of the compiled program: another
+    value compiles again, because the blocks to compute depend on them. To compile once for many
+    values pass an array, such as ``masks.causal(offset=jnp.asarray(i))``. On a CPU ``scale``,
+    ``dropout_rate``, ``softcap`` and the offsets of scores compile once, unless ``implementation``
+    includes a configured kernel.
 
     Raises:
       TypeError, ValueError: an argument is wrong; the message names it.
@@ -146,28 +137,52 @@ def attention(
 
     Source: Vaswani et al. 2017, "Attention Is All You Need", section 3.2.
     """
-    mask, score = as_mask(mask), as_scores(score)
-    arrays = {"query": query, "key": key, "value": value, "sinks": sinks, "scale": scale}
-    check_types(arrays)
-    dropout.check(dropout_rate, dropout_key)
     check_flag("return_lse", return_lse)
-    platform = backends.platform()
-    arrays["scale"], number = scale_of(scale, query)
-    # Numbers are part of the program where kernels need them so; on a CPU another number is not
-    # traced again.
-    mask, score = hoisted(mask, score, (query, key, value), numbers=platform == "cpu")
+    asked, platform = backends.as_backends(implementation), backends.platform()
+    static_numbers = _static_numbers(asked, platform)
+    call = bind(
+        query,
+        key,
+        value,
+        mask=mask,
+        score=score,
+        sinks=sinks,
+        scale=scale,
+        dropout_rate=dropout_rate,
+        dropout_key=dropout_key,
+        static_numbers=static_numbers,
+    )
     out, lse = _attention(
-        arrays,
-        mask,
-        score,
-        dropout.of_rate(dropout_rate, dropout_key, accumulation_dtype(query.dtype)),
-        scale=None if platform == "cpu" else number,
-        implementation=backends.check_names(implementation),
+        call,
+        scale=call.scale if static_numbers and isinstance(call.scale, float) else None,
+        asked=asked,
         return_lse=return_lse,
         platform=platform,
         partitioned=backends.partitioned(),
     )
     return (out, lse) if return_lse else out
+
+
+@functools.partial(
+    jax.jit, static_argnames=("scale", "asked", "return_lse", "platform", "partitioned")
+)
+def _attention(
+    call: Call, *, asked: tuple[str | Backend, ...] | None, **known: Any
+) -> tuple[jax.Array, jax.Array]:
+    """Chooses and runs a backend; while tracing, so once per shape."""
+    call, sizes = complete(call)
+    spec = spec_of(call, sizes, **known)
+    backend = backends.choose(asked, spec).backend
+    return _nothing_visible(call, sizes) if _no_pairs(sizes) else backend.run(call, spec)
+
+
+def _static_numbers(asked: tuple[str | Backend, ...] | None, platform: str) -> bool:
+    """Whether numbers must be constants of the program, as kernels require.
+
+    On a CPU they are not: another number does not compile again.
+    """
+    kernels = (x for x in asked or () if isinstance(x, Backend) and x.STATIC_NUMBERS)
+    return platform != "cpu" or any(kernels)
 
 
 def attention_weights(
@@ -179,14 +194,14 @@ def attention_weights(
     sinks: Sinks = None,
     scale: Scale = None,
 ) -> Float[Array, "*B N T S"]:
-    """The probabilities themselves, for looking at: ``p_ij = exp(s_ij - lse_i)``.
+    """The attention probabilities, for inspection: ``p_ij = exp(s_ij - lse_i)``.
 
     Args:
       query, key, mask, score, sinks, scale: as for ``attention``.
 
     Returns:
-      ``[*B N T S]`` in float32 or wider; a row that sees nothing is 0, and with sinks a row sums
-      to less than 1.
+      ``[*B N T S]`` in float32 or wider; fully masked rows are 0, and with sinks a row sums to less
+      than 1.
 
     Raises:
       TypeError, ValueError: as ``attention``.
@@ -196,12 +211,84 @@ def attention_weights(
     >>> aj.attention_weights(q, q, mask=aj.masks.causal())[0, 1].tolist()
     [0.5, 0.5, 0.0]
     """
-    mask, score = as_mask(mask), as_scores(score)
-    arrays = {"query": query, "key": key, "sinks": sinks, "scale": scale}
-    check_types(arrays)
-    arrays["scale"], _ = scale_of(scale, query)
-    mask, score = hoisted(mask, score, (query, key))
-    return _weights(arrays, mask, score)
+    return _weights(bind(query, key, key, mask=mask, score=score, sinks=sinks, scale=scale))
+
+
+@jax.jit
+def _weights(call: Call) -> jax.Array:
+    call, sizes = complete(call)
+    if _no_pairs(sizes):
+        dtype = accumulation_dtype(call.query.dtype)
+        return jnp.zeros((*sizes.B, sizes.N, sizes.T, sizes.S), dtype)
+    return xla.attention_weights(call, sizes)
+
+
+def _no_pairs(sizes: Sizes) -> bool:
+    return 0 in sizes.B or sizes.T == 0 or sizes.S == 0
+
+
+def _nothing_visible(call: Call, sizes: Sizes) -> tuple[jax.Array, jax.Array]:
+    """The result without queries, keys or examples: that of fully masked rows."""
+    shape = (*sizes.B, sizes.T, sizes.N)
+    dtype = accumulation_dtype(call.query.dtype)
+    lse = jnp.asarray(-np.inf, dtype) if call.sinks is None else call.sinks.astype(dtype)
+    return jnp.zeros((*shape, sizes.D), call.query.dtype), jnp.broadcast_to(lse, shape)
+
+
+# --- explain
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """Which implementation runs, why, and what it costs.
+
+    Attributes:
+      chosen: the implementation's name, or None if none of those asked for supports the call.
+      platform: for which platform.
+      reasons: for each implementation, the reason for or against it.
+      blocks: visited, full and skipped blocks over all heads and examples, and the block size; None
+        if the mask's arrays are known only at run time.
+      flops: of the forward pass over the visited blocks.
+      dense_flops: of the forward pass over all pairs, ``2 * B * N * T * S * (H + D)``.
+      extra_bytes: of each implementation's forward pass, not counting arguments and results.
+    """
+
+    chosen: str | None
+    platform: str
+    reasons: dict[str, str]
+    blocks: dict[str, Any] | None
+    flops: int | None
+    dense_flops: int
+    extra_bytes: dict[str, int]
+
+    def __str__(self) -> str:
+        width = max(len(name) for name in self.reasons)
+        lines = [f"attention on {self.platform}"]
+        for name, reason in self.reasons.items():
+            mark = "->" if name == self.chosen else "  "
+            memory = _bytes(self.extra_bytes[name])
+            lines.append(f"{mark} {name:{width}}  {memory:>9} extra  {reason}")
+        if self.blocks is None:
+            lines.append("blocks: the mask holds arrays known only at run time")
+        else:
+            b = self.blocks
+            lines.append(
+                f"blocks of {b['block_q']} x {b['block_k']}: {b['visited']} visited, "
+                f"{b['full']} of them full, {b['skipped']} skipped"
+            )
+        if self.flops is not None:
+            share = self.flops / self.dense_flops if self.dense_flops else 1.0
+            lines.append(f"forward: {self.flops / 1e9:.3g} GFLOP ({share:.0%} of dense)")
+        else:
+            lines.append(f"forward: at most {self.dense_flops / 1e9:.3g} GFLOP")
+        return "\n".join(lines)
+
+
+def _bytes(n: int) -> str:
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
+        if n >= size:
+            return f"{n / size:.1f} {unit}"
+    return f"{n / 2**10:.1f} KiB"
 
 
 def explain(
@@ -222,12 +309,12 @@ def explain(
     """Which implementation a call of ``attention`` runs, why, and what it costs.
 
     Args:
-      query, key, value: arrays, or ``jax.ShapeDtypeStruct``: nothing is computed with them.
+      query, key, value: arrays or ``jax.ShapeDtypeStruct``: only shapes and dtypes matter.
+      mask, score, ...: as for ``attention``.
       platform: ``"cpu"``, ``"gpu"`` or ``"tpu"``; None is the one in use.
-      The rest as for ``attention``.
 
     Returns:
-      A value that prints as a table. ``chosen`` is None where none of those asked for can.
+      A value that prints as a table.
 
     Raises:
       TypeError, ValueError: as ``attention``.
@@ -237,116 +324,86 @@ def explain(
     >>> print(aj.explain(x, x, x, mask=aj.masks.window(255, 0)).chosen)
     blockwise
     """
-    mask, score = as_mask(mask), as_scores(score)
-    sizes = check_query_key_value(query, key, value)
-    check_scalars_and_sinks(sinks, scale, sizes)
-    if dropout_rate:
-        dropout.check(dropout_rate, dropout_key)
     check_flag("return_lse", return_lse)
     platform = platform or backends.platform()
     if platform not in ("cpu", "gpu", "tpu"):
         raise ValueError(f'platform must be "cpu", "gpu" or "tpu", got {platform!r}')
-    mask, score = hoisted(mask, score, (query, key, value), numbers=platform == "cpu")
-    mask, score = resolve(mask, score, sizes)
-    spec = Spec(
-        sizes=sizes,
-        dtype=query.dtype,
+    asked = backends.as_backends(implementation)
+    static_numbers = _static_numbers(asked, platform)
+    dropout.check(dropout_rate, dropout_key)
+    call = bind(
+        query,
+        key,
+        value,
         mask=mask,
         score=score,
-        scale=scale_of(scale, query)[1],
-        sinks=sinks is not None,
-        dropout=dropout_rate > 0.0,
+        sinks=sinks,
+        scale=scale,
+        static_numbers=static_numbers,
+        abstract=True,
+    )
+    known_scale = call.scale if static_numbers and isinstance(call.scale, float) else None
+    query, key, value = (
+        jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype)) for x in call[:3]
+    )
+    call, sizes = complete(call._replace(query=query, key=key, value=value))
+    if sizes.symbolic_batch or sizes.symbolic_lengths:
+        raise ValueError(f"explain needs sizes that are numbers, got query of shape {query.shape}")
+    spec = spec_of(
+        call,
+        sizes,
+        scale=known_scale,
         return_lse=return_lse,
         platform=platform,
         partitioned=backends.partitioned(),
-    )
-    names = backends.check_names(implementation)
-    try:
-        chosen, reasons = backends.choose(names, spec)
-    except NotImplementedError:
-        chosen = None
-        reasons = {
-            name: f"cannot: {reason}" if reason is not None else "not asked for"
-            for name in backends.IMPLEMENTATIONS
-            for reason in [backends.why_unsupported(name, spec)]
-        }
+    )._replace(dropout=dropout_rate > 0.0)
+    choice = backends.choose(asked, spec)
+    # Without blocks of its own, those of the backend that every platform has.
+    every = backends.IMPLEMENTATIONS["blockwise"]
+    chosen = every if choice.name is None else choice.backend
+    block = (1, 1) if _no_pairs(sizes) else chosen.block(spec) or every.block(spec)
     return Explanation(
-        chosen=chosen,
+        chosen=choice.name,
         platform=platform,
-        reasons=reasons,
+        reasons=choice.reasons,
         extra_bytes={
-            name: 0 if _nothing_to_see(sizes) else i.extra_bytes(spec)
-            for name, i in backends.IMPLEMENTATIONS.items()
+            name: 0 if _no_pairs(sizes) else backend.extra_bytes(spec)
+            for name, backend in choice.backends.items()
         },
-        **explain_blocks(
-            mask, sizes, None if chosen is None else backends.IMPLEMENTATIONS[chosen].block(spec)
-        ),
+        **_cost(call.mask, sizes, block),  # type: ignore[arg-type]  # blockwise has blocks
     )
 
 
-# --- What follows runs while tracing, once per shape.
-
-
-@functools.partial(
-    jax.jit,
-    static_argnames=(
-        "scale",
-        "implementation",
-        "return_lse",
-        "platform",
-        "partitioned",
-    ),
-)
-def _attention(
-    arrays: dict[str, Any],
-    mask: Mask | None,
-    score: tuple[Score, ...],
-    drop: dropout.Dropout | None,
-    *,
-    scale: float | None,
-    implementation: str | tuple[str, ...] | None,
-    return_lse: bool,
-    platform: str,
-    partitioned: bool,
-) -> tuple[jax.Array, jax.Array]:
-    sizes = check_query_key_value(arrays["query"], arrays["key"], arrays["value"])
-    call = call_of(arrays, mask, score, drop, sizes)
-    spec = Spec(
-        sizes=sizes,
-        dtype=call.query.dtype,
-        mask=call.mask,
-        score=call.score,
-        scale=scale,
-        sinks=call.sinks is not None,
-        dropout=call.dropout is not None,
-        return_lse=return_lse,
-        platform=platform,
-        partitioned=partitioned,
-    )
-    chosen, _ = backends.choose(implementation, spec)
-    if _nothing_to_see(sizes):
-        return _unseen(call, sizes)
-    return backends.IMPLEMENTATIONS[chosen].run(call, spec)
-
-
-@jax.jit
-def _weights(arrays: dict[str, Any], mask: Mask | None, score: tuple[Score, ...]) -> jax.Array:
-    arrays = {**arrays, "value": arrays["key"]}
-    sizes = check_query_key_value(arrays["query"], arrays["key"], arrays["value"])
-    call = call_of(arrays, mask, score, None, sizes)
-    if _nothing_to_see(sizes):
-        dtype = accumulation_dtype(call.query.dtype)
-        return jnp.zeros((*sizes.B, sizes.N, sizes.T, sizes.S), dtype)
-    return xla.attention_weights(call, sizes)
-
-
-def _nothing_to_see(sizes: Sizes) -> bool:
-    return 0 in sizes.B or sizes.T == 0 or sizes.S == 0
-
-
-def _unseen(call: Call, sizes: Sizes) -> tuple[jax.Array, jax.Array]:
-    """No queries, no keys or no examples: what rows give that see nothing."""
-    shape = (*sizes.B, sizes.T, sizes.N)
-    dtype = accumulation_dtype(call.query.dtype)
-    lse = jnp.asarray(-np.inf, dtype) if call.sinks is None else call.sinks.astype(dtype)
-    return jnp.zeros((*shape, sizes.D), call.query.dtype), jnp.broadcast_to(lse, shape)
+def _cost(mask: Mask | None, sizes: Sizes, block: tuple[int, int]) -> dict[str, Any]:
+    """Block counts and FLOPs of a backend with blocks of this size, for ``Explanation``."""
+    programs = math.prod(sizes.B) * sizes.N
+    dense = 2 * programs * sizes.T * sizes.S * (sizes.H + sizes.D)
+    unknown: dict[str, Any] = {"blocks": None, "flops": None, "dense_flops": dense}
+    arrays = jax.tree.leaves(mask)
+    if any(isinstance(x, (jax.core.Tracer, jax.ShapeDtypeStruct)) for x in arrays):
+        return unknown
+    if 0 in (*sizes.B, sizes.T, sizes.S):
+        return {**unknown, "flops": 0}
+    block_q, block_k = block
+    batch = math.prod(sizes.B)
+    with no_mesh():  # its devices may be absent, or the mask's arrays sharded over them
+        mask = jax.tree.map(jnp.asarray, jax.device_get(mask))
+        kinds = np.asarray(
+            block_map.block_map(
+                mask, sizes.T, sizes.S, block_q=block_q, block_k=block_k, B=batch, N=sizes.N
+            ).kinds
+        )
+    repeat = programs * kinds.shape[-2] * kinds.shape[-1] // kinds.size
+    visited = int((kinds != block_map.EMPTY).sum()) * repeat
+    pairs = block_q * block_k
+    return {
+        "blocks": {
+            "block_q": block_q,
+            "block_k": block_k,
+            "visited": visited,
+            "full": int((kinds == block_map.FULL).sum()) * repeat,
+            "skipped": programs * kinds.shape[-2] * kinds.shape[-1] - visited,
+        },
+        "flops": min(dense, 2 * visited * pairs * (sizes.H + sizes.D)),
+        "dense_flops": dense,
+    }

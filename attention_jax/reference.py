@@ -1,25 +1,25 @@
-"""Softmax attention, defined: NumPy, float64, forward and backward.
+"""The reference: softmax attention in NumPy and float64, forward and backward.
 
-This is the definition that everything else here is tested against, and the thing to read first.
-It is neither fast nor clever; each line is a formula from the papers:
+The whole library is tested against this definition; read it first. It is neither fast nor clever:
+each line is a formula from the papers.
 
     logits  = scale * query . key         how well query t matches key s              [T S]
-    logits  = step(logits)                score steps in the given order: Softcap, Bias
-    logits  = -inf where mask is False    what a query may not see
+    logits  = step(logits)                scores in the given order: Softcap, Bias
+    logits  = -inf where mask is False    keys the query may not attend to
     weights = softmax(logits)             probabilities over the keys; a sink takes its share
     out     = dropout(weights) . value    the values, averaged by weight              [T D]
 
-How to read it: `head` is all of attention, for one head of one example. `head_gradients` is its
-derivative, line by line in reverse. `attention` and `attention_gradients` only loop over
-examples and heads. The formulas they name follow; checking what the caller passed comes last.
+`head` is all of attention, for one head of one example. `head_gradients` is its derivative, line by
+line in reverse. `attention` and `attention_gradients` only loop over examples and heads. The
+formulas that they call follow, and last the checks of arguments.
 
 Axes: `*B` batch (any number of axes), `T`/`S` query/key length, `N`/`K` query/key-value heads
 with `N = G * K`, `H` width of query and key, `D` width of value. `d_x` is the gradient of a
 scalar loss with respect to `x`.
 
-A key is hidden from a query where the mask is False or the final logit is -inf. A key hidden
-from every query, or a query that sees no key, may hold anything, NaN included: nothing of it
-reaches a result. A query that sees no key gives 0 with lse -inf (with a sink: lse = the sink).
+A pair is masked where the mask is False or the final logit is -inf. A key that no query may attend
+to, and a query that may attend to no key, may hold anything, NaN included: it never reaches a
+result. Such a query gives 0 with lse -inf (with a sink: lse = the sink).
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ Bool: TypeAlias = npt.NDArray[np.bool_]
 class Softcap:
     """A step on the logits that keeps them between -cap and cap: `cap * tanh(s / cap)`.
 
-    It maps -inf to -cap, so a key that an earlier Bias hid is visible again.
+    It maps -inf to -cap, so a pair that an earlier Bias masked is visible again.
 
     Source: Gemma 2 (Gemma Team, 2024).
 
@@ -61,11 +61,11 @@ class Softcap:
         return d_result * (1.0 - np.tanh(s / self.cap) ** 2), None
 
 
-@dataclasses.dataclass(frozen=True, eq=False)  # == of arrays is an array, not a yes or no
+@dataclasses.dataclass(frozen=True, eq=False)  # == of arrays is an array, not a bool
 class Bias:
     """A step on the logits: `s + array`, with `array` broadcastable to [*B N T S].
 
-    Where `array` is -inf the sum is -inf whatever s is: the key is hidden, so it may hold NaN.
+    Where `array` is -inf the sum is -inf whatever s is: the pair is masked, and s may be NaN.
 
     >>> Bias(np.array([0.5, -np.inf]))(np.ones((1, 2))).tolist()
     [[1.5, -inf]]
@@ -79,7 +79,7 @@ class Bias:
         return np.where(array == -np.inf, -np.inf, s + array)
 
     def pullback(self, s: Float, d_result: Float) -> tuple[Float, Float]:
-        """The gradients of `s` and of `array`: what was copied on the way in is summed here."""
+        """The gradients of `s` and of `array`, summed over the axes along which it broadcast."""
         return d_result, _sum_to(np.shape(self.array), d_result)
 
 
@@ -133,7 +133,7 @@ def head(
 
     logits, _ = _logits(q, k, o)  # [T S]
     weights, _, lse = _softmax(logits, o.sinks)  # [T S], [T]
-    v = _blank(v, unless=np.any(logits != -np.inf, axis=0))
+    v = _zero_masked(v, keep=np.any(logits != -np.inf, axis=0))
     return Forward(_dropout(weights, o) @ v, lse, weights)
 
 
@@ -175,10 +175,10 @@ def head_gradients(
 
     logits, stages = _logits(q, k, o)
     weights, sink_share, lse = _softmax(logits, o.sinks)  # [T S], [T], [T]
-    seen = logits != -np.inf
-    q, d_out = (_blank(x, unless=np.any(seen, axis=1)) for x in (q, d_out))
-    k, v = (_blank(x, unless=np.any(seen, axis=0)) for x in (k, v))
-    d_lse = _blank(d_lse, unless=lse != -np.inf)
+    visible = logits != -np.inf
+    q, d_out = (_zero_masked(x, keep=np.any(visible, axis=1)) for x in (q, d_out))
+    k, v = (_zero_masked(x, keep=np.any(visible, axis=0)) for x in (k, v))
+    d_lse = _zero_masked(d_lse, keep=lse != -np.inf)
 
     d_v = _dropout(weights, o).T @ d_out  # [S D]
     d_weights = _dropout(d_out @ v.T, o)  # [T S]
@@ -188,7 +188,7 @@ def head_gradients(
 
     d_scores: list[Float | None] = []
     for step, s in zip(reversed(o.scores), reversed(stages), strict=True):
-        d_s, d_array = step.pullback(np.where(seen, s, 0.0), d_s)
+        d_s, d_array = step.pullback(np.where(visible, s, 0.0), d_s)
         d_scores.insert(0, d_array)
 
     d_q = o.scale * d_s @ k  # [T H]
@@ -216,14 +216,14 @@ def attention(
         query: [*B T N H].
         key: [*B S K H].
         value: [*B S K D].
-        mask: bool, broadcastable to [*B N T S]; True where the query may see the key.
+        mask: bool, broadcastable to [*B N T S]; True where the query may attend to the key.
         scores: Softcap and Bias steps on the logits, applied in order, before the mask.
-        sinks: [N], one more logit in each head's denominator, with no value of its own.
+        sinks: [N], one more logit in each head's denominator, without a value.
         scale: multiplies query . key; 1 / sqrt(H) if None.
-        keep: bool, broadcastable to [*B N T S]; False drops that probability.
-        dropout_rate: in [0, 1); what is kept is divided by 1 - dropout_rate.
+        keep: the dropout mask, bool, broadcastable to [*B N T S]; False drops the probability.
+        dropout_rate: in [0, 1); probabilities that are kept are divided by 1 - dropout_rate.
     Returns: Forward, with out [*B T N D], lse [*B T N] and weights [*B N T S], all float64.
-    Raises: ValueError naming the argument, what was expected and what came.
+    Raises: ValueError; the message names the argument, what was expected and what was given.
 
     Source: attention, Bahdanau et al., 2015; by scaled dot products and in heads, Vaswani et
     al., 2017; with fewer key heads, Shazeer, 2019, and Ainslie et al., 2023; sinks, Xiao et al.,
@@ -318,9 +318,9 @@ class _Options(NamedTuple):
 
 
 def _logits(q: Float, k: Float, o: _Options) -> tuple[Float, list[Float]]:
-    """The masked logits [T S], and what each score step was given, which its pullback needs."""
+    """The masked logits [T S], and the input of each score step, for its pullback."""
     stages = []
-    with np.errstate(all="ignore"):  # hidden keys may hold NaN and inf: no cause for a warning
+    with np.errstate(all="ignore"):  # masked keys may hold NaN and inf
         s = o.scale * (q @ k.T)
         for step in o.scores:
             stages.append(s)
@@ -331,8 +331,8 @@ def _logits(q: Float, k: Float, o: _Options) -> tuple[Float, list[Float]]:
 def _softmax(logits: Float, sink: Float) -> tuple[Float, Float, Float]:
     """`exp(logits - lse)`, the same of the sink, and `lse = log(exp(sink) + sum exp(logits))`.
 
-    A sink is one more key. A row of -inf only gives 0, 0 and -inf. The largest logit is
-    subtracted first, so that no exponential overflows and the sum is at least 1.
+    A sink is one more key. A row of only -inf gives 0, 0 and -inf. The largest logit is subtracted
+    first, so that no exponential overflows and the sum is at least 1.
     """
     logits = np.concatenate([logits, np.full((len(logits), 1), sink)], axis=1)  # [T S+1]
     largest = np.max(logits, axis=1, keepdims=True)
@@ -346,13 +346,13 @@ def _softmax(logits: Float, sink: Float) -> tuple[Float, Float, Float]:
 
 
 def _dropout(weights: Float, o: _Options) -> Float:
-    """What is kept is scaled up, so that the mean stays. Linear, and its own transpose."""
+    """Scales up what is kept, which preserves the mean. Linear, and its own transpose."""
     return np.where(o.keep, weights / (1.0 - o.dropout_rate), 0.0)
 
 
-def _blank(rows: Float, unless: Any) -> Float:
-    """Rows that take part in nothing become 0: they may hold NaN, and 0 * NaN is NaN."""
-    return np.where(np.reshape(unless, (-1,) + (1,) * (rows.ndim - 1)), rows, 0.0)
+def _zero_masked(rows: Float, keep: Any) -> Float:
+    """Zeros for masked rows, which may hold NaN: 0 * NaN is NaN."""
+    return np.where(np.reshape(keep, (-1,) + (1,) * (rows.ndim - 1)), rows, 0.0)
 
 
 def _sum_to(shape: tuple[int, ...], array: Float) -> Float:
@@ -363,7 +363,7 @@ def _sum_to(shape: tuple[int, ...], array: Float) -> Float:
 
 
 def _heads(o: _Options) -> Iterator[tuple[Any, Any, Any, dict[str, Any]]]:
-    """For each head of each example: where its query, its key and its weights lie; its options."""
+    """For each head of each example: the indices of its query, key and weights; its options."""
     for b in np.ndindex(o.sizes["*B"]):
         for n in range(o.sizes["N"]):
             group = o.sizes["N"] // o.sizes["K"]
@@ -376,7 +376,7 @@ def _heads(o: _Options) -> Iterator[tuple[Any, Any, Any, dict[str, Any]]]:
             yield (*b, slice(None), n), (*b, slice(None), n // group), (*b, n), options
 
 
-# What the caller passed, checked here so that the formulas need not.
+# Checks of arguments.
 
 _ONE_HEAD = ("q [T H]", "k [S H]", "v [S D]", "sink []", "[T S]")
 _ALL_HEADS = ("query [*B T N H]", "key [*B S K H]", "value [*B S K D]", "sinks [N]", "[*B N T S]")
@@ -414,7 +414,7 @@ def _check(
     if not 0.0 <= dropout_rate < 1.0:
         raise ValueError(f"dropout_rate must be in [0, 1), got {dropout_rate}")
     if dropout_rate > 0.0 and keep is None:
-        raise ValueError(f"keep must say what a dropout_rate of {dropout_rate} drops, got None")
+        raise ValueError(f"keep must be given with a dropout_rate of {dropout_rate}, got None")
     if not isinstance(scores, Sequence) or not all(isinstance(s, Softcap | Bias) for s in scores):
         raise ValueError(f"scores must be a sequence of Softcap and Bias steps, got {scores!r}")
 
@@ -430,7 +430,7 @@ def _check(
 
 
 def _expect(expected: str, given: npt.ArrayLike, sizes: dict[str, Any]) -> Float:
-    """`given` in float64, if it is as `expected`. A letter stands for the first size it met."""
+    """`given` in float64, if its axes are as `expected`; `sizes` collects their sizes."""
     array = np.asarray(given, np.float64)
     name, axes = expected.rstrip("]").split(" [")
     letters = axes.split()
@@ -450,7 +450,7 @@ def _expect(expected: str, given: npt.ArrayLike, sizes: dict[str, Any]) -> Float
 def _expect_weights(
     expected: str, given: npt.ArrayLike, shape: tuple[int, ...], dtype: type[np.bool_] | None = None
 ) -> npt.NDArray[Any]:
-    """`given` broadcast to the shape of the weights, if that and its dtype are as expected."""
+    """`given` broadcast to the shape of the weights; raises if its shape or dtype does not fit."""
     array = np.asarray(given)
     if dtype is not None and array.dtype != dtype:
         raise ValueError(f"{expected.split()[0]} must be bool, got {array.dtype}")

@@ -1,6 +1,6 @@
-"""``python -m experiments VERB ...``: lists what there is, or does it.
+"""``python -m experiments VERB ...``: trains, scores, reports and measures.
 
-Nothing heavy is imported before it is known what to do.
+Modules are imported by the verb that needs them, so that listing and errors are quick.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ Options = TypeVar("Options")
 
 
 class Verb(NamedTuple):
-    """Something to do."""
+    """A subcommand."""
 
     usage: str
-    does: str
+    help: str
     run: Callable[[Sequence[str]], int]
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs the verb that the arguments begin with; returns the exit code."""
+    """Runs the verb that comes first; returns the exit code."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(listing())
         return 0
@@ -56,21 +56,21 @@ def main(arguments: Sequence[str]) -> int:
         print(f'error: {missing}: python -m pip install -e ".[experiments]"', file=sys.stderr)
         return 2
     except (OSError, ValueError, FloatingPointError, NotImplementedError) as problem:
-        if "EXPERIMENTS_TRACEBACK" in os.environ:  # for who writes a task and wants to know where
+        if "EXPERIMENTS_TRACEBACK" in os.environ:  # to debug a new task
             raise
         print(f"error: {problem}", file=sys.stderr)
         return 2
 
 
 def listing() -> str:
-    """All verbs, and for train the tasks."""
+    """All verbs and all tasks, as text."""
     lines = [__doc__.splitlines()[0].replace("``", ""), ""] if __doc__ else []
     for verb in VERBS.values():
-        lines.append(f"  {verb.usage:42} {verb.does}")
+        lines.append(f"  {verb.usage:42} {verb.help}")
     lines += ["", "Tasks for train:"]
-    for name, row in TASKS.items():
+    for name, summary in TASKS.items():
         lines.append(f"  {name}")
-        lines += [f"    {word:7} {said}" for word, said in row._asdict().items()]
+        lines += [f"    {field:7} {text}" for field, text in summary._asdict().items()]
     lines += ["", f"Options: {PROGRAM} VERB --help; for train, {PROGRAM} train TASK --help"]
     return "\n".join(lines)
 
@@ -89,33 +89,34 @@ def _train(arguments: Sequence[str]) -> int:
     if name not in TASKS:
         fail(f"unknown task {name!r}", "tasks", TASKS)
 
-    from experiments.training import train
+    from experiments.training.runs import Flags
+    from experiments.training.train import run
 
     task = load(name)
     preset, rest = split_preset(rest, next(iter(task.presets)))
     if preset not in task.presets:
         fail(f"unknown preset {preset!r} of {name}", "presets", task.presets)
     default = task.presets[preset]
-    together = dataclasses.make_dataclass(
+    both = dataclasses.make_dataclass(
         f"{name.capitalize()}Options",
-        [("config", type(default), default), ("flags", train.Flags, train.Flags())],
+        [("config", type(default), default), ("flags", Flags, Flags())],
         frozen=True,
     )
-    found: Any = parse(
-        together,
+    options: Any = parse(
+        both,
         rest,
         f"train {name} --preset {preset}",
         description=(
             f"Presets: {', '.join(task.presets)}. The defaults below are those of {preset}."
         ),
-        parts=(type(default), train.Flags),
+        parts=(type(default), Flags),
     )
-    train.run(task, found.config, preset=preset, flags=found.flags)
+    run(task, options.config, preset=preset, flags=options.flags)
     return 0
 
 
 def split_preset(arguments: Sequence[str], default: str) -> tuple[str, list[str]]:
-    """The value of ``--preset``, and the other arguments: it decides what their defaults are."""
+    """The value of ``--preset``, which determines the defaults, and the other arguments."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, prog=PROGRAM)
     parser.add_argument("--preset", default=default)
     found, rest = parser.parse_known_args(arguments)
@@ -124,7 +125,7 @@ def split_preset(arguments: Sequence[str], default: str) -> tuple[str, list[str]
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateOptions:
-    """What to score again."""
+    """Options of ``evaluate``."""
 
     split: str = "test"
     """validation or test."""
@@ -136,12 +137,12 @@ class EvaluateOptions:
 
 @dataclasses.dataclass(frozen=True)
 class TextOptions:
-    """What to show."""
+    """Options of ``sample`` and ``look``."""
 
     text: str | None = None
-    """A text of your own; without it, from the test split."""
+    """A text of your own; default an example of the test split."""
     out: Path | None = None
-    """The file to write, where one is written; default in the folder of the run."""
+    """The file to write; default, of ``look``, look.html in the folder of the run."""
 
 
 def _evaluate(arguments: Sequence[str]) -> int:
@@ -149,11 +150,11 @@ def _evaluate(arguments: Sequence[str]) -> int:
     options = parse(EvaluateOptions, rest, "evaluate RUN")
 
     from experiments.training import runs
-    from experiments.training.progress import show
+    from experiments.training.progress import one_line
 
-    run = runs.load(folder)
+    run = runs.load(folder, load)
     scores = run.task.evaluate(run.config, run.model, run.data, options.split)
-    print(f"{folder}, weights of step {run.step}, {options.split}: {show(scores)}")
+    print(f"{folder}, weights of step {run.step}, {options.split}: {one_line(scores)}")
     return 0
 
 
@@ -163,14 +164,14 @@ def _sample(arguments: Sequence[str]) -> int:
 
     from experiments.training import runs
 
-    run = runs.load(folder)
+    run = runs.load(folder, load)
     if run.task.sample is None:
-        raise ValueError(f"{run.task.name} has no examples to read; its pictures are in {folder}")
-    said = run.task.sample(run.config, run.model, run.data, options.text)
+        raise ValueError(f"{run.task.name} has no text to print; its pictures are in {folder}")
+    text = run.task.sample(run.config, run.model, run.data, options.text)
     if options.out is None:
-        print(said)
+        print(text)
     else:
-        options.out.write_text(said + "\n")
+        options.out.write_text(text + "\n")
         print(f"wrote {options.out}")
     return 0
 
@@ -182,20 +183,20 @@ def _look(arguments: Sequence[str]) -> int:
     from experiments.report import look
     from experiments.training import runs
 
-    run = runs.load(folder)
+    run = runs.load(folder, load)
     if run.task.look is None:
-        raise ValueError(f"{run.task.name} has no page to look at; its pictures are in {folder}")
+        raise ValueError(f"{run.task.name} has no attention page; its pictures are in {folder}")
     views = run.task.look(run.config, run.model, run.data, options.text)
     model = getattr(run.config, "model", "")
     file = folder / "look.html" if options.out is None else options.out
-    said = f"weights of step {run.step}, preset {run.preset}, seed {run.config.seed}"
-    look.write(file, f"{run.task.name}: {model}", said, views)
+    subtitle = f"weights of step {run.step}, preset {run.preset}, seed {run.config.seed}"
+    look.write(file, f"{run.task.name}: {model}", subtitle, views)
     print(f"wrote {file}")
     return 0
 
 
 def _split_run(verb: str, arguments: Sequence[str]) -> tuple[Path, Sequence[str]]:
-    """The folder of the run that a verb begins with."""
+    """The folder of the run, which comes first, and the other arguments."""
     if not arguments or arguments[0].startswith("-"):
         if arguments and arguments[0] in ("-h", "--help"):
             options = EvaluateOptions if verb == "evaluate" else TextOptions
@@ -241,19 +242,19 @@ def _bench(arguments: Sequence[str]) -> int:
 VERBS = {
     "train": Verb("train TASK [--preset NAME] [--option ...]", "trains a model on a task", _train),
     "evaluate": Verb("evaluate RUN [--split NAME]", "scores a trained model again", _evaluate),
-    "sample": Verb("sample RUN [--text TEXT]", "prints what a trained model makes", _sample),
-    "look": Verb("look RUN [--text TEXT]", "writes a page that shows its attention", _look),
-    "report": Verb("report", "writes tables and plots of results into the README", _report),
+    "sample": Verb("sample RUN [--text TEXT]", "prints outputs of a trained model", _sample),
+    "look": Verb("look RUN [--text TEXT]", "writes a page that shows its attention weights", _look),
+    "report": Verb("report", "writes the pages and plots in experiments/results", _report),
     "compare": Verb(
-        "compare [--option ...]", "checks us and our peers against the float64 oracle", _compare
+        "compare [--option ...]",
+        "checks all implementations against the float64 oracle",
+        _compare,
     ),
     "fewshot": Verb(
-        "fewshot [--option ...]", "trains with few labelled examples, draws accuracy", _fewshot
+        "fewshot [--option ...]", "trains with few labelled examples, plots accuracy", _fewshot
     ),
-    "bench": Verb("bench [--option ...]", "measures time and memory", _bench),
-    "walkthrough": Verb(
-        "walkthrough", "prints self-attention by hand, number by number", _walkthrough
-    ),
+    "bench": Verb("bench [--option ...]", "measures time and memory of attention", _bench),
+    "walkthrough": Verb("walkthrough", "prints self-attention by hand, step by step", _walkthrough),
 }
 
 
@@ -264,7 +265,7 @@ def parse(
     description: str | None = None,
     parts: Sequence[Any] = (),
 ) -> Options:
-    """Options from the command line, into a frozen dataclass; or one of several, ``parts``."""
+    """Parses options into a dataclass, or into one with the nested dataclasses ``parts``."""
     import tyro
 
     found, unknown = tyro.cli(
@@ -282,12 +283,12 @@ def parse(
 
 
 def flags(options: Any) -> list[str]:
-    """The options as they are typed."""
+    """The options as typed on the command line."""
     return ["--" + field.name.replace("_", "-") for field in dataclasses.fields(options)]
 
 
 def fail(problem: str, kind: str, valid: Iterable[str]) -> NoReturn:
-    """Says what was wrong and what would be right, and ends with exit code 2."""
+    """Prints what was wrong and what is valid; exits with code 2."""
     print(f"error: {problem}\n{kind}: {', '.join(valid)}", file=sys.stderr)
     raise SystemExit(2)
 

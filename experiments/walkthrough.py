@@ -1,10 +1,10 @@
-"""Self-attention by hand: every number from the embeddings to the residual, a line for each step.
+"""``walkthrough``: self-attention by hand, every number from the embeddings to the residual.
 
     python -m experiments walkthrough
 
-First for three positions of width 1, then for three tokens of width 2 with weight matrices; then
-the same tokens with two heads, causal, local, and looked at by other tokens. The numbers are the
-NumPy oracle's, ``attention_jax.reference``.
+Three positions of width 1, then three tokens of width 2 with weight matrices; then the same tokens
+with two heads, causal and local attention, and cross-attention. The numbers are those of the NumPy
+oracle, ``attention_jax.reference``.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ SHADES = " ░▒▓█"
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Where the picture goes."""
+    """Options of ``walkthrough``."""
 
     out: Path = Path("runs/walkthrough.png")
-    """The file to write."""
+    """The picture to write."""
 
 
-class Weights(NamedTuple):
-    """The four matrices of one head."""
+class Projections(NamedTuple):
+    """The four projection matrices of one head."""
 
     query: Array
     key: Array
@@ -39,8 +39,8 @@ class Weights(NamedTuple):
     out: Array
 
 
-class Steps(NamedTuple):
-    """All that one head computes for tokens ``x [T E]``."""
+class HeadSteps(NamedTuple):
+    """Everything that one head computes for tokens ``x [T E]``."""
 
     x: Array
     query: Array
@@ -51,7 +51,7 @@ class Steps(NamedTuple):
     scaled: Array
     """``scores / sqrt(H)``."""
     weights: Array
-    """``softmax`` of each row."""
+    """``softmax`` of each row of ``scaled``."""
     heads: Array
     """``weights V``."""
     projected: Array
@@ -60,11 +60,11 @@ class Steps(NamedTuple):
     """``x + projected``."""
 
 
-def by_hand(x: Array, W: Weights, mask: Any = None) -> Steps:
-    """One head over tokens ``[T E]``.
+def by_hand(x: Array, W: Projections, mask: Any = None) -> HeadSteps:
+    """One head on tokens ``[T E]``.
 
     >>> x = np.array([[1.0], [2.0], [3.0]])
-    >>> by_hand(x, Weights(*[np.ones((1, 1))] * 4)).weights.round(4).tolist()[0]
+    >>> by_hand(x, Projections(*[np.ones((1, 1))] * 4)).weights.round(4).tolist()[0]
     [0.09, 0.2447, 0.6652]
     """
     q, k, v = x @ W.query, x @ W.key, x @ W.value
@@ -72,25 +72,25 @@ def by_hand(x: Array, W: Weights, mask: Any = None) -> Steps:
     found = reference.head(q, k, v, mask=mask)
     projected = found.out @ W.out
     scaled = scores / np.sqrt(q.shape[1])
-    return Steps(x, q, k, v, scores, scaled, found.weights, found.out, projected, x + projected)
+    return HeadSteps(x, q, k, v, scores, scaled, found.weights, found.out, projected, x + projected)
 
 
 ONE = np.ones((1, 1))
-FIRST = np.array([[1.0], [2.0], [3.0]]), Weights(ONE, ONE, ONE, ONE)
-ONES, SAME = np.ones((2, 2)), np.eye(2)
-SECOND = np.array([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]), Weights(ONES, SAME, SAME, ONES)
+FIRST = np.array([[1.0], [2.0], [3.0]]), Projections(ONE, ONE, ONE, ONE)
+ONES, IDENTITY = np.ones((2, 2)), np.eye(2)
+SECOND = np.array([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]), Projections(ONES, IDENTITY, IDENTITY, ONES)
 CAUSAL = np.tril(np.ones((3, 3), bool))
 LOCAL = abs(np.subtract.outer(np.arange(3), np.arange(3))) <= 1
 
 
 def variants() -> dict[str, Array]:
-    """Weights ``[T S]`` of the other kinds of attention on the second example's tokens.
+    """Attention weights ``[T S]`` of other kinds of attention on the tokens of the second example.
 
-    Queries, keys and values are the tokens themselves. Other tokens ask in cross-attention:
+    Queries, keys and values are the tokens themselves. In cross-attention, the queries are
     ``[1, 0]`` and ``[0, -1]``.
     """
     x, _ = SECOND
-    heads = x[:, :, None]  # two heads of width 1: one has the first numbers, one the second
+    heads = x[:, :, None]  # two heads of width 1: one per feature
     split = reference.attention(heads, heads, heads).weights
     others = np.array([[1.0, 0.0], [0.0, -1.0]])
     return {
@@ -102,17 +102,17 @@ def variants() -> dict[str, Array]:
     }
 
 
-SAID = {
-    "head 1 of 2": "Two heads: each takes one of the two numbers of every token and attends by it.",
-    "head 2 of 2": "The second head has weights of its own; both outputs stand side by side.",
-    "causal": "Causal: a token sees itself and those before it. The first sees only itself.",
-    "local": "Local: a token sees itself and one to each side.",
-    "cross": "Cross-attention: two other tokens, [1, 0] and [0, -1], ask; keys and values stay.",
+CAPTIONS = {
+    "head 1 of 2": "Two heads: each attends by one of the two features of every token.",
+    "head 2 of 2": "The second head has its own weights; the outputs are concatenated.",
+    "causal": "Causal: a token attends to itself and the tokens before it.",
+    "local": "Local: a token attends to itself and one neighbour on each side.",
+    "cross": "Cross-attention: the queries are two other tokens, [1, 0] and [0, -1].",
 }
 
 
-def shown(name: str, x: Array, why: str) -> Iterator[str]:
-    """A step: its name, its numbers, and a line that says why."""
+def step_lines(name: str, x: Array, why: str) -> Iterator[str]:
+    """A step: its name, its numbers, and a line of explanation."""
     rows = ["  ".join(f"{number:8.4f}" for number in row) for row in x]
     yield f"{name:10} {rows[0]}"
     for row in rows[1:]:
@@ -122,50 +122,57 @@ def shown(name: str, x: Array, why: str) -> Iterator[str]:
 
 
 def heat_map(weights: Array) -> Iterator[str]:
-    """A weight as a number and, the larger, the darker a cell."""
+    """Weights as numbers and as cells, darker for larger weights."""
     for row in weights:
         cells = [f"{SHADES[min(int(p * len(SHADES)), len(SHADES) - 1)] * 2} {p:.4f}" for p in row]
         yield f"{'':10} " + "   ".join(cells) + f"    sum {row.sum():.4f}"
 
 
-def explained(steps: Steps, of: str) -> Iterator[str]:
+def explained(steps: HeadSteps, title: str) -> Iterator[str]:
     """All steps of one head."""
     T, H = steps.query.shape
-    yield from shown("x", steps.x, f"{of}: {T} tokens, one row each.")
-    yield from shown("Q = x W_Q", steps.query, "What each token asks.")
-    yield from shown("K = x W_K", steps.key, "What each token can be found by.")
-    yield from shown("V = x W_V", steps.value, "What each token gives.")
-    yield from shown("Q K^T", steps.scores, "Row i: how well each key answers query i.")
-    why = f"Divided by sqrt({H}), so that wide heads do not have larger scores than narrow ones."
-    yield from shown("scaled", steps.scaled, why)
-    yield from shown(
+    yield from step_lines("x", steps.x, f"{title}: {T} tokens, one row each.")
+    yield from step_lines("Q = x W_Q", steps.query, "Queries: what each token looks for.")
+    yield from step_lines("K = x W_K", steps.key, "Keys: what each token is matched by.")
+    yield from step_lines("V = x W_V", steps.value, "Values: what each token passes on.")
+    yield from step_lines("Q K^T", steps.scores, "Row i: how well each key matches query i.")
+    why = f"Divided by sqrt({H}), so that scores do not grow with the width of a head."
+    yield from step_lines("scaled", steps.scaled, why)
+    yield from step_lines(
         "weights",
         steps.weights,
-        "softmax of each row: exp of each score over the row's sum of them.",
+        "softmax of each row: exp of each score, divided by their sum.",
     )
     yield from heat_map(steps.weights)
-    yield f"{'':11}Every row sums to 1. That is the check to make: copies of this example are"
-    yield f"{'':11}about whose rows do not, and then an output is no mean of values."
+    yield f"{'':11}Every row sums to 1. Check this in other versions of this example: in some"
+    yield f"{'':11}it does not hold, and then the output is not a mean of the values."
     yield ""
-    yield from shown("weights V", steps.heads, "Row i: the mean of the values by weights of row i.")
-    yield from shown("... W_O", steps.projected, "The output projection mixes what heads found.")
-    yield from shown("x + ...", steps.residual, "The residual: the token, and what it gathered.")
+    yield from step_lines(
+        "weights V", steps.heads, "Row i: the mean of the values, weighted by row i."
+    )
+    yield from step_lines("... W_O", steps.projected, "The output projection mixes the heads.")
+    yield from step_lines(
+        "x + ...", steps.residual, "The residual: the token plus the output of attention."
+    )
 
 
 def text() -> str:
-    """The whole walk."""
+    """The whole walkthrough."""
     lines = ["Three positions of width 1; queries, keys and values are the numbers.", ""]
     lines += explained(by_hand(*FIRST), "1, 2, 3")
     lines += ["Three tokens of width 2; W_Q and W_O are all ones, W_K and W_V identities.", ""]
     lines += explained(by_hand(*SECOND), "Embeddings")
-    lines += ["The same tokens in other kinds of attention (queries, keys, values: tokens).", ""]
+    lines += [
+        "The same tokens in other kinds of attention; queries, keys and values are the tokens.",
+        "",
+    ]
     for name, weights in variants().items():
-        lines += [f"{name:10} {SAID[name]}", *heat_map(weights), ""]
+        lines += [f"{name:10} {CAPTIONS[name]}", *heat_map(weights), ""]
     return "\n".join(lines)
 
 
 def draw(file: Path) -> None:
-    """All weights as heat maps."""
+    """Draws all weights as heat maps."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -196,7 +203,7 @@ def draw(file: Path) -> None:
 
 
 def main(options: Options) -> int:
-    """Prints the walk and writes the picture."""
+    """Prints the walkthrough and writes the picture; returns the exit code."""
     print(text())
     draw(options.out)
     print(f"wrote {options.out}")

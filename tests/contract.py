@@ -6,76 +6,30 @@ besides its own, or every small case would be one tile.
 """
 
 import functools
-import sys
-from unittest import mock
 
 import pytest
 from compiling import default_options
 
 import attention_jax
-from attention_jax import backends, testing
-from attention_jax.backends import blockwise, pallas_gpu, splash
-
-_module = sys.modules["attention_jax.api"]
-
-
-def implementation(name):
-    return functools.partial(attention_jax.attention, implementation=name)
+from attention_jax import testing
+from attention_jax.backends import Blockwise, PallasGPU, Splash
+from attention_jax.backends.pallas_gpu.launch import Tiles
 
 
-def in_blocks(block_q, block_k):
-    """The blockwise backend with blocks of this size, or of the whole length if that is less."""
-
-    def attention(query, key, value, **options):
-        run = blockwise.run
-
-        def with_block(call, sizes, **rest):
-            block = min(block_q, sizes.T), min(block_k, sizes.S)
-            return run(call, sizes, **{**rest, "block": block})
-
-        # Not through the jitted function: what it has traced before, with other blocks, it keeps.
-        with (
-            mock.patch.object(_module, "_attention", _module._attention.__wrapped__),
-            mock.patch.object(blockwise, "run", with_block),
-        ):
-            return attention_jax.attention(query, key, value, **options, implementation="blockwise")
-
-    return attention
+def implementation(value):
+    return functools.partial(attention_jax.attention, implementation=value)
 
 
-def in_table(name, entry, platform):
-    """A kernel's interpreter under a name that only tests have, as on the kernel's platform."""
-
-    def attention(query, key, value, **options):
-        with (
-            mock.patch.dict(backends.IMPLEMENTATIONS, {name: entry}),
-            mock.patch.object(backends, "platform", return_value=platform),
-        ):
-            return attention_jax.attention(query, key, value, **options, implementation=name)
-
-    return attention
-
-
-# Small tiles, so that short sequences have several; in the interpreter of kernels.
-_TILES = pallas_gpu.Tiles(32, 16, 4, 2), pallas_gpu.Tiles(16, 32, 4, 2)
-PALLAS_GPU = backends.Implementation(
-    why_unsupported=pallas_gpu.why_unsupported,
-    run=lambda call, spec: pallas_gpu.run(call, spec, tiles=_TILES, interpret=True),
-    extra_bytes=pallas_gpu.extra_bytes,
-)
-SPLASH = backends.Implementation(
-    why_unsupported=splash.why_unsupported,
-    run=lambda call, spec: splash.run(call, spec, interpret=True),
-    extra_bytes=splash.extra_bytes,
-)
+# Small tiles, so that short sequences have several; in Pallas's interpreter.
+TILES = Tiles(32, 16, 4, 2), Tiles(16, 32, 4, 2)
 
 IMPLEMENTATIONS = {
-    "splash interpreted": in_table("splash interpreted", SPLASH, "tpu"),
-    "pallas_gpu interpreted": in_table("pallas_gpu interpreted", PALLAS_GPU, "gpu"),
+    "splash interpreted": implementation(Splash(interpret=True)),
+    "pallas_gpu interpreted": implementation(PallasGPU(*TILES, interpret=True)),
     "xla": implementation("xla"),
     "blockwise": implementation("blockwise"),
-    "blockwise 16x32": in_blocks(16, 32),
-    "blockwise 7x5": in_blocks(7, 5),
+    "blockwise 16x32": implementation(Blockwise(16, 32)),
+    "blockwise 7x5": implementation(Blockwise(7, 5)),
     "auto": implementation(None),
 }
 
@@ -94,8 +48,13 @@ CHECKS = {
 }
 
 
-def parameters(name, cases, tag="core"):
+# What a default run checks of each; the rest is slow.
+DEFAULT_TAGS = {"blockwise": "smoke", "blockwise 7x5": "smoke", "auto": "smoke"}
+
+
+def parameters(name, cases, tag=None):
     """``(name, case)`` as parameters of a test; without the tag they are slow tests."""
+    tag = tag or DEFAULT_TAGS.get(name, "core")
     return [
         pytest.param(
             name, c, id=f"{c.name}-{name}", marks=[] if tag in c.tags else [pytest.mark.slow]

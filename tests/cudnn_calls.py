@@ -13,8 +13,8 @@ import numpy as np
 from helpers import jax_normal
 
 from attention_jax import masks, scores
-from attention_jax.backends import Spec, cudnn, xla
-from attention_jax.backends.call import checked
+from attention_jax.backends import XLA, CuDNN
+from attention_jax.backends.call import bind, complete, spec_of
 
 dot_product_attention = jax.nn.dot_product_attention
 
@@ -24,6 +24,9 @@ BF16, F32 = jnp.bfloat16, jnp.float32
 
 
 normal = functools.partial(jax_normal, dtype=BF16)
+
+
+CUDNN = CuDNN()
 
 
 def inputs(T=T, S=None, B=B, dtype=BF16, H=H, D=None):
@@ -37,23 +40,25 @@ def inputs(T=T, S=None, B=B, dtype=BF16, H=H, D=None):
 
 def prepared(query, key, value, mask=None, score=(), scale=0.3, sinks=None, **options):
     """``Call`` and ``Spec``, as ``attention`` makes them."""
-    call, sizes = checked(query, key, value, mask=mask, score=score, sinks=sinks, scale=scale)
-    spec = Spec(
-        sizes=sizes,
-        dtype=call.query.dtype,
-        mask=call.mask,
-        score=call.score,
-        scale=scale if isinstance(scale, float) else None,
-        sinks=sinks is not None,
-        **{"dropout": False, "return_lse": False, "platform": "gpu", **options},
+    call = bind(
+        query,
+        key,
+        value,
+        mask=mask,
+        score=score,
+        sinks=sinks,
+        scale=scale,
+        static_numbers=True,
     )
-    return call, spec
+    call, sizes = complete(call)
+    known = scale if isinstance(scale, float) else None
+    return call, spec_of(call, sizes, scale=known, platform="gpu")._replace(**options)
 
 
 def output(query, key, value, **options):
     call, spec = prepared(query, key, value, **options)
-    assert cudnn.why_unsupported(spec) is None
-    out, lse = cudnn.run(call, spec)
+    assert CUDNN.why_unsupported(spec) is None
+    out, lse = CUDNN.run(call, spec)
     assert out.shape == query.shape
     assert out.dtype == query.dtype
     assert lse.shape == query.shape[:-1]
@@ -63,7 +68,7 @@ def output(query, key, value, **options):
 
 def by_xla(query, key, value, **options):
     call, spec = prepared(query, key, value, **options)
-    return xla.run(call, spec.sizes)[0]
+    return XLA().run(call, spec)[0]
 
 
 def calls():

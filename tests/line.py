@@ -1,7 +1,7 @@
-"""A task that is done in no time: the line ``y = 2 x - 1``. Also a program, to be killed.
+"""A task that trains in an instant: the line ``y = 2 x - 1``. Also a program, to be killed.
 
-``python tests/line.py FOLDER STEPS`` trains in ``FOLDER`` with a checkpoint after every step, going
-on from the last, and writes the parameters to ``FOLDER/parameters.npz``.
+``python tests/line.py FOLDER STEPS`` trains in ``FOLDER`` with a checkpoint after every step,
+resuming from the last one, and writes the parameters to ``FOLDER/parameters.npz``.
 """
 
 import dataclasses
@@ -13,12 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from experiments.training import train
-from experiments.training.config import Config
+from experiments.training.config import TrainConfig
+from experiments.training.runs import Flags
+from experiments.training.task import Loss, Task
+from experiments.training.train import train
 
 
 class Line(nnx.Module):
-    """With a little dropout, so that random keys matter."""
+    """With dropout, so that random keys matter."""
 
     def __init__(self, rngs, rate=0.1):
         self.linear = nnx.Linear(1, 1, rngs=rngs)
@@ -38,7 +40,7 @@ def batches(config, data, step):
 
 def loss(config, model, batch):
     x, y = batch
-    return train.Loss(((model(x) - y) ** 2).sum(), jnp.float32(y.size))
+    return Loss(((model(x) - y) ** 2).sum(), jnp.float32(y.size))
 
 
 def evaluate(config, model, data, split):
@@ -46,9 +48,9 @@ def evaluate(config, model, data, split):
     return {"error": float(jnp.abs(model(x) - (data[0] * x + data[1])).mean())}
 
 
-LINE = train.Task(
+LINE = Task(
     name="line",
-    presets={"only": Config(steps=300, batch_size=8, learning_rate=0.1, weight_decay=0.0)},
+    presets={"only": TrainConfig(steps=300, batch_size=8, learning_rate=0.1, weight_decay=0.0)},
     data=lambda config: np.float32([2, -1]),
     init=lambda config, data, rngs: Line(rngs),
     batches=batches,
@@ -63,13 +65,13 @@ PLAIN = dataclasses.replace(LINE, init=lambda config, data, rngs: Line(rngs, rat
 
 
 def train_line(folder, task=LINE, flags=None, **changes):
-    """A run with other options."""
+    """Trains with some options changed."""
     config = dataclasses.replace(LINE.presets["only"], **changes)
-    return train.train(task, config, task.data(config), Path(folder), flags)
+    return train(task, config, task.data(config), Path(folder), flags)
 
 
 def parameters(trained):
-    """By name, of the last state."""
+    """The arrays of the last state, by name."""
     leaves, _ = jax.tree.flatten_with_path(trained.state)
     return {jax.tree_util.keystr(path): np.asarray(x) for path, x in leaves}
 
@@ -77,7 +79,7 @@ def parameters(trained):
 if __name__ == "__main__":
     folder, steps = Path(sys.argv[1]), int(sys.argv[2])
     print("ready", flush=True)
-    done = train_line(
-        folder, flags=train.Flags(resume=True, save_every=1), steps=steps, evaluations=4, ema=0.9
+    trained = train_line(
+        folder, flags=Flags(resume=True, save_every=1), steps=steps, evaluations=4, ema=0.9
     )
-    np.savez(folder / "parameters.npz", **parameters(done))
+    np.savez(folder / "parameters.npz", **parameters(trained))

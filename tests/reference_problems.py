@@ -20,7 +20,7 @@ def inputs(seed=0, batch=(B,)):
 
 
 def every_option(seed=1, batch=(B,)):
-    """All options at once. Every row sees a key, and some see few."""
+    """All options at once. Every query attends to some key, some to few."""
     rng = np.random.default_rng(seed)
     mask = rng.random((*batch, N, T, S)) < 0.6
     mask[..., np.arange(T), np.arange(T)] = True
@@ -56,7 +56,7 @@ each_option = pytest.mark.parametrize("options", ONE_BY_ONE.values(), ids=ONE_BY
 
 
 def literal(query, key, value, options):
-    """The definition once more: scalars, `math`, no running maximum, no matrix."""
+    """The definition in scalar loops: `math`, no running maximum, no matrix."""
     *batch, t_len, n_len, width = query.shape
     s_len, kv_len = key.shape[-3:-1]
     full = (*batch, n_len, t_len, s_len)

@@ -1,4 +1,4 @@
-"""The adversary: its step, and that training against it is what the formula says."""
+"""Adversarial training: the perturbation, and the gradient against the formula."""
 
 import dataclasses
 
@@ -10,12 +10,15 @@ from flax import nnx
 
 from attention_jax.nn import Embeddings, moved_embeddings
 from experiments.tasks import load
-from experiments.training import adversarial, steps, train
-from experiments.training.config import Config
+from experiments.training import adversarial
+from experiments.training.config import TrainConfig
+from experiments.training.steps import trainer
+from experiments.training.task import Loss
+from experiments.training.train import train
 
 
 class Bag(nnx.Module):
-    """The mean vector of the words, looked up twice, and a class from it."""
+    """Classifies the sum of two embedding look-ups of every word."""
 
     def __init__(self, rngs):
         init = nnx.initializers.normal(1.0)
@@ -36,51 +39,53 @@ def loss(config, model, batch):
     words, labels = batch
     log_p = jax.nn.log_softmax(model(words))
     each = -jnp.take_along_axis(log_p, labels[:, None], axis=1)
-    return train.Loss(each.sum(), jnp.float32(each.size))
+    return Loss(each.sum(), jnp.float32(each.size))
 
 
 def by_hand(model, epsilon):
-    """The loss at ``x + r``, by one gradient per example and look-up, in NumPy around it."""
+    """The loss at ``x + r``, and ``r``, from one gradient per example and look-up."""
     total = np.float32(0)
-    rs = []
+    perturbations = []
     for words, label in zip(WORDS, LABELS, strict=True):
         table = np.asarray(model.embed.tokens[...])
         x = table[words]
 
-        def of(first, second, words=words, label=label):
+        def loss_at(first, second, words=words, label=label):
             real = (words != 0)[:, None]
             logits = model.classify(jnp.where(real, first + jnp.tanh(second), 0).sum(0))
             return -jax.nn.log_softmax(logits)[label]
 
-        g = [np.asarray(a, np.float64) for a in jax.grad(of, argnums=(0, 1))(x, x)]
+        g = [np.asarray(a, np.float64) for a in jax.grad(loss_at, argnums=(0, 1))(x, x)]
         size = np.sqrt(sum((a**2).sum() for a in g))
         norm = np.sqrt(2 * (x[words != 0].astype(np.float64) ** 2).sum())
         r = [epsilon * norm * a / size for a in g]
-        rs.append(r)
-        total += float(of(x + r[0].astype(np.float32), x + r[1].astype(np.float32)))
-    return total, rs
+        perturbations.append(r)
+        total += float(loss_at(x + r[0].astype(np.float32), x + r[1].astype(np.float32)))
+    return total, perturbations
 
 
 @pytest.mark.slow
-def test_the_gradient_is_that_of_both_losses_with_the_step_held_fixed():
+def test_gradient_is_that_of_clean_and_adversarial_loss_with_r_held_constant():
     model = Bag(nnx.Rngs(0))
     graph, parameters = nnx.split(model, nnx.Param)
-    worse, rs = by_hand(model, 0.3)
+    worse, perturbations = by_hand(model, 0.3)
 
-    def total(parameters, move):
-        found = loss(None, moved_embeddings(nnx.merge(graph, parameters), move), (WORDS, LABELS))
+    def total(parameters, perturb):
+        found = loss(None, moved_embeddings(nnx.merge(graph, parameters), perturb), (WORDS, LABELS))
         return found.total, found.number
 
     value, count, gradient = adversarial.value_and_grad(total, parameters, 0.3)
     clean = loss(None, model, (WORDS, LABELS)).total
     np.testing.assert_allclose(value, clean, rtol=1e-6)
     assert count == 3
-    assert worse > clean  # a step of this size up the gradient of a convex loss
-    shifts = [np.stack([r[i] for r in rs]).astype(np.float32) for i in range(2)]
+    assert worse > clean  # a step along the gradient of a convex loss
+    rs = [np.stack([r[i] for r in perturbations]).astype(np.float32) for i in range(2)]
 
     def both(parameters):
-        left = iter(shifts)
-        return total(parameters, lambda x: x)[0] + total(parameters, lambda x: x + next(left))[0]
+        remaining = iter(rs)
+        return (
+            total(parameters, lambda x: x)[0] + total(parameters, lambda x: x + next(remaining))[0]
+        )
 
     np.testing.assert_allclose(both(parameters), clean + worse, rtol=1e-5)
     jax.tree.map(
@@ -90,34 +95,34 @@ def test_the_gradient_is_that_of_both_losses_with_the_step_held_fixed():
     )
 
 
-def test_the_step_has_its_length_in_each_example_and_none_where_nothing_matters():
+def test_perturbation_has_the_norm_epsilon_x_and_is_zero_without_a_gradient():
     rng = np.random.default_rng(0)
     vectors = [rng.normal(size=(3, 4, 5)).astype(np.float32) for _ in range(2)]
     gradients = [rng.normal(size=(3, 4, 5)).astype(np.float32) for _ in range(2)]
     for g in gradients:
         g[0, 2:] = 0  # padding
         g[1] = 0
-    rs = adversarial.steps_up(vectors, gradients, 0.1)
+    rs = adversarial.perturbations(vectors, gradients, 0.1)
     length = np.sqrt(sum(np.square(r).sum((1, 2)) for r in rs))
-    wanted = np.sqrt(
+    expected = np.sqrt(
         sum(
             np.square(np.where(g != 0, x, 0)).sum((1, 2))
             for g, x in zip(gradients, vectors, strict=True)
         )
     )
-    np.testing.assert_allclose(length, 0.1 * wanted, rtol=1e-5)
+    np.testing.assert_allclose(length, 0.1 * expected, rtol=1e-5)
     assert not rs[0][1].any()
     assert not rs[0][0, 2:].any()
 
 
-def test_a_model_without_embeddings_is_refused():
+def test_model_without_embeddings_raises():
     with pytest.raises(ValueError, match="model must hold Embeddings"):
         moved_embeddings(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), lambda x: x)
 
 
 @pytest.mark.slow
-def test_an_adversary_of_no_size_teaches_what_two_epochs_of_the_loss_do():
-    """Parts and dropout included: the same stream of random numbers is met twice."""
+def test_infinitesimal_perturbation_doubles_the_gradient():
+    """With microbatches and dropout: both passes see the same random numbers."""
     task = load("trec")
     config = dataclasses.replace(
         task.presets["smoke"], model="attention_cnn", accumulate=2, clip=1e9, adversarial=1e-30
@@ -126,8 +131,9 @@ def test_an_adversary_of_no_size_teaches_what_two_epochs_of_the_loss_do():
     batch = next(task.batches(config, data, 0))
 
     def after(config):
-        how = steps.steps(task.loss, config, task.init(config, data, nnx.Rngs(0)))
-        _, value, count, norm = how.update(how.put(how.first), batch, 0)
+        training = trainer(task.loss, config, task.init(config, data, nnx.Rngs(0)))
+        state = training.put(training.initial)
+        _, value, count, norm = training.update(state, batch, 0)
         return float(value), float(count), float(norm)
 
     value, count, norm = after(config)
@@ -151,13 +157,13 @@ def test_an_adversary_of_no_size_teaches_what_two_epochs_of_the_loss_do():
         ("qa", "transformer"),
     ],
 )
-def test_every_text_task_can_be_trained_against_it(tmp_path, name, model):
+def test_text_task_trains_adversarially(tmp_path, name, model):
     task = load(name)
     config = dataclasses.replace(task.presets["smoke"], model=model, adversarial=0.1, steps=1)
-    found = train.train(task, config, task.data(config), tmp_path)
+    found = train(task, config, task.data(config), tmp_path)
     assert found.progress.step == 1
 
 
-def test_it_may_not_be_negative():
+def test_negative_size_raises():
     with pytest.raises(ValueError, match="adversarial must be at least 0, got -1"):
-        Config(adversarial=-1)
+        TrainConfig(adversarial=-1)

@@ -1,4 +1,4 @@
-"""Masks of positions: the rule, and block maps that promise neither too much nor too little."""
+"""Masks at positions: the rule, and block maps that are sound."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -21,7 +21,7 @@ MASKS = {
 
 
 def random_positions(seed):
-    """Queries in order, with gaps; keys shuffled, some hidden."""
+    """Queries in order, with gaps; keys shuffled, some masked."""
     rng = np.random.default_rng(seed)
     queries = np.sort(rng.choice(12, T, replace=False)).astype(np.int32)
     keys = rng.permutation(12)[:S].astype(np.int32)
@@ -38,7 +38,7 @@ def expected_mask(name, queries, keys):
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("name", MASKS)
-def test_at_positions_follows_the_rule_and_its_block_map_is_sound(name, seed):
+def test_rule_and_block_map(name, seed):
     queries, keys = random_positions(seed)
     mask, expected = (
         masks.at_positions(MASKS[name], queries, keys),
@@ -54,7 +54,7 @@ def test_at_positions_follows_the_rule_and_its_block_map_is_sound(name, seed):
 
 
 def test_blocks_are_skipped():
-    """Of a cache that wraps around: what is too old or to come is not looked at."""
+    """In a cache that wraps around, blocks of keys outside the window are not visited."""
     keys = np.roll(np.arange(64, dtype=np.int32), 16)
     mask = masks.at_positions(masks.window(7, 0), np.array([20], np.int32), keys)
     kinds = np.asarray(block_map(mask, 1, 64, block_q=1, block_k=8).kinds)
@@ -62,7 +62,7 @@ def test_blocks_are_skipped():
 
 
 @pytest.mark.parametrize("implementation", ["xla", "blockwise"])
-def test_each_example_has_its_own_positions_in_attention(implementation):
+def test_attention_with_positions_per_example(implementation):
     rng = np.random.default_rng(0)
     q, k, v = (rng.normal(size=(2, n, 2, 4)).astype(np.float32) for n in (T, S, S))
     places = [random_positions(seed) for seed in (0, 1)]

@@ -14,10 +14,8 @@ from compiling import default_options
 from helpers import close, slow
 
 from attention_jax import attention, masks, scores
-from attention_jax.backends import blockwise
-from attention_jax.backends.call import Call
-from attention_jax.core import dropout
-from attention_jax.core.axes import Sizes
+from attention_jax.backends import Blockwise
+from attention_jax.backends.blockwise import formulas
 
 B, T, S, N, K, H, D = 3, 5, 7, 4, 2, 3, 6
 pytestmark = pytest.mark.usefixtures("small_blocks")
@@ -42,7 +40,7 @@ BATCHED = {
 
 
 @each_implementation
-@pytest.mark.parametrize("name", ["options", slow("plain")])
+@pytest.mark.parametrize("name", [slow("options"), "plain"])
 def test_an_example_does_not_depend_on_the_others(name, implementation):
     q, k, v = inputs(B=(B,), T=33, S=47)
     options = dict(BATCHED[name])
@@ -98,31 +96,22 @@ def test_the_block_size_does_not_matter(name):
     q, k, v = inputs()
     options = OPTIONS[name]
     key = jax.random.key(1)
-    sizes = Sizes(B=(B,), T=T, S=S, K=K, G=N // K, H=H, D=D)
     rate = options.get("dropout_rate", 0.0)
-    mask = options.get("mask")
-    mask = None if mask is None else mask.resolve(T, S, N)
-    score = options.get("score", ())
+    extra = {"dropout_key": key} if rate else {}
 
     def loss(run, q, k, v):
         out, lse = run(q, k, v)
         return jnp.sin(out).sum() + jnp.cos(jnp.where(lse == -jnp.inf, 0, lse)).sum(), (out, lse)
 
-    def blocked(block, q, k, v):
-        call = Call(
-            q, k, v, mask, score, options.get("sinks"), jnp.float32(H**-0.5),
-            dropout.of_rate(rate, key, jnp.float32),
-        )  # fmt: skip
-        return blockwise.run(call, sizes, block=block)
-
-    def plain(q, k, v):
-        extra = {"dropout_key": key} if rate else {}
-        return attention(q, k, v, **options, **extra, implementation="xla", return_lse=True)
+    def run_by(implementation):
+        return functools.partial(
+            attention, **options, **extra, implementation=implementation, return_lse=True
+        )
 
     gradient = functools.partial(jax.grad, argnums=(0, 1, 2), has_aux=True)
-    expected = jax.jit(gradient(functools.partial(loss, plain)))(q, k, v)
+    expected = jax.jit(gradient(functools.partial(loss, run_by("xla"))))(q, k, v)
     for block in [(2, 3), (5, 2)]:
-        run = jax.jit(gradient(functools.partial(loss, functools.partial(blocked, block))))
+        run = jax.jit(gradient(functools.partial(loss, run_by(Blockwise(*block)))))
         close(run(q, k, v), expected, 1e-4)
 
 
@@ -140,7 +129,7 @@ def test_the_block_size_does_not_matter(name):
         slow(100, 20, True),
     ],
 )
-def test_the_number_of_heads_batched_together_does_not_matter(heads, T, each, monkeypatch):
+def test_the_number_of_batched_heads_does_not_matter(heads, T, each, monkeypatch):
     q, k, v = inputs(B=(4,), T=T)
     mask = masks.window(2, 0)
     if each:
@@ -158,22 +147,20 @@ def test_the_number_of_heads_batched_together_does_not_matter(heads, T, each, mo
 
     def spy(static, *rest):
         looped.append(math.prod(static.levels))
-        return over_rows(static, *rest)
+        return over_query_blocks(static, *rest)
 
-    over_rows = blockwise.over_rows
-    monkeypatch.setattr(blockwise, "over_rows", spy)
-    monkeypatch.setattr(blockwise, "TOGETHER", heads * min(T, 3) * 4)
+    over_query_blocks = formulas.over_query_blocks
+    monkeypatch.setattr(formulas, "over_query_blocks", spy)
     jax.clear_caches()
-    close(run("blockwise"), run("xla"))
+    close(run(Blockwise(3, 4, batch_pairs=heads * min(T, 3) * 4)), run("xla"))
     # Few queries: only heads that share keys. Other blocks for each example: not those.
     most = N // K if T == 2 else N if each else 4 * N
     assert set(looped) == {4 * N // min(heads, most)}
 
 
-def test_heads_batched_where_a_mapped_axis_comes_last(monkeypatch):
-    """The mapped axis is the outermost, and after the one that is taken in two parts."""
-    monkeypatch.setattr(blockwise, "TOGETHER", 8 * 3 * 4)  # of 4 examples of 4 heads
-    jax.clear_caches()
+def test_batched_heads_where_a_mapped_axis_comes_last():
+    """The mapped axis is the outermost, and after the one that is split in two."""
+    small = Blockwise(3, 4, batch_pairs=8 * 3 * 4)  # 8 of the heads of 4 examples with 4 heads
     arrays = [jnp.stack([x, 2 * x], axis=-1) for x in inputs(B=(4,), T=20)]
 
     def run(implementation):
@@ -181,4 +168,4 @@ def test_heads_batched_where_a_mapped_axis_comes_last(monkeypatch):
         mapped = jax.vmap(attend, in_axes=-1, out_axes=-1)
         return jax.jit(jax.value_and_grad(lambda x: jnp.sin(mapped(*x)).sum()))(arrays)
 
-    close(run("blockwise"), run("xla"))
+    close(run(small), run("xla"))

@@ -1,4 +1,4 @@
-"""Random compositions of masks: their pairs, and their block maps against looking at every pair."""
+"""Random compositions of masks: their pairs and block maps against a count of every pair."""
 
 from typing import NamedTuple
 
@@ -10,18 +10,18 @@ import pytest
 from hypothesis import given, settings
 
 from attention_jax import Mask, block_map, masks
-from attention_jax.masks.block_map import EMPTY, FULL, PARTIAL, visits
+from attention_jax.masks.block_map import EMPTY, FULL, PARTIAL, schedule
 from attention_jax.masks.grid import Grid
 from attention_jax.testing import rules
 
 B, N = 3, 2
 
-# --- Masks, each with the pairs it lets through, counted out in NumPy.
+# --- Masks, each with its visible pairs in NumPy.
 
 
 class Known(NamedTuple):
     mask: Mask
-    seen: np.ndarray  # bool, broadcasts to [B N T S]
+    visible: np.ndarray  # bool, broadcasts to [B N T S]
     tight: bool  # its block map is exact
 
     def __repr__(self):
@@ -33,7 +33,7 @@ def positions(T, S):
 
 
 def number(rng, low, high):
-    """An int or one int per example; and the same as an array that broadcasts."""
+    """An int, or one int per example, and the same as an array that broadcasts."""
     x = rng.integers(low, high, B).astype(np.int32)
     if rng.random() < 0.5:
         return int(x[0]), x[0]
@@ -148,7 +148,7 @@ def build(tree, T, S):
         return head(np.random.default_rng(*rest), T, S)
     parts = [build(part, T, S) for part in rest]
     if head == "~":
-        return Known(~parts[0].mask, ~parts[0].seen, parts[0].tight)
+        return Known(~parts[0].mask, ~parts[0].visible, parts[0].tight)
     (a, x, _), (b, y, _) = parts
     return Known(a & b, x & y, False) if head == "&" else Known(a | b, x | y, False)
 
@@ -176,10 +176,10 @@ def problems(draw, trees=compositions, builders=None):
 @pytest.mark.slow
 @settings(max_examples=20)
 @given(problems())
-def test_compositions_follow_their_parts(p):
-    mask, seen, _ = p.known()
+def test_compositions_combine_their_parts(p):
+    mask, visible, _ = p.known()
     dense = mask.to_dense(*p.lengths, B=B, N=N)
-    np.testing.assert_array_equal(dense, np.broadcast_to(seen, dense.shape))
+    np.testing.assert_array_equal(dense, np.broadcast_to(visible, dense.shape))
 
 
 @pytest.mark.slow
@@ -205,19 +205,19 @@ def test_laws_of_boolean_algebra(trees):
 # --- Block maps.
 
 
-def counted(seen, block_q, block_k):
-    """The kinds ``[B N rows columns]``, by looking at every pair."""
-    *lead, T, S = seen.shape
+def counted(visible, block_q, block_k):
+    """The kinds ``[B N rows columns]``, from every pair."""
+    *lead, T, S = visible.shape
     kinds = np.full((*lead, -(-T // block_q), -(-S // block_k)), PARTIAL)
     for r, c in np.ndindex(kinds.shape[-2:]):
-        part = seen[..., r * block_q : (r + 1) * block_q, c * block_k : (c + 1) * block_k]
+        part = visible[..., r * block_q : (r + 1) * block_q, c * block_k : (c + 1) * block_k]
         kinds[..., r, c][part.all((-2, -1))] = FULL
         kinds[..., r, c][~part.any((-2, -1))] = EMPTY
     return kinds
 
 
-def check_sound(p, seen, kinds):
-    exact = counted(np.broadcast_to(seen, (B, N, *p.lengths)), *p.block)
+def check_sound(p, visible, kinds):
+    exact = counted(np.broadcast_to(visible, (B, N, *p.lengths)), *p.block)
     kinds = np.broadcast_to(kinds, exact.shape)
     assert (exact[kinds == EMPTY] == EMPTY).all()
     assert (exact[kinds == FULL] == FULL).all()
@@ -227,16 +227,16 @@ def check_sound(p, seen, kinds):
 @settings(max_examples=40)
 @given(problems())
 def test_block_maps_are_sound(p):
-    mask, seen, _ = p.known()
-    check_sound(p, seen, p.kinds(mask))
+    mask, visible, _ = p.known()
+    check_sound(p, visible, p.kinds(mask))
 
 
 @settings(max_examples=15)
 @given(problems())
 def test_block_maps_of_traced_masks_are_sound(p):
-    mask, seen, _ = p.known()
+    mask, visible, _ = p.known()
     traced = jax.jit(lambda mask: jnp.asarray(p.kinds(mask)))(mask)
-    check_sound(p, seen, traced)
+    check_sound(p, visible, traced)
     np.testing.assert_array_equal(traced, p.kinds(mask))
 
 
@@ -247,10 +247,10 @@ def test_single_masks_have_exact_block_maps(builder):
     def check(p):
         if builder in SQUARE_ATOMS:
             p = p._replace(lengths=(12, 12))
-        mask, seen, tight = p.known()
-        for known in (Known(mask, seen, tight), Known(~mask, ~seen, tight)):
+        mask, visible, tight = p.known()
+        for known in (Known(mask, visible, tight), Known(~mask, ~visible, tight)):
             kinds = p.kinds(known.mask)
-            exact = check_sound(p, known.seen, kinds)
+            exact = check_sound(p, known.visible, kinds)
             if known.tight:
                 np.testing.assert_array_equal(np.broadcast_to(kinds, exact.shape), exact)
 
@@ -287,9 +287,9 @@ def test_visits_are_the_full_blocks_then_the_partial_ones(lengths, seed):
     T, S = lengths
     grid = Grid(T, S, block_q=2, block_k=2)
     kinds = np.random.default_rng(seed).integers(0, 3, (grid.rows, grid.columns)).astype(np.int8)
-    index, full, visited = visits(kinds, grid)
+    index, full, visited = schedule(kinds, grid)
     for r, row in enumerate(kinds):
-        # A last block that is not filled is not taken for full.
+        # A last block that reaches beyond the arrays does not count as full.
         whole = [c for c in range(len(row)) if 2 * r + 2 <= T and 2 * c + 2 <= S]
         fulls = [c for c in whole if row[c] == FULL]
         others = [c for c in range(len(row)) if row[c] != EMPTY and c not in fulls]
@@ -297,7 +297,7 @@ def test_visits_are_the_full_blocks_then_the_partial_ones(lengths, seed):
         assert visited[r] == len(fulls) + len(others)
         assert index[r, : visited[r]].tolist() == fulls + others
     assert index.shape[1] == max(1, visited.max())
-    in_jax = visits(jnp.asarray(kinds), grid)
+    in_jax = schedule(jnp.asarray(kinds), grid)
     np.testing.assert_array_equal(in_jax.index[:, : index.shape[1]], index)
     np.testing.assert_array_equal(in_jax.full, full)
     np.testing.assert_array_equal(in_jax.visited, visited)

@@ -1,4 +1,4 @@
-"""Decoding with a cache equals attention over the whole sequence, however it is cut into calls."""
+"""Decoding with a cache equals attention over the whole sequence, in any split into calls."""
 
 import functools
 
@@ -172,7 +172,7 @@ def test_a_dtype_of_its_own():
     assert kept.key.dtype == kept.value.dtype == jnp.bfloat16
 
 
-# --- Back to an earlier length: as if the tokens since had never come.
+# --- Rollback: as if the dropped tokens had never been appended.
 
 
 def leaves_close(a, b):
@@ -180,8 +180,8 @@ def leaves_close(a, b):
 
 
 @pytest.mark.parametrize("rolling", [False, True])
-def test_after_a_rollback_other_tokens_come(rolling):
-    """With a window of 4 in a rolling cache of 6 slots, up to 3 tokens can be taken back."""
+def test_appending_other_tokens_after_a_rollback(rolling):
+    """With a window of 4 in a rolling cache of 6 slots, up to 3 tokens can be dropped."""
     arrays, tried, mask = inputs(), inputs(T=3, batch=(B,)), MASKS["window"]
     keep = np.array([6, 5])
     kept = empty(capacity=6 if rolling else 12, rolling=rolling)
@@ -209,12 +209,12 @@ def test_a_rollback_of_nothing_and_of_everything():
         leaves_close(jax.jit(lambda kept: kept.rollback(kept.length - 2))(kept).length, [T - 2] * B)
 
 
-def test_a_rollback_past_overwritten_tokens_is_refused():
+def test_a_rollback_to_overwritten_tokens_is_refused():
     _, k, v = inputs()
     kept = empty(capacity=WINDOW, rolling=True).append(k, v)  # holds 5, 6, 7, 8
-    with pytest.raises(ValueError, match=r"length must be at least .*written over"):
+    with pytest.raises(ValueError, match=r"length must be at least .*overwritten"):
         kept.rollback(np.array([5, 4]))
-    with pytest.raises(ValueError, match="from 0 to the tokens there are"):
+    with pytest.raises(ValueError, match="from 0 to the cache's length"):
         kept.rollback(T + 1)
     with pytest.raises(TypeError, match="length must be integers"):
         kept.rollback(3.0)
@@ -222,7 +222,7 @@ def test_a_rollback_past_overwritten_tokens_is_refused():
     np.testing.assert_array_equal(again.positions(), [[-1, 5, 6, 7], [-1, 5, 6, -1]])
     np.testing.assert_array_equal(again.intact(WINDOW), [True, False])  # row 1 lacks token 4
     new = [x[:, :1] for x in (k, v)]
-    with pytest.raises(ValueError, match="written over by those that the cache was rolled back by"):
+    with pytest.raises(ValueError, match="overwritten before the cache was rolled back"):
         cache.extend(again, *new, mask=MASKS["window"])
     cache.extend(again, *new, mask=masks.window(WINDOW - 2, 0))
 

@@ -21,7 +21,7 @@ LAYOUT = np.array([[1, 0, 1], [1, 1, 1], [0, 1, 1]], bool)
 CAUSAL = masks.causal()
 BOTH = masks.prefix(3) | CAUSAL
 
-MASKS = {  # name: a mask that lets no token see a later one, or a prefix of the first call
+MASKS = {  # causal masks, or a prefix in the first call
     "causal": CAUSAL,
     "causal, end": masks.causal(align="end"),
     "causal, offset": masks.causal(-1),
@@ -109,7 +109,7 @@ def calls(lengths):
 
 
 def in_calls(kept, lengths, **options):
-    """All tokens, so many a call."""
+    """Attention of all tokens, in calls of these lengths."""
     parts = []
     for part in calls(lengths):
         out, kept = cache.attend(kept, *(x[:, part] for x in tokens()), **options)
@@ -118,7 +118,7 @@ def in_calls(kept, lengths, **options):
 
 
 def visible(mask, kept, lengths):
-    """Which token sees which, ``[B N T T]``, in calls of so many tokens."""
+    """Which tokens each token attends to, ``[B N T T]``, in calls of these lengths."""
     seen = np.zeros((B, N, T, T), bool)
     for part in calls(lengths):
         new = [x[:, part] for x in tokens(numbers=True)[1:]]
@@ -130,7 +130,7 @@ def visible(mask, kept, lengths):
 
 
 def changed(score, kept, lengths, mask):
-    """The logits ``[B N T T]`` that scores make of 0, in such calls; 0 where hidden."""
+    """The logits ``[B N T T]`` that scores make of 0, in such calls; 0 where masked."""
     logits = np.zeros((B, N, T, T), np.float32)
     for part in calls(lengths):
         new = [x[:, part] for x in tokens(numbers=True)[1:]]
@@ -163,7 +163,7 @@ def each_logit(score, T, S):
 
 @pytest.mark.parametrize("cuts", [[4, 1, 1], slow([3, 3])])
 @pytest.mark.parametrize("name", mostly_slow(MASKS, KINDS))
-def test_a_mask_allows_the_same_pairs_with_a_cache(name, cuts):
+def test_the_same_tokens_are_visible(name, cuts):
     whole = np.asarray(MASKS[name].to_dense(T, T, B=B, N=N))
     np.testing.assert_array_equal(visible(MASKS[name], empty(), cuts), whole)
 
@@ -171,7 +171,7 @@ def test_a_mask_allows_the_same_pairs_with_a_cache(name, cuts):
 @pytest.mark.slow
 @pytest.mark.parametrize("cuts", [[4, 1, 1], [3, 3]])
 @pytest.mark.parametrize("name", MASKS)
-def test_a_mask_allows_the_same_pairs_with_a_rolling_cache(name, cuts):
+def test_the_same_tokens_are_visible_in_a_rolling_cache(name, cuts):
     near = MASKS[name] & masks.window(WINDOW - 1, None)
     whole = np.asarray(near.to_dense(T, T, B=B, N=N))
     np.testing.assert_array_equal(visible(near, empty(rolling=True), cuts), whole)
@@ -206,7 +206,7 @@ def test_attention_with_a_cache_equals_the_whole_sequence(rolling, implementatio
 
 @pytest.mark.parametrize("name", LOOK_AHEAD)
 def test_a_mask_that_looks_ahead_is_refused(name):
-    with pytest.raises(ValueError, match=r"mask may show a query later tokens.*masks\.causal"):
+    with pytest.raises(ValueError, match=r"mask may let a query attend to later.*masks\.causal"):
         in_calls(empty(), [T], mask=LOOK_AHEAD[name])
 
 
@@ -216,14 +216,14 @@ def test_a_prefix_in_more_than_one_call_is_refused(cuts):
         in_calls(empty(), cuts, mask=BOTH)
 
 
-def test_a_rolling_cache_refuses_masks_that_look_back_too_far():
+def test_a_rolling_cache_refuses_masks_beyond_its_capacity():
     for mask in (CAUSAL, masks.window(3, 0), BOTH, masks.segments(IDS) & CAUSAL):
         with pytest.raises(ValueError, match=r"mask may look back.*masks\.window\(2, None\)"):
             in_calls(empty(rolling=True), [T], mask=mask)
 
 
 @pytest.mark.parametrize("name", ["segments", "dense", "neighborhood", "block_sparse", "global"])
-def test_arrays_of_fewer_tokens_are_refused(name):
+def test_arrays_shorter_than_the_sequence_are_refused(name):
     longer = cache.init((B,), capacity=T + 4, num_kv_heads=K, head_dim=H)
     new = [np.ones((B, T + 1, K, H), np.float32)] * 2
     with pytest.raises(ValueError, match=r"mask: .*has entries for 6 positions.*may have 7"):
@@ -232,7 +232,7 @@ def test_arrays_of_fewer_tokens_are_refused(name):
         jax.eval_shape(lambda kept: cache.extend(kept, *new, mask=MASKS[name]), longer)
 
 
-def test_scores_of_fewer_tokens_and_offsets_of_examples_are_refused():
+def test_scores_with_short_arrays_or_offset_arrays_are_refused():
     longer = cache.init((B,), capacity=T + 4, num_kv_heads=K, head_dim=H)
     with pytest.raises(ValueError, match="score: array of bias has entries for 6 positions"):
         cache.placed_scores(longer, scores.bias(BIAS), T + 1)

@@ -1,4 +1,4 @@
-"""Mechanisms with a state: piece by piece, token by token, and their formulas in NumPy."""
+"""Recurrent mechanisms: chunk by chunk, token by token, and their formulas in NumPy."""
 
 import functools
 
@@ -18,7 +18,7 @@ from attention_jax.mechanisms import (
     retention,
 )
 
-B, T, K, G, H, D = 2, 150, 2, 2, 3, 5  # more than two pieces, and a part of one
+B, T, K, G, H, D = 2, 150, 2, 2, 3, 5  # more than two chunks, the last one partial
 N = K * G
 CAUSAL = masks.causal()
 
@@ -95,14 +95,14 @@ def oracle(name, query, key, value, gates, beta):
 
 @every
 @pytest.mark.usefixtures("x64")
-def test_equals_the_recurrence_token_by_token(name):
+def test_matches_the_formula_token_by_token(name):
     found = run(name, *arrays())
     np.testing.assert_allclose(found, oracle(name, *arrays()), rtol=1e-10, atol=1e-12)
 
 
 @two_by_default
 @pytest.mark.usefixtures("x64")
-def test_a_state_resumes_after_earlier_tokens(name):
+def test_resuming_from_a_state_equals_the_whole_sequence(name):
     """The steps of decoding equal the parallel form, however the sequence is cut."""
     given = arrays(T=20)
     whole, last = run(name, *given, return_state=True)
@@ -163,7 +163,7 @@ def alone(name, given, ids):
 
 @every
 @pytest.mark.usefixtures("x64")
-def test_packed_documents_are_independent(name):
+def test_packed_documents_equal_separate_ones(name):
     given = arrays()
     padded = [
         np.where((DOCUMENTS < 0).reshape(B, T, *[1] * (x.ndim - 2)), np.nan, x) for x in given
@@ -174,7 +174,7 @@ def test_packed_documents_are_independent(name):
 
 @two_by_default
 @pytest.mark.usefixtures("x64")
-def test_a_packed_state_resumes_within_its_document(name):
+def test_a_packed_state_resumes_its_own_document_only(name):
     """Wherever the row is cut: within a document, where another begins, within padding."""
     given, state, parts = arrays(), None, []
     for start, stop in ((0, 50), (50, 100), (100, 150)):
@@ -230,21 +230,21 @@ def test_gradients_stay_within_documents(name):
         ),
     ],
 )
-def test_mistakes_with_segments_are_named(options, error, said):
+def test_invalid_segments_raise(options, error, said):
     query, key, value, gates, _ = arrays(T=4, dtype=np.float32)
     with pytest.raises(error, match=said):
         gated_linear_attention(query, key, value, gates, **options)
 
 
-def test_segments_need_causality():
+def test_segments_require_a_causal_mask():
     query, key, value, *_ = arrays(T=4, dtype=np.float32)
-    with pytest.raises(ValueError, match="segments are of causal attention"):
+    with pytest.raises(ValueError, match="return_state and segments require"):
         linear_attention(query, key, value, segments=np.zeros(4, int))
 
 
 @two_by_default
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_sums_are_in_float32(name, dtype):
+def test_accumulates_in_float32(name, dtype):
     low = [jnp.asarray(x, dtype) for x in arrays()]
     found, state = run(name, *low, return_state=True)
     assert found.dtype == dtype
@@ -257,7 +257,7 @@ def test_sums_are_in_float32(name, dtype):
 @every
 @pytest.mark.slow
 @pytest.mark.usefixtures("x64")
-def test_gradients_equal_finite_differences(name):
+def test_gradients_match_finite_differences(name):
     query, key, value, gates, beta = arrays(T=70)
     gates = np.maximum(gates, -3)
 
@@ -268,7 +268,7 @@ def test_gradients_equal_finite_differences(name):
 
 
 @two_by_default
-def test_an_empty_sequence_keeps_the_state(name):
+def test_an_empty_call_returns_the_state(name):
     given = arrays(T=5, dtype=np.float32)
     _, state = run(name, *given, return_state=True)
     out, same = run(name, *(x[:, :0] for x in given), state=state, return_state=True)
@@ -277,7 +277,7 @@ def test_an_empty_sequence_keeps_the_state(name):
 
 
 @two_by_default
-def test_causal_outputs_ignore_later_tokens(name):
+def test_later_tokens_do_not_affect_earlier_outputs(name):
     given = arrays(dtype=np.float32)
     changed = [np.concatenate([x[:, :100], x[:, 100:] / 3], axis=1) for x in given]
     first, second = (run(name, *x)[:, :100] for x in (given, changed))

@@ -1,4 +1,4 @@
-"""What functions of masks and scores close over: its gradients, its transformations, its values."""
+"""Arrays that functions of masks and scores close over: gradients, transformations, values."""
 
 import jax
 import jax.numpy as jnp
@@ -93,7 +93,7 @@ def test_a_mask_closes_over_a_traced_array(implementation):
 
 
 @mostly_blockwise
-def test_a_function_with_a_derivative_of_its_own(implementation):
+def test_a_function_with_a_custom_derivative(implementation):
     @jax.custom_jvp
     def straight(x):
         return jnp.round(4 * x) / 4
@@ -135,7 +135,7 @@ def test_python_numbers_that_change_outside_of_jit():
         np.testing.assert_allclose(got, as_argument(jnp.float32(w)), rtol=1e-5)
 
 
-def test_an_equal_lambda_is_compiled_once():
+def test_a_new_lambda_on_every_call_is_compiled_once():
     def call(w):
         return aj.attention(X, X, X, score=scores.score_fn(lambda s, b, n, q, k: s * w + 0.25))
 
@@ -167,7 +167,7 @@ def test_explain_names_what_a_gpu_kernel_cannot_close_over():
     closed = scores.score_fn(lambda s, b, n, q, k: s + table[n])
     chosen, why = reason(closed)
     assert chosen == "blockwise"
-    assert "closes over an array, or a number beside one: pass it as an argument" in why
+    assert "closes over an array, or over a number while it takes arrays: pass it" in why
     assert reason(scores.score_fn(lambda s, b, n, q, k, t: s + t[n], table))[0] == "pallas_gpu"
     assert reason(scores.score_fn(lambda s, b, n, q, k: s * number))[0] == "pallas_gpu"
 
@@ -242,8 +242,8 @@ def test_what_a_mask_function_may_not_return():
 
 
 @mostly_blockwise
-def test_second_derivatives_of_a_rule_that_has_rules(implementation):
-    """The derivative of sinc is a function with a rule of its own."""
+def test_second_derivatives_of_nested_custom_rules(implementation):
+    """The derivative of sinc has a custom rule itself."""
     f = lambda s, w: s * jnp.sinc(w)  # noqa: E731
     got = jax.hessian(lambda w: loss(w, implementation, f=f))(0.0)
     expected = jax.hessian(lambda w: as_argument(w, f=f))(jnp.float32(0.0))
@@ -291,7 +291,7 @@ def test_the_same_function_is_compiled_once(fn):
     assert _attention._cache_size() == before
 
 
-def test_functions_that_differ_in_their_derivative_alone_are_told_apart():
+def test_functions_that_differ_only_in_their_derivative_are_unequal():
     def gradient(factor):
         straight = jax.custom_jvp(lambda x: x + 0)
         straight.defjvps(lambda t, ans, x: factor * t)
@@ -301,7 +301,7 @@ def test_functions_that_differ_in_their_derivative_alone_are_told_apart():
     np.testing.assert_allclose(gradient(2.0), 2 * gradient(1.0), rtol=1e-4)
 
 
-# --- Numbers that are no part of the program, and constants that are.
+# --- Numbers that are not part of the program, and constants that are.
 
 
 def test_numbers_outside_the_block_map_are_compiled_once():

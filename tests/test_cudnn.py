@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from cudnn_calls import (
     BF16,
+    CUDNN,
     F32,
     SUPPORTED,
     B,
@@ -32,7 +33,6 @@ from cudnn_calls import (
 )
 
 from attention_jax import masks, reference, scores
-from attention_jax.backends import cudnn
 from attention_jax.core.pytree import full_rank
 
 calls = pytest.fixture(cudnn_calls.calls)
@@ -152,7 +152,7 @@ REFUSED = [
     ({"mask": masks.window(2, 0), "S": 8}, "causal and T is 10 but S is 8"),
     ({"mask": masks.window(2, None)}, "left window without causal"),
     ({"mask": masks.window(2, None), "S": 8}, "left window without causal"),
-    ({"mask": masks.window(3, 1)}, "sees 1 keys after the query"),
+    ({"mask": masks.window(3, 1)}, "allows 1 keys after the query"),
     ({"mask": masks.window(2, 0) & masks.lengths(key=lengths)}, "window and key lengths"),
     ({"score": scores.softcap(2.0)}, "score Softcap has no place"),
     ({"score": scores.alibi()}, "score Alibi has no place"),
@@ -173,16 +173,16 @@ def test_refuses_with_a_reason(options, reason):
     options = dict(options)
     shape = {name: options.pop(name) for name in ("T", "S", "D", "H", "dtype") if name in options}
     call, spec = prepared(*inputs(**shape), **options)
-    found = cudnn.why_unsupported(spec)
+    found = CUDNN.why_unsupported(spec)
     assert found is not None
     assert re.search(reason, found), found
-    assert cudnn.extra_bytes(spec) >= 0
+    assert CUDNN.extra_bytes(spec) >= 0
     if found.startswith("mask"):
         with pytest.raises(NotImplementedError, match=reason):
-            cudnn.run(call, spec)
+            CUDNN.run(call, spec)
 
 
-# --- Rows that see nothing, keys that nothing sees.
+# --- Fully masked queries and keys.
 
 
 hiding = np.asarray(normal(6, 1, T, T)).copy()
@@ -269,13 +269,13 @@ def test_a_masking_bias(calls):
 def test_extra_bytes():
     x = inputs()
     rows = 2 * math.prod(B) * T * H * 2
-    assert cudnn.extra_bytes(prepared(*x)[1]) == 0
-    assert cudnn.extra_bytes(prepared(*x, mask=masks.causal())[1]) == 0
-    assert cudnn.extra_bytes(prepared(*x, mask=masks.prefix(3))[1]) == rows * (N + K)
+    assert CUDNN.extra_bytes(prepared(*x)[1]) == 0
+    assert CUDNN.extra_bytes(prepared(*x, mask=masks.causal())[1]) == 0
+    assert CUDNN.extra_bytes(prepared(*x, mask=masks.prefix(3))[1]) == rows * (N + K)
     spec = prepared(*x, score=scores.bias(shared_bias))[1]
-    assert cudnn.extra_bytes(spec) == rows * (N + K) + 2 * N * T * T
+    assert CUDNN.extra_bytes(spec) == rows * (N + K) + 2 * N * T * T
     spec = prepared(*x, score=scores.bias(own_bias))[1]
-    assert cudnn.extra_bytes(spec) == rows * (N + K) + 2 * 6 * T * T
+    assert CUDNN.extra_bytes(spec) == rows * (N + K) + 2 * 6 * T * T
 
 
 def test_nothing_is_probed():
@@ -283,11 +283,11 @@ def test_nothing_is_probed():
     program = (
         "import jax, ml_dtypes\n"
         "from attention_jax.core.axes import Sizes\n"
-        "from attention_jax.backends import Spec, cudnn\n"
+        "from attention_jax.backends import CuDNN, Spec\n"
         "sizes = Sizes(B=(2,), T=128, S=128, K=2, G=1, H=64, D=64)\n"
         "spec = Spec(sizes, ml_dtypes.bfloat16, None, (), 0.1, False, 0.0, False, 'gpu')\n"
-        "assert cudnn.why_unsupported(spec) is None\n"
-        "assert cudnn.extra_bytes(spec) == 0\n"
+        "assert CuDNN().why_unsupported(spec) is None\n"
+        "assert CuDNN().extra_bytes(spec) == 0\n"
         "jax.config.update('jax_num_cpu_devices', 3)\n"  # which a backend that has started ignores
         "assert jax.device_count('cpu') == 3\n"
     )

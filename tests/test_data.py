@@ -1,4 +1,4 @@
-"""The files of tasks: found and checked in a folder, or downloaded, in parts where need be."""
+"""Data files: found and checked in a folder, or downloaded and cached, resuming if need be."""
 
 import contextlib
 import gzip
@@ -21,7 +21,7 @@ REAL = os.environ.get(files.VARIABLE)
 
 
 class Ranges(http.server.BaseHTTPRequestHandler):
-    """Gives the rest of a file where that is asked for."""
+    """Serves ranges of a file."""
 
     ranges = True
     body = BODY
@@ -55,14 +55,14 @@ class NoRanges(Ranges):
 
 
 class Breaks(Ranges):
-    """Ends half-way though it announced everything."""
+    """Closes the connection half-way."""
 
     def content(self, start):
         return self.body[start:HALF]
 
 
 class Other(Ranges):
-    """Has a file of the same size."""
+    """Serves another file of the same size."""
 
     body = BODY[::-1]
 
@@ -95,7 +95,7 @@ def serving(handler):
 
 @pytest.fixture(autouse=True)
 def place(tmp_path, monkeypatch):
-    """No variable, an empty cache, no proxy."""
+    """No environment variable, an empty cache, no proxy."""
     monkeypatch.delenv(files.VARIABLE, raising=False)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr(files.pooch, "os_cache", lambda project: tmp_path / "cache" / project)
@@ -104,7 +104,7 @@ def place(tmp_path, monkeypatch):
 
 @pytest.fixture
 def listed(tmp_path, monkeypatch):
-    """Makes data.tsv list contents, by name, at a port."""
+    """Replaces data.tsv with a table of these files, at a port."""
 
     def write(contents, port=9):
         rows = ["file\tbytes\tsha256\turl"]
@@ -120,9 +120,9 @@ def listed(tmp_path, monkeypatch):
 
 @pytest.fixture
 def fetch(listed):
-    """Takes a file from a server; returns it, and what the server was asked for and sent."""
+    """Fetches a file from a server; returns it, or the error, and the server."""
 
-    def take(handler):
+    def fetched(handler):
         with serving(handler) as server:
             listed({NAME: BODY}, server.server_port)
             try:
@@ -130,12 +130,12 @@ def fetch(listed):
             except files.DataError as problem:
                 return problem, server
 
-    return take
+    return fetched
 
 
 @pytest.fixture
 def cached(tmp_path):
-    """Where the file goes, and the part of it."""
+    """The cached file, and its partial download."""
     target = tmp_path / "cache" / "attention_jax" / NAME
     target.parent.mkdir(parents=True)
     return target, target.with_name("a.bin.part")
@@ -143,7 +143,7 @@ def cached(tmp_path):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch, listed):
-    """One that the variable names, with the file in it."""
+    """The folder that the environment variable names, with the file in it."""
     found = tmp_path / "folder"
     (found / NAME).parent.mkdir(parents=True)
     (found / NAME).write_bytes(BODY)
@@ -167,11 +167,11 @@ def assert_says(problem, *parts):
         assert part in re.sub(r"127.0.0.1:\d+", "127.0.0.1:9", str(problem))
 
 
-def test_a_file_is_downloaded_once(fetch, cached):
+def test_file_is_downloaded_once(fetch, cached):
     found, server = fetch(Ranges)
     assert found == cached[0]
     assert found.read_bytes() == BODY
-    assert files.path(NAME) == found  # the server is gone
+    assert files.path(NAME) == found  # the server has shut down
     assert server.asked == [None]
     assert left(cached) == ["a.bin"]
 
@@ -183,7 +183,7 @@ def test_pooch_is_quiet(fetch, monkeypatch):
     assert records == []
 
 
-def test_a_broken_download_goes_on_from_where_it_ended(fetch, cached):
+def test_broken_download_is_resumed(fetch, cached):
     problem, _ = fetch(Breaks)
     assert_says(problem, "IncompleteRead")
     assert left(cached) == ["a.bin.part"]
@@ -194,14 +194,14 @@ def test_a_broken_download_goes_on_from_where_it_ended(fetch, cached):
     assert left(cached) == ["a.bin"]
 
 
-def test_a_server_without_ranges_is_asked_for_everything_anew(fetch, cached):
+def test_server_without_ranges_sends_everything_again(fetch, cached):
     cached[1].write_bytes(BODY[:HALF])
     found, server = fetch(NoRanges)
     assert found.read_bytes() == BODY
     assert (server.asked, server.sent) == ([f"bytes={HALF}-"], [len(BODY)])
 
 
-def test_a_part_that_is_the_whole_file_needs_no_server(fetch, cached):
+def test_complete_partial_download_needs_no_server(fetch, cached):
     cached[1].write_bytes(BODY)
     found, server = fetch(Missing)
     assert found.read_bytes() == BODY
@@ -210,21 +210,21 @@ def test_a_part_that_is_the_whole_file_needs_no_server(fetch, cached):
 
 
 @pytest.mark.parametrize("part", [BODY[::-1], BODY + b"more"], ids=["another", "too_long"])
-def test_a_part_of_full_length_that_is_not_the_file_is_dropped(fetch, cached, part):
+def test_partial_download_of_full_length_with_other_bytes_is_dropped(fetch, cached, part):
     cached[1].write_bytes(part)
     found, server = fetch(Ranges)
     assert found.read_bytes() == BODY
     assert server.asked == [None]
 
 
-def test_a_part_longer_than_what_the_server_has_is_dropped(fetch, cached):
+def test_partial_download_longer_than_the_file_of_the_server_is_dropped(fetch, cached):
     cached[1].write_bytes(BODY[:HALF])
     problem, _ = fetch(Shorter)
     assert_says(problem, "416")
     assert left(cached) == []
 
 
-def test_a_part_of_another_file_is_found_out(fetch, cached):
+def test_partial_download_of_another_file_is_noticed(fetch, cached):
     cached[1].write_bytes(BODY[::-1][:HALF])
     problem, _ = fetch(Ranges)
     assert_says(problem, "wrong checksum")
@@ -247,7 +247,7 @@ def test_a_part_of_another_file_is_found_out(fetch, cached):
         (Missing, ("404",)),
     ],
 )
-def test_a_bad_download_is_not_kept(fetch, cached, handler, parts):
+def test_wrong_download_is_not_kept(fetch, cached, handler, parts):
     problem, _ = fetch(handler)
     assert_says(problem, *parts)
     assert left(cached) == []
@@ -256,14 +256,14 @@ def test_a_bad_download_is_not_kept(fetch, cached, handler, parts):
     assert server.asked == [None]
 
 
-def test_a_cached_file_that_was_altered_is_downloaded_again(fetch, cached):
+def test_altered_cached_file_is_downloaded_again(fetch, cached):
     cached[0].write_bytes(BODY[::-1])
     found, server = fetch(Ranges)
     assert found.read_bytes() == BODY
     assert server.asked == [None]
 
 
-def test_no_network(listed, cached):
+def test_without_a_network_the_partial_download_is_kept(listed, cached):
     cached[1].write_bytes(BODY[:HALF])
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]
@@ -274,7 +274,7 @@ def test_no_network(listed, cached):
     assert left(cached) == ["a.bin.part"]
 
 
-def test_a_cache_that_cannot_be_made(listed, tmp_path):
+def test_cache_that_cannot_be_created(listed, tmp_path):
     listed({NAME: BODY})
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(files.DataError) as caught:
@@ -282,12 +282,12 @@ def test_a_cache_that_cannot_be_made(listed, tmp_path):
     assert_says(caught.value, str(tmp_path / "cache"))
 
 
-def test_a_file_of_the_folder_is_taken_from_there(folder, place):
+def test_file_of_the_folder_is_used(folder, place):
     assert files.path(NAME) == folder / NAME
     assert not (place / "cache").exists()
 
 
-def test_an_empty_variable_is_none(fetch, cached, monkeypatch):
+def test_empty_variable_counts_as_unset(fetch, cached, monkeypatch):
     monkeypatch.setenv(files.VARIABLE, "")
     assert fetch(Ranges)[0] == cached[0]
 
@@ -308,7 +308,7 @@ def test_an_empty_variable_is_none(fetch, cached, monkeypatch):
     ],
     ids=["truncated", "altered", "missing"],
 )
-def test_a_wrong_file_of_the_folder(folder, place, body, parts):
+def test_wrong_file_in_the_folder(folder, place, body, parts):
     if body is None:
         (folder / NAME).unlink()
     else:
@@ -320,17 +320,17 @@ def test_a_wrong_file_of_the_folder(folder, place, body, parts):
 
 
 @pytest.mark.parametrize("exists", [False, True], ids=["missing", "file"])
-def test_the_variable_names_no_folder(folder, monkeypatch, tmp_path, exists):
+def test_variable_that_names_no_folder(folder, monkeypatch, tmp_path, exists):
     other = tmp_path / "other"
     if exists:
         other.write_text("a file")
     monkeypatch.setenv(files.VARIABLE, str(other))
     with pytest.raises(files.DataError) as caught:
         files.path(NAME)
-    assert_says(caught.value, f"{other} is no folder")
+    assert_says(caught.value, f"{other} is not a folder")
 
 
-def test_the_folder_is_never_written_to(folder, listed):
+def test_folder_is_never_written_to(folder, listed):
     (folder / "letters/b.gz").write_bytes(gzip.compress(b"b\n"))
     listed({NAME: BODY, "letters/b.gz": (folder / "letters/b.gz").read_bytes(), "letters/c": b"c"})
     before = tree(folder)
@@ -347,7 +347,7 @@ def test_the_folder_is_never_written_to(folder, listed):
             file.chmod(0o755)
 
 
-def test_an_unknown_name(listed):
+def test_unknown_name(listed):
     listed({NAME: BODY, "letters/b": b"b", "numbers/1": b"1"})
     with pytest.raises(ValueError, match=r"one of letters/a\.bin, letters/b, got 'letters/c'"):
         files.path("letters/c")
@@ -355,7 +355,7 @@ def test_an_unknown_name(listed):
         files.path("c")
 
 
-def test_lines_end_at_line_feeds_alone(folder, listed):
+def test_lines_end_only_at_line_feeds(folder, listed):
     written = "a\x85b\x0bc\u2028\r\n\n d \ne"
     bodies = {
         "letters/latin": written.replace("\u2028", "").encode("latin-1"),
@@ -372,7 +372,7 @@ def test_lines_end_at_line_feeds_alone(folder, listed):
         files.lines("letters/latin")
 
 
-def test_every_line_of_the_table_is_whole():
+def test_every_line_of_the_table_is_valid():
     known = files.files()
     assert len(known) == len(files.TABLE.read_text().splitlines()) - 1
     for name, file in known.items():
@@ -383,8 +383,8 @@ def test_every_line_of_the_table_is_whole():
         assert file.url.endswith(name.rpartition("/")[2])
 
 
-@pytest.mark.skipif(not REAL, reason=f"{files.VARIABLE} names no folder")
-def test_the_folder_of_this_machine_has_every_file(monkeypatch):
+@pytest.mark.skipif(not REAL, reason=f"{files.VARIABLE} is not set")
+def test_folder_of_this_machine_has_every_file(monkeypatch):
     monkeypatch.setenv(files.VARIABLE, REAL)
     names = [name for name in files.files() if not name.startswith("fashion_mnist/")]
     assert names

@@ -1,4 +1,4 @@
-"""Generation equals what the formula says, token by token, whatever else is in the batch."""
+"""Generation matches its formula, token by token, whatever else is in the batch."""
 
 import dataclasses
 import itertools
@@ -45,7 +45,7 @@ def by_hand(model, prompt, new=NEW):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["rotary, windows", "relative, a window"])
-def test_greedy_takes_the_most_likely_token(name):
+def test_greedy_takes_the_likeliest_token(name):
     model = decoder(name)
     expected = [by_hand(model, p) for p in PROMPTS]
     for side in ("left", "right"):
@@ -59,7 +59,7 @@ def test_greedy_takes_the_most_likely_token(name):
 
 
 @pytest.mark.slow
-def test_log_probability_sums_over_the_tokens():
+def test_log_probability_of_the_generated_tokens():
     model = decoder()
     tokens, real = padded("left")
     got = generate(model, tokens, real=real, max_new_tokens=NEW)
@@ -70,7 +70,7 @@ def test_log_probability_sums_over_the_tokens():
 
 
 @pytest.mark.slow
-def test_a_prefix_lm_generates_what_follows_the_whole_prompt():
+def test_a_prefix_lm_attends_to_the_whole_prompt():
     layers = dataclasses.replace(DECODERS["learned"].layers, prefix_lm=True)
     config = dataclasses.replace(DECODERS["learned"], layers=layers)
     model = randomised(models.Decoder(config, rngs=nnx.Rngs(0)))
@@ -82,7 +82,7 @@ def test_a_prefix_lm_generates_what_follows_the_whole_prompt():
         assert likeliest.tolist() == row
 
 
-def test_a_stop_token_ends_a_row_and_no_other():
+def test_a_stop_token_ends_only_its_row():
     model = decoder()
     tokens, real = padded("right")
     free = generate(model, tokens, real=real, max_new_tokens=NEW).tokens
@@ -97,7 +97,7 @@ def test_a_stop_token_ends_a_row_and_no_other():
 
 
 @pytest.mark.slow
-def test_resuming_from_caches_is_the_same():
+def test_resuming_from_caches():
     model = decoder("rotary, windows")
     tokens, real = padded("left")
     whole = generate(model, tokens, real=real, max_new_tokens=NEW).tokens
@@ -108,7 +108,7 @@ def test_resuming_from_caches_is_the_same():
 
 
 @pytest.mark.slow
-def test_sampling_depends_on_the_key_and_the_row():
+def test_sampling_depends_on_key_and_row_only():
     model, prompt = decoder(), np.array([[3, 1]] * 40)
     options = {"max_new_tokens": NEW, "sampling": Sampling()}
     a = generate(model, prompt, key=jax.random.key(0), **options).tokens
@@ -208,7 +208,7 @@ def test_one_beam_is_greedy():
 
 
 @pytest.mark.slow
-def test_beams_of_rows_are_independent():
+def test_beams_do_not_depend_on_other_rows():
     model = decoder("relative, a window")
     tokens, real = padded("left")
     options = {"max_new_tokens": NEW, "beams": 3, "stop": 4}
@@ -236,8 +236,8 @@ def test_beams_of_an_encoder_decoder():
 def test_the_loop_compiles_once():
     model = decoder()
     chex.clear_trace_counter()
-    before = models.decoding._run._cache_size()
+    before = models.generation._run._cache_size()
     for seed in range(3):
         prompt = np.random.default_rng(seed).integers(0, V, (2, 3))
         generate(model, prompt, max_new_tokens=NEW)
-    assert models.decoding._run._cache_size() == before + 1
+    assert models.generation._run._cache_size() == before + 1

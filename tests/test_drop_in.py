@@ -1,4 +1,4 @@
-"""The drop-ins for Flax's modules and for ``jax.nn``: what is theirs alone.
+"""Drop-ins for Flax's modules and ``jax.nn``: their own options.
 
 That they agree with what they replace is in ``test_like_flax.py`` and ``test_like_jax_nn.py``.
 """
@@ -19,7 +19,7 @@ B, T, S, N, E = 2, 6, 9, 4, 16
 
 
 def visible():
-    """Every query sees some key: where none, Flax gives a mean."""
+    """Every query has a visible key; without one, Flax returns a mean."""
     seen = np.random.default_rng(3).random((B, N, T, S)) < 0.6
     seen[..., 0] = True
     return jnp.asarray(seen)
@@ -91,7 +91,7 @@ def test_dtype_promotes_and_casts():
     assert attention_fn(q, k, v, dtype=jnp.bfloat16).dtype == jnp.bfloat16
 
 
-def test_promote_dtype_is_called_in_place_of_the_cast():
+def test_promote_dtype_replaces_the_cast():
     def narrow(arrays, *, dtype):
         assert dtype is None
         return [x.astype(jnp.float16) for x in arrays]
@@ -107,7 +107,7 @@ def test_products_have_at_least_the_requested_precision(precision):
     assert set(re.findall(r"Precision\.(\w+)", program)) == {"HIGHEST"}
 
 
-def test_unsupported_arguments_are_refused():
+def test_unsupported_arguments_raise():
     x = jax_normal(0, T, N, 8)
     for name in ("einsum_dot_general", "qk_attn_weights_einsum", "attn_weights_value_einsum"):
         with pytest.raises(NotImplementedError, match=f"{name} must be None"):
@@ -120,7 +120,7 @@ def test_unsupported_arguments_are_refused():
         attention_fn(x, x, x, dropout_rate=0.5)
 
 
-def test_a_query_that_attends_to_no_key_gives_zero():
+def test_a_query_without_visible_keys_gives_zero():
     x = jax_normal(0, T, N, 8)
     out = attention_fn(x, x, x, mask=~masks.prefix(0).to_dense(T, T) & (jnp.arange(T) > T))
     np.testing.assert_array_equal(out, 0)

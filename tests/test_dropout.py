@@ -1,15 +1,12 @@
 """Dropout: the hash against NumPy, its statistics, and the same pairs everywhere."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from attention_jax import attention, masks
-from attention_jax.backends import blockwise
-from attention_jax.backends.call import Call
+from attention_jax.backends import Blockwise
 from attention_jax.core import dropout
 
 WORD = 2**32
@@ -120,12 +117,16 @@ def test_every_implementation_and_block_size_drops_the_same_pairs():
             query, keys, value, dropout_rate=rate, dropout_key=key, implementation=implementation
         )
         np.testing.assert_allclose(out, expected, rtol=1e-6)
-    drop = dropout.of_rate(rate, key, jnp.float32)
-    call = Call(query, keys, value, None, (), None, jnp.float32(1), drop)
-    sizes = blockwise.Sizes(B=(B,), T=T, S=S, K=K, G=N // K, H=3, D=S)
     for block in ((3, 4), (2, 11)):
-        run = functools.partial(blockwise.run, sizes=sizes, block=block)
-        out, lse = jax.jit(run)(call)
+        out, lse = attention(
+            query,
+            keys,
+            value,
+            dropout_rate=rate,
+            dropout_key=key,
+            implementation=Blockwise(*block),
+            return_lse=True,
+        )
         np.testing.assert_allclose(out, expected, rtol=1e-6)
         np.testing.assert_allclose(lse, np.log(S), rtol=1e-6)
 

@@ -1,4 +1,4 @@
-"""``python -m experiments``: what it lists and refuses, and that its verbs do what they say."""
+"""``python -m experiments``: the command line, its verbs, and benchmarks."""
 
 import json
 import subprocess
@@ -6,17 +6,22 @@ import sys
 import warnings
 
 import jax
+import numpy as np
 import pytest
+from helpers import mostly_slow, slow
 
+from attention_jax import explain
 from experiments.__main__ import main
-from experiments.bench import compare
+from experiments.bench import compare, contenders, tables
+from experiments.bench.attention import SECTIONS, Options
+from experiments.bench.shapes import SHAPES, SHORT
 from experiments.tasks import TASKS, load
 from experiments.training import config
 
 # --- The command line.
 
 
-def test_lists_verbs_and_tasks_without_importing_what_it_does_not_need():
+def test_listing_imports_nothing_heavy():
     code = """if True:
         import sys
         from experiments.__main__ import main
@@ -28,13 +33,13 @@ def test_lists_verbs_and_tasks_without_importing_what_it_does_not_need():
     assert done.returncode == 0, done.stderr
     for word in ("train", "evaluate", "sample", "look", "report", "compare", "bench", "--help"):
         assert word in done.stdout
-    for name, row in TASKS.items():
-        for said in (name, *row):
-            assert said in done.stdout
+    for name, summary in TASKS.items():
+        for text in (name, *summary):
+            assert text in done.stdout
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "words"),
     [
         ("nope", ["unknown verb 'nope'", "train", "compare", "bench"]),
         ("train", ["needs a task", "digits"]),
@@ -57,17 +62,17 @@ def test_lists_verbs_and_tasks_without_importing_what_it_does_not_need():
         ("compare --only nope", ["nope", "blockwise", "jax.nn"]),
     ],
 )
-def test_a_mistake_ends_with_code_2_and_lists_what_is_valid(arguments, said, capsys):
+def test_mistake_exits_with_code_2_and_lists_what_is_valid(arguments, words, capsys):
     with pytest.raises(SystemExit) as end:
         main(arguments.split())
     assert end.value.code == 2
     printed = " ".join(capsys.readouterr().err.replace("│", " ").split())
-    for words in said:
-        assert words in printed
+    for word in words:
+        assert word in printed
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_every_task_loads_under_its_name(name):
+def test_task_loads_under_its_name(name):
     assert load(name).name == name
 
 
@@ -75,14 +80,14 @@ def test_every_task_loads_under_its_name(name):
 
 
 def run(*arguments):
-    """The verb's exit code; what goes wrong is raised."""
+    """The exit code of a command."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)
         return main([str(x) for x in arguments])
 
 
-SAME = ("sst2", "fashion")  # rungs that are those of trec and digits, on other data
-RUNGS = [
+SAME = ("sst2", "fashion")  # the models of trec and digits, on other data
+MODELS = [
     (name, model)
     for name in TASKS
     if name not in SAME
@@ -91,8 +96,8 @@ RUNGS = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "model"), RUNGS)
-def test_every_rung_trains_is_scored_again_read_and_looked_at(name, model, tmp_path, capsys):
+@pytest.mark.parametrize(("name", "model"), MODELS)
+def test_model_trains_evaluates_samples_and_looks(name, model, tmp_path, capsys):
     options = ("--preset", "smoke", "--model", model, "--out", tmp_path, "--record", tmp_path)
     assert run("train", name, *options) == 0
     folder = tmp_path / name / f"{model}-smoke-seed0"
@@ -117,56 +122,56 @@ def test_every_rung_trains_is_scored_again_read_and_looked_at(name, model, tmp_p
         assert len(capsys.readouterr().out) > 10
     else:
         assert run("sample", folder) == 2
-        assert "has no examples to read" in capsys.readouterr().err
+        assert "has no text to print" in capsys.readouterr().err
     code = run("look", folder)
-    said = capsys.readouterr()
+    captured = capsys.readouterr()
     attends = "attention" in model or name == "vqa"
     attends |= model in ("vit", "transformer", "window", "copier", "finetuned", "adapted")
     attends |= (name, model) == ("qa", "gru")
     if task.look is not None and attends:
         assert code == 0
         page = (folder / "look.html").read_text()
-        assert "://" not in page  # nothing from a network
+        assert "://" not in page  # loads nothing from a network
     else:
         assert code == 2
-        assert "no attention to look at" in said.err or "no page to look at" in said.err
+        assert "no attention to look at" in captured.err or "no attention page" in captured.err
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """The folder of a run of ``trec``, and where it lies."""
+    """The folder of a run of ``trec``, and its options."""
     out = tmp_path_factory.mktemp("runs")
     options = ("--preset", "smoke", "--model", "attention", "--steps", 3, "--out", out)
     assert run("train", "trec", *options) == 0
     return out / "trec" / "attention-smoke-seed0", options
 
 
-def test_a_run_is_not_replaced_unless_told(trained, capsys):
+def test_run_is_not_replaced_by_default(trained, capsys):
     folder, options = trained
     assert run("train", "trec", *options) == 2
-    said = capsys.readouterr().err
-    for words in (str(folder), "--resume", "--overwrite", "--name"):
-        assert words in said
+    error = capsys.readouterr().err
+    for word in (str(folder), "--resume", "--overwrite", "--name"):
+        assert word in error
 
 
-def test_a_run_of_another_configuration_is_not_resumed(trained, capsys):
+def test_run_with_another_configuration_is_not_resumed(trained, capsys):
     _, options = trained
     assert run("train", "trec", *options, "--width", 32, "--resume") == 2
-    said = capsys.readouterr().err
-    assert "width is 32, was 16" in said
-    assert "seed" not in said.split("configuration:")[1]
+    error = capsys.readouterr().err
+    assert "width is 32, was 16" in error
+    assert "seed" not in error.split("configuration:")[1]
 
 
-def test_a_finished_run_that_is_resumed_is_scored_again(trained, capsys):
+def test_resuming_a_finished_run_evaluates_it_again(trained, capsys):
     folder, options = trained
     before = json.loads((folder / "record.json").read_text())
     assert run("train", "trec", *options, "--resume") == 0
-    assert "goes on from step 3" in capsys.readouterr().out
+    assert "resumed from step 3" in capsys.readouterr().out
     after = json.loads((folder / "record.json").read_text())
     assert (before["test"], before["curve"]) == (after["test"], after["curve"])
 
 
-def test_a_damaged_checkpoint_is_told_from_a_missing_run(trained, tmp_path, capsys):
+def test_damaged_checkpoint_and_missing_run_raise_different_errors(trained, tmp_path, capsys):
     import shutil
 
     folder, _ = trained
@@ -176,68 +181,68 @@ def test_a_damaged_checkpoint_is_told_from_a_missing_run(trained, tmp_path, caps
         if file.is_file():
             file.write_bytes(b"")
     assert run("evaluate", copy) == 2
-    assert "no checkpoint is whole" in capsys.readouterr().err
+    assert "no checkpoint is intact" in capsys.readouterr().err
     assert run("evaluate", tmp_path / "nothing") == 2
-    assert "is no run: it has no run.json" in capsys.readouterr().err
+    assert "is not a run: it has no run.json" in capsys.readouterr().err
 
 
-def test_a_run_of_another_version_is_refused(trained, tmp_path, capsys):
+def test_run_of_another_version_raises(trained, tmp_path, capsys):
     import shutil
 
     folder, _ = trained
     shutil.copytree(folder, tmp_path / "copy")
     file = tmp_path / "copy" / "run.json"
-    said = json.loads(file.read_text())
-    del said["config"]["width"]
-    file.write_text(json.dumps(said))
+    content = json.loads(file.read_text())
+    del content["config"]["width"]
+    file.write_text(json.dumps(content))
     assert run("evaluate", tmp_path / "copy") == 2
     assert "another version of this task: its options differ by width" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         (" ", "text must not be empty or blank"),
         ("word " * 65, "text has 65 words, the model reads 64"),
     ],
 )
 @pytest.mark.parametrize("verb", ["sample", "look"])
-def test_a_text_that_cannot_be_read_is_refused(trained, verb, text, said, capsys):
+def test_unusable_text_raises(trained, verb, text, message, capsys):
     folder, _ = trained
     assert run(verb, folder, "--text", text) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
-def test_a_text_of_ones_own_is_read(trained, capsys):
+def test_sample_reads_a_given_text(trained, capsys):
     folder, _ = trained
     assert run("sample", folder, "--text", "class3 word1 neverseen") == 0
-    said = capsys.readouterr().out
-    assert said.startswith("class3 word1 neverseen")
-    assert any(name in said for name in load("trec").data(load("trec").presets["smoke"]).classes)
+    printed = capsys.readouterr().out
+    assert printed.startswith("class3 word1 neverseen")
+    assert any(name in printed for name in load("trec").data(load("trec").presets["smoke"]).classes)
 
 
 @pytest.mark.slow
-def test_what_has_no_weights_is_not_looked_at(tmp_path, capsys):
+def test_look_at_a_mechanism_without_softmax_weights_raises(tmp_path, capsys):
     options = ("--preset", "smoke", "--model", "attention", "--attention", "linear")
     assert run("train", "trec", *options, "--steps", 1, "--out", tmp_path) == 0
     capsys.readouterr()
     assert run("look", tmp_path / "trec" / "attention-smoke-seed0") == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "linear_attention has no weights of a softmax over keys to look at: take" in line
+    assert "linear_attention has no softmax weights over keys to return: use" in line
 
 
-def test_options_are_the_same_after_a_file():
+def test_config_survives_json():
     for name in TASKS:
         for preset in load(name).presets.values():
             written = json.loads(json.dumps(config.as_json(preset)))
             assert config.from_json(type(preset), written, "x") == preset
 
 
-# --- Comparing.
+# --- Benchmarks.
 
 
-def test_compare_tells_right_from_wrong_and_refused(monkeypatch, tmp_path, capsys):
-    few = ("no option", "rows that see nothing: mask", "sinks")
+def test_compare_distinguishes_ok_differs_and_refused(monkeypatch, tmp_path, capsys):
+    few = ("no option", "empty rows: mask", "sinks")
     monkeypatch.setattr(compare, "OPTIONS", {name: compare.OPTIONS[name] for name in few})
     file = tmp_path / "compare.json"
     options = compare.Options(quick=True, gradients=False, only=("xla", "jax.nn"), out=file)
@@ -245,7 +250,7 @@ def test_compare_tells_right_from_wrong_and_refused(monkeypatch, tmp_path, capsy
     record = json.loads(file.read_text())
     assert record["table"] == {
         "no option": {"xla": "ok", "jax.nn": "ok"},
-        "rows that see nothing: mask": {"xla": "ok", "jax.nn": "differs"},
+        "empty rows: mask": {"xla": "ok", "jax.nn": "differs"},
         "sinks": {"xla": "ok", "jax.nn": "refused"},
     }
     printed = capsys.readouterr().out
@@ -254,7 +259,7 @@ def test_compare_tells_right_from_wrong_and_refused(monkeypatch, tmp_path, capsy
     assert printed.splitlines()[-1] == "ours: all within bounds"
 
 
-def test_compare_ends_with_code_1_if_one_of_ours_is_wrong(monkeypatch, capsys):
+def test_compare_exits_with_code_1_if_ours_is_out_of_bounds(monkeypatch, capsys):
     def wrong(query, key, value, **options):
         return query
 
@@ -262,3 +267,52 @@ def test_compare_ends_with_code_1_if_one_of_ours_is_wrong(monkeypatch, capsys):
     monkeypatch.setattr(compare, "contenders", lambda: {"xla": wrong})
     assert compare.main(compare.Options(quick=True, gradients=False)) == 1
     assert capsys.readouterr().out.splitlines()[-1] == "ours: out of bounds in xla"
+
+
+@pytest.mark.parametrize("name", mostly_slow(SHAPES, {*SHAPES} - {"window 1000000"}))
+def test_named_shape_has_an_implementation_on_every_platform(name):
+    shape = SHAPES[name]
+    for platform in ("cpu", "gpu", "tpu"):
+        explanation = explain(*shape.structs(), mask=shape.mask, platform=platform)
+        assert explanation.chosen
+    assert int(name.split()[-1]) == shape.S
+
+
+@pytest.mark.parametrize("shape", SHORT[:2], ids=str)
+@pytest.mark.parametrize("backward", [slow(False), True])
+def test_contenders_run(shape, backward):
+    for contender in (contenders.ours, contenders.jax_nn):
+        assert contender(shape, backward=backward)() is not None
+
+
+def test_ours_and_jax_nn_compute_the_same_on_a_named_shape():
+    shape = SHAPES["first causal 1024"]
+    one, other = (contender(shape)() for contender in (contenders.ours, contenders.jax_nn))
+    np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_bench_measures_prints_and_writes_a_section(tmp_path, capsys):
+    (row,) = tables.read({"rows": [MEASURED]})
+    tables.print_measurement(row)
+    assert "2.00x jax.nn  (at least 1.5: ok)" in capsys.readouterr().out
+    tables.write([row], tmp_path, repeats=1)
+    record = json.loads((tmp_path / "bench.json").read_text())
+    assert tables.read(record) == [row]
+    assert (tmp_path / "bench.png").stat().st_size > 1000
+    assert "| forward, a call | 500.0 ms | **2.00x** (aim 1.5x) |" in tables.table([row])
+
+
+MEASURED = {
+    "section": "forward",
+    "work": "a call",
+    "seconds": {"ours": 0.5, "jax.nn": 1.0},
+    "gflops": 1.0,
+    "targets": {"jax.nn": 1.5},
+    "note": "",
+}
+
+
+@pytest.mark.slow
+def test_cache_section_has_sizes():
+    rows = SECTIONS["cache"](Options())
+    assert [row.note for row in rows] == ["16,384 MiB", "4,096 MiB", "512 MiB"]

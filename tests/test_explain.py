@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from attention_jax import attention, backends, explain, masks, scores
-from attention_jax.backends import blockwise
 from attention_jax.core.axes import Sizes
 
 B, T, S, N, K, H, D = 2, 11, 13, 4, 2, 3, 6
@@ -26,7 +25,7 @@ def arrays(T=T, S=S):
 
 @pytest.fixture
 def blocks_of_3_by_4(monkeypatch):
-    monkeypatch.setattr(blockwise, "block_sizes", lambda T, S, *_: (3, 4))
+    monkeypatch.setitem(backends.IMPLEMENTATIONS, "blockwise", backends.Blockwise(3, 4))
 
 
 @each_platform
@@ -142,15 +141,15 @@ def picky(monkeypatch):
     """A further implementation, first in line, that refuses softcap; what it ran."""
     ran = []
 
-    def why_unsupported(spec):
-        return "it knows no scores" if spec.score else None
+    class Picky(backends.XLA):
+        def why_unsupported(self, spec):
+            return "it knows no scores" if spec.score else None
 
-    def run(call, spec):
-        ran.append(spec)
-        return backends.IMPLEMENTATIONS["xla"].run(call, spec)
+        def run(self, call, spec):
+            ran.append(spec)
+            return super().run(call, spec)
 
-    entry = backends.Implementation(why_unsupported, run, lambda spec: 0)
-    monkeypatch.setitem(backends.IMPLEMENTATIONS, "picky", entry)
+    monkeypatch.setitem(backends.IMPLEMENTATIONS, "picky", Picky())
     rest = backends.preference
     monkeypatch.setattr(backends, "preference", lambda r: (("picky", "the best"), *rest(r)))
     jax.clear_caches()
@@ -238,9 +237,9 @@ def test_a_platform_without_kernels_runs_what_runs_everywhere():
         return_lse=False,
         platform="METAL",
     )
-    chosen, reasons = backends.choose(None, spec)
-    assert chosen == "blockwise"
-    assert set(reasons) == set(backends.IMPLEMENTATIONS)
+    choice = backends.choose(None, spec)
+    assert choice.name == "blockwise"
+    assert set(choice.reasons) == set(backends.IMPLEMENTATIONS)
 
 
 def test_the_platform_is_that_of_the_mesh_in_use():

@@ -37,7 +37,7 @@ def both_sides():
 
 @pytest.mark.parametrize("token", [-1, V, 2**32 + 3, -(2**40)])
 @pytest.mark.parametrize("decode", [generate, functools.partial(beam_search, beams=2), stream])
-def test_tokens_outside_the_vocabulary_are_refused(decode, token):
+def test_tokens_outside_the_vocabulary_raise(decode, token):
     message = rf"must hold tokens from 0 to {V - 1}, the vocabulary, got .*{token}"
     with pytest.raises(ValueError, match=rf"prompt {message}"):
         decode(decoder(), np.array([[3, token, 1]]), max_new_tokens=1)
@@ -66,7 +66,7 @@ def test_padding_after_the_count_may_hold_anything():
     np.testing.assert_allclose(logits[0, :2], model(np.array([[3, 1]]))[0], atol=1e-4)
 
 
-def test_unknown_tokens_outside_the_vocabulary_end_their_row_alone():
+def test_under_jit_tokens_outside_the_vocabulary_end_only_their_row():
     """Under ``jit`` ids are not known: no token comes of such a row, and NaN says why."""
     model = decoder()
     bad = PROMPT.copy()
@@ -84,7 +84,7 @@ def test_unknown_tokens_outside_the_vocabulary_end_their_row_alone():
 
 
 @pytest.mark.slow
-def test_beams_of_an_ended_row_stay_ended():
+def test_under_jit_beams_of_such_a_row_are_invalid():
     bad = PROMPT.copy()
     bad[1, 0], bad[2, 2] = -1, V
     run = jax.jit(lambda x: beam_search(decoder(), x, max_new_tokens=2, beams=2))
@@ -128,7 +128,7 @@ def test_an_empty_batch_gives_an_empty_result():
     assert [x.shape for x in stream(decoder(), prompt, max_new_tokens=NEW)] == [(0,)]
 
 
-def test_rows_that_roll_must_not_run_out_of_learned_positions():
+def test_rolling_caches_are_limited_by_learned_positions():
     config = models.DecoderConfig(
         V, models.Layers(8, 1, 2, windows=(2,)), positions="learned", max_length=6
     )
@@ -136,7 +136,7 @@ def test_rows_that_roll_must_not_run_out_of_learned_positions():
     (cache,) = model.init_caches((3,), capacity=6)
     assert cache.rolling
     full = (dataclasses.replace(cache, length=jnp.array([4, 2, 3])),)
-    with pytest.raises(ValueError, match="at most 6 tokens, the learned positions"):
+    with pytest.raises(ValueError, match="has 6 learned positions"):
         generate(model, PROMPT[:, :1], max_new_tokens=3, caches=full)
 
 
@@ -180,7 +180,7 @@ FORMULAS = {
 
 
 @pytest.mark.parametrize("name", FORMULAS)
-def test_processors_equal_their_formulas(name):
+def test_processors_match_their_formulas(name):
     processor, expected = FORMULAS[name]
     got = processor(jnp.asarray(SO_FAR), jnp.asarray(LOGITS))
     np.testing.assert_allclose(got, expected, rtol=1e-6)
@@ -205,7 +205,7 @@ def test_sampling_equals_its_processors():
 
 
 def test_equal_processors_compile_once():
-    run = models.decoding._run
+    run = models.generation._run
     generate(decoder(), PROMPT, max_new_tokens=2, sampling=sampling.likeliest(sampling.top_k(3)))
     before = run._cache_size()
     generate(decoder(), PROMPT, max_new_tokens=2, sampling=sampling.likeliest(sampling.top_k(3)))
@@ -219,7 +219,7 @@ def counting(tokens, logits):
     return jnp.where(jnp.arange(logits.shape[-1]) == total % V, logits, -jnp.inf)
 
 
-def test_processors_see_the_prompt_and_what_was_generated():
+def test_processors_get_prompt_and_generated_tokens():
     got = generate(
         decoder(), PROMPT, real=REAL, max_new_tokens=NEW, sampling=sampling.likeliest(counting)
     )
@@ -230,14 +230,14 @@ def test_processors_see_the_prompt_and_what_was_generated():
             tokens.append(token)
 
 
-def test_an_infinite_penalty_repeats_nothing():
+def test_a_huge_penalty_prevents_repetition():
     how = sampling.likeliest(lambda _, logits: logits - 1e3, sampling.repetition_penalty(1e6))
     got = generate(decoder(), PROMPT, max_new_tokens=NEW, sampling=how)
     for prompt, row in zip(PROMPT.tolist(), got.tokens.tolist(), strict=True):
         assert len(set(row) - set(prompt)) == NEW
 
 
-def test_no_token_is_drawn_where_none_is_allowed():
+def test_without_possible_tokens_a_row_ends():
     how = sampling.likeliest(lambda _, logits: jnp.full_like(logits, -jnp.inf))
     got = generate(decoder(), PROMPT, max_new_tokens=2, sampling=how)
     assert got.tokens.tolist() == [[-1, 0]] * 3
@@ -245,7 +245,7 @@ def test_no_token_is_drawn_where_none_is_allowed():
     assert np.isnan(got.log_probability).all()
 
 
-def test_a_processor_keeps_the_shape():
+def test_processors_must_keep_the_shape():
     with pytest.raises(ValueError, match=rf"keep the shape of the logits \({V},\), got \(3,\)"):
         generate(decoder(), PROMPT, max_new_tokens=1, sampling=sampling.likeliest(shorter))
 
@@ -260,7 +260,7 @@ def shorter(_, logits):
 @pytest.mark.parametrize(
     "how", [None, pytest.param(Sampling(0.9, top_p=0.9), marks=pytest.mark.slow)]
 )
-def test_a_stream_equals_generate(how):
+def test_stream_equals_generate(how):
     options = {"real": REAL, "max_new_tokens": NEW, "sampling": how, "key": jax.random.key(1)}
     free = generate(decoder(), PROMPT, **options).tokens
     options |= {"stop": [int(free[0, 1]), int(free[1, 0])], "pad_token": 7}
@@ -283,13 +283,13 @@ def test_a_stream_equals_generate(how):
 
 
 @pytest.mark.slow
-def test_a_stream_of_an_encoder_decoder_reads_the_source():
+def test_stream_of_an_encoder_decoder():
     start, source = np.zeros((3, 1), int), PROMPT
     options = {"source": source, "source_real": REAL, "max_new_tokens": 3}
     expected = generate(both_sides(), start, **options).tokens
     np.testing.assert_array_equal(np.stack([*stream(both_sides(), start, **options)], 1), expected)
 
 
-def test_a_stream_runs_on_the_host():
+def test_stream_raises_under_jit():
     with pytest.raises(TypeError, match="under jit use generate"):
         jax.jit(lambda x: stream(decoder(), x, max_new_tokens=1))(PROMPT)

@@ -1,4 +1,4 @@
-"""Processors, beam search and left-padded prompts as Hugging Face has them."""
+"""Processors, beam search and left-padded prompts equal those of Hugging Face."""
 
 import itertools
 import warnings
@@ -34,7 +34,7 @@ MADE = {
 
 
 @pytest.mark.parametrize("name", MADE)
-def test_processors_equal_those_of_transformers(name):
+def test_processors_equal_hugging_face(name):
     processor, theirs, number = MADE[name]
     rng = np.random.default_rng(0)
     logits, tokens = rng.normal(size=(5, V)).astype(np.float32) * 2, rng.integers(0, V, (5, 4))
@@ -84,7 +84,7 @@ SEARCHES = [*itertools.product((0.0, 0.6, 2.0), (False, True, "never"))]
     ("penalty", "early"),
     [x if x == (0.6, False) else pytest.param(*x, marks=pytest.mark.slow) for x in SEARCHES],
 )
-def test_beams_equal_those_of_transformers(gpt2, penalty, early):
+def test_beams_equal_hugging_face(gpt2, penalty, early):
     model, ours = gpt2
     options = {"length_penalty": penalty, "early_stopping": early}
     out = theirs(
@@ -103,7 +103,7 @@ def test_beams_equal_those_of_transformers(gpt2, penalty, early):
     np.testing.assert_allclose(got.score.reshape(-1), out.sequences_scores.numpy(), atol=1e-4)
 
 
-def test_greedy_with_a_penalty_equals_that_of_transformers(gpt2):
+def test_greedy_with_a_penalty_equals_hugging_face(gpt2):
     model, ours = gpt2
     expected = theirs(model, repetition_penalty=1.5)[:, PROMPT.shape[1] :].numpy()
     how = sampling.likeliest(sampling.repetition_penalty(1.5))
@@ -111,7 +111,7 @@ def test_greedy_with_a_penalty_equals_that_of_transformers(gpt2):
     np.testing.assert_array_equal(got.tokens[:, : expected.shape[1]], expected)
 
 
-def test_logits_of_left_padded_prompts_equal_those_of_transformers(gpt2):
+def test_logits_of_left_padded_prompts_equal_hugging_face(gpt2):
     model, ours = gpt2
     real = np.array([[False, False, True], [True] * 3])
     positions = np.where(real, real.cumsum(1) - 1, 1)  # what they put at padding

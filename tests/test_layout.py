@@ -17,14 +17,13 @@ import attention_jax
 PACKAGE = pathlib.Path(attention_jax.__file__).parent
 ROOT = PACKAGE.parent
 
-# Imports go one way: a package imports only from those before it. "" is the package itself.
-RANKS = [
+# Imports go one way: a package imports only from those before it. "" is the top package itself.
+LIBRARY_RANKS = [
     {"core", "reference"},
     {"masks"},
     {"scores"},
     {"positions"},
     {"backends"},
-    {"explanation"},
     {"api"},
     {"cache"},
     {"mechanisms"},
@@ -33,7 +32,22 @@ RANKS = [
     {"testing"},
     {""},
 ]
-RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
+EXPERIMENTS_RANKS = [
+    {"datasets"},
+    {"training"},
+    {"models"},
+    {"tasks"},
+    {"bench"},
+    {"report"},
+    {"walkthrough"},
+    {"__main__", ""},
+]
+RANK = {
+    f"{top}.{name}".rstrip("."): rank
+    for top, ranks in (("attention_jax", LIBRARY_RANKS), ("experiments", EXPERIMENTS_RANKS))
+    for rank, names in enumerate(ranks)
+    for name in names
+}
 
 # Packages and modules that users import from.
 PUBLIC = ["", "masks", "mechanisms", "models", "models.pretrained", "nn", "positions", "scores"]
@@ -47,7 +61,6 @@ def module_name(path):
 
 TOPS = [PACKAGE, ROOT / "experiments"]
 MODULES = {module_name(path): path for top in TOPS for path in sorted(top.rglob("*.py"))}
-OURS = [name for name in MODULES if name.startswith("attention_jax")]
 
 
 def imported(path):
@@ -69,22 +82,27 @@ def hides(name):
     return parent in sys.modules and not inspect.ismodule(getattr(sys.modules[parent], last, ast))
 
 
-def top_of(name):
-    """The package of ours that a module is in, such as ``masks``."""
-    return name.partition(".")[2].partition(".")[0]
+def package_of(name):
+    """The ranked package that a module is in, such as ``attention_jax.masks``."""
+    return ".".join(name.split(".")[:2])
 
 
 def test_every_package_has_a_rank():
-    assert set(RANK) == {top_of(name) for name in OURS}
+    assert set(RANK) == {package_of(name) for name in MODULES}
 
 
-@pytest.mark.parametrize("module", OURS)
-def test_imports_only_from_packages_of_lower_rank(module):
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_only_from_packages_before_its_own(module):
+    top = module.partition(".")[0]
     for name in imported(MODULES[module]):
-        assert name.partition(".")[0] not in ("experiments", "tests", "conftest")
-        if name.partition(".")[0] == "attention_jax":
-            assert name in MODULES, f"{name} is not a module of ours"
-            mine, theirs = top_of(module), top_of(name)
+        other = name.partition(".")[0]
+        assert other not in ("tests", "conftest")
+        assert top == "experiments" or other != "experiments", f"{module} imports {name}"
+        if other not in ("attention_jax", "experiments"):
+            continue
+        assert name in MODULES, f"{name} is not a module of ours"
+        if other == top:
+            mine, theirs = package_of(module), package_of(name)
             assert mine == theirs or RANK[theirs] < RANK[mine], f"{module} imports {name}"
 
 

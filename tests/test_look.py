@@ -1,4 +1,4 @@
-"""The page that shows attention: what it refuses and holds, and what a browser makes of it."""
+"""The page that shows attention weights: its checks, its text, and its behaviour in a browser."""
 
 import html.parser
 import itertools
@@ -9,9 +9,10 @@ import subprocess
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import mostly_slow
 
 from experiments.report import look
-from experiments.report.look import View
+from experiments.training.task import AttentionView
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 in_browser = pytest.mark.skipif(BROWSER is None, reason="needs chromium or google-chrome")
@@ -33,7 +34,9 @@ def probabilities(layers, heads, queries, keys, seed=0):
 
 
 def view(title="encoder", queries=WORDS, keys=WORDS, layers=3, heads=4):
-    return View(title, queries, keys, probabilities(layers, heads, len(queries), len(keys)))
+    return AttentionView(
+        title, queries, keys, probabilities(layers, heads, len(queries), len(keys))
+    )
 
 
 # --- The page as text.
@@ -42,72 +45,76 @@ def view(title="encoder", queries=WORDS, keys=WORDS, layers=3, heads=4):
 @pytest.mark.parametrize(
     "shape", [(3, 4, 8), (3, 4, 8, 7), (3, 4, 7, 8), (1, 3, 4, 8, 8), (0, 4, 8, 8)]
 )
-def test_weights_of_another_shape_are_refused_by_name(shape):
-    wrong = View("translation to source", WORDS, WORDS, np.zeros(shape))
+def test_weights_of_another_shape_raise(shape):
+    wrong = AttentionView("translation to source", WORDS, WORDS, np.zeros(shape))
     with pytest.raises(ValueError, match="'translation to source'") as problem:
-        look.page("heading", "said", [view(), wrong])
+        look.page("heading", "subtitle", [view(), wrong])
     assert "[layers heads 8 8]" in str(problem.value)
     assert str(list(shape)) in str(problem.value)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -0.5, 1.5])
-def test_weights_that_are_no_probabilities_are_refused_by_name(bad):
+def test_weights_that_are_not_probabilities_raise(bad):
     weights = probabilities(3, 4, 8, 8)
     weights[1, 2, 3, 4] = bad
     with pytest.raises(ValueError, match=f"'encoder': .* probabilities, got .*{bad:.4g}"):
-        look.page("heading", "said", [View("encoder", WORDS, WORDS, weights)])
+        look.page("heading", "subtitle", [AttentionView("encoder", WORDS, WORDS, weights)])
 
 
-def test_a_page_without_views_is_refused():
+def test_page_without_views_raises():
     with pytest.raises(ValueError, match="at least one view"):
-        look.page("heading", "said", [])
+        look.page("heading", "subtitle", [])
 
 
-def test_any_float_will_do():
+def test_any_float_dtype_works():
     weights = probabilities(1, 1, 8, 8)
     for dtype in (jnp.bfloat16, jnp.float32):
-        page = look.page("heading", "said", [View("x", WORDS, WORDS, jnp.asarray(weights, dtype))])
+        page = look.page(
+            "heading", "subtitle", [AttentionView("x", WORDS, WORDS, jnp.asarray(weights, dtype))]
+        )
         assert '"layers": 1' in page
 
 
-def test_nothing_breaks_out_of_where_it_stands():
+def test_text_is_escaped():
     page = look.page(
-        "<b>&{{said}}", "</title><script>", [view(title="</script>", queries=HOSTILE, keys=HOSTILE)]
+        "<b>&{{subtitle}}",
+        "</title><script>",
+        [view(title="</script>", queries=HOSTILE, keys=HOSTILE)],
     )
-    assert "<title>&lt;b&gt;&amp;{{said}} – attention</title>" in page
+    assert "<title>&lt;b&gt;&amp;{{subtitle}} – attention</title>" in page
     assert "&lt;/title&gt;&lt;script&gt;" in page
     assert page.count("<script") == page.count("</script>") == 3
     for token in HOSTILE[:2]:
         assert token not in page
 
 
-def test_the_page_is_self_contained():
-    page = look.page("heading", "said", [view()])
-    for loads in ("http://", "https://", "src=", "@import", "url(", "fetch(", "import("):
-        assert loads not in page
+def test_page_is_self_contained():
+    page = look.page("heading", "subtitle", [view()])
+    for load in ("http://", "https://", "src=", "@import", "url(", "fetch(", "import("):
+        assert load not in page
     assert re.findall(r'href="([^"]*)"', page) == ["data:,"]
     assert "default-src 'none'" in page
     assert '<html lang="en">' in page
 
 
-def test_the_page_is_small():
+def test_page_is_small():
     small, large = (
-        len(look.page("heading", "said", [view(queries=["word"] * n, keys=["word"] * n)]))
+        len(look.page("heading", "subtitle", [view(queries=["word"] * n, keys=["word"] * n)]))
         for n in (1, 128)
     )
     assert small < 50_000
-    assert large - small < 12 * 128**2 * 2.7 + 3_000  # two bytes in base64 a pair, and the tokens
+    assert large - small < 12 * 128**2 * 2.7 + 3_000  # two bytes per pair in base64, and the tokens
 
 
 def test_write(tmp_path):
-    look.write(tmp_path / "look.html", "Übersetzung", "said", [view()])
+    look.write(tmp_path / "look.html", "Übersetzung", "subtitle", [view()])
     written = (tmp_path / "look.html").read_text(encoding="utf-8")
-    assert written == look.page("Übersetzung", "said", [view()])
+    assert written == look.page("Übersetzung", "subtitle", [view()])
 
 
 # --- The page in a browser.
 
-# For scripts.
+# Helpers for the scripts below.
 HELP = """
 const q = i => by("queries").children[i];
 const key = name => new KeyboardEvent("keydown", { key: name, bubbles: true });
@@ -115,7 +122,7 @@ const key = name => new KeyboardEvent("keydown", { key: name, bubbles: true });
 
 
 class Elements(html.parser.HTMLParser):
-    """The elements of a document, each its attributes, and under "text" what is written in it."""
+    """The elements of a document: their attributes, and their text under "text"."""
 
     EMPTY = ("meta", "link", "input", "br", "img")
 
@@ -146,7 +153,7 @@ class Elements(html.parser.HTMLParser):
         return found
 
     def key_tokens(self):
-        """The tokens that are attended to: name, number and colour."""
+        """The elements of the keys: token, weight and colour."""
         return [x for x in self.named("token") if x["tag"] == "li"]
 
     def numbers(self):
@@ -154,7 +161,7 @@ class Elements(html.parser.HTMLParser):
 
 
 def run(file, address=""):
-    """The document as it is when a browser has run it."""
+    """The document after a browser has run its scripts."""
     done = subprocess.run(
         [
             BROWSER,
@@ -177,14 +184,16 @@ def run(file, address=""):
 
 
 def write_with(script, file, views):
-    """The page, and a script that does after it what a reader does."""
-    acts = f"<script>{HELP}{script}</script></body>"
-    file.write_text(look.page("heading", "said", views).replace("</body>", acts), encoding="utf-8")
+    """Writes the page with a script that acts as a reader would."""
+    ending = f"<script>{HELP}{script}</script></body>"
+    file.write_text(
+        look.page("heading", "subtitle", views).replace("</body>", ending), encoding="utf-8"
+    )
 
 
 @pytest.fixture
 def browse(tmp_path):
-    """Opens a page at an address, runs a script there, and returns the elements."""
+    """Opens a page at an address, runs a script in it, and returns the elements."""
 
     def browsed(views, address="", script=""):
         write_with(script, tmp_path / "look.html", views)
@@ -206,7 +215,7 @@ def brightness(element):
 
 
 @in_browser
-def test_the_address_chooses_and_numbers_and_tints_are_the_weights(browse):
+def test_address_selects_and_numbers_and_tints_are_the_weights(browse):
     views = [view("first"), view("second", keys=WORDS[:5])]
     found = browse(views, "view=1&layer=1&head=2&token=3")
     weights = views[1].weights[1, 2, 3]
@@ -217,7 +226,7 @@ def test_the_address_chooses_and_numbers_and_tints_are_the_weights(browse):
         assert name == word
         assert float(number) == pytest.approx(weight, abs=0.0051)
     order = np.argsort(weights)
-    for less, more in itertools.pairwise(order):  # light: the more, the darker
+    for less, more in itertools.pairwise(order):  # in the light scheme, larger is darker
         assert brightness(keys[less]) >= brightness(keys[more])
     assert brightness(keys[order[-1]]) < brightness(keys[order[0]])
 
@@ -234,17 +243,17 @@ def test_the_address_chooses_and_numbers_and_tints_are_the_weights(browse):
     assert sum(x["data-head"] == "mean" for x in cells) == 3
     (pressed,) = (x for x in cells if x["aria-pressed"] == "true")
     assert (pressed["data-layer"], pressed["data-head"]) == ("1", "2")
-    (kept,) = (x for x in found.named("token") if x.get("aria-pressed") == "true")
-    assert kept["text"] == WORDS[3]
+    (pinned,) = (x for x in found.named("token") if x.get("aria-pressed") == "true")
+    assert pinned["text"] == WORDS[3]
     tabs = [x for x in found.all if x.get("role") == "tab"]
     assert [x["aria-selected"] for x in tabs] == ["false", "true"]
 
 
 @in_browser
-def test_the_mean_of_heads_on_the_scale_to_1_of_no_token(browse):
-    shown = view()
-    found = browse([shown], "layer=2&head=mean&token=none&scale=1")
-    mean = shown.weights[2].mean((0, 1))
+def test_mean_of_heads_on_the_scale_to_1_without_a_token(browse):
+    encoder = view()
+    found = browse([encoder], "layer=2&head=mean&token=none&scale=1")
+    mean = encoder.weights[2].mean((0, 1))
     got = [float(x) for x in found.numbers()]
     np.testing.assert_allclose(got, mean, atol=1.1e-4)
     assert found.id("top")["text"] == "1.0000"
@@ -252,7 +261,7 @@ def test_the_mean_of_heads_on_the_scale_to_1_of_no_token(browse):
 
 
 @in_browser
-def test_hostile_and_invisible_tokens_are_text(browse):
+def test_hostile_and_invisible_tokens_are_shown_as_text(browse):
     tokens = [*HOSTILE, " ", "\n", "\t", " word", "", "\u202e", "\x00", "日本"]
     written = [
         *(x.replace(" ", "␣") for x in HOSTILE),
@@ -285,21 +294,22 @@ ACTS = {
 
 
 @in_browser
-@pytest.mark.parametrize("act", ACTS)
-def test_a_query_is_chosen(act, browse):
-    shown = view()
-    found = browse([shown], "layer=0&head=1&token=1", ACTS[act])
-    assert found.numbers() == as_written(shown.weights[0, 1, 5])
+@pytest.mark.parametrize("act", mostly_slow(ACTS, {"clicked", "left"}))
+def test_query_is_selected(act, browse):
+    encoder = view()
+    found = browse([encoder], "layer=0&head=1&token=1", ACTS[act])
+    assert found.numbers() == as_written(encoder.weights[0, 1, 5])
     (active,) = found.named("active")[:1]
     assert active["text"] == WORDS[5]
 
 
 @in_browser
-def test_heads_are_chosen_by_keys_clicks_and_lists(browse):
+def test_heads_are_selected_by_keys_clicks_and_lists(browse):
     views = [view("first"), view("second", keys=WORDS[:5])]
     script = """
-    const seen = [];
-    const note = () => seen.push([chosen.view, chosen.layer, chosen.head, location.hash].join(" "));
+    const states = [];
+    const state = () => [chosen.view, chosen.layer, chosen.head, location.hash].join(" ");
+    const note = () => states.push(state());
     const press = name => document.activeElement.dispatchEvent(key(name));
     by("overview").querySelector("[data-layer='1'][data-head='2']").click(); note();
     by("overview").querySelector("[aria-pressed=true]").focus();
@@ -309,10 +319,10 @@ def test_heads_are_chosen_by_keys_clicks_and_lists(browse):
     by("layer").value = "1"; by("layer").dispatchEvent(new Event("change")); note();
     by("tabs").children[0].focus(); press("ArrowRight"); note();
     dispatchEvent(key("Escape")); note();
-    document.body.append(make("pre", { id: "seen" }, seen.join("\\n")));
+    document.body.append(make("pre", { id: "states" }, states.join("\\n")));
     """
     found = browse(views, "token=7", script)
-    assert found.id("seen")["text"].splitlines() == [
+    assert found.id("states")["text"].splitlines() == [
         "0 1 2 #view=0&layer=1&head=2&token=7",
         "0 1 mean #view=0&layer=1&head=mean&token=7",
         "0 2 0 #view=0&layer=2&head=0&token=7",
@@ -327,14 +337,14 @@ def test_heads_are_chosen_by_keys_clicks_and_lists(browse):
 
 
 @in_browser
-def test_an_error_of_the_page_is_seen(browse):
+def test_error_of_the_page_is_reported(browse):
     with pytest.raises(AssertionError, match="nothing_of_this_name"):
         browse([view()], script="nothing_of_this_name()")
 
 
 @in_browser
 @pytest.mark.parametrize("width", [1280, 400])
-def test_a_long_sequence_scrolls_within_its_panels(width, tmp_path):
+def test_long_sequence_scrolls_within_its_panels(width, tmp_path):
     words = [f"word{i}" for i in range(256)]
     script = """
     const inside = (pane, item) => {
@@ -352,10 +362,10 @@ def test_a_long_sequence_scrolls_within_its_panels(width, tmp_path):
     """
     views = [view(queries=words, keys=words, layers=1, heads=2)]
     write_with(script, tmp_path / "look.html", views)
-    # No window of a browser is as narrow as a telephone; a frame can be.
+    # A browser window cannot be as narrow as a phone; a frame can.
     (tmp_path / "frame.html").write_text(
-        "<p id=said></p><script>onmessage = event => { said.textContent = event.data }</script>"
+        "<p id=layout></p><script>onmessage = event => { layout.textContent = event.data }</script>"
         f"<iframe src=look.html#token=200 width={width} height=900 frameborder=0></iframe>"
     )
-    said = run(tmp_path / "frame.html").id("said")["text"]
-    assert said == f"{width} true true true true true"
+    layout = run(tmp_path / "frame.html").id("layout")["text"]
+    assert layout == f"{width} true true true true true"

@@ -130,14 +130,14 @@ def written_out(rule, T, S):
 
 
 @each_rule
-def test_each_constructor_follows_its_rule(mask, rule, T, S):
+def test_every_mask_follows_its_rule(mask, rule, T, S):
     expected = written_out(rule, T, S)
     np.testing.assert_array_equal(mask.to_dense(T, S, B=B, N=N), expected)
     np.testing.assert_array_equal(mask.to_dense(T, S), expected[0, 0])
 
 
 @each_rule
-def test_mask_answers_for_scattered_pairs(mask, rule, T, S):
+def test_mask_at_scattered_pairs(mask, rule, T, S):
     expected, rng = written_out(rule, T, S), np.random.default_rng(1)
     q, k = rng.integers(0, T, 20), rng.integers(0, S, 20)
     got = np.broadcast_to(mask.resolve(T, S, N).mask(2, 1, q, k), 20)
@@ -152,7 +152,7 @@ def test_examples_count_over_all_batch_axes():
         np.testing.assert_array_equal(dense[b], masks.causal(int(offset)).to_dense(T, S))
 
 
-def test_align_end_needs_the_lengths():
+def test_align_end_raises_before_lengths_are_known():
     with pytest.raises(ValueError, match=r"once T and S are known"):
         masks.causal(align="end").mask(0, 0, 1, 1)
 
@@ -180,7 +180,7 @@ BUILD = {
 
 
 @pytest.mark.parametrize("name", BUILD)
-def test_equal_masks_are_equal_hash_alike_and_share_one_compilation(name):
+def test_equal_masks_hash_alike_and_share_one_compilation(name):
     build, traces = BUILD[name], []
 
     @jax.jit
@@ -196,7 +196,7 @@ def test_equal_masks_are_equal_hash_alike_and_share_one_compilation(name):
     assert [other for other in BUILD if BUILD[other]() == build()] == [name]
 
 
-def test_arrays_of_other_values_share_a_compilation_but_are_not_equal():
+def test_masks_with_different_arrays_are_unequal_but_share_a_compilation():
     a, b = masks.lengths(key=LENGTHS), masks.lengths(key=LENGTHS + 1)
     assert a != b
     assert hash(a) == hash(b)
@@ -207,7 +207,7 @@ def test_arrays_of_other_values_share_a_compilation_but_are_not_equal():
 
 
 @each_rule
-def test_a_mask_is_a_tree_and_may_be_traced(mask, rule, T, S):
+def test_a_mask_is_a_pytree_and_can_be_traced(mask, rule, T, S):
     leaves, structure = jax.tree.flatten(mask)
     assert jax.tree.unflatten(structure, leaves) == mask
     traced = jax.jit(lambda m: m.to_dense(T, S, B=B, N=N))(mask)

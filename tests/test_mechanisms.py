@@ -58,7 +58,7 @@ ALL = np.ones((B, N, T, S), bool)
 
 
 def softmax_rows(s, seen):
-    """Of what each row sees; 0 for a row that sees nothing."""
+    """Over the visible keys of each row; 0 for a row without any."""
     p = np.zeros_like(s)
     for i in range(len(s)):
         if seen[i].any():
@@ -152,7 +152,7 @@ every = pytest.mark.parametrize("name", MECHANISMS)
 
 
 def masked(name):
-    """A mask with a row and a column of nothing where that can be, and who sees whom."""
+    """A mask, with an empty row and column if possible, and the visible pairs."""
     if name in DENSE:
         return VISIBLE, VISIBLE
     return PADDING, np.broadcast_to(REAL[:, None, None], ALL.shape)
@@ -161,7 +161,7 @@ def masked(name):
 @every
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("with_mask", [False, True])
-def test_equals_its_formula(name, with_mask):
+def test_matches_the_formula(name, with_mask):
     mechanism, head = MECHANISMS[name]
     mask, seen = masked(name) if with_mask else (None, ALL)
     out = mechanism(QUERY, KEY, VALUE, mask=mask)
@@ -170,7 +170,7 @@ def test_equals_its_formula(name, with_mask):
 
 @every
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_sums_in_float32_and_returns_the_dtype_of_the_query(name, dtype):
+def test_accumulates_in_float32_and_returns_the_dtype_of_the_query(name, dtype):
     mechanism, head = MECHANISMS[name]
     low = [jnp.asarray(x, dtype) for x in (QUERY, KEY, VALUE)]
     out = mechanism(*low)
@@ -181,7 +181,7 @@ def test_sums_in_float32_and_returns_the_dtype_of_the_query(name, dtype):
 
 
 @every
-def test_masked_keys_may_hold_nan_and_get_no_gradient(name):
+def test_masked_keys_may_hold_anything_and_get_no_gradient(name):
     mechanism, _ = MECHANISMS[name]
     query, key, value = (x.astype(np.float32) for x in (QUERY, KEY, VALUE))
     key[0, 2], value[0, 2] = np.nan, np.inf
@@ -202,7 +202,7 @@ def test_masked_keys_may_hold_nan_and_get_no_gradient(name):
 @every
 @pytest.mark.slow
 @pytest.mark.usefixtures("x64")
-def test_gradients_equal_finite_differences(name):
+def test_gradients_match_finite_differences(name):
     mechanism, _ = MECHANISMS[name]
     mask, _ = masked(name)
 
@@ -238,14 +238,14 @@ def test_weights_sum_to_1():
 
 
 @pytest.mark.usefixtures("x64")
-def test_slot_attention_distributes_keys_and_averages():
+def test_inverted_weights_sum_to_1_over_queries_and_slots_average():
     ones = np.ones((B, S, K, 1))
     won = inverted_attention(QUERY, KEY, ones).sum(axis=(1,))  # over queries: all of each key
     np.testing.assert_allclose(won, S, rtol=1e-12)
     np.testing.assert_allclose(slot_attention(QUERY, KEY, ones), 1, rtol=1e-12)
 
 
-def test_a_slot_without_keys_still_has_a_mean():
+def test_a_slot_whose_weights_underflow_still_has_a_mean():
     query = np.float32([100, -100]).reshape(2, 1, 1)
     key, value = np.float32([1, 2]).reshape(2, 1, 1), np.float32([3, 5]).reshape(2, 1, 1)
     out = slot_attention(query, key, value)  # the second slot's shares are e^-200 and e^-400
@@ -253,7 +253,7 @@ def test_a_slot_without_keys_still_has_a_mean():
 
 
 @pytest.mark.usefixtures("x64")
-def test_scores_change_the_logits_first():
+def test_scores_are_applied_before_the_mechanism():
     out = inverted_attention(QUERY, KEY, VALUE, score=scores.softcap(1e9), scale=0.5)
     plain = inverted_attention(QUERY, KEY, VALUE, scale=0.5)
     np.testing.assert_allclose(out, plain, rtol=1e-6)
@@ -308,7 +308,7 @@ def test_performer_features_stay_finite():
 
 
 @pytest.mark.usefixtures("x64")
-def test_differential_attention_equals_its_formula():
+def test_differential_attention_matches_the_formula():
     weight = np.linspace(0.1, 0.9, G)
     value = RNG.normal(size=(B, S, 1, D))
     out = differential_attention(QUERY, KEY, value, weight, mask=VISIBLE[:, :G])
@@ -341,7 +341,7 @@ def latents():
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("form", [latent_attention, absorbed_latent_attention])
-def test_latent_attention_equals_its_formula_in_both_forms(latents, form):
+def test_latent_attention_matches_the_formula_in_both_forms(latents, form):
     query, query_rotary, latent, key_rotary, key_up, value_up = latents
     out = form(*latents, mask=masks.causal())
     seen = np.tril(np.ones((T, T), bool))
@@ -382,7 +382,7 @@ def test_routing_is_causal_by_position_not_by_order():
 
 
 @pytest.mark.usefixtures("x64")
-def test_centroids_move_to_the_means_of_their_nearest_tokens():
+def test_centroids_move_to_the_means_of_their_clusters():
     moved = update_centroids(CENTROIDS, QUERY, KEY, decay=0.9, mask=PADDING)
     for n in range(K):
         means = []
@@ -410,7 +410,7 @@ def test_k_means_finds_clusters():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", mechanisms.NAMED)
-def test_named_mechanisms_take_the_place_of_attention(name):
+def test_named_mechanisms_replace_attention_in_a_module(name):
     from flax import nnx
 
     from attention_jax.nn import MultiHeadAttention
@@ -425,7 +425,7 @@ def test_named_mechanisms_take_the_place_of_attention(name):
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(gradients))
 
 
-def test_neutral_arguments_are_accepted():
+def test_default_arguments_are_accepted():
     x = np.ones((5, 2, 4), np.float32)
     linear = mechanisms.NAMED["linear"]
     assert linear(x, x, x, score=(), sinks=None, scale=None, dropout_rate=0.0).shape == x.shape

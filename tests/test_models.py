@@ -1,4 +1,4 @@
-"""The models: padding changes nothing, caches change nothing, every parameter learns."""
+"""Models: padding and caches do not change results, and every parameter learns."""
 
 import dataclasses
 
@@ -78,7 +78,7 @@ def decoder(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", DECODERS)
-def test_caches_equal_the_whole_sequence(name):
+def test_caches_do_not_change_the_result(name):
     model, x = decoder(name), tokens(0, B, T)
     whole = call(model, x)
     assert whole.shape == (B, T, V)
@@ -95,7 +95,7 @@ def test_caches_equal_the_whole_sequence(name):
 @pytest.mark.parametrize(
     "name", ["learned", "rotary, windows", "relative, a window", "alibi, a mask"]
 )
-def test_ragged_chunks_with_a_cache_equal_the_whole_sequence(name):
+def test_ragged_chunks_do_not_change_the_result(name):
     """Row 0 gets 6 tokens and then 3, row 1 gets 2 and then 4, in chunks with padding last."""
     model, x = decoder(name), tokens(0, B, T)
     whole, caches = call(model, x), model.init_caches((B,), T)
@@ -109,7 +109,7 @@ def test_ragged_chunks_with_a_cache_equal_the_whole_sequence(name):
     close(b[1], whole[1, 2:6], atol=1e-4)
 
 
-def test_a_window_needs_a_cache_of_its_size():
+def test_caches_of_windows_are_no_larger_than_the_window():
     config = DECODERS["rotary, windows"]
     caches = models.Decoder(config, rngs=nnx.Rngs(0)).init_caches((B,), 100)
     assert [c.capacity for c in caches] == [3, 100, 3]
@@ -121,8 +121,8 @@ def test_a_window_needs_a_cache_of_its_size():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["rotary, windows", "relative, a window"])
-def test_rolled_back_tokens_are_forgotten(name):
-    """Two tokens are tried and taken back, of one row both and of the other one."""
+def test_rollback_of_speculated_tokens(name):
+    """Two tokens are speculated; one row rolls back both, the other one of them."""
     model, x = decoder(name), tokens(0, B, T)
     whole, caches = call(model, x), model.init_caches((B,), T + 2, spare=2)
     _, caches = step(model, x[:, :6], caches, np.array([6, 5]))
@@ -139,7 +139,7 @@ def prefix_decoder(**changes):
     return randomised(models.Decoder(config, rngs=nnx.Rngs(0)))
 
 
-def test_a_prefix_lm_attends_to_its_whole_prompt():
+def test_the_prompt_of_a_prefix_lm_is_bidirectional():
     model, x = prefix_decoder(), tokens(0, B, T)
     lengths = np.array([4, 6])
     whole = model(x, prefix=lengths)
@@ -154,8 +154,8 @@ def test_a_prefix_lm_attends_to_its_whole_prompt():
         model(x)
 
 
-@pytest.mark.parametrize("windows", [pytest.param((None,), marks=pytest.mark.slow), (3, None)])
-def test_caches_of_a_prefix_lm_equal_the_whole_sequence(windows):
+@pytest.mark.parametrize("windows", [slow((None,)), (3, None)])
+def test_caches_of_a_prefix_lm_do_not_change_the_result(windows):
     model, x = prefix_decoder(windows=windows), tokens(0, B, T)
     lengths = np.array([4, 2])
     whole = model(x, prefix=lengths)
@@ -172,7 +172,7 @@ def test_caches_of_a_prefix_lm_equal_the_whole_sequence(windows):
         model(x[:, :3], caches=model.init_caches((B,), T), prefix=lengths)
 
 
-def test_a_decoder_is_causal():
+def test_decoders_are_causal():
     model, x = decoder("learned"), tokens(0, B, T)
     other = x.copy()
     other[:, -1] = (other[:, -1] + 1) % V
@@ -181,7 +181,7 @@ def test_a_decoder_is_causal():
     assert np.abs(a[:, -1] - b[:, -1]).max() > 1e-3
 
 
-def test_a_mask_of_the_layers_is_combined_and_alibi_uses_distances():
+def test_the_mask_of_the_layers_is_combined_with_others_and_alibi():
     i, j = np.arange(T)[:, None], np.arange(T)
     mask = masks.chunked(4)
     config = models.DecoderConfig(V, layers(num_layers=1, mask=mask, alibi=True))
@@ -198,7 +198,7 @@ def test_a_mask_of_the_layers_is_combined_and_alibi_uses_distances():
     close(weights[0], far / far.sum(-1, keepdims=True))
 
 
-def test_an_encoder_window_has_two_sides():
+def test_the_window_of_an_encoder_is_centred():
     config = models.EncoderConfig(V, layers(num_layers=1, windows=(4,)), max_length=T)
     model, x = randomised(models.Encoder(config, rngs=nnx.Rngs(0))), tokens(0, 1, T)
     for j in range(T):
@@ -218,7 +218,7 @@ ENCODERS = {
 
 
 @pytest.mark.parametrize("name", mostly_slow(ENCODERS, {"tokens", "mean"}))
-def test_padding_changes_nothing(name):
+def test_padding_does_not_change_the_result(name):
     config = models.EncoderConfig(V, layers(order="post"), max_length=T, **ENCODERS[name])
     model = randomised(models.Encoder(config, rngs=nnx.Rngs(0)))
     x, lengths = tokens(0, B, T), np.array([4, T])
@@ -227,7 +227,7 @@ def test_padding_changes_nothing(name):
     close(got[:1] if config.head == "classes" else got[:1, :4], alone)
 
 
-def test_masks_of_a_call_are_combined_with_the_models():
+def test_masks_of_a_call_compose():
     model, x = decoder("learned"), tokens(0, B, T)
     documents = np.array([[0] * 4 + [1] * 5] * B)
     at = np.array([[0, 1, 2, 3, 0, 1, 2, 3, 4]] * B)
@@ -253,7 +253,7 @@ placed = nnx.jit(lambda model, x, real, at: model(x, real=real, positions=at))
 
 
 def beside_padding(x, side, fill=-1):
-    """Tokens ``[B T]`` among three of padding, which hold what is no token."""
+    """Tokens ``[B T]`` with three of padding, which hold invalid tokens."""
     wide = np.full((len(x), x.shape[1] + 3), fill)
     wide[:, SIDES[side]] = x
     real = np.zeros(wide.shape, bool)
@@ -264,7 +264,7 @@ def beside_padding(x, side, fill=-1):
 @pytest.mark.parametrize(
     "kind", ["learned", *[pytest.param(k, marks=pytest.mark.slow) for k in [*KINDS][1:]]]
 )
-def test_positions_follow_the_padding(kind):
+def test_positions_start_after_the_padding(kind):
     config, changes = KINDS[kind]
     config = models.DecoderConfig(V, layers(num_layers=1, **changes), **config)
     model, x = randomised(models.Decoder(config, rngs=nnx.Rngs(0))), tokens(0, B, T)
@@ -278,7 +278,7 @@ def test_positions_follow_the_padding(kind):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["learned", "sinusoidal", "rotary"])
-def test_positions_of_an_encoder_follow_the_padding(kind):
+def test_positions_of_an_encoder_start_after_the_padding(kind):
     config, changes = KINDS[kind]
     config = {"positions": None, **config}
     config |= {"types": 2, "head": "classes", "classes": 3}  # of the first token that is real
@@ -293,7 +293,7 @@ def test_positions_of_an_encoder_follow_the_padding(kind):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["learned", "sinusoidal", "rotary", "relative"])
-def test_positions_of_both_sequences_follow_the_padding(kind):
+def test_positions_of_both_sequences_start_after_the_padding(kind):
     config, changes = KINDS[kind]
     config = {"positions": None, **config}
     one = layers(num_layers=1, **changes)
@@ -307,7 +307,7 @@ def test_positions_of_both_sequences_follow_the_padding(kind):
         close(run(model, a, b, x, y)[:, SIDES[there]], expected, atol=1e-4)
 
 
-def test_tokens_of_padding_may_be_any_integers_and_others_must_be_in_the_vocabulary():
+def test_padding_may_hold_any_integers_and_tokens_must_be_in_the_vocabulary():
     embed = Embeddings(V, 4, positions="learned", max_length=3, types=2, rngs=nnx.Rngs(0))
     x, real = np.array([[99, -5, 3, 4, 12]]), [[False, False, True, True, True]]
     got = embed(x, real=real, types=np.where(real, 1, 9), positions=np.array([[-1, 9, 2, 0, 1]]))
@@ -414,7 +414,7 @@ def test_equal_configurations_are_equal():
 
 @pytest.mark.slow
 @jax.numpy_dtype_promotion("standard")  # Flax's own, in its norms
-def test_bfloat16_computes_in_it_and_gives_float32():
+def test_bfloat16_computation_with_float32_logits():
     config = dataclasses.replace(DECODERS["learned"], layers=layers(dtype=jnp.bfloat16))
     model, x = models.Decoder(config, rngs=nnx.Rngs(0)), tokens(0, B, T)
     logits, caches = model(x, caches=model.init_caches((B,), T))

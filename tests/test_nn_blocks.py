@@ -31,7 +31,7 @@ def block(rngs, order="pre", cross=False, dropout_rate=0.0):
     )
 
 
-def test_the_orders_of_a_block():
+def test_norm_positions_of_a_block():
     x, context = normal(0, B, T, E), normal(1, B, S, 6)
     for order in ("pre", "post", "both"):
         module = randomised(block(nnx.Rngs(0), order, cross=True))
@@ -146,7 +146,7 @@ def test_one_plus_rms_norm():
     assert nn.OnePlusRMSNorm(E, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))(x).dtype == jnp.bfloat16
 
 
-def test_pooling_reads_no_padding():
+def test_pooling_ignores_padding():
     x, real = normal(0, B, T, E), np.arange(T) < np.array([[3], [T]])
     x = np.where(real[..., None], x, np.nan)
     close(np.asarray(nn.pooling.mean(x, real))[0], x[0, :3].mean(0))
@@ -158,7 +158,7 @@ def test_pooling_reads_no_padding():
     close(first(x)[:, 0], jnp.broadcast_to(first.token[...], (B, E)))
 
 
-def test_dynamic_ntk_is_of_each_row():
+def test_dynamic_ntk_is_per_row():
     rotary = positions.Rotary(scaling=positions.DynamicNTK(2.0, 4))
     x, at = normal(0, B, T, 2, 8), np.stack([np.arange(T), np.arange(T) % 3])
     both = rotary(x, at)

@@ -10,13 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from contract import IMPLEMENTATIONS, PAIRS, PROMISES, assert_right, parameters
+from helpers import mostly_slow
 from jax import export
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from attention_jax import attention, explain, masks, scores
-from attention_jax.backends import pallas_gpu
 from attention_jax.backends.pallas_gpu import launch, refs, support
+from attention_jax.backends.pallas_gpu import run as pallas_gpu
 from attention_jax.core import compat
 from attention_jax.core.pytree import Lookup
 
@@ -171,8 +172,8 @@ def test_a_tile_larger_than_its_array_is_padded_with_zeros(mapped):
     dims = (mapped,)
 
     def kernel(x, _, y, tile):
-        tile[...] = refs.RefView(x, dims, (1,)).load((2, 16), (0, 16))
-        refs.RefView(y, dims, (0,)).store(tile[...], (2, 16), (0, 16))
+        tile[...] = refs.MappedRef(x, dims, (1,)).load((2, 16), (0, 16))
+        refs.MappedRef(y, dims, (0,)).store(tile[...], (2, 16), (0, 16))
 
     y, tile = pl.pallas_call(
         kernel,
@@ -278,8 +279,12 @@ def lowered_for_cuda(fn, *args):
     return exported.mlir_module()
 
 
+QUICK_LOWERED = {"causal, bfloat16", "window, softcap, float32", "dropout, sinks"}
+QUICK_LOWERED |= {"functions with arrays, T5, ALiBi", "layout, complement"}
+
+
 @deprecated
-@pytest.mark.parametrize("name", LOWERED)
+@pytest.mark.parametrize("name", mostly_slow(LOWERED, QUICK_LOWERED))
 def test_lowers_for_cuda_forward_and_backward(name):
     dtype, options = LOWERED[name]
     q, k = (jax.ShapeDtypeStruct((1, 500, n, 64), dtype) for n in (8, 2))
@@ -318,6 +323,7 @@ def every_operation(x):
         *(jnp.floor, jnp.ceil, jax.lax.stop_gradient, lambda x: jax.lax.integer_pow(x, 3)),
     ):
         x = x + fn(x)
+    x = jax.jvp(jnp.tanh, (x,), (x,))[1]
     for fn in (jnp.subtract, jnp.multiply, jnp.divide, jax.lax.pow, jax.lax.rem, jax.lax.atan2):
         x = fn(x, x)
     for fn in (jnp.maximum, jnp.minimum, add_jaxvals):
@@ -348,7 +354,8 @@ def test_a_kernel_has_all_operations_that_rules_may_use():
     x = jax.ShapeDtypeStruct((16, 32), jnp.float32)
     with jax.sharding.use_abstract_mesh(CARD):
         used = set(support._primitives(jax.make_jaxpr(every_operation)(x).jaxpr))
-        assert used == support.POINTWISE
+        # The derivative of tanh is an operation of its own since jax 0.12.
+        assert used | {"one_minus_square"} == support.POINTWISE
         lowered_for_cuda(
             pl.pallas_call(kernel, out_shape=x, compiler_params=triton.CompilerParams()), x
         )
@@ -380,7 +387,7 @@ IDS = jnp.arange(1000)
                     np.zeros((2, 1000, 8, 64), jnp.bfloat16), np.zeros((9, 64), jnp.bfloat16)
                 )
             },
-            "relative_embedding",
+            "score RelativeEmbedding cannot run in a kernel",
         ),
         ({"mask": masks.mask_fn(lambda b, n, q, k: IDS[q] == IDS[k])}, "pass it as an argument"),
         (

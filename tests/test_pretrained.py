@@ -1,4 +1,4 @@
-"""Checkpoints: the logits of Hugging Face's own models, both ways; files that are refused."""
+"""Checkpoints: logits equal those of Hugging Face's models, loaded and saved."""
 
 import json
 import os
@@ -232,13 +232,13 @@ def folders(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_logits_are_theirs(name, folders):
+def test_logits_equal_hugging_face(name, folders):
     path, expected = folders(name)
     assert_same(name, ours(name, pretrained.load(path, ignore=LEFT_OUT.get(name, ()))), expected)
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_what_we_save_they_load(name, folders, tmp_path):
+def test_hugging_face_loads_what_we_save(name, folders, tmp_path):
     path, expected = folders(name)
     model = pretrained.load(path, ignore=LEFT_OUT.get(name, ()))
     pretrained.save(model, tmp_path)
@@ -276,7 +276,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
         {"rope_parameters": YARN | {"rope_theta": 500.0, "factor": None}},
     ],
 )
-def test_rotary_entries_are_read_as_they_read_them(entries, tmp_path):
+def test_rotary_entries_mean_the_same_as_in_hugging_face(entries, tmp_path):
     peer("llama").save_pretrained(tmp_path)
     plain = ours("llama", pretrained.load(tmp_path))
     changed(tmp_path, **entries)
@@ -298,7 +298,7 @@ REQUIRED = {"vocab_size", "hidden_size", "intermediate_size", "d_model", "d_kv",
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_an_entry_that_a_file_does_not_have_is_what_they_take_it_to_be(name):
+def test_defaults_of_missing_entries_equal_hugging_face(name):
     numbers = "num_hidden_layers", "num_attention_heads", "num_layers", "num_heads"
     needed = {*REQUIRED, *numbers, "n_embd", "n_layer", "n_head"}
     given = {key: x for key, x in SIZES[name].items() if key in needed}
@@ -307,18 +307,18 @@ def test_an_entry_that_a_file_does_not_have_is_what_they_take_it_to_be(name):
     config = getattr(transformers, name)(**given)
     whole = config.to_dict()
     whole.pop("architectures", None)
-    (family,) = (x for x in pretrained.FAMILIES if config.model_type in x.TYPES)
+    (family,) = (x for x in pretrained.FAMILIES if config.model_type in x.MODEL_TYPES)
     configs = []
     for entries in (given, whole):
         x = HFConfig({"model_type": config.model_type, **entries})
-        configs.append(family.config(x, set()))
+        configs.append(family.from_hf(x, set()))
         x.finish("model")
     a, b = configs
     assert a == b
 
 
 @pytest.mark.parametrize("name", ["gpt2", "t5"])
-def test_a_head_of_its_own(name, tmp_path):
+def test_an_untied_head(name, tmp_path):
     cls = MODELS[name][0]
     model = peer(name)
     expected = theirs(name, model)
@@ -341,7 +341,7 @@ def test_bert_with_the_heads_of_its_pretraining(tmp_path):
         assert_same("", pretrained.load(tmp_path)(tokens(0)), expected)
 
 
-def test_a_save_that_was_killed_is_the_new_model_to_them_too(tmp_path, monkeypatch):
+def test_hugging_face_loads_the_new_model_after_a_killed_save(tmp_path, monkeypatch):
     peer("gpt2", seed=1).save_pretrained(tmp_path / "new")
     peer("gpt2", seed=0).save_pretrained(tmp_path / "old", max_shard_size="5KB")
     assert (tmp_path / "old" / "model.safetensors.index.json").exists()

@@ -1,4 +1,4 @@
-"""A save takes the place of a checkpoint in one step, wherever it is stopped."""
+"""A save replaces a checkpoint in one step, wherever it is interrupted."""
 
 import itertools
 import json
@@ -86,7 +86,7 @@ def killed_before(folder):
 
 @pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize("before", [nothing, one_file, shards, killed_before])
-def test_a_save_that_is_killed_leaves_the_old_or_the_new(before, after, tmp_path, monkeypatch):
+def test_a_killed_save_leaves_the_old_or_the_new_model(before, after, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda _: None)  # which takes most of the time
     seen = set()
     for k in itertools.count():
@@ -117,7 +117,7 @@ def test_a_save_that_is_killed_leaves_the_old_or_the_new(before, after, tmp_path
     assert seen == {"nothing" if before is nothing else (1, 1), (2, 2)}
 
 
-def test_a_save_that_fails_before_the_step_leaves_nothing_behind(tmp_path):
+def test_a_save_that_fails_before_the_switch_leaves_nothing_behind(tmp_path):
     save(tmp_path, 1)
 
     def full(path):
@@ -141,7 +141,7 @@ def test_a_file_system_without_links(tmp_path, monkeypatch):
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_files_of_others_are_not_removed(tmp_path):
+def test_other_files_are_not_removed(tmp_path):
     """An index can name anything."""
     folder = tmp_path / "folder"
     nothing(folder)
@@ -156,7 +156,7 @@ def test_files_of_others_are_not_removed(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["../x.safetensors", "/x.safetensors", "", 3])
-def test_named_weights_are_of_the_folder_itself(name, tmp_path):
+def test_named_weights_must_be_in_the_folder(name, tmp_path):
     with pytest.raises(ValueError, match="files of its own folder"):
         folders.weights(tmp_path, {"transformers_weights": name})
 
@@ -184,7 +184,7 @@ def table(model):
     return np.asarray(model.embed.tokens[...])
 
 
-def test_a_model_takes_the_place_of_shards(tmp_path):
+def test_a_save_replaces_shards(tmp_path):
     pretrained.save(decoder(0), tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "model-00001-of-00001.safetensors")
     names = safetensors.File(tmp_path / "model-00001-of-00001.safetensors")
@@ -196,7 +196,7 @@ def test_a_model_takes_the_place_of_shards(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
 
 
-def test_a_model_whose_save_was_killed_after_the_step_is_the_new_one(tmp_path, monkeypatch):
+def test_a_save_killed_after_the_switch_leaves_the_new_model(tmp_path, monkeypatch):
     pretrained.save(decoder(0), tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(os, "link", killed)
@@ -224,7 +224,7 @@ def enlarged(model):
         (enlarged, r"embed\.tokens: \(12, 8\), expected \(11, 8\)"),
     ],
 )
-def test_a_model_that_is_not_what_its_config_says_is_not_saved(change, message, tmp_path):
+def test_a_model_that_does_not_match_its_config_is_not_saved(change, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         pretrained.save(change(decoder()), tmp_path)
     assert not list(tmp_path.iterdir())
@@ -236,7 +236,7 @@ def test_a_merged_model_is_saved(tmp_path):
     np.testing.assert_array_equal(table(pretrained.load(tmp_path)), table(decoder()))
 
 
-def test_entries_given_to_save(tmp_path):
+def test_config_entries_given_to_save(tmp_path):
     pretrained.save(decoder(), tmp_path, config={"eos_token_id": 7})
     assert json.loads((tmp_path / "config.json").read_text())["eos_token_id"] == 7
     for entries in ({"n_head": 4}, {"something_new": 1}, {"transformers_weights": "x"}):
@@ -244,7 +244,7 @@ def test_entries_given_to_save(tmp_path):
             pretrained.save(decoder(), tmp_path, config=entries)
 
 
-def test_other_things_are_not_saved(tmp_path):
+def test_objects_other_than_models_are_not_saved(tmp_path):
     with pytest.raises(TypeError, match=r"must be one of attention_jax.models, got Linear"):
         pretrained.save(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), tmp_path)
     arrays = {"x": np.ones(2, np.complex64)}

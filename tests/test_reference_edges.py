@@ -25,7 +25,7 @@ from reference_problems import (
 from attention_jax import reference
 from attention_jax.reference import Bias, Softcap
 
-# Empty rows, hidden keys
+# Empty rows, masked keys
 
 
 HIDDEN_KEYS, EMPTY_ROWS = [2, 6], [0, 3]
@@ -57,7 +57,7 @@ each_way = pytest.mark.parametrize(
 
 
 @each_way
-def test_an_empty_row_gives_zero(how):
+def test_a_fully_masked_row_gives_zero(how):
     arrays, options = inputs(), hiding(how, partial_mask())
     result = reference.attention(*arrays[:3], **options)
     assert np.all(result.out[:, EMPTY_ROWS] == 0.0)
@@ -75,7 +75,7 @@ def test_an_empty_row_gives_zero(how):
             assert np.all(array[:, :, EMPTY_ROWS] == 0.0)
 
 
-def test_if_every_row_is_empty_everything_is_zero():
+def test_if_all_rows_are_masked_everything_is_zero():
     arrays = inputs()
     options = {"mask": np.zeros((1, 1), bool), "scores": (Softcap(CAP), Bias(np.ones((T, S))))}
     result = reference.attention(*arrays[:3], **options)
@@ -113,7 +113,7 @@ def test_a_sink_of_minus_infinity_is_no_sink():
 @pytest.mark.parametrize("sinks", [None, np.linspace(-1.0, 2.0, N)], ids=["no sinks", "sinks"])
 @pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
 @each_way
-def test_masked_positions_may_hold_anything(how, poison, sinks):
+def test_masked_keys_and_queries_may_hold_anything(how, poison, sinks):
     mask = partial_mask()
     options = {**hiding(how, mask), "sinks": sinks}
     clean = inputs()
@@ -147,7 +147,7 @@ def test_masked_entries_of_a_bias_may_hold_anything(poison):
     assert np.all(g.scores[2][~mask] == 0.0)
 
 
-def test_a_key_masked_in_one_head_is_visible_in_the_others():
+def test_a_key_masked_in_one_head_stays_out_of_that_head_only():
     query, key, value, *_ = inputs()
     mask = np.ones((N, 1, S), bool)
     mask[0, :, 2] = False  # heads 0 and 1 read the same key head
@@ -158,7 +158,7 @@ def test_a_key_masked_in_one_head_is_visible_in_the_others():
     assert np.all(np.isnan(planted.out[:, :, 1]))
 
 
-def test_visible_nan_reaches_the_output():
+def test_nan_at_a_visible_key_reaches_the_result():
     query, key, value, *_ = inputs()
     value[0, 0, 0, 0] = np.nan
     out = reference.attention(query, key, value).out
@@ -166,7 +166,7 @@ def test_visible_nan_reaches_the_output():
     assert np.isnan(out).sum() == T * G
 
 
-def test_a_softcap_after_a_masking_bias_makes_keys_visible():
+def test_a_softcap_after_a_bias_makes_masked_keys_visible():
     arrays = inputs()
     bias = np.where(np.arange(S) < 4, 0.0, -np.inf)
     result = reference.attention(*arrays[:3], scores=(Bias(bias), Softcap(CAP)))
@@ -266,7 +266,7 @@ ERRORS = {
     "keep must broadcast to [*B N T S] = (2, 6, 5, 7), got (3, 1, 1)": wrong(
         keep=np.ones((K, 1, 1), bool)
     ),
-    "keep must say what a dropout_rate of 0.3 drops, got None": wrong(dropout_rate=RATE),
+    "keep must be given with a dropout_rate of 0.3, got None": wrong(dropout_rate=RATE),
     "dropout_rate must be in [0, 1), got 1.0": wrong(keep=np.True_, dropout_rate=1.0),
     "dropout_rate must be in [0, 1), got -0.1": wrong(keep=np.True_, dropout_rate=-0.1),
     "scores[1].array must broadcast to [*B N T S] = (2, 6, 5, 7), got (7, 1)": wrong(
@@ -300,6 +300,6 @@ ERRORS = {
 
 
 @pytest.mark.parametrize(("message", "call"), ERRORS.items(), ids=ERRORS.keys())
-def test_errors_name_the_argument_what_was_expected_and_what_came(message, call):
+def test_errors_name_the_argument_and_what_was_expected_and_given(message, call):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         call()

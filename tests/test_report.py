@@ -1,17 +1,18 @@
-"""The tables of the README: what is in them is in the records, and what is not was not run."""
+"""The results pages: tables and plots from the records of runs and measurements."""
 
 import copy
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from experiments import tasks
-from experiments.report import ladders, plots, tables
+from experiments.report import ladders, plots, speed, tables
 from experiments.report.tables import Options
 
-ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).parents[1] / "experiments" / "results"
 
 
 def record(model, seed, score, **more):
@@ -51,83 +52,80 @@ LADDER = [
 @pytest.fixture
 def options(tmp_path, monkeypatch):
     monkeypatch.setattr(tasks, "TASKS", {"trec": tasks.TASKS["trec"], "sst2": tasks.TASKS["sst2"]})
-    readme = tmp_path / "README.md"
-    readme.write_text(
-        "before\n<!-- report:trec -->\nold\n<!-- /report:trec -->\nbetween\n"
-        "<!-- report:sst2 -->\n<!-- /report:sst2 -->\nafter\n"
-    )
-    results = tmp_path / "results"
-    results.mkdir()
-    return Options(results=results, readme=readme)
+    return Options(results=tmp_path)
 
 
 def write(options, records, name="trec"):
     (options.results / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
 
 
+def reported(options):
+    """The page that is written."""
+    assert tables.main(options) == 0
+    return (options.results / "README.md").read_text()
+
+
 def test_means_and_spreads_are_over_seeds_and_in_the_order_of_the_ladder(options):
     write(options, LADDER[::-1])
-    assert tables.main(options) == 0
-    text = options.readme.read_text()
-    rows = [line for line in text.splitlines() if line.startswith("| ")][2:]
+    page = reported(options)
+    rows = [line for line in page.splitlines() if line.startswith("| ")][2:]
     assert rows == [
         "| naive_bayes | 80.0 | 0.500 | 1 | 0 | 10 | 61 |",
         "| text_cnn | **91.0 ± 1.0** | 0.500 ± 0.000 | 3 | 1,234 | 10 | 62 |",
         "| attention | 88.1 ± 0.1 | 0.500 ± 0.000 | 3 | 1,234 | 10 | 62 |",
         "| attention_cnn | 89.1 ± 1.0 | 0.500 ± 0.000 | 3 | 1,234 | 10 | 62 |",
     ]
-    assert "text_cnn (91.0) is better than attention (88.1)" in text
-    assert "2026-11-25, on 1 x cpu (cpu), jax 0.10.2." in text
-    assert "\nold\n" not in text
-    assert "one seed" not in text  # counting gives the same for each
-    assert text.startswith("before\n")
-    assert text.endswith("after\n")
-    assert "Not run yet: `python -m experiments train sst2" in text
+    assert "text_cnn (91.0) is better than attention (88.1)" in page
+    assert "2026-11-25, on 1 x cpu (cpu), jax 0.10.2." in page
+    assert "one seed" not in page  # a model fitted by counting has no seed
+    assert page.index("## trec") < page.index("![Loss and score of trec") < page.index("## sst2")
+    assert "Not run yet: `python -m experiments train sst2" in page
 
 
-def test_a_second_time_changes_nothing_and_check_says_so(options, capsys):
+def test_report_twice_changes_nothing_and_check_notices_a_stale_page(options, capsys):
     write(options, LADDER)
-    check = Options(options.results, options.readme, check=True)
+    check = Options(options.results, check=True)
     assert tables.main(check) == 1
-    assert "is not up to date" in capsys.readouterr().out
-    tables.main(options)
-    once = options.readme.read_text()
-    tables.main(options)
-    assert options.readme.read_text() == once
+    assert "README.md is out of date" in capsys.readouterr().out
+    assert not (options.results / "README.md").exists()
+    once = reported(options)
+    assert reported(options) == once
     assert tables.main(check) == 0
+    (options.results / "README.md").write_text(once + "edited\n")
+    assert tables.main(check) == 1
 
 
 @pytest.mark.parametrize(
-    ("scores", "said"),
+    ("scores", "comment"),
     [
-        ({"text_cnn": 0.9, "attention": 0.95}, "The classic order holds"),
+        ({"text_cnn": 0.9, "attention": 0.95}, "Each model is better than the one before it"),
         ({"text_cnn": 0.9, "attention": 0.9}, "(90.0) and text_cnn (90.0) are within the spread"),
         ({"text_cnn": 0.9, "attention": 0.85}, "text_cnn (90.0) is better than attention (85.0)"),
-        ({"attention": 0.85}, "One rung of the ladder"),
+        ({"attention": 0.85}, "Only one model of the ladder"),
     ],
 )
-def test_the_order_is_said_as_it_is(scores, said):
+def test_comment_compares_each_model_with_the_one_before(scores, comment):
     ladder = ladders.rungs("trec", [record(m, 0, x) for m, x in scores.items()])
-    assert said in tables.order(ladder)
-    assert "one seed" in tables.order(ladder)
+    assert comment in tables.comment(ladder)
+    assert "one seed" in tables.comment(ladder)
 
 
-def test_a_difference_within_the_spread_is_called_so():
+def test_comment_names_differences_within_the_spread():
     runs = [
         *(record("text_cnn", s, x) for s, x in enumerate((0.90, 0.92))),
         *(record("attention", s, x) for s, x in enumerate((0.905, 0.925))),
     ]
-    assert "are within the spread" in tables.order(ladders.rungs("trec", runs))
+    assert "are within the spread" in tables.comment(ladders.rungs("trec", runs))
 
 
-def test_less_is_better_where_the_record_says_so():
+def test_smaller_is_better_if_the_record_says_so():
     runs = [record(m, 0, x, larger=False) for m, x in (("text_cnn", 2.0), ("attention", 1.5))]
     ladder = ladders.rungs("trec", runs)
-    assert "The classic order holds" in tables.order(ladder)
+    assert "Each model is better" in tables.comment(ladder)
     assert "**150.0**" in "\n".join(tables.table(ladder))
 
 
-def test_runs_that_differ_in_more_than_the_seed_have_rows_of_their_own(options):
+def test_runs_that_differ_in_more_than_the_seed_have_separate_rows(options):
     window = [record("attention", s, 0.7, options={"mask": "window"}) for s in (0, 1)]
     names = [rung.name for rung in ladders.rungs("trec", LADDER + window)]
     assert names == [
@@ -139,13 +137,13 @@ def test_runs_that_differ_in_more_than_the_seed_have_rows_of_their_own(options):
     ]
 
 
-def test_a_preset_is_named_and_options_only_beside_runs_of_the_same_preset():
+def test_row_names_the_preset_and_options_only_within_a_preset():
     smoke = record("attention", 0, 0.6, preset="smoke", options={"steps": 8, "width": 16})
     names = [rung.name for rung in ladders.rungs("trec", [smoke, record("attention", 0, 0.8)])]
     assert names == ["attention, preset cpu", "attention, preset smoke"]
 
 
-def test_rows_of_one_model_are_no_steps_of_the_ladder():
+def test_rows_of_the_same_model_are_not_compared():
     models = ("text_cnn", "attention", "attention_cnn")
     runs = [record(m, 0, x) for m, x in zip(models, (0.7, 0.8, 0.9), strict=True)]
     worse = record("attention", 0, 0.5, options={"mask": "window"})
@@ -154,46 +152,37 @@ def test_rows_of_one_model_are_no_steps_of_the_ladder():
         "attention, mask global",
         "attention, mask window",
     ]
-    assert "The classic order holds" in tables.order(ladder)
+    assert "Each model is better" in tables.comment(ladder)
 
 
-def test_the_later_of_two_equal_runs_counts(options):
+def test_latest_of_equal_runs_counts(options):
     again = copy.deepcopy(LADDER[0])
     again["test"]["accuracy"] = 0.5
     write(options, [*LADDER, again])
-    tables.main(options)
-    assert "| naive_bayes | 50.0 |" in options.readme.read_text()
+    assert "| naive_bayes | 50.0 |" in reported(options)
 
 
-def test_rungs_that_were_not_run_are_named(options):
+def test_models_that_were_not_run_are_named(options):
     write(options, LADDER[:4])
-    tables.main(options)
-    assert "Not run yet: attention, attention_cnn." in options.readme.read_text()
-
-
-def test_a_missing_place_is_named(options):
-    options.readme.write_text("nothing\n")
-    write(options, LADDER)
-    with pytest.raises(ValueError, match=r"no place for trec: add the lines <!-- report:trec -->"):
-        tables.main(options)
+    assert "Not run yet: attention, attention_cnn." in reported(options)
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "message"),
     [
-        ("{", "line 2 is no JSON"),
-        ("3", "line 2 is no record: it is no JSON object"),
-        ('{"task": "trec"}', "line 2 is no record: it lacks model, seed"),
+        ("{", "line 2 is not JSON"),
+        ("3", "line 2 is not a record: it is not a JSON object"),
+        ('{"task": "trec"}', "line 2 is not a record: it lacks model, seed"),
         (json.dumps(record("attention", 0, 0.8, test={})), "it lacks accuracy in test$"),
         (json.dumps(record("attention", 0, 0.8, curve=[{}])), "it lacks accuracy in curve$"),
-        (json.dumps(record("attention", 0, 0.8, task="sst2")), "is a record of sst2, not of trec"),
-        (json.dumps(record("gone", 0, 0.8)), "trec has no model gone"),
+        (json.dumps(record("attention", 0, 0.8, task="sst2")), "is a record of sst2, not trec"),
+        (json.dumps(record("gone", 0, 0.8)), "model gone, which trec does not have"),
     ],
 )
-def test_a_damaged_line_is_named(options, line, said):
+def test_damaged_line_raises(options, line, message):
     file = options.results / "trec.jsonl"
     file.write_text(json.dumps(LADDER[0]) + "\n" + line + "\n")
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         tables.main(options)
 
 
@@ -204,41 +193,38 @@ def test_a_damaged_line_is_named(options, line, said):
         {"test": {"accuracy": 0.9, "signature": "nrefs:1|case:mixed"}},
     ],
 )
-def test_the_signature_of_a_score_is_told_and_is_no_column(options, more):
+def test_signature_of_a_score_is_shown_below_the_table(options, more):
     write(options, [record("text_cnn", 0, 0.9, **more)])
-    tables.main(options)
-    text = options.readme.read_text()
-    assert "Scores: `nrefs:1|case:mixed`." in text
-    assert "| signature" not in text
+    page = reported(options)
+    assert "Signature of the scores: `nrefs:1|case:mixed`." in page
+    assert "| signature" not in page
 
 
-def test_a_score_that_some_seeds_lack_is_left_out_of_their_row():
+def test_score_that_some_seeds_lack_is_left_out_of_the_row():
     ladder = ladders.rungs(
         "trec", [record("attention", 0, 0.8, test={"accuracy": 0.8}), record("attention", 1, 0.9)]
     )
     assert tables.table(ladder)[-1] == "| attention | **85.0 ± 7.1** |  | 2 | 1,234 | 10 | 62 |"
 
 
-def test_nothing_is_drawn_where_all_is_counted(options):
+def test_no_plot_for_models_fitted_by_counting(options):
     write(options, LADDER[:1])
-    tables.main(options)
-    assert "![" not in options.readme.read_text()
+    assert "![" not in reported(options)
     assert not (options.results / "trec.png").exists()
 
 
-def test_a_baseline_without_a_validation_score_is_drawn_by_its_test_score(tmp_path):
+def test_baseline_without_a_validation_score_is_plotted_by_its_test_score(tmp_path):
     old = record("naive_bayes", 0, 0.8, curve=[], parameters=0, validation=None)
     plots.draw(ladders.rungs("trec", [old, *LADDER[1:]]), tmp_path / "trec.png")
     assert (tmp_path / "trec.png").stat().st_size > 1000
 
 
-def test_all_versions_are_told(options):
+def test_all_versions_are_listed(options):
     write(options, [record("text_cnn", 0, 0.9, versions={"python": "3.11.7", "jax": "0.10.2"})])
-    tables.main(options)
-    assert "2026-11-25, on 1 x cpu (cpu), python 3.11.7, jax 0.10.2." in options.readme.read_text()
+    assert "2026-11-25, on 1 x cpu (cpu), python 3.11.7, jax 0.10.2." in reported(options)
 
 
-def test_the_plot_has_lines_on_it(options):
+def test_plot_has_lines(options):
     from matplotlib.image import imread
 
     write(options, LADDER)
@@ -248,21 +234,47 @@ def test_the_plot_has_lines_on_it(options):
     assert len(np.unique(pixels[..., :3].reshape(-1, 3), axis=0)) > 50
 
 
-def test_the_readme_is_what_the_records_say():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(ROOT)  # the links in the README begin there
-        assert tables.main(Options(check=True)) == 0
+def test_committed_pages_are_up_to_date():
+    assert tables.main(Options(RESULTS, check=True)) == 0
 
 
-def test_runs_on_other_data_are_in_a_table_of_their_own():
+def test_links_of_the_pages_exist():
+    for name in ("README.md", "SPEED.md"):
+        links = re.findall(r"\]\(([^)]+)\)", (RESULTS / name).read_text())
+        assert links
+        assert [link for link in links if not (RESULTS / link).exists()] == []
+
+
+def test_every_note_is_on_a_task():
+    assert tables.NOTES.keys() <= tasks.TASKS.keys()
+
+
+def test_speed_page_has_the_measurements_and_remarks_of_the_records(tmp_path):
+    row = {"section": "forward", "work": "a call", "gflops": 1.0, "note": "noted"}
+    row |= {"seconds": {"ours": 0.5, "jax.nn": 1.0}, "targets": {"jax.nn": 1.5}}
+    model = {"section": "step", "work": "a step", "gflops": 0.0, "note": ""}
+    model |= {"seconds": {"ours": 2.0, "torch": 1.0}, "targets": {"torch": 0.9}}
+    record = {"date": "2026-11-25", "machine": {"cpu": "a processor", "cores": 2}}
+    record |= {"versions": {"jax": "0.10.2"}, "repeats": 7, "rows": [row], "remarks": ["Remark."]}
+    (tmp_path / "bench.json").write_text(json.dumps(record))
+    (tmp_path / "bench-models.json").write_text(json.dumps(record | {"rows": [model]}))
+    page = speed.page(tmp_path)
+    assert "| forward, a call | 500.0 ms | **2.00x** (aim 1.5x) |  |  |  | noted |" in page
+    assert "| a step | 2,000 ms |  | 0.50x (aim 0.9x) |  |  |" in page
+    assert "2026-11-25, 2 cores of a processor, float32, jax 0.10.2, medians of 7 runs." in page
+    assert page.count("\nRemark.\n") == 2
+    assert "scaling.png" not in page
+
+
+def test_each_data_set_has_its_own_table():
     def run(model, score, corpus):
         return record(model, 0, score, task="ner", options={"corpus": corpus})
 
-    some = [run("gru", 0.5, "wnut17"), run("gru", 0.7, "ncbi"), run("transformer", 0.6, "ncbi")]
-    found = ladders.ladders("ner", some)
+    runs = [run("gru", 0.5, "wnut17"), run("gru", 0.7, "ncbi"), run("transformer", 0.6, "ncbi")]
+    found = ladders.ladders("ner", runs)
     names = {part: [rung.name for rung in ladder] for part, ladder in found.items()}
     assert names == {"ncbi": ["gru", "transformer"], "wnut17": ["gru"]}
-    said = tables.block("ner", found, Path("results"))
-    assert said.index("On `ncbi`") < said.index("**70.0**") < said.index("On `wnut17`")
-    assert "](results/ner-wnut17.png)" in said
+    section = tables.section("ner", found)
+    assert section.index("On `ncbi`") < section.index("**70.0**") < section.index("On `wnut17`")
+    assert "](ner-wnut17.png)" in section
     assert list(ladders.ladders("trec", LADDER)) == [""]

@@ -1,4 +1,4 @@
-"""Stacks that compute layers anew in the backward pass, and that run them in one loop."""
+"""Stacks with rematerialisation, and in one scan."""
 
 import jax
 import numpy as np
@@ -56,7 +56,7 @@ MODELS = {
 
 
 def results(name, **way):
-    """Result and gradient of one call, and the result of the next: dropout goes on."""
+    """Result and gradient of one call, and the result of the next, with new dropout."""
     make, call = MODELS[name]
     graph, parameters, rest = nnx.split(make(**way), nnx.Param, ...)
 
@@ -87,7 +87,7 @@ def test_results_and_gradients_are_the_same(name, way):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_a_scanned_program_does_not_grow_with_the_layers():
+def test_the_program_of_a_scan_does_not_grow_with_the_layers():
     def equations(num_layers, **way):
         model = decoder(num_layers=num_layers, **way)
         graph, state = nnx.split(model)
@@ -98,7 +98,7 @@ def test_a_scanned_program_does_not_grow_with_the_layers():
 
 
 @pytest.mark.slow
-def test_scan_with_remat_needs_less_memory():
+def test_a_scan_with_remat_needs_less_memory():
     def temporaries(**way):
         model = decoder(num_layers=8, windows=(None,), **way)
         graph, parameters, rest = nnx.split(model, nnx.Param, ...)
@@ -113,14 +113,15 @@ def test_scan_with_remat_needs_less_memory():
     assert temporaries(scan=True, remat=True) < temporaries(scan=True) / 2
 
 
-@pytest.mark.parametrize("way", ["scan, remat", pytest.param("remat", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["scan, remat", "remat"])
 def test_generation_under_scan_and_remat_is_the_same(way):
     plain, other = decoder(), decoder(**WAYS[way])
     found, right = (generate(m, TOKENS, max_new_tokens=4).tokens for m in (other, plain))
     np.testing.assert_array_equal(found, right)
 
 
-def test_weights_are_recorded_under_scan_and_remat():
+def test_weights_are_recorded():
     out, weights = record_weights(decoder(scan=True, remat=True), TOKENS)
     right, expected = record_weights(decoder(), TOKENS)
     np.testing.assert_array_equal(out, right)
@@ -152,12 +153,12 @@ def test_period():
         ({"scan": True, "windows": (2, 2, 2, None)}, ValueError, "scan needs windows that repeat"),
     ],
 )
-def test_mistakes_raise_errors(options, error, said):
+def test_invalid_options_raise(options, error, said):
     with pytest.raises(error, match=said):
         layers(**options)
 
 
-def test_a_loop_over_different_blocks_is_refused():
+def test_scan_over_different_blocks_raises():
     model = decoder(scan=True)
     model.stack.blocks[2].attention.order = "post"
     with pytest.raises(
@@ -173,9 +174,9 @@ class Keeping(FeedForward):
 
 
 @pytest.mark.parametrize("way", ["remat", "scan"])
-def test_a_block_that_stores_activations_is_refused(way):
+def test_blocks_that_store_intermediates_raise(way):
     model = decoder(**WAYS[way])
     for block in model.stack.blocks:
         block.feed_forward.sublayer = Keeping(8, 8, rngs=nnx.Rngs(0))
-    with pytest.raises(NotImplementedError, match="remat and scan keep nothing of a block's call"):
+    with pytest.raises(NotImplementedError, match="remat and scan discard changes"):
         model(TOKENS)

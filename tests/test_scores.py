@@ -15,6 +15,7 @@ from attention_jax import attention_weights, scores
 from attention_jax.backends.tile import as_tile, local_axes
 from attention_jax.core.axes import Sizes
 from attention_jax.core.pytree import full_rank, map_leaves
+from attention_jax.scores.relative import skew
 from attention_jax.testing import rules
 
 B, N, T, S, H = 2, 6, 11, 13, 5
@@ -48,7 +49,7 @@ def looking_up(s, b, n, q, k, table, factor):
 LOOKED_UP = RNG.normal(size=(B, N, 3))
 TWO = np.array(2.0)
 
-# The score, and what it makes of the logits s [T S] in head n of example b.
+# The score, and its formula on logits s [T S] in head n of example b.
 RULES = {
     "softcap": (scores.softcap(1.5), lambda s, b, n: 1.5 * np.tanh(s / 1.5)),
     "alibi": (
@@ -106,7 +107,7 @@ each_rule = pytest.mark.parametrize(("score", "rule"), RULES.values(), ids=RULES
 
 
 def in_float64(score):
-    """Its floating arrays as JAX arrays in float64; to be called with x64 on."""
+    """The score with its floating arrays in float64; needs x64."""
     wide = lambda x: jnp.asarray(x, jnp.float64 if x.dtype.kind == "f" else None)  # noqa: E731
     return jax.tree.map(wide, score)
 
@@ -126,14 +127,14 @@ def test_logits_keep_their_dtype(score, rule):
         assert score.resolve(T, S, N).score(s, 1, 2, QI, KJ).dtype == dtype
 
 
-def test_a_bias_of_minus_infinity_masks_nan_logits():
+def test_a_bias_of_minus_infinity_masks_nan_and_inf():
     array = np.array([0.5, -np.inf, -np.inf, -np.inf], np.float32)
     s = jnp.array([1.0, jnp.nan, jnp.inf, -jnp.inf])
     got = scores.bias(array).score(s, 0, 0, 0, np.arange(4))
     assert got.tolist() == [1.5, -math.inf, -math.inf, -math.inf]
 
 
-def test_align_end_needs_the_lengths():
+def test_scores_that_depend_on_lengths_raise_before_these_are_known():
     for score in (
         scores.alibi(),
         scores.alibi(SLOPES, align="end"),
@@ -162,7 +163,7 @@ def cut(score, b, n, q0, k0, t, s):
 
 
 @each_rule
-def test_a_tile_equals_the_rule_at_any_place(score, rule, x64):
+def test_tile_equals_rule_at_any_place(score, rule, x64):
     t, s = 4, 3
     logits, score = jnp.asarray(RNG.normal(size=(t, s))), in_float64(score)
 
@@ -187,7 +188,7 @@ def test_a_tile_equals_the_rule_at_any_place(score, rule, x64):
 def test_skew_moves_diagonals_to_columns(t, s):
     x = np.arange(t * (t + s - 1)).reshape(t, -1)
     expected = [[x[i, j + t - 1 - i] for j in range(s)] for i in range(t)]
-    assert scores.skew(jnp.asarray(x)).tolist() == expected
+    assert skew(jnp.asarray(x)).tolist() == expected
 
 
 # --- Buckets and slopes.
@@ -235,7 +236,7 @@ def test_gradients_of_every_array_of_a_score(name, x64):
         assert all((g != 0).any() for g in jax.tree.leaves(gradients))
 
 
-def test_equal_scores_are_equal_and_hash_alike():
+def test_equal_scores_hash_alike():
     builds = [
         lambda: scores.softcap(2.0),
         lambda: scores.softcap(3.0),
@@ -256,7 +257,7 @@ def test_equal_scores_are_equal_and_hash_alike():
 
 
 @pytest.mark.usefixtures("x64")
-def test_alibi_slopes_are_float64_under_x64():
+def test_alibi_slopes_are_float64_for_float64_inputs():
     x = np.random.default_rng(0).normal(size=(1, 12, 9, 4))
     slopes = 2.0 ** -np.array([*range(1, 9), 0.5])  # the last is no float32
     distance = np.abs(np.arange(12)[:, None] - np.arange(12))

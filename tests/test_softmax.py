@@ -24,7 +24,7 @@ def problem(seed, hidden, size):
 
 
 def exact(s, v, sink=-np.inf):
-    """Output and lse in NumPy; a row that sees nothing is 0."""
+    """Output and lse in NumPy; a fully masked row is 0."""
     m = np.maximum(s.max(-1, keepdims=True), sink)
     m = np.where(m == -np.inf, 0, m)
     e = np.exp(s - m)
@@ -89,7 +89,7 @@ def test_any_split_merges_to_the_whole(how, x64):
 
 
 @given(problems, st.permutations(range(S)))
-def test_merge_commutes_and_the_empty_state_is_neutral(p, order):
+def test_merge_commutes_and_has_a_neutral_state(p, order):
     s, v = (x.astype(np.float32) for x in p)
     a, b, _ = blocks(s, v, order)
     nothing = softmax.start(T, D, jnp.float32)

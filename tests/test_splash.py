@@ -97,10 +97,10 @@ def test_equals_the_materialised_path(name):
     chex.assert_trees_all_close(*results, rtol=2e-5, atol=2e-5)
 
 
-def test_a_large_mask_is_evaluated_block_by_block():
-    asked = splash.Asked(masks.causal() & masks.window(1000, 0), 2**17, 2**17)
+def test_a_mask_of_many_pairs_is_asked_block_by_block():
+    asked = splash.StaticMask(masks.causal() & masks.window(1000, 0), 2**17, 2**17)
     start = time.perf_counter()
-    queries, keys = asked.seen()
+    queries, keys = asked.visible()
     assert queries.all()
     assert keys.all()
     assert time.perf_counter() - start < 20  # 1.7e10 pairs one by one take minutes and 16 GiB
@@ -119,7 +119,7 @@ def test_a_large_mask_is_evaluated_block_by_block():
 def test_blocks_are_those_of_the_mask_and_need_no_device(mask):
     T, S = 1150, 900  # the last block of keys is padded
     dense = np.asarray(mask.to_dense(T, S))
-    lazy = splash._lazy(splash.Asked(mask, T, S), 1152, 1024)
+    lazy = splash._lazy(splash.StaticMask(mask, T, S), 1152, 1024)
     with jax.transfer_guard("disallow"):  # what JAX computes would move the indices to a device
         blocks = [
             [lazy[slice(i, i + 128), slice(j, j + 512)] for j in (0, 512)]
@@ -132,7 +132,7 @@ def test_blocks_are_those_of_the_mask_and_need_no_device(mask):
 
 def test_equal_masks_are_equal_to_splash():
     one, other, third = (
-        splash._lazy(splash.Asked(masks.window(n, 0), 512, 512), 512, 512) for n in (9, 9, 8)
+        splash._lazy(splash.StaticMask(masks.window(n, 0), 512, 512), 512, 512) for n in (9, 9, 8)
     )
     assert (one == other, hash(one) == hash(other), one == third) == (True, True, False)
 
@@ -140,8 +140,8 @@ def test_equal_masks_are_equal_to_splash():
 @pytest.mark.slow
 def test_a_long_window_is_lowered_without_an_array_of_pairs():
     x = [jax.ShapeDtypeStruct((1, 2**16, n, 64), jnp.bfloat16) for n in (2, 1, 1)]
-    pairs = splash.Asked.pairs
-    with mock.patch.object(splash.Asked, "pairs", autospec=True, side_effect=pairs) as asked:
+    pairs = splash.StaticMask.pairs
+    with mock.patch.object(splash.StaticMask, "pairs", autospec=True, side_effect=pairs) as asked:
         program = jax.jit(functools.partial(interpreted, mask=masks.window(1000, 0))).lower(*x)
     assert 128 <= asked.call_count < 5000  # there are 16,384 blocks, and splash asks several times
     assert "65536x65536" not in program.as_text()

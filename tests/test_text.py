@@ -1,4 +1,4 @@
-"""From text to batches: every example exactly once, the same order from any step on."""
+"""Text to batches: every example exactly once per epoch, and the same order from any step."""
 
 import itertools
 
@@ -19,23 +19,23 @@ def orders(step):
 
 
 @pytest.mark.parametrize("name", ["shuffled", "alike"])
-def test_an_order_goes_on_from_any_step_as_if_it_had_begun_there(name):
-    whole = list(itertools.islice(orders(0)[name], 45))
+def test_order_from_a_step_is_the_rest_of_the_order_from_0(name):
+    batches = list(itertools.islice(orders(0)[name], 45))
     for step in (1, 9, 10, 11, 37):
-        part = itertools.islice(orders(step)[name], 45 - step)
-        assert all(np.array_equal(a, b) for a, b in zip(whole[step:], part, strict=True))
+        rest = itertools.islice(orders(step)[name], 45 - step)
+        assert all(np.array_equal(a, b) for a, b in zip(batches[step:], rest, strict=True))
 
 
 @pytest.mark.parametrize("name", ["shuffled", "alike"])
-def test_no_example_twice_in_a_pass_and_each_pass_in_another_order(name):
+def test_epochs_have_no_example_twice_and_differ_in_order(name):
     batches = list(itertools.islice(orders(0)[name], 20))
-    for a_pass in (batches[:10], batches[10:]):
-        seen = np.concatenate(a_pass)
-        assert len(seen) == len(np.unique(seen)) == 100
+    for epoch in (batches[:10], batches[10:]):
+        examples = np.concatenate(epoch)
+        assert len(examples) == len(np.unique(examples)) == 100
     assert not np.array_equal(np.concatenate(batches[:10]), np.concatenate(batches[10:]))
 
 
-def test_batches_of_alike_lengths_have_little_padding():
+def test_batches_of_similar_length_have_little_padding():
     def padding(batches):
         return sum(LENGTHS[b].max() * len(b) - LENGTHS[b].sum() for b in batches)
 
@@ -43,36 +43,36 @@ def test_batches_of_alike_lengths_have_little_padding():
     assert padding(alike) < 0.2 * padding(shuffled)
 
 
-def test_a_batch_larger_than_the_data_is_all_of_it():
+def test_batch_larger_than_the_data_is_all_of_it():
     assert sorted(next(text.shuffled(5, 100, seed=0, step=0))) == [0, 1, 2, 3, 4]
 
 
-def test_covering_holds_each_example_exactly_once():
+def test_covering_has_each_example_exactly_once():
     batches = text.covering(LENGTHS, 10)
     assert sorted(np.concatenate(batches)) == list(range(103))
     assert [len(b) for b in batches] == [10] * 10 + [3]
 
 
-def test_padding_goes_to_buckets():
+def test_padding_is_to_buckets():
     assert text.padded([[5] * 17, [6]]).shape == (2, 32)
     assert text.padded([[5]], count=3).tolist() == [[5, *[0] * 15], [0] * 16, [0] * 16]
-    with pytest.raises(ValueError, match="may have 512 tokens at most, got 513"):
+    with pytest.raises(ValueError, match="at most 512 tokens, got 513"):
         text.bucket(513)
 
 
-def test_words_that_are_rare_or_new_are_unknown():
+def test_rare_and_new_words_are_unknown():
     words = text.Words.of(["a b a", "b c"], least=2)
     assert words.words == (*text.SPECIAL, "a", "b")
     assert words.encode("a c d b") == [4, text.UNKNOWN, text.UNKNOWN, 5]
 
 
 @pytest.mark.parametrize("blank", ["", "  ", "\n\t"])
-def test_an_empty_text_is_refused(blank):
+def test_empty_text_raises(blank):
     with pytest.raises(ValueError, match="text must not be empty or blank"):
         text.check(blank)
 
 
-def test_subwords_hold_any_text_and_give_it_back():
+def test_subwords_round_trip_any_text():
     subwords = text.subwords(["ein Haus", "a house", "zwei Häuser"] * 5, 300)
     for written in ("ein Häuser", "日本語 🎈", "x\ny"):
         numbers = subwords.encode(written).ids
@@ -83,11 +83,11 @@ def test_subwords_hold_any_text_and_give_it_back():
     assert again.to_str() == subwords.to_str()
 
 
-# --- Counting.
+# --- n-grams.
 
 
 def by_hand(written, order, history, character):
-    """The formula, with strings."""
+    """The formula, on strings."""
     p = 1 / 256
     for h in range(order):
         context = history[len(history) - h :] if h else b""
@@ -106,7 +106,7 @@ def by_hand(written, order, history, character):
 
 
 @pytest.mark.parametrize("order", [1, 2, 4])
-def test_ngrams_are_their_formula(order):
+def test_ngrams_match_the_formula(order):
     written = b"the cat sat on the mat and the bat ate that"
     model = NGrams.count(np.frombuffer(written, np.uint8).astype(np.int32), order)
     rng = np.random.default_rng(0)
@@ -124,8 +124,8 @@ def test_ngrams_are_their_formula(order):
 def test_nats_of_windows_are_those_of_each_character(order):
     written = np.frombuffer(b"abracadabra, abracadabra and again", np.uint8).astype(np.int32)
     model = NGrams.count(written, order)
-    pieces = np.stack([written[:9], written[10:19]])
-    nats = model.nats(pieces[:, :-1], pieces[:, 1:])
+    windows = np.stack([written[:9], written[10:19]])
+    nats = model.nats(windows[:, :-1], windows[:, 1:])
     for b, t in np.ndindex(2, 8):
-        expected = -model.logits(pieces[b, : t + 1])[pieces[b, t + 1]]
+        expected = -model.logits(windows[b, : t + 1])[windows[b, t + 1]]
         assert nats[b, t] == pytest.approx(expected, rel=1e-5)

@@ -1,4 +1,4 @@
-"""The numbers of the walk, worked out here without the oracle."""
+"""The numbers of the walkthrough, computed here without the oracle."""
 
 import math
 
@@ -37,7 +37,7 @@ def test_three_tokens_of_width_2():
     np.testing.assert_allclose(steps.residual, SECOND[0] + steps.projected, rtol=1e-12)
 
 
-def test_every_row_of_every_kind_sums_to_1_and_sees_what_it_should():
+def test_rows_of_every_variant_sum_to_1_and_masked_weights_are_0():
     found = variants()
     for weights in (by_hand(*FIRST).weights, by_hand(*SECOND).weights, *found.values()):
         np.testing.assert_allclose(weights.sum(1), 1, rtol=1e-12)
@@ -45,22 +45,22 @@ def test_every_row_of_every_kind_sums_to_1_and_sees_what_it_should():
     np.testing.assert_allclose(found["head 2 of 2"][0], softmax([4, 8, 12]), rtol=1e-12)
     assert (found["causal"] > 0).tolist() == np.tri(3, dtype=bool).tolist()
     assert found["local"][0, 2] == found["local"][2, 0] == 0
-    wanted = softmax([s / math.sqrt(2) for s in (1, 3, 5)])
-    np.testing.assert_allclose(found["cross"][0], wanted, rtol=1e-12)
+    expected = softmax([s / math.sqrt(2) for s in (1, 3, 5)])
+    np.testing.assert_allclose(found["cross"][0], expected, rtol=1e-12)
     np.testing.assert_allclose(
         found["cross"][1], softmax([-s / math.sqrt(2) for s in (2, 4, 6)]), rtol=1e-12
     )
 
 
-def test_what_is_printed_has_the_numbers_and_says_what_to_check():
-    said = walkthrough.text()
+def test_text_has_the_numbers():
+    text = walkthrough.text()
     for number in ("0.0900", "0.2447", "0.6652", "121.0000", "11.9992"):
-        assert number in said
-    assert said.count("sum 1.0000") == 3 + 3 + 3 * 4 + 2
-    assert "Every row sums to 1" in said
+        assert number in text
+    assert text.count("sum 1.0000") == 3 + 3 + 3 * 4 + 2
+    assert "Every row sums to 1" in text
 
 
-def test_the_picture_is_drawn(tmp_path):
+def test_picture_is_drawn(tmp_path):
     pytest.importorskip("matplotlib")
     from matplotlib.image import imread
 

@@ -1,51 +1,58 @@
-"""The table of implementations: what each supports, and which is tried first where.
+"""The backends: what each supports, and which is tried first where.
 
-An implementation is two functions: ``why_unsupported(spec)`` says in words what it cannot do,
-or None; ``run(call, spec)`` does it. Nothing is probed at import and nothing is remembered: the
-choice depends on the ``Spec`` of a call alone.
+=============  ====================================================================
+``xla``        materialised: the formula in plain sight, and fast for short lengths
+``blockwise``  linear memory on every platform, any mask and score
+``cudnn``      NVIDIA's fused kernel, for the calls that it computes exactly
+``pallas_gpu`` our GPU kernels: linear memory, most masks and scores
+``splash``     JAX's own TPU kernel
+=============  ====================================================================
+
+Nothing is probed at import and nothing is remembered: the choice depends on the ``Spec`` of a call
+alone. ``attention`` also takes a configured value, such as ``Blockwise(block_q=128)``, or a
+``Backend`` of your own, in place of a name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 
-from attention_jax.backends import blockwise, cudnn, pallas_gpu, splash, xla
-from attention_jax.backends.call import Call
-from attention_jax.backends.call import Spec as Spec
+from attention_jax.backends.blockwise.run import FEW_QUERIES, Blockwise
+from attention_jax.backends.call import Backend, Spec
+from attention_jax.backends.cudnn import CuDNN
+from attention_jax.backends.pallas_gpu.run import PallasGPU
+from attention_jax.backends.splash import Splash
+from attention_jax.backends.xla import XLA
 from attention_jax.core.compat import mesh_platform
 from attention_jax.core.pytree import leaves
 
+__all__ = [
+    "IMPLEMENTATIONS",
+    "XLA",
+    "Backend",
+    "Blockwise",
+    "Choice",
+    "CuDNN",
+    "PallasGPU",
+    "Spec",
+    "Splash",
+    "as_backends",
+    "choose",
+    "partitioned",
+    "platform",
+    "preference",
+]
 
-class Implementation(NamedTuple):
-    """One way to compute attention."""
-
-    why_unsupported: Callable[[Spec], str | None]
-    run: Callable[[Call, Spec], tuple[jax.Array, jax.Array]]
-    extra_bytes: Callable[[Spec], int]  # forward, beside arguments and results
-    # Queries and keys per block, where cost follows the blocks that a mask leaves; else None.
-    block: Callable[[Spec], tuple[int, int] | None] = lambda spec: None
-
-
-IMPLEMENTATIONS: dict[str, Implementation] = {
-    "blockwise": Implementation(
-        why_unsupported=lambda spec: None,
-        run=lambda call, spec: blockwise.run(call, spec.sizes),
-        extra_bytes=lambda spec: blockwise.extra_bytes(spec.sizes, spec.dtype, spec.mask),
-        block=lambda spec: blockwise.block_sizes(spec.sizes.T, spec.sizes.S, spec.mask),
-    ),
-    "xla": Implementation(
-        why_unsupported=lambda spec: None,
-        run=lambda call, spec: xla.run(call, spec.sizes),
-        extra_bytes=lambda spec: xla.extra_bytes(spec.sizes, spec.dtype),
-    ),
-    "cudnn": Implementation(cudnn.why_unsupported, cudnn.run, cudnn.extra_bytes),
-    "pallas_gpu": Implementation(
-        pallas_gpu.why_unsupported, pallas_gpu.run, pallas_gpu.extra_bytes, pallas_gpu.block
-    ),
-    "splash": Implementation(splash.why_unsupported, splash.run, splash.extra_bytes, splash.block),
+IMPLEMENTATIONS: dict[str, Backend] = {
+    "blockwise": Blockwise(),
+    "xla": XLA(),
+    "cudnn": CuDNN(),
+    "pallas_gpu": PallasGPU(),
+    "splash": Splash(),
 }
 
 # The kernels of each platform, in the order they are tried, before what runs everywhere.
@@ -58,15 +65,19 @@ KERNELS = {
     "tpu": (("splash", "JAX's own kernel: linear memory, skips empty blocks"),),
 }
 
-# On a CPU, heads this short are done sooner in one batched product, which XLA fuses with the
+# On a CPU, sequences up to this length are faster in one batched product, which XLA fuses with the
 # softmax, than in a loop over heads: `python -m experiments bench --only short`. The choice must
-# not depend on the number of heads or examples, which may differ between training and serving.
+# not depend on heads or batch size, which may differ between training and serving.
 MATERIALISE_UP_TO = 256
 
-# So are a few queries of a cache, whose mask holds its positions: a step of decoding is itself in
-# a loop, in which XLA copies the cache for every loop inside. GPT-2's size, ms per token, blockwise
-# and in one piece: 43 and 17 with room for 1,000 tokens, 64 and 22 for 2,000, 152 and 45 for 6,000.
+# The same holds for a few queries against a cache, whose mask holds positions: a decoding step is
+# itself in a loop, in which XLA copies the cache for every loop inside. ms per token of GPT-2's
+# size, blockwise and in one piece: 43 and 17 with room for 1,000 tokens, 64 and 22 for 2,000, 152
+# and 45 for 6,000.
 MOST_PAIRS_OF_A_CACHE = 2**20
+
+# A name of IMPLEMENTATIONS, or a configured value.
+Named = str | Backend
 
 
 def platform() -> str:
@@ -84,9 +95,9 @@ def platform() -> str:
 
 
 def partitioned() -> bool:
-    """Whether the mesh in use has axes over which the compiler itself splits the program.
+    """Whether the mesh in use has axes over which the compiler partitions the program.
 
-    It cannot split a kernel. Inside ``shard_map`` each device has a program of its own.
+    It cannot partition a kernel. Inside ``shard_map`` each device has a program of its own.
     """
     mesh = jax.sharding.get_abstract_mesh()
     manual = jax.sharding.AxisType.Manual
@@ -97,30 +108,29 @@ def partitioned() -> bool:
 def preference(spec: Spec) -> tuple[tuple[str, str], ...]:
     """All implementations in the order they are tried, each with the reason for its place."""
     kernels = KERNELS.get(spec.platform, ())
-    everywhere = _everywhere(spec)
     elsewhere = tuple(
         (name, f"for a {place}")
         for place, others in KERNELS.items()
         if place != spec.platform
         for name, _ in others
     )
-    return (*kernels, *everywhere, *elsewhere)
+    return (*kernels, *_everywhere(spec), *elsewhere)
 
 
 def _everywhere(spec: Spec) -> tuple[tuple[str, str], ...]:
-    """What needs no kernel of a platform's own."""
+    """What runs on every platform."""
+    T, S = spec.sizes.T, spec.sizes.S
     if spec.sizes.symbolic_lengths:
         return (
-            ("xla", "symbolic lengths: nothing of it depends on blocks"),
+            ("xla", "symbolic lengths: it needs no block sizes"),
             ("blockwise", "its blocks depend on lengths"),
         )
-    if max(spec.sizes.T, spec.sizes.S) <= MATERIALISE_UP_TO:
+    if max(T, S) <= MATERIALISE_UP_TO:
         return (
             ("xla", f"T and S are at most {MATERIALISE_UP_TO}: faster in one piece"),
             ("blockwise", f"loops pay off only for T or S above {MATERIALISE_UP_TO}"),
         )
-    few = spec.sizes.T <= blockwise.FEW_QUERIES and bool(leaves(spec.mask))
-    if few and spec.sizes.T * spec.sizes.S <= MOST_PAIRS_OF_A_CACHE:
+    if T <= FEW_QUERIES and leaves(spec.mask) and T * S <= MOST_PAIRS_OF_A_CACHE:
         return (
             ("xla", "few queries and a mask of arrays, as of a cache: faster in one piece"),
             ("blockwise", "inside a decoding loop its own loops would copy the cache"),
@@ -131,68 +141,94 @@ def _everywhere(spec: Spec) -> tuple[tuple[str, str], ...]:
     )
 
 
-def why_unsupported(name: str, spec: Spec) -> str | None:
-    """What of a call an implementation cannot do, in words; None where it can all."""
-    if spec.sizes.symbolic_lengths and name != "xla":
-        return "T or S is symbolic, and its blocks depend on lengths that are known while tracing"
-    if spec.sizes.symbolic_batch and name not in ("xla", "blockwise"):
-        return "B is symbolic, and its kernel is launched for a number of examples that is known"
-    return IMPLEMENTATIONS[name].why_unsupported(spec)
+class Choice(NamedTuple):
+    """The backend that runs a call, and the reasons."""
+
+    name: str | None  # None: none of those asked for supports the call
+    backends: dict[str, Backend]  # configured ones, then all that have a name, as they are tried
+    reasons: dict[str, str]  # for or against each
+    refusal: str  # what to raise if there is none
+
+    @property
+    def backend(self) -> Backend:
+        """The chosen backend.
+
+        Raises:
+          NotImplementedError: none of those asked for supports the call.
+        """
+        if self.name is None:
+            raise NotImplementedError(self.refusal)
+        return self.backends[self.name]
 
 
-def choose(implementation: str | Sequence[str] | None, spec: Spec) -> tuple[str, dict[str, str]]:
-    """The implementation to run, and for each that there is the reason for or against it.
+def choose(asked: tuple[Named, ...] | None, spec: Spec) -> Choice:
+    """The first backend of those asked for, or of ``preference``, that supports the call."""
+    places = dict(preference(spec))
+    given = {_label(x): x for x in asked or () if isinstance(x, Backend)}
+    backends = given | {name: IMPLEMENTATIONS[name] for name in places}
+    names = tuple(places) if asked is None else tuple(map(_label, asked))
+    why_not = {name: backend.why_unsupported(spec) for name, backend in backends.items()}
+    name = next((name for name in names if why_not[name] is None), None)
+
+    def reason(other: str) -> str:
+        if (refused := why_not[other]) is not None:
+            return f"cannot: {refused}"
+        if asked is None:
+            return places[other]
+        if other == name:
+            return "asked for"
+        return f"asked for after {name}" if other in names else "not asked for"
+
+    able = [other for other in (*given, *IMPLEMENTATIONS) if why_not[other] is None]
+    refusal = "; ".join(f"implementation {x!r} cannot: {why_not[x]}" for x in names)
+    return Choice(
+        name,
+        backends,
+        {other: reason(other) for other in backends},
+        f"{refusal}. These can: {', '.join(able) or 'none'}",
+    )
+
+
+def _label(x: Named) -> str:
+    return str(x)
+
+
+def as_backends(implementation: Any) -> tuple[Named, ...] | None:
+    """The argument ``implementation`` as a tuple; None chooses.
 
     Raises:
-      NotImplementedError: none of those asked for supports the call.
+      TypeError, ValueError: it is not a name, a ``Backend``, or a sequence of these.
     """
-    why_not = {name: why_unsupported(name, spec) for name in IMPLEMENTATIONS}
-    order = preference(spec)
-    if implementation is None:
-        asked = tuple(name for name, _ in order)
-    else:
-        asked = (implementation,) if isinstance(implementation, str) else tuple(implementation)
-    able = [name for name in asked if why_not[name] is None]
-    if not able:
-        others = [name for name, reason in why_not.items() if reason is None]
-        raise NotImplementedError(
-            "; ".join(f"implementation {name!r} cannot: {why_not[name]}" for name in asked)
-            + f". These can: {', '.join(others) or 'none'}"
-        )
-    chosen = able[0]
-    reasons = {}
-    for name, place in order:
-        refusal = why_not[name]
-        if refusal is not None:
-            reasons[name] = f"cannot: {refusal}"
-        elif implementation is None:
-            reasons[name] = place
-        elif name == chosen:
-            reasons[name] = "asked for"
-        elif name in asked:
-            reasons[name] = f"asked for after {chosen}"
-        else:
-            reasons[name] = "not asked for"
-    return chosen, reasons
-
-
-def check_names(implementation: Any) -> str | tuple[str, ...] | None:
-    """The argument ``implementation`` in hashable form; raises for what it cannot be."""
     if implementation is None:
         return None
-    if isinstance(implementation, str):
-        names: tuple[Any, ...] = (implementation,)
+    asked: tuple[Any, ...]
+    if isinstance(implementation, (str, Backend)):
+        asked = (implementation,)
     elif isinstance(implementation, Sequence):
-        names = tuple(implementation)
+        asked = tuple(implementation)
     else:
+        is_class = isinstance(implementation, type)
+        got = implementation.__name__ if is_class else type(implementation).__name__
         raise TypeError(
-            f"implementation must be a name, a sequence of names or None, got "
-            f"{type(implementation).__name__}"
+            f"implementation must be a name, a Backend, a sequence of these or None, got {got}"
+            + (f": pass {got}(), not the class" if is_class else "")
         )
     known = ", ".join(IMPLEMENTATIONS)
-    if not names:
+    if not asked:
         raise ValueError(f"implementation must name at least one of {known}, got an empty sequence")
-    for name in names:
-        if name not in IMPLEMENTATIONS:
-            raise ValueError(f"implementation must be one of {known}, or None, got {name!r}")
-    return implementation if isinstance(implementation, str) else names
+    for x in asked:
+        if not isinstance(x, Backend) and not (isinstance(x, str) and x in IMPLEMENTATIONS):
+            hint = f": pass {x.__name__}(), not the class" if isinstance(x, type) else ""
+            raise ValueError(
+                f"implementation must be one of {known}, a Backend or None, got {x!r}{hint}"
+            )
+    configured = [x for x in asked if isinstance(x, Backend)]
+    for x in configured:
+        if not dataclasses.is_dataclass(x) or type(x).__hash__ is None:
+            raise TypeError(
+                f"implementation: {type(x).__name__} must be a frozen dataclass, so that equal "
+                f"values share one compilation"
+            )
+        if str(x) in IMPLEMENTATIONS or any(x != y and str(x) == str(y) for y in configured):
+            raise ValueError(f"implementation: another backend prints as {x} too: rename its class")
+    return asked

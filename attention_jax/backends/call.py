@@ -1,20 +1,24 @@
-"""From the arguments of a call to a ``Call``: checked, and brought into one form.
+"""What a backend is given: one call of ``attention``, checked and in one form.
 
-``attention`` and those mechanisms whose logits are those of softmax attention take the same ones.
+``bind`` is the one way from public arguments to a ``Call``; ``complete`` fills in what depends on
+shapes; ``Spec`` is all of it that does not depend on the values in the arrays, from which backends
+are chosen. A ``Backend`` is ``why_unsupported(spec)`` and ``run(call, spec)``.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from attention_jax import masks
+from attention_jax.core import dropout
 from attention_jax.core.axes import (
     AnyArray,
     Sizes,
@@ -24,7 +28,6 @@ from attention_jax.core.axes import (
     check_query_key_value,
     is_array,
 )
-from attention_jax.core.dropout import Dropout
 from attention_jax.core.pytree import full_rank
 from attention_jax.masks import Mask
 from attention_jax.scores import Score
@@ -36,37 +39,37 @@ Scale = float | Float[AnyArray, ""] | None
 
 
 class Call(NamedTuple):
-    """The arguments of one call, checked: what every implementation is given."""
+    """The arguments of one call."""
 
-    query: Any  # [*B T N H]
-    key: Any  # [*B S K H]
-    value: Any  # [*B S K D]
+    query: Float[Array, "*B T N H"]
+    key: Float[Array, "*B S K H"]
+    value: Float[Array, "*B S K D"]
     mask: Mask | None
     score: tuple[Score, ...]
-    sinks: Any  # [N] or None
-    scale: Any  # scalar
-    dropout: Dropout | None  # of scalars
+    sinks: Float[Array, " N"] | None
+    scale: Float[Array, ""]
+    dropout: dropout.Dropout | None
 
 
 class Head(NamedTuple):
     """The same for one head of one example."""
 
-    query: Any  # [T H]
-    key: Any  # [S H]
-    value: Any  # [S D]
+    query: Float[Array, "T H"]
+    key: Float[Array, "S H"]
+    value: Float[Array, "S D"]
     mask: Mask | None
     score: tuple[Score, ...]
-    sink: Any  # scalar or None
-    scale: Any  # scalar
-    dropout: Dropout | None  # of scalars
-    b: Any  # int32 scalar
-    n: Any  # int32 scalar
+    sink: Float[Array, ""] | None
+    scale: Float[Array, ""]
+    dropout: dropout.Dropout | None
+    b: Int[AnyArray, ""]  # the example, counted over the flattened *B
+    n: Int[AnyArray, ""]  # the query head
 
 
 class Spec(NamedTuple):
-    """Everything about a call but the numbers in its arrays.
+    """What a backend is asked for: everything about a call but the values in its arrays.
 
-    Mask and scores are resolved and their arrays, if any, at full rank (see ``pytree.full_rank``).
+    Mask and scores are resolved and their arrays at full rank (see ``pytree.full_rank``).
     """
 
     sizes: Sizes
@@ -74,14 +77,62 @@ class Spec(NamedTuple):
     mask: Mask | None
     score: tuple[Score, ...]
     scale: float | None  # None: an array, whose value is not known while tracing
-    sinks: bool  # are there any
-    dropout: bool  # is the dropout rate above 0
-    return_lse: bool  # is the lse asked for
+    sinks: bool  # whether there are sinks
+    dropout: bool  # whether the dropout rate is above 0
+    return_lse: bool  # whether the lse is returned
     platform: str  # "cpu", "gpu" or "tpu"
-    partitioned: bool = False  # does the compiler split the program over a mesh of devices
+    partitioned: bool = False  # whether the compiler partitions the program over a mesh
 
 
-def checked(
+class Backend:
+    """One way to compute attention.
+
+    A subclass is a frozen dataclass: its fields configure it (block sizes, tiles), and
+    ``attention`` takes the configured value as ``implementation``. ``backends.IMPLEMENTATIONS``
+    lists those that have a name.
+    """
+
+    # The kernel needs ``scale`` and the Python numbers of scores as constants of the program.
+    STATIC_NUMBERS: ClassVar[bool] = False
+
+    def __str__(self) -> str:
+        """The class and the fields that are not the default."""
+        fields = dataclasses.fields(self)  # type: ignore[arg-type]  # of a subclass
+        given = [f.name for f in fields if getattr(self, f.name) != f.default]
+        return f"{type(self).__name__}({', '.join(f'{x}={getattr(self, x)}' for x in given)})"
+
+    def why_unsupported(self, spec: Spec) -> str | None:
+        """What of a call this backend cannot compute, in words; None where it can do it all."""
+        raise NotImplementedError(f"{type(self).__name__} must define why_unsupported(spec)")
+
+    def run(self, call: Call, spec: Spec) -> tuple[jax.Array, jax.Array]:
+        """Output ``[*B T N D]`` and lse ``[*B T N]``, whose value is arbitrary if not returned."""
+        raise NotImplementedError(f"{type(self).__name__} must define run(call, spec)")
+
+    def extra_bytes(self, spec: Spec) -> int:
+        """Memory of the forward pass, not counting arguments and results."""
+        raise NotImplementedError(f"{type(self).__name__} must define extra_bytes(spec)")
+
+    def block(self, spec: Spec) -> tuple[int, int] | None:
+        """Queries and keys per block; None if the cost does not follow the mask's blocks."""
+        return None
+
+
+def symbolic_lengths_refused(sizes: Sizes) -> str | None:
+    """The refusal of a backend whose blocks depend on the lengths."""
+    if sizes.symbolic_lengths:
+        return "T or S is symbolic, and its blocks depend on lengths that are known while tracing"
+    return None
+
+
+def symbolic_sizes_refused(sizes: Sizes) -> str | None:
+    """The refusal of a backend whose grid also depends on the batch size."""
+    if sizes.symbolic_batch:
+        return "B is symbolic, and its kernel is launched for a batch size known while tracing"
+    return symbolic_lengths_refused(sizes)
+
+
+def bind(
     query: Any,
     key: Any,
     value: Any,
@@ -90,52 +141,123 @@ def checked(
     score: ScoreLike = (),
     sinks: Sinks = None,
     scale: Scale = None,
-) -> tuple[Call, Sizes]:
-    """A call and its sizes.
+    dropout_rate: float = 0.0,
+    dropout_key: Any = None,
+    static_numbers: bool = False,
+    abstract: bool = False,
+) -> Call:
+    """Public arguments as a ``Call``: a pytree of arrays, ready to be an argument of ``jax.jit``.
+
+    A bool array becomes ``masks.dense``, a single score a tuple, a dropout rate and its key a
+    ``Dropout``; the arrays that functions close over become leaves. Nothing depends on shapes yet.
+
+    Args:
+      query, key, value, mask, score, sinks, scale, dropout_rate, dropout_key: as for ``attention``.
+      static_numbers: keep Python numbers of scores as constants of the program.
+      abstract: query, key and value may be ``jax.ShapeDtypeStruct``.
 
     Raises:
       TypeError, ValueError: an argument is wrong; the message names it.
     """
     mask, score = as_mask(mask), as_scores(score)
-    arrays = {"query": query, "key": key, "value": value, "sinks": sinks, "scale": scale}
-    check_types(arrays)
-    sizes = check_query_key_value(query, key, value)
-    arrays["scale"], _ = scale_of(scale, query)
-    mask, score = hoisted(mask, score, (query, key, value))
-    return call_of(arrays, mask, score, None, sizes), sizes
-
-
-def call_of(
-    arrays: dict[str, Any],
-    mask: Mask | None,
-    score: tuple[Score, ...],
-    dropout: Dropout | None,
-    sizes: Sizes,
-) -> Call:
-    """The call; what it checks needs shapes only, so that it can be traced."""
-    sinks, scale = arrays["sinks"], arrays["scale"]
-    check_scalars_and_sinks(sinks, scale, sizes)
-    mask, score = resolve(mask, score, sizes)
+    check_types(
+        {"query": query, "key": key, "value": value, "sinks": sinks, "scale": scale},
+        abstract=abstract,
+    )
+    dropout.check(dropout_rate, dropout_key)
+    if scale is None:
+        scale = 1.0 / math.sqrt(query.shape[-1] or 1) if query.shape else 1.0
+    mask, score = _hoisted(mask, score, (query, key, value), numbers=not static_numbers)
     return Call(
-        query=jnp.asarray(arrays["query"]),
-        key=jnp.asarray(arrays["key"]),
-        value=jnp.asarray(arrays["value"]),
+        query=query,
+        key=key,
+        value=value,
         mask=mask,
         score=score,
-        sinks=sinks,
-        scale=jnp.asarray(scale).astype(accumulation_dtype(arrays["query"].dtype)),
-        dropout=dropout,
+        sinks=sinks,  # type: ignore[arg-type]  # the arrays of JAX once complete
+        scale=float(scale) if is_number(scale) else scale,  # type: ignore[arg-type]
+        dropout=dropout.of_rate(dropout_rate, dropout_key, accumulation_dtype(query.dtype)),
     )
 
 
-def hoisted(
+def complete(call: Call) -> tuple[Call, Sizes]:
+    """The call with its shapes checked, offsets resolved, masks and scores at full rank.
+
+    Only shapes matter, so ``attention`` runs it while tracing, once per shape.
+
+    Raises:
+      TypeError, ValueError: shapes or dtypes that do not fit together; the message names the
+        argument.
+    """
+    sizes = check_query_key_value(call.query, call.key, call.value)
+    T, S, N = sizes.T, sizes.S, sizes.N
+    _check_sinks(call.sinks, sizes)
+    _check_scale(call.scale)
+    mask, score = call.mask, call.score
+    if isinstance(mask, masks.Dense):
+        check_broadcastable("mask", mask.array.shape, sizes)
+    if mask is not None:
+        mask = full_rank(mask.resolve(T, S, N), sizes, "mask")
+    return (
+        call._replace(
+            query=_as_array(call.query),
+            key=_as_array(call.key),
+            value=_as_array(call.value),
+            mask=mask,
+            score=tuple(full_rank(x.resolve(T, S, N), sizes, "score") for x in score),
+            scale=_as_scale(call),
+        ),
+        sizes,
+    )
+
+
+def spec_of(
+    call: Call,
+    sizes: Sizes,
+    *,
+    platform: str,
+    scale: float | None = None,
+    return_lse: bool = False,
+    partitioned: bool = False,
+) -> Spec:
+    """What a backend is asked for by a complete call.
+
+    Args:
+      scale: that of the call, if it is known while tracing.
+      The rest as the fields of ``Spec``.
+    """
+    return Spec(
+        sizes=sizes,
+        dtype=call.query.dtype,
+        mask=call.mask,
+        score=call.score,
+        scale=scale,
+        sinks=call.sinks is not None,
+        dropout=call.dropout is not None,
+        return_lse=return_lse,
+        platform=platform,
+        partitioned=partitioned,
+    )
+
+
+def _as_array(x: Any) -> Any:
+    return x if isinstance(x, jax.ShapeDtypeStruct) else jnp.asarray(x)
+
+
+def _as_scale(call: Call) -> Any:
+    if isinstance(call.query, jax.ShapeDtypeStruct):  # nothing is computed for explain
+        return call.scale
+    return jnp.asarray(call.scale).astype(accumulation_dtype(call.query.dtype))
+
+
+def _hoisted(
     mask: Mask | None,
     score: tuple[Score, ...],
     arrays: tuple[Any, ...],
     *,
-    numbers: bool = True,
+    numbers: bool,
 ) -> tuple[Mask | None, tuple[Score, ...]]:
-    """Mask and scores with arrays in place of what need not be part of the program.
+    """Mask and scores with arrays in place of what need not be a constant of the program.
 
     Args:
       arrays: query, key and value.
@@ -148,28 +270,14 @@ def hoisted(
     return jax.tree.map(_not_folded, (mask, score)) if tracing else (mask, score)
 
 
+# A NumPy mask of 4096 x 4096 took 30 s to compile as a constant, and 0.5 s behind a barrier.
 LARGE_CONSTANT = 2**12  # entries
 
 
 def _not_folded(x: Any) -> Any:
-    """Hides a large constant of the program from XLA's constant folding.
-
-    A causal mask of 4096 x 4096 in NumPy took 30 s to compile, in place of 0.5.
-    """
+    """Hides a large constant of the program from XLA's constant folding."""
     constant = is_array(x) and not isinstance(x, jax.core.Tracer) and np.size(x) >= LARGE_CONSTANT
     return jax.lax.optimization_barrier(jnp.asarray(x)) if constant else x
-
-
-def resolve(
-    mask: Mask | None, score: tuple[Score, ...], sizes: Sizes
-) -> tuple[Mask | None, tuple[Score, ...]]:
-    """Mask and scores with offsets known, and their arrays checked and at full rank."""
-    T, S, N = sizes.T, sizes.S, sizes.N
-    if isinstance(mask, masks.Dense):
-        check_broadcastable("mask", mask.array.shape, sizes)
-    if mask is not None:
-        mask = full_rank(mask.resolve(T, S, N), sizes, "mask")
-    return mask, tuple(full_rank(x.resolve(T, S, N), sizes, "score") for x in score)
 
 
 def as_mask(mask: Any) -> Mask | None:
@@ -199,15 +307,20 @@ def as_scores(score: Any) -> tuple[Score, ...]:
     return tuple(scores)
 
 
-def check_types(arrays: dict[str, Any]) -> None:
-    """What must be known before tracing: that everything is an array or a number."""
+def check_types(arrays: dict[str, Any], *, abstract: bool = False) -> None:
+    """Raises unless everything is a floating array, or a number where one will do.
+
+    Args:
+      arrays: by argument name.
+      abstract: ``jax.ShapeDtypeStruct`` will do too.
+    """
     for name, x in arrays.items():
         if x is None and name in ("sinks", "scale"):
             continue
         if name == "scale" and is_number(x):
             continue
         check_float_array(name, x)
-        if isinstance(x, jax.ShapeDtypeStruct):
+        if isinstance(x, jax.ShapeDtypeStruct) and not abstract:
             raise TypeError(f"{name} must be an array, got ShapeDtypeStruct: only explain takes it")
 
 
@@ -222,24 +335,13 @@ def is_number(x: Any) -> bool:
     return isinstance(x, (int, float)) and not isinstance(x, bool)
 
 
-def scale_of(scale: Any, query: Any) -> tuple[Any, float | None]:
-    """The scale, and the number that it is where that is known; None is ``1 / sqrt(H)``."""
-    if scale is None:
-        scale = 1.0 / math.sqrt(query.shape[-1] or 1) if query.shape else 1.0
-    return (float(scale), float(scale)) if is_number(scale) else (scale, None)
+def _check_sinks(sinks: Any, sizes: Sizes) -> None:
+    if sinks is not None and sinks.shape != (sizes.N,):
+        raise ValueError(
+            f"sinks has shape {tuple(sinks.shape)}, expected [N] = ({sizes.N},), one per query head"
+        )
 
 
-def check_scalars_and_sinks(sinks: Any, scale: Any, sizes: Sizes) -> None:
-    """Raises unless there is a sink per query head, and the scale is one number."""
-    if sinks is not None:
-        check_float_array("sinks", sinks)
-        if sinks.shape != (sizes.N,):
-            raise ValueError(
-                f"sinks has shape {tuple(sinks.shape)}, expected [N] = ({sizes.N},), one per query "
-                f"head"
-            )
-    if scale is not None:
-        if not is_number(scale):
-            check_float_array("scale", scale)
-        if np.ndim(scale) != 0:
-            raise ValueError(f"scale must be a number, got shape {np.shape(scale)}")
+def _check_scale(scale: Any) -> None:
+    if np.ndim(scale) != 0:
+        raise ValueError(f"scale must be a number, got shape {np.shape(scale)}")

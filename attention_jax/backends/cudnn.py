@@ -1,151 +1,165 @@
-"""cuDNN's flash attention on NVIDIA GPUs, by way of ``jax.nn.dot_product_attention``.
+"""cuDNN's flash attention on NVIDIA GPUs, through ``jax.nn.dot_product_attention``.
 
-An adapter: it says which calls cuDNN computes right, refuses the others, and does around the kernel
-what the kernel does not promise. Inside, every query sees at least one key; rows that see nothing,
-and keys that nothing sees, are zeros before the call, and such rows zeros again after it, so that
-neither garbage nor NaN passes, forward or backward.
+An adapter: it accepts the calls that cuDNN computes exactly, refuses the others, and adds what the
+kernel does not guarantee. Every query of the kernel attends to at least one key; fully masked
+queries and keys are zeroed before the call, and such rows of the output after it, so that NaN in
+padding reaches neither the output nor a gradient.
 
-It is differentiable once and in reverse, as ``jax.nn``'s call of cuDNN is: no ``jvp``, no
+It is differentiable once, in reverse mode, as ``jax.nn``'s call of cuDNN is: no ``jvp``, no
 ``hessian``.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from attention_jax.backends.call import Call, Spec
+from attention_jax.backends.call import Backend, Call, Spec, symbolic_sizes_refused
 from attention_jax.core.axes import Sizes
+from attention_jax.core.softmax import zero_rows
 from attention_jax.masks import Band, Dense, Lengths, Mask
 from attention_jax.masks.base import conjuncts
 from attention_jax.scores import Bias, Score
 
 # On cards before Hopper; a spec does not say which card there is.
 WIDEST_HEAD = 128
-# Where the last tile of keys was not whole, backward has given NaN for rows of very small logits,
-# unless told the lengths. Tiles are of this many rows, or a divisor.
+# If the last tile of keys is partial, the backward pass has given NaN for rows of very small logits
+# unless it is given the lengths. Tiles have this many rows, or a divisor of it.
 TILE = 128
-# What hides a pair in a bias: its exponential is 0 beside any logit, and unlike -inf it can be
-# subtracted from itself. Float16 holds no such number.
-HIDDEN = -(2.0**41)
-# Rows whose bias is below this throughout are raised: sums of such numbers have no precision left,
-# and the lowest ones overflow in base 2.
+# Masks a pair in a bias: its exponential is 0 next to that of any logit, and unlike -inf it can be
+# subtracted from itself. Float16 cannot represent it.
+MASKED = -(2.0**41)
+# Rows whose bias is below this throughout are shifted up: sums of such numbers have no precision
+# left, and the lowest ones overflow in base 2.
 FAR = -(2.0**20)
 
 
-class Plan(NamedTuple):
+class CuDNNMask(NamedTuple):
     """A mask in cuDNN's terms."""
 
     causal: bool
-    window: int | None  # keys before self that a query sees; None: all
+    window: int | None  # keys before its own that a query attends to; None: all
     query_lengths: tuple[Any, ...]  # ints or int arrays [*B]; the least counts
     key_lengths: tuple[Any, ...]
 
 
-class Seen(NamedTuple):
-    """Who sees, who is seen, in which pairs; axes may have size 1, None is everyone."""
+class VisibleOfCall(NamedTuple):
+    """The visible queries, keys and pairs of all heads; axes may have size 1, None is all."""
 
-    queries: Any  # bool [B T N]
-    keys: Any  # bool [B S K]
-    pairs: Any  # bool [B N T S], only where there is a bias
+    queries: Any  # bool [B T N]: the query has a visible key
+    keys: Any  # bool [B S K]: the key is visible to a query
+    pairs: Any  # bool [B N T S], only if there is a bias
 
 
-def why_unsupported(spec: Spec) -> str | None:
-    """What of a call cuDNN, as ``jax.nn`` calls it, does not do or not do right; or None."""
-    z, dtype, scale = spec.sizes, jnp.dtype(spec.dtype), spec.scale
-    refusals = (
-        (
-            spec.platform != "gpu",
-            f"cuDNN is for NVIDIA GPUs, the platform is {spec.platform}",
-        ),
-        (
-            dtype not in (jnp.bfloat16, jnp.float16),
-            f"cuDNN computes in bfloat16 and float16 only, query is {dtype.name}",
-        ),
-        (z.D != z.H, f"jax.nn wants value as wide as key, got widths {z.D} (D) and {z.H} (H)"),
-        (z.H % 8 != 0, f"the width of a head must be a multiple of 8, got {z.H} (H)"),
-        (
-            z.H > WIDEST_HEAD,
-            f"heads wider than {WIDEST_HEAD} are not for every card, got {z.H} (H)",
-        ),
-        (spec.sinks, "softmax sinks have no place in cuDNN's kernel as jax.nn calls it"),
-        (
-            spec.dropout,
-            "dropout is a hash of the key and the indices here, cuDNN draws its own",
-        ),
-        (spec.return_lse, "jax.nn stops the gradient of the lse and rounds it"),
-        (scale is None, "scale is an array, cuDNN needs a number known while tracing"),
-        (
-            scale is not None and not (scale > 0.0 and math.isfinite(scale)),
-            f"scale is {scale}, which must be positive and finite: kernels may scale a maximum",
-        ),
-    )
-    for refused, reason in refusals:
-        if refused:
+@dataclasses.dataclass(frozen=True)
+class CuDNN(Backend):
+    """cuDNN's fused kernel, for the calls that it computes exactly."""
+
+    # cuDNN takes the scale as a number.
+    STATIC_NUMBERS = True
+
+    def why_unsupported(self, spec: Spec) -> str | None:
+        """What of a call cuDNN, as ``jax.nn`` calls it, does not do or not do right; or None."""
+        z, dtype, scale = spec.sizes, jnp.dtype(spec.dtype), spec.scale
+        refusals = (
+            (
+                spec.platform != "gpu",
+                f"cuDNN is for NVIDIA GPUs, the platform is {spec.platform}",
+            ),
+            (
+                dtype not in (jnp.bfloat16, jnp.float16),
+                f"cuDNN computes in bfloat16 and float16 only, query is {dtype.name}",
+            ),
+            (z.D != z.H, f"jax.nn wants value as wide as key, got widths {z.D} (D) and {z.H} (H)"),
+            (z.H % 8 != 0, f"the width of a head must be a multiple of 8, got {z.H} (H)"),
+            (
+                z.H > WIDEST_HEAD,
+                f"heads wider than {WIDEST_HEAD} are not for every card, got {z.H} (H)",
+            ),
+            (spec.sinks, "softmax sinks have no place in cuDNN's kernel as jax.nn calls it"),
+            (
+                spec.dropout,
+                "dropout is a hash of the key and the indices here, cuDNN draws its own",
+            ),
+            (spec.return_lse, "jax.nn stops the gradient of the lse and rounds it"),
+            (scale is None, "scale is an array, cuDNN needs a number known while tracing"),
+            (
+                scale is not None and not (scale > 0.0 and math.isfinite(scale)),
+                f"scale is {scale}, which must be positive and finite: kernels may scale a maximum",
+            ),
+        )
+        if reason := symbolic_sizes_refused(z):
             return reason
-    plan = _plan(spec.mask, z)
-    if isinstance(plan, str):
-        return plan
-    return _why_not_scores(spec.score, dtype, plan, z)
+        for refused, reason in refusals:
+            if refused:
+                return reason
+        plan = _plan(spec.mask, z)
+        if isinstance(plan, str):
+            return plan
+        return _why_not_scores(spec.score, dtype, plan, z)
 
+    def run(self, call: Call, spec: Spec) -> tuple[jax.Array, jax.Array]:
+        """Output ``[*B T N D]``, and zeros ``[*B T N]`` in the place of the lse.
 
-def run(call: Call, spec: Spec) -> tuple[jax.Array, jax.Array]:
-    """Output ``[*B T N D]``, and zeros ``[*B T N]`` in the place of the lse.
+        Those zeros are never returned: calls that return the lse are refused.
+        """
+        z = spec.sizes
+        plan = _plan(call.mask, z)
+        if isinstance(plan, str):
+            raise NotImplementedError(f"implementation 'cudnn' cannot: {plan}")
+        B = math.prod(z.B)
+        query, key, value = (x.reshape(B, *x.shape[len(z.B) :]) for x in call[:3])
+        bias = _flat_bias(call.score[0].array, z) if call.score else None  # type: ignore[attr-defined]
+        query_length = _length(plan.query_lengths, z.T, z)
+        key_length = _length(plan.key_lengths, z.S, z)
 
-    Nobody sees those zeros: a call that asks for the lse is refused, and of any other call only the
-    output is returned.
-    """
-    z = spec.sizes
-    plan = _plan(call.mask, z)
-    if isinstance(plan, str):
-        raise NotImplementedError(f"implementation 'cudnn' cannot: {plan}")
-    B = math.prod(z.B)
-    query, key, value = (x.reshape(B, *x.shape[len(z.B) :]) for x in call[:3])
-    bias = _flat_bias(call.score[0].array, z) if call.score else None  # type: ignore[attr-defined]
-    query_length = _length(plan.query_lengths, z.T, z)
-    key_length = _length(plan.key_lengths, z.S, z)
+        visible = _visible(plan, bias, query_length, key_length, z)
+        query = zero_rows(visible.queries, query)
+        key, value = zero_rows(visible.keys, key), zero_rows(visible.keys, value)
+        if bias is not None:
+            bias = _bounded(bias, visible)
 
-    seen = _seen(plan, bias, query_length, key_length, z)
-    query = _only(seen.queries, query)
-    key, value = _only(seen.keys, key), _only(seen.keys, value)
-    if bias is not None:
-        bias = _tame(bias, seen)
+        # Padded queries are computed too, from zeros: cuDNN does not specify rows beyond a query
+        # length, and the backward pass reads them.
+        lengths = None
+        if key_length is not None or z.T % TILE or z.S % TILE:
+            keys = (
+                jnp.full((B,), z.S, jnp.int32) if key_length is None else jnp.maximum(key_length, 1)
+            )
+            lengths = jnp.full((B,), z.T, jnp.int32), keys
+        out = zero_rows(
+            visible.queries, _attend(query, key, value, bias, lengths, plan, spec.scale)
+        )
+        shape = (*z.B, z.T, z.N)
+        return out.reshape(*shape, z.D), jnp.zeros(shape, jnp.float32)
 
-    # Padded queries are computed as well, from zeros: cuDNN does not say what it leaves in rows
-    # beyond a query length, and backward reads them.
-    lengths = None
-    if key_length is not None or z.T % TILE or z.S % TILE:
-        keys = jnp.full((B,), z.S, jnp.int32) if key_length is None else jnp.maximum(key_length, 1)
-        lengths = jnp.full((B,), z.T, jnp.int32), keys
-    out = _only(seen.queries, _attend(query, key, value, bias, lengths, plan, spec.scale))
-    shape = (*z.B, z.T, z.N)
-    return out.reshape(*shape, z.D), jnp.zeros(shape, jnp.float32)
-
-
-def extra_bytes(spec: Spec) -> int:
-    """Copies with zeros for what is padding, and of the bias without ``-inf``."""
-    z, plan = spec.sizes, _plan(spec.mask, spec.sizes)
-    if isinstance(plan, str):
-        return 0
-    B, width = math.prod(z.B), jnp.dtype(spec.dtype).itemsize
-    padded = bool(plan.query_lengths or plan.key_lengths)
-    entries = 0
-    if padded or spec.score:
-        entries += 2 * B * z.T * z.N * z.H + 2 * B * z.S * z.K * z.H  # query, output; key, value
-    for score in spec.score:
-        if isinstance(score, Bias):
-            *batch, n, _, _ = score.array.shape
-            entries += (B if padded or math.prod(batch) > 1 else 1) * n * z.T * z.S
-    return entries * width
+    def extra_bytes(self, spec: Spec) -> int:
+        """Copies with zeroed padding, and of the bias without ``-inf``."""
+        z, plan = spec.sizes, _plan(spec.mask, spec.sizes)
+        if isinstance(plan, str):
+            return 0
+        B, width = math.prod(z.B), jnp.dtype(spec.dtype).itemsize
+        padded = bool(plan.query_lengths or plan.key_lengths)
+        entries = 0
+        if padded or spec.score:
+            entries += (
+                2 * B * z.T * z.N * z.H + 2 * B * z.S * z.K * z.H
+            )  # query, output; key, value
+        for score in spec.score:
+            if isinstance(score, Bias):
+                *batch, n, _, _ = score.array.shape
+                entries += (B if padded or math.prod(batch) > 1 else 1) * n * z.T * z.S
+        return entries * width
 
 
 # --- From our terms to cuDNN's.
 
 
-def _plan(mask: Mask | None, sizes: Sizes) -> Plan | str:
+def _plan(mask: Mask | None, sizes: Sizes) -> CuDNNMask | str:
     """The mask in cuDNN's terms, or why it has none."""
     bands, spans = [], []
     for part in conjuncts(mask):
@@ -161,19 +175,19 @@ def _plan(mask: Mask | None, sizes: Sizes) -> Plan | str:
             return "mask is a bool array, which jax.nn would turn into a bias of T x S"
         else:
             return f"mask {type(part).__name__} has no place in cuDNN's kernel as jax.nn calls it"
-    # A bound that reaches over all positions is none.
+    # A bound beyond all positions is no bound.
     left = min((b.left for b in bands if b.left is not None and b.left < sizes.T - 1), default=None)
     right = min(
         (b.right for b in bands if b.right is not None and b.right < sizes.S - 1), default=None
     )
-    plan = Plan(
+    plan = CuDNNMask(
         causal=right == 0,
         window=left,
         query_lengths=tuple(s.query for s in spans if s.query is not None),
         key_lengths=tuple(s.key for s in spans if s.key is not None),
     )
     if right is not None and right > 0:
-        return f"mask sees {right} keys after the query, cuDNN's window ends with it"
+        return f"mask allows {right} keys after the query, cuDNN's window ends with it"
     if left is not None and not plan.causal:
         return "mask has a left window without causal, from which jax.nn drops the future's bound"
     if plan.causal and sizes.T != sizes.S:
@@ -182,11 +196,13 @@ def _plan(mask: Mask | None, sizes: Sizes) -> Plan | str:
             f"diagonal is then"
         )
     if left is not None and plan.key_lengths:
-        return "mask has a window and key lengths, which leave queries that see nothing"
+        return "mask has a window and key lengths, which leave fully masked queries"
     return plan
 
 
-def _why_not_scores(scores: tuple[Score, ...], dtype: Any, plan: Plan, sizes: Sizes) -> str | None:
+def _why_not_scores(
+    scores: tuple[Score, ...], dtype: Any, plan: CuDNNMask, sizes: Sizes
+) -> str | None:
     for score in scores:
         if not isinstance(score, Bias):
             return f"score {type(score).__name__} has no place in cuDNN's kernel as jax.nn calls it"
@@ -233,45 +249,44 @@ def _length(lengths: tuple[Any, ...], most: int, sizes: Sizes) -> jax.Array | No
     return jnp.broadcast_to(least, sizes.B).reshape(-1)
 
 
-def _seen(plan: Plan, bias: Any, query_length: Any, key_length: Any, sizes: Sizes) -> Seen:
-    """Who sees and who is seen, by the rule that causal has ``T == S`` and no offset."""
+def _visible(
+    plan: CuDNNMask, bias: Any, query_length: Any, key_length: Any, sizes: Sizes
+) -> VisibleOfCall:
+    """What is visible, given that a causal mask has ``T == S`` and no offset."""
     i, j = jnp.arange(sizes.T, dtype=jnp.int32), jnp.arange(sizes.S, dtype=jnp.int32)
     if bias is None and query_length is None and key_length is None:
-        return Seen(None, None, None)
+        return VisibleOfCall(None, None, None)
     real_queries = (
         jnp.ones((1, sizes.T), bool) if query_length is None else i < query_length[:, None]
     )
     real_keys = jnp.ones((1, sizes.S), bool) if key_length is None else j < key_length[:, None]
     if bias is None:
-        # The first key is seen by whoever sees one, and under causal key j by query j, or by none.
+        # A query with a visible key attends to the first; under causal, query j attends to key j.
         queries = real_queries & real_keys[:, :1]
         keys = real_keys & (real_queries if plan.causal else real_queries[:, :1])
-        return Seen(queries[:, :, None], keys[:, :, None], None)
+        return VisibleOfCall(queries[:, :, None], keys[:, :, None], None)
     pairs = real_queries[:, None, :, None] & real_keys[:, None, None, :] & (bias != -jnp.inf)
     if plan.causal:
         pairs = pairs & (j[None, :] <= i[:, None])
     keys = pairs.any(axis=2)  # [B N S]
-    if keys.shape[1] != 1:  # a key head is seen where one of its query heads sees it
+    if keys.shape[1] != 1:  # visible to one of the query heads that share it
         keys = keys.reshape(-1, sizes.K, sizes.G, sizes.S).any(axis=2)
-    return Seen(jnp.swapaxes(pairs.any(axis=3), 1, 2), jnp.swapaxes(keys, 1, 2), pairs)
+    return VisibleOfCall(jnp.swapaxes(pairs.any(axis=3), 1, 2), jnp.swapaxes(keys, 1, 2), pairs)
 
 
-def _tame(bias: jax.Array, seen: Seen) -> jax.Array:
-    """The bias without ``-inf``, and up to a constant per row, which does not change the result."""
-    sees = jnp.swapaxes(seen.queries, 1, 2)[..., None]
-    top = jnp.where(seen.pairs, bias, -jnp.inf).max(axis=-1, keepdims=True)
-    zero, hidden = jnp.zeros((), bias.dtype), jnp.asarray(HIDDEN, bias.dtype)
-    shift = jax.lax.stop_gradient(jnp.where(sees & (top < FAR), top, zero))
-    # Rows that see nothing are 0: were all hidden, they would be such sums.
-    return jnp.where(seen.pairs, jnp.maximum(bias - shift, hidden), jnp.where(sees, hidden, zero))
+def _bounded(bias: jax.Array, visible: VisibleOfCall) -> jax.Array:
+    """The bias without ``-inf``, shifted by a constant per row, which the result ignores."""
+    has_key = jnp.swapaxes(visible.queries, 1, 2)[..., None]
+    top = jnp.where(visible.pairs, bias, -jnp.inf).max(axis=-1, keepdims=True)
+    zero, masked = jnp.zeros((), bias.dtype), jnp.asarray(MASKED, bias.dtype)
+    shift = jax.lax.stop_gradient(jnp.where(has_key & (top < FAR), top, zero))
+    # Fully masked rows are 0: with MASKED throughout, their sums would have no precision.
+    return jnp.where(
+        visible.pairs, jnp.maximum(bias - shift, masked), jnp.where(has_key, masked, zero)
+    )
 
 
-def _only(rows: Any, x: jax.Array) -> jax.Array:
-    """``x`` with zeros for the other rows: a selection, which NaN does not pass."""
-    return x if rows is None else jnp.where(rows[..., None], x, jnp.zeros((), x.dtype))
-
-
-# --- The call. Its rule for vmap wants all arrays mapped, along axis 0, the cotangent too.
+# --- The call. Its vmap rule needs all arrays mapped along axis 0, the cotangent too.
 
 
 def _attend(
@@ -280,7 +295,7 @@ def _attend(
     value: jax.Array,
     bias: jax.Array | None,
     lengths: tuple[jax.Array, jax.Array] | None,
-    plan: Plan,
+    plan: CuDNNMask,
     scale: float | None,
 ) -> jax.Array:
     query, key, value, bias, lengths = _mapped_together((query, key, value, bias, lengths))
@@ -292,7 +307,7 @@ def _attend(
         scale=scale,
         # Never a window alone: without causal, jax.nn forgets that it ends with the query.
         is_causal=plan.causal,
-        # Keys beside self, for jax.nn; it adds self for cuDNN.
+        # Keys other than its own, for jax.nn; it adds that one for cuDNN.
         local_window_size=None if plan.window is None else (plan.window, 0),
         query_seq_lengths=None if lengths is None else lengths[0],
         key_value_seq_lengths=None if lengths is None else lengths[1],

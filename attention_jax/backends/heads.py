@@ -1,13 +1,12 @@
 """From one head of one example to all: ``vmap`` over ``*B``, ``K`` and ``G``.
 
-A head function sees
+A head function takes a ``Head``::
 
     query [T H], key [S H], value [S D], a mask and scores without B and N axes,
-    sink, scale, b, n, seed (scalars)
+    sink, scale, b, n (scalars)
 
-and every array is mapped where it has the axis, never repeated where it has not: keys
-and values are not copied for the ``G`` query heads that share them, nor a bias for the
-examples that share it.
+Every array is mapped over the axes it has and never repeated over those it lacks: keys and values
+are not copied for the ``G`` query heads that share them, nor a bias for the examples that share it.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,13 +52,20 @@ def over_heads_and_examples(
     flat, structure = jax.tree.flatten(arguments)
     flat_axes: list[Any] = []
     for argument, letters in zip(arguments, axes, strict=True):
-        if letters is None:  # a mask, or scores: each array says its own axes
+        if letters is None:  # masks and scores: each array declares its own axes
             flat_axes += [leaf.axes for leaf in leaves(argument)]
         elif argument is not None:
             flat_axes += [letters] * len(jax.tree.leaves(argument))
-    return lift(
-        lambda *xs: head(jax.tree.unflatten(structure, xs)), flat, sizes, flat_axes, outputs
-    )
+
+    def one(*xs: Any) -> Any:
+        given: Head = jax.tree.unflatten(structure, xs)
+        chex.assert_shape(given.query, (sizes.T, sizes.H))
+        chex.assert_shape(given.key, (sizes.S, sizes.H))
+        chex.assert_shape(given.value, (sizes.S, sizes.D))
+        chex.assert_rank([given.scale, given.b, given.n], 0)
+        return head(given)
+
+    return lift(one, flat, sizes, flat_axes, outputs)
 
 
 def lift(
@@ -72,12 +79,12 @@ def lift(
 
     Args:
       head: from the arrays, without the axes ``*B``, ``N`` and ``K``, to a tuple of arrays.
-      arrays: all of them; along ``*B`` and ``N`` also of size 1, for all.
+      arrays: all of them; axes ``*B`` and ``N`` may have size 1, which broadcasts.
       sizes: what the axis letters stand for.
-      inputs: the axes of each array, such as ``"*B S K H"``; letters other than ``*B``, ``N`` and
-        ``K`` stay.
-      outputs: the same of each result, with ``*B``, and ``N``; or ``K`` for what does not depend on
-        the query heads.
+      inputs: the axes of each array, such as ``"*B S K H"``; axes other than ``*B``, ``N`` and
+        ``K`` are passed on to ``head``.
+      outputs: the axes of each result: ``*B``, and ``N``, or ``K`` for results that do not depend
+        on the query heads.
 
     >>> sizes = Sizes(B=(2,), T=3, S=5, K=2, G=2, H=7, D=7)
     >>> query, key = np.ones((2, 3, 4, 7)), np.ones((2, 5, 2, 7))
@@ -165,11 +172,11 @@ def _expand(fn: Callable[..., Any], axes: tuple[int | None, ...]) -> Callable[..
     return expanded
 
 
-# --- Arrays that are sharded over the explicit axes of a mesh: each device maps its own part.
+# --- Arrays sharded over the explicit axes of a mesh: each device maps its own shard.
 
 
 def _explicit_mesh(arrays: Sequence[Any]) -> AbstractMesh | None:
-    """The mesh that one of the arrays is sharded over, explicitly; None where none is."""
+    """The mesh that an array is explicitly sharded over; None if there is none."""
     for x in arrays:
         sharding = jax.typeof(x).sharding
         if sharding.mesh.explicit_axes and any(axis is not None for axis in sharding.spec):
@@ -188,7 +195,7 @@ def _on_each_device(
 ) -> tuple[jax.Array, ...]:
     """``lift`` under ``shard_map``: batch and heads stay sharded, all other axes are gathered.
 
-    Where two arrays disagree the first has it, and the others are resharded.
+    If two arrays disagree the first one decides, and the others are resharded.
     """
     arrays = [jnp.asarray(x) for x in arrays]
     batch = [f"B{i}" for i in range(len(sizes.B))]
@@ -234,7 +241,7 @@ def _on_each_device(
         mesh=mesh,
         in_specs=in_specs,
         out_specs=tuple(spec(axes) for axes in outputs),
-        # Not the others, which a vmap around this may map over.
+        # Other axes may be mapped over by a vmap around this.
         axis_names={name for names in mesh_axes.values() for name in names},
     )
     return run(*arrays)
@@ -247,7 +254,7 @@ def _spec(x: jax.Array) -> tuple[tuple[str, ...], ...]:
 
 
 def _align_heads(mesh_axes: dict[str, tuple[str, ...]], sizes: Sizes, mesh: AbstractMesh) -> None:
-    """Query heads are sharded as the key-value heads that they read; where these cannot, neither.
+    """Query heads are sharded like the key-value heads that they read, or not at all.
 
     A single key-value head is replicated.
     """

@@ -7,14 +7,14 @@ a CPU makes every tile product four times slower. Three primitives do better::
     tangent (operands, results, tangents)       -> d out, d log_l    linear in the tangents
     backward(operands, results, cotangents)     -> cotangents of the operands: tangent's transpose
 
-where ``lse = m + log_l``: the largest logit and what remains. They stay apart because their sum
-would round ``log_l`` away where logits are large, and with it the probabilities that are computed
-again in tangent and backward. ``m`` counts as a constant: only the sum ever matters.
+where ``lse = m + log_l``, the largest logit and the rest. They stay apart because the sum would
+round ``log_l`` away if logits are large, and with it the probabilities that tangent and backward
+recompute. ``m`` counts as a constant: only the sum ever matters.
 
 - ``jvp`` of forward is tangent; its transpose, hence ``grad``, is backward.
 - ``vmap`` of any of them only notes, for each array, where the new axis is (or that there is none).
-  The kernel then loops over it and cuts out what it needs: nothing is moved, copied or repeated,
-  and a mapped axis costs what a batch axis costs, since batch axes and heads *are* mapped axes.
+  The kernel then loops over it and slices what it needs: nothing is moved, copied or repeated, and
+  a mapped axis costs what a batch axis costs, since batch axes and heads *are* mapped axes.
 - Derivatives of tangent and backward, that is second and higher orders, are derivatives of the
   plain materialised formulas, which JAX differentiates by itself.
 
@@ -27,7 +27,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +49,7 @@ Dims = tuple[int | None, ...]
 class Static:
     """What a primitive's program depends on, besides shapes."""
 
-    structure: Any  # of the operands, a pytree (Head, visits)
+    structure: Any  # of the operands, a pytree (Head, schedule)
     config: Any  # the kernel's own
     levels: Shape = ()  # sizes of the mapped axes, outermost first
     in_dims: tuple[Dims, ...] = ()  # one per array
@@ -80,7 +80,7 @@ def mapped_shape(core: Shape, dims: Dims, levels: Shape) -> Shape:
     return tuple(at[axis] if axis in at else next(rest) for axis in range(rank))
 
 
-def spec(static: Static, avals: Sequence[Any], rank: int, dims: Dims) -> tuple[Any, ...]:
+def mesh_axes(static: Static, avals: Sequence[Any], rank: int, dims: Dims) -> tuple[Any, ...]:
     """The explicit mesh axes of a result: its mapped axes are sharded as those of the operands."""
     axes: list[Any] = [None] * rank
     for level, place in enumerate(dims):
@@ -94,225 +94,103 @@ def spec(static: Static, avals: Sequence[Any], rank: int, dims: Dims) -> tuple[A
     return tuple(axes)
 
 
-def num_differentiable(structure: Any) -> int:
-    """The first leaves are the ones that can have tangents: query, key, value, scores, sink, scale.
+class Primitives(NamedTuple):
+    """The three primitives on a kernel."""
 
-    ``Head`` is unpacked in this order by ``operands``.
-    """
-    differentiable, _ = jax.tree.unflatten(structure, range(structure.num_leaves))
-    return len(jax.tree.leaves(differentiable))
-
-
-def operands(head: Head, visits: Any) -> Any:
-    """A pytree whose differentiable leaves come first."""
-    query, key, value, mask, score, sink, scale, dropout, b, n = head
-    return (query, key, value, score, sink, scale), (mask, dropout, b, n, visits)
-
-
-def as_head(tree: Any) -> tuple[Head, Any]:
-    """The inverse of ``operands``."""
-    (query, key, value, score, sink, scale), (mask, dropout, b, n, visits) = tree
-    return Head(query, key, value, mask, score, sink, scale, dropout, b, n), visits
+    forward: Primitive
+    tangent: Primitive
+    backward: Primitive
 
 
 def make(name: str, kernel: Kernel) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """The three primitives on a kernel, as one function ``(head, visits, config) -> out, lse``."""
-    forward_p, tangent_p, backward_p = (
-        Primitive(f"{name}_{part}") for part in ("forward", "tangent", "backward")
+    """The three primitives on a kernel, as a function ``(head, schedule, config) -> out, lse``."""
+    p = Primitives(*(Primitive(f"{name}_{part}") for part in Primitives._fields))
+    _register(p.forward, kernel.forward, _results)
+    _register(p.tangent, kernel.tangent, _results)
+    _register(p.backward, kernel.backward, _cotangents)
+
+    batching.primitive_batchers[p.forward] = functools.partial(_batch_results, p.forward)
+    batching.primitive_batchers[p.tangent] = functools.partial(_batch_results, p.tangent)
+    batching.primitive_batchers[p.backward] = functools.partial(_batch_cotangents, p.backward)
+
+    ad.primitive_jvps[p.forward] = functools.partial(_forward_jvp, p)
+    ad.primitive_transposes[p.tangent] = functools.partial(_tangent_transpose, p)
+    ad.primitive_jvps[p.tangent] = functools.partial(
+        _higher_jvp, p.tangent, functools.partial(_plain_tangent, kernel)
+    )
+    ad.primitive_jvps[p.backward] = functools.partial(
+        _higher_jvp, p.backward, functools.partial(_plain_backward, kernel)
     )
 
-    def results(static: Static, avals: Sequence[Any]) -> list[Any]:
-        """Shape and dtype of out, (m,) log_l: at least float32, the caller rounds."""
-        query, _, value = (
-            core_shape(x.shape, d) for x, d in zip(avals[:3], static.in_dims, strict=False)
-        )
-        accumulation = accumulation_dtype(avals[0].dtype)
-        cores = [(query[0], value[1])] + [(query[0],)] * (len(static.out_dims) - 1)
-        shapes = [
-            mapped_shape(core, dims, static.levels)
-            for core, dims in zip(cores, static.out_dims, strict=True)
-        ]
-        return [
-            like(avals[0], shape, accumulation, spec(static, avals, len(shape), dims))
-            for shape, dims in zip(shapes, static.out_dims, strict=True)
-        ]
-
-    def cotangents(static: Static, avals: Sequence[Any]) -> list[Any]:
-        """Shape and dtype of the operands' cotangents."""
-        shapes = [
-            mapped_shape(core_shape(avals[i].shape, static.in_dims[i]), d, static.levels)
-            for i, d in zip(static.wrt, static.out_dims, strict=True)
-        ]
-        return [
-            like(avals[i], shape, avals[i].dtype, spec(static, avals, len(shape), dims))
-            for i, shape, dims in zip(static.wrt, shapes, static.out_dims, strict=True)
-        ]
-
-    # --- Plain formulas, for derivatives of the derivatives.
-
-    def split(static: Static, arrays: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-        n = static.structure.num_leaves
-        return list(arrays[:n]), list(arrays[n + RESULTS :])  # the results are recomputed
-
-    def plain_of(static: Static, arrays: list[Any]) -> Callable[..., Any]:
-        """out, log_l as a function of the operands that vary."""
-
-        def fn(*varying: Any) -> Any:
-            new = list(arrays)
-            for i, x in zip(static.wrt, varying, strict=True):
-                new[i] = x
-            head, _ = as_head(jax.tree.unflatten(static.structure, new))
-            out, m, log_l = kernel.plain(head)
-            return out, jax.lax.stop_gradient(m) + log_l
-
-        return fn
-
-    def plain_tangent(static: Static, *arrays: Any) -> Any:
-        xs, tangents = split(static, arrays)
-        varying = tuple(xs[i] for i in static.wrt)
-        return jax.jvp(plain_of(static, xs), varying, tuple(tangents))[1]
-
-    def plain_backward(static: Static, *arrays: Any) -> Any:
-        xs, cots = split(static, arrays)
-        _, pull = jax.vjp(plain_of(static, xs), *(xs[i] for i in static.wrt))
-        return pull(tuple(cots))
-
-    def vmapped(fn: Callable[..., Any], static: Static) -> Callable[..., Any]:
-        """``fn`` of one head, mapped as ``static`` says."""
-
-        def run(*arrays: Any) -> tuple[Any, ...]:
-            mapped: Callable[..., Any] = lambda *xs: tuple(fn(static, *xs))  # noqa: E731
-            ins = [list(d) for d in static.in_dims]
-            plan = []
-            for level, size in enumerate(static.levels):
-                where = tuple(d[level] for d in ins)
-                for d, w in zip(ins, where, strict=True):  # the axis is gone for inner levels
-                    if w is not None:
-                        d[:] = [x - 1 if x is not None and x > w else x for x in d]
-                plan.append((where, size))
-            for where, size in reversed(plan):
-                mapped = jax.vmap(mapped, in_axes=where, out_axes=0, axis_size=size)
-            results = []
-            for x, dims in zip(mapped(*arrays), static.out_dims, strict=True):
-                x = x.sum(tuple(i for i, d in enumerate(dims) if d is None))
-                kept = [d for d in dims if d is not None]
-                results.append(jnp.moveaxis(x, range(len(kept)), kept))
-            return tuple(results)
-
-        return run
-
-    # --- Rules.
-
-    def forward_jvp(primals: Any, tangents: Any, *, static: Static) -> Any:
-        out, m, log_l = forward_p.bind(*primals, static=static)
-        # What the backward pass needs of this one, for policies of `jax.checkpoint` to save.
-        out = checkpoint_name(out, OUT_NAME)
-        m, log_l = (checkpoint_name(x, LSE_NAME) for x in (m, log_l))
-        constant = ad.Zero(jax.typeof(m).to_tangent_aval())
-        possible = num_differentiable(static.structure)
-        wrt = tuple(
-            i
-            for i in range(possible)
-            if type(tangents[i]) is not ad.Zero and jnp.issubdtype(primals[i].dtype, jnp.inexact)
-        )
-        if not wrt:
-            zeros = (ad.Zero(jax.typeof(x).to_tangent_aval()) for x in (out, log_l))
-            return (out, m, log_l), (next(zeros), constant, next(zeros))
-        in_dims = static.in_dims + static.out_dims + tuple(static.in_dims[i] for i in wrt)
-        static = dataclasses.replace(
-            static, in_dims=in_dims, out_dims=(static.out_dims[0], static.out_dims[2]), wrt=wrt
-        )
-        varying = (tangents[i] for i in wrt)
-        dout, dlog_l = tangent_p.bind(*primals, out, m, log_l, *varying, static=static)
-        return (out, m, log_l), (dout, constant, dlog_l)
-
-    def tangent_transpose(cots: Any, *args: Any, static: Static) -> Any:
-        n = static.structure.num_leaves + RESULTS
-        cots = [ad.instantiate_zeros(c) for c in cots]
-        tangent_dims = static.in_dims[n:]
-        static = dataclasses.replace(
-            static, in_dims=static.in_dims[:n] + static.out_dims, out_dims=tangent_dims
-        )
-        return [None] * n + list(backward_p.bind(*args[:n], *cots, static=static))
-
-    def higher(plain: Callable[..., Any], primitive: Primitive) -> Callable[..., Any]:
-        def rule(primals: Any, tangents: Any, *, static: Static) -> Any:
-            outs = primitive.bind(*primals, static=static)
-            varying = [
-                i
-                for i, t in enumerate(tangents)
-                if type(t) is not ad.Zero and jnp.issubdtype(primals[i].dtype, jnp.inexact)
-            ]
-
-            def fn(*xs: Any) -> Any:
-                new = list(primals)
-                for i, x in zip(varying, xs, strict=True):
-                    new[i] = x
-                return vmapped(plain, static)(*new)
-
-            _, dots = jax.jvp(
-                fn, tuple(primals[i] for i in varying), tuple(tangents[i] for i in varying)
-            )
-            return outs, dots
-
-        return rule
-
-    def batch(primitive: Primitive, args: Any, dims: Any, *, static: Static) -> Any:
-        size = next(x.shape[d] for x, d in zip(args, dims, strict=True) if d is not None)
-        in_dims = tuple(_insert(d, old) for d, old in zip(dims, static.in_dims, strict=True))
-        # Results carry the new axis where their operand does, so that nothing is transposed.
-        sources = static.wrt if primitive is backward_p else (0,) * len(static.out_dims)
-        places = [dims[i] if dims[i] is not None else 0 for i in sources]
-        if primitive is not backward_p:  # m and log_l have one axis less than the query
-            places = [min(p, len(core)) for p, core in zip(places, _ranks(static), strict=True)]
-        out_dims = tuple(_insert(p, old) for p, old in zip(places, static.out_dims, strict=True))
-        static = dataclasses.replace(
-            static, levels=(size, *static.levels), in_dims=in_dims, out_dims=out_dims
-        )
-        return primitive.bind(*args, static=static), places
-
-    def _ranks(static: Static) -> list[range]:
-        """Axes of out, (m,) log_l before the new one is inserted."""
-        kept = [sum(d is not None for d in dims) for dims in static.out_dims]
-        cores = (2,) + (1,) * (len(kept) - 1)
-        return [range(core + k) for core, k in zip(cores, kept, strict=True)]
-
-    for primitive, run, shapes in (
-        (forward_p, kernel.forward, results),
-        (tangent_p, kernel.tangent, results),
-        (backward_p, kernel.backward, cotangents),
-    ):
-        primitive.multiple_results = True
-
-        def implementation(
-            *arrays: Any, static: Static, run: Callable[..., Any] = run
-        ) -> list[Any]:
-            return list(run(static, *arrays))
-
-        primitive.def_impl(implementation)
-        primitive.def_abstract_eval(lambda *avals, static, shapes=shapes: shapes(static, avals))
-        mlir.register_lowering(primitive, _lowering(implementation))
-        batching.primitive_batchers[primitive] = functools.partial(batch, primitive)
-
-    ad.primitive_jvps[forward_p] = forward_jvp
-    ad.primitive_jvps[tangent_p] = higher(plain_tangent, tangent_p)
-    ad.primitive_jvps[backward_p] = higher(plain_backward, backward_p)
-    ad.primitive_transposes[tangent_p] = tangent_transpose
-
-    def bind(head: Head, visits: Any, config: Any) -> tuple[jax.Array, jax.Array]:
-        leaves, structure = jax.tree.flatten(operands(head, visits))
+    def bind(head: Head, schedule: Any, config: Any) -> tuple[jax.Array, jax.Array]:
+        leaves, structure = jax.tree.flatten(operands(head, schedule))
         static = Static(structure, config, (), ((),) * len(leaves), ((),) * RESULTS)
-        out, m, log_l = forward_p.bind(*varying_together(map(jnp.asarray, leaves)), static=static)
+        out, m, log_l = p.forward.bind(*varying_together(map(jnp.asarray, leaves)), static=static)
         return out, m + log_l
 
     return bind
 
 
-def _insert(new: int | None, old: Dims) -> Dims:
-    """``old``, once an array has got a further mapped axis at ``new``; it becomes the outermost."""
-    if new is None:
-        return (None, *old)
-    return (new, *(d + 1 if d is not None and d >= new else d for d in old))
+# --- Operands: a head and a schedule as a flat list of arrays.
+
+
+def operands(head: Head, schedule: Any) -> Any:
+    """A pytree whose differentiable leaves come first."""
+    query, key, value, mask, score, sink, scale, dropout, b, n = head
+    return (query, key, value, score, sink, scale), (mask, dropout, b, n, schedule)
+
+
+def as_head(tree: Any) -> tuple[Head, Any]:
+    """The inverse of ``operands``."""
+    (query, key, value, score, sink, scale), (mask, dropout, b, n, schedule) = tree
+    return Head(query, key, value, mask, score, sink, scale, dropout, b, n), schedule
+
+
+def num_differentiable(structure: Any) -> int:
+    """How many of the first leaves can have tangents: those of query, key, ..., sink, scale."""
+    differentiable, _ = jax.tree.unflatten(structure, range(structure.num_leaves))
+    return len(jax.tree.leaves(differentiable))
+
+
+# --- Shapes and lowering.
+
+
+def _register(primitive: Primitive, run: Callable[..., Any], shapes: Callable[..., Any]) -> None:
+    """What a primitive computes, and the shapes of its results."""
+
+    def implementation(*arrays: Any, static: Static) -> list[Any]:
+        return list(run(static, *arrays))
+
+    primitive.multiple_results = True
+    primitive.def_impl(implementation)
+    primitive.def_abstract_eval(lambda *avals, static: shapes(static, avals))
+    mlir.register_lowering(primitive, _lowering(implementation))
+
+
+def _results(static: Static, avals: Sequence[Any]) -> list[Any]:
+    """Shape and dtype of out, (m,) log_l: at least float32, the caller rounds."""
+    query, _, value = (
+        core_shape(x.shape, d) for x, d in zip(avals[:3], static.in_dims, strict=False)
+    )
+    accumulation = accumulation_dtype(avals[0].dtype)
+    cores = [(query[0], value[1])] + [(query[0],)] * (len(static.out_dims) - 1)
+    return [
+        _result(static, avals, core, dims, accumulation)
+        for core, dims in zip(cores, static.out_dims, strict=True)
+    ]
+
+
+def _cotangents(static: Static, avals: Sequence[Any]) -> list[Any]:
+    """Shape and dtype of the operands' cotangents."""
+    return [
+        _result(static, avals, core_shape(avals[i].shape, static.in_dims[i]), dims, avals[i].dtype)
+        for i, dims in zip(static.wrt, static.out_dims, strict=True)
+    ]
+
+
+def _result(static: Static, avals: Sequence[Any], core: Shape, dims: Dims, dtype: Any) -> Any:
+    shape = mapped_shape(core, dims, static.levels)
+    return like(avals[0], shape, dtype, mesh_axes(static, avals, len(shape), dims))
 
 
 def _lowering(implementation: Callable[..., Any]) -> Callable[..., Any]:
@@ -329,3 +207,177 @@ def _lowering(implementation: Callable[..., Any]) -> Callable[..., Any]:
         return lower(ctx.replace(avals_in=plain), *args, **params)
 
     return rule
+
+
+# --- Derivatives.
+
+
+def _forward_jvp(p: Primitives, primals: Any, tangents: Any, *, static: Static) -> Any:
+    """The tangent of forward is the primitive tangent, of the operands that vary."""
+    out, m, log_l = p.forward.bind(*primals, static=static)
+    # What the backward pass needs of this one, for policies of `jax.checkpoint` to save.
+    out = checkpoint_name(out, OUT_NAME)
+    m, log_l = (checkpoint_name(x, LSE_NAME) for x in (m, log_l))
+    constant = _zero(m)
+    # Masks do not pass gradients on, so neither do numbers that their functions close over.
+    possible = num_differentiable(static.structure)
+    wrt = tuple(i for i in _varying(primals, tangents) if i < possible)
+    if not wrt:
+        return (out, m, log_l), (_zero(out), constant, _zero(log_l))
+    static = dataclasses.replace(
+        static,
+        in_dims=static.in_dims + static.out_dims + tuple(static.in_dims[i] for i in wrt),
+        out_dims=(static.out_dims[0], static.out_dims[2]),
+        wrt=wrt,
+    )
+    moving = (tangents[i] for i in wrt)
+    dout, dlog_l = p.tangent.bind(*primals, out, m, log_l, *moving, static=static)
+    return (out, m, log_l), (dout, constant, dlog_l)
+
+
+def _tangent_transpose(p: Primitives, cotangents: Any, *args: Any, static: Static) -> Any:
+    """The transpose of tangent is the primitive backward."""
+    n = static.structure.num_leaves + RESULTS
+    cotangents = [ad.instantiate_zeros(c) for c in cotangents]
+    static = dataclasses.replace(
+        static, in_dims=static.in_dims[:n] + static.out_dims, out_dims=static.in_dims[n:]
+    )
+    return [None] * n + list(p.backward.bind(*args[:n], *cotangents, static=static))
+
+
+def _varying(primals: Any, tangents: Any) -> tuple[int, ...]:
+    """The operands that have a tangent."""
+    return tuple(
+        i
+        for i, (x, dx) in enumerate(zip(primals, tangents, strict=True))
+        if type(dx) is not ad.Zero and jnp.issubdtype(x.dtype, jnp.inexact)
+    )
+
+
+def _zero(x: Any) -> Any:
+    return ad.Zero(jax.typeof(x).to_tangent_aval())
+
+
+# --- Derivatives of the derivatives: those of the plain formulas.
+
+
+def _higher_jvp(
+    primitive: Primitive,
+    plain: Callable[..., Any],
+    primals: Any,
+    tangents: Any,
+    *,
+    static: Static,
+) -> Any:
+    """The jvp of tangent or backward, by way of its plain formula."""
+    wrt = _varying(primals, tangents)
+
+    def formula(*moving: Any) -> Any:
+        return _vmapped(plain, static)(*_replaced(primals, wrt, moving))
+
+    _, dots = jax.jvp(formula, tuple(primals[i] for i in wrt), tuple(tangents[i] for i in wrt))
+    return primitive.bind(*primals, static=static), dots
+
+
+def _plain_tangent(kernel: Kernel, static: Static, *arrays: Any) -> Any:
+    """What tangent computes, for one head."""
+    xs, tangents = _split(static, arrays)
+    varying = tuple(xs[i] for i in static.wrt)
+    return jax.jvp(_plain(kernel, static, xs), varying, tuple(tangents))[1]
+
+
+def _plain_backward(kernel: Kernel, static: Static, *arrays: Any) -> Any:
+    """What backward computes, for one head."""
+    xs, cotangents = _split(static, arrays)
+    _, pull = jax.vjp(_plain(kernel, static, xs), *(xs[i] for i in static.wrt))
+    return pull(tuple(cotangents))
+
+
+def _plain(kernel: Kernel, static: Static, arrays: Sequence[Any]) -> Callable[..., Any]:
+    """out and log_l as a function of the operands that vary."""
+
+    def formula(*moving: Any) -> Any:
+        new = _replaced(arrays, static.wrt, moving)
+        head, _ = as_head(jax.tree.unflatten(static.structure, new))
+        out, m, log_l = kernel.plain(head)
+        return out, jax.lax.stop_gradient(m) + log_l
+
+    return formula
+
+
+def _split(static: Static, arrays: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    """The operands, and the tangents or cotangents; the results between them are recomputed."""
+    n = static.structure.num_leaves
+    return list(arrays[:n]), list(arrays[n + RESULTS :])
+
+
+def _replaced(arrays: Sequence[Any], where: Sequence[int], new: Sequence[Any]) -> list[Any]:
+    arrays = list(arrays)
+    for i, x in zip(where, new, strict=True):
+        arrays[i] = x
+    return arrays
+
+
+# --- vmap: where the mapped axes are.
+
+
+def _batch_results(primitive: Primitive, args: Any, dims: Any, *, static: Static) -> Any:
+    """Batches forward or tangent: results have the new axis where the query has it."""
+    place = dims[0] if dims[0] is not None else 0
+    # m and log_l have one axis less than the query.
+    ranks = (sum(d is not None for d in out) for out in static.out_dims)
+    places = [min(place, (2 if i == 0 else 1) + rank) for i, rank in enumerate(ranks)]
+    return _batch(primitive, args, dims, places, static)
+
+
+def _batch_cotangents(primitive: Primitive, args: Any, dims: Any, *, static: Static) -> Any:
+    """Batches backward: cotangents have the new axis where their operands have it."""
+    places = [dims[i] if dims[i] is not None else 0 for i in static.wrt]
+    return _batch(primitive, args, dims, places, static)
+
+
+def _batch(primitive: Primitive, args: Any, dims: Any, places: list[int], static: Static) -> Any:
+    """Notes the new mapped axis; nothing is moved."""
+    size = next(x.shape[d] for x, d in zip(args, dims, strict=True) if d is not None)
+    static = dataclasses.replace(
+        static,
+        levels=(size, *static.levels),
+        in_dims=tuple(_insert(d, old) for d, old in zip(dims, static.in_dims, strict=True)),
+        out_dims=tuple(_insert(p, old) for p, old in zip(places, static.out_dims, strict=True)),
+    )
+    return primitive.bind(*args, static=static), places
+
+
+def _insert(new: int | None, old: Dims) -> Dims:
+    """``old`` for an array with a further mapped axis at ``new``, which becomes the outermost."""
+    if new is None:
+        return (None, *old)
+    return (new, *(d + 1 if d is not None and d >= new else d for d in old))
+
+
+def _vmapped(fn: Callable[..., Any], static: Static) -> Callable[..., Any]:
+    """``fn(static, *arrays)`` of one head, mapped over all levels by ``jax.vmap``."""
+
+    def run(*arrays: Any) -> tuple[Any, ...]:
+        mapped: Callable[..., Any] = lambda *xs: tuple(fn(static, *xs))  # noqa: E731
+        dims = static.in_dims
+        in_axes = []
+        for _ in static.levels:
+            in_axes.append(tuple(d[0] for d in dims))
+            dims = tuple(map(_without_first, dims))
+        for axes, size in reversed(list(zip(in_axes, static.levels, strict=True))):
+            mapped = jax.vmap(mapped, in_axes=axes, out_axes=0, axis_size=size)
+        results = []
+        for x, dims_of_x in zip(mapped(*arrays), static.out_dims, strict=True):
+            x = x.sum(tuple(i for i, d in enumerate(dims_of_x) if d is None))
+            kept = [d for d in dims_of_x if d is not None]
+            results.append(jnp.moveaxis(x, range(len(kept)), kept))
+        return tuple(results)
+
+    return run
+
+
+def _without_first(dims: Dims) -> Dims:
+    """Where the mapped axes are once the outermost one is gone."""
+    first, *rest = dims
+    return tuple(d - 1 if d is not None and first is not None and d > first else d for d in rest)

@@ -1,10 +1,10 @@
 """JAX's own kernel for TPUs, splash attention: an adapter.
 
-A mask without arrays becomes one of its lazy masks, asked block by block while tracing; segments
-and lengths become its segment ids. What it leaves undefined is mended around it: rows that see
-nothing are zeros before and after the call, and so are keys that nobody sees.
+A mask without arrays becomes one of its lazy masks, evaluated block by block while tracing;
+segments and lengths become its segment ids. The kernel leaves fully masked rows undefined, so such
+queries, keys and values are zeroed before the call, and such rows of the output after it.
 
-Differentiable once and in reverse, as the kernel is: no ``jvp``, no ``hessian``.
+It is differentiable once, in reverse mode, as the kernel is: no ``jvp``, no ``hessian``.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from attention_jax import masks
-from attention_jax.backends.call import Call, Spec
+from attention_jax.backends.call import Backend, Call, Spec, symbolic_sizes_refused
 from attention_jax.core.axes import Sizes
+from attention_jax.core.closures import uses_arguments
+from attention_jax.core.softmax import zero_rows
 from attention_jax.masks import And, BlockSparse, Lengths, Mask, Not, Or, Segments, block_map
 from attention_jax.masks.base import conjuncts, parts
 from attention_jax.masks.grid import Grid
@@ -29,13 +31,13 @@ from attention_jax.scores import Softcap
 
 LANES = 128  # lengths are multiples of this, and so are blocks
 BLOCKS = (512, 256, 128)
-# Segment ids of what sees nothing: a query's and a key's differ.
+# Segment ids of fully masked queries and keys, which differ.
 NO_QUERY, NO_KEY = -1, -2
-# While tracing, masks are asked about blocks of this size.
-ASKED = 512
+# While tracing, masks are evaluated in blocks of this size.
+EVALUATED_BLOCK = 512
 
 
-class Plan(NamedTuple):
+class SplashMask(NamedTuple):
     """A mask in splash's terms: all of these must hold."""
 
     static: Mask | None  # holds no arrays
@@ -43,58 +45,63 @@ class Plan(NamedTuple):
     lengths: tuple[Lengths, ...]  # with arrays
 
 
-def why_unsupported(spec: Spec) -> str | None:
-    """What of a call splash attention does not do, or not do exactly, in words; or None."""
-    dtype = jnp.dtype(spec.dtype)
-    if spec.platform != "tpu":
-        return f"its kernel is for TPUs, this is a {spec.platform}"
-    if spec.partitioned:
-        return "the compiler cannot split its kernel over the mesh: shard_map can"
-    if dtype not in (jnp.bfloat16, jnp.float32):
-        return f"{dtype.name}: its products are of bfloat16 or float32"
-    if spec.dropout:
-        return "dropout has no place in its kernel"
-    for score in spec.score:
-        if not isinstance(score, Softcap):
-            return f"score {type(score).__name__}: its kernel has softcap alone"
-    if len(spec.score) > 1:
-        return "more than one softcap: its kernel has one"
-    if spec.score and spec.return_lse:
-        return "lse with softcap: of the lse its kernel has no gradient, and ours holds without one"
-    plan = _plan(spec.mask)
-    return plan if isinstance(plan, str) else None
+@dataclasses.dataclass(frozen=True)
+class Splash(Backend):
+    """JAX's splash attention kernel.
 
-
-def run(call: Call, spec: Spec, *, interpret: bool = False) -> tuple[jax.Array, jax.Array]:
-    """Output ``[*B T N D]`` and lse ``[*B T N]``; zeros in its place where it is not asked for.
-
-    Args:
-      interpret: run the kernel step by step, on any platform, to test it.
+    Attributes:
+      interpret: run the kernel in Pallas's interpreter, on any platform, to test it.
     """
-    z, plan = spec.sizes, _plan(call.mask)
-    if isinstance(plan, str):
-        raise NotImplementedError(f"implementation 'splash' cannot: {plan}")
-    one: Callable[..., Any] = functools.partial(
-        _example, plan=plan, sizes=z, call=call, spec=spec, interpret=interpret
-    )
-    ids = _segment_ids(plan, z)
-    B = math.prod(z.B)
-    arrays = [x.reshape(B, *x.shape[len(z.B) :]) for x in call[:3]]
-    out, lse = jax.vmap(one, in_axes=(0, 0, 0, None if ids is None else 0))(*arrays, ids)
-    return out.reshape(*z.B, *out.shape[1:]), lse.reshape(*z.B, *lse.shape[1:])
 
+    STATIC_NUMBERS = True
+    interpret: bool = False
 
-def extra_bytes(spec: Spec) -> int:
-    """Operands and output heads first, at lengths that are multiples of 128."""
-    z = spec.sizes
-    T, S = _padded(z.T), _padded(z.S)
-    entries = T * z.N * (z.H + z.D) + S * z.K * (z.H + z.D)
-    return math.prod(z.B) * entries * jnp.dtype(spec.dtype).itemsize
+    def why_unsupported(self, spec: Spec) -> str | None:
+        """What of a call splash attention does not do, or not do exactly, in words; or None."""
+        dtype = jnp.dtype(spec.dtype)
+        if reason := symbolic_sizes_refused(spec.sizes):
+            return reason
+        if spec.platform != "tpu" and not self.interpret:
+            return f"its kernel is for TPUs, this is a {spec.platform}"
+        if spec.partitioned:
+            return "the compiler cannot partition its kernel over the mesh: use shard_map"
+        if dtype not in (jnp.bfloat16, jnp.float32):
+            return f"{dtype.name}: its products are of bfloat16 or float32"
+        if spec.dropout:
+            return "dropout has no place in its kernel"
+        for score in spec.score:
+            if not isinstance(score, Softcap):
+                return f"score {type(score).__name__}: its kernel has softcap alone"
+        if len(spec.score) > 1:
+            return "more than one softcap: its kernel has one"
+        if spec.score and spec.return_lse:
+            return "lse with softcap: its kernel gives no gradient of the lse"
+        plan = _plan(spec.mask)
+        return plan if isinstance(plan, str) else None
 
+    def run(self, call: Call, spec: Spec) -> tuple[jax.Array, jax.Array]:
+        z, plan = spec.sizes, _plan(call.mask)
+        if isinstance(plan, str):
+            raise NotImplementedError(f"implementation 'splash' cannot: {plan}")
+        one: Callable[..., Any] = functools.partial(
+            _example, plan=plan, sizes=z, call=call, spec=spec, interpret=self.interpret
+        )
+        ids = _segment_ids(plan, z)
+        B = math.prod(z.B)
+        arrays = [x.reshape(B, *x.shape[len(z.B) :]) for x in call[:3]]
+        out, lse = jax.vmap(one, in_axes=(0, 0, 0, None if ids is None else 0))(*arrays, ids)
+        return out.reshape(*z.B, *out.shape[1:]), lse.reshape(*z.B, *lse.shape[1:])
 
-def block(spec: Spec) -> tuple[int, int] | None:
-    """Queries and keys per block."""
-    return _block(_padded(spec.sizes.T)), _block(_padded(spec.sizes.S))
+    def extra_bytes(self, spec: Spec) -> int:
+        """Operands and output heads first, at lengths that are multiples of 128."""
+        z = spec.sizes
+        T, S = _padded(z.T), _padded(z.S)
+        entries = T * z.N * (z.H + z.D) + S * z.K * (z.H + z.D)
+        return math.prod(z.B) * entries * jnp.dtype(spec.dtype).itemsize
+
+    def block(self, spec: Spec) -> tuple[int, int] | None:
+        """Queries and keys per block."""
+        return _block(_padded(spec.sizes.T)), _block(_padded(spec.sizes.S))
 
 
 def _padded(length: int) -> int:
@@ -108,7 +115,7 @@ def _block(length: int) -> int:
 # --- From our masks to splash's.
 
 
-def _plan(mask: Mask | None) -> Plan | str:
+def _plan(mask: Mask | None) -> SplashMask | str:
     """The mask in splash's terms, or why it has none."""
     static: Mask | None = None
     segments: list[Segments] = []
@@ -117,6 +124,11 @@ def _plan(mask: Mask | None) -> Plan | str:
         if any(isinstance(p, masks.MaskFn) for p in parts(part)):
             return "mask_fn may depend on the example and its kernel has one mask for all"
         if not jax.tree.leaves(part):
+            if _differs_between_heads(part):
+                return (
+                    f"mask {type(part).__name__} may depend on the example or head and its kernel "
+                    f"has one mask for all"
+                )
             static = part if static is None else static & part
         elif isinstance(part, Segments):
             segments.append(part)
@@ -125,22 +137,28 @@ def _plan(mask: Mask | None) -> Plan | str:
         else:
             return (
                 f"mask {type(part).__name__} holds arrays, known only at run time, and its kernel "
-                f"wants its mask while tracing"
+                f"needs its mask while tracing"
             )
     if len(segments) > 1:
         return f"mask has {len(segments)} segments, its kernel takes one"
-    return Plan(static, segments[0] if segments else None, tuple(lengths))
+    return SplashMask(static, segments[0] if segments else None, tuple(lengths))
+
+
+def _differs_between_heads(mask: Mask) -> bool:
+    """Whether the rule of a mask without arrays uses the example or the head."""
+    q, k = np.arange(2, dtype=np.int32)[:, None], np.arange(2, dtype=np.int32)[None, :]
+    return uses_arguments(lambda b, n: mask.rule(b, n, q, k), np.int32(0), np.int32(0))
 
 
 class Ids(NamedTuple):
-    """Who may see whom at run time: equal ids. ``[B T]`` and ``[B S]``."""
+    """Ids known at run time: a query attends to keys with its id. ``[B T]`` and ``[B S]``."""
 
     query: jax.Array
     key: jax.Array
 
 
-def _segment_ids(plan: Plan, sizes: Sizes) -> Ids | None:
-    """Segments and lengths as ids; None where the mask has neither."""
+def _segment_ids(plan: SplashMask, sizes: Sizes) -> Ids | None:
+    """Segments and lengths as ids; None if the mask has neither."""
     if plan.segments is None and not plan.lengths:
         return None
     T, S = (
@@ -168,28 +186,28 @@ def _segment_ids(plan: Plan, sizes: Sizes) -> Ids | None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
-    """A mask without arrays, asked in NumPy about intervals of queries and keys."""
+class StaticMask:
+    """A mask without arrays, evaluated in NumPy on intervals of queries and keys."""
 
     mask: Mask | None
     T: int
     S: int
 
     def pairs(self, q: slice, k: slice) -> np.ndarray:
-        """Bool ``[t s]``; padded queries see what the last one does, padded keys are hidden."""
+        """Bool ``[t s]``; padded queries repeat the last one, padded keys are masked."""
         i = np.minimum(np.arange(q.start, q.stop, dtype=np.int32), self.T - 1)[:, None]
         j = np.arange(k.start, k.stop, dtype=np.int32)[None, :]
         inside = np.broadcast_to(j < self.S, (i.shape[0], j.shape[1]))
         return inside & _in_numpy(self.mask, i, np.minimum(j, self.S - 1))
 
-    def seen(self) -> tuple[np.ndarray, np.ndarray]:
-        """Bool ``[T]`` and ``[S]``: the query sees some key, the key is seen by some query."""
-        grid = Grid(self.T, self.S, ASKED, ASKED)
+    def visible(self) -> tuple[np.ndarray, np.ndarray]:
+        """Bool ``[T]`` and ``[S]``: the queries and keys that are not fully masked."""
+        grid = Grid(self.T, self.S, EVALUATED_BLOCK, EVALUATED_BLOCK)
         kind = block_map.kinds(self.mask, grid, 0, 0)
         queries, keys = np.zeros(self.T, np.bool_), np.zeros(self.S, np.bool_)
         for row, column in zip(*np.nonzero(kind != block_map.EMPTY), strict=True):
-            q = slice(row * ASKED, min((row + 1) * ASKED, self.T))
-            k = slice(column * ASKED, min((column + 1) * ASKED, self.S))
+            q = slice(row * EVALUATED_BLOCK, min((row + 1) * EVALUATED_BLOCK, self.T))
+            k = slice(column * EVALUATED_BLOCK, min((column + 1) * EVALUATED_BLOCK, self.S))
             if queries[q].all() and keys[k].all():
                 continue
             pairs = self.pairs(q, k)
@@ -199,7 +217,7 @@ class Asked:
 
 
 def _in_numpy(mask: Mask | None, i: np.ndarray, j: np.ndarray) -> Any:
-    """The rule without JAX, which would compute on a device that may not be there yet."""
+    """The rule in NumPy, because JAX would compute on a device, and start a backend."""
     if isinstance(mask, And):
         return _in_numpy(mask.left, i, j) & _in_numpy(mask.right, i, j)
     if isinstance(mask, Or):
@@ -211,29 +229,29 @@ def _in_numpy(mask: Mask | None, i: np.ndarray, j: np.ndarray) -> Any:
     return np.True_ if mask is None else mask.rule(0, 0, i, j)
 
 
-def _lazy(asked: Asked, T: int, S: int) -> Any:
+def _lazy(mask: StaticMask, T: int, S: int) -> Any:
     """Splash's lazy mask of ``T x S`` pairs, multiples of 128."""
     from jax.experimental.pallas.ops.tpu import splash_attention
 
     size = _block(T), _block(S)
-    kind = np.array(block_map.kinds(asked.mask, Grid(asked.T, asked.S, *size), 0, 0))
-    if asked.S < S:  # the last block has padded keys
+    kind = np.array(block_map.kinds(mask.mask, Grid(mask.T, mask.S, *size), 0, 0))
+    if mask.S < S:  # the last block has padded keys
         kind[:, -1] = np.minimum(kind[:, -1], block_map.PARTIAL)
     whole = {block_map.EMPTY: np.zeros(size, np.bool_), block_map.FULL: np.ones(size, np.bool_)}
 
     class Lazy(splash_attention.Mask):
-        """Equal to another of the same mask, so that heads and layers share what is found of it."""
+        """Equal to another of the same mask, so that heads and layers share its evaluation."""
 
         shape = (T, S)
-        same = asked, T, S
+        same = mask, T, S
 
         def __getitem__(self, index: tuple[slice, slice]) -> np.ndarray:
             q, k = (slice(*i.indices(n)[:2]) for i, n in zip(index, self.shape, strict=True))
             (row, q0), (column, k0) = divmod(q.start, size[0]), divmod(k.start, size[1])
-            # Splash asks for every block, several times: most are answered without the rule.
+            # Splash asks for every block, several times: most need no evaluation of the rule.
             aligned = (q0, k0, q.stop - q.start, k.stop - k.start) == (0, 0, *size)
             found = whole.get(kind[row, column]) if aligned else None
-            return asked.pairs(q, k) if found is None else found
+            return mask.pairs(q, k) if found is None else found
 
         def __eq__(self, other: object) -> bool:
             return self.same == getattr(other, "same", None)
@@ -253,70 +271,69 @@ def _example(
     value: jax.Array,
     ids: Ids | None,
     *,
-    plan: Plan,
+    plan: SplashMask,
     sizes: Sizes,
     call: Call,
     spec: Spec,
     interpret: bool,
 ) -> tuple[jax.Array, jax.Array]:
     """Output ``[T N D]`` and lse ``[T N]``."""
-    z, asked = sizes, Asked(plan.static, sizes.T, sizes.S)
-    sees, seen = _seen(asked, ids)
+    z, mask = sizes, StaticMask(plan.static, sizes.T, sizes.S)
+    queries, keys = _visible(mask, ids)
     sinks = None if call.sinks is None else call.sinks.astype(jnp.float32)
-    if isinstance(sees, np.ndarray) and not sees.any():
+    if isinstance(queries, np.ndarray) and not queries.any():
         lse = jnp.float32(-jnp.inf) if sinks is None else sinks
         return jnp.zeros((z.T, z.N, z.D), query.dtype), jnp.broadcast_to(lse, (z.T, z.N))
     query = (query.astype(jnp.float32) * call.scale.astype(jnp.float32)).astype(query.dtype)
     T, S = _padded(z.T), _padded(z.S)
     q, k, v = (
-        jnp.pad(jnp.swapaxes(_only(rows, x), 0, 1), ((0, 0), (0, n - x.shape[0]), (0, 0)))
-        for rows, x, n in ((sees, query, T), (seen, key, S), (seen, value, S))
+        jnp.pad(jnp.swapaxes(_zeroed(rows, x), 0, 1), ((0, 0), (0, n - x.shape[0]), (0, 0)))
+        for rows, x, n in ((queries, query, T), (keys, key, S), (keys, value, S))
     )
     if ids is not None:
         pads = zip(ids, (T, S), (NO_QUERY, NO_KEY), strict=True)
         ids = Ids(*(jnp.pad(x, (0, n - x.shape[0]), constant_values=none) for x, n, none in pads))
     cap = spec.score[0].cap if spec.score else None  # type: ignore[attr-defined]
-    kernel = functools.partial(_kernel, asked, cap, interpret)
+    kernel = functools.partial(_kernel, mask, cap, interpret)
     if spec.return_lse:
         out, lse = _with_lse(kernel)(q, k, v, sinks, ids)
     else:
         out, lse = _without_lse(kernel)(q, k, v, sinks, ids), jnp.zeros((z.N, T), jnp.float32)
     out, lse = jnp.swapaxes(out, 0, 1)[: z.T], lse.T[: z.T]
-    nothing = jnp.float32(-jnp.inf) if sinks is None else sinks
-    return _only(sees, out), jnp.where(jnp.asarray(sees)[:, None], lse, nothing)
+    fully_masked = jnp.float32(-jnp.inf) if sinks is None else sinks
+    return _zeroed(queries, out), jnp.where(jnp.asarray(queries)[:, None], lse, fully_masked)
 
 
-def _only(rows: Any, x: jax.Array) -> jax.Array:
-    """``x [r n c]`` with zeros for the other rows: a selection, which NaN does not pass."""
-    if isinstance(rows, np.ndarray) and rows.all():
-        return x
-    return jnp.where(jnp.asarray(rows)[:, None, None], x, jnp.zeros((), x.dtype))
+def _zeroed(rows: Any, x: jax.Array) -> jax.Array:
+    """``zero_rows``, which does nothing if all rows are known to be visible."""
+    known = isinstance(rows, np.ndarray) and bool(rows.all())
+    return zero_rows(None if known else jnp.asarray(rows), x)
 
 
-def _seen(asked: Asked, ids: Ids | None) -> tuple[Any, Any]:
-    """Bool ``[T]`` and ``[S]``: the query sees some key, the key is seen by some query."""
+def _visible(mask: StaticMask, ids: Ids | None) -> tuple[Any, Any]:
+    """Bool ``[T]`` and ``[S]``: the queries and keys that are not fully masked."""
     if ids is None:
-        return asked.seen()
-    t = math.gcd(_padded(asked.T), ASKED)
-    count = -(-asked.T // t)
-    padded = jnp.pad(ids.query, (0, count * t - asked.T), constant_values=NO_QUERY)
-    k = jnp.arange(asked.S, dtype=jnp.int32)[None, :]
+        return mask.visible()
+    t = math.gcd(_padded(mask.T), EVALUATED_BLOCK)
+    count = -(-mask.T // t)
+    padded = jnp.pad(ids.query, (0, count * t - mask.T), constant_values=NO_QUERY)
+    k = jnp.arange(mask.S, dtype=jnp.int32)[None, :]
 
-    def block(seen: jax.Array, i: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def block(keys: jax.Array, i: jax.Array) -> tuple[jax.Array, jax.Array]:
         q = i * t + jnp.arange(t, dtype=jnp.int32)
         pairs = padded[q][:, None] == ids.key[None, :]
-        if asked.mask is not None:
-            pairs &= asked.mask.rule(0, 0, jnp.minimum(q, asked.T - 1)[:, None], k)
-        return seen | pairs.any(0), pairs.any(1)
+        if mask.mask is not None:
+            pairs &= mask.mask.rule(0, 0, jnp.minimum(q, mask.T - 1)[:, None], k)
+        return keys | pairs.any(0), pairs.any(1)
 
-    seen, sees = jax.lax.scan(
-        block, jnp.zeros((asked.S,), bool), jnp.arange(count, dtype=jnp.int32)
+    keys, queries = jax.lax.scan(
+        block, jnp.zeros((mask.S,), bool), jnp.arange(count, dtype=jnp.int32)
     )
-    return sees.reshape(-1)[: asked.T], seen
+    return queries.reshape(-1)[: mask.T], keys
 
 
 def _kernel(
-    asked: Asked,
+    mask: StaticMask,
     cap: float | None,
     interpret: bool,
     query: jax.Array,
@@ -334,7 +351,7 @@ def _kernel(
     bq, bk = _block(T), _block(S)
     sizes = splash_attention.BlockSizes(bq, bk, bk, bq, bk, bk, bq, bk)  # of each pass
     kernel = splash_attention.make_splash_mha(
-        splash_attention.MultiHeadMask([_lazy(asked, T, S)] * N),
+        splash_attention.MultiHeadMask([_lazy(mask, T, S)] * N),
         block_sizes=sizes,
         save_residuals=residuals,
         attn_logits_soft_cap=cap,
@@ -348,7 +365,7 @@ def _kernel(
 
 
 def _precisely(query: jax.Array) -> Any:
-    """Products in float32 are of float32; in bfloat16 the compiler knows no other than its own."""
+    """Full precision in float32; in bfloat16 the compiler supports its default only."""
     return jax.default_matmul_precision("highest" if query.dtype == jnp.float32 else None)
 
 

@@ -1,4 +1,4 @@
-"""One tile of pairs: cutting values to it, who sees whom in it, its logits.
+"""One tile of query-key pairs: masks and scores cut to it, its visible pairs, its logits.
 
 Everything here is for one head of one example: masks and scores have lost their ``B``
 and ``N`` axes. All of ``T x S`` is a tile too: the materialised path uses it so.
@@ -17,8 +17,9 @@ from jaxtyping import Array, Bool, Float
 
 from attention_jax.core.axes import Size
 from attention_jax.core.pytree import Leaf, map_leaves
+from attention_jax.core.softmax import zero_rows
 from attention_jax.masks import Mask
-from attention_jax.scores import Score, tile_indices
+from attention_jax.scores import Masking, Score, tile_indices
 
 V = TypeVar("V")
 MOST_KNOWN = 2**18  # pairs to look at while tracing: a millisecond
@@ -45,14 +46,18 @@ def whole(value: V) -> V:
 
 
 class Visible(NamedTuple):
-    """Who sees whom in a tile."""
+    """Which pairs of a tile are visible, that is, not masked."""
 
     pairs: Bool[Array, "t s"]
-    queries: Bool[Array, " t"] | None  # sees some key of the tile; None: every query does
-    keys: Bool[Array, " s"] | None  # is seen by some query of the tile; None: every key is
+    queries: Bool[Array, " t"] | None  # the query has a visible key in the tile; None: every query
+    keys: Bool[Array, " s"] | None  # the key is visible to a query of the tile; None: every key
+
+    def zero_rows(self, q: Any, k: Any, v: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries, keys and values with zeros in fully masked rows."""
+        return zero_rows(self.queries, q), zero_rows(self.keys, k), zero_rows(self.keys, v)
 
 
-def visible(
+def visible_pairs(
     mask: Mask | None,
     scores: tuple[Score, ...],
     b: Any,
@@ -62,23 +67,23 @@ def visible(
     k0: Any,
     own: Any = None,
 ) -> Visible | None:
-    """Who sees whom in the tile at ``(q0, k0)``: mask, and biases of ``-inf``.
+    """The visible pairs of the tile at ``(q0, k0)``: by mask, and by biases of ``-inf``.
 
     Args:
       mask, scores: cut to the tile.
-      own: bool, broadcasts to ``[t s]``: False for pairs that belong to another tile.
+      own: bool, broadcasts to ``[t s]``: False for pairs that another tile computes.
 
     Returns:
-      None where every query surely sees every key.
+      None if all pairs are known to be visible.
     """
     parts = [] if own is None else [own]
     if mask is not None:
         parts.append(mask.rule(b, n, *tile_indices(shape, q0, k0)))
     for score in reversed(scores):
-        if not score.KEEPS_HIDDEN:  # what earlier scores hid, it may show again
+        if not score.MASKING.keeps:  # it may unmask what earlier scores masked
             break
-        if (shown := score.visible()) is not None:
-            parts.append(shown)
+        if score.MASKING.adds:
+            parts.append(score.visible())
     if not parts:
         return None
     pairs = functools.reduce(jnp.logical_and, parts)
@@ -94,7 +99,7 @@ def visible(
 def _known(
     mask: Mask, b: Any, n: Any, shape: tuple[Size, Size], q0: Any, k0: Any
 ) -> tuple[bool, bool] | None:
-    """Whether every query sees some key, and every key is seen, where that is known by now."""
+    """Whether all queries have a visible key, and all keys a query, if that is known statically."""
     static = isinstance(q0, int) and isinstance(k0, int) and not jax.tree.leaves(mask)
     static = static and all(isinstance(n, int) for n in shape)
     if not static or math.prod(shape) > MOST_KNOWN:
@@ -107,19 +112,9 @@ def _known(
     return bool(pairs.any(1).all()), bool(pairs.any(0).all())
 
 
-def rows_or_zero(keep: Bool[Array, " r"] | None, x: Float[Array, "r c"]) -> Float[Array, "r c"]:
-    """``x`` with the rows that nobody may see replaced by zeros.
-
-    Hidden keys, values and queries may hold NaN or inf, and ``0 * nan`` is ``nan``: they must be
-    gone before any product.
-    """
-    return x if keep is None else jnp.where(keep[:, None], x, jnp.zeros_like(x))
-
-
-def clean(scores: V, seen: Visible) -> V:
-    """Scores with zeros in the rows of their arrays that belong to queries that see nothing."""
-
-    queries = seen.queries
+def scores_of_visible(scores: V, visible: Visible) -> V:
+    """Scores with zeros in the rows of their arrays that belong to fully masked queries."""
+    queries = visible.queries
     if queries is None:
         return scores
 
@@ -135,46 +130,36 @@ def clean(scores: V, seen: Visible) -> V:
 def apply_scores(
     s: Float[Array, "t s"],
     scores: tuple[Score, ...],
-    seen: Visible | None,
+    visible: Visible | None,
     b: Any,
     n: Any,
     q0: Any,
     k0: Any,
 ) -> Float[Array, "t s"]:
-    """The scores in order, then the mask: ``-inf`` where a query does not see a key."""
+    """The scores in order, then the mask: ``-inf`` where a pair is masked."""
     for score in scores:
         s = score.tile(s, b, n, q0, k0)
-        if seen is not None:  # what a score makes of a hidden pair must not reach the next one
-            s = jnp.where(seen.pairs, s, jnp.zeros_like(s))
-    return s if seen is None else _hide(s, seen.pairs)
+        if visible is not None:  # what a score makes of a masked pair must not reach the next one
+            s = jnp.where(visible.pairs, s, jnp.zeros_like(s))
+    return s if visible is None else _masked(s, visible.pairs)
 
 
 @jax.custom_jvp
-def _hide(s: Float[Array, "t s"], pairs: Bool[Array, "t s"]) -> Float[Array, "t s"]:
-    """``-inf`` where a query does not see a key, as a minimum: XLA fuses it with the products."""
+def _masked(s: Float[Array, "t s"], pairs: Bool[Array, "t s"]) -> Float[Array, "t s"]:
+    """``-inf`` where a pair is masked, as a minimum: XLA fuses it with the products."""
     return jnp.minimum(s, jnp.where(pairs, jnp.inf, -jnp.inf).astype(s.dtype))
 
 
-@_hide.defjvp
-def _hide_jvp(primals: Any, tangents: Any) -> Any:
+@_masked.defjvp
+def _masked_jvp(primals: Any, tangents: Any) -> Any:
     (s, pairs), (ds, _) = primals, tangents
-    return _hide(s, pairs), jnp.where(pairs, ds, jnp.zeros_like(ds))
+    return _masked(s, pairs), jnp.where(pairs, ds, jnp.zeros_like(ds))
 
 
-def seen_values(
+def unmasked_values(
     s: Float[Array, "t s"], v: Float[Array, "s D"], scores: tuple[Score, ...]
 ) -> Float[Array, "s D"]:
-    """``v`` with zeros for keys that a score hid (logit ``-inf``) from every query of the tile."""
-    if not any(score.HIDES for score in scores):
+    """``v`` with zeros for keys that a score masked (logit ``-inf``) for the whole tile."""
+    if not any(score.MASKING is Masking.UNKNOWN for score in scores):
         return v
-    return rows_or_zero((s != -jnp.inf).any(0), v)
-
-
-def product(a: jax.Array, b: jax.Array, contract_a: int, contract_b: int) -> jax.Array:
-    """A matrix product over the named axes, in full precision of the operands' dtype."""
-    return jax.lax.dot_general(
-        a,
-        b,
-        (((contract_a,), (contract_b,)), ((), ())),
-        precision=jax.lax.Precision.HIGHEST,
-    )
+    return zero_rows((s != -jnp.inf).any(0), v)

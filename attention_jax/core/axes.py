@@ -70,25 +70,24 @@ class Sizes:
 
     @property
     def symbolic_batch(self) -> bool:
-        """Is the number of examples known only to ``jax.export``, by name."""
+        """Whether the number of examples is a symbol of ``jax.export``."""
         return any(map(jax.export.is_symbolic_dim, self.B))
 
     @property
     def symbolic_lengths(self) -> bool:
-        """Is the query or key length known only to ``jax.export``, by name."""
+        """Whether the query or key length is a symbol of ``jax.export``."""
         return any(map(jax.export.is_symbolic_dim, (self.T, self.S)))
 
 
 def is_array(x: Any) -> bool:
-    """True for what JAX computes on: its arrays, tracers and NumPy arrays."""
+    """True for JAX arrays, tracers and NumPy arrays and scalars."""
     return isinstance(x, (jax.Array, np.ndarray, np.generic))
 
 
 def check_float_array(name: str, x: Any) -> None:
     """Raises TypeError unless ``x`` has a shape and a floating dtype.
 
-    Anything with ``shape`` and ``dtype`` will do, so that ``explain`` can be
-    asked about a ``jax.ShapeDtypeStruct``.
+    A ``jax.ShapeDtypeStruct`` passes too, for ``explain``.
     """
     if not (is_array(x) or isinstance(x, jax.ShapeDtypeStruct)):
         raise TypeError(
@@ -103,7 +102,7 @@ def check_float_array(name: str, x: Any) -> None:
 
 
 def check_query_key_value(query: Any, key: Any, value: Any) -> Sizes:
-    """Checks rank, dtype and shape of the three arrays, and names their axes.
+    """The sizes of the three arrays, after a check of their ranks, dtypes and shapes.
 
     Raises:
       TypeError: not an array, not floating, or three different dtypes.
@@ -151,7 +150,7 @@ def check_query_key_value(query: Any, key: Any, value: Any) -> Sizes:
 
 
 def accumulation_dtype(dtype: Any) -> jnp.dtype:
-    """The dtype softmax, lse and sums are computed in: at least float32.
+    """The dtype of softmax, lse and sums: at least float32.
 
     >>> accumulation_dtype(jnp.bfloat16).name
     'float32'
@@ -170,9 +169,9 @@ def broadcasts_to(shape: Shape, full: Shape) -> bool:
 
 
 def same_rank(*arrays: Any) -> tuple[Any, ...]:
-    """Arrays with axes of size 1 before theirs, so that they broadcast without new axes.
+    """The arrays with leading axes of size 1, up to the same rank.
 
-    Broadcasting would add those axes itself, unless ``jax_numpy_rank_promotion`` forbids it.
+    Broadcasting would add these axes itself, unless ``jax_numpy_rank_promotion`` forbids it.
 
     >>> a, b = same_rank(np.zeros((2, 3)), np.zeros(3))
     >>> a.shape, b.shape
@@ -194,13 +193,31 @@ def check_broadcastable(name: str, shape: Shape, sizes: Sizes) -> None:
 # --- Checks of other arguments.
 
 
+def is_int(x: Any) -> bool:
+    """True for a Python or NumPy int, which a bool is not."""
+    return isinstance(x, (int, np.integer)) and not isinstance(x, (bool, np.bool_))
+
+
+def as_int(name: str, x: Any) -> int:
+    """``x`` as an int; raises TypeError unless it is one."""
+    if not is_int(x):
+        raise TypeError(f"{name} must be an int, got {type(x).__name__} {x!r}")
+    return int(x)
+
+
 def int_at_least(name: str, x: Any, least: int) -> int:
     """``x`` as an int; raises unless it is one, and at least ``least``."""
-    if isinstance(x, (bool, np.bool_)) or not isinstance(x, (int, np.integer)):
-        raise TypeError(f"{name} must be an int, got {type(x).__name__} {x!r}")
+    x = as_int(name, x)
     if x < least:
         raise ValueError(f"{name} must be at least {least}, got {x}")
-    return int(x)
+    return x
+
+
+def as_float(name: str, x: Any) -> float:
+    """``x`` as a float; raises TypeError unless it is a Python or NumPy number, and no bool."""
+    if not (is_int(x) or isinstance(x, (float, np.floating))):
+        raise TypeError(f"{name} must be a number, got {type(x).__name__} {x!r}")
+    return float(x)
 
 
 def int_array(name: str, x: Any, rank: int) -> None:
@@ -219,15 +236,26 @@ def bool_array(name: str, x: Any, rank: int) -> None:
         raise ValueError(f"{name} must have at least {rank} axes, got shape {x.shape}")
 
 
+def float_array(name: str, x: Any, ranks: tuple[int, ...] | None = None) -> None:
+    """Raises unless ``x`` is a floating array, of one of these ``ranks`` if they are given."""
+    if not is_array(x) or not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"{name} must be a floating array, got {_describe(x)}")
+    if ranks is not None and x.ndim not in ranks:
+        allowed = " or ".join(map(str, ranks))
+        raise ValueError(f"{name} must have {allowed} axes, got shape {x.shape}")
+
+
 def _describe(x: Any) -> str:
     return f"dtype {x.dtype}" if is_array(x) else type(x).__name__
 
 
 def per_example(name: str, x: Any) -> Any:
-    """An int stays an int; an int array is data."""
-    if isinstance(x, (int, np.integer)) and not isinstance(x, bool):
+    """``x`` if it is an int or an int array ``[*B]``; a NumPy scalar becomes an int."""
+    if is_int(x):
         return int(x)
-    int_array(name, x, 0)
+    if not is_array(x) or not jnp.issubdtype(x.dtype, jnp.signedinteger):
+        got = _describe(x) if is_array(x) else f"{type(x).__name__} {x!r}"
+        raise TypeError(f"{name} must be an int or a signed integer array, got {got}")
     return x
 
 
@@ -244,7 +272,7 @@ def check_tokens(name: str, x: Any, layout: str, width: int) -> None:
     Args:
       name: of the argument.
       x: the argument.
-      layout: such as ``"[*B T E]"``: at least as many axes as it has letters beside ``*B``.
+      layout: such as ``"[*B T E]"``; at least as many axes as letters other than ``*B``.
       width: of the last axis.
     """
     check_float_array(name, x)
@@ -255,23 +283,50 @@ def check_tokens(name: str, x: Any, layout: str, width: int) -> None:
 
 
 def check_real(real: Any, shape: Shape) -> None:
-    """Raises unless ``real`` says of each token ``[*B T]`` whether it is one."""
+    """Raises unless ``real`` is a padding mask ``[*B T]``: bool, False for padding."""
     if not is_array(real) or real.dtype != np.bool_:
-        got = f"dtype {real.dtype}" if is_array(real) else type(real).__name__
-        raise TypeError(f"real must be a bool array (False for padding), got {got}")
+        raise TypeError(f"real must be a bool array (False for padding), got {_describe(real)}")
     check_broadcasts("real", real, shape)
 
 
 def check_broadcasts(name: str, x: Any, shape: Shape) -> None:
-    """Raises unless the array ``x`` broadcasts to ``shape``, which is that of the tokens."""
+    """Raises unless the array ``x`` broadcasts to the ``shape`` of the tokens."""
     if not broadcasts_to(x.shape, shape):
         raise ValueError(f"{name} must broadcast to [*B T] = {shape}, got {x.shape}")
 
 
 def check_positions(positions: Any, name: str = "positions") -> Any:
-    """The argument as an array; raises where it cannot be positions."""
+    """The argument as an array; raises TypeError unless it holds integers."""
     if not is_array(positions):
         positions = np.asarray(positions)
     if not jnp.issubdtype(positions.dtype, jnp.integer):
         raise TypeError(f"{name} must be integers, got {positions.dtype}")
     return positions
+
+
+def check_position_arrays(query_positions: Any, key_positions: Any) -> None:
+    """Raises unless both are signed integer arrays ``[*B T]`` and ``[*B S]`` of one dtype."""
+    for name, x in (("query_positions", query_positions), ("key_positions", key_positions)):
+        int_array(name, x, 1)
+    check_one_dtype("query_positions", query_positions, "key_positions", key_positions)
+
+
+def check_one_dtype(name: str, x: Any, other_name: str, other: Any) -> None:
+    """Raises TypeError unless the two arrays have one dtype."""
+    if x.dtype != other.dtype:
+        raise TypeError(
+            f"{name} and {other_name} must have one dtype, got {x.dtype} and {other.dtype}"
+        )
+
+
+def check_function(fn: Any, arguments: str, arrays: tuple[Any, ...]) -> None:
+    """Raises TypeError unless ``fn`` is callable and ``arrays``, its last arguments, are arrays.
+
+    Args:
+      arguments: its first ones, such as ``"b, n, q, k"``.
+    """
+    if not callable(fn):
+        raise TypeError(f"fn must be a function of ({arguments}, *arrays), got {type(fn).__name__}")
+    for x in arrays:
+        if not is_array(x):
+            raise TypeError(f"arrays must be JAX or NumPy arrays, got {type(x).__name__}")

@@ -1,13 +1,13 @@
-"""What the functions of ``mask_fn`` and ``score_fn`` close over, as arrays that JAX can see.
+"""Functions of ``mask_fn`` and ``score_fn``, with the arrays they close over made arguments.
 
 A function may close over arrays: traced ones, parameters, tables. They must be operands of the
 program, or gradients, ``vmap`` and a second call with other values miss them. ``hoist`` traces the
-function for one pair of query and key, takes the arrays that its jaxpr closes over, and hands them
-on as arguments::
+function for one pair of query and key, takes the arrays that its jaxpr closes over, and passes them
+as arguments::
 
     fn(s, b, n, q, k)  ->  fn(s, b, n, q, k, *closed_over)
 
-The jaxpr of one pair is lifted to any tile with ``jnp.vectorize``.
+``jnp.vectorize`` lifts the jaxpr of one pair to any tile.
 """
 
 from __future__ import annotations
@@ -22,25 +22,37 @@ import numpy as np
 
 from attention_jax.core.axes import Shape, broadcasts_to, same_rank
 from attention_jax.core.compat import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun, run_again, varies
-from attention_jax.core.pytree import StaticArray
+from attention_jax.core.fingerprint import array_key, fingerprint
 
 CUSTOM_JVP = "custom_jvp_call"
+# Operations that call a program of their own.
 CALLS = ("jit", CUSTOM_JVP)
 
-# The tile to trace with: unequal lengths, so that mixed-up axes fail.
+# The tile to trace functions and rules with: of unequal lengths, so that swapped axes fail.
 TILE = (16, 32)
 
 
-class Traced:
-    """A function that has been traced: two are equal where they compute the same.
+def tile_arguments(dtypes: Sequence[Any]) -> list[jax.ShapeDtypeStruct]:
+    """The arguments ``(s, b, n, q, k)`` of a rule on ``TILE``, or the last of them.
 
-    It stands in a tree's structure, so ``jit`` compares it. A lambda created on every call compiles
-    once; a function that closes over a Python number that has changed compiles again.
+    Args:
+      dtypes: one for each argument.
+    """
+    t, s = TILE
+    shapes = [(t, s), (), (), (t, 1), (1, s)][-len(dtypes) :]
+    return [jax.ShapeDtypeStruct(shape, d) for shape, d in zip(shapes, dtypes, strict=True)]
+
+
+class Traced:
+    """A function that has been traced; two are equal if they compute the same.
+
+    It is part of a tree's structure, which ``jit`` compares. A lambda that is created on every call
+    is compiled once; a function that closes over a Python number is compiled again for another one.
     """
 
     def __init__(self, fn: Callable[..., Any], run: Callable[..., Any], *key: Hashable) -> None:
         self.__name__ = getattr(fn, "__name__", type(fn).__name__)
-        self.closes_over = run is not fn  # its last arguments are what it closes over
+        self.closes_over = run is not fn  # its last arguments are the arrays it closes over
         self._run = run
         self._key = (getattr(fn, "__code__", type(fn)), *key)
 
@@ -57,7 +69,7 @@ class Traced:
 def hoist(
     fn: Callable[..., Any], arrays: tuple[Any, ...], dtypes: Sequence[Any], name: str
 ) -> tuple[Traced, tuple[Any, ...]]:
-    """``fn`` and ``arrays``, with the arrays that ``fn`` closes over added to ``arrays``.
+    """``fn`` and ``arrays``, with the arrays that ``fn`` closes over added to the latter.
 
     Args:
       fn: ``fn(s, b, n, q, k, *arrays)``, or without ``s``.
@@ -66,16 +78,14 @@ def hoist(
       name: of the function that made the mask or score, for messages.
 
     Raises:
-      TypeError: ``fn`` closes over traced arrays and is no function of single pairs; or it does
-        not return one array.
+      TypeError: ``fn`` closes over traced arrays and cannot be traced for a single pair; or it
+        does not return one array.
     """
     if isinstance(fn, Traced):
         return fn, arrays
     letters = ("s", "b", "n", "q", "k")[-len(dtypes) :]
     _check_arguments(name, fn, len(dtypes) + len(arrays), ", ".join(letters))
-    t, s = TILE
-    shapes = [(t, s), (), (), (t, 1), (1, s)][-len(dtypes) :]
-    tile = [jax.ShapeDtypeStruct(shape, d) for shape, d in zip(shapes, dtypes, strict=True)]
+    tile = tile_arguments(dtypes)
     # Without shardings: inside a kernel an array is whole.
     kinds = [jax.ShapeDtypeStruct(x.shape, jax.typeof(x).dtype) for x in arrays]
     whole = _jaxpr(fn, (*tile, *kinds))
@@ -96,22 +106,33 @@ def hoist(
                 f"{name}: fn closes over traced arrays and cannot be traced for a single pair, "
                 f"with scalar q and k ({error}): pass these arrays as arguments, after the function"
             ) from error
-        return Traced(fn, fn, key, *map(_known, whole.consts)), arrays
+        return Traced(fn, fn, key, *map(array_key, whole.consts)), arrays
     closed_over = tuple(x if isinstance(x, jax.Array) else np.asarray(x) for x in pair.consts)
     run = _over_tile(_pair(pair, (*arrays, *closed_over)), dtypes)
     return Traced(fn, run, key, fingerprint(pair.jaxpr)), (*arrays, *closed_over)
 
 
+def uses_arguments(fn: Callable[..., Any], *arguments: Any) -> bool:
+    """Whether the result of a function may depend on its arguments, found by tracing it.
+
+    >>> uses_arguments(lambda b, n: b + 1, 0, 0), uses_arguments(lambda b, n: 1, 0, 0)
+    (True, False)
+    """
+    jaxpr = _jaxpr(lambda *args: jnp.asarray(fn(*args)), arguments).jaxpr
+    used = [x for e in jaxpr.eqns for x in e.invars] + list(jaxpr.outvars)
+    return any(x is argument for x in used for argument in jaxpr.invars)
+
+
 def _jaxpr(fn: Callable[..., Any], arguments: Sequence[Any]) -> Any:
-    # A new function each time: JAX remembers the trace of one it has seen, whatever has become of
-    # the values that it closes over.
+    # A new function each time: JAX caches the trace of a function, even if the values that it
+    # closes over have changed.
     return jax.make_jaxpr(lambda *args: fn(*args))(*arguments)
 
 
 def _key(fn: Callable[..., Any], traced: ClosedJaxpr, arguments: Sequence[Any]) -> Hashable:
-    """What the program does; where it has rules of derivatives, what its gradient does too.
+    """What the program computes; where it has custom derivatives, also what its gradient computes.
 
-    Such a rule is a function, made anew by every trace: only what it computes can be compared.
+    A custom rule is a function that every trace makes anew: only what it computes can be compared.
     """
     own = fingerprint(traced.jaxpr)
     if not any(_rules(traced.jaxpr)) or not _is_float(traced.out_avals[0]):
@@ -133,18 +154,11 @@ def _key(fn: Callable[..., Any], traced: ClosedJaxpr, arguments: Sequence[Any]) 
     )
 
 
-def _known(x: Any) -> Hashable:
-    """An array by its entries; unequal to everything where they are not at hand."""
-    if isinstance(x, jax.core.Tracer) or jnp.issubdtype(x.dtype, jax.dtypes.extended):
-        return object()
-    return StaticArray(np.array(x))
-
-
 def _check_arguments(name: str, fn: Callable[..., Any], count: int, letters: str) -> None:
-    """Raises where a function surely cannot be called with so many arguments."""
+    """Raises where a function cannot take this number of arguments."""
     try:
         signature = inspect.signature(fn)
-    except ValueError:  # one of C's may have none
+    except ValueError:  # a function written in C may have none
         return
     try:
         signature.bind(*(None,) * count)
@@ -156,7 +170,7 @@ def _check_arguments(name: str, fn: Callable[..., Any], count: int, letters: str
 
 
 def _over_tile(pair: Callable[..., Any], dtypes: Sequence[Any]) -> Callable[..., Any]:
-    """A function of one pair as a function of a tile."""
+    """A function of a tile, given that of one pair."""
 
     def run(*args: Any) -> Any:
         indices, arrays = args[: len(dtypes)], args[len(dtypes) :]
@@ -167,10 +181,10 @@ def _over_tile(pair: Callable[..., Any], dtypes: Sequence[Any]) -> Callable[...,
 
 
 def _pair(traced: ClosedJaxpr, arrays: tuple[Any, ...]) -> Callable[..., Any]:
-    """The traced program as a function of indices, arrays and what it closes over.
+    """The traced program as a function of indices, arrays and the arrays it closes over.
 
     JAX traces the rules of ``jax.custom_jvp`` late, with the types of the first trace, which differ
-    from those inside ``shard_map``. There the derivative is one that is traced here. (A program
+    from those inside ``shard_map``. There the derivative is the one that is traced here. (A program
     that also has rules of ``jax.custom_vjp`` has no forward-mode derivative to trace.)
     """
     jaxpr = traced.jaxpr
@@ -227,7 +241,7 @@ def _is_float(aval: Any) -> bool:
 
 
 def _rules(jaxpr: Jaxpr) -> Iterator[str]:
-    """The calls in a program of functions that have derivatives of their own."""
+    """The calls, in a program, of functions with custom derivatives."""
     for e in jaxpr.eqns:
         if "call_jaxpr" in e.params:
             yield e.primitive.name
@@ -238,10 +252,10 @@ def _rules(jaxpr: Jaxpr) -> Iterator[str]:
 def _evaluate(
     jaxpr: Jaxpr, operands: Sequence[Any], inline: tuple[str, ...] = ("jit",)
 ) -> list[Any]:
-    """The results of a program, operation by operation, given its inputs and then its constants.
+    """The results of a program, operation by operation; ``operands`` are inputs, then constants.
 
-    ``jaxpr_as_fun`` runs each operation under the mesh of its trace. A kernel runs
-    elsewhere: inside ``shard_map``, where the axes of that mesh are manual.
+    ``jaxpr_as_fun`` would run each operation under the mesh of its trace. A kernel may run under
+    another: inside ``shard_map``, where the axes of that mesh are manual.
     """
     values = dict(zip((*jaxpr.invars, *jaxpr.constvars), operands, strict=True))
 
@@ -267,11 +281,11 @@ def _evaluate(
 
 
 def varying_together(arrays: Iterable[Any]) -> list[Any]:
-    """``arrays``, each marked as varying along all mesh axes that one of them varies along.
+    """``arrays``, each marked as varying along all mesh axes along which one of them varies.
 
-    ``shard_map`` types every array with the mesh axes along which it varies. ``jax.numpy`` does
-    this for its arguments, primitives do not. The transpose is the sum over these axes
-    that the gradient of an array needs that all devices share.
+    ``shard_map`` types every array with the mesh axes along which it varies. ``jax.numpy`` makes
+    its arguments alike, primitives do not. The transpose is the sum over these axes, which the
+    gradient of an array that all devices share needs.
     """
     arrays = list(arrays)
     own = [varies(jax.typeof(x)) for x in arrays]
@@ -283,13 +297,13 @@ def varying_together(arrays: Iterable[Any]) -> list[Any]:
 
 
 def of_tile(name: str, x: Any, shape: Shape, dtype: Any) -> Any:
-    """What a function returned, at the shape and dtype of a tile.
+    """What a function returned, with the shape and dtype of a tile.
 
     Raises:
-      TypeError: a bool was expected and a number came, or the reverse.
+      TypeError: it returned numbers in place of bools, or the reverse.
       ValueError: it does not broadcast to the tile.
     """
-    xp = jnp if isinstance(x, jax.Array) else np  # NumPy values stay NumPy's, and so known
+    xp = jnp if isinstance(x, jax.Array) else np  # NumPy arrays stay so, and are known
     x, dtype = xp.asarray(x), jnp.dtype(dtype)
     is_bool = x.dtype == jnp.bool_
     if is_bool != (dtype == jnp.bool_) or jnp.issubdtype(x.dtype, jnp.complexfloating):
@@ -303,45 +317,3 @@ def of_tile(name: str, x: Any, shape: Shape, dtype: Any) -> Any:
             f"shape {list(x.shape)}"
         )
     return xp.broadcast_to(x.astype(dtype), shape)
-
-
-def fingerprint(jaxpr: Jaxpr) -> Hashable:
-    """Equal for two programs that do the same, operation by operation, but for their derivatives.
-
-    >>> f = jax.make_jaxpr(lambda x: 2.0 * x + 1.0)(3.0)
-    >>> g = jax.make_jaxpr(lambda y: 2.0 * y + 1.0)(4.0)
-    >>> h = jax.make_jaxpr(lambda y: 2.0 * y + 1.5)(4.0)
-    >>> fingerprint(f.jaxpr) == fingerprint(g.jaxpr), fingerprint(f.jaxpr) == fingerprint(h.jaxpr)
-    (True, False)
-    """
-    numbers: dict[Any, int] = {}
-
-    def atom(x: Any) -> Hashable:
-        if isinstance(x, Literal):
-            return str(x.aval), np.asarray(x.val).tobytes()
-        return numbers.setdefault(x, len(numbers)), str(x.aval)
-
-    def param(x: Any) -> Hashable:
-        if isinstance(x, ClosedJaxpr):
-            return fingerprint(x.jaxpr), *map(_known, x.consts)
-        if isinstance(x, Jaxpr):
-            return fingerprint(x)
-        if isinstance(x, (tuple, list)):
-            return tuple(map(param, x))
-        try:
-            hash(x)
-        except TypeError:
-            return object()  # unequal to everything, so it compiles again
-        return type(x), x
-
-    def equation(e: Any) -> Hashable:
-        # Of a call with a rule of its own the rule is left out: see `_key`.
-        names = ["call_jaxpr"] if "call_jaxpr" in e.params else sorted(e.params)
-        params = tuple((name, param(e.params[name])) for name in names)
-        return e.primitive, tuple(map(atom, e.invars)), params, tuple(map(atom, e.outvars))
-
-    return (
-        tuple(map(atom, (*jaxpr.constvars, *jaxpr.invars))),
-        tuple(map(equation, jaxpr.eqns)),
-        tuple(map(atom, jaxpr.outvars)),
-    )

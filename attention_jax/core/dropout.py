@@ -1,9 +1,8 @@
-"""Dropout as a hash: keep or drop of ``(b, n, q, k)`` depends on the key and these four alone.
+"""The dropout mask as a hash: it keeps or drops ``(b, n, q, k)`` by the key and these four alone.
 
-So it is the same for every implementation, block size and sharding, needs no
-``T x S`` array of random bits, and the backward pass asks again instead of storing
-it. The arithmetic is on 32-bit unsigned integers, which wrap: NumPy gives the same
-bits (a test holds them equal).
+So it is the same for every implementation, block size and sharding, needs no ``T x S`` array of
+random bits, and the backward pass computes it again instead of storing it. The arithmetic is on
+32-bit unsigned integers, which wrap around, so NumPy gives the same bits.
 
 Source: the mixing steps are the finaliser of MurmurHash3 (Appleby 2011).
 """
@@ -16,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attention_jax.core.axes import is_array
+from attention_jax.core.axes import Shape, is_array
 
 # Odd constants that spread an index over 32 bits, one per index, so that (q, k) and (k, q) differ.
 _SPREAD = {
@@ -44,14 +43,14 @@ def seed(key: Any) -> jax.Array:
 
 
 def mix(x: Any) -> Any:
-    """MurmurHash3's finaliser: every input bit changes every output bit half the time."""
+    """MurmurHash3's finaliser: every input bit flips every output bit with probability 1/2."""
     x = (x ^ (x >> np.uint32(16))) * np.uint32(0x85EBCA6B)
     x = (x ^ (x >> np.uint32(13))) * np.uint32(0xC2B2AE35)
     return x ^ (x >> np.uint32(16))
 
 
 class Dropout(NamedTuple):
-    """What drops probabilities, as three scalars: another rate is not another program."""
+    """Dropout as three scalars, so that another rate is not compiled again."""
 
     seed: Any  # uint32
     threshold: Any  # uint32: hashes below it are kept
@@ -66,12 +65,12 @@ def of_rate(rate: float, key: Any, dtype: Any) -> Dropout | None:
 
 
 def threshold(rate: float) -> np.uint32:
-    """How many of the ``2 ** 32`` hash values are kept."""
+    """How many of the ``2 ** 32`` hash values keep a probability."""
     return np.uint32(min(round((1.0 - rate) * 2.0**32), 2**32 - 1))
 
 
 def keep(seed: Any, b: Any, n: Any, q: Any, k: Any, *, threshold: Any) -> Any:
-    """Is the probability of pair ``(q, k)`` kept: True with probability ``1 - rate``.
+    """The dropout mask: True, with probability ``1 - rate``, where a probability is kept.
 
     Args:
       seed: ``uint32``, from ``seed(key)``.
@@ -90,8 +89,14 @@ def keep(seed: Any, b: Any, n: Any, q: Any, k: Any, *, threshold: Any) -> Any:
     return mix(row ^ spread(k, "k")) < threshold
 
 
+def keep_pairs(dropout: Dropout, b: Any, n: Any, shape: Shape) -> jax.Array:
+    """The dropout mask of one head, bool ``[T S]``: True where a probability is kept."""
+    q, k = jnp.arange(shape[0])[:, None], jnp.arange(shape[1])[None, :]
+    return keep(dropout.seed, b, n, q, k, threshold=dropout.threshold)
+
+
 def check_rate(rate: Any) -> None:
-    """Raises unless ``rate`` is a number in [0, 1) that is known while tracing."""
+    """Raises unless ``rate`` is a Python number in [0, 1)."""
     if isinstance(rate, bool) or not isinstance(rate, (int, float, np.floating)):
         raise TypeError(
             f"dropout_rate must be a float in [0, 1), got {type(rate).__name__}: it must "
@@ -102,7 +107,7 @@ def check_rate(rate: Any) -> None:
 
 
 def check(rate: Any, key: Any, name: str = "dropout_key") -> None:
-    """Raises unless ``rate`` is in [0, 1) and, where it is not 0, the key is a random key."""
+    """Raises unless ``rate`` is in [0, 1) and, if it is not 0, ``key`` is a random key."""
     check_rate(rate)
     if key is None:
         if rate > 0.0:

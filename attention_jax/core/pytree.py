@@ -1,21 +1,19 @@
 """Frozen values that compose: what masks and scores have in common.
 
-A ``Value`` is a frozen dataclass and a pytree. A field that holds an array is
-a leaf: it may be traced, batched and differentiated. A field that holds
-anything else (an int, ``None``, a function) is part of the tree's structure:
-two values with equal structure share one compilation.
+A ``Value`` is a frozen dataclass and a pytree. A field that holds an array is a leaf: it may be
+traced, batched and differentiated. A field that holds anything else (an int, ``None``, a function)
+is part of the tree's structure: two values with equal structure share one compilation.
 
-Array fields say what their axes are, in the letters of ``axes``::
+Array fields declare their axes, in the letters of ``axes``::
 
     AXES = {"query_ids": "*B T", "key_ids": "*B S"}
 
-That one line is all the rest of the library needs to cut the part of an array
-that one head, one example and one block can see (``lift`` strips ``B`` and
-``N``; the blocks cut ``T`` and ``S``), so a formula is written once, for one
-tile:
+From that line the rest of the library knows how to cut out the part of an array that belongs to one
+head, one example and one tile (``heads`` strips ``B`` and ``N``, tiles cut ``T`` and ``S``). So a
+formula is written once, for one tile:
 
 =============  =======================================
-axes           what ``rule`` sees for ``t x s`` pairs
+axes           what ``rule`` gets for ``t x s`` pairs
 =============  =======================================
 ``*B``, ``N``  a scalar
 ``*B T``       ``[t, 1]``
@@ -44,25 +42,48 @@ T_ = TypeVar("T_")
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """One array of a value: its name for messages, its axes, whether axes of size 1 broadcast."""
+    """One array of a value.
+
+    Attributes:
+      name: for messages.
+      axes: its letters, without ``*``.
+      broadcast: whether axes of size 1 broadcast.
+      new_tokens: whether its axis ``T``, with a cache, is that of the new tokens.
+    """
 
     name: str
     axes: tuple[str, ...]
     broadcast: bool
+    new_tokens: bool
 
 
 @dataclass_transform(frozen_default=True, eq_default=False)
 class Value:
-    """Base of masks and scores: a frozen pytree whose arrays declare their axes."""
+    """Base of masks and scores: a frozen pytree whose arrays declare their axes.
+
+    Attributes:
+      AXES: the axes of each field that holds an array.
+      BROADCAST: whether axes ``T``, ``S`` and ``N`` of these arrays may have size 1.
+      NEW_TOKENS: fields whose arrays along ``T`` are, with a cache, those of the new tokens. Other
+        arrays are those of the whole sequence, and a cache takes the entries that it needs.
+    """
 
     AXES: ClassVar[Mapping[str, str]] = {}
-    # Arrays whose T, S and N axes may have size 1 (bias, dense masks).
     BROADCAST: ClassVar[bool] = False
+    NEW_TOKENS: ClassVar[frozenset[str]] = frozenset()
 
     _arrays: tuple[str, ...]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        # The first definition is that of Mask or Score, which only says that there must be one.
+        defined = [base for base in cls.__mro__[1:] if "rule" in vars(base)]
+        if "rule" in vars(cls) and len(defined) > 1:
+            raise TypeError(
+                f"{cls.__name__} must not change the rule of {defined[0].__name__}, by which "
+                f"blocks are skipped and kernels are chosen: subclass Mask or Score, or combine "
+                f"masks by &, | and ~"
+            )
         # repr=False: a mask draws itself, and pytest must be able to print a tracer's.
         dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)
         jax.tree_util.register_pytree_with_keys(cls, _flatten_with_keys, _unflattener(cls))
@@ -98,9 +119,29 @@ class Value:
         return f"{type(self).__name__}({arguments})"
 
     def resolve(self, T: Size, S: Size, N: int) -> Self:
-        """This value with everything that waits for ``T``, ``S`` or ``N`` filled in."""
+        """This value with everything filled in that depends on ``T``, ``S`` or ``N``."""
         changes = {
             f.name: _map_values(lambda v: v.resolve(T, S, N), getattr(self, f.name))
+            for f in dataclasses.fields(self)  # type: ignore[arg-type]
+        }
+        return self._replaced(changes)
+
+    def resolve_in_sequence(self, N: int) -> Self:
+        """The same where queries and keys are given by their positions in one sequence.
+
+        No length is known then, and ``align="end"`` is ``align="start"``.
+
+        Raises:
+          NotImplementedError: the class has a ``resolve`` of its own and not this.
+        """
+        if type(self).resolve is not Value.resolve:
+            name = type(self).__name__
+            raise NotImplementedError(
+                f"{name} depends on T, S or N, and must define resolve_in_sequence(N) to be used "
+                f"with at_positions or with a cache, where T and S are not the sequence's length"
+            )
+        changes = {
+            f.name: _map_values(lambda v: v.resolve_in_sequence(N), getattr(self, f.name))
             for f in dataclasses.fields(self)  # type: ignore[arg-type]
         }
         return self._replaced(changes)
@@ -108,8 +149,8 @@ class Value:
     def hoisted(self, dtype: Any, numbers: bool) -> Self:
         """This value with arrays in place of what need not be part of the program.
 
-        That is what functions close over, and with ``numbers`` the Python numbers that no table of
-        blocks depends on: another value of theirs is not compiled again.
+        Those are the arrays that functions close over and, with ``numbers``, the Python numbers
+        that no block map depends on: it is not compiled again for another value of theirs.
 
         Args:
           dtype: of the logits.
@@ -129,7 +170,7 @@ class Value:
     def at(self, b: Any, n: Any, q: Any, k: Any) -> Self:
         """This value with its arrays looked up at batch ``b``, head ``n``, query ``q``, key ``k``.
 
-        The general, slow way (a gather). Inside a kernel the same parts are cut as slices.
+        The general, slow way (a gather). A kernel cuts out the same parts as slices.
         """
         index = {"B": b, "N": n, "T": q, "S": k}
 
@@ -186,13 +227,32 @@ def _is_concrete(x: Any) -> bool:
 
 
 def _map_values(fn: Callable[[Value], Value], x: Any) -> Any:
-    """``fn`` on a Value or a tuple that holds some; anything else, or unchanged, as it is."""
+    """``fn`` of a value, or of those in a tuple; anything else, and what is unchanged, as it is."""
     if isinstance(x, Value):
         return fn(x)
     if isinstance(x, tuple) and any(isinstance(y, Value) for y in x):
         mapped = tuple(_map_values(fn, y) for y in x)
         return x if all(a is b for a, b in zip(mapped, x, strict=True)) else mapped
     return x
+
+
+def children(value: Value) -> Iterator[Value]:
+    """The values among the fields of a value, also in tuples.
+
+    >>> from attention_jax import masks
+    >>> [type(child).__name__ for child in children(masks.causal() & masks.prefix(3))]
+    ['Band', 'Lengths']
+    """
+
+    def inside(x: Any) -> Iterator[Value]:
+        if isinstance(x, Value):
+            yield x
+        elif isinstance(x, tuple):
+            for y in x:
+                yield from inside(y)
+
+    for field in dataclasses.fields(value):  # type: ignore[arg-type]
+        yield from inside(getattr(value, field.name))
 
 
 def leaves(value: Any) -> list[Leaf]:
@@ -202,7 +262,7 @@ def leaves(value: Any) -> list[Leaf]:
     >>> [leaf.axes for leaf in leaves(masks.lengths(key=np.array([3, 5])))]
     [('B',)]
     """
-    return list(_walk(value, Leaf("", (), False)))
+    return list(_walk(value, Leaf("", (), False, False)))
 
 
 def _walk(x: Any, about: Leaf) -> Iterator[Leaf]:
@@ -213,7 +273,8 @@ def _walk(x: Any, about: Leaf) -> Iterator[Leaf]:
         for name in x._arrays:
             axes = tuple(a.lstrip("*") for a in x.AXES.get(name, "").split())
             label = f"{name} of {type(x).__name__.lower()}"
-            yield from _walk(getattr(x, name), Leaf(label, axes, x.BROADCAST))
+            leaf = Leaf(label, axes, x.BROADCAST, name in x.NEW_TOKENS)
+            yield from _walk(getattr(x, name), leaf)
     elif x is not None:
         yield about
 
@@ -226,7 +287,7 @@ def map_leaves(fn: Callable[[Any, Leaf], Any], value: T_) -> T_:
 
 
 def full_rank(value: T_, sizes: Sizes, argument: str) -> T_:
-    """``value`` with every array checked, and axes of size 1 put where it has none.
+    """``value`` with every array checked, and with axes of size 1 for those it leaves out.
 
     Raises:
       ValueError: an array whose shape does not fit the call's sizes.
@@ -262,10 +323,10 @@ def full_rank(value: T_, sizes: Sizes, argument: str) -> T_:
 
 
 class StaticArray:
-    """A NumPy array that may stand in a tree's structure: compared by its bytes, hashed once."""
+    """A NumPy array as part of a tree's structure: compared by its bytes, hashed once."""
 
     def __init__(self, array: np.ndarray) -> None:
-        self.array = np.array(array, order="C")  # a copy: it must not change any more
+        self.array = np.array(array, order="C")  # a copy that nobody else can change
         self.array.setflags(write=False)
         digest = hashlib.sha256(self.array.tobytes()).digest()
         self._key = (self.array.shape, str(self.array.dtype), digest)
@@ -281,7 +342,7 @@ class StaticArray:
 
 
 class Lookup:
-    """An array inside a kernel, of which a rule can only look up entries: ``x[i]``, ``x[i, j]``.
+    """An array inside a kernel, where a rule can only index single entries: ``x[i]``, ``x[i, j]``.
 
     Indices are ints or integer arrays that broadcast, as many as there are axes; as in JAX, they
     are clipped to the array and negative ones count from its end.
@@ -311,5 +372,5 @@ class Lookup:
 
 
 def indexable(x: Any) -> Any:
-    """An array that can be indexed by what is being traced, as a NumPy array cannot."""
+    """An array that traced integers can index, which a NumPy array does not allow."""
     return x if isinstance(x, Lookup) else jnp.asarray(x)

@@ -1,9 +1,9 @@
-"""Masks: frozen values that say which query may see which key, and compose.
+"""Masks: frozen values for the keys that each query may attend to. They compose.
 
-A mask is a pytree with ``&``, ``|``, ``~`` and one method, ``mask(b, n, q, k)``:
-True where query ``q`` of head ``n`` in example ``b`` sees key ``k``. The indices
-are integers or integer arrays that broadcast. ``T x S`` is never materialised;
-``to_dense`` does so on spec, and ``print(mask)`` draws a small picture.
+A mask is a pytree with ``&``, ``|``, ``~`` and one method, ``mask(b, n, q, k)``: True where query
+``q`` of head ``n`` in example ``b`` may attend to key ``k``. The indices are integers or integer
+arrays that broadcast. ``T x S`` is never materialised; ``to_dense`` does so on request, and
+``print(mask)`` draws a small picture.
 
 >>> from attention_jax.masks import causal, window
 >>> print(causal() & window(3, 0))
@@ -16,12 +16,11 @@ are integers or integer arrays that broadcast. ``T x S`` is never materialised;
 ···████·
 ····████
 
-Each class says three things: its fields, its ``rule`` for one tile of pairs (see
-``values`` for what a field looks like there), and ``block``: for whole blocks of
-pairs, whether some pair may be visible and whether every pair surely is. ``block``
-is interval arithmetic: on static ints it runs in NumPy while tracing, on arrays in
-JAX at run time. So a Python int is part of the program, and another one compiles again;
-an array is data: in a loop over offsets or lengths pass ``jnp.asarray(i)``.
+A class declares its fields, its ``rule`` on one tile of pairs, and ``block``: for whole blocks of
+pairs, whether a pair may be visible and whether all pairs surely are. ``block`` is interval
+arithmetic, on static ints in NumPy while tracing, on arrays in JAX at run time. So a Python int is
+part of the program, which is compiled again for another int; an array is data: in a loop over
+offsets or lengths pass ``jnp.asarray(i)``. ``Mask`` says how to write one of your own.
 """
 
 from attention_jax.masks.at_positions import Placed as Placed
@@ -43,6 +42,7 @@ from attention_jax.masks.explicit import block_sparse as block_sparse
 from attention_jax.masks.explicit import dense as dense
 from attention_jax.masks.explicit import mask_fn as mask_fn
 from attention_jax.masks.explicit import neighborhood as neighborhood
+from attention_jax.masks.reach import Reach as Reach
 from attention_jax.masks.sequence import Chunked as Chunked
 from attention_jax.masks.sequence import GlobalTokens as GlobalTokens
 from attention_jax.masks.sequence import Lengths as Lengths
@@ -57,6 +57,7 @@ from attention_jax.masks.sequence import segments as segments
 
 __all__ = [
     "Mask",
+    "Reach",
     "at_positions",
     "block_sparse",
     "causal",

@@ -1,4 +1,4 @@
-"""A mask in terms of positions rather than of places in the arrays."""
+"""A mask of positions rather than of indices into the arrays."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any, Self
 import jax.numpy as jnp
 from jaxtyping import Int
 
-from attention_jax.core.axes import AnyArray, Size, int_array
+from attention_jax.core.axes import AnyArray, Size, check_position_arrays
 from attention_jax.masks.base import Mask, parts
 from attention_jax.masks.grid import Grid
 
 
 @dataclasses.dataclass(frozen=True)
 class PlacedGrid(Grid):
-    """A grid whose intervals are those of the positions in each block, which may have gaps."""
+    """A grid whose bounds are those of the positions in each block, which may have gaps."""
 
     query_low: Any
     query_high: Any
@@ -29,22 +29,23 @@ class PlacedGrid(Grid):
 
 
 class Placed(Mask):
-    """``mask`` of the positions of query and key; keys at negative ones are hidden."""
+    """``mask`` of the positions of query and key; keys at negative ones are masked."""
 
     AXES = {"query_positions": "*B T", "key_positions": "*B S"}
+    BY_INTERVALS = True
     mask_: Mask
     query_positions: Any
     key_positions: Any
 
     def resolve(self, T: Size, S: Size, N: int) -> Self:
-        # Positions are those of one sequence, as long as masks of a fixed size say, if any.
-        fixed = [part.natural_size() for part in parts(self.mask_) if not part.AXES]
-        length = min((n for sizes in fixed for n in sizes if n is not None), default=1)
-        return dataclasses.replace(self, mask_=self.mask_.resolve(length, length, N))
+        return self.resolve_in_sequence(N)
+
+    def resolve_in_sequence(self, N: int) -> Self:
+        return dataclasses.replace(self, mask_=self.mask_.resolve_in_sequence(N))
 
     def rule(self, b: Any, n: Any, q: Any, k: Any) -> Any:
-        seen = self.mask_.rule(b, n, self.query_positions, self.key_positions)
-        return seen & (self.key_positions >= 0)
+        visible = self.mask_.rule(b, n, self.query_positions, self.key_positions)
+        return visible & (self.key_positions >= 0)
 
     def block(self, grid: Grid, b: Any, n: Any) -> tuple[Any, Any]:
         q, k = jnp.asarray(self.query_positions), jnp.asarray(self.key_positions)
@@ -69,17 +70,17 @@ def at_positions(
     query_positions: Int[AnyArray, "*B T"],
     key_positions: Int[AnyArray, "*B S"],
 ) -> Mask:
-    """``mask`` of the positions of queries and keys; keys at negative ones are hidden.
+    """``mask`` of the positions of queries and keys; keys at negative ones are masked.
 
-    Query ``i`` sees key ``j`` where ``mask`` lets position ``query_positions[i]`` see position
-    ``key_positions[j]``, and that is not negative. They are positions in one sequence:
-    ``align="end"`` is ``align="start"``.
+    Query ``i`` attends to key ``j`` where ``mask`` lets position ``query_positions[i]`` attend to
+    position ``key_positions[j]``, and the latter is not negative. They are positions in one
+    sequence, in which ``align="end"`` is ``align="start"``.
 
     For keys that do not lie in the order of their positions, as in a cache that wraps around, and
     for queries that do not start at position 0.
 
     Args:
-      mask: its rule sees positions in place of indices; arrays it holds stay in the order of the
+      mask: its rule is given positions in place of indices; its arrays stay in the order of the
         queries and keys of the call.
       query_positions, key_positions: int arrays ``[*B T]`` and ``[*B S]``, of one dtype.
 
@@ -91,11 +92,5 @@ def at_positions(
     """
     if not isinstance(mask, Mask):
         raise TypeError(f"mask must be a Mask, got {type(mask).__name__}")
-    for name, x in (("query_positions", query_positions), ("key_positions", key_positions)):
-        int_array(name, x, 1)
-    if query_positions.dtype != key_positions.dtype:
-        raise TypeError(
-            f"query_positions and key_positions must have one dtype, got {query_positions.dtype} "
-            f"and {key_positions.dtype}"
-        )
+    check_position_arrays(query_positions, key_positions)
     return Placed(mask, query_positions, key_positions)

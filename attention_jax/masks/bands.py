@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, Self
+
+import jax
+import numpy as np
 
 from attention_jax.core.axes import PerExample, Size, checked_align, int_at_least, per_example
 from attention_jax.masks.base import Mask
 from attention_jax.masks.grid import Grid
+from attention_jax.masks.reach import UNBOUNDED, Reach
 
 
 class Band(Mask):
-    """``i - left <= j - offset <= i + right``; None is unbounded on that side."""
+    """``i - left <= j - offset <= i + right``; None is no bound on that side."""
 
     AXES = {"offset": "*B"}
+    BY_INTERVALS = True
     left: int | None
     right: int | None
     offset: Any  # an int, symbolic after align="end" of symbolic lengths; or an array
@@ -21,7 +27,10 @@ class Band(Mask):
     def resolve(self, T: Size, S: Size, N: int) -> Self:
         if self.align == "start":
             return self
-        return type(self)(self.left, self.right, self.offset + (S - T), "start")
+        return dataclasses.replace(self, offset=self.offset + (S - T), align="start")
+
+    def resolve_in_sequence(self, N: int) -> Self:
+        return dataclasses.replace(self, align="start")
 
     def _offset(self) -> Any:
         if self.align != "start":
@@ -39,9 +48,19 @@ class Band(Mask):
             grid.k0 - grid.q1 - self._offset(),
             grid.k1 - grid.q0 - self._offset(),
         )
-        # A block holds every distance from lowest to highest: it meets the band where the
-        # intervals overlap, and lies in it where both ends do.
+        # The distances in a block go from lowest to highest: some lie in the band where the two
+        # intervals overlap, all of them where both ends do.
         return self._within(lowest=highest, highest=lowest), self._within(lowest, highest)
+
+    def reach(self) -> Reach:
+        if isinstance(self.offset, jax.core.Tracer):
+            return UNBOUNDED
+        offset = np.asarray(self.offset)  # align="end" adds 0: in one sequence T is S
+        least, most = int(offset.min(initial=0)), int(offset.max(initial=0))
+        if offset.ndim == 0:
+            least = most = int(offset)
+        ahead = 0 if self.right is not None and self.right + most <= 0 else None
+        return Reach(ahead, None if self.left is None else max(self.left - least, 0))
 
     def _within(self, lowest: Any, highest: Any) -> Any:
         inside = (lowest == lowest) & (highest == highest)  # all True, of the right shape
@@ -53,12 +72,12 @@ class Band(Mask):
 
 
 def causal(offset: PerExample = 0, *, align: str = "start") -> Mask:
-    """Query ``i`` sees key ``j`` where ``j <= i + offset``.
+    """Query ``i`` attends to key ``j`` where ``j <= i + offset``.
 
     Args:
-      offset: an int, or an int array ``[*B]``; 0 is top-left: the first query sees the first key.
-        Another int compiles again, another array does not.
-      align: ``"end"`` adds ``S - T`` to the offset: the last query sees the last key.
+      offset: an int, or an int array ``[*B]``; 0 is top-left: the first query ends at the first
+        key. Another int is compiled again, another array is not.
+      align: ``"end"`` adds ``S - T`` to the offset: the last query ends at the last key.
 
     >>> print(causal())
     █·······
@@ -78,10 +97,10 @@ def causal(offset: PerExample = 0, *, align: str = "start") -> Mask:
 def window(
     left: int | None, right: int | None, *, offset: PerExample = 0, align: str = "start"
 ) -> Mask:
-    """Query ``i`` sees key ``j`` where ``i - left <= j - offset <= i + right``.
+    """Query ``i`` attends to key ``j`` where ``i - left <= j - offset <= i + right``.
 
-    ``left`` and ``right`` count keys beside self, as in ``jax.nn`` and FlashAttention: a Hugging
-    Face ``sliding_window`` of ``W`` keys is ``window(W - 1, 0)``.
+    ``left`` and ``right`` do not count the query itself, as in ``jax.nn`` and FlashAttention: a
+    Hugging Face ``sliding_window`` of ``W`` keys is ``window(W - 1, 0)``.
 
     Args:
       left, right: ints >= 0, or None for no bound on that side.
@@ -106,7 +125,7 @@ def window(
 
 
 def dilated(stride: int) -> Mask:
-    """Query ``i`` sees key ``j`` where ``(i - j) % stride == 0``.
+    """Query ``i`` attends to key ``j`` where ``(i - j) % stride == 0``.
 
     >>> print(dilated(3) & causal())
     █·······
@@ -126,6 +145,7 @@ def dilated(stride: int) -> Mask:
 class Dilated(Mask):
     """Every ``stride``-th distance."""
 
+    BY_INTERVALS = True
     stride: int
 
     def rule(self, b: Any, n: Any, q: Any, k: Any) -> Any:

@@ -11,19 +11,72 @@ import numpy as np
 from jaxtyping import Array, Bool
 
 from attention_jax.core.axes import is_array
-from attention_jax.core.pytree import Value
+from attention_jax.core.pytree import Value, children
 from attention_jax.masks.grid import Grid
+from attention_jax.masks.reach import UNBOUNDED, Reach
 
 
 class Mask(Value):
-    """Which query may see which key. Subclasses give ``rule`` and, to skip blocks, ``block``."""
+    """The keys that each query may attend to.
 
-    # True where ``block`` is right for any intervals ``q0 .. q1``, ``k0 .. k1`` that hold the
-    # positions of a block, also where those have gaps.
-    BY_INTERVALS: ClassVar[bool] = True
+    **Writing your own.** Subclass ``Mask``, annotate the fields, and give ``rule``, which says on
+    one tile of ``t x s`` pairs which are visible. The other declarations have defaults that are
+    safe and slower:
+
+    - ``AXES``: the axes of each field that holds an array, from which follows what ``rule`` gets of
+      it: ``"N"`` a scalar, ``"*B T"`` ``[t, 1]``, ``"*B S"`` ``[1, s]``, ``"*B N T S"`` ``[t, s]``
+      (see ``core.pytree``). An array that declares no axes is passed whole to every tile.
+      With ``BROADCAST = True`` axes ``T``, ``S`` and ``N`` may have size 1.
+    - ``block``: which blocks are surely empty or surely full, so that they are skipped. By default
+      every block is partial.
+    - ``BY_INTERVALS = True`` where ``block`` only asks for the bounds ``grid.q0 .. grid.k1`` and
+      for ``grid.over_*``, and is right for any bounds of the positions in a block, also where
+      positions have gaps. By default every block is partial under ``at_positions`` and in a cache.
+    - ``reach``: how far queries look ahead and back. By default nothing is known, and a cache
+      refuses the mask unless it is combined, by ``&``, with ``causal()`` or a ``window``.
+    - ``natural_size``: the ``T`` and ``S`` that the mask is made for.
+    - ``resolve`` and ``resolve_in_sequence``, for what depends on ``T``, ``S`` or ``N``.
+
+    ``rule`` is defined once: ``block`` and kernels go by the class, so a subclass may not change
+    it. A GPU kernel takes every mask whose ``rule`` is arithmetic on single entries; ``explain``
+    says what it does not take, and why.
+
+    >>> from attention_jax import attention, masks
+    >>> class Delayed(Mask):
+    ...     '''Keys that are at least ``gap`` positions before the query.'''
+    ...     BY_INTERVALS = True
+    ...     gap: int
+    ...     def rule(self, b, n, q, k):
+    ...         return k + self.gap <= q
+    ...     def block(self, grid, b, n):
+    ...         return grid.k0 + self.gap <= grid.q1, grid.k1 + self.gap <= grid.q0
+    ...     def reach(self):
+    ...         return Reach(ahead=0, back=None)
+    >>> mask = Delayed(2) | masks.window(0, 0)
+    >>> print(mask)
+    █·······
+    ·█······
+    █·█·····
+    ██·█····
+    ███·█···
+    ████·█··
+    █████·█·
+    ██████·█
+    >>> x = np.random.default_rng(0).normal(size=(300, 2, 8)).astype(np.float32)  # T N H
+    >>> out = attention(x, x, x, mask=mask, implementation="blockwise")
+    >>> bool(jnp.allclose(out, attention(x, x, x, mask=mask.to_dense(300, 300)), atol=1e-6))
+    True
+    """
+
+    BY_INTERVALS: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "block" in vars(cls) and "BY_INTERVALS" not in vars(cls):
+            cls.BY_INTERVALS = False  # what a base says holds for its own block alone
 
     def mask(self, b: Any, n: Any, q: Any, k: Any) -> Any:
-        """True where query ``q`` of head ``n`` in example ``b`` sees key ``k``.
+        """True where query ``q`` of head ``n`` in example ``b`` may attend to key ``k``.
 
         Args:
           b, n: example (counted over the flattened ``*B``) and query head.
@@ -38,14 +91,35 @@ class Mask(Value):
         return self.at(b, n, q, k).rule(b, n, q, k)
 
     def rule(self, b: Any, n: Any, q: Any, k: Any) -> Any:
-        """The rule for one tile: the fields are already cut to it."""
+        """True where visible, on one tile; the arrays of the mask are already cut to it."""
         raise NotImplementedError(f"{type(self).__name__} must define rule(b, n, q, k)")
 
     def block(self, grid: Grid, b: Any, n: Any) -> tuple[Any, Any]:
-        """``(some, every)`` for each block: is a pair perhaps visible, are all pairs surely."""
+        """``(some, every)`` for each block: may a pair be visible, are all pairs surely visible.
+
+        Arrays that broadcast to ``[rows, columns]`` of the grid. ``some`` may be True and ``every``
+        False where that is not so, never the reverse.
+
+        Args:
+          grid: the blocks.
+          b, n: example and query head, whose arrays the mask is cut to.
+        """
         return np.True_, np.False_
 
-    # NumPy arrays on the left leave the operators to the mask, which says what to do.
+    def reach(self) -> Reach:
+        """How far queries look ahead and back, whatever the arrays of the mask hold.
+
+        >>> from attention_jax.masks import causal, chunked, prefix, window
+        >>> (prefix(3) | causal()).reach(), (chunked(4) & window(2, None)).reach()
+        (Reach(ahead=3, back=None), Reach(ahead=None, back=2))
+        """
+        return UNBOUNDED
+
+    def natural_size(self) -> tuple[int | None, int | None]:
+        """The ``T`` and ``S`` that the mask is made for, apart from those of arrays in ``AXES``."""
+        return None, None
+
+    # A NumPy array on the left leaves the operator to the mask, whose error says what to do.
     __array_ufunc__ = None
 
     def __bool__(self) -> bool:
@@ -92,7 +166,7 @@ class Mask(Value):
         return result
 
     def __str__(self) -> str:
-        """A picture of example 0, head 0: ``█`` visible, ``▒`` partly, ``·`` hidden."""
+        """A picture of example 0, head 0: ``█`` visible, ``▒`` partly, ``·`` masked."""
         T, S = self._drawn_size()
         visible = np.asarray(self.to_dense(T, S))
         rows, columns = -(-T // 16), -(-S // 16)
@@ -104,23 +178,14 @@ class Mask(Value):
             "".join("█" if c.all() else "▒" if c.any() else "·" for c in row) for row in cells
         )
 
-    def natural_size(self) -> tuple[int | None, int | None]:
-        """``T`` and ``S`` where the mask itself fixes them, as an array with such an axis does."""
-        sizes: dict[str, int] = {}
-        for name, axes in self.AXES.items():
-            letters = axes.split()
-            for letter in ("T", "S"):
-                if letter in letters and is_array(x := getattr(self, name)):
-                    sizes[letter] = x.shape[letters.index(letter) - len(letters)]
-        return sizes.get("T"), sizes.get("S")
-
     def _drawn_size(self) -> tuple[int, int]:
         """Sizes to draw at: the natural ones, else enough for the largest int."""
         T = S = None
         largest = 3
         for part in parts(self):
+            sizes = _array_sizes(part)
             natural_T, natural_S = part.natural_size()
-            T, S = T or natural_T, S or natural_S
+            T, S = T or sizes.get("T") or natural_T, S or sizes.get("S") or natural_S
             for x in vars(part).values():
                 if isinstance(x, int) and not isinstance(x, bool):
                     largest = max(largest, abs(x))
@@ -128,12 +193,23 @@ class Mask(Value):
         return T or S or length, S or T or length
 
 
+def _array_sizes(mask: Mask) -> dict[str, int]:
+    """``T`` and ``S`` of the mask's own arrays that have such axes."""
+    sizes: dict[str, int] = {}
+    for name, axes in mask.AXES.items():
+        letters = axes.split()
+        for letter in ("T", "S"):
+            if letter in letters and is_array(x := getattr(mask, name)):
+                sizes[letter] = x.shape[letters.index(letter) - len(letters)]
+    return sizes
+
+
 def parts(mask: Mask) -> Iterator[Mask]:
-    """The mask, and all those it is made of."""
+    """The mask, and all masks that it is made of."""
     yield mask
-    for x in vars(mask).values():
-        if isinstance(x, Mask):
-            yield from parts(x)
+    for child in children(mask):
+        if isinstance(child, Mask):
+            yield from parts(child)
 
 
 def _as_mask(x: Any, operator: str) -> Mask:
@@ -151,6 +227,7 @@ def _as_mask(x: Any, operator: str) -> Mask:
 class And(Mask):
     """Visible where both are."""
 
+    BY_INTERVALS = True
     left: Mask
     right: Mask
 
@@ -161,10 +238,14 @@ class And(Mask):
         (some, every), (some2, every2) = self.left.block(grid, b, n), self.right.block(grid, b, n)
         return some & some2, every & every2
 
+    def reach(self) -> Reach:
+        return self.left.reach() & self.right.reach()
+
 
 class Or(Mask):
     """Visible where one of the two is."""
 
+    BY_INTERVALS = True
     left: Mask
     right: Mask
 
@@ -175,22 +256,31 @@ class Or(Mask):
         (some, every), (some2, every2) = self.left.block(grid, b, n), self.right.block(grid, b, n)
         return some | some2, every | every2
 
+    def reach(self) -> Reach:
+        return self.left.reach() | self.right.reach()
+
 
 class Not(Mask):
     """Visible where the other is not."""
 
+    BY_INTERVALS = True
     mask_: Mask
 
     def rule(self, b: Any, n: Any, q: Any, k: Any) -> Any:
         return ~jnp.asarray(self.mask_.rule(b, n, q, k))
 
     def block(self, grid: Grid, b: Any, n: Any) -> tuple[Any, Any]:
-        some, every = self.mask_.block(grid, b, n)
+        some, every = (_as_array(x) for x in self.mask_.block(grid, b, n))
         return ~every, ~some
 
 
+def _as_array(x: Any) -> Any:
+    """A block rule of one's own may return a Python bool, of which ``~`` is an int."""
+    return x if isinstance(x, jax.Array) else np.asarray(x)
+
+
 def conjuncts(mask: Mask | None) -> Iterator[Mask]:
-    """The masks that must all hold, those joined by ``&``; none where there is no mask."""
+    """The masks joined by ``&``, which must all hold; none where there is no mask."""
     if isinstance(mask, And):
         yield from conjuncts(mask.left)
         yield from conjuncts(mask.right)

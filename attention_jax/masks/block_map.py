@@ -1,7 +1,7 @@
-"""Block maps: which blocks of ``T x S`` pairs a mask leaves empty, fills, or cuts.
+"""Block maps: which blocks of ``T x S`` pairs are empty, partial or full under a mask.
 
-A backend skips empty blocks and does no mask work on full ones, so cost follows the
-number of visited blocks, not ``T x S``.
+A backend skips empty blocks and does no mask work on full ones, so its cost follows the number of
+visited blocks, not ``T x S``.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from attention_jax.core.axes import int_at_least
+from attention_jax.core.closures import uses_arguments
 from attention_jax.core.pytree import leaves
 from attention_jax.masks import Mask
 from attention_jax.masks.grid import Grid
@@ -51,8 +53,8 @@ def block_map(
 
     Built-in masks answer by interval arithmetic: in NumPy while tracing where they hold no arrays,
     in JAX otherwise; ``&``, ``|`` and ``~`` combine the answers. An unknown function is partial
-    everywhere unless it was made with ``evaluate=True``. The answer is on the safe side: an empty
-    or full block surely is.
+    everywhere unless it was made with ``evaluate=True``. A block that is called empty or full is
+    so; one that is called partial may be either.
 
     Args:
       mask: the mask, or None for no mask.
@@ -64,7 +66,7 @@ def block_map(
       The kind of every block.
 
     Raises:
-      TypeError: ``mask`` is no mask.
+      TypeError: ``mask`` is not a mask, or a size not an int.
       ValueError: a block size below 1.
 
     >>> from attention_jax import masks
@@ -79,8 +81,7 @@ def block_map(
     ·····▒█▒
     """
     for name, size in (("block_q", block_q), ("block_k", block_k)):
-        if size < 1:
-            raise ValueError(f"{name} must be at least 1, got {size}")
+        int_at_least(name, size, 1)
     if not (mask is None or isinstance(mask, Mask)):
         raise TypeError(
             f"mask must be a Mask or None, got {type(mask).__name__}: a bool array is "
@@ -90,21 +91,24 @@ def block_map(
     if mask is None:
         return BlockMap(grid, np.full((grid.rows, grid.columns), FULL))
     mask = mask.resolve(T, S, N or 1)
-    per_call = {"B", "N"} & {a for leaf in leaves(mask) for a in leaf.axes}
-    if not per_call:
+    per_head = bool({"B", "N"} & {a for leaf in leaves(mask) for a in leaf.axes})
+    if not per_head and (B or N):  # a function, or a class of one's own, may use b and n
+        zero = np.int32(0)
+        per_head = uses_arguments(lambda b, n: kinds(mask, grid, b, n), zero, zero)
+    if not per_head:
         return BlockMap(grid, kinds(mask, grid, 0, 0))
 
     def one(b: Any, n: Any) -> Any:
-        # `at` strips B and N only, leaving the other axes for `block` to reduce.
+        # `at` strips B and N; `block` reduces the other axes.
         return kinds(mask.at(b, n, slice(None), slice(None)), grid, b, n)
 
-    per_head = jax.vmap(one, in_axes=(None, 0))
-    every = jax.vmap(per_head, in_axes=(0, None))(jnp.arange(B or 1), jnp.arange(N or 1))
-    return BlockMap(grid, every)
+    heads = jax.vmap(one, in_axes=(None, 0))
+    examples = jax.vmap(heads, in_axes=(0, None))
+    return BlockMap(grid, examples(jnp.arange(B or 1), jnp.arange(N or 1)))
 
 
 def kinds(mask: Mask | None, grid: Grid, b: Any, n: Any) -> Any:
-    """``int8 [rows columns]`` for one head of one example, whose arrays ``mask`` is cut to."""
+    """``int8 [rows columns]`` for one head of one example, to which ``mask`` is cut."""
     shape = (grid.rows, grid.columns)
     if mask is None:
         return np.full(shape, FULL)
@@ -114,10 +118,10 @@ def kinds(mask: Mask | None, grid: Grid, b: Any, n: Any) -> Any:
     return xp.broadcast_to(kind, shape)
 
 
-class Visits(NamedTuple):
-    """What a backend walks through: for each query block, first the full, then the partial blocks.
+class BlockSchedule(NamedTuple):
+    """The key blocks to visit for each query block: first the full, then the partial ones.
 
-    Row ``i`` visits key blocks ``index[i, :visited[i]]``, of which the first ``full[i]`` are full.
+    Query block ``i`` visits key blocks ``index[i, :visited[i]]``; the first ``full[i]`` are full.
     """
 
     index: Any  # int32 [rows most]
@@ -125,14 +129,14 @@ class Visits(NamedTuple):
     visited: Any  # int32 [rows]
 
 
-def visits(kind: Any, grid: Grid) -> Visits:
+def schedule(kind: Any, grid: Grid) -> BlockSchedule:
     """The blocks to visit, given their kinds.
 
-    A last block that the length does not fill counts as partial: a backend moves it back to lie
-    within the arrays, and must then hide what it shares with the block before.
+    A last block that reaches beyond the arrays counts as partial: a backend moves it back to lie
+    within them, and must mask the pairs that it shares with the block before.
 
     >>> grid = Grid(T=4, S=6, block_q=2, block_k=2)
-    >>> v = visits(np.array([[2, 0, 1], [1, 2, 2]], np.int8), grid)
+    >>> v = schedule(np.array([[2, 0, 1], [1, 2, 2]], np.int8), grid)
     >>> v.index.tolist(), v.full.tolist(), v.visited.tolist()
     ([[0, 2, 1], [1, 2, 0]], [1, 2], [2, 3])
     """
@@ -144,6 +148,6 @@ def visits(kind: Any, grid: Grid) -> Visits:
     order = xp.argsort(-kind, axis=-1, stable=True).astype(np.int32)
     full = (kind == FULL).sum(-1, dtype=np.int32)
     visited = (kind != EMPTY).sum(-1, dtype=np.int32)
-    if xp is np:  # the longest row is known: keep no more
+    if xp is np:  # the longest row is known
         order = order[:, : max(1, int(visited.max(initial=0)))]
-    return Visits(order, full, visited)
+    return BlockSchedule(order, full, visited)

@@ -1,9 +1,9 @@
-"""Masks from layouts, arrays and functions: neighborhoods, block-sparse, dense, any function."""
+"""Masks of layouts, arrays and functions: neighborhood, block-sparse, dense, any function."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import jax
@@ -11,7 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool
 
-from attention_jax.core.axes import AnyArray, Size, bool_array, int_at_least, is_array
+from attention_jax.core.axes import (
+    AnyArray,
+    Size,
+    bool_array,
+    check_function,
+    int_at_least,
+)
 from attention_jax.core.closures import hoist, of_tile
 from attention_jax.core.pytree import StaticArray, indexable
 from attention_jax.masks.base import Mask
@@ -20,8 +26,6 @@ from attention_jax.masks.grid import Grid
 
 class Neighborhood(Mask):
     """A box around each cell of an n-d grid, shifted inwards at the borders."""
-
-    BY_INTERVALS = False
 
     shape: tuple[int, ...]
     size: tuple[int, ...]
@@ -39,6 +43,9 @@ class Neighborhood(Mask):
             )
         return self
 
+    def resolve_in_sequence(self, N: int) -> Self:
+        return self
+
     def rule(self, b: Any, n: Any, q: Any, k: Any) -> Any:
         visible = (q == q) & (k == k)
         for i, j, length, size in zip(
@@ -53,7 +60,7 @@ class Neighborhood(Mask):
 
     def _intervals(self, first: Any, last: Any) -> list[tuple[Any, Any]]:
         """Per axis, an interval that holds the coordinates of cells ``first`` to ``last``."""
-        intervals, whole = [], np.False_  # whole: an outer coordinate changes in between
+        intervals, whole = [], np.False_  # whole: an outer coordinate changes between the two
         for i0, i1, n in zip(
             self._coordinates(first), self._coordinates(last), self.shape, strict=True
         ):
@@ -77,7 +84,7 @@ class Neighborhood(Mask):
 
 
 def _inwards(i: Any, length: int, size: int) -> Any:
-    """``clamp(i, size // 2, length - 1 - size // 2)``: the centre of the box that query i sees."""
+    """``clamp(i, size // 2, length - 1 - size // 2)``: the centre of the box of query ``i``."""
     clip = np.clip if isinstance(i, np.ndarray) else jnp.clip
     return clip(i, size // 2, length - 1 - size // 2)
 
@@ -102,7 +109,7 @@ def neighborhood(shape: tuple[int, ...], size: int | tuple[int, ...]) -> Mask:
     Source: Hassani et al. 2023, "Neighborhood Attention Transformer".
     """
     shape = tuple(int_at_least("shape", n, 1) for n in shape)
-    size = (size,) * len(shape) if isinstance(size, int) else tuple(size)
+    size = tuple(size) if isinstance(size, Sequence) else (size,) * len(shape)
     if len(size) != len(shape):
         raise ValueError(f"size must have one entry per axis of shape {shape}, got {size}")
     for n, w in zip(shape, size, strict=True):
@@ -113,8 +120,6 @@ def neighborhood(shape: tuple[int, ...], size: int | tuple[int, ...]) -> Mask:
 
 class BlockSparse(Mask):
     """``layout[i // block_size, j // block_size]``."""
-
-    BY_INTERVALS = False
 
     layout: Any  # an array, or a StaticArray
     block_size: int
@@ -132,6 +137,9 @@ class BlockSparse(Mask):
             )
         return self
 
+    def resolve_in_sequence(self, N: int) -> Self:
+        return self
+
     def _layout(self) -> Any:
         return self.layout.array if isinstance(self.layout, StaticArray) else self.layout
 
@@ -141,7 +149,7 @@ class BlockSparse(Mask):
     def block(self, grid: Grid, b: Any, n: Any) -> tuple[Any, Any]:
         layout = self._layout()
         xp = np if isinstance(layout, np.ndarray) else jnp
-        # Sums over all rectangles from the corner give the sum over any rectangle.
+        # From the sums over all rectangles at the corner follows the sum over any rectangle.
         sums = xp.pad(xp.cumsum(xp.cumsum(layout, 0, dtype=np.int32), 1), ((1, 0), (1, 0)))
         r0, r1 = grid.q0 // self.block_size, grid.q1 // self.block_size + 1
         c0, c1 = grid.k0 // self.block_size, grid.k1 // self.block_size + 1
@@ -150,7 +158,7 @@ class BlockSparse(Mask):
 
 
 def block_sparse(layout: Bool[AnyArray, "rows columns"], block: int) -> Mask:
-    """Query ``i`` sees key ``j`` where ``layout[i // block, j // block]`` (BigBird, tiles).
+    """Query ``i`` attends to key ``j`` where ``layout[i // block, j // block]`` (BigBird, tiles).
 
     Args:
       layout: bool array ``[ceil(T / block), ceil(S / block)]``. A NumPy array is part of the
@@ -180,6 +188,7 @@ class Dense(Mask):
 
     AXES = {"array": "*B N T S"}
     BROADCAST = True
+    BY_INTERVALS = True
     array: Any
 
     def rule(self, b: Any, n: Any, q: Any, k: Any) -> Any:
@@ -191,7 +200,7 @@ class Dense(Mask):
 
 
 def dense(array: Bool[AnyArray, "..."]) -> Mask:
-    """Query ``i`` sees key ``j`` where ``array[b, n, i, j]``.
+    """Query ``i`` attends to key ``j`` where ``array[b, n, i, j]``.
 
     Args:
       array: bool array broadcastable to ``[*B N T S]``.
@@ -207,8 +216,6 @@ def dense(array: Bool[AnyArray, "..."]) -> Mask:
 class MaskFn(Mask):
     """Any function."""
 
-    BY_INTERVALS = False
-
     fn: Callable[..., Any]
     arrays: tuple[Any, ...]
     evaluate: bool
@@ -218,7 +225,7 @@ class MaskFn(Mask):
         return type(self)(fn, arrays, self.evaluate)
 
     def rule(self, b: Any, n: Any, q: Any, k: Any) -> Any:
-        # JAX arrays: a NumPy array cannot be indexed by what is being traced.
+        # JAX arrays: traced integers cannot index a NumPy array.
         visible = self.fn(b, n, q, k, *map(indexable, self.arrays))
         return of_tile("mask_fn", visible, jnp.broadcast_shapes(np.shape(q), np.shape(k)), bool)
 
@@ -229,8 +236,8 @@ class MaskFn(Mask):
         def one(q0: Any, k0: Any) -> tuple[Any, Any]:
             q, k = q0 + np.arange(grid.block_q)[:, None], k0 + np.arange(grid.block_k)[None, :]
             inside = (q < grid.T) & (k < grid.S)
-            seen = jnp.asarray(self.rule(b, n, q, k))
-            return jnp.any(seen & inside), jnp.all(seen | ~inside)
+            visible = jnp.asarray(self.rule(b, n, q, k))
+            return jnp.any(visible & inside), jnp.all(visible | ~inside)
 
         def row(q0: Any) -> tuple[Any, Any]:
             return jax.lax.map(lambda k0: one(q0, k0), jnp.asarray(grid.k0[0]))
@@ -240,15 +247,15 @@ class MaskFn(Mask):
 
 
 def mask_fn(fn: Callable[..., Any], *arrays: AnyArray, evaluate: bool = False) -> Mask:
-    """Query ``q`` sees key ``k`` where ``fn(b, n, q, k, *arrays)``: the FlexAttention contract.
+    """Query ``q`` attends to key ``k`` where ``fn(b, n, q, k, *arrays)``, as in FlexAttention.
 
     Args:
       fn: takes int scalars ``b``, ``n`` and int arrays ``q [t, 1]``, ``k [1, s]``; returns a bool
         array that broadcasts to ``[t, s]``. It may close over arrays, traced ones too.
-      *arrays: what ``fn`` looks things up in; they may be traced. Kernels for GPUs can look up
-        these, but not what ``fn`` closes over.
-      evaluate: evaluate ``fn`` once on all pairs, tile by tile, to find the blocks it leaves empty.
-        Otherwise every block counts as partial.
+      *arrays: the arrays that ``fn`` indexes; they may be traced. Kernels for GPUs take these, but
+        not those that ``fn`` closes over.
+      evaluate: evaluate ``fn`` once on all pairs, tile by tile, to find empty and full blocks.
+        Otherwise every block is partial.
 
     >>> print(mask_fn(lambda b, n, q, k: (q - k) ** 2 <= 2))
     ██······
@@ -260,9 +267,5 @@ def mask_fn(fn: Callable[..., Any], *arrays: AnyArray, evaluate: bool = False) -
     ·····███
     ······██
     """
-    if not callable(fn):
-        raise TypeError(f"fn must be a function of (b, n, q, k, *arrays), got {type(fn).__name__}")
-    for x in arrays:
-        if not is_array(x):
-            raise TypeError(f"arrays must be JAX or NumPy arrays, got {type(x).__name__}")
+    check_function(fn, "b, n, q, k", arrays)
     return MaskFn(fn, tuple(arrays), bool(evaluate))

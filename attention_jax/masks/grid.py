@@ -78,7 +78,7 @@ class Grid:
 
 
 def _blocks(x: jax.Array, axis: int, count: int, size: int) -> jax.Array:
-    """Cuts ``axis`` into ``count`` blocks; the last entry, repeated, fills up the last block."""
+    """Cuts ``axis`` into ``count`` blocks; repeats of the last entry fill up the last block."""
     pad = [(0, 0)] * x.ndim
     pad[axis] = (0, count * size - x.shape[axis])
     x = jnp.pad(x, pad, mode="edge")

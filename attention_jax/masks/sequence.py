@@ -12,18 +12,21 @@ from attention_jax.core.axes import (
     AnyArray,
     PerExample,
     bool_array,
+    check_one_dtype,
     int_array,
     int_at_least,
     per_example,
 )
 from attention_jax.masks.base import Mask
 from attention_jax.masks.grid import Grid
+from attention_jax.masks.reach import Reach
 
 
 class Lengths(Mask):
-    """The first ``query`` queries see the first ``key`` keys; None is no bound."""
+    """The first ``query`` queries attend to the first ``key`` keys; None is no bound."""
 
     AXES = {"query": "*B", "key": "*B"}
+    BY_INTERVALS = True
     query: PerExample | None
     key: PerExample | None
 
@@ -32,6 +35,9 @@ class Lengths(Mask):
 
     def block(self, grid: Grid, b: Any, n: Any) -> tuple[Any, Any]:
         return self._below(grid.q0, grid.k0), self._below(grid.q1, grid.k1)
+
+    def reach(self) -> Reach:
+        return Reach(self.key, None)
 
     def _below(self, q: Any, k: Any) -> Any:
         inside = (q == q) & (k == k)  # all True, of the right shape
@@ -43,7 +49,7 @@ class Lengths(Mask):
 
 
 def prefix(length: PerExample) -> Mask:
-    """Query ``i`` sees key ``j`` where ``j < length``; or-ed with ``causal`` it is prefix-LM.
+    """Query ``i`` attends to key ``j`` where ``j < length``; with ``| causal()``, prefix-LM.
 
     Args:
       length: an int, or an int array ``[*B]``.
@@ -65,11 +71,11 @@ def prefix(length: PerExample) -> Mask:
 
 
 def lengths(query: PerExample | None = None, key: PerExample | None = None) -> Mask:
-    """Query ``i`` sees key ``j`` where ``i < query`` and ``j < key``; None is no bound.
+    """Query ``i`` attends to key ``j`` where ``i < query`` and ``j < key``; None is no bound.
 
     Args:
       query, key: how many queries and keys are real, ints or int arrays ``[*B]``; the rest is
-        padding, and whatever it holds reaches nothing.
+        padding, whose contents never reach a result.
 
     >>> print(lengths(query=6, key=5))
     █████···
@@ -91,6 +97,7 @@ class Segments(Mask):
     """Equal ids, none negative."""
 
     AXES = {"query_ids": "*B T", "key_ids": "*B S"}
+    BY_INTERVALS = True
     query_ids: Any
     key_ids: Any
 
@@ -98,7 +105,7 @@ class Segments(Mask):
         return (self.query_ids == self.key_ids) & (self.query_ids >= 0)
 
     def block(self, grid: Grid, b: Any, n: Any) -> tuple[Any, Any]:
-        # The interval of the ids that are no padding; it is empty (low > high) where all are.
+        # The interval of the ids that are not padding: empty (low > high) where all are padding.
         def intervals(over: Callable[..., Any], ids: Any) -> tuple[Any, Any, Any]:
             unpadded = jnp.where(ids < 0, jnp.iinfo(ids.dtype).max, ids)
             return over(jnp.min, unpadded), over(jnp.max, ids), over(jnp.all, ids >= 0)
@@ -113,10 +120,10 @@ class Segments(Mask):
 def segments(
     query_ids: Int[AnyArray, "*B T"], key_ids: Int[AnyArray, "*B S"] | None = None
 ) -> Mask:
-    """Query ``i`` sees key ``j`` where their ids are equal and not negative (packed documents).
+    """Query ``i`` attends to key ``j`` where their ids are equal, not negative (packed documents).
 
     Args:
-      query_ids: int array ``[*B T]``; a negative id is padding, which sees and is seen by nothing.
+      query_ids: int array ``[*B T]``; a negative id is padding, masked as query and as key.
       key_ids: int array ``[*B S]``; None takes ``query_ids``.
 
     >>> import numpy as np
@@ -135,23 +142,20 @@ def segments(
     key_ids = query_ids if key_ids is None else key_ids
     for name, ids in (("query_ids", query_ids), ("key_ids", key_ids)):
         int_array(name, ids, 1)
-    if query_ids.dtype != key_ids.dtype:
-        raise TypeError(
-            f"query_ids and key_ids must have one dtype, got {query_ids.dtype} and {key_ids.dtype}"
-        )
+    check_one_dtype("query_ids", query_ids, "key_ids", key_ids)
     return Segments(query_ids, key_ids)
 
 
 class Padding(Segments):
-    """One segment, and padding: said so, for what can hide padding and no other segments."""
+    """One segment and padding: a class of its own for mechanisms that take padding only."""
 
 
 def padding(real: Bool[AnyArray, "*B S"], queries: int | None = None) -> Mask:
-    """Hides what is not real: as keys, and where queries and keys are the same, as both.
+    """A padding mask: masks padding as keys and, in self-attention, as queries too.
 
     Args:
       real: bool array ``[*B S]``, False for padding.
-      queries: how many other tokens see them (T); None: they see themselves.
+      queries: in cross-attention the number of queries (T); None: queries and keys are the same.
 
     >>> import numpy as np
     >>> print(padding(np.array([True, True, False, True])))
@@ -172,8 +176,9 @@ def padding(real: Bool[AnyArray, "*B S"], queries: int | None = None) -> Mask:
 
 
 class Chunked(Mask):
-    """The same chunk of ``size`` positions."""
+    """Query and key in the same chunk of ``size`` positions."""
 
+    BY_INTERVALS = True
     size: int
 
     def rule(self, b: Any, n: Any, q: Any, k: Any) -> Any:
@@ -184,9 +189,12 @@ class Chunked(Mask):
         k0, k1 = grid.k0 // self.size, grid.k1 // self.size
         return (q0 <= k1) & (k0 <= q1), (q0 == q1) & (k0 == k1) & (q0 == k0)
 
+    def reach(self) -> Reach:
+        return Reach(None, self.size - 1)
+
 
 def chunked(size: int) -> Mask:
-    """Query ``i`` sees key ``j`` where ``i // size == j // size``.
+    """Query ``i`` attends to key ``j`` where ``i // size == j // size``.
 
     >>> print(chunked(3))
     ███·····
@@ -204,9 +212,10 @@ def chunked(size: int) -> Mask:
 
 
 class GlobalTokens(Mask):
-    """Flagged queries see all keys, flagged keys are seen by all queries."""
+    """Flagged queries attend to all keys, and all queries to flagged keys."""
 
     AXES = {"query_flags": "*B T", "key_flags": "*B S"}
+    BY_INTERVALS = True
     query_flags: Any
     key_flags: Any
 
@@ -222,7 +231,7 @@ class GlobalTokens(Mask):
 
 
 def global_tokens(flags: Bool[AnyArray, "*B T"]) -> Mask:
-    """Query ``i`` sees key ``j`` where ``flags[i] or flags[j]``; for self-attention, ``T == S``.
+    """Query ``i`` attends to key ``j`` where ``flags[i] or flags[j]``; self-attention, ``T == S``.
 
     Args:
       flags: bool array ``[*B T]``.

@@ -1,28 +1,77 @@
-"""Attention that is no softmax of products: one file each, with the axes and rules of the rest."""
+"""Mechanisms other than dot-product softmax attention over all keys, one file each.
+
+They share the axes, errors and empty rows of ``attention``. Each file states the formula in its
+first lines, then as code for one head of one example, then lifts it to heads and examples.
+
+================================================  =========================================  =======
+function                                          weights                                    cost
+================================================  =========================================  =======
+``additive_attention``                            ``softmax(v . tanh(q + k))``               T S H
+``inverted_attention``                            softmax over the queries                   T S
+``slot_attention``                                the same, normalised over the keys         T S
+``topk_attention``                                softmax over the ``k`` largest logits      T S
+``linear_attention``, ``performer_features``      ``f(q) . f(k)`` of feature maps            T
+``retention``                                     ``decay^(i-j) q . k``                      T
+``gated_linear_attention``                        linear, with a state that gates decay      T
+``delta_rule``                                    linear, with a state that is corrected     T
+``linformer_attention``                           softmax over ``R`` mixtures of the keys    T R
+``routing_attention``, ``update_centroids``       softmax within ``C`` clusters              T S / C
+``differential_attention``                        the difference of two softmaxes            2 T S
+``latent_attention``                              softmax, keys and values from a latent     T S
+``absorbed_latent_attention``                     the same, for decoding from a small cache  T S
+================================================  =========================================  =======
+
+The recurrent ones return their state, so that a sequence can be resumed, by one token or by many:
+
+>>> import jax
+>>> import numpy as np
+>>> from attention_jax import masks, mechanisms
+>>> x = jax.random.normal(jax.random.key(0), (1, 9, 2, 4))
+>>> causal = masks.causal()
+>>> whole = mechanisms.linear_attention(x, x, x, mask=causal)
+>>> first, last = x[:, :8], x[:, 8:]
+>>> _, state = mechanisms.linear_attention(first, first, first, mask=causal, return_state=True)
+>>> out = mechanisms.linear_attention(last, last, last, mask=causal, state=state)
+>>> bool(np.allclose(out, whole[:, 8:], atol=1e-5))
+True
+
+``as_attention`` puts a mechanism into a module. An argument that it does not support, a score for
+example, raises by name:
+
+>>> from flax import nnx
+>>> from attention_jax.nn import MultiHeadAttention
+>>> slots = mechanisms.as_attention(mechanisms.slot_attention)
+>>> module = MultiHeadAttention(8, num_heads=2, attention=slots, rngs=nnx.Rngs(0))
+>>> module(np.ones((1, 5, 8), np.float32)).shape
+(1, 5, 8)
+
+``chunkwise`` runs the recurrent mechanisms chunk by chunk, ``causal_padding`` reads their masks and
+``packing`` resets their state between packed documents.
+"""
 
 from attention_jax.mechanisms.additive import additive_attention as additive_attention
 from attention_jax.mechanisms.additive import additive_weights as additive_weights
 from attention_jax.mechanisms.as_attention import NAMED as NAMED
 from attention_jax.mechanisms.as_attention import as_attention as as_attention
+from attention_jax.mechanisms.deltanet import delta_rule as delta_rule
 from attention_jax.mechanisms.differential import differential_attention as differential_attention
 from attention_jax.mechanisms.differential import differential_weight as differential_weight
-from attention_jax.mechanisms.gated_linear import delta_rule as delta_rule
 from attention_jax.mechanisms.gated_linear import (
     gated_linear_attention as gated_linear_attention,
 )
-from attention_jax.mechanisms.gated_linear import retention as retention
 from attention_jax.mechanisms.inverted import inverted_attention as inverted_attention
-from attention_jax.mechanisms.inverted import slot_attention as slot_attention
 from attention_jax.mechanisms.latent import absorbed_latent_attention as absorbed_latent_attention
 from attention_jax.mechanisms.latent import latent_attention as latent_attention
 from attention_jax.mechanisms.linear import Features as Features
 from attention_jax.mechanisms.linear import linear_attention as linear_attention
-from attention_jax.mechanisms.linear import performer_features as performer_features
 from attention_jax.mechanisms.linformer import linformer_attention as linformer_attention
 from attention_jax.mechanisms.packing import PackedState as PackedState
+from attention_jax.mechanisms.performer import performer_features as performer_features
+from attention_jax.mechanisms.retentive import retention as retention
 from attention_jax.mechanisms.routing import clusters as clusters
 from attention_jax.mechanisms.routing import routing_attention as routing_attention
 from attention_jax.mechanisms.routing import update_centroids as update_centroids
+from attention_jax.mechanisms.slot import slot_attention as slot_attention
 from attention_jax.mechanisms.topk import topk_attention as topk_attention
 
 __all__ = [

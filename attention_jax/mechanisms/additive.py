@@ -1,29 +1,42 @@
-"""Additive attention: the score of a query and a key is a small network, not their product."""
+"""Additive attention (Bahdanau): a small network scores each query and key::
+
+out_i = sum_j softmax_j(v . tanh(q_i + k_j)) value_j
+"""
 
 from __future__ import annotations
-
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from attention_jax.core import softmax
-from attention_jax.core.axes import AnyArray, accumulation_dtype
+from attention_jax.core.axes import AnyArray, Output, Query, accumulation_dtype
+
+
+def weights_of_one_head(
+    q: Float[Array, "T H"],
+    k: Float[Array, "S H"],
+    v: Float[Array, " H"],
+    visible: Bool[Array, "T S"],
+) -> Float[Array, "T S"]:
+    """``softmax_j(v . tanh(q_i + k_j))``, over the visible keys of each query."""
+    k = jnp.where(visible.any(axis=0)[:, None], k, 0)  # fully masked keys may hold anything
+    logits = jnp.tanh(q[:, None] + k[None]) @ v
+    return softmax.softmax_rows(jnp.where(visible, logits, -jnp.inf))
 
 
 def additive_attention(
-    query: Float[AnyArray, "*B T N H"],
+    query: Query,
     key: Float[AnyArray, "..."],
     value: Float[AnyArray, "..."],
     vector: Float[AnyArray, "..."],
     *,
     mask: Bool[AnyArray, "..."] | None = None,
-) -> Float[Array, "*B T N D"]:
-    """``softmax_j(v . tanh(q_i + k_j)) values_j``, the attention of Bahdanau.
+) -> Output:
+    """``softmax_j(v . tanh(q_i + k_j)) value_j``, the attention of Bahdanau.
 
-    ``query`` is ``W q`` and ``key`` is ``U k`` of the paper: projected, which for the keys is done
-    once for all queries. Time and memory are ``O(T S N H)``: the ``tanh`` is of every pair.
+    ``query`` is ``W q`` and ``key`` is ``U k`` of the paper: both are already projected, the keys
+    once for all queries. Time and memory are ``O(T S N H)``, one ``tanh`` per pair and feature.
 
     Args:
       query, key, value: ``[*B T N H]``, ``[*B S N H]``, ``[*B S N D]``.
@@ -31,7 +44,7 @@ def additive_attention(
       mask: bool, broadcasts to ``[*B N T S]``; True is visible.
 
     Returns:
-      ``[*B T N D]`` in ``query.dtype``; 0 for a query that sees no key.
+      ``[*B T N D]`` in ``query.dtype``; 0 for a query with no visible key.
 
     Raises:
       ValueError: shapes that do not fit.
@@ -52,25 +65,36 @@ def additive_attention(
             f"{value.shape}"
         )
     dtype = jnp.asarray(query).dtype
-    # What no query sees may hold anything: it is not read.
-    seen = jnp.swapaxes((weights > 0).any(axis=-2), -1, -2)[..., None]
-    values = jnp.where(seen, jnp.asarray(value, weights.dtype), 0)
+    # Fully masked values may hold anything, NaN included.
+    visible = jnp.swapaxes((weights > 0).any(axis=-2), -1, -2)[..., None]
+    values = jnp.where(visible, jnp.asarray(value, weights.dtype), 0)
     return jnp.einsum("...nts,...snd->...tnd", weights, values).astype(dtype)
 
 
 def additive_weights(
-    query: Float[AnyArray, "*B T N H"],
+    query: Query,
     key: Float[AnyArray, "..."],
     vector: Float[AnyArray, "..."],
     *,
     mask: Bool[AnyArray, "..."] | None = None,
 ) -> Float[Array, "*B N T S"]:
-    """``softmax_j(v . tanh(q_i + k_j))``; a row that sees nothing is 0. See ``additive_attention``.
+    """``softmax_j(v . tanh(q_i + k_j))``; 0 for a query with no visible key.
+
+    Args:
+      query, key, vector, mask: as for ``additive_attention``.
+
+    Returns:
+      ``[*B N T S]`` in float32 or wider.
+
+    Raises:
+      ValueError: shapes that do not fit.
 
     >>> import numpy as np
     >>> q, k = np.zeros((1, 1, 2), np.float32), np.zeros((4, 1, 2), np.float32)
     >>> additive_weights(q, k, np.ones((1, 2), np.float32)).tolist()
     [[[0.25, 0.25, 0.25, 0.25]]]
+
+    Source: Bahdanau et al. 2015, appendix A.1.2.
     """
     *batch, T, N, H = query.shape
     expected = (*batch, key.shape[-3] if key.ndim > 2 else 0, N, H)
@@ -87,14 +111,7 @@ def additive_weights(
         visible = jnp.broadcast_to(jnp.asarray(mask), visible.shape)
     wide = accumulation_dtype(jnp.asarray(query).dtype)
     q, k, v = (jnp.asarray(x, wide) for x in (query, key, vector))
-
-    def one_head(q: Any, k: Any, v: Any, visible: Any) -> jax.Array:
-        """``q [T H]``, ``k [S H]``, ``v [H]``, ``visible [T S]``."""
-        k = jnp.where(visible.any(axis=0)[:, None], k, 0)
-        logits = jnp.where(visible, jnp.tanh(q[:, None] + k[None]) @ v, -jnp.inf)
-        return softmax.rows(logits)
-
-    lifted = jax.vmap(one_head, in_axes=(-2, -2, 0, 0))
+    lifted = jax.vmap(weights_of_one_head, in_axes=(-2, -2, 0, 0))  # over the heads N
     for _ in batch:
         lifted = jax.vmap(lifted, in_axes=(0, 0, None, 0))
     return lifted(q, k, v, visible)

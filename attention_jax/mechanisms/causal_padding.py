@@ -1,39 +1,42 @@
-"""What mechanisms that have no matrix of logits can be told of who sees whom."""
+"""Masks for mechanisms without a matrix of logits: causality and padding are all they can apply."""
 
 from __future__ import annotations
 
+import functools
+import operator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool
 
-from attention_jax.backends.call import as_mask
+from attention_jax.backends.call import MaskLike, as_mask
 from attention_jax.core.axes import Sizes
 from attention_jax.core.pytree import full_rank
 from attention_jax.masks import Band, Lengths, Padding
 from attention_jax.masks.base import conjuncts
 
 
-class Seen(NamedTuple):
-    """Causality, and which queries and keys are real."""
+class CausalPadding(NamedTuple):
+    """A mask made of causality and padding only."""
 
     causal: bool
-    queries: Any
-    """bool ``[*B T]``, also with axes of size 1; None where all are."""
-    keys: Any
-    """The same of the keys, ``[*B S]``."""
+    queries: Bool[Array, "*B T"] | None
+    """False for padding; ``*B`` may have axes of size 1. None: no padding."""
+    keys: Bool[Array, "*B S"] | None
+    """The same for the keys."""
 
 
-def seen(mask: Any, sizes: Sizes, who: str) -> Seen:
-    """What a mask says, where that is causality and padding.
+def as_causal_padding(mask: MaskLike, sizes: Sizes, who: str) -> CausalPadding:
+    """Splits a mask into causality and the padding of queries and keys.
 
     Args:
       mask: None, ``masks.causal()``, ``masks.lengths``, ``masks.padding``, joined by ``&``.
       sizes: of the call.
-      who: the function, for errors.
+      who: name of the calling function, for error messages.
 
     Raises:
-      NotImplementedError: the mask says something else.
+      NotImplementedError: the mask has any other part.
     """
     causal = False
     queries: list[Any] = []
@@ -43,8 +46,9 @@ def seen(mask: Any, sizes: Sizes, who: str) -> Seen:
         if isinstance(part, Band) and (part.left, part.right) == (None, 0):
             if not (isinstance(part.offset, int) and part.offset == 0 and sizes.T == sizes.S):
                 raise NotImplementedError(
-                    f"{who} can be causal where query i sees keys up to i of as many, got mask "
-                    f"with offset {part.offset}, T = {sizes.T}, S = {sizes.S}: take attention"
+                    f"{who} supports masks.causal() only without an offset and with as many "
+                    f"queries as keys, got offset {part.offset}, T = {sizes.T}, S = {sizes.S}: "
+                    f"use attention"
                 )
             causal = True
         elif isinstance(part, Lengths):
@@ -60,19 +64,21 @@ def seen(mask: Any, sizes: Sizes, who: str) -> Seen:
             keys.append(part.key_ids >= 0)
         else:
             raise NotImplementedError(
-                f"{who} can hide what comes later and padding, got mask {type(part).__name__}: "
-                f"take masks.causal(), masks.lengths and masks.padding, joined by &, or attention"
+                f"{who} supports masks.causal(), masks.lengths and masks.padding, joined by &, "
+                f"got mask {type(part).__name__}: use attention"
             )
-    return Seen(causal, _all(queries), _all(keys))
+    return CausalPadding(causal, _all(queries), _all(keys))
 
 
 def _all(flags: list[Any]) -> Any:
-    found = None
-    for x in flags:
-        found = x if found is None else found & x
-    return found
+    return functools.reduce(operator.and_, flags) if flags else None
 
 
-def only_seen(x: jax.Array, real: Any) -> jax.Array:
-    """``[*B T N H]`` with zeros for the tokens that are not real: what they hold is not read."""
-    return x if real is None else jnp.where(real[..., None, None], x, jnp.zeros_like(x))
+def zero_padding(x: jax.Array, real: Bool[Array, "*B T"] | None) -> jax.Array:
+    """``[*B T N H]`` with padding zeroed, whatever it holds, NaN included."""
+    return x if real is None else keep_rows(real[..., None, None], x)
+
+
+def keep_rows(rows: jax.Array, x: jax.Array) -> jax.Array:
+    """``x`` where ``rows``, which broadcasts to it, is True or not 0; 0 elsewhere."""
+    return jnp.where(rows, x, jnp.zeros_like(x))

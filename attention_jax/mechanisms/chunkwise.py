@@ -1,75 +1,149 @@
-"""Mechanisms that carry a matrix from token to token, a piece of the sequence at a time.
+"""Causal mechanisms with a matrix state, computed one chunk of the sequence at a time::
 
-The matrix ``S [M D]`` is all that they remember of the keys and values before, so that time and
-memory grow with the length and not with its square, and a token can be added at the same cost
-wherever it stands. Within a piece of ``C`` tokens all pairs are computed at once, as products.
+    out_t, state_t = step(state_{t-1}, q_t, k_t, v_t)
+
+The state ``[M D]`` summarises all previous keys and values, so that time and memory are linear in
+the length and decoding a token costs the same at any position. A mechanism writes its step for a
+chunk of ``C`` tokens, whose ``C x C`` pairs are computed at once as matrix products; ``lax.scan``
+carries the state from chunk to chunk, and ``heads.lift`` maps over heads and examples.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
-from attention_jax.backends.call import check_flag, check_types
+from attention_jax.backends.call import MaskLike, Scale, check_flag, check_types
 from attention_jax.backends.heads import lift
 from attention_jax.core.axes import (
+    AnyArray,
+    Key,
+    Query,
     Sizes,
+    Value,
     accumulation_dtype,
     check_float_array,
     check_query_key_value,
 )
 from attention_jax.core.closures import varying_together
-from attention_jax.mechanisms.causal_padding import Seen, only_seen, seen
+from attention_jax.masks import causal
+from attention_jax.mechanisms.causal_padding import (
+    CausalPadding,
+    as_causal_padding,
+    zero_padding,
+)
+from attention_jax.mechanisms.packing import PackedState, document_starts
 
+CAUSAL = causal()
+
+State = Float[Array, "*B K M D"]
 Step = Callable[..., tuple[jax.Array, jax.Array]]
+"""From the state and the chunks ``[C .]`` of one head to the output ``[C D]`` and the new state."""
 
 
-def over_pieces(
-    step: Step, state: jax.Array, arrays: Sequence[jax.Array], size: int
-) -> tuple[jax.Array, jax.Array]:
-    """``step(state, *pieces)`` on ``size`` tokens after the other: the output, and the last state.
+def scan_chunks(
+    step: Step, state: Float[Array, "M D"], arrays: Sequence[Float[Array, "T _"]], size: int
+) -> tuple[Float[Array, "T _"], Float[Array, "M D"]]:
+    """``out, state = step(state, *chunks)`` over chunks of ``size`` tokens, for one head.
 
-    Zeros fill the last piece. What is between two states is computed again in the backward pass.
+    The last chunk is filled with zeros. The backward pass recomputes each chunk from its state.
     """
     state, *arrays = varying_together((state, *arrays))
     T = arrays[0].shape[0]
     size = max(min(size, T), 1)
     count = -(-T // size)
-    pieces = [
+    chunks = [
         jnp.pad(x, ((0, count * size - T), (0, 0))).reshape(count, size, x.shape[1]) for x in arrays
     ]
 
-    def one(state: jax.Array, pieces: Any) -> tuple[jax.Array, jax.Array]:
-        out, state = step(state, *pieces)
+    def body(state: jax.Array, chunks: Any) -> tuple[jax.Array, jax.Array]:
+        out, state = step(state, *chunks)
         return state, out
 
-    state, out = jax.lax.scan(jax.checkpoint(one), state, pieces)
+    state, out = jax.lax.scan(jax.checkpoint(body), state, chunks)
     return out.reshape(count * size, out.shape[-1])[:T], state
 
 
-def checked(
-    query: Any, key: Any, value: Any, mask: Any, scale: Any, who: str
-) -> tuple[Sizes, Seen]:
-    """Sizes and mask of a call that reads from left to right.
+def run_causal(
+    step: Step,
+    packed_step: Step,
+    query: AnyArray,
+    arrays: Sequence[AnyArray],
+    *,
+    chunk: int,
+    state_shape: tuple[int, int],
+    sizes: Sizes,
+    padding: CausalPadding,
+    segments: Any,
+    state: State | PackedState | None,
+    return_state: bool,
+    dtype: Any,
+) -> Any:
+    """Scans a step over the chunks of every head of every example.
+
+    Args:
+      step: ``step(state, q, *arrays)`` for one chunk of one head.
+      packed_step: ``packed_step(state, q, starts, *arrays)``, used with ``segments``; ``starts``
+        ``[C 1]`` is 1 where a document begins and 0 elsewhere.
+      query: ``[*B T N .]``.
+      arrays: ``[*B S K .]`` each. Padding is zeroed, here and in the query.
+      chunk: tokens per chunk.
+      state_shape: ``(M, D)``.
+      sizes, padding: as ``check_causal`` returns them.
+      segments, state, return_state: of the public function, see ``gated_linear_attention``.
+      dtype: of the output. Sums and the state are in float32 or wider.
+
+    Returns:
+      ``[*B T N D]``, 0 for padding; with ``return_state`` also the state.
+    """
+    check_flag("return_state", return_state)
+    packing = document_starts(segments, state, padding, sizes)
+    padding = packing.padding
+    if packing.starts is not None:
+        step, arrays = packed_step, (packing.starts, *arrays)
+    wide = accumulation_dtype(dtype)
+    shape = (*sizes.B, sizes.K, *state_shape)
+    start = jnp.zeros(shape, wide) if packing.state is None else packing.state
+    if start.shape != shape:
+        raise ValueError(f"state must have shape [*B K M D] = {shape}, got {start.shape}")
+    out, end = lift(
+        lambda state, *arrays: scan_chunks(step, state, arrays, chunk),
+        [
+            jnp.asarray(start, wide),
+            zero_padding(jnp.asarray(query, wide), padding.queries),
+            *(zero_padding(jnp.asarray(x, wide), padding.keys) for x in arrays),
+        ],
+        sizes,
+        ["*B K M D", "*B T N H", *["*B S K H"] * len(arrays)],
+        ["*B T N D", "*B K M D"],
+    )
+    out = zero_padding(out, padding.queries).astype(dtype)
+    return (out, packing.with_segment(end)) if return_state else out
+
+
+def check_causal(
+    query: Query, key: Key, value: Value, mask: MaskLike, scale: Scale, who: str
+) -> tuple[Sizes, CausalPadding]:
+    """Checks the arguments of a causal mechanism; returns its sizes and the padding.
 
     Raises:
       TypeError, ValueError, NotImplementedError: an argument is wrong; the message names it.
     """
     check_types({"query": query, "key": key, "value": value, "scale": scale})
     sizes = check_query_key_value(query, key, value)
-    found = seen(mask, sizes, who)
-    if not found.causal:
-        raise ValueError(
-            f"{who} reads from left to right: mask must have masks.causal() in it, got {mask!r}"
-        )
-    return sizes, found
+    padding = as_causal_padding(mask, sizes, who)
+    if not padding.causal:
+        raise ValueError(f"{who} is causal: mask must include masks.causal(), got {mask!r}")
+    return sizes, padding
 
 
 def check_gate(name: str, x: Any, sizes: Sizes, widths: Sequence[int]) -> None:
-    """Raises unless ``x`` is ``[*B S K .]`` of one of these widths."""
+    """Raises unless ``x`` is ``[*B S K .]`` with one of these widths."""
     check_float_array(name, x)
     start = (*sizes.B, sizes.S, sizes.K)
     if tuple(x.shape[:-1]) != start or x.shape[-1] not in widths:
@@ -77,48 +151,7 @@ def check_gate(name: str, x: Any, sizes: Sizes, widths: Sequence[int]) -> None:
         raise ValueError(f"{name} must have shape {expected}, got {tuple(x.shape)}")
 
 
-def left_to_right(
-    step: Step,
-    size: int,
-    sizes: Sizes,
-    found: Seen,
-    query: Any,
-    arrays: Sequence[Any],
-    width: tuple[int, int],
-    state: Any,
-    return_state: bool,
-    dtype: Any,
-) -> Any:
-    """Lifts a step over pieces to all heads and examples.
-
-    Args:
-      step: from the state, pieces of the query and of the arrays to output and state.
-      size: of a piece.
-      sizes, found: of the call.
-      query: ``[*B T N .]``.
-      arrays: ``[*B S K .]``; what is not seen, and of the query too, is made 0.
-      width: of the state.
-      state: that after the tokens before, or None: 0.
-      return_state: whether to return that after these.
-      dtype: of the output; sums and the state are in float32 or wider.
-    """
-    check_flag("return_state", return_state)
-    wide = accumulation_dtype(dtype)
-    shape = (*sizes.B, sizes.K, *width)
-    if state is None:
-        state = jnp.zeros(shape, wide)
-    elif state.shape != shape:
-        raise ValueError(f"state must have shape [*B K M D] = {shape}, got {state.shape}")
-    out, state = lift(
-        lambda state, *pieces: over_pieces(step, state, pieces, size),
-        [
-            jnp.asarray(state, wide),
-            only_seen(jnp.asarray(query, wide), found.queries),
-            *(only_seen(jnp.asarray(x, wide), found.keys) for x in arrays),
-        ],
-        sizes,
-        ["*B K M D", "*B T N H", *["*B S K H"] * len(arrays)],
-        ["*B T N D", "*B K M D"],
-    )
-    out = out.astype(dtype)
-    return (out, state) if return_state else out
+def scaled(query: Query, scale: Scale) -> jax.Array:
+    """``scale * query`` in float32 or wider; the default scale is ``1 / sqrt(H)``."""
+    scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
+    return jnp.asarray(query, accumulation_dtype(query.dtype)) * scale

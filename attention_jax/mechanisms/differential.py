@@ -1,4 +1,7 @@
-"""Attention as the difference of two: what both attend to, noise, cancels."""
+"""Differential attention: the difference of two softmaxes, so that common noise cancels::
+
+out = (softmax(scale * Q_1 K_1^T) - lambda softmax(scale * Q_2 K_2^T)) V
+"""
 
 from __future__ import annotations
 
@@ -20,28 +23,28 @@ def differential_attention(
     weight: Any,
     **options: Any,
 ) -> Output:
-    """The difference of the attention of two neighbouring heads to the same values.
+    """The attention of one head minus ``lambda`` times that of its neighbour, to the same values.
 
-    For each head ``n``, with ``softmax`` over keys and ``lambda`` the weight::
+    For each output head ``n``, with ``lambda`` the weight::
 
         out = (softmax(scale * Q_2n K_2k^T) - lambda softmax(scale * Q_2n+1 K_2k+1^T)) V_k
 
-    on two calls of ``attention``. The paper normalises each head of the output afterwards (RMS, of
+    as two calls of ``attention``. The paper then normalises each head of the output (RMSNorm with
     its own scale) and multiplies it by ``1 - initial`` of ``differential_weight``.
 
     Args:
       query: ``[*B T 2N H]``, heads in pairs.
       key: ``[*B S 2K H]``, heads in pairs.
-      value: ``[*B S K D]``, in the paper of twice the width of a query.
+      value: ``[*B S K D]``; in the paper ``D = 2H``.
       weight: ``lambda``, a number or ``[N]``; see ``differential_weight``.
-      **options: of ``attention`` (mask, score, scale, implementation and so on); heads of masks
-        and scores are the ``N`` of the output.
+      **options: of ``attention`` (mask, score, scale, implementation and so on); the heads of
+        masks and scores are the ``N`` output heads.
 
     Returns:
-      ``[*B T N D]`` in the query's dtype; 0 for a query that sees no key.
+      ``[*B T N D]`` in the query's dtype; 0 for a query with no visible key.
 
     Raises:
-      TypeError, ValueError, NotImplementedError: as ``attention``; an odd number of heads.
+      TypeError, ValueError, NotImplementedError: as ``attention``, or an odd number of heads.
 
     >>> import numpy as np
     >>> q, v = np.zeros((1, 2, 1), np.float32), np.float32([2, 4]).reshape(2, 1, 1)
@@ -50,26 +53,15 @@ def differential_attention(
 
     Source: Ye et al. 2024, "Differential Transformer".
     """
-    check_types({"query": query, "key": key, "value": value})
-    for name, x in (("query", query), ("key", key)):
-        if x.ndim < 3 or x.shape[-2] % 2:
-            raise ValueError(
-                f"{name} must have an even number of heads, two for each of the output, got shape "
-                f"{x.shape}"
-            )
-    if options.get("return_lse"):
-        raise NotImplementedError("return_lse: a difference of two softmaxes has no normaliser")
-    N = query.shape[-2] // 2
-    if jnp.shape(weight) not in ((), (N,)):
-        raise ValueError(f"weight must be a number or [N] = ({N},), got shape {jnp.shape(weight)}")
+    _check(query, key, value, weight, options)
     dtype = accumulation_dtype(query.dtype)
     first, second = (
         attention(query[..., i::2, :], key[..., i::2, :], value, **options).astype(dtype)
         for i in (0, 1)
     )
-    weight = jnp.broadcast_to(jnp.asarray(weight, dtype), (N,))[:, None]
-    first, second, weight = same_rank(first, second, weight)
-    return (first - weight * second).astype(query.dtype)
+    per_head = jnp.broadcast_to(jnp.asarray(weight, dtype), (query.shape[-2] // 2,))[:, None]
+    first, second, per_head = same_rank(first, second, per_head)
+    return (first - per_head * second).astype(query.dtype)
 
 
 def differential_weight(
@@ -86,16 +78,36 @@ def differential_weight(
 
     Args:
       query_1, key_1, query_2, key_2: ``[H]``, or ``[N H]`` for a weight per head.
-      layer: which layer of the model this is.
+      layer: index of the layer in the model.
+
+    Returns:
+      ``lambda``, a scalar or ``[N]``.
 
     >>> import numpy as np
     >>> zero = np.zeros(4, np.float32)
     >>> round(float(differential_weight(zero, zero, zero, zero, layer=0)), 3)
     0.2
+
+    Source: Ye et al. 2024, section 2.1.
     """
 
-    def together(q: Any, k: Any) -> jax.Array:
+    def exp_dot(q: Any, k: Any) -> jax.Array:
         return jnp.exp(jnp.sum(jnp.asarray(q) * jnp.asarray(k), axis=-1))
 
     initial = 0.8 - 0.6 * jnp.exp(-0.3 * layer)
-    return together(query_1, key_1) - together(query_2, key_2) + initial
+    return exp_dot(query_1, key_1) - exp_dot(query_2, key_2) + initial
+
+
+def _check(query: Any, key: Any, value: Any, weight: Any, options: dict[str, Any]) -> None:
+    check_types({"query": query, "key": key, "value": value})
+    for name, x in (("query", query), ("key", key)):
+        if x.ndim < 3 or x.shape[-2] % 2:
+            raise ValueError(
+                f"{name} must have an even number of heads, two for each of the output, got shape "
+                f"{x.shape}"
+            )
+    if options.get("return_lse"):
+        raise NotImplementedError("return_lse: a difference of two softmaxes has no normaliser")
+    N = query.shape[-2] // 2
+    if jnp.shape(weight) not in ((), (N,)):
+        raise ValueError(f"weight must be a number or [N] = ({N},), got shape {jnp.shape(weight)}")

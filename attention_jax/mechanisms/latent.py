@@ -1,4 +1,8 @@
-"""Latent attention: keys and values of all heads are made of one small vector a token."""
+"""Multi-head latent attention (MLA): keys and values of all heads from one small vector per token::
+
+k_jn  = [c_j U_n, key_rotary_j]        v_jn = c_j W_n        c_j: the latent of token j
+out_i = softmax_j(scale * [query_i, query_rotary_i] . k_j) v_j
+"""
 
 from __future__ import annotations
 
@@ -25,29 +29,30 @@ def latent_attention(
     scale: Scale = None,
     **options: Any,
 ) -> Output:
-    """Attention to keys and values made of latent vectors, made before: for training.
+    """Attention to keys and values that are projected up from latent vectors: for training.
 
     For each head ``n``, with ``c_j`` the latent of token ``j``::
 
         k_j   = [c_j U_n, key_rotary_j]          v_j = c_j W_n
         out_i = softmax_j(scale * [query_i, query_rotary_i] . k_j) v_j
 
-    A cache holds ``latent`` and ``key_rotary``: ``R + P`` numbers a token in place of
+    A cache holds ``latent`` and ``key_rotary``: ``R + P`` numbers per token instead of
     ``N (H + P + D)``. To decode from it, see ``absorbed_latent_attention``.
 
     Args:
-      query: the part of the queries that no position turns.
-      query_rotary, key_rotary: the part that positions turn, turned; of the keys one for all heads.
+      query: the part of the queries without rotary positions.
+      query_rotary, key_rotary: the parts with rotary positions, already rotated; that of the keys
+        is shared by all heads.
       latent: ``c``.
-      key_up, value_up: ``U`` and ``W``, from the latent to the heads.
+      key_up, value_up: ``U`` and ``W``, the projections from the latent to the heads.
       scale: of the logits; default ``1 / sqrt(H + P)``.
       **options: of ``attention``: mask, score, implementation and so on.
 
     Returns:
-      ``[*B T N D]`` in the query's dtype, and what ``attention`` returns beside it.
+      ``[*B T N D]`` in the query's dtype; with ``return_lse`` also the lse, as ``attention``.
 
     Raises:
-      TypeError, ValueError, NotImplementedError: as ``attention``; shapes that do not fit.
+      TypeError, ValueError, NotImplementedError: as ``attention``, or shapes that do not fit.
 
     >>> import numpy as np
     >>> shapes = (5, 2, 4), (5, 2, 3), (5, 6), (5, 3), (6, 2, 4), (6, 2, 7)
@@ -61,11 +66,12 @@ def latent_attention(
     _check(query, query_rotary, latent, key_rotary, key_up, value_up)
     N, P = query_rotary.shape[-2:]
     key = _product("...sr,rnh->...snh", latent, key_up)
+    value = _product("...sr,rnd->...snd", latent, value_up)
     shared = jnp.broadcast_to(jnp.asarray(key_rotary)[..., None, :], (*key_rotary.shape[:-1], N, P))
     return attention(
         jnp.concatenate([query, query_rotary], axis=-1),
         jnp.concatenate([key, shared], axis=-1),
-        _product("...sr,rnd->...snd", latent, value_up),
+        value,
         scale=_scale(scale, query, query_rotary),
         **options,
     )
@@ -82,15 +88,16 @@ def absorbed_latent_attention(
     scale: Scale = None,
     **options: Any,
 ) -> Output:
-    """``latent_attention``, by queries brought to the latent vectors: for decoding.
+    """``latent_attention`` with the up-projections absorbed into queries and output: for decoding.
 
-    ``query_i . (c_j U_n) = (query_i U_n^T) . c_j``, so that the latent vectors themselves are the
-    keys, and the values, of one key-value head for all query heads; ``W_n`` comes last::
+    ``query_i . (c_j U_n) = (query_i U_n^T) . c_j``, so the latent vectors themselves serve as the
+    keys and values of a single key-value head for all query heads; ``W_n`` is applied last::
 
         out_i = (softmax_j(scale * [query_i U_n^T, query_rotary_i] . [c_j, key_rotary_j]) c_j) W_n
 
-    No key or value of a head is ever made: cheaper for few queries and many keys, dearer for
-    equally many, as a product of a pair takes ``R + P`` in place of ``H + P`` steps.
+    Keys and values of the heads are never formed. That is cheaper for few queries and many keys;
+    for as many queries as keys it costs more, since the logit of a pair takes ``R + P`` instead of
+    ``H + P`` multiplications.
 
     Args:
       As for ``latent_attention``, except ``return_lse``, which must be False.
@@ -105,19 +112,21 @@ def absorbed_latent_attention(
     >>> one = np.ones((1, 1, 1), np.float32)
     >>> absorbed_latent_attention(one, one, one[0], one[0], one, 3 * one).item()
     3.0
+
+    Source: DeepSeek-AI 2024, "DeepSeek-V2", section 2.1.
     """
     _check(query, query_rotary, latent, key_rotary, key_up, value_up)
     if options.get("return_lse"):
-        raise NotImplementedError("return_lse: take latent_attention")
-    near = _product("...tnh,rnh->...tnr", query, key_up)
-    gathered = attention(
-        jnp.concatenate([near, query_rotary], axis=-1),
+        raise NotImplementedError("return_lse is not supported here: use latent_attention")
+    absorbed = _product("...tnh,rnh->...tnr", query, key_up)
+    mean_latent = attention(
+        jnp.concatenate([absorbed, query_rotary], axis=-1),
         jnp.concatenate([latent, key_rotary], axis=-1)[..., None, :],
         jnp.asarray(latent)[..., None, :],
         scale=_scale(scale, query, query_rotary),
         **options,
     )
-    return _product("...tnr,rnd->...tnd", gathered, value_up)
+    return _product("...tnr,rnd->...tnd", mean_latent, value_up)
 
 
 def _scale(scale: Any, query: Any, query_rotary: Any) -> Any:
@@ -126,6 +135,7 @@ def _scale(scale: Any, query: Any, query_rotary: Any) -> Any:
 
 
 def _product(axes: str, a: Any, b: Any) -> jax.Array:
+    """An einsum accumulated in float32 or wider, in the dtype of ``a``."""
     dtype = jnp.asarray(a).dtype
     wide = accumulation_dtype(dtype)
     out = jnp.einsum(

@@ -1,24 +1,29 @@
-"""Attention to a fixed number of mixtures of the keys."""
+"""Linformer: softmax attention to ``R`` learned mixtures of the keys and values::
+
+out = softmax(scale * Q (E K)^T) (F V)          E, F: [R S]
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
 from attention_jax.api import attention
-from attention_jax.backends.call import Scale, check_types
+from attention_jax.backends.call import MaskLike, Scale, check_types
 from attention_jax.core.axes import (
     AnyArray,
     Key,
     Output,
     Query,
+    Sizes,
     Value,
     accumulation_dtype,
     check_query_key_value,
 )
-from attention_jax.mechanisms.causal_padding import only_seen, seen
+from attention_jax.mechanisms.causal_padding import as_causal_padding, zero_padding
 
 
 def linformer_attention(
@@ -28,31 +33,31 @@ def linformer_attention(
     key_mixing: Float[AnyArray, "*K R S"],
     value_mixing: Float[AnyArray, "*K R S"],
     *,
-    mask: Any = None,
+    mask: MaskLike = None,
     scale: Scale = None,
 ) -> Output:
-    """Softmax attention to ``R`` mixtures of the keys, with the like mixtures of the values.
+    """Softmax attention to ``R`` mixtures of the keys and the matching mixtures of the values.
 
     For one head, with ``E`` and ``F`` the mixings::
 
         out = softmax(scale * Q (E K)^T) (F V)
 
-    Time and memory are ``O((T + S) R)``. A mixture holds keys of all positions, so that nothing
-    can be causal.
+    Time and memory are ``O((T + S) R)``. Each mixture contains keys from all positions, so the
+    mechanism cannot be causal.
 
     Args:
       query, key, value: as for ``attention``.
       key_mixing, value_mixing: learned, ``[R S]`` for all heads or ``[K R S]``, of the query's
         dtype.
-      mask: None, ``masks.lengths``, ``masks.padding``: padding is in no mixture.
+      mask: None, ``masks.lengths`` or ``masks.padding``: padding enters no mixture.
       scale: as for ``attention``.
 
     Returns:
-      ``[*B T N D]`` in the query's dtype; 0 for a query that is padding or sees only that.
+      ``[*B T N D]`` in the query's dtype; 0 for queries that are padding, or whose keys all are.
 
     Raises:
       TypeError, ValueError: an argument is wrong; the message names it.
-      NotImplementedError: a mask that says something else.
+      NotImplementedError: any other mask.
 
     >>> import numpy as np
     >>> x, mean = np.float32([1, 2, 6]).reshape(3, 1, 1), np.full((1, 3), 1 / 3, np.float32)
@@ -63,32 +68,34 @@ def linformer_attention(
     """
     check_types({"query": query, "key": key, "value": value, "scale": scale})
     sizes = check_query_key_value(query, key, value)
-    found = seen(mask, sizes, "linformer_attention")
-    if found.causal:
+    padding = as_causal_padding(mask, sizes, "linformer_attention")
+    if padding.causal:
         raise NotImplementedError(
-            "linformer_attention mixes keys of all positions and cannot be causal: take attention"
+            "linformer_attention mixes keys from all positions and cannot be causal: use attention"
         )
-    mixings = {"key_mixing": key_mixing, "value_mixing": value_mixing}
-    for name, x in mixings.items():
-        R = jnp.shape(key_mixing)[-2] if jnp.ndim(key_mixing) > 1 else 0
+    _check_mixings(key_mixing, value_mixing, sizes)
+    dtype = accumulation_dtype(query.dtype)
+    query_wide = zero_padding(jnp.asarray(query, dtype), padding.queries)
+    keys = _mixed(key_mixing, zero_padding(jnp.asarray(key, dtype), padding.keys))
+    values = _mixed(value_mixing, zero_padding(jnp.asarray(value, dtype), padding.keys))
+    out = zero_padding(attention(query_wide, keys, values, scale=scale), padding.queries)
+    if padding.keys is not None:
+        has_keys = padding.keys.any(axis=-1, keepdims=True)
+        out = zero_padding(out, jnp.broadcast_to(has_keys, (*has_keys.shape[:-1], sizes.T)))
+    return out.astype(query.dtype)
+
+
+def _mixed(mixing: Any, x: jax.Array) -> jax.Array:
+    """``E K``: ``[R S]`` or ``[K R S]`` times ``[*B S K H]``, to ``[*B R K H]``."""
+    axes = "krs,...skh->...rkh" if jnp.ndim(mixing) == 3 else "rs,...skh->...rkh"
+    return jnp.einsum(axes, jnp.asarray(mixing, x.dtype), x, precision="highest")
+
+
+def _check_mixings(key_mixing: Any, value_mixing: Any, sizes: Sizes) -> None:
+    R = jnp.shape(key_mixing)[-2] if jnp.ndim(key_mixing) > 1 else 0
+    for name, x in {"key_mixing": key_mixing, "value_mixing": value_mixing}.items():
         if jnp.shape(x) not in ((R, sizes.S), (sizes.K, R, sizes.S)):
             raise ValueError(
                 f"{name} must have shape [R S] or [K R S] with S = {sizes.S}, K = {sizes.K} and "
                 f"one R for both, got {jnp.shape(x)}"
             )
-    dtype = accumulation_dtype(query.dtype)
-    key, value = (
-        jnp.einsum(
-            "krs,...skh->...rkh" if jnp.ndim(mixing) == 3 else "rs,...skh->...rkh",
-            jnp.asarray(mixing, dtype),
-            only_seen(jnp.asarray(x, dtype), found.keys),
-            precision="highest",
-        )
-        for mixing, x in ((key_mixing, key), (value_mixing, value))
-    )
-    wide = only_seen(jnp.asarray(query, dtype), found.queries)
-    out = only_seen(attention(wide, key, value, scale=scale), found.queries)
-    if found.keys is not None:
-        some = found.keys.any(axis=-1, keepdims=True)
-        out = only_seen(out, jnp.broadcast_to(some, (*some.shape[:-1], sizes.T)))
-    return out.astype(query.dtype)

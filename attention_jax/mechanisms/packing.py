@@ -1,4 +1,4 @@
-"""Several documents in one row of a mechanism with a state: it is forgotten where one begins."""
+"""Packed sequences for causal mechanisms: the state is reset where a document begins."""
 
 from __future__ import annotations
 
@@ -6,55 +6,56 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jaxtyping import Array, Bool, Float, Int
 
-from attention_jax.core.axes import Sizes, is_array
-from attention_jax.mechanisms.causal_padding import Seen
+from attention_jax.core.axes import Sizes, broadcasts_to, check_positions
+from attention_jax.mechanisms.causal_padding import CausalPadding, keep_rows
 
 
 class PackedState(NamedTuple):
-    """The state after tokens of several documents, and which document it is of."""
+    """The state after the tokens of packed documents, and the document it belongs to.
+
+    Attributes:
+      state: as without ``segments``.
+      segment: int32 ``[*B]``, the id of the last token that is not padding; -1 if there was none.
+    """
 
     state: Any
-    """As without ``segments``."""
     segment: Any
-    """int32 ``[*B]``, the id of the last token that is no padding; -1 where there was none."""
 
 
-class Packed(NamedTuple):
-    """A call with ``segments``: padding taken out, and where documents begin."""
+class Packing(NamedTuple):
+    """The documents of a call with ``segments``."""
 
-    found: Seen
-    starts: Any
-    """bool ``[*B T 1 1]``, the first token of a document; None without ``segments``."""
+    padding: CausalPadding
+    """Of the mask and of negative segment ids together."""
+    starts: Bool[Array, "*B T 1 1"] | None
+    """True for the first token of a document; None without ``segments``."""
     state: Any
-    """Of the tokens before, or None."""
-    segment: Any
+    """After the previous tokens, or None."""
+    segment: Int[Array, "*B"] | None
     """The id of the last token, for ``PackedState``; None without ``segments``."""
 
-    def result(self, result: Any, return_state: bool) -> Any:
-        """Output, or output and state, as the call returns them."""
-        if self.segment is None or not return_state:
-            return result
-        out, state = result
-        return out, PackedState(state, self.segment)
+    def with_segment(self, state: jax.Array) -> Any:
+        """The state as the call returns it: a ``PackedState`` if there are ``segments``."""
+        return state if self.segment is None else PackedState(state, self.segment)
 
 
-def packed(segments: Any, state: Any, found: Seen, sizes: Sizes) -> Packed:
-    """Where the documents of a call begin.
+def document_starts(segments: Any, state: Any, padding: CausalPadding, sizes: Sizes) -> Packing:
+    """Finds where the documents of a call begin.
 
-    A token begins one where its id is not that of the last token before it that is no padding.
-    The first of a call goes on with the state if it has the id that the state is of.
+    A document begins at each token whose id differs from that of the previous token, padding
+    skipped. The first token of a call continues the document of the state if their ids are equal.
 
     Args:
       segments: integers that broadcast to ``[*B T]``, negative for padding; or None.
       state: of the call.
-      found: what the mask says.
+      padding: of the mask.
       sizes: of the call.
 
     Raises:
-      TypeError: ``segments`` are not integers; a state without the id that goes with it, or with
-        one that nothing asks for.
+      TypeError: ``segments`` are not integers; ``segments`` with a state that is not a
+        ``PackedState``, or the other way round.
       ValueError: shapes that do not fit.
     """
     if (segments is None and isinstance(state, PackedState)) or (
@@ -62,26 +63,26 @@ def packed(segments: Any, state: Any, found: Seen, sizes: Sizes) -> Packed:
     ):
         raise TypeError(
             f"state must be a PackedState with segments, and an array without, got "
-            f"{type(state).__name__} and segments {'None' if segments is None else 'given'}: make "
-            f"one of an array and the id of its last token, PackedState(state, segment)"
+            f"{type(state).__name__} and segments {'None' if segments is None else 'given'}: "
+            f"PackedState(state, segment) joins an array and the id of its last token"
         )
     if segments is None:
-        return Packed(found, None, state, None)
+        return Packing(padding, None, state, None)
     ids = _ids("segments", segments, (*sizes.B, sizes.T), "[*B T]")
-    before = jnp.full(sizes.B, -1, jnp.int32)
+    previous = jnp.full(sizes.B, -1, jnp.int32)
     if state is not None:
-        before = _ids("segment of state", state.segment, sizes.B, "[*B]")
+        previous = _ids("segment of state", state.segment, sizes.B, "[*B]")
     real = ids >= 0
-    for flags in (found.queries, found.keys):
+    for flags in (padding.queries, padding.keys):
         real = real if flags is None else real & flags
-    # The id of the last real token up to each, first that of the state.
-    ids = jnp.concatenate([before[..., None], jnp.where(real, ids, -1)], axis=-1)
-    place = jax.lax.broadcasted_iota(jnp.int32, ids.shape, ids.ndim - 1)
-    index = jax.lax.cummax(jnp.where(ids >= 0, place, 0), axis=ids.ndim - 1)
+    # The id of the last real token up to each position, which starts with that of the state.
+    ids = jnp.concatenate([previous[..., None], jnp.where(real, ids, -1)], axis=-1)
+    position = jax.lax.broadcasted_iota(jnp.int32, ids.shape, ids.ndim - 1)
+    index = jax.lax.cummax(jnp.where(ids >= 0, position, 0), axis=ids.ndim - 1)
     last = jnp.take_along_axis(ids, index, axis=-1)
     starts = real & (last[..., :-1] >= 0) & (ids[..., 1:] != last[..., :-1])
-    return Packed(
-        Seen(found.causal, real, real),
+    return Packing(
+        CausalPadding(padding.causal, real, real),
         starts[..., None, None],
         None if state is None else state.state,
         last[..., -1],
@@ -89,37 +90,28 @@ def packed(segments: Any, state: Any, found: Seen, sizes: Sizes) -> Packed:
 
 
 def _ids(name: str, ids: Any, shape: tuple[int, ...], axes: str) -> jax.Array:
-    if not is_array(ids):
-        ids = np.asarray(ids)
-    if not jnp.issubdtype(ids.dtype, jnp.integer):
-        raise TypeError(f"{name} must be integers, got {ids.dtype}")
-    try:
-        fits = np.broadcast_shapes(ids.shape, shape) == shape
-    except ValueError:
-        fits = False
-    if not fits:
+    ids = check_positions(ids, name)
+    if not broadcasts_to(ids.shape, shape):
         raise ValueError(f"{name} must broadcast to {shape}, {axes}, got {ids.shape}")
     return jnp.broadcast_to(jnp.asarray(ids, jnp.int32), shape)
 
 
-class Runs(NamedTuple):
-    """Which tokens of a piece belong together."""
+class Documents(NamedTuple):
+    """Which tokens of a chunk belong to one document."""
 
-    same: Any  # [C C]: both are of one document
-    first: Any  # [C 1]: of the document that the state before is of
-    last: Any  # [C 1]: of the document that the state after is of
+    same: Bool[Array, "C C"]
+    """Both tokens are of one document."""
+    first: Bool[Array, "C 1"]
+    """Tokens of the document that the state before the chunk belongs to."""
+    last: Bool[Array, "C 1"]
+    """Tokens of the document that the state after the chunk belongs to."""
 
-    def kept(self, state: jax.Array) -> jax.Array:
-        """The state before, as far as it is part of that after."""
-        return jnp.where(self.first[-1], state, jnp.zeros_like(state))
-
-
-def runs(starts: jax.Array) -> Runs:
-    """From ``starts [C 1]``, 1 where a document begins and else 0."""
-    run = jnp.cumsum(starts, axis=0)
-    return Runs(run == run.T, run == 0, run == run[-1:])
+    def carry(self, state: Float[Array, "M D"]) -> Float[Array, "M D"]:
+        """The state if its document lasts to the end of the chunk, else 0."""
+        return keep_rows(self.first[-1], state)
 
 
-def of(rows: jax.Array, x: jax.Array) -> jax.Array:
-    """``x [C .]`` with zeros in other rows."""
-    return jnp.where(rows, x, jnp.zeros_like(x))
+def documents_of(starts: Float[Array, "C 1"]) -> Documents:
+    """From ``starts``, 1 where a document begins and 0 elsewhere."""
+    number = jnp.cumsum(starts, axis=0)
+    return Documents(number == number.T, number == 0, number == number[-1:])

@@ -1,4 +1,59 @@
-"""Transformers, each one short file over ``nn``: encoder, decoder, both, and over images."""
+"""Transformers built from ``nn``: decoder, encoder, encoder-decoder and vision, one file each.
+
+A configuration is a frozen value; ``Layers`` describes the stack that all models share. A decoder
+with grouped heads, rotary positions and one local layer:
+
+>>> import jax
+>>> import numpy as np
+>>> from flax import nnx
+>>> from attention_jax import masks
+>>> from attention_jax.models import (
+...     Decoder, DecoderConfig, Encoder, EncoderConfig, EncoderDecoder, EncoderDecoderConfig,
+...     Layers, Sampling, VisionConfig, VisionTransformer, beam_search, generate)
+>>> from attention_jax.positions import Rotary
+>>> layers = Layers(features=8, num_layers=2, num_heads=4, num_kv_heads=2, rotary=Rotary(),
+...                 windows=(4, None), norm="rms", gated=True, activation="silu")
+>>> decoder = Decoder(DecoderConfig(vocabulary=10, layers=layers), rngs=nnx.Rngs(0))
+>>> prompts = np.array([[0, 0, 5, 7], [3, 1, 4, 1]])
+>>> real = np.array([[False, False, True, True], [True] * 4])  # False for padding
+>>> decoder(prompts, real=real).shape
+(2, 4, 10)
+
+Generation by sampling or beam search, for prompts of different lengths, padded on either side.
+Layers with a window keep no more than the window in their caches. ``stream`` yields tokens as they
+come, and ``models.sampling`` has processors of logits that compose:
+
+>>> generate(decoder, prompts, real=real, max_new_tokens=3, stop=2, key=jax.random.key(0),
+...          sampling=Sampling(temperature=0.8, top_p=0.95)).tokens.shape
+(2, 3)
+>>> beam_search(decoder, prompts, real=real, max_new_tokens=3, stop=2, beams=2).tokens.shape
+(2, 2, 3)
+
+An encoder over packed documents: masks of a call are combined with those of the configuration.
+
+>>> config = EncoderConfig(vocabulary=10, max_length=6,
+...                        layers=Layers(features=8, num_layers=2, num_heads=2, windows=(3, None)))
+>>> encoder = Encoder(config, rngs=nnx.Rngs(0))
+>>> documents = np.repeat([[0, 1]], 3, axis=1)
+>>> positions = np.array([[0, 1, 2, 0, 1, 2]])
+>>> mask = masks.segments(documents)
+>>> encoder(np.ones((1, 6), int), mask=mask, positions=positions).shape
+(1, 6, 8)
+
+An encoder-decoder, and a vision transformer:
+
+>>> plain = Layers(features=8, num_layers=1, num_heads=2)
+>>> translate = EncoderDecoder(EncoderDecoderConfig(10, plain, plain), rngs=nnx.Rngs(0))
+>>> source, start = np.array([[3, 1, 4]]), np.array([[1]])
+>>> generate(translate, start, source=source, max_new_tokens=2).tokens.shape
+(1, 2)
+>>> vision = VisionConfig(image=(4, 4), patch=2, channels=1, classes=3, layers=plain)
+>>> VisionTransformer(vision, rngs=nnx.Rngs(0))(np.ones((2, 4, 4, 1), np.float32)).shape
+(2, 3)
+
+``models.pretrained`` loads and saves checkpoints in Hugging Face's format; ``nn.low_rank``
+fine-tunes any of these models with few parameters.
+"""
 
 from attention_jax.models import pretrained as pretrained
 from attention_jax.models import sampling as sampling
@@ -10,9 +65,9 @@ from attention_jax.models.encoder import Encoder as Encoder
 from attention_jax.models.encoder import EncoderConfig as EncoderConfig
 from attention_jax.models.encoder_decoder import EncoderDecoder as EncoderDecoder
 from attention_jax.models.encoder_decoder import EncoderDecoderConfig as EncoderDecoderConfig
-from attention_jax.models.generate import Generated as Generated
-from attention_jax.models.generate import generate as generate
-from attention_jax.models.generate import stream as stream
+from attention_jax.models.generation import Generated as Generated
+from attention_jax.models.generation import generate as generate
+from attention_jax.models.generation import stream as stream
 from attention_jax.models.layers import Layers as Layers
 from attention_jax.models.layers import Relative as Relative
 from attention_jax.models.sampling import Sampling as Sampling

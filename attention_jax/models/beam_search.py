@@ -1,4 +1,4 @@
-"""Beam search: the likeliest continuations, as far as a few open ends at a time can find them."""
+"""Beam search for the most probable continuations."""
 
 from __future__ import annotations
 
@@ -17,19 +17,24 @@ from attention_jax.models.encoder_decoder import EncoderDecoder, Memory
 
 
 class Beams(NamedTuple):
-    """The continuations found, the best first."""
+    """The continuations found, best first.
+
+    Attributes:
+      tokens: int32 ``[B beams max_new_tokens]``, without the prompt; ``pad_token`` after the end,
+        and -1 in a row whose logits are NaN.
+      count: int32 ``[B beams]``, how many are real, the stop token included; 0 if none was found.
+      score: float32 ``[B beams]``, log-probability ``/ count ** length_penalty``; ``-inf`` if none
+        was found, NaN in a row whose logits are NaN.
+    """
 
     tokens: Any
-    """int32 ``[B beams max_new_tokens]``, without the prompt; ``pad_token`` after the end, and -1
-    in a row whose logits are NaN."""
     count: Any
-    """int32 ``[B beams]``, how many are real, the stop token included; 0: none was found."""
     score: Any
-    """float32 ``[B beams]``: log-probability ``/ count ** length_penalty``; ``-inf`` where none was
-    found, NaN in a row whose logits are."""
 
 
 class _Settings(NamedTuple):
+    """The static arguments of the compiled loop."""
+
     max_new_tokens: int
     beams: int
     length_penalty: float
@@ -39,18 +44,18 @@ class _Settings(NamedTuple):
 
 
 class _Search(NamedTuple):
-    """Of each of ``B`` rows, beams that are open and beams that have ended."""
+    """The carry of the loop: open and finished beams of each row."""
 
     step: Any
     open: Any
-    """Tokens ``[B beams new]``."""
+    """Tokens of the open beams, ``[B beams new]``."""
     log_p: Any
-    """``[B beams]``."""
+    """Log-probabilities of the open beams, ``[B beams]``."""
     caches: Any
-    """Of ``B * beams`` rows."""
-    ended: Beams
+    """Of the open beams, as ``B * beams`` rows."""
+    finished: Beams
     settled: Any
-    """bool ``[B]``: no open beam can come to be better than those that have ended."""
+    """bool ``[B]``: no open beam can become better than the finished ones."""
 
 
 def beam_search(
@@ -68,35 +73,40 @@ def beam_search(
     source_real: Any = None,
     capacity: int | None = None,
 ) -> Beams:
-    """The best continuations found with ``beams`` open ends, by ``log p / count ** penalty``.
+    """The best continuations found with ``beams`` open beams, by ``log p / count ** penalty``.
 
-    Each step extends the open beams by every token and looks at the best ``2 * beams`` (more, with
-    several stop tokens) by log-probability. Of these, the ones that end join what was found, where
-    the best ``beams`` by score stay; the best ``beams`` that do not end are open. A row is done
-    when ``beams`` are found and no open one can come to be better than the worst of them, since a
-    log-probability only falls: ``log p / max_new_tokens ** penalty`` is the most that it can reach.
-    At ``max_new_tokens`` open beams count as ended.
+    Each step extends the open beams by every token and takes the best ``2 * beams`` candidates
+    (more, with several stop tokens) by log-probability. Those that end join the finished beams, of
+    which the best ``beams`` by score are kept; the best ``beams`` of the others stay open. A row is
+    done when it has ``beams`` finished beams and no open one can become better than the worst of
+    them: log-probabilities only decrease, so ``log p / max_new_tokens ** penalty`` bounds the score
+    of an open beam. At ``max_new_tokens``, open beams count as finished.
 
-    The search of Hugging Face's ``generate``, which ``early_stopping`` asks for, differs in two
-    rules, and so in what it finds. A continuation that ends counts only where it is among the best
-    ``beams`` of the step, so that short ones are found less often: most where ``length_penalty`` is
-    less than 1. And a row is done when
+    The search of Hugging Face's ``generate``, selected by ``early_stopping``, differs in two rules,
+    and so may find other continuations. A candidate that ends counts only if it is among the best
+    ``beams`` of the step, so that short continuations are found less often, in particular with a
+    ``length_penalty`` below 1. And a row is done when
 
-    - ``False`` (its default): no open beam is better with its *present* length than the worst that
-      is found, though with ``length_penalty > 0`` a longer one might come to be;
-    - ``True``: ``beams`` are found, or as with ``False``;
-    - ``"never"``: as here, where the penalty is positive; else as with ``False``, the same there.
+    - ``False`` (its default): no open beam is better at its *present* length than the worst
+      finished one, though with ``length_penalty > 0`` it might become better when longer;
+    - ``True``: there are ``beams`` finished beams, or as with ``False``;
+    - ``"never"``: as for None if the penalty is positive, else as with ``False``.
 
     Args:
       model, prompt, max_new_tokens, real, stop, pad_token, source, source_real, capacity: as for
         ``generate``.
-      beams: how many continuations to keep.
-      length_penalty: 0 compares log-probabilities, 1 their means over tokens, more the long ones.
-      early_stopping: None is the first search above; True, False and ``"never"`` are those of
+      beams: number of continuations to keep.
+      length_penalty: 0 compares log-probabilities, 1 their means over tokens; more favours longer
+        continuations.
+      early_stopping: None for the first search above; True, False or ``"never"`` for those of
         Hugging Face.
 
     Returns:
       ``Beams``.
+
+    Raises:
+      ValueError, TypeError: as ``generate``; a negative ``length_penalty``; an unknown
+        ``early_stopping``.
 
     >>> import numpy as np
     >>> from attention_jax.models import DecoderConfig, Layers
@@ -158,8 +168,8 @@ def _run(
     def repeated(x: Any) -> Any:
         return jax.tree.map(lambda a: jnp.repeat(a, K, axis=0), x)
 
-    theirs = settings.early_stopping is not None
-    longest = settings.length_penalty > 0 and settings.early_stopping in (None, "never")
+    hugging_face = settings.early_stopping is not None
+    until_longest = settings.length_penalty > 0 and settings.early_stopping in (None, "never")
     logits, caches = prompts.next_logits(model, prompt, count, memory, caches)
     memory = repeated(memory)
     V = logits.shape[-1]
@@ -168,9 +178,9 @@ def _run(
         return log_p / jnp.asarray(length, log_p.dtype) ** settings.length_penalty
 
     def extend(search: _Search, logits: jax.Array) -> _Search:
-        """Every open beam with every token: the best that end, and the best that do not."""
+        """Extends every open beam by every token; keeps the best that end and that do not."""
         log_p = search.log_p[..., None] + jax.nn.log_softmax(logits).reshape(B, K, V)
-        # Of 2K candidates at least K do not end, where at most one token per beam can; else more.
+        # With one stop token, at least K of the best 2K candidates do not end.
         wide = min(K * V, K * (1 + max(1, len(settings.stop))))
         log_p, at = jax.lax.top_k(log_p.reshape(B, K * V), wide)
         beam, token = at // V, (at % V).astype(jnp.int32)
@@ -178,12 +188,12 @@ def _run(
         tokens = tokens.at[..., search.step].set(token)
         ends = prompts.is_any(token, settings.stop)
         length = search.step + 1
-        counts = ends
-        if theirs:
+        counted = ends
+        if hugging_face:
             ends = ends | (length == new)
-            counts = ends & (jnp.arange(wide) < K)
-        score = jnp.where(counts, normalised(log_p, length), -jnp.inf)
-        ended = _best(search.ended, Beams(tokens, jnp.full_like(token, length), score), K)
+            counted = ends & (jnp.arange(wide) < K)
+        score = jnp.where(counted, normalised(log_p, length), -jnp.inf)
+        finished = _best(search.finished, Beams(tokens, jnp.full_like(token, length), score), K)
         log_p, kept = jax.lax.top_k(jnp.where(ends, -jnp.inf, log_p), K)
         rows = jnp.arange(B)[:, None] * K + jnp.take_along_axis(beam, kept, axis=1)
         return _Search(
@@ -191,68 +201,68 @@ def _run(
             jnp.take_along_axis(tokens, kept[..., None], axis=1),
             log_p,
             jax.tree.map(lambda x: x[rows.reshape(-1)], search.caches),
-            ended,
+            finished,
             search.settled,
         )
 
     def settled(search: _Search) -> jax.Array:
-        # A log-probability only falls, and the penalty divides it by at most new ** penalty.
-        attainable = normalised(search.log_p.max(axis=1), new if longest else search.step)
-        worst = search.ended.score.min(axis=1)
+        # Log-probabilities only decrease; the penalty divides them by at most new ** penalty.
+        attainable = normalised(search.log_p.max(axis=1), new if until_longest else search.step)
+        worst = search.finished.score.min(axis=1)
         done = worst >= attainable
         return done | (worst > -jnp.inf) if settings.early_stopping is True else done
 
-    def going(search: _Search) -> jax.Array:
+    def unfinished(search: _Search) -> jax.Array:
         return (search.step < new) & ~search.settled.all()
 
-    def go(search: _Search) -> _Search:
+    def step(search: _Search) -> _Search:
         token = jax.lax.dynamic_index_in_dim(
             search.open, search.step - 1, axis=2, keepdims=False
         ).reshape(B * K, 1)
         ones = jnp.ones(B * K, jnp.int32)
         logits, caches = prompts.next_logits(model, token, ones, memory, search.caches)
         after = extend(search._replace(caches=caches), logits)
-        # A row that has settled stays as it is, whatever others still do.
-        ended = jax.tree.map(
+        # Rows that have settled stay as they are while others continue.
+        finished = jax.tree.map(
             lambda a, b: jnp.where(search.settled.reshape(B, *[1] * (a.ndim - 1)), a, b),
-            search.ended,
-            after.ended,
+            search.finished,
+            after.finished,
         )
-        after = after._replace(ended=ended)
+        after = after._replace(finished=finished)
         return after._replace(settled=search.settled | settled(after))
 
-    nothing = Beams(
+    none = Beams(
         jnp.full((B, K, new), settings.pad_token, jnp.int32),
         jnp.zeros((B, K), jnp.int32),
         jnp.full((B, K), -jnp.inf, logits.dtype),
     )
     start = _Search(
         jnp.int32(0),
-        nothing.tokens,
-        # At first all beams are the same: the others must not count.
+        none.tokens,
+        # All beams start equal: only the first one counts.
         jnp.broadcast_to(jnp.where(jnp.arange(K) == 0, 0.0, -jnp.inf), (B, K)).astype(logits.dtype),
         repeated(caches),
-        nothing,
+        none,
         jnp.zeros(B, bool),
     )
     search = extend(start, jnp.repeat(logits, K, axis=0))
     search = search._replace(settled=settled(search))
-    search = jax.lax.while_loop(going, go, search)
-    left = normalised(search.log_p, search.step)
-    left = jnp.where(search.settled[:, None], -jnp.inf, left)
+    search = jax.lax.while_loop(unfinished, step, search)
+    score = normalised(search.log_p, search.step)
+    score = jnp.where(search.settled[:, None], -jnp.inf, score)
     lengths = jnp.full((B, K), search.step, jnp.int32)
-    found = _best(search.ended, Beams(search.open, lengths, left), K)
-    # What is not a number ranks first, so that it is seen here if it ever came up.
-    lost = jnp.isnan(found.score).any(axis=1, keepdims=True)
+    found = _best(search.finished, Beams(search.open, lengths, score), K)
+    # NaN ranks first, so that it is still here if it ever occurred.
+    invalid = jnp.isnan(found.score).any(axis=1, keepdims=True)
     return Beams(
-        jnp.where(lost[..., None], -1, found.tokens),
-        jnp.where(lost, 0, found.count),
-        jnp.where(lost, jnp.nan, found.score),
+        jnp.where(invalid[..., None], -1, found.tokens),
+        jnp.where(invalid, 0, found.count),
+        jnp.where(invalid, jnp.nan, found.score),
     )
 
 
 def _best(a: Beams, b: Beams, beams: int) -> Beams:
-    """The best of both, in order; what has no score is nothing."""
+    """The best beams of both, in order; those with score -inf are empty."""
     both = jax.tree.map(lambda x, y: jnp.concatenate([x, y], axis=1), a, b)
     score, at = jax.lax.top_k(both.score, beams)
     tokens = jnp.take_along_axis(both.tokens, at[..., None], axis=1)

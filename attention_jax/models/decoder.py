@@ -1,4 +1,4 @@
-"""A decoder alone, as GPT and Llama: each token predicts the next."""
+"""The decoder-only transformer (GPT, Llama): each token predicts the next."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from flax import nnx
 from jaxtyping import Float
 
 from attention_jax.cache import KVCache
-from attention_jax.core.axes import AnyArray, accumulation_dtype, check_positions
+from attention_jax.core.axes import AnyArray, Shape, accumulation_dtype, check_positions
 from attention_jax.masks import Mask
-from attention_jax.models.layers import Layers, Stack, positions_after
+from attention_jax.models.layers import Layers, Stack, check_embeddings, positions_after
 from attention_jax.nn import Embeddings
 from attention_jax.nn.linear import Linear
 from attention_jax.nn.padding import as_real, places
@@ -21,25 +21,35 @@ from attention_jax.nn.padding import as_real, places
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """What a ``Decoder`` is made of."""
+    """Configuration of a ``Decoder``.
+
+    Attributes:
+      vocabulary: number of tokens (V).
+      layers: the stack.
+      positions: vectors added to those of the tokens: ``"learned"``, ``"sinusoidal"``; None, with
+        rotary positions for example.
+      max_length: rows of learned positions; without those, the length the model was trained for.
+      embedding_scale: of the token vectors.
+      tied: whether the output head shares the table of token vectors.
+      logits_softcap: of the output logits.
+      dropout_rate: of the embeddings.
+    """
 
     vocabulary: int
-    """Number of tokens (V)."""
     layers: Layers
     positions: str | None = None
-    """Vectors added to the tokens': ``"learned"``, ``"sinusoidal"``; None where rotary."""
     max_length: int | None = None
-    """Rows of learned positions; without those, how long the model was trained for."""
     embedding_scale: float = 1.0
     tied: bool = True
-    """Whether the table of tokens is also the head."""
     logits_softcap: float | None = None
     dropout_rate: float = 0.0
-    """Of the embeddings."""
+
+    def __post_init__(self) -> None:
+        check_embeddings(self)
 
 
 class Decoder(nnx.Module):
-    """Tokens to the logits of the next: embeddings, causal layers, head.
+    """A causal language model: embeddings, causal layers, output head.
 
     >>> import numpy as np
     >>> config = DecoderConfig(vocabulary=10, layers=Layers(features=8, num_layers=2, num_heads=2),
@@ -78,44 +88,23 @@ class Decoder(nnx.Module):
         self,
         tokens: Any,
         *,
-        real: Any = None,
-        mask: Mask | None = None,
-        positions: Any = None,
         caches: tuple[KVCache, ...] | None = None,
-        count: Any = None,
-        prefix: Any = None,
+        **options: Any,
     ) -> Any:
-        """The logits ``[*B T V]`` of what follows each token.
+        """The logits ``[*B T V]`` of the token after each token.
 
         Args:
           tokens: integers ``[*B T]``.
-          real: bool ``[*B T]``, False for padding, on either side of the tokens, where tokens and
-            positions may be any integers; without caches.
-          mask: beside the causal one; as that of the layers it counts indices, padding included.
-          positions: of the tokens, integers that broadcast to ``[*B T]``; default from 0 at the
-            first real token, or from where the caches end.
-          caches: of the tokens before; see ``init_caches``.
-          count: how many of the tokens are real, an int or int array ``[*B]``, the rest is padding;
-            with caches.
-          prefix: how many of the first tokens see each other in both directions (prefix-LM), an
-            int or int array ``[*B]``; see ``Layers.prefix_lm``.
+          caches: of the previous tokens, from ``init_caches`` or the last call.
+          **options: ``real``, ``mask``, ``positions``, ``count`` and ``prefix`` of ``hidden``.
 
         Returns:
           The logits, in float32 or wider; with caches also the new ones.
 
         Raises:
-          ValueError: ``real`` with caches; a token that is known not to be in the vocabulary.
-            Where tokens are not known, under ``jit``, the logits of one that is not are NaN.
+          ValueError: as ``hidden``.
         """
-        result = self.hidden(
-            tokens,
-            real=real,
-            mask=mask,
-            positions=positions,
-            caches=caches,
-            count=count,
-            prefix=prefix,
-        )
+        result = self.hidden(tokens, caches=caches, **options)
         if caches is None:
             return self.logits(result)
         return self.logits(result[0]), result[1]
@@ -131,16 +120,38 @@ class Decoder(nnx.Module):
         count: Any = None,
         prefix: Any = None,
     ) -> Any:
-        """What the head sees, ``[*B T E]``; arguments and result as for a call."""
+        """The hidden states ``[*B T E]``, the input of the head.
+
+        Args:
+          tokens: integers ``[*B T]``.
+          real: bool ``[*B T]``, False for padding, on either side of the tokens, where tokens and
+            positions may hold any integers; without caches.
+          mask: combined with the causal mask; like that of the layers, it counts indices, padding
+            included.
+          positions: of the tokens, integers that broadcast to ``[*B T]``; default from 0 at the
+            first real token, or from the end of the caches.
+          caches: of the previous tokens, from ``init_caches`` or the last call.
+          count: with caches, how many of the tokens are real, an int or int array ``[*B]``; the
+            rest is padding.
+          prefix: how many of the first tokens attend to each other in both directions (prefix-LM),
+            an int or int array ``[*B]``; see ``Layers.prefix_lm``.
+
+        Returns:
+          The hidden states; with caches also the new ones.
+
+        Raises:
+          ValueError: ``real`` with caches; a token that is not in the vocabulary. Under ``jit``,
+            where tokens are not known, its logits are NaN instead.
+        """
         tokens = check_positions(tokens, "tokens")
         real = as_real(real, tokens.shape)
-        held = real
+        in_row = real
         if caches is not None:
-            held = None if count is None else first_tokens(count, tokens.shape)
+            in_row = None if count is None else first_tokens(count, tokens.shape)
         if caches is not None and positions is None:
             positions = positions_after(caches, tokens.shape[-1], count)
-        positions = places(positions, held)
-        x = self.embed(tokens, positions=positions, real=held)
+        positions = places(positions, in_row)
+        x = self.embed(tokens, positions=positions, real=in_row)
         return self.stack(
             x,
             real=real,
@@ -153,11 +164,11 @@ class Decoder(nnx.Module):
 
     @property
     def vocabulary(self) -> int:
-        """How many tokens there are: a call takes those from 0 to one less."""
+        """The number of tokens (V): a call takes integers from 0 to V - 1."""
         return self.config.vocabulary
 
     def logits(self, x: Float[AnyArray, "*B T E"]) -> jax.Array:
-        """The head: ``[*B T E]`` to ``[*B T V]``, in float32 or wider."""
+        """The output head: ``[*B T E]`` to ``[*B T V]``, in float32 or wider."""
         x = jnp.asarray(x)
         y = self.embed.logits(x) if self.head is None else self.head(x)
         y = y.astype(accumulation_dtype(y.dtype))
@@ -170,7 +181,7 @@ class Decoder(nnx.Module):
         """Empty caches, one for each layer; see ``Stack.init_caches``.
 
         Raises:
-          ValueError: more tokens than there are learned positions.
+          ValueError: ``capacity`` exceeds the learned positions.
         """
         check_capacity(capacity, self.config)
         return self.stack.init_caches(batch, capacity, dtype=dtype, spare=spare)
@@ -184,9 +195,9 @@ def first_tokens(count: Any, shape: Shape) -> jax.Array:
 
 
 def check_capacity(capacity: int, config: Any) -> None:
-    """Raises where a model has no positions for as many tokens."""
+    """Raises if a model has fewer learned positions than ``capacity``."""
     if config.positions == "learned" and capacity > config.max_length:
         raise ValueError(
-            f"capacity must be at most {config.max_length}, the learned positions (max_length), "
-            f"got {capacity}"
+            f"capacity must be at most {config.max_length}, the number of learned positions "
+            f"(max_length), got {capacity}"
         )

@@ -1,4 +1,4 @@
-"""An encoder alone, as BERT: each token sees all others."""
+"""The encoder-only transformer (BERT): each token attends to all others."""
 
 from __future__ import annotations
 
@@ -10,9 +10,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Float
 
-from attention_jax.core.axes import AnyArray, accumulation_dtype, check_positions, same_rank
+from attention_jax.core.axes import (
+    AnyArray,
+    accumulation_dtype,
+    check_positions,
+    int_at_least,
+    same_rank,
+)
 from attention_jax.masks import Mask
-from attention_jax.models.layers import Layers, Stack
+from attention_jax.models.layers import Layers, Stack, check_embeddings
 from attention_jax.nn import Embeddings, pooling
 from attention_jax.nn.feed_forward import ACTIVATIONS
 from attention_jax.nn.linear import Linear
@@ -24,43 +30,51 @@ POOLS = ("first", "mean")
 
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:
-    """What an ``Encoder`` is made of."""
+    """Configuration of an ``Encoder``.
+
+    Attributes:
+      vocabulary: number of tokens (V).
+      layers: the stack.
+      positions: vectors added to those of the tokens: ``"learned"``, ``"sinusoidal"`` or None.
+      max_length: rows of learned positions.
+      embedding_scale: of the token vectors, before positions are added.
+      types: number of token types (segments), 0 for none.
+      embedding_norm: whether the embeddings are normalised.
+      pooler: whether the pooled vector goes through a projection and tanh.
+      pool: ``"first"``, the first real token (the class token), or ``"mean"`` of the real tokens.
+      head: ``"tokens"``, logits of each token; ``"classes"``, logits of the sequence; or None.
+      classes: number of classes (C).
+      dropout_rate: of the embeddings, and before the head of classes.
+    """
 
     vocabulary: int
-    """Number of tokens (V)."""
     layers: Layers
     positions: str | None = "learned"
-    """Vectors added to the tokens': ``"learned"``, ``"sinusoidal"`` or None."""
     max_length: int | None = 512
-    """Rows of learned positions."""
     embedding_scale: float = 1.0
-    """Of the tokens' vectors, before positions are added."""
     types: int = 0
-    """Token types (segments), 0 for none."""
     embedding_norm: bool = False
-    """Whether the embeddings are normalised."""
     pooler: bool = False
-    """Whether what is pooled goes through a projection and tanh."""
     pool: str = "first"
-    """``"first"`` is the class token, the first real one; ``"mean"`` that of the real tokens."""
     head: str | None = None
-    """``"tokens"``: logits of each token; ``"classes"``: of the whole; None: the vectors."""
     classes: int | None = None
-    """Number of classes (C)."""
     dropout_rate: float = 0.0
-    """Of the embeddings, and before the classes."""
 
     def __post_init__(self) -> None:
+        check_embeddings(self)
+        int_at_least("types", self.types, 0)
         if self.head not in HEADS:
             raise ValueError(f"head must be one of {HEADS}, got {self.head!r}")
         if self.pool not in POOLS:
             raise ValueError(f"pool must be one of {POOLS}, got {self.pool!r}")
         if (self.head == "classes") != (self.classes is not None):
-            raise ValueError(f"classes must be given with head 'classes' alone, got {self.classes}")
+            raise ValueError(
+                f"classes must be given if and only if head is 'classes', got {self.classes}"
+            )
 
 
 class Encoder(nnx.Module):
-    """Tokens to vectors, to logits of the tokens, or to logits of classes.
+    """A bidirectional encoder of tokens, with a head of tokens, of classes, or none.
 
     >>> import numpy as np
     >>> config = EncoderConfig(vocabulary=10, max_length=4, head="classes", classes=3,
@@ -109,23 +123,16 @@ class Encoder(nnx.Module):
         tokens: Any,
         *,
         real: Any = None,
-        types: Any = None,
-        mask: Mask | None = None,
-        positions: Any = None,
+        **options: Any,
     ) -> jax.Array:
-        """What the head gives: ``[*B T E]``, ``[*B T V]`` or ``[*B C]``.
+        """The output of the head: ``[*B T E]``, ``[*B T V]`` or ``[*B C]``.
 
         Args:
           tokens: integers ``[*B T]``.
-          real: bool ``[*B T]``, False for padding, on either side of the tokens, where tokens,
-            types and positions may be any integers.
-          types: of the tokens, integers ``[*B T]``.
-          mask: beside that of padding and windows; as that of the layers it counts indices,
-            padding included.
-          positions: of the tokens, integers that broadcast to ``[*B T]``; default from 0 at the
-            first real token.
+          real: bool ``[*B T]``, False for padding; see ``hidden``.
+          **options: ``types``, ``mask`` and ``positions`` of ``hidden``.
         """
-        x = self.hidden(tokens, real=real, types=types, mask=mask, positions=positions)
+        x = self.hidden(tokens, real=real, **options)
         if self.config.head == "tokens":
             return self.token_logits(x)
         if self.config.head == "classes":
@@ -141,7 +148,18 @@ class Encoder(nnx.Module):
         mask: Mask | None = None,
         positions: Any = None,
     ) -> jax.Array:
-        """The vectors of the tokens, ``[*B T E]``; arguments as for a call."""
+        """The vectors of the tokens, ``[*B T E]``.
+
+        Args:
+          tokens: integers ``[*B T]``.
+          real: bool ``[*B T]``, False for padding, on either side of the tokens, where tokens,
+            types and positions may hold any integers.
+          types: of the tokens, integers ``[*B T]``.
+          mask: combined with padding and windows; like that of the layers, it counts indices,
+            padding included.
+          positions: of the tokens, integers that broadcast to ``[*B T]``; default from 0 at the
+            first real token.
+        """
         tokens = check_positions(tokens, "tokens")
         real = as_real(real, tokens.shape)
         positions = places(positions, real)
@@ -149,7 +167,7 @@ class Encoder(nnx.Module):
         return self.stack(x, real=real, mask=mask, positions=positions)
 
     def pooled(self, x: Float[AnyArray, "*B T E"], real: Any = None) -> jax.Array:
-        """One vector for all tokens, ``[*B E]``."""
+        """One vector for the sequence, ``[*B E]``, through the pooler if there is one."""
         x = jnp.asarray(x)
         real = as_real(real, x.shape[:-1])
         x = pooling.first(x, real) if self.config.pool == "first" else pooling.mean(x, real)

@@ -1,4 +1,4 @@
-"""An encoder and a decoder that attends to it, as the first transformer and T5."""
+"""The encoder-decoder transformer (the original one, T5)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jaxtyping import Float
 from attention_jax.cache import KVCache
 from attention_jax.core.axes import AnyArray, accumulation_dtype, check_positions
 from attention_jax.models.decoder import check_capacity, first_tokens
-from attention_jax.models.layers import Layers, Stack, padding, positions_after
+from attention_jax.models.layers import Layers, Stack, check_embeddings, padding, positions_after
 from attention_jax.nn import Embeddings, FeedForward, Residual
 from attention_jax.nn.linear import Linear
 from attention_jax.nn.padding import as_real, places
@@ -21,47 +21,57 @@ from attention_jax.nn.padding import as_real, places
 
 @dataclasses.dataclass(frozen=True)
 class EncoderDecoderConfig:
-    """What an ``EncoderDecoder`` is made of."""
+    """Configuration of an ``EncoderDecoder``.
+
+    Attributes:
+      vocabulary: number of tokens (V), shared by source and target.
+      encoder: the stack of the encoder.
+      decoder: the stack of the decoder.
+      positions: vectors added to those of the tokens: ``"learned"``, ``"sinusoidal"``; None, if the
+        layers have a relative bias or rotary positions.
+      max_length: rows of learned positions.
+      embedding_scale: of the token vectors.
+      tied: whether the output head shares the table of token vectors.
+      head_scale: of the input of the head.
+      dropout_rate: of the embeddings, and of the outputs of the stacks.
+    """
 
     vocabulary: int
-    """Number of tokens (V), of both sides."""
     encoder: Layers
     decoder: Layers
     positions: str | None = "sinusoidal"
-    """Vectors added to the tokens': ``"learned"``, ``"sinusoidal"``; None where layers have a
-    relative bias or are rotary."""
     max_length: int | None = None
-    """Rows of learned positions."""
     embedding_scale: float = 1.0
     tied: bool = True
-    """Whether the table of tokens is also the head."""
     head_scale: float = 1.0
-    """Of what the head sees."""
     dropout_rate: float = 0.0
-    """Of the embeddings, and of what the stacks give."""
 
     def __post_init__(self) -> None:
+        check_embeddings(self)
         if self.encoder.features != self.decoder.features:
             raise ValueError(
-                f"encoder and decoder must have one width: they share the table of tokens, got "
-                f"{self.encoder.features} and {self.decoder.features}"
+                f"encoder and decoder must have the same width, since they share the table of "
+                f"tokens, got {self.encoder.features} and {self.decoder.features}"
             )
 
 
 class Memory(NamedTuple):
-    """An encoded sequence as the decoder's layers see it."""
+    """An encoded source, ready for the decoder's cross-attention.
+
+    Attributes:
+      contexts: a tuple with the ``KeysValues`` of each layer.
+      real: bool ``[*B S]``, False for padding; None: all are real.
+    """
 
     contexts: Any
-    """Keys and values for each layer, of ``[*B S C]``."""
     real: Any
-    """bool ``[*B S]``, False for padding; None: all are real."""
 
 
 class EncoderDecoder(nnx.Module):
-    """Two sequences of tokens to the logits of what follows each of the second.
+    """A sequence-to-sequence model: the decoder attends to the encoded source.
 
-    In float16, what the layers add up is kept in float32, with the norms and the last product of
-    each sublayer: in trained T5s it passes float16's largest number, 65,504.
+    In float16, the residual stream is kept in float32, with the norms and the last projection of
+    each sublayer: in trained T5s it exceeds float16's largest number, 65,504.
 
     >>> import numpy as np
     >>> layers = Layers(features=8, num_layers=2, num_heads=2)
@@ -104,27 +114,30 @@ class EncoderDecoder(nnx.Module):
         source_real: Any = None,
         target_real: Any = None,
     ) -> jax.Array:
-        """The logits ``[*B T V]`` of what follows each token of the target, in float32 or wider.
+        """The logits ``[*B T V]`` of the token after each token of the target.
 
         Args:
           source: integers ``[*B S]``.
           target: integers ``[*B T]``.
           source_real, target_real: bool, of the same shapes, False for padding, on either side of
-            the tokens, where these may be any integers.
+            the tokens, where these may hold any integers.
+
+        Returns:
+          The logits, in float32 or wider.
 
         Raises:
-          ValueError: a token that is known not to be in the vocabulary. Where tokens are not known,
-            under ``jit``, the logits of what sees one that is not are NaN.
+          ValueError: a token that is not in the vocabulary. Under ``jit``, where tokens are not
+            known, the logits of all tokens that attend to it are NaN instead.
         """
         memory = self.encode(source, real=source_real)
         return self.decode(target, memory, real=target_real)
 
     def encode(self, source: Any, *, real: Any = None) -> Memory:
-        """The source ``[*B S]`` as the decoder's layers see it."""
+        """Encodes the source ``[*B S]`` for the decoder."""
         source = check_positions(source, "source")
         real = as_real(real, source.shape, of="the source's")
         positions = places(None, real)
-        x = _summand(self.embed(source, positions=positions, real=real))
+        x = _widened(self.embed(source, positions=positions, real=real))
         x = self.encoder(x, real=real, positions=positions)
         return Memory(self.decoder.contexts(self.dropout(self._narrow(x))), real)
 
@@ -133,23 +146,21 @@ class EncoderDecoder(nnx.Module):
         target: Any,
         memory: Memory,
         *,
-        real: Any = None,
         caches: tuple[KVCache, ...] | None = None,
-        count: Any = None,
+        **options: Any,
     ) -> Any:
-        """The logits ``[*B T V]`` of what follows each token.
+        """The logits ``[*B T V]`` of the token after each token.
 
         Args:
           target: integers ``[*B T]``.
-          memory: what ``encode`` gave.
-          real: bool ``[*B T]``, False for padding, on either side of the tokens; without caches.
-          caches: of the tokens before; see ``init_caches``.
-          count: how many of the tokens are real, with caches.
+          memory: from ``encode``.
+          caches: of the previous tokens, from ``init_caches`` or the last call.
+          **options: ``real`` and ``count`` of ``hidden``.
 
         Returns:
-          The logits; with caches also the new ones.
+          The logits, in float32 or wider; with caches also the new ones.
         """
-        result = self.hidden(target, memory, real=real, caches=caches, count=count)
+        result = self.hidden(target, memory, caches=caches, **options)
         if caches is None:
             return self.logits(result)
         return self.logits(result[0]), result[1]
@@ -163,17 +174,28 @@ class EncoderDecoder(nnx.Module):
         caches: tuple[KVCache, ...] | None = None,
         count: Any = None,
     ) -> Any:
-        """What the head sees, ``[*B T E]``; arguments and result as for ``decode``."""
+        """The hidden states ``[*B T E]``, the input of the head.
+
+        Args:
+          target: integers ``[*B T]``.
+          memory: from ``encode``.
+          real: bool ``[*B T]``, False for padding, on either side of the tokens; without caches.
+          caches: of the previous tokens, from ``init_caches`` or the last call.
+          count: with caches, how many of the tokens are real.
+
+        Returns:
+          The hidden states; with caches also the new ones.
+        """
         target = check_positions(target, "target")
         T = target.shape[-1]
         real = as_real(real, target.shape, of="the target's")
-        held = real
+        in_row = real
         if caches is not None:
-            held = None if count is None else first_tokens(count, target.shape)
+            in_row = None if count is None else first_tokens(count, target.shape)
         positions = None if caches is None else positions_after(caches, T, count)
-        positions = places(positions, held)
+        positions = places(positions, in_row)
         result = self.decoder(
-            _summand(self.embed(target, positions=positions, real=held)),
+            _widened(self.embed(target, positions=positions, real=in_row)),
             memory.contexts,
             real=real,
             context_mask=padding(memory.real, T),
@@ -186,16 +208,16 @@ class EncoderDecoder(nnx.Module):
         return self.dropout(self._narrow(result[0])), result[1]
 
     def _narrow(self, x: jax.Array) -> jax.Array:
-        """What a stack gives, in float16 again."""
+        """The output of a stack, cast back to float16."""
         return x.astype(jnp.float16) if self.embed.dtype == jnp.float16 else x
 
     @property
     def vocabulary(self) -> int:
-        """How many tokens there are: both sides take those from 0 to one less."""
+        """The number of tokens (V): source and target hold integers from 0 to V - 1."""
         return self.config.vocabulary
 
     def logits(self, x: Float[AnyArray, "*B T E"]) -> jax.Array:
-        """The head: ``[*B T E]`` to ``[*B T V]``, in float32 or wider."""
+        """The output head: ``[*B T E]`` to ``[*B T V]``, in float32 or wider."""
         x = jnp.asarray(x)
         if self.config.head_scale != 1.0:
             x = x * jnp.asarray(self.config.head_scale, x.dtype)
@@ -208,25 +230,26 @@ class EncoderDecoder(nnx.Module):
         """Empty caches for the decoder's layers; see ``Stack.init_caches``.
 
         Raises:
-          ValueError: more tokens than there are learned positions.
+          ValueError: ``capacity`` exceeds the learned positions.
         """
         check_capacity(capacity, self.config)
         return self.decoder.init_caches(batch, capacity, dtype=dtype, spare=spare)
 
 
 def _with_float16(layers: Layers) -> Layers:
-    """Computing in float16 where parameters say so: inputs in float32 would have it otherwise."""
+    """With ``dtype`` float16 if parameters are: float32 inputs would promote it to float32."""
     if layers.dtype is None and layers.param_dtype == jnp.float16:
         return dataclasses.replace(layers, dtype=jnp.float16)
     return layers
 
 
-def _summand(x: jax.Array) -> jax.Array:
+def _widened(x: jax.Array) -> jax.Array:
+    """The input of a stack: float16 is cast to float32."""
     return x.astype(jnp.float32) if x.dtype == jnp.float16 else x
 
 
 def _sum_in_float32(stack: Stack) -> None:
-    """The norms of a stack, and what its sublayers give, in float32; the rest stays as it is."""
+    """Sets the norms of a stack and the last projection of each sublayer to float32."""
     parts: list[Any] = [stack.norm]
     for _, module in nnx.iter_modules(stack):
         if isinstance(module, Residual):

@@ -1,7 +1,7 @@
-"""What decoding starts from: checked prompts, the encoded source, caches with room.
+"""The inputs of generation: checked prompts, the encoded source, caches of sufficient capacity.
 
-Token ids are checked here, before anything is traced. Under ``jit`` they are not known: there an id
-that is not in the vocabulary makes logits NaN, and no token comes from those.
+Token ids are checked here, before anything is traced. Under ``jit`` they are not known: an id that
+is not in the vocabulary makes logits NaN, and no token is chosen from those.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from attention_jax.core.axes import check_positions, int_at_least, is_array
+from attention_jax.core.axes import as_int, check_positions, int_at_least, is_array
 from attention_jax.models.decoder import Decoder
 from attention_jax.models.encoder_decoder import EncoderDecoder, Memory
 from attention_jax.models.layers import last
@@ -33,7 +33,7 @@ def next_logits(
 
 
 def is_any(token: jax.Array, stop: tuple[int, ...]) -> jax.Array:
-    """Whether a token is one of a few."""
+    """Whether each token is one of the stop tokens."""
     return jnp.isin(token, jnp.asarray(stop, jnp.int32)) if stop else jnp.zeros_like(token, bool)
 
 
@@ -47,8 +47,7 @@ def as_stop(stop: Any, vocabulary: int) -> tuple[int, ...]:
     for x in tokens:
         if not 0 <= x < vocabulary:
             raise ValueError(
-                f"stop must be tokens from 0 to {vocabulary - 1}, the vocabulary, got {x}: "
-                f"None is no stop token"
+                f"stop must be tokens from 0 to {vocabulary - 1}, the vocabulary, or None, got {x}"
             )
     return tokens
 
@@ -66,9 +65,7 @@ def _known_int(name: str, x: Any) -> int:
         raise TypeError(f"{name} must be known when the loop is compiled, got a traced value")
     if is_array(x) and x.ndim == 0:
         x = x.item()
-    if isinstance(x, bool) or not isinstance(x, int):
-        raise TypeError(f"{name} must be an int, got {type(x).__name__} {x!r}")
-    return x
+    return as_int(name, x)
 
 
 def prepare(
@@ -82,22 +79,22 @@ def prepare(
     capacity: int | None,
     caches: Any,
 ) -> tuple[jax.Array, jax.Array, Memory | None, Any]:
-    """Prompts moved to the left, their lengths, the encoded source, and caches with room."""
+    """Prompts moved to the left, their lengths, the encoded source, and caches."""
     if not isinstance(model, Decoder | EncoderDecoder):
         raise TypeError(f"model must be a Decoder or an EncoderDecoder, got {type(model).__name__}")
-    prompt, count = _left(prompt, real, model.vocabulary)
+    prompt, count = _moved_left(prompt, real, model.vocabulary)
     memory = _memory(model, prompt.shape[0], source, source_real)
-    caches = _room(model, prompt, count, max_new_tokens, capacity, caches)
+    caches = _with_capacity(model, prompt, count, max_new_tokens, capacity, caches)
     return prompt, count, memory, caches
 
 
 def _tokens(tokens: Any, real: Any, name: str, vocabulary: int) -> tuple[Any, Any]:
-    """Tokens ``[B T]``, known to be in the vocabulary where that can be known, and ``real``."""
+    """Tokens ``[B T]`` and ``real``; raises for tokens outside the vocabulary if they are known."""
     try:
         tokens = check_positions(tokens, name)
-    except ValueError as error:  # NumPy's, of rows of different lengths
+    except ValueError as error:  # NumPy raises it for rows of different lengths
         raise ValueError(
-            f"{name} must have rows of one length: pad them, and say which tokens are real"
+            f"{name} must have rows of one length: pad them, and mark padding with real"
         ) from error
     if tokens.ndim != 2:
         raise ValueError(f"{name} must have shape [B T], T at least 1, got {tokens.shape}")
@@ -119,15 +116,15 @@ def _tokens(tokens: Any, real: Any, name: str, vocabulary: int) -> tuple[Any, An
     return jnp.asarray(tokens, jnp.int32), real
 
 
-def _left(prompt: Any, real: Any, vocabulary: int) -> tuple[jax.Array, jax.Array]:
-    """Prompts with padding after their tokens, and how many tokens each has."""
+def _moved_left(prompt: Any, real: Any, vocabulary: int) -> tuple[jax.Array, jax.Array]:
+    """Prompts with padding moved behind their tokens, and their lengths."""
     prompt, real = _tokens(prompt, real, "prompt", vocabulary)
     if not prompt.shape[1]:
         raise ValueError(f"prompt must have shape [B T], T at least 1, got {prompt.shape}")
     if real is None:
         return prompt, jnp.full(prompt.shape[0], prompt.shape[1], jnp.int32)
     if not isinstance(real, jax.core.Tracer) and not np.asarray(real).any(axis=-1).all():
-        raise ValueError("real must have a token in every row: a prompt of padding has none")
+        raise ValueError("real must be True somewhere in every row: a prompt cannot be all padding")
     order = jnp.argsort(~jnp.asarray(real), axis=-1, stable=True)
     moved = jnp.take_along_axis(prompt, order, axis=-1)
     return moved, jnp.sum(real, axis=-1, dtype=jnp.int32)
@@ -153,7 +150,7 @@ def _encode(graph: Any, state: Any, source: Any, real: Any) -> Memory:
     return model.encode(source, real=real)
 
 
-def _room(
+def _with_capacity(
     model: Any,
     prompt: jax.Array,
     count: jax.Array,
@@ -161,7 +158,7 @@ def _room(
     capacity: int | None,
     caches: Any,
 ) -> Any:
-    """Caches, with room for the prompts and what follows them where that can be known."""
+    """Caches with capacity for prompts and new tokens; raises if it is known not to suffice."""
     if caches is None:
         known = not isinstance(count, jax.core.Tracer)
         longest = int(count.max(initial=1)) if known else prompt.shape[-1]
@@ -169,12 +166,12 @@ def _room(
         capacity = longest if capacity is None else int_at_least("capacity", capacity, 1)
         if longest > capacity:
             raise ValueError(
-                f"capacity must be at least {longest}, the longest prompt and {max_new_tokens} "
-                f"tokens more but one, got {capacity}"
+                f"capacity must be at least {longest}, the longest prompt plus max_new_tokens - 1 "
+                f"= {max_new_tokens - 1}, got {capacity}"
             )
         return model.init_caches(prompt.shape[:1], capacity)
     if capacity is not None:
-        raise ValueError("capacity must be None with caches, which have theirs")
+        raise ValueError("capacity must be None with caches, which have one")
     learned = model.config.positions == "learned"
     for cache in caches:
         if cache.length.shape != prompt.shape[:1]:
@@ -187,12 +184,12 @@ def _room(
         most = int(after.max(initial=0))
         if not cache.rolling and most > cache.capacity:
             raise ValueError(
-                f"caches have capacity {cache.capacity}, but a row could come to hold {most} "
-                f"tokens: make larger ones"
+                f"caches have capacity {cache.capacity}, but a row could reach {most} tokens: "
+                f"create larger ones"
             )
         if learned and most > model.config.max_length:
             raise ValueError(
-                f"caches must leave a row at most {model.config.max_length} tokens, the learned "
-                f"positions (max_length), but one could come to have {most}"
+                f"the model has {model.config.max_length} learned positions (max_length), but a "
+                f"row of these caches could reach {most} tokens"
             )
     return caches

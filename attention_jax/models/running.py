@@ -1,4 +1,4 @@
-"""How a stack runs its blocks: with less memory, or as a program that does not grow with them."""
+"""Running the blocks of a stack: with rematerialisation, or in one ``lax.scan``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Remat = bool | Callable[..., bool]
 
 
 def period(kinds: Sequence[Any]) -> int:
-    """After how many entries a sequence repeats itself, to its end.
+    """The shortest period of a sequence that divides its length.
 
     >>> period((None, None, None)), period((4, None, 4, None)), period((4, None, 4))
     (1, 2, 3)
@@ -28,7 +28,7 @@ def period(kinds: Sequence[Any]) -> int:
 
 
 def run(block: Any, x: Any, options: dict[str, Any], *, remat: Remat) -> Any:
-    """``block(x, **options)``; with ``remat`` the backward pass computes it anew."""
+    """``block(x, **options)``; with ``remat`` the backward pass recomputes it."""
     if remat is False:
         return block(x, **options)
     graph, counts, rest = _split(block)
@@ -47,31 +47,30 @@ def scan(
     every: int,
     remat: Remat,
 ) -> Any:
-    """The blocks one after the other, in one loop.
+    """Runs the blocks in one ``lax.scan``, so that the program contains ``every`` of them only.
 
-    The program holds each of the first ``every`` blocks once, however many there are. Parameters
-    stay where they are in the model; the call makes a stacked copy of them.
+    Parameters stay in the model; the call makes a stacked copy of them.
 
     Args:
-      blocks: every ``every``-th of them is alike.
+      blocks: of which each has the structure of the one ``every`` blocks before.
       x: the tokens.
       options: of all blocks.
-      each: more of them, of each block.
-      every: how many blocks one turn of the loop has.
+      each: additional options of each block.
+      every: number of blocks in one iteration.
       remat: as for ``run``.
 
     Raises:
-      ValueError: blocks that should be alike are not.
+      ValueError: blocks of different structure.
     """
     parts = [_split(block) for block in blocks]
     graphs = [graph for graph, _, _ in parts]
     for i, graph in enumerate(graphs):
         if graph != graphs[i % every]:
             raise ValueError(
-                f"scan needs blocks that are alike, but block {i} has other modules, options or "
+                f"scan needs blocks of one structure, but block {i} has other modules, options or "
                 f"masks than block {i % every}: run the stack with scan=False"
             )
-    turns = tuple(
+    stacked = tuple(
         jax.tree.map(
             lambda *xs: _stack(xs),
             *[(counts, rest, own) for (_, counts, rest), own in _of(j, every, parts, each)],
@@ -79,17 +78,17 @@ def scan(
         for j in range(every)
     )
 
-    def turn(x: Any, parts: Any) -> Any:
+    def iteration(x: Any, parts: Any) -> Any:
         after = []
         for graph, (counts, rest, own) in zip(graphs[:every], parts, strict=True):
             call = functools.partial(_call, graph)
-            if remat is not False:  # within a loop nothing merges the two computations
+            if remat is not False:  # CSE cannot merge the two computations across a loop
                 call = _checkpoint(call, remat, prevent_cse=False)
             x, counts = call(counts, rest, x, {**options, **own})
             after.append(counts)
         return x, tuple(after)
 
-    x, after = jax.lax.scan(turn, x, turns)
+    x, after = jax.lax.scan(iteration, x, stacked)
     for i, block in enumerate(blocks):
         counts = after[i % every]
         if jax.tree.leaves(counts):
@@ -98,7 +97,7 @@ def scan(
 
 
 def _split(block: Any) -> tuple[Any, Any, Any]:
-    """A block as its structure, the state of its random numbers, and the rest."""
+    """A block as its structure, its random state, and its other state."""
     parts: Any = nnx.split(block, nnx.RngState, ...)
     return parts
 
@@ -108,14 +107,15 @@ def _of(j: int, every: int, parts: Sequence[Any], each: Sequence[Any]) -> Any:
 
 
 def _call(graph: Any, counts: Any, rest: Any, x: Any, options: dict[str, Any]) -> Any:
-    """A block's result, and its streams of random numbers after the call."""
+    """A block's result, and its random state after the call."""
     block = nnx.merge(graph, counts, rest, copy=True)
     result = block(x, **options)
     after, counts, _ = _split(block)
     if after != graph:
         raise NotImplementedError(
-            "remat and scan keep nothing of a block's call but its result, and this block was "
-            "changed by it (sow, say): run the stack with remat=False and scan=False"
+            "remat and scan discard changes that a call makes to a block, and this block was "
+            "changed by its call (by sow, for example): run the stack with remat=False and "
+            "scan=False"
         )
     return result, counts
 
@@ -126,7 +126,7 @@ def _checkpoint(call: Callable[..., Any], remat: Remat, *, prevent_cse: bool = T
 
 
 def _stack(xs: Sequence[Any]) -> jax.Array:
-    """``jnp.stack``, in two steps whatever the number of arrays."""
+    """``jnp.stack`` in two operations, whatever the number of arrays."""
     if jnp.ndim(xs[0]) == 0:
         return jnp.stack(xs)
     joined = jnp.concatenate(xs)

@@ -1,9 +1,18 @@
-"""From logits to a token: processors, which are pure functions of one row that compose.
+"""Choosing a token from logits: processors are pure functions of one row that compose.
 
 A processor is ``(tokens, logits) -> logits``. ``tokens``, int32 ``[L]``, are those of the row so
-far, prompt included, and -1 in places where there is none; ``logits`` are ``[V]``, and ``-inf`` is
-a token that cannot come. What is made here are values: equal ones compile once. A function of your
-own is compiled once for each function object, so define it once, not in the loop that generates.
+far, prompt included, with -1 for empty places; ``logits`` are ``[V]``, where ``-inf`` excludes a
+token. Processors of this module are values: equal ones compile once. A function of your own is
+compiled once per function object, so define it outside the loop that generates.
+
+>>> both = chain(repetition_penalty(2.0), top_k(1))
+>>> both(jnp.array([1]), jnp.array([2.0, 3.0])).tolist()
+[2.0, -inf]
+>>> def forbid_repeats(tokens, logits):  # for generate(sampling=(forbid_repeats, top_p(0.9)))
+...     last = tokens[jnp.max(jnp.where(tokens >= 0, jnp.arange(len(tokens)), 0))]
+...     return logits.at[last].set(-jnp.inf)
+>>> forbid_repeats(jnp.array([0, 2, -1]), jnp.array([1.0, 1.0, 1.0])).tolist()
+[1.0, 1.0, -inf]
 """
 
 from __future__ import annotations
@@ -15,17 +24,16 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
-from attention_jax.core.axes import int_at_least
+from attention_jax.core.axes import as_float, int_at_least
 
 Processor: TypeAlias = Callable[[Any, Any], Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Formula:
-    """A processor: a formula and its number."""
+    """A processor: a formula and its parameter."""
 
     formula: Callable[[Any, Any, Any], Any]
     number: float
@@ -39,7 +47,7 @@ class Formula:
 
 @dataclasses.dataclass(frozen=True)
 class Chain:
-    """Processors one after the other."""
+    """Processors applied in sequence."""
 
     processors: tuple[Processor, ...]
 
@@ -63,23 +71,23 @@ def temperature(temperature: float) -> Processor:
 
     Raises:
       ValueError: it is not positive.
-      TypeError: it is no number, or is traced: it is part of the program.
+      TypeError: it is not a number, or is traced: it is part of the program.
 
     >>> temperature(0.5)(jnp.array([-1]), jnp.array([1.0, 2.0])).tolist()
     [2.0, 4.0]
     """
-    x = _number("temperature", temperature)
+    x = as_float("temperature", temperature)
     if not 0 < x < float("inf"):
         raise ValueError(f"temperature must be positive, got {x}: greedy is sampling=None")
     return Formula(_temperature, x)
 
 
 def top_k(k: int) -> Processor:
-    """Only the ``k`` likeliest tokens; of equal ones the first.
+    """Keeps only the ``k`` likeliest tokens; of equal ones the first.
 
     Raises:
       ValueError: ``k`` is less than 1.
-      TypeError: it is no int.
+      TypeError: it is not an int.
 
     >>> top_k(2)(jnp.array([-1]), jnp.array([1.0, 3.0, 2.0])).tolist()
     [-inf, 3.0, 2.0]
@@ -90,13 +98,13 @@ def top_k(k: int) -> Processor:
 
 
 def top_p(p: float) -> Processor:
-    """Only the likeliest tokens that together reach the probability ``p``.
+    """Keeps only the likeliest tokens that together reach the probability ``p`` (nucleus).
 
-    A token stays where those likelier than it have less than ``p``.
+    A token is kept if the likelier ones together have a probability below ``p``.
 
     Raises:
       ValueError: ``p`` is not in (0, 1].
-      TypeError: it is no number, or is traced.
+      TypeError: it is not a number, or is traced.
 
     >>> logits = jnp.log(jnp.array([0.5, 0.2, 0.3]))
     >>> jnp.isfinite(top_p(0.6)(jnp.array([-1]), logits)).tolist()
@@ -104,18 +112,18 @@ def top_p(p: float) -> Processor:
 
     Source: Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration".
     """
-    x = _number("top_p", p)
+    x = as_float("top_p", p)
     if not 0 < x <= 1:
         raise ValueError(f"top_p must be in (0, 1], got {x}")
     return Formula(_top_p, x)
 
 
 def min_p(p: float) -> Processor:
-    """Only tokens whose probability is at least ``p`` times that of the likeliest.
+    """Keeps only tokens with at least ``p`` times the probability of the likeliest.
 
     Raises:
       ValueError: ``p`` is not in [0, 1].
-      TypeError: it is no number, or is traced.
+      TypeError: it is not a number, or is traced.
 
     >>> logits = jnp.log(jnp.array([0.5, 0.2, 0.3]))
     >>> jnp.isfinite(min_p(0.5)(jnp.array([-1]), logits)).tolist()
@@ -124,34 +132,34 @@ def min_p(p: float) -> Processor:
     Source: Nguyen et al. 2024, "Turning Up the Heat: Min-p Sampling for Creative and Coherent LLM
     Outputs".
     """
-    x = _number("min_p", p)
+    x = as_float("min_p", p)
     if not 0 <= x <= 1:
         raise ValueError(f"min_p must be in [0, 1], got {x}")
     return Formula(_min_p, x)
 
 
 def repetition_penalty(penalty: float) -> Processor:
-    """Of tokens that the row has, positive logits ``/ penalty`` and negative ``* penalty``.
+    """For tokens already in the row: positive logits ``/ penalty``, negative ones ``* penalty``.
 
-    More than 1 makes them less likely, less than 1 more.
+    A penalty above 1 makes them less likely.
 
     Raises:
       ValueError: it is not positive.
-      TypeError: it is no number, or is traced.
+      TypeError: it is not a number, or is traced.
 
     >>> repetition_penalty(2.0)(jnp.array([0, 2, -1]), jnp.array([1.0, 1.0, -1.0])).tolist()
     [0.5, 1.0, -2.0]
 
     Source: Keskar et al. 2019, "CTRL", section 4.1.
     """
-    x = _number("repetition_penalty", penalty)
+    x = as_float("repetition_penalty", penalty)
     if not 0 < x < float("inf"):
         raise ValueError(f"repetition_penalty must be positive, got {x}")
     return Formula(_repetition_penalty, x)
 
 
 def chain(*processors: Processor) -> Processor:
-    """Processors one after the other, as one.
+    """One processor that applies several in sequence.
 
     >>> both = chain(repetition_penalty(2.0), top_k(1))
     >>> both(jnp.array([1]), jnp.array([2.0, 3.0])).tolist()
@@ -160,56 +168,56 @@ def chain(*processors: Processor) -> Processor:
     return Chain(_checked(processors))
 
 
-def _temperature(temperature: float, tokens: Any, logits: Float[Array, "V"]) -> Any:
+def _temperature(temperature: float, tokens: Any, logits: Float[Array, " V"]) -> Any:
     return logits / temperature
 
 
-def _top_k(k: int, tokens: Any, logits: Float[Array, "V"]) -> Any:
+def _top_k(k: int, tokens: Any, logits: Float[Array, " V"]) -> Any:
     if k >= logits.shape[-1]:
         return logits
     likeliest, at = jax.lax.top_k(logits, k)
     return jnp.full_like(logits, -jnp.inf).at[at].set(likeliest)
 
 
-def _top_p(p: float, tokens: Any, logits: Float[Array, "V"]) -> Any:
+def _top_p(p: float, tokens: Any, logits: Float[Array, " V"]) -> Any:
     likeliest, at = jax.lax.top_k(logits, logits.shape[-1])
     probability = jax.nn.softmax(likeliest)
     before = jnp.cumsum(probability) - probability
     return jnp.full_like(logits, -jnp.inf).at[at].set(jnp.where(before < p, likeliest, -jnp.inf))
 
 
-def _min_p(p: float, tokens: Any, logits: Float[Array, "V"]) -> Any:
+def _min_p(p: float, tokens: Any, logits: Float[Array, " V"]) -> Any:
     return jnp.where(jnp.exp(logits - jnp.max(logits)) >= p, logits, -jnp.inf)
 
 
-def _repetition_penalty(penalty: float, tokens: Any, logits: Float[Array, "V"]) -> Any:
+def _repetition_penalty(penalty: float, tokens: Any, logits: Float[Array, " V"]) -> Any:
     V = logits.shape[-1]
     at = jnp.where(tokens < 0, V, tokens)  # out of range: dropped
-    seen = jnp.zeros(V, bool).at[at].set(True, mode="drop")
+    present = jnp.zeros(V, bool).at[at].set(True, mode="drop")
     penalised = jnp.where(logits < 0, logits * penalty, logits / penalty)
-    return jnp.where(seen, penalised, logits)
+    return jnp.where(present, penalised, logits)
 
 
-# They see logits and not whose they are.
-OF_ANY_ORDER = _temperature, _top_k, _top_p, _min_p
+# Processors that do not depend on the order of the logits.
+ORDER_INDEPENDENT = _temperature, _top_k, _top_p, _min_p
 
 
-# --- What chooses.
+# --- Choosing a token.
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn: ``softmax(logits / temperature)`` over the likeliest.
+    """Sampling from ``softmax(logits / temperature)``, restricted to the likeliest tokens.
 
-    The numbers of the processors of the same names, which are applied in this order:
+    The parameters of the processors of the same names, which are applied in this order:
     ``repetition_penalty``, ``temperature``, ``top_k``, ``top_p``, ``min_p``.
 
     Attributes:
       temperature: 1 is the model's own distribution, less is sharper.
-      top_k: only the ``top_k`` likeliest tokens; None: all.
-      top_p: of these only the likeliest that together reach this probability; None: all.
-      min_p: of these only those with this part of the likeliest's probability; None: all.
-      repetition_penalty: of tokens that the row has; None: none.
+      top_k: keep only the ``top_k`` likeliest tokens; None: all.
+      top_p: keep only the likeliest tokens that together reach this probability; None: all.
+      min_p: keep only tokens with this fraction of the likeliest's probability; None: all.
+      repetition_penalty: for tokens already in the row; None: no penalty.
 
     Source: Fan et al. 2018, "Hierarchical Neural Story Generation" (top-k); Holtzman et al. 2020,
     "The Curious Case of Neural Text Degeneration" (top-p); the others' are with their processors.
@@ -226,7 +234,7 @@ class Sampling:
 
     @property
     def processors(self) -> tuple[Processor, ...]:
-        """The same as processors."""
+        """The equivalent processors."""
         numbers: dict[Callable[[Any], Processor], Any] = {
             repetition_penalty: self.repetition_penalty,
             temperature: self.temperature,
@@ -236,36 +244,48 @@ class Sampling:
         }
         return tuple(make(x) for make, x in numbers.items() if x is not None)
 
-    def draw(self, logits: Float[Array, "V"], key: jax.Array, tokens: Any = None) -> Int[Array, ""]:
-        """One token, after those of the row so far.
+    def draw(
+        self, logits: Float[Array, " V"], key: jax.Array, tokens: Any = None
+    ) -> Int[Array, ""]:
+        """Draws one token.
+
+        Args:
+          logits: ``[V]``.
+          key: a key of ``jax.random``.
+          tokens: int32 ``[L]``, those of the row so far, for the repetition penalty.
 
         >>> logits = jnp.log(jnp.array([0.1, 0.6, 0.3]))
         >>> int(Sampling(top_p=0.5).draw(logits, jax.random.key(0)))
         1
         """
         tokens = jnp.zeros(0, jnp.int32) if tokens is None else jnp.asarray(tokens)
-        left, at = _left(self.processors, tokens, logits)
+        left, at = _processed(self.processors, tokens, logits)
         drawn = jax.random.categorical(key, left)
         return drawn if at is None else at[drawn]
 
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """How a token comes from logits: processors, then the likeliest or a draw."""
+    """How a token is chosen: processors, then the likeliest token or a draw.
+
+    Attributes:
+      processors: applied in sequence.
+      draws: draw a token, instead of taking the likeliest.
+    """
 
     processors: tuple[Processor, ...] = ()
     draws: bool = False
 
-    def __call__(self, tokens: Any, logits: Float[Array, "V"], key: Any) -> Int[Array, ""]:
-        """The token; -1 where logits are NaN or all are ``-inf``, so that there is none."""
-        left, at = _left(self.processors, tokens, logits)
+    def __call__(self, tokens: Any, logits: Float[Array, " V"], key: Any) -> Int[Array, ""]:
+        """The token; -1 if there is none to choose, since logits are NaN or all are ``-inf``."""
+        left, at = _processed(self.processors, tokens, logits)
         token = jax.random.categorical(key, left) if self.draws else jnp.argmax(left)
         token = token if at is None else at[token]
         return jnp.where(jnp.max(left) > -jnp.inf, token, -1).astype(jnp.int32)
 
 
 def likeliest(*processors: Processor) -> Choice:
-    """For ``generate(sampling=...)``: no draw, but the likeliest of what the processors leave.
+    """For ``generate(sampling=...)``: the likeliest token after the processors, without a draw.
 
     >>> likeliest(repetition_penalty(1.2))
     Choice(processors=(repetition_penalty(1.2),), draws=False)
@@ -286,15 +306,15 @@ def as_choice(sampling: Sampling | Choice | Processor | Sequence[Processor] | No
     return Choice(_checked(given, "sampling"), draws=True)
 
 
-def _left(processors: tuple[Processor, ...], tokens: Any, logits: Any) -> tuple[Any, Any]:
-    """The logits that processors leave, and of which tokens they are, None for all in their order.
+def _processed(processors: tuple[Processor, ...], tokens: Any, logits: Any) -> tuple[Any, Any]:
+    """The processed logits, and the tokens they belong to; None for the whole vocabulary in order.
 
-    What comes after ``top_k`` sees its ``k`` alone where it asks for no more: to sort those is
-    cheap, and to sort a vocabulary is not.
+    Processors after ``top_k`` get only its ``k`` logits if their order does not matter: sorting
+    those is cheap, sorting a vocabulary is not.
     """
     for i, top in enumerate(processors):
         after = processors[i + 1 :]
-        if _is(top, _top_k) and all(_is(x, *OF_ANY_ORDER) for x in after):
+        if _is(top, _top_k) and all(_is(x, *ORDER_INDEPENDENT) for x in after):
             logits = Chain(processors[:i])(tokens, logits)
             likeliest, at = jax.lax.top_k(logits, min(top.number, logits.shape[-1]))  # type: ignore[attr-defined]
             return Chain(after)(tokens, likeliest), at
@@ -306,11 +326,11 @@ def _is(processor: Processor, *formulas: Callable[[Any, Any, Any], Any]) -> bool
 
 
 def _checked(processors: Sequence[Processor], name: str = "processors") -> tuple[Processor, ...]:
-    """Functions that can be part of a program, chains as what they consist of."""
+    """Checks that processors are hashable functions, and flattens chains."""
     for x in processors:
         if not callable(x) or isinstance(x, type):
             raise TypeError(
-                f"{name} must be functions (tokens, logits) -> logits, top_k(50) say, or a "
+                f"{name} must be functions (tokens, logits) -> logits, such as top_k(50), or a "
                 f"Sampling, got {type(x).__name__} {x!r}"
             )
         try:
@@ -318,13 +338,7 @@ def _checked(processors: Sequence[Processor], name: str = "processors") -> tuple
         except TypeError:
             raise TypeError(
                 f"{name} must be hashable, since they are part of the program, got "
-                f"{type(x).__name__}: a frozen dataclass, say, or a function"
+                f"{type(x).__name__}: use a function or a frozen dataclass"
             ) from None
     parts = [x.processors if isinstance(x, Chain) else (x,) for x in processors]
     return tuple(itertools.chain(*parts))
-
-
-def _number(name: str, x: Any) -> float:
-    if isinstance(x, (bool, np.bool_)) or not isinstance(x, (int, float, np.integer, np.floating)):
-        raise TypeError(f"{name} must be a number, got {type(x).__name__} {x!r}")
-    return float(x)

@@ -1,4 +1,4 @@
-"""An encoder over the patches of an image, as ViT."""
+"""The vision transformer (ViT): an encoder over the patches of an image."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Float
 
-from attention_jax.core.axes import AnyArray, accumulation_dtype, same_rank
+from attention_jax.core.axes import AnyArray, accumulation_dtype, int_at_least, same_rank
+from attention_jax.core.dropout import check_rate
 from attention_jax.models.layers import Layers, Stack
 from attention_jax.nn import AttentionPooling, ClassToken, pooling
 from attention_jax.nn.embeddings import EMBED_INIT
@@ -21,22 +22,30 @@ POOLS = ("class", "mean", "attention")
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
-    """What a ``VisionTransformer`` is made of."""
+    """Configuration of a ``VisionTransformer``.
+
+    Attributes:
+      image: rows and columns of pixels.
+      patch: side of a patch in pixels.
+      layers: the stack.
+      classes: number of classes (C); None: the model returns the vectors of the tokens.
+      channels: of the images.
+      pool: ``"class"``, a class token before the patches, ``"mean"`` or ``"attention"``.
+      dropout_rate: of the embeddings.
+    """
 
     image: tuple[int, int]
-    """Rows and columns of pixels."""
     patch: int
-    """Side of a patch in pixels."""
     layers: Layers
     classes: int | None = None
-    """Number of classes (C); None: the vectors of the tokens."""
     channels: int = 3
     pool: str = "class"
-    """``"class"`` is a class token before the patches; ``"mean"``; ``"attention"``."""
     dropout_rate: float = 0.0
-    """Of the embeddings."""
 
     def __post_init__(self) -> None:
+        for name in ("patch", "channels"):
+            int_at_least(name, getattr(self, name), 1)
+        check_rate(self.dropout_rate)
         if self.pool not in POOLS:
             raise ValueError(f"pool must be one of {POOLS}, got {self.pool!r}")
         if any(side % self.patch for side in self.image):
@@ -44,12 +53,12 @@ class VisionConfig:
 
     @property
     def patches(self) -> int:
-        """How many there are."""
+        """The number of patches."""
         return (self.image[0] // self.patch) * (self.image[1] // self.patch)
 
 
 class VisionTransformer(nnx.Module):
-    """Images to logits of classes, or to the vectors of their patches.
+    """An encoder over image patches, with a head of classes or none.
 
     >>> import numpy as np
     >>> config = VisionConfig(image=(8, 8), patch=4, channels=1, classes=3,
@@ -79,7 +88,7 @@ class VisionTransformer(nnx.Module):
             self.classify = Linear(E, config.classes, **layers.dtypes, rngs=rngs)
 
     def __call__(self, images: Float[AnyArray, "*B rows columns channels"]) -> jax.Array:
-        """``[*B C]`` in float32 or wider; without classes the tokens ``[*B T E]``."""
+        """The logits ``[*B C]``, in float32 or wider; without classes the tokens ``[*B T E]``."""
         x = self.hidden(images)
         if self.classify is None:
             return x
@@ -87,7 +96,7 @@ class VisionTransformer(nnx.Module):
         return y.astype(accumulation_dtype(y.dtype))
 
     def tokens(self, images: Float[AnyArray, "*B rows columns channels"]) -> jax.Array:
-        """``[*B T E]``: the class token where there is one, then the patches row by row."""
+        """The embeddings ``[*B T E]``: the class token if there is one, then patches row by row."""
         expected = (*self.config.image, self.config.channels)
         if images.shape[-3:] != expected:
             raise ValueError(
@@ -101,11 +110,11 @@ class VisionTransformer(nnx.Module):
         return self.dropout(x + positions)
 
     def hidden(self, images: Float[AnyArray, "*B rows columns channels"]) -> jax.Array:
-        """The tokens after the layers, ``[*B T E]``."""
+        """The hidden states ``[*B T E]``, after the layers."""
         return self.stack(self.tokens(images))
 
     def pooled(self, x: Float[AnyArray, "*B T E"]) -> jax.Array:
-        """One vector for all tokens, ``[*B E]``."""
+        """One vector for the image, ``[*B E]``."""
         if self.pooling is not None:
             return self.pooling(x)
         x = jnp.asarray(x)
@@ -113,7 +122,7 @@ class VisionTransformer(nnx.Module):
 
 
 def patches(images: Any, side: int) -> Any:
-    """``[*B rows columns channels]`` to ``[*B patches numbers]``, patches row by row.
+    """``[*B rows columns channels]`` to flattened patches ``[*B patches .]``, row by row.
 
     >>> import numpy as np
     >>> patches(np.arange(8).reshape(2, 4, 1), 2).tolist()

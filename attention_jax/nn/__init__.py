@@ -1,8 +1,54 @@
-"""Flax NNX modules around ``attention``, and functions that fit the slots of Flax's own.
+"""Flax NNX modules around ``attention``, and drop-in functions for existing code.
 
-All of the maths is in the pure functions: a module holds parameters and passes them on. A variant
-is a mask, not a class: local attention is ``MultiHeadAttention(..., mask=masks.window(128, 128))``,
-local with some global tokens ``masks.window(128, 128) | masks.global_tokens(flags)``.
+A module holds parameters and passes them to the pure functions of this library, where the maths is.
+A variant is a mask or a score, not a class. Local attention, and local with global tokens:
+
+>>> import numpy as np
+>>> from flax import nnx
+>>> from attention_jax import masks, nn
+>>> tokens = np.ones((2, 12, 8), np.float32)  # *B T E
+>>> local = masks.window(2, 2)
+>>> module = nn.MultiHeadAttention(8, num_heads=2, mask=local, rngs=nnx.Rngs(0))
+>>> module(tokens).shape
+(2, 12, 8)
+>>> flags = np.arange(12) < 4  # the first four tokens attend to, and are attended to by, all
+>>> mask = local | masks.global_tokens(flags)
+>>> module = nn.MultiHeadAttention(8, num_heads=2, mask=mask, rngs=nnx.Rngs(0))
+>>> module(tokens).shape
+(2, 12, 8)
+
+Cross-attention takes a context; ``keys_values`` projects it once for many calls:
+
+>>> context = np.ones((2, 5, 6), np.float32)
+>>> cross = nn.MultiHeadAttention(8, num_heads=2, context_features=6, rngs=nnx.Rngs(0))
+>>> bool((cross(tokens, context) == cross(tokens, cross.keys_values(context))).all())
+True
+
+``Block`` combines self-attention, cross-attention and ``FeedForward``, each in a ``Residual``.
+``Embeddings``, ``ClassToken``, ``AttentionPooling`` and ``pooling`` lead from tokens to vectors and
+from many vectors to one. ``attention_jax.models`` builds transformers from them.
+
+In existing code one line changes. Every argument is honoured or refused:
+
+>>> layer = nnx.MultiHeadAttention(  # or flax.linen.MultiHeadDotProductAttention
+...     num_heads=2, in_features=8, attention_fn=nn.attention_fn, decode=False, rngs=nnx.Rngs(0))
+>>> layer(tokens).shape
+(2, 12, 8)
+>>> query = np.ones((2, 12, 2, 4), np.float32)
+>>> nn.dot_product_attention(query, query, query, is_causal=True).shape  # as jax.nn's
+(2, 12, 2, 4)
+
+Fine-tune few parameters with LoRA: ``low_rank`` adds a trainable low-rank change to projections and
+freezes everything else; ``merged`` folds the changes back in:
+
+>>> adapted = nn.low_rank(module, rank=1, where=("query", "value"), rngs=nnx.Rngs(1))
+>>> sorted(".".join(path) for path, _ in nnx.to_flat_state(nnx.state(adapted, nnx.Param)))
+['query.lora_a', 'query.lora_b', 'value.lora_a', 'value.lora_b']
+>>> bool(np.allclose(nn.merged(adapted)(tokens), module(tokens), atol=1e-5))
+True
+
+``record_weights`` returns the attention weights of every module of a model, and
+``moved_embeddings`` perturbs its embeddings, for adversarial training.
 """
 
 from attention_jax.nn import pooling as pooling

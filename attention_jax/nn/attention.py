@@ -1,4 +1,4 @@
-"""Multi-head attention as a Flax module: projections around ``attention``, which does the rest."""
+"""Multi-head attention as a Flax module: projections around ``attention``."""
 
 from __future__ import annotations
 
@@ -32,22 +32,27 @@ Scores = Score | tuple[Score, ...]
 
 
 class KeysValues(NamedTuple):
-    """Keys ``[*B S K H]`` and values ``[*B S K D]`` of a context, projected once for many calls."""
+    """Keys and values of a context, projected once for many calls.
+
+    Attributes:
+      key: ``[*B S K H]``.
+      value: ``[*B S K D]``.
+    """
 
     key: Any
     value: Any
 
 
 class MultiHeadAttention(nnx.Module):
-    """Self-attention, or attention to a context, in ``N`` heads::
+    """Multi-head self-attention, or cross-attention to a context::
 
         q, k, v = x W_q, c W_k, c W_v                  c = x, or the context
         out     = concat_n(attention(q_n, k_n, v_n)) W_o
 
-    A variant is a value: a mask (local, global, causal), a score, a rotary. With ``norm`` queries
-    and keys are normalised per head before they are turned; with ``gate`` the heads are multiplied
-    by ``sigmoid(x W_g)`` before the last projection; with ``sinks`` each head has a learned logit
-    that takes probability and gives no value.
+    Variants are arguments: a mask (local, global, causal), a score, rotary positions. With
+    ``norm``, queries and keys are normalised per head before they are rotated; with ``gate``, the
+    heads are multiplied by ``sigmoid(x W_g)`` before the output projection; with ``sinks``, each
+    head has a learned logit in the denominator of its softmax.
 
     >>> import numpy as np
     >>> from attention_jax import masks
@@ -87,7 +92,7 @@ class MultiHeadAttention(nnx.Module):
         bias_init: nnx.Initializer = BIAS_INIT,
         rngs: nnx.Rngs,
     ) -> None:
-        """Makes the projections.
+        """Creates the projections.
 
         Args:
           features: width of the model (E).
@@ -95,25 +100,25 @@ class MultiHeadAttention(nnx.Module):
           num_kv_heads: key-value heads (K), of which ``num_heads`` is a multiple; default N.
           head_dim: width of queries and keys (H); default ``features / num_heads``.
           value_dim: width of values (D); default ``head_dim``.
-          context_features: width of the context; it says that there must be one.
+          context_features: width of the context, which every call must then give.
           out_features: width of the result; default ``features``.
-          fused: query, key and value in one product (key and value where there is a context).
-          bias: which projections have one: all, none, or some of ``"query"``, ``"key"``,
+          fused: project query, key and value in one product (key and value, with a context).
+          bias: which projections have a bias: all, none, or some of ``"query"``, ``"key"``,
             ``"value"``, ``"gate"``, ``"out"``.
-          mask, score: of every call; more can come with a call.
+          mask, score: applied in every call, together with those of the call.
           scale: of the logits; default ``1 / sqrt(H)``.
-          rotary: turns queries and keys by their positions.
-          norm: makes what normalises queries and keys, ``norm(head_dim, rngs=rngs)``.
+          rotary: rotates queries and keys by their positions.
+          norm: constructor of the norms of queries and keys, ``norm(head_dim, rngs=rngs)``.
           sinks, gate: see above.
-          dropout_rate: probability of dropping a probability.
-          deterministic: drop nothing; ``train()`` and ``eval()`` set it.
-          attention: what gathers the values: ``attention`` of this library, or a function with
-            its arguments. One that cannot do what it is asked should say so by raising.
-          implementation: of ``attention``; given to it where not None.
-          dtype: of the computation; default: what inputs and parameters promote to.
+          dropout_rate: of the attention probabilities.
+          deterministic: disables dropout; ``train()`` and ``eval()`` set it.
+          attention: ``attention`` of this library, or a function with the same arguments, which
+            should raise for those that it does not support (see ``mechanisms.as_attention``).
+          implementation: passed to ``attention`` if not None.
+          dtype: of the computation; default: the promoted dtype of inputs and parameters.
           param_dtype: of the parameters.
           kernel_init, bias_init: initialisers of the projections.
-          rngs: for parameters, and for dropout where there is any.
+          rngs: for parameters and dropout.
 
         Raises:
           ValueError: sizes that do not fit, or an unknown projection.
@@ -138,15 +143,15 @@ class MultiHeadAttention(nnx.Module):
                 f"num_heads must be a multiple of num_kv_heads, got {num_heads} and {num_kv_heads}"
             )
         check_rate(dropout_rate)
-        as_scores(score)  # raises where they are none
+        as_scores(score)  # raises unless these are scores
         if rotary is not None and not isinstance(rotary, Rotary):
             raise TypeError(f"rotary must be a Rotary or None, got {type(rotary).__name__}")
         if not callable(attention):
             raise TypeError(f"attention must be a function, got {type(attention).__name__}")
         if rotary is not None and context_features is not None:
             raise ValueError(
-                "rotary must be None with context_features: positions in two sequences have no "
-                "distance"
+                "rotary must be None with context_features: positions of two sequences are not "
+                "comparable"
             )
         has_bias = _has_bias(bias)
         self.features, self.context_features = features, context_features
@@ -176,7 +181,7 @@ class MultiHeadAttention(nnx.Module):
         for names in together:
             biases = {has_bias(name) for name in names}
             if len(biases) > 1:
-                raise ValueError(f"bias must be the same for {names} where they are fused")
+                raise ValueError(f"bias must be the same for {names}, which are fused")
             source = features
             if context_features is not None and names != ["query"]:
                 source = context_features
@@ -206,35 +211,34 @@ class MultiHeadAttention(nnx.Module):
         deterministic: bool | None = None,
         rngs: Any = None,
     ) -> Any:
-        """What each of the tokens gathers.
+        """Attends from each token of ``x`` to ``x`` itself or to a context.
 
         Args:
           x: tokens ``[*B T E]``.
-          context: what to attend to, ``[*B S C]`` or what ``keys_values`` made of it; default
-            ``x`` itself.
-          mask: beside that of the module: a ``Mask``, or a bool array that broadcasts to
-            ``[*B N T S]``. With a cache, a ``Mask`` in terms of positions; where neither is given,
-            that is ``masks.causal()``.
-          score: after those of the module.
+          context: tokens to attend to, ``[*B S C]`` or their ``keys_values``; default ``x`` itself.
+          mask: combined with that of the module by ``&``: a ``Mask``, or a bool array that
+            broadcasts to ``[*B N T S]``. With a cache, a ``Mask`` in terms of positions; if neither
+            is given, ``masks.causal()``.
+          score: applied after those of the module.
           positions: of the tokens, integers that broadcast to ``[*B T]``, for ``rotary``; default
-            from 0, or from where the cache ends.
-          cache: the tokens before these. Masks and scores mean the same as for all tokens at once,
-            or are refused; see ``attention_jax.cache``.
+            from 0, or from the end of the cache.
+          cache: the previous tokens. Masks and scores mean the same as for all tokens at once, or
+            are refused; see ``attention_jax.cache``.
           count: how many of the tokens are real, with a cache; see ``cache.attend``.
-          return_weights: also the probabilities ``[*B N T S]``, without dropout.
+          return_weights: also return the probabilities ``[*B N T S]``, without dropout.
           deterministic, rngs: as in Flax; default those of the module.
 
         Returns:
-          ``[*B T E]``; then the weights, where asked for; then the new cache, where there is one.
+          ``[*B T E]``; then the weights, if requested; then the new cache, if there is one.
 
         Raises:
-          ValueError: a context is missing, or is not for this module; shapes that do not fit; a
-            mask or score that cannot be the same with the cache.
+          ValueError: a context that is missing or does not suit this module; shapes that do not
+            fit; a mask or score that the cache cannot honour.
           NotImplementedError: weights of a mechanism that has none.
         """
         T = self._check(x, context, cache)
         if cache is None and count is not None:
-            raise ValueError("count must be None without a cache: say what is padding with mask")
+            raise ValueError("count must be None without a cache: mark padding with mask")
         check_flag("return_weights", return_weights)
         if return_weights:
             check_weights(self.attention)
@@ -249,15 +253,17 @@ class MultiHeadAttention(nnx.Module):
         else:
             source = x if context is None else context
             query, key, value = self._project(x, source, "query", "key", "value")
-            key = self._placed(key, self.key_norm, positions)
-        query = self._placed(query, self.query_norm, positions)
+            key = self._normed_and_rotated(key, self.key_norm, positions)
+        query = self._normed_and_rotated(query, self.query_norm, positions)
         scores = (*as_scores(self.score), *as_scores(score))
-        seen, after = _both(self.mask, mask, whole=cache is None), None
+        visible, new_cache = _both(self.mask, mask, whole=cache is None), None
         if cache is not None:
-            key, value, seen, after = caches.extend(cache, key, value, mask=seen, count=count)
+            key, value, visible, new_cache = caches.extend(
+                cache, key, value, mask=visible, count=count
+            )
             scores = caches.placed_scores(cache, scores, T, count=count)
         options = {
-            "mask": seen,
+            "mask": visible,
             "score": scores,
             "sinks": None if self.sinks is None else self.sinks[...],
             "scale": self.scale,
@@ -271,11 +277,14 @@ class MultiHeadAttention(nnx.Module):
         if return_weights:
             more = (attention_weights(query, key, **options),)
         if cache is not None:
-            more = (*more, after)
+            more = (*more, new_cache)
         return (result, *more) if more else result
 
     def keys_values(self, context: Float[AnyArray, "*B S C"]) -> KeysValues:
-        """Keys and values of a context, to be given to many calls in its place.
+        """Projects a context once, to be passed to many calls instead of it.
+
+        Args:
+          context: ``[*B S C]``.
 
         >>> import numpy as np
         >>> module = MultiHeadAttention(8, num_heads=2, context_features=6, rngs=nnx.Rngs(0))
@@ -286,7 +295,7 @@ class MultiHeadAttention(nnx.Module):
         if isinstance(context, KeysValues):
             raise TypeError("context must be an array [*B S C], got KeysValues")
         key, value = self._project(None, context, "key", "value")
-        return KeysValues(self._placed(key, self.key_norm, None), value)
+        return KeysValues(self._normed_and_rotated(key, self.key_norm, None), value)
 
     def init_cache(
         self, batch: tuple[int, ...], capacity: int, *, dtype: Any = None, rolling: bool = False
@@ -318,7 +327,7 @@ class MultiHeadAttention(nnx.Module):
         if cache is not None and dynamic and (cache.rolling or cache.capacity > scaling.original):
             raise NotImplementedError(
                 f"cache cannot be used with DynamicNTK beyond its {scaling.original} original "
-                f"tokens: cached keys would have to be turned again; use another scaling"
+                f"tokens: cached keys would have to be rotated again; use another scaling"
             )
         if context is not None:
             if cache is not None:
@@ -337,14 +346,14 @@ class MultiHeadAttention(nnx.Module):
 
     def _check_context(self, context: Any) -> None:
         if isinstance(context, Mask) or getattr(context, "dtype", None) == jnp.bool_:
-            raise TypeError("context must be what to attend to, got a mask: pass it as mask=")
+            raise TypeError("context must be tokens to attend to, got a mask: pass it as mask=")
         if self.rotary is not None:
             raise ValueError(
-                "context must be None with rotary: positions in two sequences have no distance"
+                "context must be None with rotary: positions of two sequences are not comparable"
             )
         if "query" in self.together[0] and len(self.together[0]) > 1:
             raise ValueError(
-                "context must be None where query, key and value are fused: make the module with "
+                "context must be None if query, key and value are fused: create the module with "
                 "context_features"
             )
         if not isinstance(context, KeysValues):
@@ -368,8 +377,8 @@ class MultiHeadAttention(nnx.Module):
                     heads[name] = part.reshape(*part.shape[:-1], *shapes[name])
         return [heads[name] for name in wanted]
 
-    def _placed(self, heads: jax.Array, norm: Any, positions: Any) -> jax.Array:
-        """Queries or keys, normalised and turned."""
+    def _normed_and_rotated(self, heads: jax.Array, norm: Any, positions: Any) -> jax.Array:
+        """Queries or keys, normalised and rotated."""
         heads = heads if norm is None else norm(heads)
         return heads if self.rotary is None else self.rotary(heads, positions)
 
@@ -398,24 +407,24 @@ class MultiHeadAttention(nnx.Module):
 
 
 def dropout_key(rngs: Any) -> jax.Array:
-    """The next key of ``nnx.Rngs`` or of a stream of them, or a key as it is."""
+    """The next key of ``nnx.Rngs`` or of one of its streams; a key itself is returned."""
     if isinstance(rngs, nnx.Rngs):
         rngs = rngs.dropout
     key = rngs() if isinstance(rngs, nnx.RngStream) else rngs
     if not is_array(key):
         raise TypeError(
-            f"rngs must be nnx.Rngs, a stream of them or a random key, got {type(rngs).__name__}"
+            f"rngs must be nnx.Rngs, one of its streams or a random key, got {type(rngs).__name__}"
         )
     return key
 
 
 def default_head_dim(features: int, num_heads: int) -> int:
-    """``features / num_heads``, which must be whole."""
+    """``features / num_heads``; raises unless it is an integer."""
     int_at_least("num_heads", num_heads, 1)
     if features % num_heads:
         raise ValueError(
-            f"features must be a multiple of num_heads, got {features} and {num_heads}: or give "
-            f"head_dim"
+            f"features must be a multiple of num_heads unless head_dim is given, got {features} "
+            f"and {num_heads}"
         )
     return features // num_heads
 
@@ -428,13 +437,13 @@ def _has_bias(bias: bool | Collection[str]) -> Callable[[str], bool]:
 
 
 def _held(value: Any) -> Any:
-    """A mask or scores as an attribute: with arrays it is data to Flax, without it is static."""
+    """A mask or scores as an attribute: data to Flax if they hold arrays, else static."""
     return nnx.data(value) if jax.tree.leaves(value) else value
 
 
 def _both(own: Mask | None, mask: Any, *, whole: bool) -> Any:
-    """The mask of the module and that of the call, which may be an array where that is all."""
+    """The masks of module and call combined; a bool array is passed on if it is the only one."""
     if own is None or mask is None or not (whole or isinstance(mask, Mask)):
         return own if mask is None else mask
-    seen: Any = as_mask(mask)
-    return own & seen
+    given: Any = as_mask(mask)
+    return own & given

@@ -1,4 +1,4 @@
-"""One layer of a transformer: sublayers, each with a residual connection and its norms."""
+"""A transformer layer: sublayers, each with a residual connection and its norms."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ ORDERS = ("pre", "post", "both")
 
 
 class Residual(nnx.Module):
-    """``x`` and what a sublayer makes of it, with the norm in its place::
+    """A residual connection around a sublayer ``f``, with one of three positions of the norm::
 
         pre    x + f(norm(x))
         post   norm(x + f(x))
         both   x + norm_after(f(norm(x)))
 
-    What the sublayer returns beside its result is passed on.
+    Further results of the sublayer are passed through.
 
     >>> import numpy as np
     >>> norm = lambda: nnx.LayerNorm(8, rngs=nnx.Rngs(0))
@@ -43,13 +43,13 @@ class Residual(nnx.Module):
         dropout_rate: float = 0.0,
         rngs: nnx.Rngs | None = None,
     ) -> None:
-        """Takes the sublayer and makes its norms.
+        """Takes the sublayer and creates its norms.
 
         Args:
           sublayer: a module, or any function of ``x``.
-          norm: makes a norm.
-          order: see above.
-          dropout_rate: probability of dropping a number of what the sublayer gives.
+          norm: constructor of a norm.
+          order: ``"pre"``, ``"post"`` or ``"both"``, see above.
+          dropout_rate: of the output of the sublayer.
           rngs: for dropout.
 
         Raises:
@@ -64,19 +64,19 @@ class Residual(nnx.Module):
         self.dropout = nnx.Dropout(dropout_rate, rngs=rngs if dropout_rate else None)
 
     def __call__(self, x: Any, *args: Any, **options: Any) -> Any:
-        """``x`` with what the sublayer adds to it; ``args`` and ``options`` are the sublayer's."""
+        """``x`` plus the output of the sublayer, which ``args`` and ``options`` are passed to."""
         result = self.sublayer(x if self.order == "post" else self.norm(x), *args, **options)
-        added, *more = result if isinstance(result, tuple) else (result,)
+        y, *more = result if isinstance(result, tuple) else (result,)
         if self.norm_after is not None:
-            added = self.norm_after(added)
-        x = x + self.dropout(added)
+            y = self.norm_after(y)
+        x = x + self.dropout(y)
         if self.order == "post":
             x = self.norm(x)
         return (x, *more) if more else x
 
 
 class Block(nnx.Module):
-    """Tokens attend to each other, then to a context where there is one, then each by itself.
+    """Self-attention, cross-attention if there is a context, then a feed-forward layer.
 
     >>> import functools, numpy as np
     >>> from attention_jax.nn import FeedForward
@@ -101,15 +101,15 @@ class Block(nnx.Module):
         dropout_rate: float = 0.0,
         rngs: nnx.Rngs | None = None,
     ) -> None:
-        """Takes the sublayers and gives each its ``Residual``.
+        """Wraps each sublayer into a ``Residual``.
 
         Args:
-          attention: of the tokens to each other.
-          feed_forward: of each token by itself.
-          norm: makes a norm.
-          cross_attention: of the tokens to a context, between the two.
-          order: ``"pre"``, ``"post"`` or ``"both"``.
-          dropout_rate: of what each sublayer gives.
+          attention: self-attention.
+          feed_forward: applied to each token.
+          norm: constructor of a norm.
+          cross_attention: attention to a context, between the two.
+          order: ``"pre"``, ``"post"`` or ``"both"``; see ``Residual``.
+          dropout_rate: of the output of each sublayer.
           rngs: for dropout.
         """
 
@@ -149,16 +149,16 @@ class Block(nnx.Module):
           ValueError: a context without a cross-attention, or the other way round.
         """
         if (context is None) != (self.cross_attention is None):
-            has, given = ("no", "one") if context is not None else ("a", "none")
+            has, got = ("no", "a") if context is not None else ("a", "no")
             raise ValueError(
-                f"context must be given exactly where there is a cross-attention: the block has "
-                f"{has} cross-attention, got {given}"
+                f"context must be given if and only if there is a cross-attention: the block has "
+                f"{has} cross-attention, got {got} context"
             )
         result = self.attention(
             x, mask=mask, score=score, positions=positions, cache=cache, count=count
         )
-        x, after = result if cache is not None else (result, None)
+        x, new_cache = result if cache is not None else (result, None)
         if self.cross_attention is not None:
             x = self.cross_attention(x, context, mask=context_mask)
         x = self.feed_forward(x)
-        return x if cache is None else (x, after)
+        return x if cache is None else (x, new_cache)

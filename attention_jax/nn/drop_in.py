@@ -1,7 +1,7 @@
-"""``attention`` with the arguments of others: existing code switches in one line.
+"""``attention`` with the signatures of ``jax.nn`` and Flax, so that existing code changes one line.
 
-Every argument is honoured or refused by name. What differs is what the others leave to chance: a
-query that a mask lets see no key gives 0 here, where they give the mean of all values.
+Every argument is honoured, or refused by name. One result differs: a query with no visible key
+gives 0 here, where they give the mean of all values.
 """
 
 from __future__ import annotations
@@ -25,8 +25,10 @@ from attention_jax.core.axes import (
     AnyArray,
     Sizes,
     check_broadcastable,
+    check_positions,
     check_query_key_value,
     int_at_least,
+    is_int,
 )
 
 Flag = bool | np.bool_
@@ -57,25 +59,25 @@ def attention_fn(
     Args:
       query, key, value: ``[*B T N H]``, ``[*B S K H]``, ``[*B S K D]``.
       bias: floating, broadcasts to ``[*B N T S]``, added to the logits.
-      mask: broadcasts to ``[*B N T S]``; visible where not 0.
-      broadcast_dropout: drop the same pairs in every example and head.
+      mask: broadcasts to ``[*B N T S]``; nonzero is visible.
+      broadcast_dropout: use one dropout mask for all examples and heads.
       dropout_rng: a key of ``jax.random``, for dropout.
       dropout_rate, deterministic: the rate, in [0, 1), unless ``deterministic``.
-      dtype: what query, key and value are cast to; default: the one they promote to.
-      precision: of products; they have all that the dtype has, which is at least what is asked.
-      module: where to ``sow`` the probabilities ``[*B N T S]``, as ``attention_weights``.
-      force_fp32_for_softmax: the softmax is in float32 or wider in any case; probabilities that
-        are sown stay so, and are not cast to the dtype of the query.
+      dtype: that query, key and value are cast to; default: their promoted dtype.
+      precision: of products; they always use the full precision of the dtype.
+      module: to ``sow`` the probabilities ``[*B N T S]`` into, as ``attention_weights``.
+      force_fp32_for_softmax: the softmax always is in float32 or wider; this also keeps the sown
+        probabilities from being cast to the dtype of the query.
       einsum_dot_general, qk_attn_weights_einsum, attn_weights_value_einsum: refused.
-      is_causal: query ``i`` sees no key after ``i``.
-      promote_dtype: ``promote_dtype((query, key, value), dtype=dtype)`` in place of the cast.
+      is_causal: query ``i`` attends to keys up to ``i``.
+      promote_dtype: replaces the cast, as ``promote_dtype((query, key, value), dtype=dtype)``.
 
     Returns:
       ``[*B T N D]``.
 
     Raises:
       TypeError, ValueError: an argument is wrong; the message names it.
-      NotImplementedError: an einsum of one's own.
+      NotImplementedError: a custom einsum.
 
     >>> import numpy as np
     >>> module = nnx.MultiHeadAttention(
@@ -91,7 +93,7 @@ def attention_fn(
     for name, x in replaced.items():
         if x is not None:
             raise NotImplementedError(
-                f"{name} must be None: the products are inside a kernel and cannot be replaced"
+                f"{name} must be None: the products are part of a kernel and cannot be replaced"
             )
     broadcast_dropout = _flag("broadcast_dropout", broadcast_dropout)
     deterministic = _flag("deterministic", deterministic)
@@ -113,7 +115,7 @@ def attention_fn(
         weights = attention_weights(query, key, **_options(bias, visible, is_causal))
         _sow(module, weights if force_fp32_for_softmax else weights.astype(query.dtype))
     if rate and broadcast_dropout:
-        attend = _alike(attend, len(sizes.B), sizes.G)
+        attend = _with_one_dropout_mask(attend, len(sizes.B), sizes.G)
     return attend(query, key, value, bias, visible)
 
 
@@ -137,7 +139,7 @@ def _is_floating(dtype: Any) -> bool:
 
 
 def _rate(rate: Any, key: Any, deterministic: bool) -> float:
-    """The rate at which to drop."""
+    """The effective dropout rate."""
     if deterministic:
         dropout.check_rate(rate)
         return 0.0
@@ -173,12 +175,14 @@ def _options(bias: Any, visible: Any, is_causal: bool) -> dict[str, Any]:
     return {"mask": mask, "score": () if bias is None else scores.bias(bias)}
 
 
-def _alike(attend: Callable[..., jax.Array], batch: int, group: int) -> Callable[..., jax.Array]:
-    """``attend`` on one head of one example after the other, none of which knows its number."""
+def _with_one_dropout_mask(
+    attend: Callable[..., jax.Array], batch: int, group: int
+) -> Callable[..., jax.Array]:
+    """``attend`` mapped over heads and examples, so that all have the indices ``b = n = 0``."""
 
     def run(q: Any, k: Any, v: Any, *arrays: Any) -> jax.Array:
         k, v = (jnp.repeat(x, group, axis=-2) for x in (k, v))
-        # Every head of every example, with an axis of one head left: [*B N T 1 H].
+        # Heads become batch axes, of one head each: [*B N T 1 H].
         q, k, v = (jnp.swapaxes(x, -2, -3)[..., None, :] for x in (q, k, v))
         arrays = tuple(
             None if x is None else x.reshape((1,) * (batch + 3 - x.ndim) + x.shape) for x in arrays
@@ -224,15 +228,15 @@ def dot_product_attention(
       bias: floating, broadcasts to ``[B N T S]``, added to the logits.
       mask: bool, broadcasts to ``[B N T S]``; True is visible.
       scale: of the logits; default ``1 / sqrt(H)``.
-      is_causal: query ``i`` sees no key after ``i``.
-      query_seq_lengths, key_value_seq_lengths: integers ``[B]``, how many are real; more than
-        there are is all of them.
-      local_window_size: keys to the left and right of a query's own place that it sees; an int for
-        both.
-      implementation: ``"xla"`` is the materialised one; any name that ``attention`` takes; None:
-        our choice.
-      return_residual: also the logsumexp ``[B T N]``, in the query's dtype and without a gradient,
-        as ``jax.nn`` gives it. For a precise and differentiable one, call ``attention`` with
+      is_causal: query ``i`` attends to keys up to ``i``.
+      query_seq_lengths, key_value_seq_lengths: integers ``[B]``, how many tokens are real; larger
+        values mean all.
+      local_window_size: how many keys to the left and right of its own position a query attends
+        to; an int for both.
+      implementation: any name that ``attention`` takes (``"xla"`` is the materialised formula);
+        default: as ``attention`` chooses.
+      return_residual: also return the logsumexp ``[B T N]``, in the query's dtype and without a
+        gradient, as ``jax.nn``. For a precise and differentiable one, call ``attention`` with
         ``return_lse``.
 
     Returns:
@@ -240,7 +244,8 @@ def dot_product_attention(
 
     Raises:
       TypeError, ValueError: an argument is wrong; the message names it.
-      NotImplementedError: the named implementation cannot do this; the message says which can.
+      NotImplementedError: the named implementation does not support the call; the message says
+        which ones do.
 
     >>> x = jax.numpy.ones((1, 5, 2, 4))
     >>> dot_product_attention(x, x, x, is_causal=True).shape
@@ -254,8 +259,8 @@ def dot_product_attention(
         mask = _pairs("mask", mask, sizes)
         if mask.dtype != bool:
             raise TypeError(
-                f"mask must be bool (True = visible), got dtype {mask.dtype}: what is added to the "
-                f"logits is bias"
+                f"mask must be bool (True = visible), got dtype {mask.dtype}: to add to the "
+                f"logits, use bias"
             )
         visible.append(masks.dense(mask))
     lengths = {
@@ -283,7 +288,7 @@ def dot_product_attention(
     return out, jax.lax.stop_gradient(lse.astype(query.dtype))
 
 
-# --- Arguments, checked under the names that they have here.
+# --- Checks of arguments, under the names that they have here.
 
 
 def _arrays(query: Any, key: Any, value: Any) -> tuple[jax.Array, ...]:
@@ -305,9 +310,9 @@ def _flag(name: str, x: Any) -> bool:
 
 
 def _pairs(name: str, x: Any, sizes: Sizes) -> jax.Array:
-    """Something about pairs, which broadcasts to ``[*B N T S]``.
+    """An array over pairs, which must broadcast to ``[*B N T S]``.
 
-    It may have a batch axis of size 1 where query, key and value have none.
+    A batch axis of size 1 is accepted where query, key and value have none.
     """
     x = _array(name, x)
     if not sizes.B and x.ndim == 4 and x.shape[0] == 1:
@@ -320,42 +325,40 @@ def _bias(bias: Any, sizes: Sizes) -> jax.Array:
     bias = _pairs("bias", bias, sizes)
     if not jnp.issubdtype(bias.dtype, jnp.floating):
         raise TypeError(
-            f"bias must have a floating dtype, got {bias.dtype}: it is added to the logits; what "
-            f"says which keys are visible is mask"
+            f"bias must have a floating dtype, got {bias.dtype}: it is added to the logits; to "
+            f"mark visible keys, use mask"
         )
     return bias
 
 
 def _lengths(name: str, x: Any, sizes: Sizes) -> jax.Array:
-    """One int for each example; where there is no batch axis, of shape ``()`` or ``(1,)``."""
-    given, x = x, _array(name, x)
-    if not jnp.issubdtype(x.dtype, jnp.integer):
-        raise TypeError(f"{name} must be integers, got dtype {x.dtype}")
+    """One int per example; without a batch axis, of shape ``()`` or ``(1,)``."""
+    given, x = x, check_positions(_array(name, x), name)
     if x.shape != sizes.B and (sizes.B or x.shape != (1,)):
         raise ValueError(
             f"{name} has shape {x.shape}, expected [B] = {sizes.B or (1,)}: one length for each "
             f"example"
         )
-    # What is on a device, or will be, is not waited for: there less than 0 is 0.
+    # Values on a device are not waited for; there, negative lengths count as 0.
     if not isinstance(given, jax.Array) and (least := np.min(given, initial=0)) < 0:
         raise ValueError(f"{name} must not be negative, got {least}")
     return x.reshape(sizes.B).astype(jnp.int32)
 
 
 def _window(size: Any) -> tuple[int, int]:
-    both = (size, size) if isinstance(size, (int, np.integer)) else size
+    both = (size, size) if is_int(size) else size
     try:
         left, right = (int_at_least("local_window_size", x, 0) for x in both)
     except (TypeError, ValueError) as e:
         raise type(e)(
             f"local_window_size must be an int or a pair of ints (left, right), each at least 0, "
-            f"got {size!r}: a side without a bound is as long as the sequence"
+            f"got {size!r}: for an unbounded side, give the length of the sequence"
         ) from e
     return left, right
 
 
 def _scale(scale: Any) -> Any:
-    """Numbers of NumPy and arrays of integers too, as ``jax.nn`` takes them."""
+    """Also accepts NumPy numbers and integer arrays, as ``jax.nn`` does."""
     if isinstance(scale, (np.integer, np.floating)):
         return float(scale)
     if isinstance(scale, (jax.Array, np.ndarray)) and jnp.issubdtype(scale.dtype, jnp.integer):

@@ -1,4 +1,4 @@
-"""From tokens to vectors, and back."""
+"""Embeddings of tokens, positions and types; the tied output head."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Embeddings(nnx.Module):
         embedding_init: nnx.Initializer = EMBED_INIT,
         rngs: nnx.Rngs,
     ) -> None:
-        """Makes the tables.
+        """Creates the tables.
 
         Args:
           vocabulary: number of tokens (V).
@@ -62,12 +62,12 @@ class Embeddings(nnx.Module):
           positions: ``"learned"``, ``"sinusoidal"`` or None.
           max_length: rows of the table of learned positions.
           types: number of token types (segments of BERT), 0 for none.
-          scale: of the tokens' vectors.
-          norm: makes what normalises the sum.
-          dropout_rate: probability of dropping a number of it.
+          scale: of the token vectors.
+          norm: constructor of a norm, applied to the sum.
+          dropout_rate: of the result.
           dtype, param_dtype: of the result and of the tables.
           embedding_init: initialiser of the tables.
-          rngs: for parameters, and for dropout where there is any.
+          rngs: for parameters and dropout.
 
         Raises:
           ValueError: unknown ``positions``, or learned ones without ``max_length``.
@@ -93,7 +93,7 @@ class Embeddings(nnx.Module):
         self.dropout = nnx.Dropout(dropout_rate, rngs=rngs if dropout_rate else None)
         self.sinusoidal = positions == "sinusoidal"
         self.scale, self.dtype = scale, dtype
-        self.moved: Callable[[jax.Array], jax.Array] | None = None  # see ``moved_embeddings``
+        self.moved: Callable[[jax.Array], jax.Array] | None = None  # set by ``moved_embeddings``
 
     def __call__(
         self, tokens: Any, *, positions: Any = None, types: Any = None, real: Any = None
@@ -105,12 +105,12 @@ class Embeddings(nnx.Module):
           positions: integers that broadcast to ``[*B T]``; default from 0, or from the first real
             token.
           types: integers that broadcast to ``[*B T]``; default 0.
-          real: bool ``[*B T]``, False for padding, whose tokens, positions and types may be any
+          real: bool ``[*B T]``, False for padding, where tokens, positions and types may hold any
             integers; default: all are real.
 
         Raises:
-          ValueError: a token, position or type that is known to be out of range; where it is not
-            known, its vector is NaN.
+          ValueError: a token, position or type is out of range. Under ``jit``, where values are not
+            known, its vector is NaN instead.
           TypeError: not integers.
         """
         tokens = check_positions(tokens, "tokens")
@@ -129,12 +129,12 @@ class Embeddings(nnx.Module):
             check_broadcasts("types", check_positions(types, "types"), x.shape[:-1])
             x = _sum(x, self._cast(rows(self.types[...], filled(types, real), "types")))
         elif types is not None:
-            raise ValueError("types must be None: the embeddings were made without (types=0)")
+            raise ValueError("types must be None: these embeddings have no types (types=0)")
         x = x if self.norm is None else self.norm(x)
         return self.dropout(x)
 
     def vectors(self, tokens: Any) -> jax.Array:
-        """``scale * table[token]``, ``[*B T]`` to ``[*B T E]``: without position, type and norm.
+        """``scale * table[token]``, ``[*B T]`` to ``[*B T E]``, without positions, types and norm.
 
         Raises:
           ValueError, TypeError: as a call does.
@@ -148,7 +148,7 @@ class Embeddings(nnx.Module):
         return x if self.moved is None else self.moved(x)
 
     def logits(self, x: Float[AnyArray, "*B T E"]) -> jax.Array:
-        """``x . table[token]`` for each token: the tied head, ``[*B T V]``."""
+        """The tied output head: ``x . table[token]`` for every token, ``[*B T V]``."""
         table = self.tokens[...]
         check_tokens("x", x, "[... E]", table.shape[-1])
         dtype = self.dtype or jnp.promote_types(x.dtype, table.dtype)
@@ -160,27 +160,27 @@ class Embeddings(nnx.Module):
 
 
 def _sum(x: jax.Array, vectors: jax.Array) -> jax.Array:
-    """The tokens' vectors and others, which may have fewer batch axes."""
+    """The sum of token vectors and others, which may have fewer batch axes."""
     a, b = same_rank(x, vectors)
     return a + b
 
 
 def moved_embeddings(model: nnx.Module, move: Callable[[jax.Array], jax.Array]) -> Any:
-    """A model whose tokens have other vectors: ``move(x)`` wherever ``Embeddings`` looks up ``x``.
+    """A copy of a model with perturbed token vectors: ``move(x)`` for each look-up ``x``.
 
-    What it takes to train against an adversary, to add noise to the embeddings, or to see how much
-    each token matters (the gradient of what is added).
+    For adversarial training, noise on the embeddings, or the saliency of tokens (the gradient with
+    respect to the perturbation).
 
     Args:
-      model: what holds ``Embeddings`` somewhere; it is left as it is.
-      move: ``[*B T E]`` to the same shape. It is called once for each look-up, in the order of the
-        computation.
+      model: holds ``Embeddings``. It is not changed.
+      move: from ``[*B T E]`` to the same shape. It is called once for each look-up, in the order
+        of the computation.
 
     Returns:
-      A copy of the model, with the same parameters.
+      A copy of the model that shares its parameter values.
 
     Raises:
-      ValueError: there are no ``Embeddings`` in the model.
+      ValueError: the model has no ``Embeddings``.
 
     >>> import numpy as np
     >>> embed = Embeddings(10, 4, rngs=nnx.Rngs(0))
@@ -195,7 +195,7 @@ def moved_embeddings(model: nnx.Module, move: Callable[[jax.Array], jax.Array]) 
     copy = nnx.merge(*nnx.split(model))
     found = [module for _, module in nnx.iter_modules(copy) if isinstance(module, Embeddings)]
     if not found:
-        raise ValueError("model must hold Embeddings: it has none to move")
+        raise ValueError("model must hold Embeddings, got a model without")
     for module in found:
         module.moved = move
     return copy

@@ -1,4 +1,4 @@
-"""What is done to each token by itself."""
+"""The feed-forward layer, applied to each token."""
 
 from __future__ import annotations
 
@@ -50,17 +50,17 @@ class FeedForward(nnx.Module):
         bias_init: nnx.Initializer = BIAS_INIT,
         rngs: nnx.Rngs,
     ) -> None:
-        """Makes the projections.
+        """Creates the projections.
 
         Args:
           features: width of the model (E).
           hidden: width between the projections.
           activation: ``"gelu"`` (exact), ``"gelu_tanh"``, ``"relu"``, ``"silu"``, or a function.
-          gated: with a third projection; see above.
-          bias: whether the projections have one.
-          dropout_rate: probability of dropping a hidden number.
+          gated: adds a third projection, see above.
+          bias: whether the projections have a bias.
+          dropout_rate: of the hidden activations.
           dtype, param_dtype, kernel_init, bias_init: as for ``MultiHeadAttention``.
-          rngs: for parameters, and for dropout where there is any.
+          rngs: for parameters and dropout.
 
         Raises:
           TypeError, ValueError: an unknown activation, or a width that is not positive.

@@ -1,4 +1,4 @@
-"""A model with few numbers to train: each projection plus a product of two thin matrices."""
+"""LoRA: projections with a trainable low-rank change, ``y = x W + x A B``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from attention_jax.core.axes import accumulation_dtype, int_at_least
 
 
 class Frozen(nnx.Variable[Any]):
-    """A parameter that is not trained: what looks for ``nnx.Param`` does not find it."""
+    """A parameter that is not trained, since it is not an ``nnx.Param``."""
 
 
 def low_rank(
@@ -24,29 +24,29 @@ def low_rank(
     train: Collection[str] = (),
     rngs: nnx.Rngs,
 ) -> Any:
-    """A model that computes the same, and of which only low-rank changes of projections train::
+    """Adds low-rank adapters to the projections of a model and freezes everything else::
 
-        y = x W + x A B      W [E F] stays, A [E R] begins random, B [R F] at 0
+        y = x W + x A B      W [E F] frozen, A [E R] initially random, B [R F] initially 0
 
-    What trains is in ``nnx.Param`` (``A`` and ``B`` are ``nnx.LoRAParam``), every other parameter
-    becomes ``Frozen``. The layer is Flax's ``nnx.LoRA``, which has no ``alpha / R`` before ``A B``:
-    that would be another learning rate of the adapters.
+    The adapted model initially computes the same. Trainable parameters are ``nnx.Param`` (``A`` and
+    ``B`` are ``nnx.LoRAParam``); all others become ``Frozen``. The layer is Flax's ``nnx.LoRA``,
+    without the factor ``alpha / R``, which amounts to another learning rate of the adapters.
 
     Args:
-      model: what holds ``nnx.Linear`` somewhere; it is left as it is.
+      model: holds ``nnx.Linear`` modules. It is not changed.
       rank: of each change (R), at least 1.
-      where: names of the attributes that hold the ``nnx.Linear`` to adapt. Projections that are
-        fused are adapted where one of them is named: ``"query_key_value"`` for ``"query"``. One
-        that is shared is adapted everywhere.
-      train: names of attributes, modules or parameters, to train in full: a fresh head, norms.
+      where: names of the attributes that hold the ``nnx.Linear`` to adapt. Fused projections are
+        adapted if one of them is named: ``"query_key_value"`` for ``"query"``. A shared projection
+        is adapted everywhere.
+      train: names of attributes, modules or parameters, to train in full: a new head, norms.
       rngs: for ``A``.
 
     Returns:
-      A copy of the model. It has another structure: save it after ``merged``, or its adapters
-      alone, ``low_rank_state``.
+      A copy of the model. Its structure differs from that of the original: save it after
+      ``merged``, or only its adapters, ``low_rank_state``.
 
     Raises:
-      ValueError: a name that nothing has; the names there are are listed.
+      ValueError: a name that no attribute has; the message lists the names that exist.
 
     >>> import jax, numpy as np
     >>> from attention_jax.nn import MultiHeadAttention
@@ -92,13 +92,16 @@ def low_rank(
 
 
 def merged(model: nnx.Module) -> Any:
-    """The model with its adapters in its projections, ``W + A B``, and all parameters trainable.
+    """Folds the adapters into the projections, ``W + A B``, and makes all parameters trainable.
 
     Args:
-      model: as ``low_rank`` returned it, or that trained; it is left as it is.
+      model: returned by ``low_rank``, trained or not. It is not changed.
 
     Returns:
-      A model of the structure that was given to ``low_rank``, which computes the same.
+      A model with the structure of the one given to ``low_rank``, which computes the same as
+      ``model``.
+
+    Source: Hu et al. 2022, section 4.1.
 
     >>> import numpy as np
     >>> from attention_jax.nn import MultiHeadAttention
@@ -124,14 +127,14 @@ def merged(model: nnx.Module) -> Any:
 
 
 def low_rank_state(model: nnx.Module) -> dict[str, jax.Array]:
-    """What ``low_rank`` added to a model, to be kept without the model: ``A`` and ``B`` by name.
+    """The parameters that ``low_rank`` added to a model, to be stored without it.
 
     Args:
-      model: as ``low_rank`` returned it, or that trained.
+      model: returned by ``low_rank``, trained or not.
 
     Returns:
-      For the path to each parameter, joined by dots, its array: of all adapters, and of what was
-      to ``train`` in full.
+      A dict from the path of each parameter, joined by dots, to its array: those of all adapters,
+      and those to ``train`` in full.
 
     Raises:
       ValueError: the model has no adapters.
@@ -146,19 +149,19 @@ def low_rank_state(model: nnx.Module) -> dict[str, jax.Array]:
 
 
 def with_low_rank(model: nnx.Module, state: Mapping[str, Any]) -> Any:
-    """A model with the adapters that ``low_rank_state`` took out of one of the same kind.
+    """Puts the adapters of ``low_rank_state`` into a copy of a model.
 
     Args:
-      model: as ``low_rank`` returned it, called with the same ``rank``, ``where`` and ``train``; it
-        is left as it is.
-      state: its arrays take the dtypes of the model's.
+      model: returned by ``low_rank`` with the same ``rank``, ``where`` and ``train``. It is not
+        changed.
+      state: from ``low_rank_state``; arrays are cast to the dtypes of the model's.
 
     Returns:
       A copy of the model.
 
     Raises:
-      ValueError: the model has no adapters, or names or shapes are not those of the model; the
-        message lists them all.
+      ValueError: the model has no adapters, or names or shapes differ from those of the model; the
+        message lists all of them.
 
     >>> import numpy as np
     >>> from attention_jax.nn import MultiHeadAttention
@@ -191,11 +194,11 @@ def with_low_rank(model: nnx.Module, state: Mapping[str, Any]) -> Any:
 
 
 def _added(model: nnx.Module) -> dict[Any, Any]:
-    """By their paths, parameters of adapters, frozen or not, and whatever else trains."""
+    """The parameters of adapters, frozen or not, and all other trainable ones, by path."""
     flat = dict(nnx.to_flat_state(nnx.state(model)))
     adapters = [x for _, x in nnx.iter_graph(model) if isinstance(x, nnx.LoRA)]
     if not adapters:
-        raise ValueError("model must have adapters: nn.low_rank makes a model that has")
+        raise ValueError("model must have adapters, which nn.low_rank adds")
     thin = {id(x) for adapter in adapters for x in (adapter.lora_a, adapter.lora_b)}
     return {path: x for path, x in flat.items() if id(x) in thin or isinstance(x, nnx.Param)}
 
@@ -213,7 +216,7 @@ def _adapter(linear: nnx.Linear, rank: int, rngs: nnx.Rngs) -> nnx.LoRA:
 
 
 def _folded(adapter: nnx.LoRA, linear: nnx.Linear) -> nnx.Linear:
-    """The projection with ``W + A B``, in a new variable: what shared ``W`` was not adapted."""
+    """The projection with ``W + A B`` in a new variable, since others may share ``W``."""
     kernel: Any = linear.kernel
     wide = accumulation_dtype(kernel.dtype)
     w, a, b = (x[...].astype(wide) for x in (kernel, adapter.lora_a, adapter.lora_b))
@@ -223,19 +226,19 @@ def _folded(adapter: nnx.LoRA, linear: nnx.Linear) -> nnx.Linear:
 
 
 def _as(kind: type[nnx.Variable[Any]], x: Any) -> Any:
-    """A variable of another type."""
+    """The variable as one of another type."""
     return kind.from_metadata(x.get_raw_value(), x.get_metadata())
 
 
 def _changed(model: nnx.Module, kind: type[Any], change: Callable[[Any], Any]) -> Any:
-    """A model with other variables in the places of those of a kind; what is shared stays so."""
+    """The model with every variable of a kind replaced; shared ones stay shared."""
     graph, state = nnx.split(model)
     flat = {p: change(x) if isinstance(x, kind) else x for p, x in nnx.to_flat_state(state)}
     return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
 def _attributes(model: nnx.Module) -> Iterator[tuple[Any, str, Any]]:
-    """Each module, and what it holds under each name: modules and parameters."""
+    """Every module, attribute name and the module or parameter that the attribute holds."""
     for _, module in nnx.iter_graph(model):
         if isinstance(module, nnx.Pytree):
             for name, child in vars(module).items():
@@ -244,9 +247,9 @@ def _attributes(model: nnx.Module) -> Iterator[tuple[Any, str, Any]]:
 
 
 def _check_names(argument: str, given: Collection[str], known: set[str], there: set[str]) -> None:
-    """Raises where a name is not ``known``; ``there`` are those that could have been meant."""
+    """Raises for a name that is not ``known``; ``there`` are the names that the message lists."""
     if isinstance(given, str):
         raise TypeError(f"{argument} must be a collection of names, got the string {given!r}")
     if unknown := sorted(set(given) - known):
-        some = ", ".join(sorted(there)) or "no attribute, for there is none"
+        some = ", ".join(sorted(there)) or "no attribute, since there are none"
         raise ValueError(f"{argument} must name some of {some}; got {', '.join(unknown)}")

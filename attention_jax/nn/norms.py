@@ -1,4 +1,4 @@
-"""The one normalisation that Flax does not have."""
+"""Gemma's RMSNorm, which Flax does not have."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from attention_jax.core.axes import AnyArray, accumulation_dtype, check_tokens, 
 class OnePlusRMSNorm(nnx.Module):
     """``x / sqrt(mean(x^2) + epsilon) * (1 + scale)``, in float32 or wider; ``scale`` starts at 0.
 
-    That weight decay pulls the factor to 1 and not to 0 is what the 1 is for.
+    With the 1, weight decay pulls the factor towards 1 instead of 0.
 
     >>> import numpy as np
     >>> norm = OnePlusRMSNorm(2, epsilon=0.0, rngs=nnx.Rngs(0))
@@ -34,6 +34,15 @@ class OnePlusRMSNorm(nnx.Module):
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
+        """Creates the scale.
+
+        Args:
+          num_features: width of the last axis (E).
+          epsilon: added to the mean square.
+          dtype: of the result; default: the promoted dtype of input and scale.
+          param_dtype: of the scale.
+          rngs: not used; norms are constructed with it.
+        """
         self.normalise = nnx.RMSNorm(num_features, epsilon=epsilon, use_scale=False, rngs=rngs)
         self.scale = nnx.Param(jnp.zeros(num_features, param_dtype))
         self.dtype = dtype

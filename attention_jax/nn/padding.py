@@ -1,4 +1,4 @@
-"""Padding between tokens: which of them are real, and at which positions those stand."""
+"""Padded sequences: which tokens are real, and their positions."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from attention_jax.core.axes import Shape, broadcasts_to, is_array
 
 
 def as_real(real: Any, shape: Shape, *, name: str = "real", of: str = "the tokens'") -> Any:
-    """The argument as a bool array of the tokens' shape; None, for no padding, stays None.
+    """The argument as a bool array of the tokens' shape; None, no padding, stays None.
 
     Raises:
-      ValueError: another dtype, or a shape that does not broadcast to the tokens'.
+      ValueError: another dtype, or a shape that does not broadcast to that of the tokens.
     """
     if real is None:
         return None
@@ -32,16 +32,16 @@ def as_real(real: Any, shape: Shape, *, name: str = "real", of: str = "the token
 
 
 def filled(x: Any, real: Any) -> Any:
-    """``x`` with 0 in the place of padding, which may hold anything."""
+    """``x`` with padding, which may hold anything, replaced by 0."""
     if real is None:
         return x
-    # NumPy's own integers stay as wide as they are: who looks at them next must see what came.
+    # NumPy integers keep their width, so that range checks see the original values.
     host = not isinstance(x, jax.Array) and not isinstance(real, jax.core.Tracer)
     return np.where(real, x, 0) if host else jnp.where(real, x, 0)
 
 
 def positions_of(real: Any) -> jax.Array:
-    """``max(cumsum(real) - 1, 0)``: the first real token is at 0, whatever stands before it.
+    """``max(cumsum(real) - 1, 0)``: the first real token is at position 0.
 
     >>> positions_of(np.array([False, False, True, True, False])).tolist()
     [0, 0, 0, 1, 1]
@@ -50,7 +50,7 @@ def positions_of(real: Any) -> jax.Array:
 
 
 def places(positions: Any, real: Any) -> Any:
-    """Positions where padding may hold anything, -1 say; by default those of the real tokens."""
+    """Positions with padding set to 0; default: ``positions_of(real)``."""
     if positions is None:
         return None if real is None else positions_of(real)
     return filled(positions, real)

@@ -1,4 +1,4 @@
-"""From the vectors of all tokens to one."""
+"""Pooling: from the vectors of all tokens to one."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from attention_jax.nn.embeddings import EMBED_INIT
 def mean(
     x: Float[AnyArray, "*B T E"], real: Bool[AnyArray, "*B T"] | None = None
 ) -> Float[Array, "*B E"]:
-    """The mean over the real tokens; 0 where there is none.
+    """The mean of the real tokens; 0 if there are none.
 
     Args:
-      x: tokens ``[*B T E]``; what padding holds is not read.
+      x: tokens ``[*B T E]``; padding may hold anything.
       real: bool ``[*B T]``, False for padding; default: all are real.
 
     >>> import numpy as np
@@ -67,7 +67,7 @@ def first(
 
 
 class ClassToken(nnx.Module):
-    """A learned token before the others, to be read in place of a mean.
+    """A learned token prepended to the others, whose final vector represents the sequence.
 
     >>> import numpy as np
     >>> ClassToken(8, rngs=nnx.Rngs(0))(np.ones((2, 5, 8), np.float32)).shape
@@ -84,6 +84,13 @@ class ClassToken(nnx.Module):
         init: nnx.Initializer = EMBED_INIT,
         rngs: nnx.Rngs,
     ) -> None:
+        """Creates the token.
+
+        Args:
+          features: width of the tokens (E).
+          param_dtype, init: of the token.
+          rngs: for the token.
+        """
         self.token = nnx.Param(init(rngs.params(), (1, features), param_dtype))
 
     def __call__(self, x: Float[AnyArray, "*B T E"]) -> Float[Array, "*B T1 E"]:
@@ -96,7 +103,7 @@ class ClassToken(nnx.Module):
 
 
 class AttentionPooling(nnx.Module):
-    """Learned queries attend to the tokens.
+    """Attention pooling: learned queries attend to the tokens.
 
     >>> import numpy as np
     >>> pool = AttentionPooling(8, num_heads=2, rngs=nnx.Rngs(0))
@@ -117,12 +124,12 @@ class AttentionPooling(nnx.Module):
         rngs: nnx.Rngs,
         **options: Any,
     ) -> None:
-        """Makes the queries and their attention.
+        """Creates the queries and their attention.
 
         Args:
           features: width of the tokens (E).
           num_heads: heads (N).
-          queries: how many vectors to make of the tokens.
+          queries: number of pooled vectors.
           param_dtype, init: of the queries.
           rngs: for parameters.
           **options: of ``MultiHeadAttention``.
@@ -141,9 +148,11 @@ class AttentionPooling(nnx.Module):
     def __call__(
         self, x: Float[AnyArray, "*B T E"], real: Bool[AnyArray, "*B T"] | None = None
     ) -> jax.Array:
-        """``[*B T E]``, of which ``real [*B T]`` are no padding, to ``[*B E]``.
+        """``[*B T E]`` to ``[*B E]``; with several queries, to ``[*B queries E]``.
 
-        With several queries, to ``[*B queries E]``.
+        Args:
+          x: tokens ``[*B T E]``.
+          real: bool ``[*B T]``, False for padding; default: all are real.
         """
         check_tokens("x", x, "[*B T E]", self.attention.features)
         if real is not None:

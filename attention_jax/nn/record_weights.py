@@ -1,4 +1,4 @@
-"""The probabilities of all the attention in a model, for looking at."""
+"""``record_weights``: the attention weights of every module of a model."""
 
 from __future__ import annotations
 
@@ -11,27 +11,28 @@ from attention_jax.api import attention_weights
 from attention_jax.mechanisms.as_attention import check_weights
 from attention_jax.nn.attention import MultiHeadAttention
 
-OF_WEIGHTS = ("mask", "score", "sinks", "scale")
+WEIGHT_OPTIONS = ("mask", "score", "sinks", "scale")
 
 
 def record_weights(model: nnx.Module, *args: Any, **options: Any) -> tuple[Any, dict[str, Any]]:
-    """Calls a model, and says who attended to whom: ``softmax(scale * q k^T)`` of each module.
+    """Calls a model in evaluation mode and returns the attention weights of each module too.
 
-    The probabilities are computed anew by ``attention_weights``, whatever ran: a fused kernel does
-    not have them. They take memory of ``T * S``. The model is left as it is.
+    The weights ``softmax(scale * q k^T)`` are computed by ``attention_weights`` in addition to the
+    call, since a fused kernel never forms them. They take ``T * S`` memory. The model is not
+    changed.
 
     Args:
-      model: what holds ``MultiHeadAttention`` somewhere.
+      model: holds ``MultiHeadAttention`` modules.
       *args, **options: of its call.
 
     Returns:
-      What the model returned, and for the path to each attention that was called its probabilities
-      ``[*B N T S]``, without dropout, in the order of the paths.
+      The result of the model, and a dict from the path of each attention module that was called to
+      its weights ``[*B N T S]``, without dropout, in the order of the model.
 
     Raises:
-      ValueError: there is no ``MultiHeadAttention`` in the model.
-      NotImplementedError: one that was called has a mechanism (``mechanisms.as_attention``) in the
-        place of attention, which is no softmax over all keys.
+      ValueError: the model has no ``MultiHeadAttention``.
+      NotImplementedError: a module that was called uses a mechanism (``mechanisms.as_attention``)
+        without softmax weights.
 
     >>> import numpy as np
     >>> from attention_jax.models import Decoder, DecoderConfig, Layers
@@ -44,25 +45,25 @@ def record_weights(model: nnx.Module, *args: Any, **options: Any) -> tuple[Any, 
     """
     copy = nnx.merge(*nnx.split(model))
     copy.eval()
-    # What is kept below would be out of reach outside of a computation that is done again.
+    # Weights recorded inside a rematerialised or scanned layer would be leaked tracers.
     copy.set_attributes(remat=False, scan=False, raise_if_not_found=False)
     found: dict[str, Any] = {}
 
     def recorded(path: str, attend: Callable[..., Any]) -> Callable[..., Any]:
-        def attend_and_keep(query: Any, key: Any, value: Any, **options: Any) -> Any:
+        def attend_and_record(query: Any, key: Any, value: Any, **options: Any) -> Any:
             check_weights(attend)
-            asked = {name: x for name, x in options.items() if name in OF_WEIGHTS}
-            found[path] = attention_weights(query, key, **asked)
+            used = {name: x for name, x in options.items() if name in WEIGHT_OPTIONS}
+            found[path] = attention_weights(query, key, **used)
             return attend(query, key, value, **options)
 
-        return attend_and_keep
+        return attend_and_record
 
     for path, module in nnx.iter_modules(copy):
         if isinstance(module, MultiHeadAttention):
             name = ".".join(map(str, path))
-            found[name] = None  # their order is that of the model
+            found[name] = None  # fixes the order to that of the model
             module.attention = recorded(name, module.attention)
     if not found:
-        raise ValueError("model must hold a MultiHeadAttention: it has none to record")
+        raise ValueError("model must hold a MultiHeadAttention, got a model without")
     result = copy(*args, **options)
     return result, {path: weights for path, weights in found.items() if weights is not None}

@@ -1,13 +1,19 @@
 """Positions: sinusoidal and learned vectors, rotary angles and their scalings, relative terms.
 
 Positions are explicit integers ``[*B T]``, so packed, padded and cached sequences need nothing
-special. Rotary embedding turns pairs of numbers of a query or key by an angle that grows with the
-position, so that their product depends on the distance alone::
+special. Rotary embedding rotates pairs of features of a query or key by an angle that grows with
+the position, so that the products of queries and keys depend on their distance alone::
 
     angle_i = position * f_i,   f_i = theta ** (-2 i / width)
 
+>>> import numpy as np
+>>> query = np.ones((2, 5, 4, 16), np.float32)  # *B T N H
+>>> padded_left = np.array([[0, 1, 2, 3, 4], [0, 0, 0, 1, 2]])  # the second row has three tokens
+>>> rotary(query, padded_left).shape
+(2, 5, 4, 16)
+
 A ``Scaling`` is a value that changes the frequencies ``f`` for sequences longer than those that a
-model was trained on. Slopes and buckets (ALiBi, T5) and Shaw's vectors are scores:
+model was trained on. ALiBi, T5's relative bias and Shaw's relative embeddings are scores:
 ``attention_jax.scores``.
 """
 

@@ -1,13 +1,11 @@
-"""Relative terms that a score alone cannot give."""
+"""Relative terms that need more than a score: Transformer-XL."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from attention_jax.core.axes import AnyArray, same_rank
+from attention_jax.core.axes import AnyArray, PerExample, same_rank
 from attention_jax.scores import Score, relative_embedding
 
 
@@ -18,23 +16,23 @@ def transformer_xl(
     content_bias: Float[AnyArray, "N H"],
     position_bias: Float[AnyArray, "N H"],
     scale: float | None = None,
-    offset: Any = 0,
+    offset: PerExample = 0,
     align: str = "start",
 ) -> tuple[Float[Array, "*B T N H"], Score]:
-    """Transformer-XL's logits as a query and a score, ``r`` the table's row of ``j - i - offset``::
+    """Transformer-XL's logits as a query and a score; ``r`` is row ``j - i - offset`` of table::
 
         s_ij = scale * ((q_i + content_bias) . k_j + (q_i + position_bias) . r)
 
     Args:
       query: ``[*B T N H]``.
-      table: ``[R N H]``, rows for distances ``-c .. c``; further ones take the last.
+      table: ``[R N H]``, rows for distances ``-c .. c``; larger distances take the last row.
       content_bias: ``u [N H]``.
       position_bias: ``v [N H]``.
-      scale: that of the call of ``attention``; default ``1 / sqrt(H)``.
+      scale: the one passed to ``attention``; default ``1 / sqrt(H)``.
       offset, align: as for ``alibi``.
 
     Returns:
-      What to pass as ``query`` and as ``score``.
+      The ``query`` and the ``score`` to pass to ``attention``.
 
     >>> import numpy as np
     >>> q, zero = np.ones((1, 1, 1), np.float32), np.zeros((1, 1), np.float32)

@@ -1,4 +1,4 @@
-"""Rotary embedding: pairs of numbers turned by an angle that grows with the position."""
+"""Rotary embedding: rotates pairs of features by an angle that grows with the position."""
 
 from __future__ import annotations
 
@@ -6,10 +6,15 @@ import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
-from attention_jax.core.axes import AnyArray, accumulation_dtype, check_positions, same_rank
+from attention_jax.core.axes import (
+    AnyArray,
+    accumulation_dtype,
+    broadcasts_to,
+    check_positions,
+    same_rank,
+)
 from attention_jax.positions.scalings import DynamicNTK, Scaling, angles, frequencies
 
 
@@ -23,7 +28,7 @@ def rotary(
     scaling: Scaling | None = None,
     length: Any = None,
 ) -> Float[Array, "*B T N H"]:
-    """Each pair ``(a, b)`` of the first ``width`` numbers turned by ``position * f``::
+    """Rotates each pair ``(a, b)`` of the first ``width`` features by ``position * f``::
 
         (a, b) -> (a cos - b sin, a sin + b cos)
 
@@ -31,19 +36,20 @@ def rotary(
       x: queries or keys ``[*B T N H]``, differentiable.
       positions: integers that broadcast to ``[*B T]``.
       theta: ``f_i = theta ** (-2 i / width)``.
-      width: how many numbers are turned, even; the rest stays. Default: all (H).
-      interleaved: pairs are neighbours ``(0, 1), (2, 3), ...``; else number ``i`` and
+      width: how many features to rotate, even; the others stay. Default: all (H).
+      interleaved: pairs are neighbours ``(0, 1), (2, 3), ...``; else features ``i`` and
         ``i + width / 2``, as in most published checkpoints.
       scaling, length: see ``frequencies``.
 
     Returns:
-      ``[*B T N H]`` in the dtype of ``x``; angles too are computed in float32 or wider. In
-      float32 an angle is off by up to ``6e-8 * position``.
+      ``[*B T N H]`` in the dtype of ``x``. Angles are computed in float32 or wider; in float32
+      they are off by up to ``6e-8 * position``.
 
     Raises:
       ValueError: ``width`` is odd or more than H; ``positions`` do not broadcast to ``[*B T]``.
       TypeError: ``positions`` are not integers.
 
+    >>> import numpy as np
     >>> x = np.array([[[1.0, 0.0]], [[1.0, 0.0]]], np.float32)  # T = 2, N = 1, H = 2
     >>> print(np.asarray(rotary(x, np.arange(2))).round(2)[:, 0])
     [[1.   0.  ]
@@ -57,40 +63,37 @@ def rotary(
     if width > H:
         raise ValueError(f"width must be at most {H}, the width of x (H), got {width}")
     positions = check_positions(positions)
-    try:
-        fits = np.broadcast_shapes(positions.shape, x.shape[:-2]) == x.shape[:-2]
-    except ValueError:
-        fits = False
-    if not fits:
+    if not broadcasts_to(positions.shape, x.shape[:-2]):
         raise ValueError(
             f"positions must broadcast to {x.shape[:-2]}, the [*B T] of x, got {positions.shape}"
         )
     dtype = accumulation_dtype(x.dtype)
     f, scale = frequencies(width, theta=theta, scaling=scaling, length=length, dtype=dtype)
-    turned = x[..., :width].astype(dtype)
-    turns, turned = same_rank(angles(positions, f)[..., None, :], turned)  # [*B T 1 h]
-    cos, sin = scale * jnp.cos(turns), scale * jnp.sin(turns)
+    rotated = x[..., :width].astype(dtype)
+    angle, rotated = same_rank(angles(positions, f)[..., None, :], rotated)  # [*B T 1 h]
+    cos, sin = scale * jnp.cos(angle), scale * jnp.sin(angle)
     if interleaved:
-        a, b = turned[..., 0::2], turned[..., 1::2]
+        a, b = rotated[..., 0::2], rotated[..., 1::2]
     else:
-        a, b = jnp.split(turned, 2, axis=-1)
+        a, b = jnp.split(rotated, 2, axis=-1)
     pair = a * cos - b * sin, a * sin + b * cos
     if interleaved:
-        turned = jnp.stack(pair, axis=-1).reshape(turned.shape)
+        rotated = jnp.stack(pair, axis=-1).reshape(rotated.shape)
     else:
-        turned = jnp.concatenate(pair, axis=-1)
-    return jnp.concatenate([turned.astype(x.dtype), x[..., width:]], axis=-1)
+        rotated = jnp.concatenate(pair, axis=-1)
+    return jnp.concatenate([rotated.astype(x.dtype), x[..., width:]], axis=-1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Rotary:
     """``rotary`` with its options, as a value that a module can hold.
 
-    The length that a scaling may depend on is each row's largest position and one.
+    A scaling that depends on the length takes each row's largest position plus one.
 
     Attributes:
       theta, width, interleaved, scaling: as for ``rotary``.
 
+    >>> import numpy as np
     >>> x = np.array([[[1.0, 0.0]], [[1.0, 0.0]]], np.float32)  # T = 2, N = 1, H = 2
     >>> print(np.asarray(Rotary()(x, np.arange(2))).round(2)[:, 0])
     [[1.   0.  ]
@@ -103,7 +106,7 @@ class Rotary:
     scaling: Scaling | None = None
 
     def __call__(self, x: Float[AnyArray, "*B T N H"], positions: Any) -> Float[Array, "*B T N H"]:
-        """``x`` turned by the angles of its positions, integers that broadcast to ``[*B T]``."""
+        """``x`` rotated by the angles of ``positions``, integers that broadcast to ``[*B T]``."""
         length = None
         if isinstance(self.scaling, DynamicNTK):
             length = jnp.max(positions, axis=-1, keepdims=True) + 1

@@ -1,4 +1,4 @@
-"""Rotary frequencies, and the values that change them for longer sequences."""
+"""Rotary frequencies, and scalings of them for longer sequences."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ class Scaling:
     """A change of rotary frequencies. Subclasses give ``scaled``."""
 
     def scaled(self, f: np.ndarray, width: int, theta: float, length: Any) -> tuple[Any, float]:
-        """New frequencies, and what cosine and sine are multiplied by.
+        """New frequencies, and the factor of cosine and sine.
 
         Args:
           f: ``theta ** (-2 i / width)``, float64.
           width, theta: as for ``rotary``.
-          length: of the sequence: an int, or an int array, whose axes come before that of ``f``;
-            None: unknown.
+          length: of the sequence: an int, or an int array whose axes go before that of ``f``; None
+            if unknown.
         """
         raise NotImplementedError(
             f"{type(self).__name__} must define scaled(f, width, theta, length)"
@@ -33,7 +33,7 @@ class Scaling:
 
 @dataclasses.dataclass(frozen=True)
 class Linear(Scaling):
-    """``f / factor``: positions squeezed into the trained range.
+    """``f / factor``: positions are interpolated within the trained range.
 
     Source: Chen et al. 2023, "Extending Context Window of Large Language Models via Positional
     Interpolation".
@@ -50,7 +50,7 @@ class Linear(Scaling):
 
 @dataclasses.dataclass(frozen=True)
 class NTK(Scaling):
-    """``theta * factor ** (width / (width - 2))``: slow pairs squeezed, fast ones hardly.
+    """``theta * factor ** (width / (width - 2))``: low frequencies are scaled, high ones hardly.
 
     Source: bloc97 2023, "NTK-aware scaled RoPE"; Peng et al. 2023 (YaRN), section 3.1.
     """
@@ -66,7 +66,7 @@ class NTK(Scaling):
 
 @dataclasses.dataclass(frozen=True)
 class DynamicNTK(Scaling):
-    """``NTK`` by as much as the present length needs: nothing up to ``original`` tokens.
+    """``NTK`` with a factor that grows with the length; no change up to ``original`` tokens.
 
     With ``L = max(length, original)`` the factor is ``factor * L / original - (factor - 1)``.
 
@@ -102,18 +102,19 @@ def _ntk(f: np.ndarray, factor: Any, width: int) -> Any:
 
 
 def _widest() -> Any:
-    """float64 where JAX has it switched on, else float32."""
+    """float64 if JAX has it enabled, else float32."""
     return jax.dtypes.canonicalize_dtype(np.float64)
 
 
 @dataclasses.dataclass(frozen=True)
 class YaRN(Scaling):
-    """Pairs that turn often are kept, those that turn less than once squeezed, between: a ramp.
+    """Keeps high frequencies, interpolates low ones, with a linear ramp between the two.
 
-    A pair turns ``original * f / (2 pi)`` times within ``original`` tokens. Its share of ``f``
-    against ``f / factor`` falls linearly in its number from where that is ``fast`` to where it is
-    ``slow``. Cosine and sine are multiplied by ``0.1 ln(factor) + 1``, or by ``attention_factor``,
-    which makes up for the flatter softmax.
+    A pair makes ``original * f / (2 pi)`` rotations within ``original`` tokens. Its frequency is
+    ``f`` where these are at least ``fast`` and ``f / factor`` where they are at most ``slow``;
+    between, the share of ``f`` falls linearly with the index of the pair. Cosine and sine are
+    multiplied by ``attention_factor``, by default ``0.1 ln(factor) + 1``, which makes up for the
+    flatter softmax.
 
     Source: Peng et al. 2023, "YaRN: Efficient Context Window Extension of Large Language Models".
     """
@@ -124,32 +125,34 @@ class YaRN(Scaling):
     slow: float = 1.0
     attention_factor: float | None = None
     truncate: bool = True
-    """Whether the ends of the ramp are whole numbers of pairs."""
+    """Whether the ends of the ramp are rounded to whole pairs."""
 
     def __post_init__(self) -> None:
         _positive(self, "factor", "original", "fast", "slow")
 
     def scaled(self, f: np.ndarray, width: int, theta: float, length: Any) -> tuple[Any, float]:
-        def pair(turns: float) -> float:
-            return width * math.log(self.original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+        def pair(rotations: float) -> float:
+            ratio = self.original / (rotations * 2 * math.pi)
+            return width * math.log(ratio) / (2 * math.log(theta))
 
         low, high = pair(self.fast), pair(self.slow)
         if self.truncate:
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, width - 1)
         span = high - low or 0.001
-        squeezed = np.clip((np.arange(width // 2) - low) / span, 0.0, 1.0)
+        interpolated = np.clip((np.arange(width // 2) - low) / span, 0.0, 1.0)
         scale = self.attention_factor
         if scale is None:
             scale = 0.1 * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
-        return f / self.factor * squeezed + f * (1 - squeezed), scale
+        return f / self.factor * interpolated + f * (1 - interpolated), scale
 
 
 @dataclasses.dataclass(frozen=True)
 class Llama3(Scaling):
-    """Long wavelengths squeezed by ``factor``, short ones kept, between: a ramp.
+    """Keeps short wavelengths, interpolates long ones by ``factor``, with a ramp between the two.
 
-    With ``turns = original * f / (2 pi)``: kept above ``high``, squeezed below ``low``.
+    By the rotations within ``original`` tokens, ``original * f / (2 pi)``: a frequency is kept
+    above ``high`` and divided by ``factor`` below ``low``.
 
     Source: Grattafiori et al. 2024, "The Llama 3 Herd of Models", and the models' configurations.
     """
@@ -165,8 +168,8 @@ class Llama3(Scaling):
             raise ValueError(f"low must be less than high, got {self.low} and {self.high}")
 
     def scaled(self, f: np.ndarray, width: int, theta: float, length: Any) -> tuple[Any, float]:
-        turns = self.original * f / (2 * np.pi)
-        kept = np.clip((turns - self.low) / (self.high - self.low), 0.0, 1.0)
+        rotations = self.original * f / (2 * np.pi)
+        kept = np.clip((rotations - self.low) / (self.high - self.low), 0.0, 1.0)
         return f / self.factor * (1 - kept) + f * kept, 1.0
 
 
@@ -184,15 +187,15 @@ def frequencies(
     length: Any = None,
     dtype: Any = jnp.float32,
 ) -> tuple[Float[Array, "*B h"], float]:
-    """Radians per position of each pair, and what cosine and sine are multiplied by.
+    """Radians per position of each pair, and the factor of cosine and sine.
 
     Args:
-      width: numbers that are turned, even; there are ``h = width / 2`` pairs.
+      width: the number of rotated features, even: ``h = width / 2`` pairs.
       theta: ``f_i = theta ** (-2 i / width)``.
-      scaling: changes them.
-      length: of the sequence, for scalings that depend on it; an int or an int array, whose axes
-        come before those of the frequencies.
-      dtype: of the frequencies, which are rounded to it last.
+      scaling: a change of these frequencies.
+      length: of the sequence, for scalings that depend on it; an int, or an int array whose axes go
+        before that of the frequencies.
+      dtype: of the result; the computation itself is in float64 where it can be.
 
     Raises:
       ValueError: ``width`` is odd or not positive, ``theta`` not positive, ``length`` missing.

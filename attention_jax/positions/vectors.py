@@ -1,4 +1,4 @@
-"""Vectors that are added to the inputs: sinusoidal and learned."""
+"""Position embeddings that are added to the inputs: sinusoidal and learned."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def sinusoidal(
 
     Args:
       positions: integers ``[*B T]``.
-      width: numbers per position (E), even.
+      width: features per position (E), even.
       theta: the longest wavelength is ``2 pi theta``.
-      interleaved: sine and cosine in turns, as in the paper; else all sines first.
-      dtype: of the result. Angles are computed in float32 or wider: in float32 they are off by up
+      interleaved: sines and cosines alternate, as in the paper; else all sines come first.
+      dtype: of the result. Angles are computed in float32 or wider; in float32 they are off by up
         to ``6e-8 * position``.
 
     Returns:
@@ -46,10 +46,10 @@ def sinusoidal(
     Source: Vaswani et al. 2017, "Attention Is All You Need", section 3.5.
     """
     f, _ = frequencies(width, theta=theta, dtype=accumulation_dtype(dtype))
-    turned = angles(check_positions(positions), f)
-    pair = jnp.sin(turned).astype(dtype), jnp.cos(turned).astype(dtype)
+    angle = angles(check_positions(positions), f)
+    pair = jnp.sin(angle).astype(dtype), jnp.cos(angle).astype(dtype)
     if interleaved:
-        return jnp.stack(pair, axis=-1).reshape(*turned.shape[:-1], width)
+        return jnp.stack(pair, axis=-1).reshape(*angle.shape[:-1], width)
     return jnp.concatenate(pair, axis=-1)
 
 
@@ -57,14 +57,14 @@ def learned(table: Float[AnyArray, "P E"], positions: Any) -> Float[Array, "*B T
     """``table[position]``.
 
     Args:
-      table: one vector for each position ``[P E]``, differentiable.
+      table: ``[P E]``, one vector per position, differentiable.
       positions: integers ``[*B T]`` from 0 to ``P - 1``.
 
     Returns:
-      ``[*B T E]``; where positions are known only at run time, NaN for those out of range.
+      ``[*B T E]``; NaN for positions out of range where they are traced.
 
     Raises:
-      ValueError: a position known before is out of range.
+      ValueError: a position is out of range, where they are not traced.
       TypeError: ``positions`` are not integers.
 
     >>> import numpy as np
@@ -75,16 +75,16 @@ def learned(table: Float[AnyArray, "P E"], positions: Any) -> Float[Array, "*B T
 
 
 def rows(table: Any, index: Any, name: str) -> jax.Array:
-    """``table[index]``: an error for an index out of range where it is known, else NaN."""
+    """``table[index]``; an index out of range raises an error, or gives NaN where it is traced."""
     index = check_positions(index, name)
     if not isinstance(index, jax.core.Tracer) and index.size:
-        known = np.asarray(index)  # under jit, what JAX makes of a constant is not known
+        known = np.asarray(index)  # in NumPy: under jit, JAX traces operations on constants too
         least, most = int(known.min()), int(known.max())
         if least < 0 or most >= table.shape[0]:
             raise ValueError(
                 f"{name} must be from 0 to {table.shape[0] - 1}, the rows of the table, got "
                 f"{least} to {most}"
             )
-    # To take(), -1 is the last row: here it is out of range.
+    # take() reads -1 as the last row; here it is out of range.
     index = jnp.where(jnp.asarray(index) < 0, table.shape[0], index)
     return jnp.take(jnp.asarray(table), index, axis=0, mode="fill", fill_value=jnp.nan)

@@ -260,6 +260,7 @@ _KERNEL = {"planted, bias", "length 0, sinks"}
 PROMISE_TAGS = {
     "numerics": _NUMERICS,
     "kernel": _KERNEL,
+    "smoke": {"plain", "everything", "planted, bias", "lse, long, bfloat16"},
     "core": {
         *_NUMERICS,
         *_KERNEL,

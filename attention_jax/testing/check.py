@@ -130,6 +130,7 @@ def check(
       A Report, which prints as a table.
 
     >>> import attention_jax as aj
+    >>> from attention_jax.testing import cases, jax_nn
     >>> few = cases(name="plain, narrow") + cases(name="empty rows by mask, narrow")
     >>> check(aj.attention, cases=few, gradients=False).ok
     True

@@ -1,1 +1,1 @@
-"""Measurements of time, memory and errors, ours beside those of other libraries."""
+"""Benchmarks of time, memory and numerical errors, ours beside other libraries."""

@@ -1,13 +1,13 @@
-"""Speed, memory and first-call time, side by side with the others in one process.
+"""``bench``: speed, memory and first-call time, side by side with other libraries.
 
     python -m experiments bench                  # everything, about 12 minutes on 2 cores
     python -m experiments bench --only decode    # one section
-    python -m experiments bench --scaling        # how cost grows with length instead
+    python -m experiments bench --scaling        # how cost grows with length, instead
 
-Contenders run in turns, so that whatever else the machine does hits all of them; figures are
-medians after warm-up. Ratios are what to compare: absolute figures differ between machines.
+Contenders run in turns in one process, so that other load on the machine affects all of them;
+figures are medians after a warm-up. Compare ratios: absolute figures differ between machines.
 GFLOP/s count ``2 * B * N * T * S * (H + D)`` forward and 2.5 times that backward, both as if
-dense, so a causal figure above the dense one shows the blocks skipped.
+dense, so that a causal figure above the dense one shows the blocks skipped.
 
 torch is optional (``pip install torch==2.13.0``); without it its columns are empty.
 """
@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import pathlib
 import statistics
 import subprocess
@@ -26,15 +27,12 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 
 import attention_jax as aj
-from attention_jax.backends import blockwise
-from attention_jax.backends.call import Call
-from attention_jax.core.axes import check_query_key_value
+from attention_jax.backends import Blockwise
+from attention_jax.backends.blockwise.run import SPEED
 from experiments.bench import scaling
 from experiments.bench.contenders import (
-    Shape,
     have_torch,
     in_turns,
     jax_nn,
@@ -55,7 +53,8 @@ from experiments.bench.models import (
     train_torch,
     training_step,
 )
-from experiments.bench.tables import Row, print_row, write
+from experiments.bench.shapes import SHAPES, SHORT, Shape
+from experiments.bench.tables import TUNING, Measurement, print_measurement, write
 from experiments.training.config import FLAX
 
 Section = Literal[
@@ -77,23 +76,25 @@ Section = Literal[
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What to measure, and where to write it."""
+    """Options of ``bench``."""
 
     only: Section | None = None
-    """One section; by default all but ``short`` and ``blocks``, which tune the library's tables."""
+    """One section; default all except ``short`` and ``blocks``, which tune the library's tables."""
     repeats: int = 7
-    """Timed runs of each contender, after two for warm-up."""
+    """Timed runs of each contender, after two runs to warm up."""
     flex: bool = True
     """Compile torch's flex_attention for the window rows (needs a C++ compiler)."""
     scaling: bool = False
     """Measure how time and memory grow with length instead."""
     out: pathlib.Path = pathlib.Path("runs/bench")
-    """Folder for bench.json, bench.md and bench.png; or scaling.json and scaling.png."""
+    """Folder for bench.json, bench.md and bench.png, or for scaling.json and scaling.png."""
 
 
-def compare(
-    section: str, shape: Shape, options: Options, targets: dict[str, float], backward: bool = False
-) -> Row:
+def measure(
+    section: str, name: str, options: Options, targets: dict[str, float], backward: bool = False
+) -> Measurement:
+    """Times all contenders on a named shape."""
+    shape = SHAPES[name]
     contenders = {
         "ours": ours(shape, backward=backward),
         "jax.nn": jax_nn(shape, backward=backward),
@@ -110,72 +111,69 @@ def compare(
             note = f"torch flex: {type(error).__name__}"
     seconds = in_turns(contenders, options.repeats)
     gflops = shape.flops * (3.5 if backward else 1.0) / 1e9
-    return Row(section, str(shape), seconds, gflops, targets, note)
+    return Measurement(section, str(shape), seconds, gflops, targets, note)
 
 
-def forward(options: Options) -> list[Row]:
+def forward(options: Options) -> list[Measurement]:
     """Forward, short to long."""
-    at_least = {"torch sdpa": 1.0}
-    rows = [
-        compare("forward", shape, options, at_least)
-        for shape in (Shape(128, 128, 64), Shape(512, 512, 32), Shape(1024, 1024, 16))
-    ]
-    at_least = {"torch sdpa": 1.3, "jax.nn": 4.0}
-    return rows + [
-        compare("forward", shape, options, at_least)
-        for shape in (
-            Shape(2048, 2048, 8),
-            Shape(2048, 2048, 8, causal=True),
-            Shape(4096, 4096, 4, causal=True),
-            Shape(8192, 8192, 2, causal=True),
+    short, long = {"torch sdpa": 1.0}, {"torch sdpa": 1.3, "jax.nn": 4.0}
+    return [
+        measure("forward", name, options, targets)
+        for name, targets in (
+            ("dense 128", short),
+            ("dense 512", short),
+            ("dense 1024", short),
+            ("dense 2048", long),
+            ("causal 2048", long),
+            ("causal 4096", long),
+            ("causal 8192", long),
         )
     ]
 
 
-def train(options: Options) -> list[Row]:
+def train(options: Options) -> list[Measurement]:
     """Forward and backward."""
     long = {"torch sdpa": 1.1, "jax.nn": 2.0}
     return [
-        compare("train", shape, options, targets, backward=True)
-        for shape, targets in (
-            (Shape(512, 512, 32), {"jax.nn": 2.0}),
-            (Shape(1024, 1024, 16), {"jax.nn": 2.0}),
-            (Shape(2048, 2048, 8), long),
-            (Shape(2048, 2048, 8, causal=True), {"torch sdpa": 1.1, "jax.nn": 4.0}),
-            (Shape(4096, 4096, 4, causal=True), long),
+        measure("train", name, options, targets, backward=True)
+        for name, targets in (
+            ("dense 512", {"jax.nn": 2.0}),
+            ("dense 1024", {"jax.nn": 2.0}),
+            ("dense 2048", long),
+            ("causal 2048", {"torch sdpa": 1.1, "jax.nn": 4.0}),
+            ("causal 4096", long),
         )
     ]
 
 
-def window(options: Options) -> list[Row]:
-    """A window of 256 keys, self included."""
+def window(options: Options) -> list[Measurement]:
+    """A sliding window of 256 keys."""
     return [
-        compare("window", Shape(2048, 2048, 8, window=256), options, {}),
-        compare(
+        measure("window", "window 2048", options, {}),
+        measure(
             "window",
-            Shape(16384, 16384, 2, window=256),
+            "window 16384",
             dataclasses.replace(options, repeats=max(3, options.repeats // 2)),
             {"jax.nn": 20.0, "torch flex": 1.0},
         ),
     ]
 
 
-def decode(options: Options) -> list[Row]:
-    """One query; bound by reading keys and values."""
+def decode(options: Options) -> list[Measurement]:
+    """One query against a cache; bound by reading keys and values."""
     rows = []
-    for S in (2048, 8192):
-        shape = Shape(1, S, N=32, K=8, H=128)
-        row = compare("decode", shape, options, {"torch sdpa": 1.0})
-        gigabytes = 2 * S * 8 * 128 * 4 / 1e9
+    for name in ("decode 2048", "decode 8192"):
+        row = measure("decode", name, options, {"torch sdpa": 1.0})
+        gigabytes = sum(math.prod(x.shape) for x in SHAPES[name].structs()[1:]) * 4 / 1e9
         note = f"{gigabytes / row.seconds['ours']:.1f} GB/s of keys and values"
         rows.append(dataclasses.replace(row, note=note))
     return rows
 
 
-def vmap(options: Options) -> list[Row]:
-    """``vmap`` over examples against a batch axis."""
+def vmap(options: Options) -> list[Measurement]:
+    """``vmap`` over examples beside a batch axis."""
     rows = []
-    for shape in (Shape(128, 128, 8, B=8), Shape(1024, 1024, 4, B=4, causal=True)):
+    for shape in (SHAPES["batch dense 128"], SHAPES["batch causal 1024"]):
         q, k, v = shape.arrays()
         mask = shape.mask
         mapped = jax.jit(jax.vmap(lambda q, k, v, mask=mask: aj.attention(q, k, v, mask=mask)))
@@ -185,15 +183,15 @@ def vmap(options: Options) -> list[Row]:
         }
         seconds = in_turns(contenders, options.repeats)
         work = f"vmap over {shape.B}, {shape}"
-        rows.append(Row("vmap", work, seconds, shape.flops / 1e9, {"batch axis": 0.9}))
+        rows.append(Measurement("vmap", work, seconds, shape.flops / 1e9, {"batch axis": 0.9}))
     return rows
 
 
-def first(options: Options) -> list[Row]:
-    """The first call: trace, compile, run. Median of three, caches cleared before each."""
+def first(options: Options) -> list[Measurement]:
+    """The first call: tracing, compiling, running. Median of three, with caches cleared before."""
     rows = []
     for backward in (False, True):
-        shape = Shape(1024, 1024, 2, causal=True)
+        shape = SHAPES["first causal 1024"]
         seconds: dict[str, list[float]] = {"ours": [], "jax.nn": []}
         for _ in range(3):
             for name, contender in (("ours", ours), ("jax.nn", jax_nn)):
@@ -204,16 +202,16 @@ def first(options: Options) -> list[Row]:
                 seconds[name].append(time.perf_counter() - start)
         medians = {name: statistics.median(s) for name, s in seconds.items()}
         work = f"first call, {shape}" + (", fwd+bwd" if backward else "")
-        rows.append(Row("first", work, medians, shape.flops / 1e9, {"jax.nn": 0.5}))
+        rows.append(Measurement("first", work, medians, shape.flops / 1e9, {"jax.nn": 0.5}))
     return rows
 
 
-def memory(options: Options) -> list[Row]:
-    """Memory beside arguments and results, in a process of its own: ``bench/memory.py``."""
+def memory(options: Options) -> list[Measurement]:
+    """Memory in addition to arguments and results, measured in its own process by ``memory``."""
     rows = []
     for work, arguments in (
-        ("65,536 tokens, causal, fwd+bwd, one head", ["65536", "--backward"]),
-        ("1,000,000 tokens, window 512, fwd, one head", ["1000000", "--window", "512"]),
+        ("65,536 tokens, causal, fwd+bwd, one head", ["causal 65536", "--backward"]),
+        ("1,000,000 tokens, window 512, fwd, one head", ["window 1000000"]),
     ):
         done = subprocess.run(
             [sys.executable, "-m", "experiments.bench.memory", *arguments],
@@ -224,16 +222,17 @@ def memory(options: Options) -> list[Row]:
         if done.returncode:
             raise RuntimeError(f"{work}: {done.stderr[-2000:]}")
         measured = json.loads(done.stdout)
+        resident = max(0.0, measured["resident_mib"])
         note = (
-            f"beside arguments and results {measured['planned_mib']:.0f} MiB planned, "
-            f"{max(0.0, measured['resident_mib']):.0f} MiB seen resident"
+            f"{measured['planned_mib']:.0f} MiB planned, {resident:.0f} MiB resident, in addition "
+            f"to arguments and results"
         )
-        rows.append(Row("memory", work, {"ours": measured["seconds"]}, 0.0, {}, note))
+        rows.append(Measurement("memory", work, {"ours": measured["seconds"]}, 0.0, {}, note))
     return rows
 
 
-def step(options: Options) -> list[Row]:
-    """A training step of a whole decoder, with AdamW."""
+def step(options: Options) -> list[Measurement]:
+    """A training step of a whole decoder with AdamW."""
     rows = []
     for T, targets in (
         (256, {"flax": 1.05, "torch": 0.9}),
@@ -245,14 +244,14 @@ def step(options: Options) -> list[Row]:
             contenders["torch"] = train_torch(size)
         seconds = in_turns(contenders, max(3, options.repeats // 2))
         note = f"{size.B * T / seconds['ours']:,.0f} tokens/s"
-        rows.append(Row("step", f"training step, {size}", seconds, 0.0, targets, note))
+        rows.append(Measurement("step", f"training step, {size}", seconds, 0.0, targets, note))
     return rows
 
 
-def tasks(options: Options) -> list[Row]:
-    """A training step of our tasks, beside the same run with ``--attention flax``."""
+def tasks(options: Options) -> list[Measurement]:
+    """A training step of our tasks, beside the same step with ``--attention flax``."""
     rows = []
-    for name, changes, at_least in (
+    for name, changes, target in (
         ("shakespeare", {"context": 256}, 1.05),
         ("shakespeare", {"context": 1024, "batch_size": 8}, 1.8),
         ("multi30k", {}, 0.95),
@@ -262,14 +261,14 @@ def tasks(options: Options) -> list[Row]:
             "flax": training_step(name, attention=FLAX, **changes),
         }
         seconds = in_turns(contenders, max(5, options.repeats))
-        said = ", ".join(f"{option} {x}" for option, x in changes.items())
-        work = ", ".join(filter(None, (f"training step of {name}", said)))
-        rows.append(Row("tasks", work, seconds, 0.0, {"flax": at_least}))
+        changed = [f"{option} {x}" for option, x in changes.items()]
+        work = ", ".join([f"training step of {name}", *changed])
+        rows.append(Measurement("tasks", work, seconds, 0.0, {"flax": target}))
     return rows
 
 
-def generate(options: Options) -> list[Row]:
-    """Greedy decoding with caches: a prompt, then tokens one by one, few and many before them."""
+def generate(options: Options) -> list[Measurement]:
+    """Greedy decoding with caches: short and long prompts, few and many new tokens."""
     rows = []
     for prompt, new in ((64, 32), (64, 256), (768, 64)):
         decoding = Decoding(prompt=prompt, new=new)
@@ -279,21 +278,20 @@ def generate(options: Options) -> list[Row]:
         seconds = in_turns(contenders, 3)
         note = f"{seconds['ours'] / new * 1e3:.1f} ms a token"
         work = f"generate, {decoding}"
-        rows.append(Row("generate", work, seconds, 0.0, {"transformers": 1.0}, note))
+        rows.append(Measurement("generate", work, seconds, 0.0, {"transformers": 1.0}, note))
     return rows
 
 
-def cache(options: Options) -> list[Row]:
-    """Memory of the caches, counted."""
-    return [Row("cache", work, {}, 0.0, {}, note) for work, note in cache_rows()]
+def cache(options: Options) -> list[Measurement]:
+    """Size of the caches."""
+    return [Measurement("cache", work, {}, 0.0, {}, note) for work, note in cache_rows()]
 
 
-def short(options: Options) -> list[Row]:
-    """Where the materialised path ends and the blockwise one begins."""
+def short(options: Options) -> list[Measurement]:
+    """Short sequences, to find the length from which blockwise is faster than xla."""
     rows = []
-    for T in (16, 32, 64, 96, 128, 192, 256):
+    for shape in SHORT:
         for backward in (False, True):
-            shape = Shape(T, T, N=8, B=max(1, 2048 // T))
             contenders = {
                 "ours": ours(shape, backward=backward, implementation="blockwise"),
                 "xla": ours(shape, backward=backward, implementation="xla"),
@@ -303,36 +301,34 @@ def short(options: Options) -> list[Row]:
                 contenders["torch sdpa"] = torch_sdpa(shape, backward=backward)
             gflops = shape.flops * (3.5 if backward else 1.0) / 1e9
             work = f"blockwise, batch {shape.B}, {shape}" + (", fwd+bwd" if backward else "")
-            rows.append(Row("short", work, in_turns(contenders, options.repeats), gflops, {}))
+            rows.append(
+                Measurement("short", work, in_turns(contenders, options.repeats), gflops, {})
+            )
     return rows
 
 
-def blocks(options: Options) -> list[Row]:
-    """How fast the blockwise loops run with each block size: ``blockwise.SPEED``."""
+def blocks(options: Options) -> list[Measurement]:
+    """The speed of the blockwise loops by block size, for ``SPEED``."""
     rows = []
-    for size in blockwise.SPEED:
-        for causal in (False, True):
-            shape = Shape(4096, 4096, 4, causal=causal)
+    for size in SPEED:
+        for shape in (SHAPES["dense 4096"], SHAPES["causal 4096"]):
             for backward in (False, True):
                 run = jitted(_with_blocks(shape, size), shape, backward)
                 seconds = in_turns({"ours": run}, options.repeats)
                 gflops = shape.flops * (3.5 if backward else 1.0) / 1e9
                 work = f"blocks of {size}, {shape}" + (", fwd+bwd" if backward else "")
-                rows.append(Row("blocks", work, seconds, gflops, {}))
+                rows.append(Measurement("blocks", work, seconds, gflops, {}))
     return rows
 
 
 def _with_blocks(shape: Shape, size: tuple[int, int]) -> Callable[..., Any]:
     def attend(q: Any, k: Any, v: Any) -> Any:
-        sizes = check_query_key_value(q, k, v)
-        scale = jnp.asarray(shape.H**-0.5, q.dtype)
-        call = Call(q, k, v, shape.mask, (), None, scale, None)
-        return blockwise.run(call, sizes, block=size)[0]
+        return aj.attention(q, k, v, mask=shape.mask, implementation=Blockwise(*size))
 
     return attend
 
 
-SECTIONS: dict[str, Callable[[Options], list[Row]]] = {
+SECTIONS: dict[str, Callable[[Options], list[Measurement]]] = {
     "forward": forward,
     "train": train,
     "window": window,
@@ -347,7 +343,6 @@ SECTIONS: dict[str, Callable[[Options], list[Row]]] = {
     "short": short,
     "blocks": blocks,
 }
-TUNING = ("short", "blocks")
 
 
 def main(options: Options) -> int:
@@ -357,7 +352,7 @@ def main(options: Options) -> int:
     for name, section in SECTIONS.items():
         if options.only == name or (options.only is None and name not in TUNING):
             for row in section(options):
-                print_row(row)
+                print_measurement(row)
                 rows.append(row)
     missed = [
         f"{row.work} ({row.section}): {row.ratios[name]:.2f}x {name}, at least {target}"

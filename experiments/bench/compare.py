@@ -1,14 +1,14 @@
-"""Who computes what is right: our implementations and the peers, against the float64 oracle.
+"""``compare``: our implementations and their peers, checked against the float64 oracle.
 
 ::
 
     python -m experiments compare            # all cases, a quarter of an hour on 2 cores
     python -m experiments compare --quick    # one case for each option
 
-Prints a table for each implementation, then one of all options: ``ok``, ``differs`` (wrong
-numbers), ``error`` (it raised) or ``refused`` (there is no argument for it). A case of that last
-table uses one option and nothing else, so that nobody is blamed for another. Ends with exit code 1
-if one of ours is wrong anywhere; peers may be.
+Prints a table for each implementation, then one over all options: ``ok``, ``differs`` (wrong
+numbers), ``error`` (it raised) or ``refused`` (it has no such argument). Each case of that last
+table uses a single option, so that a failure is that option's. The exit code is 1 if any of our
+implementations is out of bounds; peers do not count.
 """
 
 from __future__ import annotations
@@ -27,32 +27,33 @@ from attention_jax import attention, testing
 from attention_jax.backends import IMPLEMENTATIONS
 from attention_jax.core.axes import Sizes
 from attention_jax.testing import Case, Row
+from experiments.bench.shapes import SMALL, SMALL_LONG
 from experiments.training.runs import device, versions
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What to compare."""
+    """Options of ``compare``."""
 
     quick: bool = False
-    """Only one case for each option, not the checker's whole catalogue."""
+    """Check only one case for each option, not the whole catalogue."""
     gradients: bool = True
-    """Compare gradients too."""
+    """Also check gradients."""
     only: tuple[str, ...] = ()
-    """Names of implementations; without any, all of ours and of the peers."""
+    """Names of implementations; default all of ours and all installed peers."""
     out: Path | None = None
-    """A JSON file to write all rows to; without it, nothing is written."""
+    """A JSON file to write all results to."""
 
     def __post_init__(self) -> None:
         known = contenders()
         for name in self.only:
             if name not in known:
-                raise ValueError(f"only must be of {', '.join(known)}, got {name}")
+                raise ValueError(f"only must be one of {', '.join(known)}, got {name}")
 
 
 Contender = Callable[..., Any]
 
-# The module that a peer comes from, and the peer behind our signature.
+# The module of a peer, and the peer with our signature.
 PEERS: dict[str, tuple[str, Contender]] = {
     "jax.nn": ("jax.nn", testing.jax_nn),
     "flax.linen": ("flax.linen", testing.flax_linen),
@@ -61,7 +62,7 @@ PEERS: dict[str, tuple[str, Contender]] = {
 
 
 def contenders() -> dict[str, Contender]:
-    """Name -> function: ours in their order, then the peers that are installed."""
+    """Functions by name: ours in their order, then the peers that are installed."""
     ours = {name: functools.partial(attention, implementation=name) for name in IMPLEMENTATIONS}
     peers = {name: fn for name, (module, fn) in PEERS.items() if _installed(module)}
     return {**ours, **peers}
@@ -70,23 +71,20 @@ def contenders() -> dict[str, Contender]:
 def _installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # of the package around it
+    except ModuleNotFoundError:  # the parent package is missing
         return False
 
 
-# --- One option at a time. Everything else is what every contender has: as many key heads as
+# --- One option at a time. The rest is what every contender supports: as many key-value heads as
 # query heads, one width, float32, no lse.
 
-PLAIN = Sizes(B=(2,), T=23, S=37, K=3, G=1, H=11, D=11)
-LONG = dataclasses.replace(PLAIN, T=151, S=293)
 
-
-def _case(sizes: Sizes = PLAIN, *, lse: bool = False, **options: Any) -> Case:
+def _case(sizes: Sizes = SMALL, *, lse: bool = False, **options: Any) -> Case:
     return Case("", sizes, lse=lse, **options)
 
 
 def _sized(**letters: Any) -> Sizes:
-    return dataclasses.replace(PLAIN, **letters)
+    return dataclasses.replace(SMALL, **letters)
 
 
 OPTIONS: dict[str, Case] = {
@@ -95,7 +93,7 @@ OPTIONS: dict[str, Case] = {
     "mask: causal, T < S": _case(mask="causal"),
     "mask: causal, aligned at the end": _case(mask="causal end"),
     "mask: causal, offset per example": _case(mask="causal offsets"),
-    "mask: window": _case(LONG, mask="window offset"),
+    "mask: window": _case(SMALL_LONG, mask="window offset"),
     "mask: prefix or causal": _case(mask="prefix | causal"),
     "mask: lengths": _case(mask="lengths"),
     "mask: segments": _case(mask="segments"),
@@ -116,24 +114,24 @@ OPTIONS: dict[str, Case] = {
     "score: bias, then softcap": _case(score="bias, softcap"),
     "sinks": _case(sinks=True),
     "scale": _case(scale=0.37),
-    "scale below 0": _case(scale=-0.61),
+    "negative scale": _case(scale=-0.61),
     "dropout": _case(dropout_rate=0.3),
     "lse": _case(lse=True),
     "heads: GQA": _case(_sized(K=2, G=3)),
     "heads: MQA": _case(_sized(K=1, G=5)),
-    "value width D other than H": _case(_sized(D=7)),
+    "value width D != H": _case(_sized(D=7)),
     "no batch axis": _case(_sized(B=())),
     "two batch axes": _case(_sized(B=(2, 3))),
     "one query": _case(_sized(T=1)),
-    "long": _case(LONG),
+    "long": _case(SMALL_LONG),
     "float64": _case(dtype="float64"),
     "bfloat16": _case(dtype="bfloat16"),
     "float16": _case(dtype="float16"),
-    "large logits": _case(LONG, magnitude=300.0),
-    "large logits, bfloat16": _case(LONG, magnitude=300.0, dtype="bfloat16"),
-    "large logits, float16": _case(LONG, magnitude=300.0, dtype="float16"),
-    "rows that see nothing: mask": _case(mask="nothing"),
-    "rows that see nothing: bias": _case(score="-inf bias", bias="T"),
+    "large logits": _case(SMALL_LONG, magnitude=300.0),
+    "large logits, bfloat16": _case(SMALL_LONG, magnitude=300.0, dtype="bfloat16"),
+    "large logits, float16": _case(SMALL_LONG, magnitude=300.0, dtype="float16"),
+    "empty rows: mask": _case(mask="nothing"),
+    "empty rows: bias": _case(score="-inf bias", bias="T"),
     "no keys": _case(_sized(S=0)),
     "no queries": _case(_sized(T=0)),
     "no examples": _case(_sized(B=(0,))),
@@ -143,11 +141,11 @@ OPTIONS: dict[str, Case] = {
 
 # --- Comparing.
 
-Rows = dict[str, list[Row]]  # by contender
+Results = dict[str, list[Row]]  # by contender
 
 
 def main(options: Options) -> int:
-    """Compares and prints; returns the exit code."""
+    """Checks and prints; returns the exit code."""
     names = options.only or tuple(contenders())
     single = [dataclasses.replace(case, name=name) for name, case in OPTIONS.items()]
     catalogue = () if options.quick else testing.cases()
@@ -157,7 +155,7 @@ def main(options: Options) -> int:
     for name, report in reports.items():
         whose = "ours" if name in IMPLEMENTATIONS else "peer"
         print(f"\n=== {name} ({whose})\n{report}")
-    print(f"\n=== Every option by itself\n{as_text(table, names)}")
+    print(f"\n=== Each option by itself\n{as_text(table, names)}")
     if options.out is not None:
         write(options.out, options, rows, table)
     wrong = [name for name in names if name in IMPLEMENTATIONS and not reports[name].ok]
@@ -165,10 +163,10 @@ def main(options: Options) -> int:
     return 1 if wrong else 0
 
 
-def compare(names: Sequence[str], cases: Sequence[Case], *, gradients: bool = True) -> Rows:
-    """All results of all contenders. Each case is prepared once, and forgotten after its turn."""
+def compare(names: Sequence[str], cases: Sequence[Case], *, gradients: bool = True) -> Results:
+    """The results of all contenders. Each case is prepared once, and freed when all have run."""
     functions = contenders()
-    rows: Rows = {name: [] for name in names}
+    rows: Results = {name: [] for name in names}
     for case in tqdm(cases, desc="compare", unit="case", dynamic_ncols=True):
         trial = testing.trial(case, gradients=gradients)
         for name in names:
@@ -176,8 +174,8 @@ def compare(names: Sequence[str], cases: Sequence[Case], *, gradients: bool = Tr
     return rows
 
 
-def matrix(rows: Rows) -> dict[str, dict[str, str]]:
-    """Option -> contender -> verdict, for the cases of one option each."""
+def matrix(rows: Results) -> dict[str, dict[str, str]]:
+    """Verdicts by option and contender, for the cases with a single option."""
     table: dict[str, dict[str, str]] = {option: {} for option in OPTIONS}
     for name, found in rows.items():
         for option in OPTIONS:
@@ -186,7 +184,7 @@ def matrix(rows: Rows) -> dict[str, dict[str, str]]:
 
 
 def verdict(rows: Sequence[Row]) -> str:
-    """The worst of a case's results in a word."""
+    """The worst of a case's verdicts, as a word."""
     verdicts = [row.verdict for row in rows]
     for sign, word in (("error", "error"), ("wrong", "differs"), ("refused", "refused")):
         if any(v.startswith(sign) for v in verdicts):
@@ -195,20 +193,20 @@ def verdict(rows: Sequence[Row]) -> str:
 
 
 def as_text(table: dict[str, dict[str, str]], names: Sequence[str]) -> str:
-    """One line per option, one column per contender, and their sums."""
-    words = ("ok", "differs", "error", "refused")
+    """One line per option, one column per contender, and totals."""
+    verdicts = ("ok", "differs", "error", "refused")
     lines = [["", *names], *([option, *(v[n] for n in names)] for option, v in table.items())]
-    for word in words:
+    for word in verdicts:
         counts = (sum(v[n] == word for v in table.values()) for n in names)
-        lines.append([f"sum of {word}", *map(str, counts)])
+        lines.append([f"total {word}", *map(str, counts)])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(x.ljust(w) for x, w in zip(line, widths, strict=True)).rstrip() for line in lines
     )
 
 
-def write(file: Path, options: Options, rows: Rows, table: dict[str, dict[str, str]]) -> None:
-    """Everything, for other programs. What is no number (NaN, inf) is written as text."""
+def write(file: Path, options: Options, rows: Results, table: dict[str, dict[str, str]]) -> None:
+    """Writes all results as JSON. NaN and infinities are written as strings."""
     found = {name: [_plain(dataclasses.asdict(row)) for row in r] for name, r in rows.items()}
     record = {
         "options": dataclasses.asdict(options),

@@ -1,11 +1,10 @@
-"""What is measured side by side: one call of attention by ours, ``jax.nn`` and torch.
+"""One call of attention in our library, ``jax.nn`` and torch, to be timed side by side.
 
-A contender is made from a ``Shape`` and is a function of no arguments that runs to completion.
+A contender is made from a ``Shape``: a function without arguments that runs to completion.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import statistics
 import time
@@ -17,48 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import attention_jax as aj
-
-
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    """One call: B examples, T queries, S keys, N heads, K key heads, width H = D."""
-
-    T: int
-    S: int
-    N: int
-    B: int = 1
-    K: int | None = None
-    H: int = 64
-    causal: bool = False
-    window: int | None = None
-
-    def __str__(self) -> str:
-        kind = "causal" if self.causal else f"window {self.window}" if self.window else "dense"
-        heads = f"{self.N}" if self.K is None else f"{self.N}/{self.K}"
-        lengths = f"{self.S}" if self.T == self.S else f"{self.T} x {self.S}"
-        return f"{heads} heads, {lengths}, {kind}"
-
-    @property
-    def flops(self) -> int:
-        """Of the forward pass, counted dense."""
-        return 4 * self.B * self.N * self.T * self.S * self.H
-
-    @property
-    def mask(self) -> aj.Mask | None:
-        """Our mask."""
-        if self.window:
-            return aj.masks.window(self.window - 1, 0)
-        return aj.masks.causal() if self.causal else None
-
-    def arrays(self) -> list[jax.Array]:
-        """Query, key, value."""
-        K = self.K or self.N
-        shapes = (self.T, self.N), (self.S, K), (self.S, K)
-        keys = jax.random.split(jax.random.key(0), 3)
-        return [
-            jax.random.normal(key, (self.B, length, heads, self.H))
-            for key, (length, heads) in zip(keys, shapes, strict=True)
-        ]
+from experiments.bench.shapes import Shape
 
 
 def ours(shape: Shape, *, backward: bool = False, **options: Any) -> Callable[[], Any]:
@@ -101,11 +59,11 @@ def torch_flex(shape: Shape) -> Callable[[], Any]:
     import torch
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    def visible(b: Any, h: Any, q: Any, k: Any) -> Any:
-        near = q - k < shape.window if shape.window else q >= k
-        return (q >= k) & near
+    def mask(b: Any, h: Any, q: Any, k: Any) -> Any:
+        in_window = q - k < shape.window if shape.window else q >= k
+        return (q >= k) & in_window
 
-    blocks = create_block_mask(visible, None, None, shape.T, shape.S, device="cpu")
+    blocks = create_block_mask(mask, None, None, shape.T, shape.S, device="cpu")
     compiled = torch.compile(flex_attention)
     return _torch(lambda q, k, v: compiled(q, k, v, block_mask=blocks), shape, False)
 
@@ -135,7 +93,7 @@ def have_torch() -> bool:
 
 
 def in_turns(contenders: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median seconds of each, run in turns."""
+    """Median seconds of each contender. They run in turns, after two runs each to warm up."""
     for run in contenders.values():
         run()
         run()

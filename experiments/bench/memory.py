@@ -1,9 +1,9 @@
-"""Memory of one call beside its arguments and results, measured in a process of its own.
+"""Memory of one call in addition to its arguments and results, measured in its own process.
 
-    python -m experiments.bench.memory 65536 --backward
+    python -m experiments.bench.memory "causal 65536" --backward
 
-Prints one JSON line: seconds; MiB that the compiler plans for temporaries; MiB by which the count
-of resident pages grew (Linux; too low where the call reuses pages freed before it).
+Prints one JSON line: seconds; MiB that the compiler plans for temporaries; MiB by which resident
+memory grew (Linux only; too low where the call reuses pages that were freed before it).
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ import jax
 import jax.numpy as jnp
 
 import attention_jax as aj
+from experiments.bench.shapes import SHAPES
 
 
 def status(field: str) -> float:
-    """MiB, from /proc/self/status."""
+    """A field of /proc/self/status, in MiB."""
     lines = pathlib.Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Memory of one causal call of attention.")
-    parser.add_argument("tokens", type=int)
-    parser.add_argument("--window", type=int, help="keys that a query sees, itself included")
+    parser = argparse.ArgumentParser(description="Memory of one call of attention.")
+    parser.add_argument("shape", choices=SHAPES, help="a named shape")
     parser.add_argument("--backward", action="store_true", help="forward and backward")
     options = parser.parse_args()
 
-    mask = aj.masks.causal() if options.window is None else aj.masks.window(options.window - 1, 0)
-    keys = jax.random.split(jax.random.key(0), 3)
-    q, k, v = (jax.random.normal(key, (1, options.tokens, 1, 64)) for key in keys)
+    shape = SHAPES[options.shape]
+    mask = shape.mask
+    q, k, v = shape.arrays()
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         return aj.attention(q, k, v, mask=mask)
@@ -45,7 +45,7 @@ def main() -> None:
 
     compiled = jax.jit(both if options.backward else attend).lower(q, k, v).compile()
     jax.block_until_ready((q, k, v))
-    pathlib.Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before, start = status("VmRSS"), time.perf_counter()
     results = jax.block_until_ready(compiled(q, k, v))
     seconds = time.perf_counter() - start

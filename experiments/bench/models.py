@@ -1,6 +1,6 @@
-"""One training step, and decoding, of the same decoder on ours, on Flax's attention and on torch.
+"""A training step, and decoding, of the same decoder with ours, Flax's attention, and torch.
 
-Each contender is a function of no arguments that runs to completion, as in ``contenders``.
+Each contender is a function without arguments that runs to completion, as in ``contenders``.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from flax import nnx
 
 from attention_jax.models import Decoder, DecoderConfig, Layers, generate
 from experiments.tasks import load
-from experiments.training.steps import steps
+from experiments.training.steps import trainer
 
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """A decoder with learned positions and a tied head, as GPT-2, and a batch for it."""
+    """A decoder with learned positions and tied embeddings, like GPT-2, and a batch for it."""
 
     T: int
-    """Tokens in a row."""
+    """Sequence length."""
     B: int = 8
     features: int = 384
     num_layers: int = 6
@@ -42,7 +42,7 @@ class Size:
 
     @property
     def config(self) -> DecoderConfig:
-        """Ours."""
+        """As a configuration of our decoder."""
         layers = Layers(
             self.features, self.num_layers, self.num_heads, activation="gelu_tanh", fused=True
         )
@@ -52,7 +52,7 @@ class Size:
 
     @property
     def tokens(self) -> np.ndarray:
-        """Of a batch, with one more, to be predicted by the last."""
+        """A batch ``[B T+1]``: inputs and, shifted by one, targets."""
         rng = np.random.default_rng(0)
         return rng.integers(0, self.vocabulary, (self.B, self.T + 1), dtype=np.int32)
 
@@ -65,7 +65,7 @@ def train_ours(size: Size) -> Callable[[], Any]:
 
 
 def train_flax(size: Size) -> Callable[[], Any]:
-    """The same model with ``flax.nnx.MultiHeadAttention`` in the place of ours."""
+    """The same model with ``flax.nnx.MultiHeadAttention`` instead of our attention."""
     model = Decoder(size.config, rngs=nnx.Rngs(0))
     for block in model.stack.blocks:
         block.attention.sublayer = FlaxAttention(size)
@@ -73,7 +73,7 @@ def train_flax(size: Size) -> Callable[[], Any]:
 
 
 class FlaxAttention(nnx.Module):
-    """Flax's module under the arguments of ours."""
+    """Flax's module with the signature of ours."""
 
     def __init__(self, size: Size) -> None:
         self.module = nnx.MultiHeadAttention(
@@ -172,16 +172,17 @@ def _torch_decoder(size: Size) -> Any:
 
 
 def training_step(name: str, **changes: Any) -> Callable[[], Any]:
-    """A step of our training loop, on a task's ``cpu`` preset with other options."""
+    """A step of our training loop, on a task's ``cpu`` preset with some options changed."""
     task = load(name)
     config = dataclasses.replace(task.presets["cpu"], **changes)
     data = task.data(config)
-    how = steps(task.loss, config, task.init(config, data, nnx.Rngs(0)))
-    batch, state = next(task.batches(config, data, 0)), how.put(how.first)
+    training = trainer(task.loss, config, task.init(config, data, nnx.Rngs(0)))
+    batch = next(task.batches(config, data, 0))
+    state = training.put(training.initial)
 
     def run() -> Any:
         nonlocal state
-        state, loss, *_ = how.update(state, batch, 0)
+        state, loss, *_ = training.update(state, batch, 0)
         return jax.block_until_ready(loss)
 
     return run
@@ -195,9 +196,9 @@ class Decoding:
     """A GPT-2 that continues one prompt."""
 
     prompt: int = 64
-    """Tokens of the prompt."""
+    """Length of the prompt."""
     new: int = 128
-    """Tokens to generate."""
+    """Number of tokens to generate."""
     features: int = 768
     num_layers: int = 12
     num_heads: int = 12
@@ -212,7 +213,7 @@ class Decoding:
 
 
 def decode_ours(decoding: Decoding) -> Callable[[], Any]:
-    """Greedy, with caches of just the room needed, as ``generate`` makes them."""
+    """Greedy decoding with caches of exactly the length needed, as ``generate`` makes them."""
     layers = Layers(
         decoding.features,
         decoding.num_layers,
@@ -267,13 +268,13 @@ def have_transformers() -> bool:
 
 
 def cache_rows() -> list[tuple[str, str]]:
-    """What the caches of Mistral 7B take for 32,768 tokens, with and without what it saves."""
+    """The size of Mistral 7B's caches for 32,768 tokens, with and without its savings."""
     base: dict[str, Any] = {"features": 4096, "num_layers": 32, "num_heads": 32, "hidden": 14_336}
     rows = []
     for work, more in (
         ("all heads, all tokens", {}),
         ("8 key-value heads", {"num_kv_heads": 8}),
-        ("8 key-value heads, rolling in a window of 4096", {"num_kv_heads": 8, "windows": (4096,)}),
+        ("8 key-value heads, rolling, window of 4096", {"num_kv_heads": 8, "windows": (4096,)}),
     ):
         layers = Layers(**base, **more, dtype=jnp.bfloat16)
         config = DecoderConfig(32_000, layers)

@@ -1,11 +1,11 @@
-"""How time and memory grow with length, for every kind of mask and every mechanism.
+"""How time and memory grow with length, for every mask and every mechanism.
 
     python -m experiments bench --scaling
 
-One head of width 64, forward, float32. Memory is what the compiled program plans beside arguments
-and results. A kind stops growing where a length would take longer than ``LONGEST``; what is linear
-goes on to 262,144 tokens. Slopes are of log time against log length, from 4,096 to 65,536: 1 is
-linear, 2 quadratic.
+One head of width 64, forward, float32. Memory is what the compiled program plans in addition to
+arguments and results. A kind is measured up to the length at which a call would take longer than
+``LONGEST``, and if it is linear, up to 262,144 tokens. Slopes are those of log time against log
+length from 4,096 to 65,536: 1 is linear, 2 is quadratic.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ import numpy as np
 
 from attention_jax import attention, masks, mechanisms
 from experiments.bench.contenders import in_turns
+from experiments.bench.shapes import WINDOW
 
 H = 64
-NEAR = 256  # tokens that windows, chunks and segments hold
 LENGTHS = (256, 1024, 4096, 16_384, 65_536)
-FURTHER = (*LENGTHS, 262_144)  # of what is linear
-FROM, TO = 4096, 65_536  # between which slopes are measured
-STEEPEST = 1.15  # of what should be linear
+LINEAR_LENGTHS = (*LENGTHS, 262_144)  # of kinds that are linear
+FROM, TO = 4096, 65_536  # lengths between which slopes are measured
+STEEPEST = 1.15  # slope up to which growth counts as linear
 FILE = "scaling.json"
-LONGEST = 20.0  # seconds that one call may be expected to take
+LONGEST = 20.0  # seconds that one call may take
 
 
 class Kind(NamedTuple):
-    """Something whose cost grows."""
+    """A mask or mechanism whose cost is measured."""
 
     group: str
     make: Callable[[int], Callable[..., Any]]
     """From a length to a function of query, key and value ``[T 1 H]``."""
     linear: bool
-    """Whether it should grow linearly."""
+    """Whether its cost should grow linearly."""
 
 
 class Point(NamedTuple):
@@ -60,12 +60,12 @@ def _mask(make: Callable[[int], Any]) -> Callable[[int], Callable[..., Any]]:
 
 
 def _segments(T: int) -> Any:
-    return masks.segments(jnp.arange(T, dtype=jnp.int32) // NEAR)
+    return masks.segments(jnp.arange(T, dtype=jnp.int32) // WINDOW)
 
 
 def _global(T: int) -> Any:
-    flags = np.arange(T) % (T // 4) == 0  # four tokens that see and are seen by all
-    return masks.window(NEAR // 2, NEAR // 2) | masks.global_tokens(flags)
+    flags = np.arange(T) % (T // 4) == 0  # four tokens attend to all and are attended to by all
+    return masks.window(WINDOW // 2, WINDOW // 2) | masks.global_tokens(flags)
 
 
 def _neighborhood(T: int) -> Any:
@@ -74,9 +74,9 @@ def _neighborhood(T: int) -> Any:
 
 
 def _blocks(T: int) -> Any:
-    n = T // NEAR
-    near = abs(np.subtract.outer(np.arange(n), np.arange(n))) <= 1
-    return masks.block_sparse(near, NEAR)
+    n = T // WINDOW
+    band = abs(np.subtract.outer(np.arange(n), np.arange(n))) <= 1
+    return masks.block_sparse(band, WINDOW)
 
 
 def _gated(width: int) -> Callable[..., Any]:
@@ -93,7 +93,7 @@ def _delta(q: Any, k: Any, v: Any) -> Any:
 
 
 def _linformer(q: Any, k: Any, v: Any) -> Any:
-    mixing = jnp.ones((NEAR, k.shape[0])) / k.shape[0]
+    mixing = jnp.ones((WINDOW, k.shape[0])) / k.shape[0]
     return mechanisms.linformer_attention(q, k, v, mixing, mixing)
 
 
@@ -136,9 +136,9 @@ KINDS: dict[str, Kind] = {
     "dilated": Kind("masks", _mask(lambda T: masks.dilated(4)), False),
     "lengths": Kind("masks", _mask(lambda T: masks.lengths(key=T // 2)), False),
     "function": Kind("masks", _mask(lambda T: masks.mask_fn(_same_parity)), False),
-    "window": Kind("masks", _mask(lambda T: masks.window(NEAR - 1, 0)), True),
+    "window": Kind("masks", _mask(lambda T: masks.window(WINDOW - 1, 0)), True),
     "segments": Kind("masks", _mask(_segments), True),
-    "chunked": Kind("masks", _mask(lambda T: masks.chunked(NEAR)), True),
+    "chunked": Kind("masks", _mask(lambda T: masks.chunked(WINDOW)), True),
     "window, 4 global": Kind("masks", _mask(_global), False),
     "neighborhood": Kind("masks", _mask(_neighborhood), False),
     "block sparse": Kind("masks", _mask(_blocks), False),
@@ -167,10 +167,10 @@ def _same_parity(b: Any, n: Any, q: Any, k: Any) -> Any:
 
 
 def grow(kind: Kind, repeats: int, lengths: tuple[int, ...] | None = None) -> list[Point]:
-    """Measures until it takes too long."""
+    """Measures one length after the other until a call would take too long."""
     points: list[Point] = []
-    usual = FURTHER if kind.linear else LENGTHS
-    for T in usual if lengths is None else lengths:
+    default = LINEAR_LENGTHS if kind.linear else LENGTHS
+    for T in default if lengths is None else lengths:
         if points:  # quadratic at worst
             expected = points[-1].seconds * (T / points[-1].length) ** (1 if kind.linear else 2)
             if expected > LONGEST or points[-1].bytes * (T / points[-1].length) ** 2 > 8e9:
@@ -179,32 +179,32 @@ def grow(kind: Kind, repeats: int, lengths: tuple[int, ...] | None = None) -> li
         arrays = [jax.random.normal(key, (T, 1, H)) for key in keys]
         compiled = jax.jit(kind.make(T)).lower(*arrays).compile()
         planned: Any = compiled.memory_analysis()
-        run = {"it": lambda: jax.block_until_ready(compiled(*arrays))}  # noqa: B023
-        points.append(Point(T, in_turns(run, repeats)["it"], planned.temp_size_in_bytes))
+        run = {"ours": lambda: jax.block_until_ready(compiled(*arrays))}  # noqa: B023
+        points.append(Point(T, in_turns(run, repeats)["ours"], planned.temp_size_in_bytes))
     return points
 
 
 def slope(points: list[Point]) -> float | None:
-    """Of log seconds against log length, from ``FROM`` to ``TO``."""
-    long = [point for point in points if FROM <= point.length <= TO]
-    if len(long) < 2:
+    """The slope of log seconds against log length, from ``FROM`` to ``TO``."""
+    measured = [point for point in points if FROM <= point.length <= TO]
+    if len(measured) < 2:
         return None
-    x, y = np.log([p.length for p in long]), np.log([p.seconds for p in long])
+    x, y = np.log([p.length for p in measured]), np.log([p.seconds for p in measured])
     return float(np.polyfit(x, y, 1)[0])
 
 
-def show(name: str, kind: Kind, points: list[Point]) -> str:
-    """A line of the table."""
+def line(name: str, kind: Kind, points: list[Point]) -> str:
+    """The measurements of a kind in a line of text."""
     cells = [f"{p.length}: {p.seconds * 1e3:.1f} ms {p.bytes / 2**20:.1f} MiB" for p in points]
     steep = slope(points)
-    said = "too slow to say" if steep is None else f"slope {steep:.2f}"
+    growth = "too slow to tell" if steep is None else f"slope {steep:.2f}"
     if kind.linear and steep is not None:
-        said += f" (at most {STEEPEST}: {'ok' if steep <= STEEPEST else 'MISSED'})"
-    return f"{name:20} {said:32} " + ", ".join(cells)
+        growth += f" (at most {STEEPEST}: {'ok' if steep <= STEEPEST else 'MISSED'})"
+    return f"{name:20} {growth:32} " + ", ".join(cells)
 
 
 def draw(found: dict[str, list[Point]], file: Path) -> None:
-    """One log-log plot for each group: time above, memory below."""
+    """A log-log plot for each group: time above, memory below."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -218,17 +218,17 @@ def draw(found: dict[str, list[Point]], file: Path) -> None:
             if KINDS[name].group != group:
                 continue
             x = [p.length for p in points]
-            line, color = style[name]
+            dashes, color = style[name]
             steep = slope(points)
             label = name if steep is None else f"{name} ({steep:.2f})"
             axes[0, column].plot(
-                x, [p.seconds for p in points], line, color=color, marker="o", ms=3, label=label
+                x, [p.seconds for p in points], dashes, color=color, marker="o", ms=3, label=label
             )
             mebibytes = [max(p.bytes, 1024) / 2**20 for p in points]
-            axes[1, column].plot(x, mebibytes, line, color=color, marker="o", ms=3)
+            axes[1, column].plot(x, mebibytes, dashes, color=color, marker="o", ms=3)
         axes[0, column].set_title(f"{group} (slope from {FROM:,} to {TO:,})")
         axes[0, column].set_ylabel("seconds")
-        axes[1, column].set_ylabel("MiB beside arguments and results")
+        axes[1, column].set_ylabel("MiB in addition to arguments and results")
         axes[1, column].set_xlabel("length")
         lines, names = axes[0, column].get_legend_handles_labels()
         below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.14)}
@@ -242,9 +242,8 @@ def draw(found: dict[str, list[Point]], file: Path) -> None:
     plt.close(figure)
 
 
-def block(results: Path) -> str:
-    """What the README says of a measurement."""
-    record = json.loads((results / FILE).read_text(encoding="utf-8"))
+def table(record: dict[str, Any]) -> list[str]:
+    """The lines of a Markdown table, from the record that ``main`` wrote."""
     lines = [
         f"| | slope | {FROM:,} tokens, ms | {TO:,} tokens, ms | {TO:,} tokens, MiB |",
         "| --- | ---: | ---: | ---: | ---: |",
@@ -259,22 +258,15 @@ def block(results: Path) -> str:
         if name in KINDS and KINDS[name].linear and steep is not None:
             cells[0] = f"**{cells[0]}**" if steep <= STEEPEST else f"{cells[0]} (aim {STEEPEST})"
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    lines += [
-        "",
-        f"{record['time']}, on {record['device']}, jax {record['jax']}. Bold: linear, a slope of "
-        f"at most {STEEPEST}. Empty: too long or too large to try.",
-        "",
-        f"![Time and memory against length]({results.as_posix()}/scaling.png)",
-    ]
-    return "\n".join(lines)
+    return lines
 
 
 def main(out: Path, repeats: int) -> int:
-    """Measures all, prints, writes ``scaling.json`` and ``scaling.png``."""
+    """Measures every kind, prints it, and writes ``scaling.json`` and ``scaling.png``."""
     found = {}
     for name, kind in KINDS.items():
         found[name] = grow(kind, repeats)
-        print(show(name, kind, found[name]), flush=True)
+        print(line(name, kind, found[name]), flush=True)
     missed = [
         name
         for name, points in found.items()

@@ -1,40 +1,46 @@
-"""What ``bench`` measured, printed and written: JSON, a table in Markdown, a picture."""
+"""The measurements of ``bench``, printed and written: JSON, Markdown tables, a picture."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import pathlib
 import platform
 import time
 from typing import Any
 
 import jax
+import numpy as np
 
 from experiments.bench.contenders import have_torch
 
-MODELS = ("step", "generate", "cache", "tasks")  # sections of whole models, in a table of their own
+MODELS = ("step", "generate", "cache", "tasks")  # sections on whole models, in their own table
+TUNING = ("short", "blocks")  # sections that tune the library, run only by name
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
-    """One line of the table: seconds of each contender, and what our ratios should reach."""
+class Measurement:
+    """The time of each contender on one piece of work, and the ratios we aim at."""
 
     section: str
     work: str
     seconds: dict[str, float]
-    gflops: float  # of the work
-    targets: dict[str, float]  # contender -> least ratio (its seconds over ours)
+    """By contender."""
+    gflops: float
+    """Of the work; 0 if not counted."""
+    targets: dict[str, float]
+    """By contender, the ratio to reach: its seconds over ours."""
     note: str = ""
 
     @property
     def ratios(self) -> dict[str, float]:
         """How many times faster than each contender we are."""
-        us = self.seconds.get("ours", 0.0)
-        return {name: s / us for name, s in self.seconds.items() if name != "ours"}
+        ours = self.seconds.get("ours", 0.0)
+        return {name: s / ours for name, s in self.seconds.items() if name != "ours"}
 
 
-def print_row(row: Row) -> None:
+def print_measurement(row: Measurement) -> None:
     cells = [f"{name} {seconds * 1e3:.1f} ms" for name, seconds in row.seconds.items()]
     if row.gflops and row.section in ("forward", "train", *TUNING):
         cells[0] += f" ({row.gflops / row.seconds['ours']:.0f} GFLOP/s)"
@@ -51,7 +57,7 @@ def print_row(row: Row) -> None:
         print(f"{'':8} {'':44} {row.note}")
 
 
-def write(rows: list[Row], out: pathlib.Path, repeats: int) -> None:
+def write(rows: list[Measurement], out: pathlib.Path, repeats: int) -> None:
     out.mkdir(parents=True, exist_ok=True)
     versions = {"python": platform.python_version(), "jax": jax.__version__}
     if have_torch():
@@ -78,46 +84,68 @@ def write(rows: list[Row], out: pathlib.Path, repeats: int) -> None:
         print(f"wrote {path}")
 
 
-def table(rows: list[Row]) -> str:
-    """The rows as Markdown: ratios are how many times faster we are, bold where the aim is met."""
+def read(record: dict[str, Any]) -> list[Measurement]:
+    """The measurements of a record that ``write`` wrote."""
+    names = [field.name for field in dataclasses.fields(Measurement)]
+    return [Measurement(**{name: row[name] for name in names}) for row in record["rows"]]
 
-    def cell(row: Row, name: str) -> str:
-        if name not in row.seconds:
-            return ""
-        ratio, target = row.ratios[name], row.targets.get(name)
-        if target is None:
-            return f"{ratio:.2f}x"
-        bold = "**" if ratio >= target else ""
-        return f"{bold}{ratio:.2f}x{bold} (aim {target:g}x)"
 
+def table(rows: list[Measurement]) -> str:
+    """Markdown tables: one of calls of attention, one of whole models, where there are any."""
+    parts = [_calls([row for row in rows if row.section not in MODELS])]
+    parts += [_models([row for row in rows if row.section in MODELS])]
+    return "\n\n".join("\n".join(lines) for lines in parts if lines) + "\n"
+
+
+def _calls(rows: list[Measurement]) -> list[str]:
+    """The table of calls of attention."""
+    if not rows:
+        return []
     others = ("jax.nn", "torch sdpa", "torch flex", "batch axis")
+    kinds = {
+        "forward": "forward",
+        "train": "forward + backward",
+        "window": "forward",
+        "decode": "decode",
+    }
     lines = [
         "| work | ours | vs jax.nn | vs torch SDPA | vs torch flex | vs the batch axis | note |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | --- |",
     ]
     for row in rows:
-        if row.section in MODELS:
-            continue
-        kind = {"forward": "forward", "train": "forward + backward", "window": "forward"}
-        work = ", ".join(filter(None, (kind.get(row.section), row.work)))
-        if row.section == "decode":
-            work = f"decode, {work}"
-        cells = [f"{row.seconds['ours'] * 1e3:,.1f} ms", *(cell(row, name) for name in others)]
-        lines.append(f"| {work} | " + " | ".join(cells) + f" | {row.note} |")
-    lines += [
-        "",
+        work = ", ".join(filter(None, (kinds.get(row.section), row.work)))
+        cells = [f"{row.seconds['ours'] * 1e3:,.1f} ms", *(_ratio(row, name) for name in others)]
+        lines.append(f"| {work} | {' | '.join(cells)} | {row.note} |")
+    return lines
+
+
+def _models(rows: list[Measurement]) -> list[str]:
+    """The table of whole models."""
+    if not rows:
+        return []
+    lines = [
         "| work | ours | vs flax.nnx | vs torch | vs transformers | note |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| --- | ---: | ---: | ---: | ---: | --- |",
     ]
     for row in rows:
-        if row.section in MODELS:
-            ours = f"{row.seconds['ours'] * 1e3:,.0f} ms" if row.seconds else ""
-            cells = [ours, *(cell(row, name) for name in ("flax", "torch", "transformers"))]
-            lines.append(f"| {row.work} | " + " | ".join(cells) + f" | {row.note} |")
-    return "\n".join(lines) + "\n"
+        ours = f"{row.seconds['ours'] * 1e3:,.0f} ms" if row.seconds else ""
+        cells = [ours, *(_ratio(row, name) for name in ("flax", "torch", "transformers"))]
+        lines.append(f"| {row.work} | {' | '.join(cells)} | {row.note} |")
+    return lines
 
 
-def draw(rows: list[Row], path: pathlib.Path, record: dict[str, Any]) -> None:
+def _ratio(row: Measurement, name: str) -> str:
+    """How many times faster than a contender we are; bold if that reaches the target."""
+    if name not in row.seconds:
+        return ""
+    ratio, target = row.ratios[name], row.targets.get(name)
+    if target is None:
+        return f"{ratio:.2f}x"
+    bold = "**" if ratio >= target else ""
+    return f"{bold}{ratio:.2f}x{bold} (aim {target:g}x)"
+
+
+def draw(rows: list[Measurement], path: pathlib.Path, record: dict[str, Any]) -> None:
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -133,13 +161,13 @@ def draw(rows: list[Row], path: pathlib.Path, record: dict[str, Any]) -> None:
         part = [r for r in rows if r.section == section]
         names = [n for n in colors if any(n in r.seconds for r in part)]
         for i, name in enumerate(names):
-            at = np.arange(len(part)) + (i - (len(names) - 1) / 2) * 0.27
+            y = np.arange(len(part)) + (i - (len(names) - 1) / 2) * 0.27
             speed = [r.gflops / r.seconds[name] if name in r.seconds else 0.0 for r in part]
             label = {"ours": "attention_jax"}.get(name, name)
-            panel.barh(at, speed, height=0.25, color=colors[name], label=label)
+            panel.barh(y, speed, height=0.25, color=colors[name], label=label)
         panel.set_yticks(range(len(part)), [r.work.replace(" heads", " h") for r in part])
         panel.invert_yaxis()
-        panel.set_xlabel("GFLOP/s, counted dense (more is better)")
+        panel.set_xlabel("GFLOP/s, counted as if dense (higher is better)")
         panel.set_title(titles[section])
         panel.spines[["top", "right"]].set_visible(False)
     panels[0][0].legend(frameon=False)
@@ -162,6 +190,4 @@ def _cpu() -> str:
 
 
 def _cores() -> int:
-    import os
-
     return len(os.sched_getaffinity(0))

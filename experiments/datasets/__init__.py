@@ -1,1 +1,1 @@
-"""Where data sets are and how their text becomes tokens."""
+"""Data files, and text as batches of tokens."""

@@ -1,7 +1,7 @@
-"""From text to batches: words, subwords and bytes; padding to few lengths; the order of examples.
+"""Text to batches: words and subwords, padding to a few lengths, and the order of examples.
 
-Orders are functions of the seed and the step: ``shuffled`` and ``alike`` give the batches from any
-step on without those before it, which is what makes a run resumable.
+The order is a function of the seed and the step: ``shuffled`` and ``alike`` give the batches from
+any step on without computing those before it, which makes runs resumable.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import numpy as np
 PAD, UNKNOWN, START, END = range(4)
 SPECIAL = ("<pad>", "<unk>", "<s>", "</s>")
 
-# Lengths that sequences are padded to: each is a program to compile, so there are few.
+# Lengths that sequences are padded to. Each compiles another program, so there are few.
 BUCKETS = (16, 32, 64, 128, 256, 512)
 
 
 @dataclasses.dataclass(frozen=True)
 class Words:
-    """A vocabulary of words, the most frequent first; what is not in it is unknown.
+    """A vocabulary of words, the most frequent first; other words are unknown.
 
     >>> words = Words.of(["a b a", "c a"], least=2)
     >>> words.encode("b a"), words.decode([1, 4])
@@ -34,7 +34,7 @@ class Words:
 
     @staticmethod
     def of(texts: Iterable[str], least: int = 1) -> Words:
-        """Of the words that are there at least so many times."""
+        """The vocabulary of words that occur at least ``least`` times."""
         counts = collections.Counter(word for text in texts for word in text.split())
         kept = sorted((w for w, n in counts.items() if n >= least), key=lambda w: (-counts[w], w))
         return Words((*SPECIAL, *kept))
@@ -47,24 +47,24 @@ class Words:
         return {word: i for i, word in enumerate(self.words)}
 
     def encode_all(self, texts: Iterable[str]) -> list[list[int]]:
-        """Numbers of the words of each text."""
+        """The numbers of each text's words."""
         number = self.numbers()
         return [[number.get(word, UNKNOWN) for word in text.split()] for text in texts]
 
     def encode(self, text: str) -> list[int]:
-        """Numbers of a text's words."""
+        """The numbers of a text's words."""
         (numbers,) = self.encode_all([text])
         return numbers
 
     def decode(self, numbers: Iterable[int]) -> str:
-        """Words of numbers."""
+        """The text of numbers."""
         return " ".join(self.words[i] for i in numbers)
 
 
 def subwords(texts: Iterable[str], size: int) -> Any:
     """Byte-level byte-pair encoding, trained on texts: a ``tokenizers.Tokenizer``.
 
-    Every text can be encoded, since every byte is a token; ``SPECIAL`` are the first.
+    Any text can be encoded, since every byte is a token; ``SPECIAL`` come first.
 
     Source: Sennrich et al. 2016, "Neural Machine Translation of Rare Words with Subword Units".
     """
@@ -84,7 +84,7 @@ def subwords(texts: Iterable[str], size: int) -> Any:
 
 
 def bucket(length: int, sizes: Sequence[int] = BUCKETS) -> int:
-    """The shortest that holds a sequence.
+    """The shortest bucket that holds a sequence.
 
     >>> bucket(9)
     16
@@ -92,7 +92,7 @@ def bucket(length: int, sizes: Sequence[int] = BUCKETS) -> int:
     for size in sizes:
         if length <= size:
             return size
-    raise ValueError(f"a sequence may have {sizes[-1]} tokens at most, got {length}")
+    raise ValueError(f"a sequence may have at most {sizes[-1]} tokens, got {length}")
 
 
 def padded(
@@ -102,8 +102,8 @@ def padded(
 
     Args:
       rows: of integers.
-      length: of all; default the bucket of the longest.
-      count: of rows: empty ones are added; default as they are.
+      length: T; default the bucket of the longest row.
+      count: B, with empty rows added; default the number of rows.
 
     >>> padded([[5, 6], [7]], length=3).tolist()
     [[5, 6, 0], [7, 0, 0]]
@@ -117,16 +117,16 @@ def padded(
 
 
 def epochs(per_epoch: int, seed: int, step: int) -> Iterator[tuple[np.random.Generator, int]]:
-    """For each pass over the data from that of ``step`` on: its generator, and where to begin."""
+    """For each epoch from that of ``step`` on: its generator, and the batch to start at."""
     first, skip = divmod(step, per_epoch)
     for epoch in itertools.count(first):
         yield np.random.default_rng([seed, epoch]), skip if epoch == first else 0
 
 
 def shuffled(n: int, size: int, seed: int, step: int) -> Iterator[np.ndarray]:
-    """Indices of ``size`` of ``n`` examples a batch, each pass in another order.
+    """Batches of ``size`` indices of ``n`` examples, shuffled anew in each epoch.
 
-    The last, incomplete batch of a pass is left out.
+    The last, incomplete batch of an epoch is dropped.
 
     >>> from_0, from_2 = shuffled(10, 3, seed=0, step=0), shuffled(10, 3, seed=0, step=2)
     >>> _ = next(from_0), next(from_0)
@@ -141,7 +141,7 @@ def shuffled(n: int, size: int, seed: int, step: int) -> Iterator[np.ndarray]:
 
 
 def alike(lengths: np.ndarray, size: int, seed: int, step: int) -> Iterator[np.ndarray]:
-    """As ``shuffled``, with examples of about one length in a batch, so that little is padding.
+    """Like ``shuffled``, with examples of similar length in a batch, to reduce padding.
 
     Shuffled examples are sorted by length in pools of 50 batches, and the batches are shuffled.
     """
@@ -158,7 +158,7 @@ def alike(lengths: np.ndarray, size: int, seed: int, step: int) -> Iterator[np.n
 
 
 def covering(lengths: Sequence[int], size: int) -> list[np.ndarray]:
-    """Indices of batches that hold every example exactly once, those of one length together.
+    """Batches of indices that cover every example exactly once, sorted by length.
 
     >>> [batch.tolist() for batch in covering([3, 1, 2], 2)]
     [[1, 2], [0]]
@@ -168,10 +168,10 @@ def covering(lengths: Sequence[int], size: int) -> list[np.ndarray]:
 
 
 def check(text: str) -> str:
-    """A text that there is something to do with.
+    """Returns the text.
 
     Raises:
-      ValueError: it is empty.
+      ValueError: it is empty or blank.
     """
     if not text.strip():
         raise ValueError(f"text must not be empty or blank, got {text!r}")

@@ -1,1 +1,1 @@
-"""Models that several tasks share: classic ones, and encoders of sentences."""
+"""Models that several tasks share: sentence classifiers and recurrent networks."""

@@ -1,4 +1,4 @@
-"""The classic models of sequences: Flax's gated recurrent units, with and without attention."""
+"""Stacked gated recurrent units (GRU), built from Flax's cells."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from flax import nnx
 
 
 class GRU(nnx.Module):
-    """Layers of gated recurrent units: ``[B T E]`` to ``[B T E]``, dropout between them.
+    """A stack of GRU layers with dropout after each: ``[B T E]`` to ``[B T hidden]``.
 
     Source: Cho et al. 2014, "Learning Phrase Representations using RNN Encoder-Decoder".
     """
@@ -25,18 +25,21 @@ class GRU(nnx.Module):
         dropout_rate: float = 0.0,
         rngs: nnx.Rngs,
     ) -> None:
-        """Makes the layers.
+        """Builds the layers.
 
         Args:
           features: width of the input.
-          hidden: width of the result, of which each direction has half where there are two.
-          num_layers: layers.
-          bidirectional: whether a layer also reads from the end.
-          dropout_rate: of what each layer gives.
+          hidden: width of the output; with two directions, each gets half of it.
+          num_layers: number of layers.
+          bidirectional: whether each layer also reads the sequence backwards.
+          dropout_rate: applied to the output of each layer.
           rngs: for parameters and dropout.
+
+        Raises:
+          ValueError: ``hidden`` is odd and ``bidirectional`` is set.
         """
         if bidirectional and hidden % 2:
-            raise ValueError(f"hidden must be even for two directions, got {hidden}")
+            raise ValueError(f"hidden must be even if bidirectional, got {hidden}")
         layers: list[Any] = []
         dropouts = []
         for i in range(num_layers):
@@ -51,13 +54,13 @@ class GRU(nnx.Module):
         self.layers, self.dropouts = nnx.List(layers), nnx.List(dropouts)
 
     def __call__(self, x: jax.Array, lengths: Any = None) -> jax.Array:
-        """The states of the last layer; those of padding, from ``lengths [B]`` on, mean nothing."""
+        """States of the last layer; those at positions from ``lengths [B]`` on are undefined."""
         for layer, dropout in zip(self.layers, self.dropouts, strict=True):
             x = dropout(layer(x, seq_lengths=lengths))
         return x
 
 
 def last_state(states: jax.Array, lengths: Any) -> jax.Array:
-    """Of ``[B T E]`` the state of the last real token, ``[B E]``."""
+    """The state ``[B E]`` of the last real token, from ``states [B T E]`` and ``lengths [B]``."""
     at = jnp.maximum(jnp.asarray(lengths, jnp.int32) - 1, 0)
     return jnp.take_along_axis(states, at[:, None, None], axis=1)[:, 0]

@@ -1,4 +1,4 @@
-"""Models that read a sentence of words and give logits of its class; each takes ``words [B T]``."""
+"""Sentence classifiers: from word indices ``[B T]`` to logits ``[B C]``."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from experiments.training import text_config
 
 
 class NaiveBayes:
-    """Multinomial naive Bayes on words and pairs of neighbours, smoothed by adding one.
+    """scikit-learn's multinomial naive Bayes on words and bigrams, with add-one smoothing.
 
-    It is counted, not trained: scikit-learn's. A word that training did not have says nothing.
+    It is fitted on construction and has no parameters to train. Unknown words are ignored.
     """
 
     def __init__(self, rows: list[list[int]], labels: np.ndarray) -> None:
@@ -28,7 +28,7 @@ class NaiveBayes:
         from sklearn.naive_bayes import MultinomialNB
         from sklearn.pipeline import make_pipeline
 
-        self.model = make_pipeline(CountVectorizer(analyzer=_words_and_pairs), MultinomialNB())
+        self.model = make_pipeline(CountVectorizer(analyzer=_words_and_bigrams), MultinomialNB())
         self.model.fit(rows, labels)
 
     def __call__(self, words: np.ndarray) -> np.ndarray:
@@ -36,13 +36,13 @@ class NaiveBayes:
         return np.asarray(self.model.predict_log_proba(np.asarray(words).tolist()), np.float32)
 
 
-def _words_and_pairs(row: list[int]) -> list[str]:
+def _words_and_bigrams(row: list[int]) -> list[str]:
     words = [str(x) for x in row if x not in (PAD, UNKNOWN)]
     return words + [f"{a} {b}" for a, b in itertools.pairwise(words)]
 
 
 class Convolutions(nnx.Module):
-    """``max_t relu(conv_w(x))`` for some widths ``w``: ``[B T E]`` to ``[B widths * filters]``."""
+    """``max_t relu(conv_w(x))`` for each width ``w``: ``[B T E]`` to ``[B widths * filters]``."""
 
     def __init__(
         self, features: int, filters: int, widths: tuple[int, ...], *, rngs: nnx.Rngs
@@ -52,17 +52,17 @@ class Convolutions(nnx.Module):
         )
 
     def __call__(self, x: jax.Array, real: jax.Array) -> jax.Array:
-        """Tokens that are not ``real [B T]`` are 0, and no maximum is taken there."""
+        """Padding, where ``real [B T]`` is false, is zeroed and excluded from the maximum."""
         x = jnp.where(real[..., None], x, 0)
-        found = [jax.nn.relu(convolution(x)) for convolution in self.convolutions]
-        return jnp.concatenate([jnp.where(real[..., None], y, 0).max(1) for y in found], axis=-1)
+        outputs = [jax.nn.relu(convolution(x)) for convolution in self.convolutions]
+        return jnp.concatenate([jnp.where(real[..., None], y, 0).max(1) for y in outputs], axis=-1)
 
 
 WIDTHS = (3, 4, 5)
 
 
 class TextCNN(nnx.Module):
-    """Word vectors, convolutions of three widths, the largest of each filter, dropout, classes.
+    """Word embeddings, convolutions of three widths, max pooling, dropout and a linear layer.
 
     Source: Kim 2014, "Convolutional Neural Networks for Sentence Classification" (CNN-rand).
     """
@@ -83,9 +83,10 @@ class TextCNN(nnx.Module):
 
 
 class SelfAttention(nnx.Module):
-    """Word vectors and an encoder; classes from the mean of its tokens, or from convolutions.
+    """A transformer encoder; classifies the mean of its outputs, or features from convolutions.
 
-    The convolutions see each word's vector beside what the encoder made of it.
+    With ``convolve``, the convolutions read each word's embedding concatenated with the encoder's
+    output.
     """
 
     def __init__(
@@ -127,7 +128,7 @@ class SelfAttention(nnx.Module):
 
 
 class WordDropout(nnx.Module):
-    """Makes some words unknown in training, so that unknown ones are known.
+    """Replaces random words by the unknown word in training, so that its embedding is trained.
 
     Source: Iyyer et al. 2015, "Deep Unordered Composition Rivals Syntactic Methods".
     """
@@ -137,21 +138,21 @@ class WordDropout(nnx.Module):
         self.rngs = rngs.dropout.fork()
 
     def __call__(self, words: Any) -> jax.Array:
-        """``[B T]`` to ``[B T]``; padding stays."""
+        """``[B T]`` to ``[B T]``; padding is kept."""
         words = jnp.asarray(words)
         if self.deterministic or not self.rate:
             return words
-        lost = jax.random.bernoulli(self.rngs(), self.rate, words.shape) & (words != PAD)
-        return jnp.where(lost, UNKNOWN, words)
+        drop = jax.random.bernoulli(self.rngs(), self.rate, words.shape) & (words != PAD)
+        return jnp.where(drop, UNKNOWN, words)
 
     def set_view(self, deterministic: bool | None = None) -> None:
-        """For ``nnx.view``."""
+        """Called by ``nnx.view``."""
         if deterministic is not None:
             self.deterministic = deterministic
 
 
 def build(config: Any, vocabulary: int, classes: int, rngs: nnx.Rngs) -> nnx.Module:
-    """The model that is trained under its name."""
+    """The trained model that ``config.model`` names."""
     if config.model == "text_cnn":
         return TextCNN(config, vocabulary, classes, rngs)
     convolve = config.model == "attention_cnn"

@@ -1,19 +1,25 @@
-"""Translation by recurrence: an encoder, a decoder, and between them one vector or attention."""
+"""Sequence to sequence: recurrent models with and without attention, and greedy decoding."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from attention_jax.mechanisms import additive_attention, additive_weights
+from attention_jax.models import EncoderDecoderConfig, generate
 from attention_jax.nn import Embeddings, pooling
 from attention_jax.nn.linear import Linear
-from experiments.datasets.text import PAD
+from experiments.datasets import text
+from experiments.datasets.text import END, PAD, START
+from experiments.models.inference import map_by_length
 from experiments.models.recurrent import GRU
+from experiments.training import text_config
 
 
 class Memory(NamedTuple):
@@ -22,18 +28,18 @@ class Memory(NamedTuple):
     states: Any
     """``[B S E]``."""
     keys: Any
-    """``U states [B S 1 E]``, for attention; None without."""
+    """``U states [B S 1 E]`` for attention, None without attention."""
     real: Any
-    """bool ``[B S]``."""
+    """bool ``[B S]``, false at padding."""
     summary: Any
-    """``[B E]``: what the decoder begins with."""
+    """``[B E]``: the initial state of the decoder."""
 
 
 class Seq2Seq(nnx.Module):
-    """Two gated recurrent networks: one reads the source, the other writes the target::
+    """A GRU encoder, and a GRU decoder that reads one vector or attends to the source::
 
         h_t    = GRU(h_{t-1}, [e(y_{t-1}), c_t])
-        c_t    = the mean state of the source, or additive_attention(h_{t-1}, states, states)
+        c_t    = summary of the source, or additive_attention(h_{t-1}, states, states)
         logits = W [h_t, c_t, e(y_{t-1})]
 
     Source: Cho et al. 2014 (one vector); Bahdanau et al. 2015 (``attend``).
@@ -66,15 +72,15 @@ class Seq2Seq(nnx.Module):
         self.head = Linear(E, vocabulary, rngs=rngs)
 
     def __call__(self, source: Any, target: Any) -> jax.Array:
-        """Logits ``[B T V]`` of what follows each token of the target ``[B T]``."""
+        """Logits ``[B T V]`` of the token after each token of ``target [B T]``."""
         memory = self.encode(source)
         embedded = self.dropout(self.embed(jnp.asarray(target)))
-        one = functools.partial(self.step, memory)
-        _, seen = jax.lax.scan(one, memory.summary, jnp.swapaxes(embedded, 0, 1))
-        return self.logits(jnp.swapaxes(seen, 0, 1))
+        step = functools.partial(self.step, memory)
+        _, outputs = jax.lax.scan(step, memory.summary, jnp.swapaxes(embedded, 0, 1))
+        return self.logits(jnp.swapaxes(outputs, 0, 1))
 
     def encode(self, source: Any) -> Memory:
-        """The source ``[B S]``."""
+        """Encodes ``source [B S]``."""
         source = jnp.asarray(source)
         real = source != PAD
         lengths = jnp.sum(real, axis=-1, dtype=jnp.int32)
@@ -85,7 +91,9 @@ class Seq2Seq(nnx.Module):
         return Memory(states, keys, real, summary)
 
     def step(self, memory: Memory, h: jax.Array, embedded: jax.Array) -> tuple[Any, Any]:
-        """From the state ``[B E]`` and the last token ``[B E]``: the state, and what logits see."""
+        """One decoding step: from the state ``[B E]`` and the embedding ``[B E]`` of the last
+        token to the new state and the features ``[B 3E]`` for ``logits``.
+        """
         context = memory.summary
         if memory.keys is not None:
             context = additive_attention(
@@ -98,47 +106,122 @@ class Seq2Seq(nnx.Module):
         h, _ = self.cell(h, jnp.concatenate([embedded, context], axis=-1))
         return h, jnp.concatenate([h, context, embedded], axis=-1)
 
-    def logits(self, seen: jax.Array) -> jax.Array:
+    def logits(self, features: jax.Array) -> jax.Array:
         """``[... 3E]`` to ``[... V]``, in float32."""
-        return self.head(self.dropout(jnp.tanh(self.combine(seen)))).astype(jnp.float32)
+        return self.head(self.dropout(jnp.tanh(self.combine(features)))).astype(jnp.float32)
 
     def weights(self, source: Any, target: Any) -> jax.Array:
-        """Who looks where: ``[B T S]``, for each token of the target."""
+        """Attention weights ``[B T S]`` of each target token over the source."""
         memory = self.encode(source)
 
-        def one(h: jax.Array, embedded: jax.Array) -> tuple[Any, Any]:
-            looked = additive_weights(
+        def step(h: jax.Array, embedded: jax.Array) -> tuple[Any, Any]:
+            weights = additive_weights(
                 self.query(h)[:, None, None],
                 memory.keys,
                 self.vector[...],
                 mask=memory.real[:, None, None],
             )
-            return self.step(memory, h, embedded)[0], looked[:, 0, 0]
+            return self.step(memory, h, embedded)[0], weights[:, 0, 0]
 
         embedded = jnp.swapaxes(self.embed(jnp.asarray(target)), 0, 1)
-        return jnp.swapaxes(jax.lax.scan(one, memory.summary, embedded)[1], 0, 1)
+        return jnp.swapaxes(jax.lax.scan(step, memory.summary, embedded)[1], 0, 1)
 
 
-def greedy(model: Seq2Seq, source: Any, *, start: int, stop: int, most: int) -> jax.Array:
-    """The likeliest token after the likeliest, ``[B most]``; after ``stop`` come ``PAD``."""
-    return _greedy(model, source, start, stop, most)
+def transformer_config(config: Any, vocabulary: int, max_length: int) -> EncoderDecoderConfig:
+    """The encoder-decoder transformer that a task's options describe.
+
+    Args:
+      config: a ``TextConfig`` with the option ``hidden``, the feed-forward width in units of the
+        model width.
+      vocabulary: number of tokens.
+      max_length: longest sequence, for learned positions.
+    """
+    layers = text_config.layers(config, hidden=config.hidden * config.width)
+    return EncoderDecoderConfig(
+        vocabulary,
+        layers,
+        layers,
+        positions=config.vectors,
+        max_length=max_length if config.vectors == "learned" else None,
+        embedding_scale=text_config.EMBEDDING_SCALE,
+        dropout_rate=config.dropout,
+    )
+
+
+# --- Greedy decoding.
+
+
+def decode_rows(
+    model: Any,
+    rows: Sequence[list[int]],
+    *,
+    limit: Callable[[int], int],
+    size: int,
+    buckets: Sequence[int],
+) -> list[list[int]]:
+    """``decode`` of sources of different lengths, in batches of similar length.
+
+    Args:
+      model: see ``decode``.
+      rows: tokens of each source.
+      limit: from the padded length of a batch to the number of tokens to decode at most.
+      size: rows per batch.
+      buckets: lengths to pad to.
+    """
+
+    def run(index: np.ndarray) -> list[list[int]]:
+        length = text.bucket(max(len(rows[i]) for i in index), buckets)
+        source = text.padded([rows[i] or [END] for i in index], length, size)
+        source[len(index) :, 0] = END  # rows that fill up the batch need a token to attend to
+        return decode(model, source, limit(length))
+
+    return map_by_length(run, [len(row) for row in rows], size)
+
+
+def decode(model: Any, source: np.ndarray, limit: int) -> list[list[int]]:
+    """The target of each row of ``source [B S]``, decoded greedily, without ``START`` and ``END``.
+
+    Args:
+      model: a ``Seq2Seq``, or an ``EncoderDecoder`` from ``attention_jax.models``.
+      source: rows of at least one token, padded with ``PAD``.
+      limit: tokens to decode at most.
+    """
+    if isinstance(model, Seq2Seq):
+        tokens = greedy(model, source, start=START, stop=END, limit=limit)
+    else:
+        tokens = generate(
+            model,
+            np.full((len(source), 1), START, np.int32),
+            source=source,
+            source_real=source != PAD,
+            max_new_tokens=limit,
+            stop=END,
+            pad_token=PAD,
+        ).tokens
+    return [[x for x in row if x not in (PAD, END)] for row in np.asarray(tokens).tolist()]
+
+
+def greedy(model: Seq2Seq, source: Any, *, start: int, stop: int, limit: int) -> jax.Array:
+    """The likeliest token at each step, ``[B limit]``; ``PAD`` follows ``stop``."""
+    return _greedy(model, source, start, stop, limit)
 
 
 @nnx.jit(static_argnums=(2, 3, 4))
-def _greedy(model: Seq2Seq, source: Any, start: int, stop: int, most: int) -> jax.Array:
+def _greedy(model: Seq2Seq, source: Any, start: int, stop: int, limit: int) -> jax.Array:
     memory = model.encode(source)
     B = source.shape[0]
 
-    def going(loop: Any) -> jax.Array:
-        step, _, _, done, _ = loop
-        return (step < most) & ~done.all()
+    def unfinished(carry: Any) -> jax.Array:
+        step, _, _, done, _ = carry
+        return (step < limit) & ~done.all()
 
-    def go(loop: Any) -> Any:
-        step, h, token, done, made = loop
-        h, seen = model.step(memory, h, model.embed.vectors(token))
-        token = jnp.argmax(model.logits(seen), axis=-1).astype(jnp.int32)
+    def decode_one(carry: Any) -> Any:
+        step, h, token, done, tokens = carry
+        h, features = model.step(memory, h, model.embed.vectors(token))
+        token = jnp.argmax(model.logits(features), axis=-1).astype(jnp.int32)
         token = jnp.where(done, PAD, token)
-        return step + 1, h, token, done | (token == stop), made.at[:, step].set(token)
+        return step + 1, h, token, done | (token == stop), tokens.at[:, step].set(token)
 
     first = (jnp.int32(0), memory.summary, jnp.full(B, start, jnp.int32), jnp.zeros(B, bool))
-    return jax.lax.while_loop(going, go, (*first, jnp.full((B, most), PAD, jnp.int32)))[-1]
+    tokens = jnp.full((B, limit), PAD, jnp.int32)
+    return jax.lax.while_loop(unfinished, decode_one, (*first, tokens))[-1]

@@ -1,1 +1,1 @@
-"""From records of runs to tables, plots and pages."""
+"""Tables, plots and pages from the records of runs and measurements."""

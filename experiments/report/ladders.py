@@ -1,7 +1,7 @@
-"""Records of runs, read and put in the order of their ladder.
+"""Reads the records of runs and sorts them into ladders; formats scores.
 
-A record is a line of ``TASK.jsonl`` (``runs.record``). Runs that differ in nothing but their seed
-are a ``Rung``; the rungs of one data set are a ladder.
+A record is a line of ``TASK.jsonl`` (``runs.record``). Runs that differ only in their seed are a
+``Rung``; the rungs on one data set are a ladder.
 """
 
 from __future__ import annotations
@@ -9,18 +9,15 @@ from __future__ import annotations
 import collections
 import json
 import re
-import statistics
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from experiments import tasks
 from experiments.training import config as configs
-from experiments.training.config import Config
+from experiments.training.config import TrainConfig
+from experiments.training.task import Record, Rung
 
-Record = dict[str, Any]
-
-# What a record must have to be in a table.
+# The fields that the tables need.
 FIELDS = (
     "task",
     "model",
@@ -35,166 +32,135 @@ FIELDS = (
     "config",
 )
 
-# Options that say what data a run is on: runs on other data are in another table.
-DATA = ("corpus", "graph")
-
-
-class Rung(NamedTuple):
-    """All the runs that differ in nothing but their seed."""
-
-    name: str
-    runs: list[Record]
-
-    @property
-    def model(self) -> str:
-        """The name without options."""
-        return self.runs[0]["model"]
-
-    def scores(self, metric: str) -> list[float]:
-        """One for each seed."""
-        return [run["test"][metric] for run in self.runs]
-
-    def mean(self, metric: str) -> float:
-        """Over seeds."""
-        return statistics.fmean(self.scores(metric))
-
-    def spread(self, metric: str) -> float:
-        """The sample standard deviation over seeds; 0 of a single one."""
-        scores = self.scores(metric)
-        return statistics.stdev(scores) if len(scores) > 1 else 0.0
-
-
-class Shown(NamedTuple):
-    """What is shown of a ladder; a task may have its own."""
-
-    table: Callable[[list[Rung]], list[str]]
-    """The lines of a table."""
-    order: Callable[[list[Rung]], str]
-    """What to say of it."""
-    caption: Callable[[str], str]
-    """What the plot shows, of the ladder's title."""
-    draw: Callable[[list[Rung], Path], None]
-    """Writes the plot."""
+# Options that select the data: runs on different data are in different tables.
+DATA_OPTIONS = ("corpus", "graph")
 
 
 def read(file: Path) -> list[Record]:
-    """The records of a file, the last of each configuration.
+    """The records of a file; of several with the same configuration, the last.
 
     Raises:
-      ValueError: a line is no record, or that of another task.
+      ValueError: a line is not a record, or one of another task.
     """
-    kept: dict[str, Record] = {}
+    latest: dict[str, Record] = {}
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
         try:
             record = json.loads(line)
         except json.JSONDecodeError as problem:
-            raise ValueError(f"{file}, line {number} is no JSON: {problem}") from None
+            raise ValueError(f"{file}, line {number} is not JSON: {problem}") from None
         where = f"{file}, line {number}"
         if not isinstance(record, dict):
-            raise ValueError(f"{where} is no record: it is no JSON object")
+            raise ValueError(f"{where} is not a record: it is not a JSON object")
         missing = [name for name in FIELDS if name not in record]
         if not missing:  # scores are looked up by the metric
             metric, points = record["metric"], record["curve"]
-            wanted = [("test", record["test"]), *(("curve", point) for point in points)]
-            missing = [f"{metric} in {name}" for name, scores in wanted if metric not in scores]
+            places = [("test", record["test"]), *(("curve", point) for point in points)]
+            missing = [f"{metric} in {name}" for name, scores in places if metric not in scores]
         if missing:
-            raise ValueError(f"{where} is no record: it lacks {', '.join(dict.fromkeys(missing))}")
+            raise ValueError(
+                f"{where} is not a record: it lacks {', '.join(dict.fromkeys(missing))}"
+            )
         if record["task"] != file.stem:
-            raise ValueError(f"{where} is a record of {record['task']}, not of {file.stem}")
-        kept[json.dumps([record["config"], record.get("preset")], sort_keys=True)] = record
-    return list(kept.values())
+            raise ValueError(f"{where} is a record of {record['task']}, not {file.stem}")
+        latest[json.dumps([record["config"], record.get("preset")], sort_keys=True)] = record
+    return list(latest.values())
 
 
 def ladders(name: str, records: list[Record]) -> dict[str, list[Rung]]:
-    """For each of a task's data sets, by name, its ladder; that of the first preset first.
+    """The ladders of a task by data set, that of the first preset first.
 
-    A task of one data set has one ladder, without a name.
+    A task with one data set has one ladder, under the empty name.
     """
-    usual = configs.as_json(next(iter(tasks.load(name).presets.values())))
+    default = configs.as_json(next(iter(tasks.load(name).presets.values())))
 
     def data(config: dict[str, Any]) -> str:
-        return " ".join(str(config[option]) for option in DATA if option in config)
+        return " ".join(str(config[option]) for option in DATA_OPTIONS if option in config)
 
-    parts: dict[str, list[Record]] = {data(usual): []}
+    parts: dict[str, list[Record]] = {data(default): []}
     for record in records:
         parts.setdefault(data(record["config"]), []).append(record)
-    return {part: rungs(name, some) for part, some in parts.items() if some}
+    return {part: rungs(name, group) for part, group in parts.items() if group}
 
 
 def rungs(name: str, records: list[Record]) -> list[Rung]:
-    """Runs that belong together, in the order of the ladder; of a model, those like a preset first.
+    """Groups runs that differ only in their seed, in the order of the ladder.
+
+    The rungs of one model are in the order of presets, and within one those closest to the preset
+    come first.
 
     Raises:
-      ValueError: a record is of a model that the task does not have.
+      ValueError: a record has a model that the task does not have.
     """
     presets, ladder = tasks.load(name).presets, models(name)
     groups: dict[str, list[Record]] = collections.defaultdict(list)
     for record in records:
         if record["model"] not in ladder:
             raise ValueError(
-                f"{name} has no model {record['model']}, which a record is of; it has "
+                f"a record has model {record['model']}, which {name} does not have; its models are "
                 f"{', '.join(ladder)}"
             )
         key = [record["model"], record.get("preset"), _options(record["config"])]
         groups[json.dumps(key, sort_keys=True)].append(record)
 
-    def place(rung: Rung) -> tuple[int, int, int]:
+    def position(rung: Rung) -> tuple[int, int, int]:
         run = rung.runs[0]
         names, preset = list(presets), str(run.get("preset"))
-        changed, order = 0, len(names)
+        changes, order = 0, len(names)
         if preset in presets:
-            changed, order = _changes(run["config"], presets[preset]), names.index(preset)
-        return ladder.index(rung.model), order, changed
+            changes, order = _changes(run["config"], presets[preset]), names.index(preset)
+        return ladder.index(rung.model), order, changes
 
-    named = [
-        Rung(_named(runs[0], records), sorted(runs, key=lambda run: run["seed"]))
+    unsorted = [
+        Rung(_rung_name(runs[0], records), sorted(runs, key=lambda run: run["seed"]))
         for runs in groups.values()
     ]
-    return sorted(named, key=place)
+    return sorted(unsorted, key=position)
 
 
 def models(name: str) -> tuple[str, ...]:
-    """The ladder of a task."""
+    """The models of a task, in the order of its ladder."""
     return configs.choices(type(next(iter(tasks.load(name).presets.values()))), "model")
 
 
 def _options(config: dict[str, Any]) -> dict[str, Any]:
-    """Those that set rows of the same model apart."""
-    apart = ("seed", "model", *configs.MAY_CHANGE)
-    return {name: x for name, x in config.items() if name not in apart}
+    """The options that distinguish rows of the same model."""
+    excluded = ("seed", "model", *configs.MAY_CHANGE)
+    return {name: x for name, x in config.items() if name not in excluded}
 
 
-def _changes(config: dict[str, Any], preset: Config) -> int:
-    """How many options of a run are not its preset's."""
-    usual = json.loads(json.dumps(configs.as_json(preset), default=str))  # as a record has them
-    return sum(usual.get(name) != x for name, x in _options(config).items())
+def _changes(config: dict[str, Any], preset: TrainConfig) -> int:
+    """The number of options that differ from the preset."""
+    default = json.loads(json.dumps(configs.as_json(preset), default=str))  # as in a record
+    return sum(default.get(name) != x for name, x in _options(config).items())
 
 
-def _named(record: Record, all_records: list[Record]) -> str:
-    """The model; its preset and options where others of the same model have others."""
+def _rung_name(record: Record, all_records: list[Record]) -> str:
+    """The model, with its preset and options where those differ among runs of the model."""
     same = [other for other in all_records if other["model"] == record["model"]]
     preset = record.get("preset")
     alike = [other for other in same if other.get("preset") == preset]
-    odd = [] if len(alike) == len(same) else [f"preset {preset}"]
-    odd += [
+    differing = [] if len(alike) == len(same) else [f"preset {preset}"]
+    differing += [
         f"{option} {x}"
         for option, x in _options(record["config"]).items()
         if any(other["config"].get(option) != x for other in alike)
     ]
-    return ", ".join([record["model"], *odd])
+    return ", ".join([record["model"], *differing])
 
 
-# --- How scores are written; those of no pattern with 3 decimals.
+# --- Formatting of scores. Those that match no pattern have 3 decimals.
 
 PERCENT = re.compile(r"accuracy$|exact$|f1$|precision$|recall$|^rouge")
 WHOLE, ONE_DECIMAL = re.compile(r"repaired$|unaligned$"), re.compile(r"^bleu$")
 
 
-def shown(metric: str, x: float) -> str:
-    """A score as it is written.
+def format_score(metric: str, x: float) -> str:
+    """A score as text.
 
-    >>> shown("xquad_f1", 0.9125), shown("nats", 1.6214), shown("bleu", 31.27), shown("repaired", 9)
-    ('91.2', '1.621', '31.3', '9')
+    >>> format_score("xquad_f1", 0.9125), format_score("nats", 1.6214)
+    ('91.2', '1.621')
+    >>> format_score("bleu", 31.27), format_score("repaired", 9)
+    ('31.3', '9')
     """
     if PERCENT.search(metric):
         return f"{100 * x:.1f}"
@@ -203,8 +169,8 @@ def shown(metric: str, x: float) -> str:
     return f"{x:.1f}" if ONE_DECIMAL.search(metric) else f"{x:.3f}"
 
 
-def words(metric: str) -> str:
-    """A metric as it is called in text."""
+def metric_label(metric: str) -> str:
+    """The name of a metric in text."""
     return {"bleu": "BLEU", "nats": "nats per character", "bits": "bits per character"}.get(
         metric, metric.replace("_", "-")
     )

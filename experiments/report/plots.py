@@ -1,18 +1,17 @@
-"""Loss and score of a ladder's runs over time, as a picture."""
+"""The usual plot of a ladder: training loss and validation score over time."""
 
 from __future__ import annotations
 
 import statistics
 from pathlib import Path
 
-from experiments.report.ladders import PERCENT, Rung, words
+from experiments.report.ladders import PERCENT, metric_label
+from experiments.training.task import COLOURS, Rung
 
-COLOURS = ("#7a7a7a", "#1b9e77", "#d95f02", "#4a5fc1", "#b0307a", "#8a6d00")
 
-
-def file(name: str, part: str, results: Path) -> Path:
-    """Where the plot of a task's data set is."""
-    return results / f"{'-'.join([name, *part.split()])}.png"
+def file_name(name: str, part: str) -> str:
+    """The file with the plot of a task's data set."""
+    return f"{'-'.join([name, *part.split()])}.png"
 
 
 def caption(title: str) -> str:
@@ -21,8 +20,8 @@ def caption(title: str) -> str:
 
 
 def draw(ladder: list[Rung], file: Path) -> None:
-    """Loss of training, and the score on the validation split, over minutes."""
-    # A Figure without pyplot needs no display and leaves no global state.
+    """Draws training loss and validation score over minutes, a line per run."""
+    # Without pyplot, a figure needs no display and leaves no global state.
     from matplotlib.figure import Figure
 
     metric = ladder[0].runs[0]["metric"]
@@ -35,7 +34,7 @@ def draw(ladder: list[Rung], file: Path) -> None:
         label: str | None = rung.name
         if not any(run["curve"] for run in rung.runs):
             known = [run["validation"] for run in rung.runs if run["validation"] is not None]
-            if not known:  # records of before counted models had a validation score
+            if not known:  # old records of fitted models
                 known, label = [run["test"] for run in rung.runs], f"{label} (test)"
             score = factor * statistics.fmean(scores[metric] for scores in known)
             axes[1].axhline(score, color=colour, linestyle="--", linewidth=1.2, label=label)
@@ -43,10 +42,10 @@ def draw(ladder: list[Rung], file: Path) -> None:
         for run in rung.runs:
             minutes = [point["seconds"] / 60 for point in run["curve"]]
             for axis, score, scale in zip(axes, ("loss", metric), (1, factor), strict=True):
-                drawn = [scale * point[score] for point in run["curve"]]
+                values = [scale * point[score] for point in run["curve"]]
                 axis.plot(
                     minutes,
-                    drawn,
+                    values,
                     color=colour,
                     linestyle=line,
                     linewidth=1,
@@ -54,10 +53,10 @@ def draw(ladder: list[Rung], file: Path) -> None:
                     markersize=3.5,
                     label=label if axis is axes[1] else None,
                 )
-            label = None  # once for all seeds
+            label = None  # one legend entry for all seeds
     unit = ", %" if PERCENT.search(metric) else ""
     for axis, title in zip(
-        axes, ("loss in training", f"{words(metric)} in validation{unit}"), strict=True
+        axes, ("loss in training", f"{metric_label(metric)} in validation{unit}"), strict=True
     ):
         axis.set_title(title, fontsize=10, loc="left")
         axis.set_xlabel("minutes", fontsize=9)

@@ -1,4 +1,7 @@
-"""The table of training tasks. A new task is one file here and one row below."""
+"""The table of training tasks.
+
+To add a task, write a module or package here that defines ``TASK``, and add an entry below.
+"""
 
 from __future__ import annotations
 
@@ -6,122 +9,122 @@ import importlib
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from experiments.training.train import Task
+    from experiments.training.task import Task
 
 
-class Row(NamedTuple):
-    """What is said of a task before its file, with all that it imports, is loaded."""
+class Summary(NamedTuple):
+    """What ``python -m experiments`` prints about a task without importing it."""
 
-    shows: str
+    about: str
     data: str
     models: str
     time: str
     score: str
 
 
-# The name is also the file: experiments/tasks/<name>.py, which holds TASK.
-TASKS: dict[str, Row] = {
-    "digits": Row(
-        shows="images as tokens: a small vision transformer beside a convolutional network",
-        data="1797 handwritten digits of 8 x 8 pixels, part of scikit-learn",
+# Keys are module names: experiments/tasks/<name>.py or experiments/tasks/<name>/ defines TASK.
+TASKS: dict[str, Summary] = {
+    "digits": Summary(
+        about="image classification with a small vision transformer and a convolutional network",
+        data="scikit-learn's 1,797 handwritten digits, 8 x 8 pixels",
         models="logistic, cnn, vit",
         time="2 minutes on 2 CPU cores",
-        score="test accuracy 98 %",
+        score="98 % test accuracy",
     ),
-    "fashion": Row(
-        shows="the same on more and larger images",
-        data="Fashion-MNIST, 70,000 pictures of clothes of 28 x 28 pixels, 31 MB to download",
+    "fashion": Summary(
+        about="the digits models on more and larger images",
+        data="Fashion-MNIST, 70,000 images of clothing, 28 x 28 pixels, a 31 MB download",
         models="logistic, cnn, vit",
         time="10 minutes on 2 CPU cores",
-        score="not measured",
+        score="not measured yet",
     ),
-    "trec": Row(
-        shows="what kind of answer a question asks for: words, convolutions, attention",
-        data="TREC, 5,452 questions to train and 500 to test, six classes",
+    "trec": Summary(
+        about="question classification by the type of answer asked for",
+        data="TREC, 5,452 training and 500 test questions, 6 classes",
         models="naive_bayes, text_cnn, attention, attention_cnn",
         time="2 minutes on 2 CPU cores",
-        score="test accuracy 90 %",
+        score="90 % test accuracy",
     ),
-    "fewshot": Row(
-        shows="how many labelled examples it takes, with and without pretraining, and adapters",
-        data="that of trec, of which few questions are labelled",
+    "fewshot": Summary(
+        about="accuracy by number of labelled examples, with and without pretraining and LoRA",
+        data="TREC, with labels for only some of the training questions",
         models="naive_bayes, text_cnn, transformer, finetuned, adapted",
-        time="2 minutes on 2 CPU cores; all of the curve 50",
-        score="test accuracy of 100 labelled examples 60 %, of all 88 %",
+        time="2 minutes on 2 CPU cores; 50 minutes for the whole curve",
+        score="60 % test accuracy with 100 labelled examples, 88 % with all",
     ),
-    "sst2": Row(
-        shows="whether a film is liked",
-        data="Stanford Sentiment Treebank, sentences only, 6,920 to train and 1,821 to test",
+    "sst2": Summary(
+        about="sentiment classification of film reviews",
+        data="Stanford Sentiment Treebank, 6,920 training and 1,821 test sentences, no phrases",
         models="naive_bayes, text_cnn, attention, attention_cnn",
         time="2 minutes on 2 CPU cores",
-        score="test accuracy 80 %",
+        score="80 % test accuracy",
     ),
-    "relations": Row(
-        shows="how two nouns of a sentence are related",
-        data="SemEval-2010 task 8, 8,000 sentences to train and 2,717 to test, 19 classes",
+    "relations": Summary(
+        about="relation classification between two marked nouns of a sentence",
+        data="SemEval-2010 task 8, 8,000 training and 2,717 test sentences, 19 classes",
         models="naive_bayes, text_cnn, attention, attention_cnn",
         time="10 minutes on 2 CPU cores",
-        score="test macro-F1 73",
+        score="73 test macro-F1",
     ),
-    "ner": Row(
-        shows="names in text, as a tag for each word",
-        data="NCBI diseases, 5,424 sentences to train and 940 to test; WNUT 2017, 3,394 and 1,287",
+    "ner": Summary(
+        about="named entity recognition, one BIO tag per word",
+        data="NCBI diseases, 5,424 training and 940 test sentences; WNUT 2017, 3,394 and 1,287",
         models="most_frequent, gru, transformer",
         time="10 minutes on 2 CPU cores",
-        score="test F1 74 on NCBI",
+        score="74 test F1 on NCBI",
     ),
-    "shakespeare": Row(
-        shows="the next character: counts, recurrence, attention",
+    "shakespeare": Summary(
+        about="character-level language modelling with n-grams, recurrence and attention",
         data="tiny_shakespeare, 1.1 million characters",
         models="ngram, gru, gru_attention, transformer",
         time="10 minutes on 2 CPU cores",
-        score="1.68 nats per character on the last tenth",
+        score="1.68 nats per character on the last tenth of the text",
     ),
-    "listops": Row(
-        shows="nested lists of digits: how far information travels, also by linear attention",
-        data="made here, expressions of 32 to 512 tokens",
+    "listops": Summary(
+        about="long-range dependencies in nested lists of digits; softmax and linear attention",
+        data="generated expressions of 32 to 512 tokens",
         models="gru, transformer, window, linear",
         time="10 minutes on 2 CPU cores",
-        score="test accuracy 37 %",
+        score="37 % test accuracy",
     ),
-    "vqa": Row(
-        shows="questions about pictures: words and patches as tokens of one encoder",
-        data="made here, nine cells of coloured shapes and a question in words",
+    "vqa": Summary(
+        about="visual question answering with words and image patches as tokens of one encoder",
+        data="generated 3 x 3 grids of coloured shapes, each with a question in words",
         models="question, image, joint, cross",
         time="10 minutes on 2 CPU cores",
-        score="test accuracy 100 %",
+        score="100 % test accuracy",
     ),
-    "links": Row(
-        shows="which facts a graph lacks",
-        data="FB15k-237, 272,115 facts to train and 20,466 to test; WN18RR, 86,835 and 3,134",
+    "links": Summary(
+        about="link prediction in a knowledge graph",
+        data="FB15k-237, 272,115 training and 20,466 test facts; WN18RR, 86,835 and 3,134",
         models="distmult, attention",
         time="10 minutes on 2 CPU cores",
-        score="test MRR 0.23 on FB15k-237",
+        score="0.23 test MRR on FB15k-237",
     ),
-    "multi30k": Row(
-        shows="translation, German to English: recurrence, additive attention, attention alone",
-        data="Multi30k, 29,000 descriptions of pictures and their translations",
+    "multi30k": Summary(
+        about="German to English translation with recurrence, additive attention, transformers",
+        data="Multi30k, 29,000 image descriptions with translations",
         models="gru, gru_attention, transformer",
         time="10 minutes on 2 CPU cores",
-        score="BLEU 30; 36 with three times the steps",
+        score="30 BLEU; 36 with three times the steps",
     ),
-    "qa": Row(
-        shows="questions about a passage, answered by a span of it",
-        data="SQuADShifts, new Wikipedia, 7,938 questions of 48 articles; XQuAD, English, 1,190",
+    "qa": Summary(
+        about="extractive question answering: the answer is a span of a passage",
+        data="SQuADShifts new Wikipedia, 7,938 questions on 48 articles; English XQuAD, 1,190",
         models="overlap, gru, transformer",
         time="10 minutes on 2 CPU cores",
-        score="test F1 36",
+        score="36 test F1",
     ),
-    "summarise": Row(
-        shows="titles of news, papers in a sentence: taking, making and copying words",
-        data="AG news, 7,600 articles with titles; SciTLDR, 3,229 abstracts with summaries",
+    "summarise": Summary(
+        about="summarisation: news headlines and one-sentence paper summaries, with copying",
+        data="AG News, 7,600 articles with titles; SciTLDR, 3,229 abstracts with summaries",
         models="lead, best_sentence, gru, gru_attention, transformer, copier",
         time="10 minutes on 2 CPU cores",
-        score="ROUGE-L 18.7 on titles",
+        score="18.7 ROUGE-L on titles",
     ),
 }
 
 
 def load(name: str) -> Task[Any, Any]:
-    """The task called ``name``, one of ``TASKS``."""
+    """Imports the task called ``name``, a key of ``TASKS``."""
     return importlib.import_module(f"experiments.tasks.{name}").TASK

@@ -1,4 +1,4 @@
-"""What the tasks that classify sentences share: everything but the data."""
+"""Sentence classification: everything that its tasks share, which is all but the data."""
 
 from __future__ import annotations
 
@@ -15,35 +15,36 @@ from flax import nnx
 from attention_jax.nn import record_weights
 from experiments.datasets import text
 from experiments.models import sentences
-from experiments.report.look import View, self_attention
-from experiments.training import train
+from experiments.models.inference import map_by_length
+from experiments.tasks.common import check_length, random_indices, verdict
 from experiments.training.config import at_least_1, below_1
 from experiments.training.losses import cross_entropy, logits, scores
+from experiments.training.task import AttentionView, Loss, Metrics, Task, self_attention
 from experiments.training.text_config import TextConfig
 
-Score = Callable[[np.ndarray, np.ndarray], train.Metrics]
+Score = Callable[[np.ndarray, np.ndarray], Metrics]
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(TextConfig):
-    """The options of a classifier of sentences."""
+    """Options of a sentence classifier."""
 
     model: Literal["naive_bayes", "text_cnn", "attention", "attention_cnn"] = "attention_cnn"
-    """The rung of the ladder."""
+    """The model to train."""
     dropout: float = 0.2
-    """Probability of dropping a number of the embeddings and of what each sublayer gives."""
+    """Dropout rate of the embeddings and of the output of each sublayer."""
     feature_dropout: float = 0.5
-    """Of what the classes are read from."""
+    """Dropout rate of the features that the classifier reads."""
     word_dropout: float = 0.1
-    """Probability that a word is made unknown in training."""
+    """Probability of replacing a word by the unknown word in training."""
     word_width: int = 300
-    """Numbers per word of text_cnn, whose vectors are not those of the encoder."""
+    """Width of the word embeddings of text_cnn."""
     filters: int = 100
-    """Convolutions of each of the widths 3, 4 and 5."""
+    """Number of convolution filters of each of the widths 3, 4 and 5."""
     least: int = 2
-    """Words that training has less often are unknown."""
+    """Occurrences in the training split that a word needs to enter the vocabulary."""
     longest: int = 64
-    """Words that a sentence may have."""
+    """Words per sentence at most."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -75,24 +76,24 @@ ACCELERATOR = Config(
 
 
 class Labelled(NamedTuple):
-    """Sentences, words between spaces, and their classes ``[n]``."""
+    """Sentences of words separated by spaces, and their classes ``[n]``."""
 
     texts: list[str]
     labels: np.ndarray
 
     def take(self, index: np.ndarray) -> Labelled:
-        """Some of them."""
+        """The sentences at these indices."""
         return Labelled([self.texts[i] for i in index], self.labels[index])
 
 
 def labelled(lines: list[str]) -> Labelled:
-    """Of lines that begin with the number of the class."""
+    """Parses lines that start with the index of the class."""
     pairs = [line.split(" ", 1) for line in lines if line.strip()]
     return Labelled([t.lower() for _, t in pairs], np.array([int(x) for x, _ in pairs], np.int32))
 
 
 class Split(NamedTuple):
-    """Sentences as numbers."""
+    """Sentences as word indices."""
 
     rows: list[list[int]]
     lengths: np.ndarray
@@ -101,7 +102,7 @@ class Split(NamedTuple):
 
 
 class Data(NamedTuple):
-    """What the functions below are given."""
+    """The vocabulary, the names of the classes and the splits."""
 
     words: text.Words
     classes: tuple[str, ...]
@@ -109,118 +110,117 @@ class Data(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Words ``[B T]`` and classes ``[B]``."""
+    """Word indices ``[B T]`` and classes ``[B]``."""
 
     words: Any
     labels: Any
 
 
-def made_up(classes: int) -> dict[str, Labelled]:
-    """Sentences of made-up words, some of which tell the class: for ``smoke``, without any file."""
+def synthetic(classes: int) -> dict[str, Labelled]:
+    """Generated sentences whose first word gives the class away; needs no files."""
     rng = np.random.default_rng(0)
 
-    def some(n: int) -> Labelled:
+    def sentences_of(n: int) -> Labelled:
         labels = rng.integers(0, classes, n).astype(np.int32)
-        told = [f"class{label}" for label in labels]
-        rest = rng.integers(0, 20, (n, 6))
-        return Labelled(
-            [" ".join([t, *(f"word{i}" for i in row)]) for t, row in zip(told, rest, strict=True)],
-            labels,
-        )
+        words = rng.integers(0, 20, (n, 6))
+        texts = [
+            " ".join([f"class{label}", *(f"word{i}" for i in row)])
+            for label, row in zip(labels, words, strict=True)
+        ]
+        return Labelled(texts, labels)
 
-    return {"train": some(200), "validation": some(40), "test": some(40)}
+    return {"train": sentences_of(200), "validation": sentences_of(40), "test": sentences_of(40)}
 
 
-def data(classes: tuple[str, ...], read: Callable[[], dict[str, Labelled]], config: Config) -> Data:
-    """The splits, with the words of the training split."""
-    found = made_up(len(classes)) if config.synthetic else read()
-    words = text.Words.of(found["train"].texts, config.least)
+def load(classes: tuple[str, ...], read: Callable[[], dict[str, Labelled]], config: Config) -> Data:
+    """The splits, encoded with the vocabulary of the training split."""
+    raw = synthetic(len(classes)) if config.synthetic else read()
+    words = text.Words.of(raw["train"].texts, config.least)
     splits = {}
-    for name, split in found.items():
+    for name, split in raw.items():
         rows = words.encode_all(split.texts)
         lengths = np.array([len(row) for row in rows])
         if lengths.max() > config.longest:
             raise ValueError(
-                f"longest must be at least {lengths.max()}, the words of a sentence of the {name} "
-                f"split, got {config.longest}"
+                f"longest must be at least {lengths.max()}, the length of the longest sentence of "
+                f"the {name} split, got {config.longest}"
             )
         splits[name] = Split(rows, lengths, split.labels, split.texts)
     return Data(words, classes, splits)
 
 
 def init(config: Config, data: Data, rngs: nnx.Rngs) -> Any:
-    """The rung."""
+    """A fresh model, or a fitted naive Bayes classifier."""
     if config.model == "naive_bayes":
         return sentences.NaiveBayes(data.splits["train"].rows, data.splits["train"].labels)
     return sentences.build(config, len(data.words), len(data.classes), rngs)
 
 
 def batches(config: Config, data: Data, step: int) -> Iterator[Batch]:
-    """Sentences of about one length together."""
+    """Batches of sentences of similar length."""
     split = data.splits["train"]
     for index in text.alike(split.lengths, config.batch_size, config.seed, step):
         yield Batch(text.padded([split.rows[i] for i in index]), split.labels[index])
 
 
-def loss(config: Config, model: Any, batch: Batch) -> train.Loss:
+def loss(config: Config, model: Any, batch: Batch) -> Loss:
     """Cross-entropy."""
     each = cross_entropy(model(batch.words), batch.labels, config.label_smoothing)
-    return train.Loss(each.sum(), jnp.float32(each.size))
+    return Loss(each.sum(), jnp.float32(each.size))
 
 
 def predict(model: Any, rows: list[list[int]], size: int = 128) -> np.ndarray:
-    """Log-probabilities ``[n C]``."""
-    found: dict[int, np.ndarray] = {}
-    for index in text.covering([len(row) for row in rows], size):
+    """Log-probabilities ``[n C]`` of sentences."""
+
+    def run(index: np.ndarray) -> np.ndarray:
         words = text.padded([rows[i] for i in index], count=size)
-        rows_of = logits(model, words) if isinstance(model, nnx.Module) else model(words)
-        found |= dict(zip(index.tolist(), np.asarray(rows_of), strict=False))
-    return np.asarray(jax.nn.log_softmax(np.stack([found[i] for i in range(len(rows))])))
+        return np.asarray(logits(model, words) if isinstance(model, nnx.Module) else model(words))
+
+    return np.asarray(
+        jax.nn.log_softmax(np.stack(map_by_length(run, [len(row) for row in rows], size)))
+    )
 
 
-def evaluate(
-    config: Config, model: Any, data: Data, split: str, score: Score = scores
-) -> train.Metrics:
-    """Accuracy and mean cross-entropy, or another score, over every sentence once."""
+def evaluate(config: Config, model: Any, data: Data, split: str, score: Score = scores) -> Metrics:
+    """Scores of one split, accuracy and mean cross-entropy by default."""
     rows, _, labels, _ = data.splits[split]
     return score(predict(model, rows), labels)
 
 
 def encode(config: Config, data: Data, sentence: str) -> list[int]:
-    """A text's words as numbers.
+    """Word indices of a user's text.
 
     Raises:
       ValueError: it is empty, or longer than the model reads.
     """
     row = data.words.encode(text.check(sentence).lower())
-    if len(row) > config.longest:
-        raise ValueError(
-            f"text has {len(row)} words, the model reads {config.longest} (longest): give less"
-        )
+    check_length(len(row), config.longest, "words", "longest")
     return row
 
 
 def sample(config: Config, model: Any, data: Data, sentence: str | None) -> str:
-    """What the model takes a sentence for; without one, ten of the test split."""
+    """The predicted class of a sentence, or of ten sentences of the test split."""
     if sentence is not None:
         rows, texts, labels = [encode(config, data, sentence)], [sentence], [None]
     else:
         split = data.splits["test"]
-        chosen = np.random.default_rng(config.seed).permutation(len(split.rows))[:10]
+        chosen = random_indices(len(split.rows), 10, config.seed)
         rows, texts = [split.rows[i] for i in chosen], [split.texts[i] for i in chosen]
         labels = [data.classes[split.labels[i]] for i in chosen]
-    said = []
-    for log_p, written, label in zip(predict(model, rows), texts, labels, strict=True):
+    lines = []
+    for log_p, shown, label in zip(predict(model, rows), texts, labels, strict=True):
         guess = data.classes[log_p.argmax()]
-        verdict = "" if label is None else " right" if guess == label else f" wrong, it is {label}"
-        said.append(f"{written}\n    {guess} {np.exp(log_p.max()):.2f}{verdict}")
-    return "\n".join(said)
+        suffix = "" if label is None else f" {verdict(guess, label)}"
+        lines.append(f"{shown}\n    {guess} {np.exp(log_p.max()):.2f}{suffix}")
+    return "\n".join(lines)
 
 
-def look(config: Config, model: Any, data: Data, sentence: str | None) -> list[View]:
-    """The encoder's attention in one sentence."""
+def look(config: Config, model: Any, data: Data, sentence: str | None) -> list[AttentionView]:
+    """Attention weights of the encoder on one sentence."""
     if not isinstance(model, sentences.SelfAttention):
-        raise ValueError(f"model {config.model} has no attention to look at: take attention")
+        raise ValueError(
+            f"model {config.model} has no attention to look at: use attention or attention_cnn"
+        )
     sentence = data.splits["test"].texts[0] if sentence is None else sentence
     row = encode(config, data, sentence)
     _, weights = record_weights(model, np.array([row], np.int32))
@@ -236,12 +236,21 @@ def task(
     *,
     score: Score = scores,
     metric: str = "accuracy",
-) -> train.Task[Config, Data]:
-    """The task of this name; ``score`` is of logits ``[n C]`` and labels, ``metric`` one of its."""
-    return train.Task(
+) -> Task[Config, Data]:
+    """Builds a sentence classification task.
+
+    Args:
+      name: of the task.
+      classes: their names.
+      read: reads the sentences of each split.
+      presets: named configurations.
+      score: from logits ``[n C]`` and labels ``[n]`` to named scores.
+      metric: the score that selects the best weights.
+    """
+    return Task(
         name=name,
         presets=presets,
-        data=functools.partial(data, classes, read),
+        data=functools.partial(load, classes, read),
         init=init,
         batches=batches,
         loss=loss,

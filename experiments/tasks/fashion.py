@@ -1,14 +1,14 @@
-"""Pictures of clothes, 28 x 28 pixels: ``digits`` on forty times as many images.
+"""Images of clothing, classified by the models of ``digits``.
 
 ::
 
-    python -m experiments train fashion                   # downloads 31 MB the first time
+    python -m experiments train fashion                   # downloads 31 MB on first use
     python -m experiments train fashion --model cnn
 
-The ladder is that of ``digits``; patches are 4 x 4 pixels, 49 of them.
+The models are those of ``digits``, with 49 patches of 4 x 4 pixels.
 
-Data: Fashion-MNIST, H. Xiao et al. 2017, 60,000 images to train, of which the last 5,000 validate,
-and 10,000 to test; MIT licence.
+Data: Fashion-MNIST, H. Xiao et al. 2017, greyscale images of 28 x 28 pixels: 55,000 for training,
+the last 5,000 of the published training set for validation, 10,000 for test; MIT licence.
 """
 
 from __future__ import annotations
@@ -57,28 +57,27 @@ PRESETS = {
 
 
 def read() -> Data:
-    """The three splits."""
+    """The splits."""
 
     def split(name: str) -> Split:
         pixels = idx(f"fashion_mnist/{name}-images-idx3-ubyte.gz")
         labels = idx(f"fashion_mnist/{name}-labels-idx1-ubyte.gz")
         return Split((pixels / np.float32(255)).astype(np.float32), labels.astype(np.int32))
 
-    everything = split("train")
-    fit, check = slice(0, -5000), slice(-5000, None)
+    images, labels = split("train")
     return {
-        "train": Split(everything.images[fit], everything.labels[fit]),
-        "validation": Split(everything.images[check], everything.labels[check]),
+        "train": Split(images[:-5000], labels[:-5000]),
+        "validation": Split(images[-5000:], labels[-5000:]),
         "test": split("t10k"),
     }
 
 
 def idx(name: str) -> np.ndarray:
-    """An array of bytes in the IDX format of MNIST: two zeros, type, rank, sizes, numbers."""
+    """Reads bytes in MNIST's IDX format: two zero bytes, type, rank, shape, values."""
     with gzip.open(path(name)) as file:
         raw = file.read()
     if raw[:3] != b"\x00\x00\x08":
-        raise ValueError(f"{name} must be an IDX file of bytes, it begins with {raw[:3]!r}")
+        raise ValueError(f"{name} must be an IDX file of bytes, but starts with {raw[:3]!r}")
     rank = raw[3]
     shape = np.frombuffer(raw, ">i4", rank, offset=4)
     return np.frombuffer(raw, np.uint8, offset=4 + 4 * rank).reshape(shape)

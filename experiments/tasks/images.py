@@ -1,4 +1,4 @@
-"""What the tasks that classify images share: the ladder, the loop's functions, the picture."""
+"""Image classification: models, the functions of a task and an attention figure."""
 
 from __future__ import annotations
 
@@ -17,43 +17,43 @@ from attention_jax.core.axes import AnyArray
 from attention_jax.models import Layers, VisionConfig, VisionTransformer
 from attention_jax.nn import record_weights
 from experiments.datasets import text
-from experiments.report.look import View, self_attention
+from experiments.models.inference import full_batches
 from experiments.training import config as configs
-from experiments.training import train
 from experiments.training.losses import cross_entropy, logits, scores
+from experiments.training.task import AttentionView, Loss, Metrics, Task, self_attention
 from experiments.training.text_config import attention_options
 
 CLASSES = 10
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(configs.Config):
-    """The options of a classifier of images, beside those of every task."""
+class Config(configs.TrainConfig):
+    """Options of an image classifier."""
 
     model: Literal["logistic", "cnn", "vit"] = "vit"
-    """The rung of the ladder."""
+    """The model to train."""
     patch: int = 2
-    """Of vit: side of a patch in pixels; divides the image's."""
+    """vit: side of a patch in pixels; divides the side of the image."""
     width: int = 48
-    """Of vit: numbers per token (E)."""
+    """vit: model width (E)."""
     heads: int = 4
-    """Of vit: heads of attention (N); divides the width."""
+    """vit: number of attention heads (N); divides the width."""
     depth: int = 3
-    """Of vit: layers."""
+    """vit: number of layers."""
     filters: int = 32
-    """Of cnn: of the first convolution; the second has twice as many."""
+    """cnn: filters of the first convolution; the second has twice as many."""
     dropout: float = 0.1
-    """Of vit, of what each sublayer gives; of cnn, of what the classes are read from."""
+    """Dropout rate: of the output of each sublayer (vit), of the classifier's input (cnn)."""
     shift: int = 1
-    """Training images are shifted by up to this many pixels, for cnn and vit: logistic, which has a
-    weight for each pixel, is better without."""
+    """cnn and vit: shift training images by up to this many pixels in each direction. logistic has
+    a weight per pixel and does worse with shifts, so it is trained without."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         configs.at_least_1(self, "patch", "width", "heads", "depth", "filters")
         configs.heads_divide(self, "width")
         configs.below_1(self, "dropout")
-        configs.softmax_only(self)  # whose weights the picture shows
+        configs.softmax_only(self)  # the figure shows its weights
         if self.shift < 0:
             raise ValueError(f"shift must be at least 0, got {self.shift}")
 
@@ -66,18 +66,18 @@ class Split(NamedTuple):
 
     @property
     def side(self) -> int:
-        """Of an image, in pixels."""
+        """Side of an image in pixels."""
         return int(self.images.shape[-1])
 
 
 Data = dict[str, Split]
 
 
-def made_up(side: int) -> Data:
-    """A bright row or column tells the class: for ``smoke``, without any file."""
+def synthetic(side: int) -> Data:
+    """Noise with a bright row or column that gives the class away; needs no files."""
     rng = np.random.default_rng(0)
 
-    def some(n: int) -> Split:
+    def images_of(n: int) -> Split:
         labels = rng.integers(0, CLASSES, n).astype(np.int32)
         images = rng.uniform(0, 0.5, (n, side, side)).astype(np.float32)
         for image, label in zip(images, labels, strict=True):
@@ -85,18 +85,18 @@ def made_up(side: int) -> Data:
             image[:, label % side] += 0.5 * (label >= side)
         return Split(images, labels)
 
-    return {"train": some(256), "validation": some(64), "test": some(64)}
+    return {"train": images_of(256), "validation": images_of(64), "test": images_of(64)}
 
 
 # --- Models.
 
 
-# About the mean and the deviation of the pixels, of both tasks.
+# Approximate mean and standard deviation of the pixels of both data sets.
 MEAN, DEVIATION = 0.3, 0.35
 
 
 class Logistic(nnx.Module):
-    """Logistic regression on the pixels, standardised: otherwise it learns slowly."""
+    """Logistic regression on standardised pixels; without standardising it learns slowly."""
 
     def __init__(self, side: int, rngs: nnx.Rngs) -> None:
         self.classify = nnx.Linear(side * side, CLASSES, rngs=rngs)
@@ -108,7 +108,7 @@ class Logistic(nnx.Module):
 
 
 class CNN(nnx.Module):
-    """Two convolutions of 3 x 3, each halved by its largest, and a hidden layer, as LeNet.
+    """Two 3 x 3 convolutions, each with 2 x 2 max pooling, and a hidden layer, as in LeNet.
 
     Source: LeCun et al. 1998, "Gradient-Based Learning Applied to Document Recognition".
     """
@@ -131,7 +131,7 @@ class CNN(nnx.Module):
 
 
 class ViT(nnx.Module):
-    """The library's vision transformer on gray images ``[B side side]``."""
+    """The library's vision transformer on greyscale images ``[B side side]``."""
 
     def __init__(self, config: Config, side: int, rngs: nnx.Rngs) -> None:
         layers = Layers(
@@ -145,8 +145,9 @@ class ViT(nnx.Module):
             VisionConfig((side, side), config.patch, layers, classes=CLASSES, channels=1),
             rngs=rngs,
         )
-        # As large as what they are added to: with the usual 0.02 the model takes long to see where
-        # a patch is: 92 % instead of 98 % of the validation images after 1500 steps.
+        # Standard deviation 1, that of the patch embeddings they are added to. With the usual 0.02
+        # the model is slow to learn where a patch is: 92 % instead of 98 % validation accuracy
+        # after 1500 steps.
         positions = self.transformer.positions
         positions[...] = jax.random.normal(rngs.params(), positions.shape)
 
@@ -156,7 +157,7 @@ class ViT(nnx.Module):
 
 
 def init(config: Config, data: Data, rngs: nnx.Rngs) -> nnx.Module:
-    """The rung."""
+    """A fresh model."""
     side = data["train"].side
     if config.model == "logistic":
         return Logistic(side, rngs)
@@ -167,40 +168,36 @@ def init(config: Config, data: Data, rngs: nnx.Rngs) -> nnx.Module:
 
 
 def batches(config: Config, data: Data, step: int) -> Iterator[Split]:
-    """Shuffled anew for each pass, and shifted anew for each step."""
+    """Batches in a new order for each epoch, with new random shifts for each step."""
     images, labels = data["train"]
     for index in text.shuffled(len(labels), config.batch_size, config.seed, step):
         rng = np.random.default_rng([config.seed, step, 1])
-        most = 0 if config.model == "logistic" else config.shift
-        yield Split(shifted(images[index], most, rng), labels[index])
+        limit = 0 if config.model == "logistic" else config.shift
+        yield Split(shifted(images[index], limit, rng), labels[index])
         step += 1
 
 
-def shifted(images: np.ndarray, most: int, rng: np.random.Generator) -> np.ndarray:
-    """Each image moved by its own random number of pixels; what comes in is 0, the paper."""
+def shifted(images: np.ndarray, limit: int, rng: np.random.Generator) -> np.ndarray:
+    """Shifts each image by up to ``limit`` random pixels in each direction, filling with zeros."""
     side = images.shape[-1]
-    padded = np.pad(images, ((0, 0), (most, most), (most, most)))
-    down, right = rng.integers(0, 2 * most + 1, (2, len(images), 1, 1))
+    padded = np.pad(images, ((0, 0), (limit, limit), (limit, limit)))
+    down, right = rng.integers(0, 2 * limit + 1, (2, len(images), 1, 1))
     i, j = np.arange(side)[:, None], np.arange(side)
     return padded[np.arange(len(images))[:, None, None], i + down, j + right]
 
 
-def loss(config: Config, model: Any, batch: Split) -> train.Loss:
+def loss(config: Config, model: Any, batch: Split) -> Loss:
     """Cross-entropy."""
     each = cross_entropy(model(batch.images), batch.labels, config.label_smoothing)
-    return train.Loss(each.sum(), jnp.float32(each.size))
+    return Loss(each.sum(), jnp.float32(each.size))
 
 
-def evaluate(config: Config, model: Any, data: Data, split: str) -> train.Metrics:
-    """Accuracy and mean cross-entropy, over every image once."""
+def evaluate(config: Config, model: Any, data: Data, split: str) -> Metrics:
+    """Accuracy and mean cross-entropy of one split."""
     images, labels = data[split]
-    size = min(500, len(labels))
-    found = []
-    for start in range(0, len(labels), size):
-        some = images[start : start + size]
-        full = np.concatenate([some, np.zeros((size - len(some), *some.shape[1:]), some.dtype)])
-        found.append(np.asarray(logits(model, full))[: len(some)])
-    return scores(np.concatenate(found), labels)
+    n = len(labels)
+    batches = [np.asarray(logits(model, images[i])) for i in full_batches(n, min(500, n))]
+    return scores(np.concatenate(batches)[:n], labels)
 
 
 def task(
@@ -209,19 +206,26 @@ def task(
     read: Callable[[], Data],
     side: int,
     names: tuple[str, ...],
-) -> train.Task[Config, Data]:
-    """The task of this name, of square images that ``read`` gives and classes of these names."""
+) -> Task[Config, Data]:
+    """Builds an image classification task.
 
-    def data(config: Config) -> Data:
-        found = made_up(side) if config.synthetic else read()
+    Args:
+      name: of the task.
+      presets: named configurations.
+      read: reads the splits.
+      side: height and width of the images in pixels.
+      names: of the classes.
+    """
+
+    def load(config: Config) -> Data:
         if side % config.patch:
             raise ValueError(f"patch must divide {side}, got {config.patch}")
-        return found
+        return synthetic(side) if config.synthetic else read()
 
-    return train.Task(
+    return Task(
         name=name,
         presets=presets,
-        data=data,
+        data=load,
         init=init,
         batches=batches,
         loss=loss,
@@ -234,20 +238,24 @@ def task(
     )
 
 
-# --- Who attends to whom.
+# --- Attention weights.
 
 
 def look(
     names: tuple[str, ...], config: Config, model: Any, data: Data, given: str | None
-) -> list[View]:
-    """Attention over the patches of a test image, the first or that of the number given."""
+) -> list[AttentionView]:
+    """Attention weights over the patches of a test image, by default the first.
+
+    Args:
+      given: index of the image, in digits.
+    """
     if not isinstance(model, ViT):
-        raise ValueError(f"model {config.model} has no attention to look at: take vit")
+        raise ValueError(f"model {config.model} has no attention to look at: use vit")
     images, labels = data["test"]
     at = given or "0"
     if not at.isdecimal() or int(at) >= len(images):
         raise ValueError(
-            f"text must be the number of a test image, 0 to {len(images) - 1}, got {given!r}"
+            f"text must be the index of a test image, 0 to {len(images) - 1}, got {given!r}"
         )
     image, label = images[int(at) :][:1], labels[int(at)]
     guess = int(np.argmax(logits(model, image)))
@@ -255,11 +263,11 @@ def look(
     side = images.shape[-1] // config.patch
     cells = [f"{row},{column}" for row in range(side) for column in range(side)]
     (view,) = self_attention("patches, by row and column", ["class", *cells], weights)
-    return [view._replace(note=f"Test image {at}: {names[label]}, read as {names[guess]}.")]
+    return [view._replace(note=f"Test image {at}: {names[label]}, predicted {names[guess]}.")]
 
 
 def class_token_attention(model: ViT, images: AnyArray) -> np.ndarray:
-    """In the last layer: ``[B N T]``, the probability that each head gives to each token."""
+    """Attention weights ``[B N T]`` of the class token in the last layer."""
     _, weights = record_weights(model, images)
     *_, last = weights.values()
     return np.asarray(last)[:, :, 0]
@@ -268,18 +276,18 @@ def class_token_attention(model: ViT, images: AnyArray) -> np.ndarray:
 def pictures(
     names: tuple[str, ...], config: Config, model: Any, data: Data, folder: Path
 ) -> list[Path]:
-    """Six test images, each beside what every head looks at, in one PNG; of ``vit`` alone."""
+    """Writes a PNG of six test images with the attention of each head; ``vit`` only."""
     if not isinstance(model, ViT):
         return []
     images, labels = data["test"]
-    there = [label for label in (0, 2, 3, 4, 7, 9) if (labels == label).any()]
-    chosen = [int(np.flatnonzero(labels == label)[0]) for label in there]
+    present = [label for label in (0, 2, 3, 4, 7, 9) if (labels == label).any()]
+    chosen = [int(np.flatnonzero(labels == label)[0]) for label in present]
     images, labels = images[chosen], labels[chosen]
     predicted = np.argmax(logits(model, images), axis=-1)
     probabilities = class_token_attention(model, images)
     file = folder / "attention.png"
     titles = [
-        f"{names[label]}, read as {names[guess]}"
+        f"{names[label]}, predicted {names[guess]}"
         for label, guess in zip(labels, predicted, strict=True)
     ]
     draw(images, titles, probabilities, file)
@@ -302,10 +310,10 @@ def draw(images: np.ndarray, titles: list[str], probabilities: np.ndarray, file:
         axes, images, titles, maps, probabilities[:, :, 0], strict=True
     ):
         row[0].imshow(image, cmap="gray_r", vmin=0, vmax=1)
-        # The digit's outline over the heat maps shows which strokes lie under a patch. With a rim
-        # of paper it closes at the border.
-        rim = np.arange(-1, pixels + 1)
-        outline = (rim, rim, np.pad(image, 1))
+        # The outline of the image over the heat maps shows which strokes lie under a patch. One
+        # pixel of padding closes it at the border.
+        pixel = np.arange(-1, pixels + 1)
+        outline = (pixel, pixel, np.pad(image, 1))
         row[0].set_title(title, fontsize=10)
         for axis, heat, own in zip(row[1:], row_maps, itself, strict=True):
             drawn = axis.imshow(heat, cmap="magma", vmin=0, vmax=maps.max())
@@ -318,10 +326,10 @@ def draw(images: np.ndarray, titles: list[str], probabilities: np.ndarray, file:
     for head, axis in enumerate(axes[0][1:]):
         axis.set_title(f"head {head + 1}\n{axis.get_title()}", fontsize=9)
     figure.suptitle(
-        "What the class token attends to in the last block\n"
-        "(the maps show the patches; above each, what it keeps for itself)",
+        "Attention of the class token in the last layer\n"
+        "(maps over the patches; above each, the attention to the class token itself)",
         fontsize=11,
     )
     bar = figure.colorbar(drawn, ax=axes[:, 1:], shrink=0.6, pad=0.02)
-    bar.set_label("attention probability of a patch")
+    bar.set_label("attention weight of a patch")
     figure.savefig(file, dpi=110)

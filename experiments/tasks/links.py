@@ -1,4 +1,4 @@
-"""Which facts a graph of facts lacks: who stands in this relation to that?
+"""Link prediction: which facts are missing from a knowledge graph?
 
 ::
 
@@ -6,21 +6,21 @@
     python -m experiments train links --model distmult
     python -m experiments train links --graph wn18rr
 
-A fact is (head, relation, tail). Given head and relation, all entities are scored as the tail;
-given relation and tail as the head, by a relation of its own for that direction. A score is a
-product of the entity's vector with one made of what is given: in ``distmult`` the product of the
-two vectors, in ``attention`` what a Transformer encoder makes of the two tokens. Both are trained
-by cross-entropy over all entities.
+A fact is (head, relation, tail). Models score every entity as the tail given head and relation, or
+as the head given tail and an inverse relation with its own embedding. A score is the product of the
+entity's embedding with a vector of the query: in ``distmult`` the elementwise product of the two
+embeddings, in ``attention`` the mean output of a transformer encoder over the two tokens. Both are
+trained by cross-entropy over all entities.
 
-Data: FB15k-237, K. Toutanova and D. Chen 2015, 272,115 facts to train, 17,535 to validate, 20,466
-to test, of 14,541 entities and 237 relations; and WN18RR, T. Dettmers et al. 2018, 86,835, 3,034
-and 3,134, of 40,943 and 11; as distributed by Dettmers, MIT. The score is the filtered mean
-reciprocal rank (entities that are right by another fact of any split do not count; of equal scores
-half come before), and how many ranks are at most 1, 3 and 10. Published for DistMult on FB15k-237:
-0.24, on WN18RR 0.43 (Dettmers et al. 2018).
+Data: FB15k-237, K. Toutanova and D. Chen 2015, 272,115 training, 17,535 validation and 20,466 test
+facts on 14,541 entities and 237 relations; and WN18RR, T. Dettmers et al. 2018, 86,835, 3,034 and
+3,134 facts on 40,943 entities and 11 relations; as distributed by Dettmers, MIT. The scores are the
+filtered mean reciprocal rank (entities that complete another known fact are not ranked; ties share
+the mean rank) and Hits@1, 3 and 10. Published MRR of DistMult: 0.24 on FB15k-237, 0.43 on WN18RR
+(Dettmers et al. 2018).
 
-The records of ``attention`` on FB15k-237 are with ``--steps 2000``, those on WN18RR, whose three
-times as many entities are all scored at every step, with ``--steps 1500``.
+The records of ``attention`` use ``--steps 2000`` on FB15k-237 and ``--steps 1500`` on WN18RR, which
+has three times as many entities to score at every step.
 """
 
 from __future__ import annotations
@@ -41,11 +41,12 @@ from attention_jax.models.layers import Stack
 from attention_jax.nn import record_weights
 from experiments.datasets import text
 from experiments.datasets.files import path
-from experiments.report.look import View, self_attention
-from experiments.training import text_config, train
-from experiments.training.config import Config as BaseConfig
-from experiments.training.config import at_least_1, below_1, heads_divide, softmax_only
+from experiments.models.inference import full_batches
+from experiments.tasks.common import random_indices
+from experiments.training import text_config
+from experiments.training.config import TrainConfig, at_least_1, below_1, heads_divide, softmax_only
 from experiments.training.losses import cross_entropy, logits
+from experiments.training.task import AttentionView, Loss, Metrics, Task, self_attention
 
 ARCHIVES = {"fb15k237": "kg/FB15k-237.tar.gz", "wn18rr": "kg/WN18RR.tar.gz"}
 SPLITS = {"train": "train.txt", "validation": "valid.txt", "test": "test.txt"}
@@ -53,23 +54,23 @@ RANKS = (1, 3, 10)
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(BaseConfig):
-    """The options of who completes a graph."""
+class Config(TrainConfig):
+    """Options of a link predictor."""
 
     model: Literal["distmult", "attention"] = "attention"
-    """The rung of the ladder."""
+    """The model to train."""
     graph: Literal["fb15k237", "wn18rr"] = "fb15k237"
-    """Of facts about people and places, or of words."""
+    """Freebase facts about people, places and works (fb15k237), or word senses (wn18rr)."""
     width: int = 128
-    """Numbers per entity and relation (E)."""
+    """Width of the embeddings of entities and relations (E)."""
     heads: int = 4
-    """Of attention: heads (N); divides the width."""
+    """attention: number of heads (N); divides the width."""
     depth: int = 2
-    """Of attention: layers."""
+    """attention: number of layers."""
     dropout: float = 0.2
-    """Of the vectors that are given, of what sublayers give, and of what scores."""
+    """Dropout rate of the embeddings, the output of each sublayer and the query vector."""
     scored: int = 1000
-    """Facts of a split that are scored while training; all at the end, of the test split."""
+    """Facts of the validation split to score; the test split is scored in full."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -109,18 +110,18 @@ PRESETS = {
 
 
 class Data(NamedTuple):
-    """Facts as numbers; a relation ``r`` turned around is ``r + len(relations)``."""
+    """Facts as indices; the inverse of relation ``r`` is ``r + len(relations)``."""
 
     entities: tuple[str, ...]
     relations: tuple[str, ...]
     splits: dict[str, np.ndarray]
-    """``[n 3]``: head, relation, tail, as the files have them."""
+    """``[n 3]``: head, relation, tail, in the direction of the files."""
     known: dict[tuple[int, int], np.ndarray]
-    """All tails of any split, by head and relation, in both directions."""
+    """Tails of all splits by head and relation, in both directions."""
 
 
 class Batch(NamedTuple):
-    """What is given, ``[B 2]``: head and relation; and the tails ``[B]``."""
+    """Heads and relations ``[B 2]``, and the tails to predict ``[B]``."""
 
     given: Any
     tails: Any
@@ -130,50 +131,50 @@ class Batch(NamedTuple):
 
 
 def read(config: Config) -> dict[str, list[list[str]]]:
-    """The facts of each split, as words."""
+    """The facts of each split, as names."""
     if config.synthetic:
-        return made_up()
-    found = {}
+        return synthetic()
+    facts = {}
     with tarfile.open(path(ARCHIVES[config.graph])) as archive:
         members = {member.name.rpartition("/")[2]: member for member in archive.getmembers()}
         for split, name in SPLITS.items():
             file: Any = archive.extractfile(members[name])
             rows = [line.split("\t") for line in file.read().decode().splitlines() if line]
             if bad := [row for row in rows if len(row) != 3]:
-                raise ValueError(f"{name} must have facts of head, relation and tail, got {bad[0]}")
-            found[split] = rows
-    return found
+                raise ValueError(f"{name} must have lines of head, relation and tail, got {bad[0]}")
+            facts[split] = rows
+    return facts
 
 
-def made_up() -> dict[str, list[list[str]]]:
-    """Numbers and their sums with 1, 2 and 3, modulo 30: for ``smoke``, without any file."""
+def synthetic() -> dict[str, list[list[str]]]:
+    """The sums of 0 to 29 with 1, 2 and 3, modulo 30; needs no files."""
     facts = [[f"n{i}", f"plus{k}", f"n{(i + k) % 30}"] for i in range(30) for k in (1, 2, 3)]
     order = np.random.default_rng(0).permutation(len(facts))
     shuffled = [facts[i] for i in order]
     return {"train": shuffled[:60], "validation": shuffled[60:75], "test": shuffled[75:]}
 
 
-def data(config: Config) -> Data:
-    """The splits, and which facts are true."""
-    found = read(config)
-    everything = [fact for facts in found.values() for fact in facts]
-    entities = tuple(sorted({x for head, _, tail in everything for x in (head, tail)}))
-    relations = tuple(sorted({relation for _, relation, _ in everything}))
+def load(config: Config) -> Data:
+    """The splits as indices, and the known tails of each head and relation."""
+    names = read(config)
+    union = [fact for facts in names.values() for fact in facts]
+    entities = tuple(sorted({x for head, _, tail in union for x in (head, tail)}))
+    relations = tuple(sorted({relation for _, relation, _ in union}))
     entity = {name: i for i, name in enumerate(entities)}
-    number = {name: i for i, name in enumerate(relations)}
+    relation = {name: i for i, name in enumerate(relations)}
     splits = {
-        name: np.array([[entity[h], number[r], entity[t]] for h, r, t in facts], np.int32)
-        for name, facts in found.items()
+        split: np.array([[entity[h], relation[r], entity[t]] for h, r, t in facts], np.int32)
+        for split, facts in names.items()
     }
     known: dict[tuple[int, int], list[int]] = collections.defaultdict(list)
-    for given, tail in zip(*both_ways(np.concatenate(list(splits.values())), len(relations)),
-                           strict=True):  # fmt: skip
+    queries = both_ways(np.concatenate(list(splits.values())), len(relations))
+    for given, tail in zip(*queries, strict=True):
         known[int(given[0]), int(given[1])].append(int(tail))
     return Data(entities, relations, splits, {k: np.array(v) for k, v in known.items()})
 
 
 def both_ways(facts: np.ndarray, relations: int) -> Batch:
-    """Each fact as a question for its tail, then each for its head.
+    """Each fact as a query for its tail, then each as a query for its head.
 
     >>> given, tails = both_ways(np.array([[5, 1, 7]]), 3)
     >>> given.tolist(), tails.tolist()
@@ -188,7 +189,7 @@ def both_ways(facts: np.ndarray, relations: int) -> Batch:
 
 
 class Scorer(nnx.Module):
-    """Scores of all entities as tails: ``W e_tail + b`` for a vector of what is given."""
+    """Scores every entity as the tail: ``x . e_tail + b_tail`` for the query vector ``x``."""
 
     def __init__(self, config: Config, entities: int, relations: int, rngs: nnx.Rngs) -> None:
         E = config.width
@@ -214,7 +215,7 @@ class Scorer(nnx.Module):
         given = jnp.asarray(given)
         table = self.entities[...]
         head, relation = table[given[:, 0]], self.relations[...][given[:, 1]]
-        scale = table.shape[1] ** 0.5  # vectors begin with norm 1
+        scale = table.shape[1] ** 0.5  # embeddings are initialised with norm 1
         if self.stack is None:
             x = self.dropout(head * relation * scale)
         else:
@@ -224,7 +225,7 @@ class Scorer(nnx.Module):
 
 
 def init(config: Config, data: Data, rngs: nnx.Rngs) -> Any:
-    """The rung."""
+    """A fresh model."""
     return Scorer(config, len(data.entities), len(data.relations), rngs)
 
 
@@ -232,101 +233,101 @@ def init(config: Config, data: Data, rngs: nnx.Rngs) -> Any:
 
 
 def batches(config: Config, data: Data, step: int) -> Iterator[Batch]:
-    """Questions in both directions, each fact twice in a pass."""
+    """Batches of queries in both directions; each fact occurs twice per epoch."""
     given, tails = both_ways(data.splits["train"], len(data.relations))
     for index in text.shuffled(len(tails), config.batch_size, config.seed, step):
         yield Batch(given[index], tails[index])
 
 
-def loss(config: Config, model: Any, batch: Batch) -> train.Loss:
+def loss(config: Config, model: Any, batch: Batch) -> Loss:
     """Cross-entropy over all entities."""
     each = cross_entropy(model(batch.given), batch.tails, config.label_smoothing)
-    return train.Loss(each.sum(), jnp.float32(each.size))
+    return Loss(each.sum(), jnp.float32(each.size))
 
 
-def ranks(model: Any, data: Data, asked: Batch, size: int = 256) -> np.ndarray:
-    """The filtered rank of each tail, from 1: entities that are right besides it do not count."""
-    found = []
-    n = len(asked.tails)
-    for start in range(0, n, size):
-        index = np.minimum(np.arange(start, start + size), n - 1)  # the last fills the batch
-        rows = np.asarray(logits(model, asked.given[index]))[: n - start]
-        for row, given, tail in zip(rows, asked.given[start:], asked.tails[start:], strict=False):
-            others = np.delete(row, data.known[int(given[0]), int(given[1])])
-            own = row[tail]
-            found.append(1 + np.sum(others > own) + np.sum(others == own) / 2)
-    return np.array(found)
+def ranks(model: Any, data: Data, queries: Batch, size: int = 256) -> np.ndarray:
+    """The filtered rank of each tail, from 1: other known tails of the query are not ranked."""
+    result = []
+    n = len(queries.tails)
+    for index in full_batches(n, size):
+        given, tails = queries.given[index], queries.tails[index]
+        for row, (head, relation), tail in zip(
+            np.asarray(logits(model, given)), given.tolist(), tails, strict=True
+        ):
+            others = np.delete(row, data.known[head, relation])
+            result.append(1 + np.sum(others > row[tail]) + np.sum(others == row[tail]) / 2)
+    return np.array(result[:n])
 
 
-def evaluate(config: Config, model: Any, data: Data, split: str) -> train.Metrics:
-    """Mean reciprocal rank and Hits@k over both directions of every fact; of a validation split,
-    of the first ``scored`` facts of a fixed order."""
+def evaluate(config: Config, model: Any, data: Data, split: str) -> Metrics:
+    """Mean reciprocal rank and Hits@k over both directions of each fact.
+
+    Of the validation split, a fixed random selection of ``scored`` facts is used.
+    """
     facts = data.splits[split]
     if split == "validation":
         facts = facts[np.random.default_rng(0).permutation(len(facts))[: config.scored]]
-    found = ranks(model, data, both_ways(facts, len(data.relations)))
-    hits = {f"hits_{k}": float(np.mean(found <= k)) for k in RANKS}
-    return {"mrr": float(np.mean(1 / found)), **hits}
+    rank = ranks(model, data, both_ways(facts, len(data.relations)))
+    hits = {f"hits_{k}": float(np.mean(rank <= k)) for k in RANKS}
+    return {"mrr": float(np.mean(1 / rank)), **hits}
 
 
-def question(data: Data, given: str) -> np.ndarray:
-    """A head and a relation, with a space between them, as numbers; ``~relation`` turns it around.
+def query_of(data: Data, given: str) -> np.ndarray:
+    """Indices ``[1 2]`` of a head and a relation separated by a space; ``~`` inverts the relation.
 
     Raises:
-      ValueError: they are not known.
+      ValueError: the entity or the relation is unknown.
     """
     words = text.check(given).split()
-    backwards = len(words) == 2 and words[1].startswith("~")
+    inverse = len(words) == 2 and words[1].startswith("~")
     names = [words[0], words[-1].removeprefix("~")]
     if len(words) != 2 or names[0] not in data.entities or names[1] not in data.relations:
         raise ValueError(
             f"text must be an entity and a relation, such as {data.entities[0]!r} "
-            f"{data.relations[0]!r}, with ~ before a relation that is to be turned around; got "
-            f"{given!r}"
+            f"{data.relations[0]!r}, with ~ before the relation for its inverse, got {given!r}"
         )
-    shift = len(data.relations) if backwards else 0
+    shift = len(data.relations) if inverse else 0
     return np.array([[data.entities.index(names[0]), data.relations.index(names[1]) + shift]])
 
 
 def sample(config: Config, model: Any, data: Data, given: str | None) -> str:
-    """The five likeliest tails; without a question, of five facts of the test split."""
+    """The five likeliest tails for a user's query, or for five facts of the test split."""
     if given is not None:
-        asked = Batch(question(data, given), [None])
+        queries = Batch(query_of(data, given), [None])
     else:
         facts = data.splits["test"]
-        some = np.random.default_rng(config.seed).permutation(len(facts))[:5]
-        asked = both_ways(facts[some], len(data.relations))
-        asked = Batch(asked.given[:5], asked.tails[:5])
-    said = []
+        chosen = facts[random_indices(len(facts), 5, config.seed)]
+        queries = Batch(chosen[:, :2], chosen[:, 2])
+    lines = []
     for row, (head, relation), tail in zip(
-        np.asarray(logits(model, asked.given)), asked.given.tolist(), asked.tails, strict=True
+        np.asarray(logits(model, queries.given)), queries.given.tolist(), queries.tails, strict=True
     ):
-        said.append(f"{data.entities[head]} {_relation(data, relation)}")
+        lines.append(f"{data.entities[head]} {_relation_name(data, relation)}")
         for i in np.argsort(-row, kind="stable")[:5]:
             mark = " (the fact)" if tail is not None and i == tail else ""
-            said.append(f"    {data.entities[i]}{mark}")
-    return "\n".join(said)
+            lines.append(f"    {data.entities[i]}{mark}")
+    return "\n".join(lines)
 
 
-def _relation(data: Data, number: int) -> str:
+def _relation_name(data: Data, relation: int) -> str:
     n = len(data.relations)
-    return data.relations[number] if number < n else f"~{data.relations[number - n]}"
+    return data.relations[relation] if relation < n else f"~{data.relations[relation - n]}"
 
 
-def look(config: Config, model: Any, data: Data, given: str | None) -> list[View]:
-    """The attention of the two tokens of a question."""
+def look(config: Config, model: Any, data: Data, given: str | None) -> list[AttentionView]:
+    """Attention weights between head and relation; default those of the first test fact."""
     if config.model != "attention":
-        raise ValueError(f"model {config.model} has no attention to look at: take attention")
-    asked = data.splits["test"][:1, :2] if given is None else question(data, given)
-    _, weights = record_weights(model, asked)
-    tokens = [data.entities[asked[0, 0]], _relation(data, int(asked[0, 1]))]
+        raise ValueError(f"model {config.model} has no attention to look at: use attention")
+    query = data.splits["test"][:1, :2] if given is None else query_of(data, given)
+    _, weights = record_weights(model, query)
+    tokens = [data.entities[query[0, 0]], _relation_name(data, int(query[0, 1]))]
     return self_attention("encoder", tokens, weights)
 
 
-TASK = train.Task(
+TASK = Task(
     name="links",
     presets=PRESETS,
-    data=data,
+    data=load,
     init=init,
     batches=batches,
     loss=loss,

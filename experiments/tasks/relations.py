@@ -1,4 +1,4 @@
-"""How two marked nouns of a sentence are related: cause and effect, part and whole, ...
+"""Relation classification between two marked nouns: cause and effect, part and whole, ...
 
 ::
 
@@ -7,15 +7,15 @@
     python -m experiments sample runs/relations/attention_cnn-cpu-seed0 \\
         --text "The <e1> fire </e1> was caused by a <e2> spark </e2> ."
 
-The ladder is that of ``trec``: ``naive_bayes``, ``text_cnn``, ``attention``, ``attention_cnn``. The
-nouns stand between markers, ``<e1>`` and ``</e1>``, ``<e2>`` and ``</e2>``, which are words to all
-models.
+The models are those of ``trec``: ``naive_bayes``, ``text_cnn``, ``attention``, ``attention_cnn``.
+The markers around the nouns, ``<e1>`` and ``</e1>``, ``<e2>`` and ``</e2>``, are ordinary words to
+every model.
 
 Data: SemEval-2010 task 8, I. Hendrickx et al. 2010, "Multi-Way Classification of Semantic Relations
-Between Pairs of Nominals": 8,000 sentences, of which a fixed tenth, stratified by relation, is held
-out to validate, and 2,717 to test; nine relations, each in two directions, and Other. CC BY 3.0.
-The score is the official one, the mean of the nine F1s with direction, here ``macro_f1``. In lower
-case.
+Between Pairs of Nominals": 8,000 training sentences, of which a fixed tenth, stratified by
+relation, is held out for validation, and 2,717 test sentences; nine relations, each in two
+directions, and Other. CC BY 3.0. Lower-cased. The score, ``macro_f1``, is the official one: the
+mean F1 of the nine relations, where a prediction must have the right direction.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from experiments.datasets.files import path
 from experiments.tasks import classification
 from experiments.tasks.classification import Config, Labelled
 from experiments.training.losses import scores
-from experiments.training.train import Metrics
+from experiments.training.task import Metrics
 
 RELATIONS = (
     "Cause-Effect",
@@ -72,7 +72,7 @@ PRESETS = {
 
 
 def words(sentence: str) -> str:
-    """A sentence as words between spaces, markers of the nouns included.
+    """Splits a sentence into words, separated by spaces; a marker is one word.
 
     >>> words('"The <e1>fire</e1>, it is."')
     '" The <e1> fire </e1> , it is . "'
@@ -80,9 +80,9 @@ def words(sentence: str) -> str:
     return " ".join(WORD.findall(sentence))
 
 
-def parsed(written: str) -> Labelled:
-    """Of a file in the task's format: a number and a sentence, a relation, a comment."""
-    lines = [line.strip() for line in written.split("\n")]
+def parse(content: str) -> Labelled:
+    """Parses the task's format: a number and a sentence, a relation, a comment, an empty line."""
+    lines = [line.strip() for line in content.split("\n")]
     texts, labels = [], []
     for sentence, relation in itertools.pairwise(lines):
         if re.match(r'\d+\t"', sentence):
@@ -92,40 +92,37 @@ def parsed(written: str) -> Labelled:
 
 
 def read() -> dict[str, Labelled]:
-    """The three splits. They are the same for every seed, so that runs can be compared."""
+    """The splits, the same for every seed so that runs can be compared."""
     from sklearn.model_selection import train_test_split
 
     with zipfile.ZipFile(path(ARCHIVE)) as archive:
-        found = {name: parsed(archive.read(file).decode()) for name, file in FILES.items()}
-    everything = found["train"]
-    index, relation = np.arange(len(everything.texts)), everything.labels // 2
-    fit, check = train_test_split(index, test_size=800, stratify=relation, random_state=0)
-    return {
-        "train": everything.take(fit),
-        "validation": everything.take(check),
-        "test": found["test"],
-    }
+        published = {name: parse(archive.read(file).decode()) for name, file in FILES.items()}
+    rest, test = published["train"], published["test"]
+    index, relation = np.arange(len(rest.texts)), rest.labels // 2
+    train, validation = train_test_split(index, test_size=800, stratify=relation, random_state=0)
+    return {"train": rest.take(train), "validation": rest.take(validation), "test": test}
 
 
 def macro_f1(guesses: np.ndarray, labels: np.ndarray) -> float:
-    """The official score: the mean of the F1s of the nine relations, right only with direction.
+    """The official score: the mean F1 of the nine relations.
 
-    Precision of a relation is of all guesses of it in either direction, recall of all that are it
-    in either; Other counts where it is taken for a relation, and the reverse.
+    A prediction is right if relation and direction are. Precision divides by the predictions of a
+    relation in either direction, recall by its examples in either direction. Other has no F1 of its
+    own; confusing it with a relation costs precision or recall.
 
     >>> macro_f1(np.arange(19), np.arange(19))
     1.0
     """
-    found = []
+    f1s = []
     for i in range(len(RELATIONS)):
-        guessed, are = guesses // 2 == i, labels // 2 == i
-        right = np.sum(guessed & (guesses == labels))
-        found.append(2 * right / max(guessed.sum() + are.sum(), 1))
-    return float(np.mean(found))
+        predicted, actual = guesses // 2 == i, labels // 2 == i
+        right = np.sum(predicted & (guesses == labels))
+        f1s.append(2 * right / max(predicted.sum() + actual.sum(), 1))
+    return float(np.mean(f1s))
 
 
 def score(logits: np.ndarray, labels: np.ndarray) -> Metrics:
-    """The official score beside accuracy and cross-entropy."""
+    """The official score, accuracy and cross-entropy."""
     return {"macro_f1": macro_f1(logits.argmax(axis=-1), labels), **scores(logits, labels)}
 
 

@@ -1,17 +1,16 @@
-"""Whether a sentence of a film review is for or against the film.
+"""Sentiment of sentences from film reviews, positive or negative.
 
 ::
 
     python -m experiments train sst2                              # attention and convolutions
     python -m experiments train sst2 --model naive_bayes
 
-The ladder is that of ``trec``.
+The models are those of ``trec``.
 
 Data: the Stanford Sentiment Treebank with two classes, R. Socher et al., "Recursive Deep Models for
-Semantic Compositionality Over a Sentiment Treebank", 2013: 6,920 sentences to train, 872 to
-validate, 1,821 to test. Published figures mostly train on the phrases of the trees too, ten times
-as many; here are sentences alone. For research use with citation; no licence is stated. In lower
-case.
+Semantic Compositionality Over a Sentiment Treebank", 2013: 6,920 training, 872 validation and 1,821
+test sentences. Most published results also train on the ten times as many phrases of the trees;
+this task uses sentences only. For research use with citation; no licence is stated. Lower-cased.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from experiments.datasets.files import lines
 from experiments.tasks import classification
 from experiments.tasks.classification import Config, Labelled
 
-CLASSES = ("against", "for")
+CLASSES = ("negative", "positive")
 
 FOLDER = "sentence_classification"
 
@@ -44,7 +43,7 @@ PRESETS = {
 
 
 def read() -> dict[str, Labelled]:
-    """The splits as they are published."""
+    """The published splits."""
     files = {"train": "train", "validation": "dev", "test": "test"}
     return {
         split: classification.labelled(lines(f"{FOLDER}/stsa.binary.{name}", encoding="latin-1"))

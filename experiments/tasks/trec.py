@@ -1,4 +1,4 @@
-"""What kind of answer a question asks for: a number, a place, a person, ...
+"""Question classification: does a question ask for a number, a place, a person, ...?
 
 ::
 
@@ -6,13 +6,13 @@
     python -m experiments train trec --model text_cnn             # without attention
     python -m experiments train trec --mask window --positions rotary
 
-The ladder: ``naive_bayes`` on words and pairs, ``text_cnn`` (Kim 2014, random vectors),
-``attention`` (an encoder and the mean of its tokens), ``attention_cnn`` (convolutions over words
-and what the encoder makes of them).
+Models: ``naive_bayes`` on words and bigrams; ``text_cnn`` (Kim 2014, CNN-rand); ``attention``, a
+transformer encoder with mean pooling; ``attention_cnn``, convolutions over the word embeddings and
+the encoder's output.
 
 Data: TREC questions with six classes, X. Li and D. Roth, "Learning Question Classifiers", 2002,
-5,452 to train, of which a fixed, stratified tenth is held out to validate, and 500 to test. They
-are for research use with citation; no licence is stated. In lower case.
+5,452 for training, of which a fixed, stratified tenth is held out for validation, and 500 for test.
+For research use with citation; no licence is stated. Lower-cased.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ PRESETS = {
 
 
 def read() -> dict[str, Labelled]:
-    """The three splits. They are the same for every seed, so that runs can be compared."""
+    """The splits, the same for every seed so that runs can be compared."""
     from sklearn.model_selection import train_test_split
 
-    everything = classification.labelled(lines(f"{FOLDER}/TREC.train.all", encoding="latin-1"))
+    rest = classification.labelled(lines(f"{FOLDER}/TREC.train.all", encoding="latin-1"))
     test = classification.labelled(lines(f"{FOLDER}/TREC.test.all", encoding="latin-1"))
-    index = np.arange(len(everything.texts))
-    fit, check = train_test_split(index, test_size=545, stratify=everything.labels, random_state=0)
-    return {"train": everything.take(fit), "validation": everything.take(check), "test": test}
+    index = np.arange(len(rest.texts))
+    train, validation = train_test_split(index, test_size=545, stratify=rest.labels, random_state=0)
+    return {"train": rest.take(train), "validation": rest.take(validation), "test": test}
 
 
 TASK = classification.task("trec", CLASSES, read, PRESETS)

@@ -1,23 +1,23 @@
-"""Questions about pictures of coloured shapes: picture and question as tokens of one encoder.
+"""Visual question answering on grids of coloured shapes: patches and words as tokens.
 
 ::
 
-    python -m experiments train vqa                               # all tokens see each other
-    python -m experiments train vqa --model cross                 # the question looks at it
-    python -m experiments train vqa --model question              # blind
+    python -m experiments train vqa                               # joint self-attention
+    python -m experiments train vqa --model cross                 # cross-attention to the image
+    python -m experiments train vqa --model question              # without the image
     python -m experiments look runs/vqa/joint-cpu-seed0
 
-A picture has nine cells, some with a square, a circle or a triangle in one of four colours. Five
-kinds of question are asked: what colour is the circle, what shape is red, how many squares are
-there, is there a red circle, is the circle left of the square. Answers of a kind are equally
-frequent, so that who sees only the question, or only the picture, can do no more than guess.
+An image has nine cells, some with a square, a circle or a triangle in one of four colours. There
+are five kinds of question: what colour is the circle, what shape is red, how many squares are
+there, is there a red circle, is the circle left of the square. The answers to each question are
+equally frequent, so a model that reads only the question, or only the image, can only guess.
 
-The ladder: ``question`` only, ``image`` only, ``joint`` self-attention over both, ``cross``:
-self-attention of the question, which attends to the picture. The records of ``question`` and
-``image`` are with ``--steps 1500``: they have nothing more to learn.
+Models: ``question`` only, ``image`` only, ``joint`` self-attention over both, ``cross``
+(self-attention over the question, cross-attention to the image). The records of ``question`` and
+``image`` use ``--steps 1500``; they do not improve after that.
 
-Data: made here, without end, from the seed; in the manner of J. Johnson et al. 2017, "CLEVR". The
-validation and test splits are 2,000 questions each, the same for every seed.
+Data: generated from the seed, without end, in the style of J. Johnson et al. 2017, "CLEVR". The
+validation and test splits have 2,000 questions each, the same for every seed.
 """
 
 from __future__ import annotations
@@ -38,16 +38,18 @@ from attention_jax.nn.embeddings import Embeddings
 from attention_jax.nn.linear import Linear
 from experiments.datasets import text
 from experiments.datasets.text import PAD, START
-from experiments.report.look import View, self_attention
-from experiments.training import text_config, train
+from experiments.models.inference import full_batches
+from experiments.tasks.common import verdict
+from experiments.training import text_config
 from experiments.training.losses import cross_entropy, logits, scores
+from experiments.training.task import AttentionView, Loss, Metrics, Task, self_attention
 from experiments.training.text_config import TextConfig
 
 SHAPES = ("square", "circle", "triangle")
 COLOURS = ("red", "green", "blue", "yellow")
 COUNTS = ("zero", "one", "two", "three")
 ANSWERS = (*SHAPES, *COLOURS, *COUNTS, "yes", "no")
-SIDE, CELL = 3, 8  # cells in a row, pixels along a cell
+SIDE, CELL = 3, 8  # cells per row, pixels per side of a cell
 KINDS = ("colour", "shape", "count", "there", "left")
 WORDS = text.Words(
     (
@@ -57,17 +59,17 @@ WORDS = text.Words(
         *["what", "colour", "is", "the", "shape", "how", "many", "a", "there", "left", "of", "?"],
     )
 )
-LONGEST = 10  # words of a question, with the start
+LONGEST = 10  # tokens of a question, the start token included
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(TextConfig):
-    """The options of who answers."""
+    """Options of a question answerer."""
 
     model: Literal["question", "image", "joint", "cross"] = "joint"
-    """The rung of the ladder."""
+    """The model to train."""
     noise: float = 0.1
-    """Standard deviation of what is added to each pixel, whose colours are 0 or 1."""
+    """Standard deviation of the noise added to pixels, whose values are 0 or 1."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -105,7 +107,7 @@ PRESETS = {
 
 
 class Examples(NamedTuple):
-    """Pictures ``[n 24 24 3]``, questions ``[n LONGEST]``, answers ``[n]`` and kinds ``[n]``."""
+    """Images ``[n 24 24 3]``, questions ``[n LONGEST]``, answers ``[n]`` and kinds ``[n]``."""
 
     images: Any
     questions: Any
@@ -114,20 +116,20 @@ class Examples(NamedTuple):
 
 
 class Data(NamedTuple):
-    """The splits that score; training questions are made as they are asked for."""
+    """The validation and test splits; training questions are generated on the fly."""
 
     splits: dict[str, Examples]
 
 
-# --- Pictures and questions.
+# --- Images and questions.
 
 Scene = dict[int, tuple[str, str]]  # colour and shape by cell
 
 
 def example(rng: random.Random) -> tuple[Scene, str, str, str]:
-    """A scene, a kind of question, the question and its answer.
+    """A scene, the kind of its question, the question and the answer.
 
-    Kind and answer are drawn first, and a scene that has it is made.
+    Kind and answer are drawn first, then a scene that fits them.
     """
     kind = rng.choice(KINDS)
     cells = rng.sample(range(SIDE * SIDE), 6)
@@ -147,11 +149,11 @@ def example(rng: random.Random) -> tuple[Scene, str, str, str]:
         things, question, answer = [(colour, shape), *rest], f"what shape is {colour} ?", shape
     elif kind == "count":
         n = rng.randrange(len(COUNTS))
-        some = [thing(shapes=[shape]) for _ in range(n)]
+        counted = [thing(shapes=[shape]) for _ in range(n)]
         rest = [thing(shapes=other_shapes) for _ in range(rng.randint(1, 6 - n))]
-        things, question, answer = [*some, *rest], f"how many {shape} ?", COUNTS[n]
+        things, question, answer = [*counted, *rest], f"how many {shape} ?", COUNTS[n]
     elif kind == "there":
-        # Without it, both its colour and its shape are there, apart.
+        # If the answer is no, its colour and its shape occur on different things.
         rest = [thing(other_colours, other_shapes) for _ in range(rng.randint(0, 2))]
         apart = [(colour, rng.choice(other_shapes)), (rng.choice(other_colours), shape)]
         answer = rng.choice(("yes", "no"))
@@ -175,54 +177,54 @@ def example(rng: random.Random) -> tuple[Scene, str, str, str]:
     return dict(zip(cells, things, strict=False)), kind, question, answer
 
 
-def drawn(scene: Scene) -> np.ndarray:
-    """The picture, ``[24 24 3]``, black where nothing is."""
+def render(scene: Scene) -> np.ndarray:
+    """The image of a scene, ``[24 24 3]``, on black."""
     y, x = np.mgrid[:CELL, :CELL] - (CELL - 1) / 2
     inside = {
         "square": (abs(x) < 3) & (abs(y) < 3),
         "circle": x**2 + y**2 < 10,
         "triangle": (y < 3) & (abs(x) < (y + 4) / 2),
     }
-    paint = {"red": (1, 0, 0), "green": (0, 1, 0), "blue": (0, 0, 1), "yellow": (1, 1, 0)}
+    rgb = {"red": (1, 0, 0), "green": (0, 1, 0), "blue": (0, 0, 1), "yellow": (1, 1, 0)}
     image = np.zeros((SIDE * CELL, SIDE * CELL, 3), np.float32)
     for cell, (colour, shape) in scene.items():
         row, column = CELL * (cell // SIDE), CELL * (cell % SIDE)
         place = image[row : row + CELL, column : column + CELL]
-        place[inside[shape]] = paint[colour]
+        place[inside[shape]] = rgb[colour]
     return image
 
 
 def encode(question: str) -> list[int]:
-    """A question's words as numbers.
+    """Word indices of a question.
 
     Raises:
-      ValueError: it is empty, too long, or has words that no question here has.
+      ValueError: it is empty, too long, or has words outside the vocabulary.
     """
     words = text.check(question).lower().replace("?", " ?").split()
     row = [START, *WORDS.encode(" ".join(words))]
     if text.UNKNOWN in row or len(row) > LONGEST:
         raise ValueError(
-            f"text must be a question such as 'is there a red circle ?', of up to {LONGEST - 1} "
-            f"words among {', '.join(WORDS.words[len(text.SPECIAL) :])}; got {question!r}"
+            f"text must be a question such as 'is there a red circle ?', of up to {LONGEST - 1} of "
+            f"the words {', '.join(WORDS.words[len(text.SPECIAL) :])}, got {question!r}"
         )
     return row
 
 
 def examples(n: int, rng: random.Random, noise: float) -> Examples:
-    """So many."""
-    found = [example(rng) for _ in range(n)]
-    images = np.stack([drawn(scene) for scene, *_ in found])
+    """``n`` random examples with noisy images."""
+    samples = [example(rng) for _ in range(n)]
+    images = np.stack([render(scene) for scene, *_ in samples])
     grain = np.random.default_rng(rng.getrandbits(32)).normal(size=images.shape)
     return Examples(
         images + noise * grain.astype(np.float32),
-        text.padded([encode(question) for *_, question, _ in found], LONGEST),
-        np.array([ANSWERS.index(answer) for *_, answer in found], np.int32),
-        np.array([KINDS.index(kind) for _, kind, *_ in found], np.int32),
+        text.padded([encode(question) for *_, question, _ in samples], LONGEST),
+        np.array([ANSWERS.index(answer) for *_, answer in samples], np.int32),
+        np.array([KINDS.index(kind) for _, kind, *_ in samples], np.int32),
     )
 
 
-def data(config: Config) -> Data:
-    """The splits that score."""
+def load(config: Config) -> Data:
+    """The validation and test splits, the same for every seed."""
     n = 64 if config.synthetic else 2000
     names = ("validation", "test")
     return Data({name: examples(n, random.Random(name), config.noise) for name in names})
@@ -232,11 +234,11 @@ def data(config: Config) -> Data:
 
 
 class Answerer(nnx.Module):
-    """An encoder over words, over patches, or over both, and the answer from its first token."""
+    """An encoder over words, patches or both, which classifies its first token."""
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs) -> None:
         E = config.width
-        self.sees = config.model
+        self.model = config.model
         self.words = Embeddings(
             len(WORDS),
             E,
@@ -254,33 +256,33 @@ class Answerer(nnx.Module):
         self.classify = Linear(E, len(ANSWERS), rngs=rngs)
 
     def __call__(self, inputs: Any) -> jax.Array:
-        """Logits ``[B answers]`` of pictures and questions."""
+        """Logits ``[B answers]`` of images ``[B 24 24 3]`` and questions ``[B T]``."""
         images, questions = (jnp.asarray(x) for x in inputs)
-        if self.sees == "image":  # of the question, the start alone
+        if self.model == "image":  # keep only the start token of the question
             questions = questions[:, :1]
         real = questions != PAD
         x = self.words(questions)
-        places = (self.rows[...][:, None] + self.columns[...]).reshape(SIDE * SIDE, -1)
-        seen = self.patches(patches(images).astype(x.dtype)) + places.astype(x.dtype)
-        if self.sees == "cross":
-            x = self.stack(x, self.stack.contexts(seen), real=real)
-        elif self.sees == "question":
+        positions = (self.rows[...][:, None] + self.columns[...]).reshape(SIDE * SIDE, -1)
+        cells = self.patches(patches(images).astype(x.dtype)) + positions.astype(x.dtype)
+        if self.model == "cross":
+            x = self.stack(x, self.stack.contexts(cells), real=real)
+        elif self.model == "question":
             x = self.stack(x, real=real)
         else:
-            real = jnp.concatenate([real, jnp.ones(seen.shape[:2], bool)], axis=1)
-            x = self.stack(jnp.concatenate([x, seen], axis=1), real=real)
+            real = jnp.concatenate([real, jnp.ones(cells.shape[:2], bool)], axis=1)
+            x = self.stack(jnp.concatenate([x, cells], axis=1), real=real)
         return self.classify(x[:, 0])
 
 
 def patches(images: jax.Array) -> jax.Array:
-    """Cells of pictures, ``[B 24 24 3]`` to ``[B 9 192]``, row by row."""
+    """The cells of images as patches, row by row: ``[B 24 24 3]`` to ``[B 9 192]``."""
     B = images.shape[0]
     cells = images.reshape(B, SIDE, CELL, SIDE, CELL, 3).transpose(0, 1, 3, 2, 4, 5)
     return cells.reshape(B, SIDE * SIDE, CELL * CELL * 3)
 
 
 def init(config: Config, data: Data, rngs: nnx.Rngs) -> Any:
-    """The rung."""
+    """A fresh model."""
     return Answerer(config, rngs=rngs)
 
 
@@ -288,65 +290,62 @@ def init(config: Config, data: Data, rngs: nnx.Rngs) -> Any:
 
 
 def batches(config: Config, data: Data, step: int) -> Iterator[Examples]:
-    """New pictures and questions each time."""
+    """New images and questions at every step."""
     while True:
         rng = random.Random(f"train {config.seed} {step}")
         yield examples(config.batch_size, rng, config.noise)
         step += 1
 
 
-def loss(config: Config, model: Any, batch: Examples) -> train.Loss:
+def loss(config: Config, model: Any, batch: Examples) -> Loss:
     """Cross-entropy of the answers."""
-    said = model((batch.images, batch.questions))
-    each = cross_entropy(said, batch.answers, config.label_smoothing)
-    return train.Loss(each.sum(), jnp.float32(each.size))
+    answers = model((batch.images, batch.questions))
+    each = cross_entropy(answers, batch.answers, config.label_smoothing)
+    return Loss(each.sum(), jnp.float32(each.size))
 
 
-def predict(model: Any, found: Examples, size: int = 200) -> np.ndarray:
+def predict(model: Any, asked: Examples, size: int = 200) -> np.ndarray:
     """Logits ``[n answers]``."""
-    n = len(found.answers)
-    rows = []
-    for start in range(0, n, size):
-        index = np.minimum(np.arange(start, start + size), n - 1)  # the last fills the batch
-        rows.append(np.asarray(logits(model, (found.images[index], found.questions[index]))))
+    n = len(asked.answers)
+    rows = [
+        np.asarray(logits(model, (asked.images[index], asked.questions[index])))
+        for index in full_batches(n, size)
+    ]
     return np.concatenate(rows)[:n]
 
 
-def evaluate(config: Config, model: Any, data: Data, split: str) -> train.Metrics:
-    """Accuracy, that of each kind of question, and mean cross-entropy."""
-    found = data.splits[split]
-    said = predict(model, found)
-    right = said.argmax(axis=-1) == found.answers
+def evaluate(config: Config, model: Any, data: Data, split: str) -> Metrics:
+    """Accuracy, also for each kind of question, and mean cross-entropy."""
+    asked = data.splits[split]
+    predicted = predict(model, asked)
+    right = predicted.argmax(axis=-1) == asked.answers
     kinds = {
-        f"{name}_accuracy": float(right[found.kinds == i].mean()) for i, name in enumerate(KINDS)
+        f"{name}_accuracy": float(right[asked.kinds == i].mean()) for i, name in enumerate(KINDS)
     }
-    return {**scores(said, found.answers), **kinds}
+    return {**scores(predicted, asked.answers), **kinds}
 
 
 def sample(config: Config, model: Any, data: Data, given: str | None) -> str:
-    """Five pictures of the test split in letters, their questions, and what the model answers.
+    """Five images of the test split in words, each with its question and the predicted answer.
 
-    A question of one's own is asked of all five.
+    A user's question is asked about all five.
     """
-    found = Examples(*(x[:5] for x in data.splits["test"]))
+    asked = Examples(*(x[:5] for x in data.splits["test"]))
     if given is not None:
         row = text.padded([encode(given)], LONGEST)
-        found = found._replace(questions=np.repeat(row, 5, axis=0))
+        asked = asked._replace(questions=np.repeat(row, 5, axis=0))
     scenes = _scenes(5)
-    said = []
-    for i, row in enumerate(predict(model, found, size=5)):
-        question = WORDS.decode(x for x in found.questions[i] if x not in (PAD, START))
+    lines = []
+    for i, row in enumerate(predict(model, asked, size=5)):
+        question = WORDS.decode(x for x in asked.questions[i] if x not in (PAD, START))
         guess = ANSWERS[row.argmax()]
-        verdict = ""
-        if given is None:
-            answer = ANSWERS[found.answers[i]]
-            verdict = " right" if guess == answer else f" wrong, it is {answer}"
-        said.append(f"{_in_words(scenes[i])}\n    {question} {guess}{verdict}")
-    return "\n".join(said)
+        suffix = "" if given is not None else f" {verdict(guess, ANSWERS[asked.answers[i]])}"
+        lines.append(f"{_in_words(scenes[i])}\n    {question} {guess}{suffix}")
+    return "\n".join(lines)
 
 
 def _scenes(n: int) -> list[Scene]:
-    """Those of the first pictures of the test split."""
+    """The scenes of the first images of the test split."""
     rng = random.Random("test")
     return [example(rng)[0] for _ in range(n)]
 
@@ -359,12 +358,12 @@ def _in_words(scene: Scene) -> str:
     return "\n".join(rows)
 
 
-def look(config: Config, model: Any, data: Data, given: str | None) -> list[View]:
-    """Attention over words and patches, for the first picture of the test split."""
-    found = data.splits["test"]
-    row = found.questions[0] if given is None else np.array(encode(given))
+def look(config: Config, model: Any, data: Data, given: str | None) -> list[AttentionView]:
+    """Attention weights over words and patches, for the first image of the test split."""
+    test = data.splits["test"]
+    row = test.questions[0] if given is None else np.array(encode(given))
     row = row[row != PAD][None]
-    _, weights = record_weights(model, (found.images[:1], row))
+    _, weights = record_weights(model, (test.images[:1], row))
     words = [WORDS.words[i] for i in row[0]]
     scene = _scenes(1)[0]
     cells = [" ".join(scene.get(i, ("empty",))) for i in range(SIDE * SIDE)]
@@ -373,17 +372,17 @@ def look(config: Config, model: Any, data: Data, given: str | None) -> list[View
         across = [w for name, w in weights.items() if ".cross_attention" in name]
         stacked = np.stack([np.asarray(w[0]) for w in across])
         return [
-            View("question to picture", words, cells, stacked),
+            AttentionView("question to image", words, cells, stacked),
             *self_attention("question", words, own),
         ]
     tokens = {"question": words, "image": [words[0], *cells], "joint": [*words, *cells]}
     return self_attention("encoder", tokens[config.model], weights)
 
 
-TASK = train.Task(
+TASK = Task(
     name="vqa",
     presets=PRESETS,
-    data=data,
+    data=load,
     init=init,
     batches=batches,
     loss=loss,

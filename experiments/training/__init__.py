@@ -1,1 +1,1 @@
-"""What a task is, the loop that trains it, and the folder of a run."""
+"""Tasks as values, the loop that trains them, and the folder of a run."""

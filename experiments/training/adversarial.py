@@ -1,14 +1,14 @@
-"""Adversarial training: each step also learns from the examples made harder.
+"""Adversarial training: each step also trains on perturbed token embeddings.
 
-For one example with the vectors ``x`` of its tokens, and a part ``epsilon`` of their norm::
+For one example with token embeddings ``x``, and a perturbation of relative size ``epsilon``::
 
     g     = gradient of the loss with respect to x
     r     = epsilon * |x| * g / |g|
-    loss  = loss(x) + loss(x + r),    r held fixed
+    loss  = loss(x) + loss(x + r),    r held constant
 
-The step goes by the norm of the vectors, so that they cannot escape it by growing; the paper makes
-them of one size to that end. A model that looks its tokens up more than once has one ``g``, of all
-its look-ups together. Vectors without a gradient, those of padding, count for neither norm.
+The perturbation is relative to the norm of the embeddings, so that they cannot escape it by
+growing; the paper normalises them to that end. A model with several embedding look-ups has one
+``g``, over all of them. Embeddings without a gradient, those of padding, count in neither norm.
 
 Source: Miyato et al. 2017, "Adversarial Training Methods for Semi-Supervised Text Classification".
 """
@@ -21,51 +21,51 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-Move = Callable[[jax.Array], jax.Array]
-Total = Callable[[Any, Move], tuple[jax.Array, jax.Array]]
+Perturb = Callable[[jax.Array], jax.Array]
+Total = Callable[[Any, Perturb], tuple[jax.Array, jax.Array]]
 
 
 def value_and_grad(total: Total, parameters: Any, epsilon: float) -> tuple[Any, Any, Any]:
-    """The loss without the adversary, what it counts, and the gradient of both losses' sum.
+    """The clean loss, the number of its terms, and the gradient of clean plus adversarial loss.
 
     Args:
-      total: of parameters, and of a function that every look-up of tokens goes through: the sum of
-        the losses of a batch, whose examples are independent, and their number.
-      parameters: of the model.
-      epsilon: see above.
+      total: from parameters and a function that is applied to every embedding look-up, to the
+        summed loss of a batch and the number of terms. Its examples must be independent.
+      parameters: those of the model.
+      epsilon: the relative size of the perturbation.
     """
     shapes: list[jax.Array] = []
 
-    def note(x: jax.Array) -> jax.Array:
+    def record_shape(x: jax.Array) -> jax.Array:
         shapes.append(x)
         return x
 
-    jax.eval_shape(lambda p: total(p, note), parameters)
-    nothing = [jnp.zeros(x.shape, x.dtype) for x in shapes]
+    jax.eval_shape(lambda p: total(p, record_shape), parameters)
+    zeros = [jnp.zeros(x.shape, x.dtype) for x in shapes]
 
-    def shifted(parameters: Any, shifts: list[jax.Array]) -> tuple[jax.Array, Any]:
-        left, seen = iter(shifts), []
+    def perturbed(parameters: Any, perturbations: list[jax.Array]) -> tuple[jax.Array, Any]:
+        remaining, embeddings = iter(perturbations), []
 
-        def move(x: jax.Array) -> jax.Array:
-            seen.append(x)
-            return x + next(left)
+        def perturb(x: jax.Array) -> jax.Array:
+            embeddings.append(x)
+            return x + next(remaining)
 
-        value, count = total(parameters, move)
-        return value, (count, seen)
+        value, count = total(parameters, perturb)
+        return value, (count, embeddings)
 
-    both = jax.value_and_grad(shifted, argnums=(0, 1), has_aux=True)
-    (value, (count, vectors)), (gradient, towards) = both(parameters, nothing)
-    worst = steps_up(vectors, towards, epsilon)
-    more, _ = jax.grad(shifted, has_aux=True)(parameters, worst)
-    return value, count, jax.tree.map(jnp.add, gradient, more)
+    clean = jax.value_and_grad(perturbed, argnums=(0, 1), has_aux=True)
+    (value, (count, embeddings)), (gradient, gradients) = clean(parameters, zeros)
+    worst = perturbations(embeddings, gradients, epsilon)
+    adversarial, _ = jax.grad(perturbed, has_aux=True)(parameters, worst)
+    return value, count, jax.tree.map(jnp.add, gradient, adversarial)
 
 
-def steps_up(
-    vectors: list[jax.Array], gradients: list[jax.Array], epsilon: float
+def perturbations(
+    embeddings: list[jax.Array], gradients: list[jax.Array], epsilon: float
 ) -> list[jax.Array]:
-    """``r`` of each look-up, ``[B ...]``, from its vectors and their gradients.
+    """``r`` for each look-up, ``[B ...]``, from its embeddings and their gradients.
 
-    >>> (r,) = steps_up([jnp.array([[3.0, 4.0]])], [jnp.array([[0.0, 0.1]])], 0.5)
+    >>> (r,) = perturbations([jnp.array([[3.0, 4.0]])], [jnp.array([[0.0, 0.1]])], 0.5)
     >>> r.tolist()
     [[0.0, 2.5]]
     """
@@ -74,8 +74,8 @@ def steps_up(
         squares = [jnp.square(x.astype(jnp.float32)) for x in arrays]
         return jnp.sqrt(sum(jnp.sum(x, axis=tuple(range(1, x.ndim))) for x in squares))
 
-    matters = [jnp.any(g != 0, axis=-1, keepdims=True) for g in gradients]
-    of = norm([jnp.where(m, x, 0) for m, x in zip(matters, vectors, strict=True)])
-    by = norm(gradients)
-    size = epsilon * of / jnp.where(by > 0, by, 1)
+    nonzero = [jnp.any(g != 0, axis=-1, keepdims=True) for g in gradients]
+    x_norm = norm([jnp.where(keep, x, 0) for keep, x in zip(nonzero, embeddings, strict=True)])
+    g_norm = norm(gradients)
+    size = epsilon * x_norm / jnp.where(g_norm > 0, g_norm, 1)
     return [(g * jnp.expand_dims(size, range(1, g.ndim))).astype(g.dtype) for g in gradients]

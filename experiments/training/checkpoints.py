@@ -1,14 +1,14 @@
-"""What a run saves, with Orbax: the last states to go on from, and the best weights.
+"""Checkpoints of a run, with Orbax: the last two states to resume from, and the best weights.
 
 ::
 
-    RUN/checkpoints/last/STEP    parameters, optimiser, average, step, scores: the two newest
+    RUN/checkpoints/last/STEP    parameters, optimizer state, average, step, scores: the newest two
     RUN/checkpoints/best/STEP    the weights with the best validation score
-    .../STEP/sums.json           a checksum of every file, to tell a damaged checkpoint by
+    .../STEP/sums.json           a checksum of every file, to detect a damaged checkpoint
 
-Orbax writes to another name and renames when all is on disk, so that a run killed at any moment,
-or a full disk, leaves what was there before. The position in the data and the random keys are
-functions of the seed and the step, which are saved.
+Orbax writes under a temporary name and renames when everything is on disk, so that a run killed at
+any moment, or a full disk, leaves the checkpoint before intact. The position in the data and the
+random keys are functions of the seed and the step, which are saved.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ import orbax.checkpoint as ocp
 LAST, BEST = "last", "best"
 KEPT = {LAST: 2, BEST: 1}
 SUMS = "sums.json"
-DAMAGE = (OSError, ValueError, KeyError)  # what Orbax raises on files that are not what it wrote
+DAMAGE = (OSError, ValueError, KeyError)  # what Orbax raises on damaged files
 
 T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
 class Saved:
-    """What was found."""
+    """A checkpoint that was restored."""
 
     step: int
     state: Any
@@ -45,23 +45,23 @@ class Saved:
 
 
 class Checkpoints:
-    """Those of one run."""
+    """The checkpoints of one run."""
 
     def __init__(self, folder: Path) -> None:
-        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports each save
+        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs each save
         self.folder = folder.resolve()
 
     def save(self, kind: str, step: int, state: Any, notes: dict[str, Any]) -> bool:
-        """Saves a pytree of arrays, and notes for JSON, as ``LAST`` or ``BEST``.
+        """Saves a pytree of arrays, and notes as JSON, as ``LAST`` or ``BEST``.
 
-        Where that fails, on a full disk say, it warns, and what was saved before stays.
+        If that fails, on a full disk say, it warns, and the checkpoint before stays.
 
         Returns:
-          Whether it was saved.
+          Whether the checkpoint was saved.
         """
         try:
             with self._manager(kind) as manager:
-                if step in manager.all_steps():  # damaged, or of the evaluation that ended here
+                if step in manager.all_steps():  # a damaged one, or that of an evaluation
                     manager.delete(step)
                 manager.save(
                     step,
@@ -75,8 +75,8 @@ class Checkpoints:
         except DAMAGE as problem:
             self._clean(kind)
             warnings.warn(
-                f"{self.folder / kind}: step {step} could not be saved, training goes on from what "
-                f"is in memory; the checkpoint before stays: {_first_line(problem)}",
+                f"{self.folder / kind}: step {step} could not be saved; training continues and the "
+                f"checkpoint before stays: {_first_line(problem)}",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -84,17 +84,17 @@ class Checkpoints:
         return True
 
     def restore(self, kind: str, like: T) -> Saved | None:
-        """The newest that is whole; warns of newer ones that are not.
+        """The newest intact checkpoint; warns of newer ones that are damaged.
 
         Args:
           kind: ``LAST`` or ``BEST``.
-          like: a pytree of the same arrays.
+          like: a pytree of arrays of the same names and shapes.
 
         Returns:
-          What was saved, with the structure of ``like``; None where nothing was.
+          The checkpoint, its state with the structure of ``like``; None if nothing was saved.
 
         Raises:
-          ValueError: all are damaged; or the newest has other arrays: it is of another model.
+          ValueError: all checkpoints are damaged, or the newest is that of another model.
         """
         if not (self.folder / kind).exists():
             return None
@@ -115,14 +115,14 @@ class Checkpoints:
                     continue
                 if damaged:
                     warnings.warn(
-                        f"{self.folder / kind}: {'; '.join(damaged)}; step {step} is taken",
+                        f"{self.folder / kind}: {'; '.join(damaged)}; using step {step}",
                         RuntimeWarning,
                         stacklevel=2,
                     )
                 return Saved(step, self._like(like, arrays), notes)
         if damaged:
             raise ValueError(
-                f"{self.folder / kind}: no checkpoint is whole ({'; '.join(damaged)}); remove the "
+                f"{self.folder / kind}: no checkpoint is intact ({'; '.join(damaged)}); remove the "
                 f"folder to start from step 0"
             )
         return None
@@ -131,10 +131,10 @@ class Checkpoints:
         expected = _named(like)
         shapes = {name: np.shape(x) for name, x in expected.items()}
         if (found := {name: np.shape(x) for name, x in arrays.items()}) != shapes:
-            odd = sorted(set(found.items()) ^ set(shapes.items()))
+            differing = sorted(set(found.items()) ^ set(shapes.items()))
             raise ValueError(
-                f"{self.folder} holds another model: {len(odd)} arrays differ, the first is "
-                f"{odd[0][0]} {odd[0][1]}"
+                f"{self.folder} holds another model: {len(differing)} arrays differ, the first is "
+                f"{differing[0][0]} {differing[0][1]}"
             )
         leaves = [jax.numpy.asarray(arrays[name]) for name in expected]
         return jax.tree.unflatten(jax.tree.structure(like), leaves)
@@ -151,13 +151,13 @@ class Checkpoints:
         )
 
     def _clean(self, kind: str) -> None:
-        """Takes away what a save left half written."""
+        """Removes what an unfinished save left."""
         for path in (self.folder / kind).glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
             shutil.rmtree(path, ignore_errors=True)
 
 
 def _write_sums(folder: Path) -> None:
-    """Last of all, under another name first: a run killed before leaves none, or the whole file."""
+    """Written last and then renamed: a killed run leaves either no file or all of it."""
     sums = {
         str(file.relative_to(folder)): zlib.crc32(file.read_bytes())
         for file in sorted(folder.rglob("*"))
@@ -169,22 +169,22 @@ def _write_sums(folder: Path) -> None:
 
 
 def _check_sums(folder: Path) -> None:
-    """Raises for the first file that is not what was written."""
+    """Raises ``ValueError`` for the first file that differs from what was saved."""
     if not (folder / SUMS).exists():
-        return  # the run was killed before they were written, and all else was
+        return  # the run was killed after everything else was written
     try:
         sums = json.loads((folder / SUMS).read_text())
     except ValueError as problem:
-        raise ValueError(f"{folder / SUMS} is not what was saved") from problem
+        raise ValueError(f"{folder / SUMS} differs from what was saved") from problem
     for name, expected in sums.items():
         if zlib.crc32((folder / name).read_bytes()) != expected:
-            raise ValueError(f"{folder / name} is not what was saved")
+            raise ValueError(f"{folder / name} differs from what was saved")
 
 
 def _named(state: Any) -> dict[str, Any]:
-    """Every array under the path to it.
+    """Every array, as NumPy, under its path.
 
-    In NumPy's form: reading a damaged array of JAX's, Orbax raises a bare ``Exception``.
+    Not as JAX arrays: for a damaged one of those Orbax raises a bare ``Exception``.
     """
     leaves, _ = jax.tree.flatten_with_path(jax.device_get(state))
     return {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in leaves}

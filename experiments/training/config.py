@@ -1,4 +1,4 @@
-"""The options that every task has, and how they are kept beside the results."""
+"""The options shared by all tasks, their checks, and their JSON form."""
 
 from __future__ import annotations
 
@@ -9,55 +9,57 @@ from typing import Any, Literal, TypeVar
 from attention_jax.backends import IMPLEMENTATIONS
 from attention_jax.mechanisms import NAMED
 
-FLAX = "flax"  # attention by flax.nnx.dot_product_attention in place of ours, to compare
+FLAX = "flax"  # flax.nnx.dot_product_attention instead of ours, for comparison
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class TrainConfig:
     """The options that every task has. A task's own configuration extends it."""
 
     seed: int = 0
-    """Of the initial weights, the order of the data, augmentation and dropout."""
+    """Seed of the initial weights, the order of the data, augmentation and dropout."""
     steps: int = 1000
-    """Updates of the weights."""
+    """Number of updates."""
     batch_size: int = 128
     """Examples per update."""
     accumulate: int = 1
-    """Parts that a batch is computed in, one after the other, to save memory; same gradient."""
+    """Microbatches that a batch is split into, to save memory; the gradient is the same."""
     devices: int = 1
-    """Devices that a batch is spread over; same gradient, dropout aside."""
+    """Devices that a batch is split over; the gradient is the same, except for dropout."""
     learning_rate: float = 1e-3
-    """At its highest, after the warm-up."""
+    """Peak learning rate, after the warm-up."""
     schedule: Literal["cosine", "inverse_sqrt"] = "cosine"
-    """How the learning rate falls after the warm-up: to 0 along a cosine, or as 1 / sqrt(step)."""
+    """Decay of the learning rate after the warm-up: to 0 along a cosine, or as 1 / sqrt(step)."""
     warmup: float = 0.1
-    """Part of the steps over which the learning rate rises from 0."""
+    """Fraction of the steps over which the learning rate rises from 0."""
     beta2: float = 0.95
-    """Of AdamW: how slowly its estimate of the gradient's square moves."""
+    """Decay of AdamW's estimate of the squared gradient."""
     weight_decay: float = 0.05
-    """Of matrices; biases, norms and other vectors do not decay."""
+    """Weight decay of matrices; biases, norms and other vectors do not decay."""
     clip: float = 1.0
-    """Largest norm of the gradient of all weights together."""
+    """Gradients are clipped to this global norm."""
     label_smoothing: float = 0.0
-    """Part of the probability that the targets spread over all classes."""
+    """Fraction of the target probability that is spread over all classes."""
     ema: float = 0.0
-    """Decay of the moving average of the weights that is evaluated and kept; 0 is none."""
+    """Decay of the moving average of the weights, which is what is evaluated and saved; 0 turns it
+    off."""
     adversarial: float = 0.0
-    """Also learn from the vectors of a text's tokens moved so far towards a larger loss, as a part
-    of their norm; 0 does not. See ``adversarial``."""
+    """Size of an adversarial perturbation of the token embeddings, relative to their norm; 0 turns
+    adversarial training off. See ``adversarial``."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of forward and backward pass; the weights, their average and the optimiser stay float32."""
+    """Dtype of forward and backward pass; weights, their average and the optimizer state stay
+    float32."""
     evaluations: int = 5
-    """How many times the validation score is taken, the last time at the end."""
+    """Number of evaluations on the validation split, the last one after the last step."""
     patience: int | None = None
-    """Stop after this many evaluations without a better score; None never does."""
+    """Stop after this many evaluations without a better score; None for never."""
     minutes: float | None = None
-    """Stop after this much training even if steps are left; None is no limit."""
+    """Stop after this many minutes even if steps are left; None for no limit."""
     synthetic: bool = False
-    """Made-up data in place of the task's files, to see that all runs."""
+    """Train on synthetic data instead of the task's files, to check that everything runs."""
     attention: str | None = None
-    """The implementation of attention, by name, or flax; or another mechanism, by name (linear,
-    performer, retention, inverted, slot, topk); None lets the library choose."""
+    """The attention implementation, by name, or flax; or another mechanism (linear, performer,
+    retention, inverted, slot, topk); None lets the library choose."""
 
     def __post_init__(self) -> None:
         positive = (
@@ -90,49 +92,48 @@ class Config:
             raise ValueError(f"attention must be one of {', '.join(known)}, got {self.attention}")
 
 
-# How long and on how many devices a run goes does not change what it is: it can be resumed with
-# others.
+# A run may be resumed with other values of these.
 MAY_CHANGE = ("minutes", "patience", "devices")
 
-C = TypeVar("C", bound=Config)
+C = TypeVar("C", bound=TrainConfig)
 
 
-def differences(one: Config, other: Config) -> list[str]:
-    """The options by which a run cannot go on as another, in words."""
+def differences(new: TrainConfig, old: TrainConfig) -> list[str]:
+    """The options that keep a run started with ``old`` from being resumed with ``new``."""
     return [
-        f"{field.name} is {mine!r}, was {theirs!r}"
-        for field in dataclasses.fields(one)
+        f"{field.name} is {now!r}, was {before!r}"
+        for field in dataclasses.fields(new)
         if field.name not in MAY_CHANGE
-        and (mine := getattr(one, field.name)) != (theirs := getattr(other, field.name))
+        and (now := getattr(new, field.name)) != (before := getattr(old, field.name))
     ]
 
 
-def choices(kind: type[Config], field: str) -> tuple[str, ...]:
-    """What an option may be, in order: of ``model``, the rungs of the ladder.
+def choices(kind: type[TrainConfig], field: str) -> tuple[str, ...]:
+    """The values that a ``Literal`` option may take, in order; for ``model``, the ladder.
 
-    >>> choices(Config, "schedule")
+    >>> choices(TrainConfig, "schedule")
     ('cosine', 'inverse_sqrt')
     """
     return typing.get_args(typing.get_type_hints(kind)[field])
 
 
-def as_json(config: Config) -> dict[str, Any]:
-    """For a file: every option is a number, a word or None."""
+def as_json(config: TrainConfig) -> dict[str, Any]:
+    """The options as JSON values: every option is a number, a string or None."""
     return dataclasses.asdict(config)
 
 
 def from_json(kind: type[C], values: dict[str, Any], where: str) -> C:
-    """The configuration that was saved.
+    """The configuration that ``as_json`` wrote.
 
     Raises:
-      ValueError: it has other fields: the run is that of another version or task.
+      ValueError: the fields differ: another version of the task wrote it.
     """
     names = {field.name for field in dataclasses.fields(kind)}
     if names != set(values):
-        odd = ", ".join(sorted(names ^ set(values)))
+        changed = ", ".join(sorted(names ^ set(values)))
         raise ValueError(
-            f"{where} was written by another version of this task: its options differ by {odd}; "
-            f"train it again"
+            f"{where} was written by another version of this task: its options differ by "
+            f"{changed}; train it again"
         )
     return kind(**values)
 
@@ -140,31 +141,31 @@ def from_json(kind: type[C], values: dict[str, Any], where: str) -> C:
 # --- Checks of a task's own options.
 
 
-def at_least_1(config: Config, *names: str) -> None:
-    """Raises unless each of these options is."""
+def at_least_1(config: TrainConfig, *names: str) -> None:
+    """Raises ``ValueError`` unless each of these options is at least 1."""
     for name in names:
         if getattr(config, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
 
 
-def below_1(config: Config, *names: str) -> None:
-    """Raises unless each of these options is a part of something, of all of it not."""
+def below_1(config: TrainConfig, *names: str) -> None:
+    """Raises ``ValueError`` unless each of these options is in [0, 1)."""
     for name in names:
         if not 0 <= getattr(config, name) < 1:
             raise ValueError(f"{name} must be in [0, 1), got {getattr(config, name)}")
 
 
 def heads_divide(config: Any, width: str) -> None:
-    """Raises unless the option ``heads`` divides the one called ``width``."""
+    """Raises ``ValueError`` unless ``heads`` divides the option called ``width``."""
     if getattr(config, width) % config.heads:
         raise ValueError(f"heads must divide {width} {getattr(config, width)}, got {config.heads}")
 
 
-def softmax_only(config: Config) -> None:
-    """Raises if the option ``attention`` names a mechanism that is no softmax over keys."""
+def softmax_only(config: TrainConfig) -> None:
+    """Raises ``ValueError`` if ``attention`` names a mechanism other than softmax attention."""
     if config.attention in NAMED:
         raise ValueError(
-            f"attention {config.attention} is for listops, shakespeare and the tasks that classify "
-            f"sentences, words or questions: here attention must be one of "
+            f"attention {config.attention} works for listops, shakespeare and the tasks that "
+            f"classify sentences, words or questions; here attention must be one of "
             f"{', '.join((*IMPLEMENTATIONS, FLAX))}"
         )

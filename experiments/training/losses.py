@@ -1,4 +1,4 @@
-"""Logits of classes, be they digits, moods or the next token: computed, made a loss, and scored."""
+"""Classification: logits of a model, cross-entropy, and the usual scores."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from flax import nnx
 
 @nnx.jit
 def logits(model: Any, inputs: Any) -> jax.Array:
-    """Of a trained model, in float32."""
+    """The model's logits, in float32."""
     return model(inputs).astype(jnp.float32)
 
 
 def cross_entropy(logits: Any, targets: Any, smoothing: float = 0.0) -> jax.Array:
-    """``-log p`` of each target, ``[... C]`` and ``[...]`` to ``[...]``, in float32.
+    """Cross-entropy of each target, ``[... C]`` and ``[...]`` to ``[...]``, in float32.
 
-    With smoothing, ``(1 - smoothing) * -log p_target + smoothing * mean_c -log p_c``: the targets
-    spread a part of their probability over all classes.
+    ::
+
+        (1 - smoothing) * -log p_target + smoothing * mean_c(-log p_c)
 
     >>> float(cross_entropy(jnp.zeros((1, 4)), jnp.array([2]))[0]) == float(jnp.log(4.0))
     True

@@ -1,7 +1,7 @@
-"""How far a run is, and how it is shown: a bar, JSON lines, TensorBoard, a profile.
+"""The progress of a run, and where it is logged: a bar, JSON lines, TensorBoard, a profile.
 
-``RUN/log.jsonl`` has a line for every so many steps (loss, norm of the gradient, speed) and one for
-each evaluation. ``Progress`` is the part that a checkpoint holds.
+``RUN/log.jsonl`` has a line every few steps (loss, norm of the gradient, speed) and one for each
+evaluation. ``Progress`` is the part that is saved in a checkpoint.
 """
 
 from __future__ import annotations
@@ -17,57 +17,57 @@ from typing import Any, NamedTuple
 import jax
 from tqdm import tqdm
 
-Metrics = dict[str, float]
+from experiments.training.task import Metrics
 
-LINES = 100  # of losses in the log, over all of a run
-PROFILED = range(10, 20)  # steps; those before compile
+LINES = 100  # lines with a loss in the log of a whole run
+PROFILED = range(10, 20)  # steps; the first ones compile
 
 
 class Progress(NamedTuple):
-    """What has been reached, after so many steps."""
+    """What a run has reached after so many steps."""
 
     metric: str
     larger: bool
     step: int = 0
     seconds: float = 0.0
-    """Spent in training and evaluation, over all parts of a run that was resumed."""
+    """Time spent in training and evaluation, over all parts of a resumed run."""
     loss: float = math.nan
     """Mean over the steps since the last evaluation."""
     losses: int = 0
-    """How many steps that is."""
+    """Number of those steps."""
     best: Metrics | None = None
-    """The validation scores that are best by the metric."""
+    """The validation scores of the best evaluation, by the metric."""
     best_step: int = 0
     since_best: int = 0
-    """Evaluations after the best."""
+    """Number of evaluations since the best one."""
     curve: tuple[dict[str, float], ...] = ()
-    """Step, seconds, loss and scores at each evaluation."""
+    """Step, seconds, loss and scores of each evaluation."""
     finished: bool = False
-    """Whether there is nothing left to do: all steps are done, or patience is at its end."""
+    """Whether all steps are done or patience ran out."""
 
     def closed(self, scores: Metrics) -> Progress:
-        """Of a model that needs no training."""
+        """Finished with these scores, for a model that needs no training."""
         return self._replace(best=scores, finished=True)
 
     def notes(self) -> dict[str, Any]:
-        """For JSON."""
+        """As JSON values."""
         return self._asdict() | {"loss": None if math.isnan(self.loss) else self.loss}
 
     @staticmethod
     def from_notes(like: Progress, notes: dict[str, Any]) -> Progress:
-        """What ``notes`` wrote."""
+        """The inverse of ``notes``."""
         loss = math.nan if notes["loss"] is None else notes["loss"]
         same = {"metric": like.metric, "larger": like.larger}
         return Progress(**notes | same | {"loss": loss, "curve": tuple(notes["curve"])})
 
     def after(self, loss: float, seconds: float) -> Progress:
-        """One step more."""
+        """After one more step."""
         n = self.losses + 1
         mean = loss if n == 1 else self.loss + (loss - self.loss) / n
         return self._replace(step=self.step + 1, seconds=seconds, loss=mean, losses=n)
 
     def scored(self, scores: Metrics, seconds: float) -> tuple[Progress, bool]:
-        """With the scores of an evaluation; and whether they are the best so far."""
+        """After an evaluation; and whether its scores are the best so far."""
         new = scores[self.metric]
         better = self.best is None or math.isnan(self.best[self.metric])
         if self.best is not None:
@@ -85,42 +85,60 @@ class Progress(NamedTuple):
         )
 
     @contextlib.contextmanager
-    def shown(self, task: Any, config: Any, folder: Path, flags: Any) -> Iterator[Shown]:
-        """While the loop runs."""
+    def logged(
+        self,
+        folder: Path,
+        *,
+        name: str,
+        unit: str,
+        steps: int,
+        tensorboard: bool = False,
+        profile: bool = False,
+    ) -> Iterator[RunLog]:
+        """A log to write to while the loop runs.
+
+        Args:
+          folder: that of the run.
+          name: the task, for the bar.
+          unit: what the loss counts.
+          steps: of the whole run.
+          tensorboard: also write for TensorBoard.
+          profile: trace the steps of ``PROFILED``.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         log = folder / "log.jsonl"
-        _keep(log, self.step)
+        _drop_after(log, self.step)
         with contextlib.ExitStack() as stack:
             lines = stack.enter_context(log.open("a"))
             board = None
-            if flags.tensorboard:
+            if tensorboard:
                 from tensorboardX import SummaryWriter
 
                 board = stack.enter_context(SummaryWriter(str(folder / "tensorboard")))
             bar = stack.enter_context(
                 tqdm(
-                    total=config.steps,
+                    total=steps,
                     initial=self.step,
-                    desc=task.name,
+                    desc=name,
                     unit="step",
                     dynamic_ncols=True,
                 )
             )
-            shown = Shown(
+            opened = RunLog(
                 bar,
                 lines,
                 board,
-                unit=task.unit,
-                every=max(1, config.steps // LINES),
+                unit=unit,
+                every=max(1, steps // LINES),
                 start=time.perf_counter() - self.seconds,
-                profile=folder / "profile" if flags.profile else None,
+                profile=folder / "profile" if profile else None,
             )
-            yield shown
-            shown.stop_profile()
+            yield opened
+            opened.stop_profile()
 
 
-class Shown:
-    """The bar and the files of a run that goes on."""
+class RunLog:
+    """The bar and the files that a running loop writes to."""
 
     def __init__(
         self,
@@ -133,14 +151,14 @@ class Shown:
         start: float,
         profile: Path | None,
     ) -> None:
-        """Takes what to write to, and when the run began on the clock of ``time.perf_counter``."""
+        """``start`` is when the run began, on the clock of ``time.perf_counter``."""
         self.bar, self.lines, self.board = bar, lines, board
         self.unit, self.every, self.start = unit, every, start
         self._profile, self._tracing = profile, False
         self._since, self._count, self._scores = time.perf_counter(), 0.0, ""
 
     def step(self, progress: Progress, loss: float, count: float, norm: float) -> Progress:
-        """After a step."""
+        """Logs a step."""
         now = time.perf_counter()
         progress = progress.after(loss, now - self.start)
         self._count += count
@@ -148,34 +166,37 @@ class Shown:
         if progress.step % self.every == 0:
             speed = self._count / (now - self._since)
             self._since, self._count = now, 0.0
-            said = {"loss": loss, "gradient_norm": norm, f"{self.unit}_per_second": round(speed, 1)}
-            self._write(progress, said)
+            self._write(
+                progress,
+                {"loss": loss, "gradient_norm": norm, f"{self.unit}_per_second": round(speed, 1)},
+            )
             self.bar.set_postfix_str(f"loss {loss:.3f}{self._scores}, {speed:,.0f} {self.unit}/s")
         return progress
 
     def scores(self, progress: Progress, scores: Metrics) -> tuple[Progress, bool]:
-        """After an evaluation."""
+        """Logs an evaluation."""
         now = time.perf_counter()
         progress, better = progress.scored(scores, now - self.start)
         self._write(progress, {f"validation_{name}": x for name, x in scores.items()})
         self._scores = f", {progress.metric} {scores[progress.metric]:.3f}"
         mark = " (best)" if better else ""
-        said = f"step {progress.step}: loss {progress.loss:.3f}, validation {show(scores)}{mark}"
-        self.bar.write(said)
+        self.bar.write(
+            f"step {progress.step}: loss {progress.loss:.3f}, validation {one_line(scores)}{mark}"
+        )
         self._since += time.perf_counter() - now
         return progress, better
 
-    def _write(self, progress: Progress, said: dict[str, float]) -> None:
-        line = {"step": progress.step, "seconds": round(progress.seconds, 2), **said}
+    def _write(self, progress: Progress, values: dict[str, float]) -> None:
+        line = {"step": progress.step, "seconds": round(progress.seconds, 2), **values}
         self.lines.write(json.dumps(line) + "\n")
         self.lines.flush()
         if self.board is not None:
-            for name, x in said.items():
+            for name, x in values.items():
                 self.board.add_scalar(name, x, progress.step)
 
     @contextlib.contextmanager
     def profile(self, step: int) -> Iterator[None]:
-        """Around a step; traces those of ``PROFILED`` where asked for."""
+        """Wraps a step; traces those of ``PROFILED`` if a profile was asked for."""
         if self._profile is not None and step == PROFILED.start:
             jax.profiler.start_trace(str(self._profile))
             self._tracing = True
@@ -184,14 +205,14 @@ class Shown:
             self.stop_profile()
 
     def stop_profile(self) -> None:
-        """Also where a run has fewer steps."""
+        """Ends the trace, also in a run that has fewer steps."""
         if self._tracing:
             jax.profiler.stop_trace()
             self._tracing = False
 
 
-def _keep(log: Path, step: int) -> None:
-    """Takes away the lines of steps that a resumed run will do again."""
+def _drop_after(log: Path, step: int) -> None:
+    """Removes the lines of steps that a resumed run repeats."""
     if not log.exists():
         return
     kept = [line for line in log.read_text().splitlines() if _step(line) <= step]
@@ -201,10 +222,10 @@ def _keep(log: Path, step: int) -> None:
 def _step(line: str) -> float:
     try:
         return float(json.loads(line)["step"])
-    except ValueError:  # half a line, of a run that was killed
+    except ValueError:  # half a line of a run that was killed
         return math.inf
 
 
-def show(metrics: Metrics) -> str:
-    """The scores in one line."""
+def one_line(metrics: Metrics) -> str:
+    """The scores in one line of text."""
     return ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())

@@ -1,19 +1,21 @@
-"""The folder of a run, and its record.
+"""The folder of a run, the flags that say what is done with it, and its record.
 
 ::
 
     RUN/run.json        task, preset and every option
-    RUN/log.jsonl       losses and scores as they came
+    RUN/log.jsonl       losses and scores, see ``progress``
     RUN/checkpoints/    see ``checkpoints``
     RUN/record.json     the result: one line of ``experiments/results/TASK.jsonl``
 """
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import json
 import platform
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,20 +26,43 @@ import optax  # type: ignore[import-untyped]
 from flax import nnx
 
 import attention_jax
-from experiments import tasks
 from experiments.training import config as configs
 from experiments.training.checkpoints import BEST, Checkpoints
-from experiments.training.config import Config
+from experiments.training.config import TrainConfig
+from experiments.training.progress import Progress
+from experiments.training.task import Metrics, Record, Task
 
 FILE = "run.json"
 
 
-def start(task: Any, config: Config, *, preset: str, flags: Any) -> Path:
-    """The folder of a run, made or found.
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    """Where a run is written, whether it resumes, and what else it logs. No part of its result."""
+
+    out: Path = Path("runs")
+    """The folder for runs; each has its own, TASK/NAME."""
+    name: str | None = None
+    """Name of the run; default MODEL-PRESET-seedSEED."""
+    resume: bool = False
+    """Resume from the last checkpoint of the run of this name, if there is one."""
+    overwrite: bool = False
+    """Replace the run of this name."""
+    record: Path | None = None
+    """A folder to whose TASK.jsonl the record is appended as well; ours is experiments/results."""
+    save_every: int | None = None
+    """Also save the state every so many steps; it is saved at each evaluation in any case."""
+    tensorboard: bool = False
+    """Also log losses and scores for TensorBoard (needs tensorboardX)."""
+    profile: bool = False
+    """Trace ten steps with JAX's profiler, into the folder of the run."""
+
+
+def start(task: Task[Any, Any], config: TrainConfig, *, preset: str, flags: Flags) -> Path:
+    """Makes the folder of a run, or finds it to resume.
 
     Raises:
-      ValueError: there is such a run already, and it is not said what to do with it; or it is to be
-        resumed and its configuration is another.
+      ValueError: the run exists and the flags say neither resume nor overwrite; or it cannot be
+        resumed, since its configuration differs.
     """
     model = getattr(config, "model", None)
     default = "-".join(filter(None, (model, preset, f"seed{config.seed}")))
@@ -46,33 +71,33 @@ def start(task: Any, config: Config, *, preset: str, flags: Any) -> Path:
     if file.exists() and not flags.overwrite:
         if not flags.resume:
             raise ValueError(
-                f"{folder} exists: --resume goes on with it, --overwrite starts anew in its place, "
-                f"--name NAME gives this one another name"
+                f"{folder} exists: --resume resumes it, --overwrite replaces it, --name NAME gives "
+                f"this run another name"
             )
         before = json.loads(file.read_text())
         if before["task"] != task.name:
-            raise ValueError(f"{folder} is a run of {before['task']}, not of {task.name}")
-        was = configs.from_json(type(config), before["config"], str(file))
-        if found := configs.differences(config, was):
+            raise ValueError(f"{folder} is a run of {before['task']}, not {task.name}")
+        old = configs.from_json(type(config), before["config"], str(file))
+        if changed := configs.differences(config, old):
             raise ValueError(
-                f"{folder} cannot be resumed, it was started with another configuration: "
-                f"{'; '.join(found)}"
+                f"{folder} cannot be resumed: it was started with another configuration: "
+                f"{'; '.join(changed)}"
             )
     elif folder.exists():
         for name in ("checkpoints", "tensorboard", "profile"):
             shutil.rmtree(folder / name, ignore_errors=True)
         (folder / "log.jsonl").unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
-    said = {"task": task.name, "preset": preset, "config": configs.as_json(config)}
-    file.write_text(json.dumps(said, indent=1) + "\n")
+    content = {"task": task.name, "preset": preset, "config": configs.as_json(config)}
+    file.write_text(json.dumps(content, indent=1) + "\n")
     return folder
 
 
 class Run(NamedTuple):
-    """A run that was trained, read again."""
+    """A trained run, loaded from its folder."""
 
     folder: Path
-    task: Any
+    task: Task[Any, Any]
     preset: str
     config: Any
     data: Any
@@ -80,22 +105,26 @@ class Run(NamedTuple):
     step: int
 
 
-def load(folder: Path) -> Run:
-    """The best model of a run.
+def load(folder: Path, load_task: Callable[[str], Task[Any, Any]]) -> Run:
+    """The run of a folder, with its best weights.
+
+    Args:
+      folder: that of the run.
+      load_task: from the name of a task to the task.
 
     Raises:
-      ValueError: the folder holds no run, none that has been evaluated, or another version's.
+      ValueError: the folder holds no run, one that was never evaluated, or one of another version.
     """
     file = folder / FILE
     if not file.exists():
         known = sorted(str(x.parent) for x in Path("runs").glob(f"*/*/{FILE}"))
         raise ValueError(
-            f"{folder} is no run: it has no {FILE}; runs here: {', '.join(known) or 'none'}"
+            f"{folder} is not a run: it has no {FILE}; runs here: {', '.join(known) or 'none'}"
         )
-    said = json.loads(file.read_text())
-    task = tasks.load(said["task"])
+    content = json.loads(file.read_text())
+    task = load_task(content["task"])
     kind = type(next(iter(task.presets.values())))
-    config = configs.from_json(kind, said["config"], str(file))
+    config = configs.from_json(kind, content["config"], str(file))
     data = task.data(config)
     model = task.init(config, data, nnx.Rngs(config.seed))
     step = 0
@@ -104,18 +133,30 @@ def load(folder: Path) -> Run:
         if jax.tree.leaves(weights):
             best = Checkpoints(folder / "checkpoints").restore(BEST, weights)
             if best is None:
-                raise ValueError(f"{folder} has no weights yet: it has not been evaluated once")
+                raise ValueError(f"{folder} has no weights yet: it was never evaluated")
             weights, step = best.state, best.step
         model = nnx.merge(graph, weights, *others)
         model.eval()
-    return Run(folder, task, said["preset"], config, data, model, step)
+    return Run(folder, task, content["preset"], config, data, model, step)
 
 
 def record(
-    task: Any, config: Config, preset: str, trained: Any, test: dict[str, float], parameters: int
-) -> dict[str, Any]:
-    """What is known of a run when it is over."""
-    progress = trained.progress
+    task: Task[Any, Any],
+    config: TrainConfig,
+    *,
+    preset: str,
+    progress: Progress,
+    test: Metrics,
+    parameters: int,
+) -> Record:
+    """The record of a finished run.
+
+    Args:
+      task, config, preset: what was run.
+      progress: at its end.
+      test: scores on the test split.
+      parameters: number of trained parameters.
+    """
     return {
         "task": task.name,
         "model": getattr(config, "model", None),
@@ -138,8 +179,8 @@ def record(
     }
 
 
-def write_record(record: dict[str, Any], folder: Path, results: Path | None) -> list[Path]:
-    """Beside the run, and as one more line of the results where asked for; returns the files."""
+def write_record(record: Record, folder: Path, results: Path | None) -> list[Path]:
+    """Writes ``RUN/record.json``, and a line of ``results/TASK.jsonl``; returns the files."""
     line = json.dumps(record, default=str)
     files = [folder / "record.json"]
     files[0].write_text(line + "\n")
@@ -152,12 +193,12 @@ def write_record(record: dict[str, Any], folder: Path, results: Path | None) -> 
 
 
 def device() -> str:
-    """What this runs on, in words."""
+    """The devices of this process, as text."""
     first = jax.devices()[0]
     return f"{jax.device_count()} x {first.device_kind} ({first.platform})"
 
 
 def versions() -> dict[str, str]:
-    """Of everything that a result may depend on."""
+    """Versions of the packages that a result may depend on."""
     modules = (attention_jax, jax, flax, optax, np)
     return {"python": platform.python_version()} | {m.__name__: m.__version__ for m in modules}

@@ -1,8 +1,8 @@
-"""One step of training: the gradient of a batch, in parts and over devices, and the update.
+"""One training step: the gradient of a batch, over microbatches and devices, and the update.
 
-For one part of a batch on one device it is ``gradient of sum(loss)``; parts and devices are
-summed, and the sum is divided by the number of what the loss counts: however a batch is cut, the
-gradient is that of its mean.
+Each microbatch on each device gives the gradient of its summed loss. These are added up and divided
+by the number of loss terms, so that however a batch is split, the result is the gradient of its
+mean loss.
 """
 
 from __future__ import annotations
@@ -20,49 +20,42 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from attention_jax.nn import moved_embeddings
 from experiments.training import adversarial, optimizers
-from experiments.training.config import Config
-
-Model = Any  # an nnx.Module, or, fitted by counting, any object
-Batch = Any  # a pytree of arrays with an axis of examples first: what the task's loss understands
-
-
-class Loss(NamedTuple):
-    """What ``Task.loss`` returns: a sum, and over how many. Their quotient is made small."""
-
-    total: jax.Array
-    number: jax.Array
+from experiments.training.config import TrainConfig
+from experiments.training.task import Batch, Loss, Model
 
 
 class State(NamedTuple):
-    """What a step changes."""
+    """What a step updates."""
 
     parameters: Any
     optimizer: Any
     average: Any
-    """Of the parameters; None where none is kept."""
+    """Moving average of the parameters; None if none is kept."""
 
     @property
     def weights(self) -> Any:
-        """What is evaluated."""
+        """The weights that are evaluated."""
         return self.parameters if self.average is None else self.average
 
 
-class Steps(NamedTuple):
-    """How a model is trained."""
+class Trainer(NamedTuple):
+    """The functions that train a model."""
 
-    first: State
-    """Before the first step."""
+    initial: State
+    """The state before the first step."""
     put: Callable[[State], State]
-    """Onto the devices."""
+    """Puts a state on the devices."""
     update: Callable[[State, Batch, int], tuple[State, jax.Array, jax.Array, jax.Array]]
-    """One step: the new state, the loss, what it counts, and the norm of the gradient. The old
-    state is used up."""
+    """One step: the new state, the loss, the number of its terms, and the norm of the gradient. The
+    old state is donated."""
     model: Callable[[Any], Model]
-    """With these weights, ready to be evaluated."""
+    """The model with these weights, in evaluation mode."""
 
 
-def steps(loss: Callable[[Any, Model, Batch], Loss], config: Config, model: nnx.Module) -> Steps:
-    """Of a loss of configuration, model and batch, and a fresh model."""
+def trainer(
+    loss: Callable[[Any, Model, Batch], Loss], config: TrainConfig, model: nnx.Module
+) -> Trainer:
+    """The trainer of a fresh model, for a loss of configuration, model and batch."""
     graph, parameters, *others = nnx.split(model, nnx.Param, ...)
     (rest,) = others
     optimizer, mesh = optimizers.make(config), _mesh(config.devices)
@@ -77,8 +70,8 @@ def steps(loss: Callable[[Any, Model, Batch], Loss], config: Config, model: nnx.
         model.eval()
         return model
 
-    return Steps(
-        first=State(parameters, optimizer.init(parameters), average),
+    return Trainer(
+        initial=State(parameters, optimizer.init(parameters), average),
         put=lambda state: jax.device_put(state, everywhere),
         update=lambda state, batch, step: update(state, jax.device_put(batch, split), step, rest),
         model=evaluated,
@@ -87,21 +80,21 @@ def steps(loss: Callable[[Any, Model, Batch], Loss], config: Config, model: nnx.
 
 def _update(
     loss: Callable[[Any, Model, Batch], Loss],
-    config: Config,
+    config: TrainConfig,
     graph: Any,
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
 ) -> Callable[[State, Batch, Any, Any], tuple[State, jax.Array, jax.Array, jax.Array]]:
-    """See ``Steps.update``; the last argument is what of the model is not trained."""
+    """``Trainer.update``; its last argument is the part of the model that is not trained."""
 
-    def sums(parameters: Any, batch: Batch, place: Any, rest: Any) -> tuple[Any, Any, Any]:
-        """Total, count and the total's gradient, of a part of the batch."""
+    def sums(parameters: Any, batch: Batch, position: Any, rest: Any) -> tuple[Any, Any, Any]:
+        """Summed loss, number of terms, and gradient of the sum, for one microbatch."""
 
-        def total(parameters: Any, move: Any = None) -> tuple[jax.Array, jax.Array]:
-            streams = _streams(rest, place)
+        def total(parameters: Any, perturb: Any = None) -> tuple[jax.Array, jax.Array]:
+            streams = _streams(rest, position)
             parameters, others, cast = _cast((parameters, streams, batch), config.dtype)
             model = nnx.merge(graph, parameters, others)
-            model = model if move is None else moved_embeddings(model, move)
+            model = model if perturb is None else moved_embeddings(model, perturb)
             found = loss(config, model, cast)
             return found.total.astype(jnp.float32), found.number.astype(jnp.float32)
 
@@ -110,27 +103,29 @@ def _update(
         (value, count), gradient = jax.value_and_grad(total, has_aux=True)(parameters)
         return value, count, gradient
 
-    def in_turns(parameters: Any, batch: Batch, step: Any, rest: Any) -> tuple[Any, Any, Any]:
-        """The sums over all parts that one device computes one after the other."""
-        place = step if mesh.size == 1 else jnp.stack([step, jax.lax.axis_index("data")])
+    def over_microbatches(
+        parameters: Any, batch: Batch, step: Any, rest: Any
+    ) -> tuple[Any, Any, Any]:
+        """The sums over the microbatches of one device, computed one after the other."""
+        position = step if mesh.size == 1 else jnp.stack([step, jax.lax.axis_index("data")])
         if config.accumulate == 1:
-            return sums(parameters, batch, place, rest)
+            return sums(parameters, batch, position, rest)
         A = config.accumulate
-        parts = jax.tree.map(lambda x: x.reshape(A, x.shape[0] // A, *x.shape[1:]), batch)
+        microbatches = jax.tree.map(lambda x: x.reshape(A, x.shape[0] // A, *x.shape[1:]), batch)
 
-        def add(so_far: Any, part: Any) -> tuple[Any, None]:
-            i, batch = part
-            new = sums(parameters, batch, jnp.append(place, i), rest)
+        def add(so_far: Any, numbered: Any) -> tuple[Any, None]:
+            i, batch = numbered
+            new = sums(parameters, batch, jnp.append(position, i), rest)
             return jax.tree.map(jnp.add, so_far, new), None
 
-        nothing = (jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, parameters))
+        zero = (jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, parameters))
         numbers = jnp.arange(A, dtype=jnp.int32)
-        return jax.lax.scan(add, nothing, (numbers, parts))[0]
+        return jax.lax.scan(add, zero, (numbers, microbatches))[0]
 
     def over_devices(parameters: Any, batch: Batch, step: Any, rest: Any) -> tuple[Any, Any, Any]:
-        return jax.lax.psum(in_turns(parameters, batch, step, rest), "data")
+        return jax.lax.psum(over_microbatches(parameters, batch, step, rest), "data")
 
-    gradient_of = in_turns
+    gradient_of = over_microbatches
     if mesh.size > 1:
         everywhere, split = PartitionSpec(), PartitionSpec("data")
         gradient_of = jax.shard_map(
@@ -158,22 +153,22 @@ def _update(
     return update
 
 
-def _streams(rest: Any, place: jax.Array) -> Any:
-    """The model's streams of random numbers, each at its own place for this step and part."""
-    places = jnp.atleast_1d(place)
+def _streams(rest: Any, position: jax.Array) -> Any:
+    """The model's random keys, folded with the step and the number of device and microbatch."""
+    numbers = jnp.atleast_1d(position)
 
-    def moved(x: Any) -> Any:
+    def folded(x: Any) -> Any:
         if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             return x
-        for i in range(places.size):
-            x = jax.random.fold_in(x, places[i])
+        for i in range(numbers.size):
+            x = jax.random.fold_in(x, numbers[i])
         return x
 
-    return jax.tree.map(moved, rest)
+    return jax.tree.map(folded, rest)
 
 
 def _cast(tree: Any, dtype: str) -> Any:
-    """Floats to the dtype of the computation."""
+    """Casts floats to the dtype of the computation."""
 
     def cast(x: Any) -> Any:
         return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
@@ -182,14 +177,14 @@ def _cast(tree: Any, dtype: str) -> Any:
 
 
 def _mesh(devices: int) -> Mesh:
-    """So many of the devices in a row.
+    """A mesh of the first devices, with the axis ``data``.
 
     Raises:
-      ValueError: there are fewer.
+      ValueError: JAX sees fewer devices.
     """
     if devices > jax.device_count():
         raise ValueError(
-            f"devices must be at most {jax.device_count()}, those that JAX sees, got {devices}; "
-            f"on a CPU, XLA_FLAGS=--xla_force_host_platform_device_count={devices} makes as many"
+            f"devices must be at most {jax.device_count()}, what JAX sees, got {devices}; "
+            f"on a CPU, XLA_FLAGS=--xla_force_host_platform_device_count={devices} makes more"
         )
     return Mesh(np.array(jax.devices()[:devices]), ("data",))

@@ -1,4 +1,4 @@
-"""The options of all text models: who sees whom, how positions enter, and by which attention."""
+"""The options shared by all text models: size, mask, positions and attention."""
 
 from __future__ import annotations
 
@@ -15,33 +15,34 @@ from attention_jax.mechanisms import NAMED
 from attention_jax.models import Layers, Relative
 from attention_jax.positions import Rotary
 from attention_jax.scores import Score
-from experiments.training.config import FLAX, Config, at_least_1, below_1, heads_divide
+from experiments.training.config import FLAX, TrainConfig, at_least_1, below_1, heads_divide
 
-# Embeddings begin with a deviation of 0.02: so scaled, tokens weigh as much as their positions.
+# Embeddings are initialised with a standard deviation of 0.02; scaled by this, tokens weigh as much
+# as their positions.
 EMBEDDING_SCALE = 25.0
 
 
 @dataclasses.dataclass(frozen=True)
-class TextConfig(Config):
-    """The options of a model of text."""
+class TextConfig(TrainConfig):
+    """The options of a text model."""
 
     width: int = 128
-    """Numbers per token (E)."""
+    """Model width (E)."""
     heads: int = 4
-    """Heads of attention (N); divides the width."""
+    """Attention heads (N); must divide the width."""
     depth: int = 2
-    """Layers."""
+    """Number of layers."""
     dropout: float = 0.1
-    """Probability of dropping a number of the embeddings and of what each sublayer gives."""
+    """Dropout rate of the embeddings and of the output of each sublayer."""
     mask: Literal["global", "window", "window_prefix", "chunked", "dilated"] = "global"
-    """Who sees whom, a decoder's tokens only those before them: all; a window to both sides; that
-    and the first token; blocks as wide as the window; every other token."""
+    """Which keys each query may attend to, besides causality in a decoder: all; a window to both
+    sides; the window and the first token; chunks as long as the window; every other token."""
     window: int = 8
-    """Of the mask: tokens to each side, or in a block."""
+    """Tokens to each side of the window, or in a chunk."""
     positions: Literal["none", "sinusoidal", "learned", "rotary", "alibi", "relative"] = (
         "sinusoidal"
     )
-    """How a token knows where it is."""
+    """How positions are encoded."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -55,24 +56,24 @@ class TextConfig(Config):
 
     @property
     def vectors(self) -> str | None:
-        """The positions that are added to the embeddings."""
+        """The kind of position vectors that are added to the embeddings, if any."""
         return self.positions if self.positions in ("sinusoidal", "learned") else None
 
 
 def mask_of(config: TextConfig) -> Mask | None:
-    """What the options say, beside causality; None where all see all."""
-    near = masks.window(config.window, config.window)
+    """The mask that the options describe, without causality; None for no mask."""
+    window = masks.window(config.window, config.window)
     return {
         "global": None,
-        "window": near,
-        "window_prefix": near | masks.prefix(1),
+        "window": window,
+        "window_prefix": window | masks.prefix(1),
         "chunked": masks.chunked(config.window),
         "dilated": masks.dilated(2),
     }[config.mask]
 
 
-def layers(config: TextConfig, **more: Any) -> Layers:
-    """The stack that the options describe; ``more`` are other fields of ``Layers``."""
+def layers(config: TextConfig, **fields: Any) -> Layers:
+    """The stack that the options describe; ``fields`` are set on top of it."""
     return Layers(
         **{
             "features": config.width,
@@ -84,13 +85,13 @@ def layers(config: TextConfig, **more: Any) -> Layers:
             "alibi": config.positions == "alibi",
             "relative": Relative() if config.positions == "relative" else None,
             **attention_options(config),
-            **more,
+            **fields,
         }
     )
 
 
-def attention_options(config: Config) -> dict[str, Any]:
-    """``attention=`` and ``implementation=`` of a module, for ``--attention``."""
+def attention_options(config: TrainConfig) -> dict[str, Any]:
+    """The arguments ``attention=`` and ``implementation=`` of a module, from ``--attention``."""
     if config.attention == FLAX:
         return {"attention": flax_attention}
     if config.attention in NAMED:
@@ -111,16 +112,15 @@ def flax_attention(
 ) -> jax.Array:
     """``flax.nnx.dot_product_attention`` with our arguments: what one would write without us.
 
-    A mask becomes a bool array, as small as it can be: ``[T S]``, or ``[B 1 T S]`` where it depends
-    on the example.
+    A mask becomes a bool array, ``[T S]``, or ``[B 1 T S]`` if it depends on the example.
 
     Raises:
-      NotImplementedError: for what it has no argument.
+      NotImplementedError: an option has no counterpart in Flax.
     """
     if score or sinks is not None or scale is not None or dropout_rate:
         raise NotImplementedError(
-            "attention flax has no scores (positions alibi and relative), sinks, scale or our "
-            "dropout: take another attention"
+            "attention flax does not support scores (positions alibi and relative), sinks, scale "
+            "or our dropout: choose another attention"
         )
     *batch, T, _, _ = query.shape
     S = key.shape[-3]

@@ -105,6 +105,7 @@ def wrong_arguments():
 
 def wrong_constructions():
     from attention_jax import block_map, explain, masks, scores
+    from attention_jax.backends import Blockwise, PallasGPU
 
     value, type_ = "ValueError", "TypeError"
     explain = functools.partial(explain, **good())
@@ -147,7 +148,7 @@ def wrong_constructions():
         (lambda: scores.softcap(0), value, "cap", "positive and finite", "0"),
         (lambda: scores.softcap(-1.0), value, "cap", "positive", "-1.0"),
         (lambda: scores.softcap(np.inf), value, "cap", "finite", "inf"),
-        (lambda: scores.softcap("50"), type_, "cap", "float", "str"),
+        (lambda: scores.softcap("50"), type_, "cap", "number", "str"),
         (lambda: scores.alibi(f(2, N)), value, "slopes", "1 axes", "(2, 4)"),
         (lambda: scores.alibi(i(N)), type_, "slopes", "floating array", "int32"),
         (lambda: scores.alibi(offset=0.5), type_, "offset", "int", "0.5"),
@@ -164,6 +165,9 @@ def wrong_constructions():
         (lambda: scores.score_fn(max, 3), type_, "arrays", "int"),
         (lambda: explain(platform="cuda"), value, "platform", '"gpu"', "'cuda'"),
         (lambda: explain(implementation="flash"), value, "implementation", "'flash'"),
+        (lambda: Blockwise(block_k=16.0), type_, "block_k must be an int", "16.0"),
+        (lambda: Blockwise(True), type_, "block_q must be an int", "True"),
+        (lambda: PallasGPU((16, 16, 2, 1)), type_, "forward must be Tiles or None", "tuple"),
         (lambda: explain(sinks=f(3)), value, "sinks", "(3,)", "[N] = (4,)"),
         (lambda: explain(dropout_rate=0.1), value, "dropout_rate", "dropout_key is None"),
         (lambda: explain(dropout_rate=-0.5), value, "dropout_rate", "[0, 1)", "-0.5"),

@@ -178,7 +178,7 @@ def wrong_mechanisms():
 
     value, type_, cannot = "ValueError", "TypeError", "NotImplementedError"
     q, k, v = good().values()
-    x, square = f(B, T, K, H), f(B, T, K, 1)  # one length, for those that read left to right
+    x, square = f(B, T, K, H), f(B, T, K, 1)  # one length, for the causal ones
     mixing, centroids, vector = f(4, S), f(K, 3, H), f(N, H)
     plain = {
         "inverted": m.inverted_attention,
@@ -202,10 +202,10 @@ def wrong_mechanisms():
     yield lambda: m.topk_attention(q, k, v, k=2.0), type_, "k must be an int"
     for mask in (masks.window(2, 0), masks.causal(1), masks.causal(), b(T, S)):
         call = functools.partial(m.linear_attention, q, k, v, mask=mask)
-        yield call, cannot, "linear_attention can", "take"
+        yield call, cannot, "linear_attention supports", "use attention"
     yield lambda: m.linear_attention(x, x, x, return_state=True), value, "mask=masks.causal()"
     yield lambda: m.performer_features(jax.random.key(0), 0, 4), value, "H must be at least 1"
-    yield lambda: m.retention(x, x, x, mask=None), value, "left to right"
+    yield lambda: m.retention(x, x, x, mask=None), value, "retention is causal"
     yield lambda: m.retention(x, x, x, decay=f(3)), value, "decay has shape (3,)", "[K] = (2,)"
     yield lambda: m.retention(x, x, x, state=x), value, "state must have shape [*B K M D]"
     yield lambda: m.retention(x, x, x, return_state=1), type_, "return_state must be True or False"
@@ -228,7 +228,7 @@ def wrong_mechanisms():
         wrong[place] = wrong[place][:1]
         yield functools.partial(m.latent_attention, *wrong), value, f"{name} must have shape"
     call = functools.partial(m.absorbed_latent_attention, *latents, return_lse=True)
-    yield call, cannot, "return_lse: take latent_attention"
+    yield call, cannot, "use latent_attention"
     linear = m.NAMED["linear"]
     yield (
         lambda: linear(x, x, x, score=scores.softcap(3.0)),

@@ -45,7 +45,7 @@ def wrong_models():
         (
             lambda: models.EncoderDecoderConfig(10, small, Layers(4, 1, 2)),
             value,
-            "one width",
+            "the same width",
             "8 and 4",
         ),
         (lambda: models.VisionConfig((4, 6), 4, small), value, "patch must divide", "4"),
@@ -61,7 +61,7 @@ def wrong_models():
         (lambda: go(max_new_tokens=0), value, "max_new_tokens must be at least 1", "0"),
         (lambda: go(max_new_tokens=9), value, "capacity must be at most 6", "11"),
         (lambda: go(capacity=3), value, "capacity must be at least 4", "got 3"),
-        (lambda: go(real=real), value, "real must have a token in every row"),
+        (lambda: go(real=real), value, "real must be True somewhere in every row"),
         (lambda: go(real=real[:1]), value, "real must be bool of the prompt's shape", "(1, 3)"),
         (lambda: go(real=real.astype(int)), value, "real must be bool", "int64"),
         (lambda: go(sampling=Sampling()), value, "key must be given with sampling"),

@@ -40,7 +40,7 @@ def wrong_modules():
         (lambda: cross(x), value, "context must be given", "width 6"),
         (lambda: cross(x, f(B, S, 8)), value, "C = 6", "(2, 7, 8)"),
         (lambda: own(x, c), value, "C = 8", "(2, 7, 6)"),
-        (lambda: fused(x, f(B, S, 8)), value, "context must be None where", "fused"),
+        (lambda: fused(x, f(B, S, 8)), value, "context must be None if", "fused"),
         (lambda: fused.keys_values(f(B, S, 8)), value, "fused"),
         (lambda: turned(x, f(B, S, 8)), value, "context must be None with rotary"),
         (lambda: cross(x, c, cache=cross.init_cache((B,), 9)), value, "cache must be None"),
@@ -55,7 +55,7 @@ def wrong_modules():
         (
             lambda: own(x, cache=own.init_cache((B,), 9), mask=np.ones((T, T), bool)),
             type_,
-            "mask must be a Mask in terms of positions",
+            "mask must be a Mask of positions",
             "ndarray",
         ),
         (
@@ -71,14 +71,14 @@ def wrong_modules():
         (
             lambda: nn.Block(own, feed(), norm=norm)(x, c),
             value,
-            "context must be given exactly where",
+            "context must be given if and only if",
             "no cross-attention",
         ),
         (
             lambda: nn.Block(own, feed(), norm=norm, cross_attention=cross)(x),
             value,
-            "context must be given exactly where",
-            "got none",
+            "context must be given if and only if",
+            "got no context",
         ),
         (lambda: embed(positions="fixed"), value, "positions must be one of", "'fixed'"),
         (lambda: embed(positions="learned"), value, "max_length must be given"),

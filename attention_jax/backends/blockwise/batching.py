@@ -1,9 +1,9 @@
-"""Heads whose tiles are small are computed together, in one batched product.
+"""Heads with small tiles are computed together, in one batched product.
 
-A loop over heads does one head at a time: right for large tiles, each work enough for all cores.
-A small one is not worth the trip through the loop, and a few queries over many keys are bound by
-reading those keys, which heads that share them do once (and others are better off one by one:
-together, their keys would first be copied side by side).
+The loop over heads computes one head at a time, which suits large tiles: each is enough work for
+all cores. For small tiles the loop's overhead dominates. A few queries over many keys are bound by
+reading the keys, which heads that share them read once; heads with keys of their own stay apart,
+because batching would first copy their keys next to each other.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from attention_jax.backends.primitive import Dims, Static
 Run = Callable[..., tuple[Any, ...]]  # (static, *arrays) -> arrays
 
 
-def together(run: Run) -> Run:
-    """``run``, with the innermost mapped axes, ``static.config.together`` in all, under ``vmap``.
+def batched(run: Run) -> Run:
+    """``run`` under ``vmap`` over the innermost mapped axes, up to ``batched_heads`` in all.
 
-    A ``vmap`` of the loops is right wherever the blocks to visit are the same for all.
+    ``vmap`` of the loops is correct if the blocks to visit are the same for all.
     """
 
     def wrapped(static: Static, *arrays: Any) -> tuple[Any, ...]:
-        return _innermost(run, static, arrays, static.config.together)
+        return _innermost(run, static, arrays, static.config.batched_heads)
 
     return wrapped
 
@@ -35,8 +35,10 @@ def together(run: Run) -> Run:
 def _innermost(run: Run, static: Static, arrays: tuple[Any, ...], most: int) -> tuple[Any, ...]:
     if not static.levels or most < 2:
         return run(static, *arrays)
-    apart = static.in_dims[static.structure.num_leaves - 3 : static.structure.num_leaves]  # visits
-    if static.config.sharing:
+    apart = static.in_dims[
+        static.structure.num_leaves - 3 : static.structure.num_leaves
+    ]  # the schedule
+    if static.config.only_shared_keys:
         apart += static.in_dims[1:3]  # key and value
     if any(dims[-1] is not None for dims in apart):
         return run(static, *arrays)

@@ -1,8 +1,8 @@
 """The loops around the tile formulas: which tile comes next, and what is cut out for it.
 
-One head of one example is a program: its arrays are views into the operands, which may have any
-number of mapped axes (see ``primitive``). A program walks through its rows, blocks of queries; a
-row walks through the key blocks that the mask lets it see.
+``OneHead`` cuts the arrays of one head of one example out of the operands, which may have any
+number of mapped axes (see ``primitive``). The loop over its query blocks runs a loop over the key
+blocks that they attend to.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,39 +25,39 @@ from attention_jax.backends.tile import (
     Visible,
     apply_scores,
     as_tile,
-    clean,
     local_axes,
-    rows_or_zero,
-    seen_values,
-    visible,
+    scores_of_visible,
+    unmasked_values,
+    visible_pairs,
 )
 from attention_jax.core import dropout
 from attention_jax.core.axes import Shape, accumulation_dtype
 from attention_jax.core.dropout import Dropout
 from attention_jax.core.pytree import Leaf, leaves
+from attention_jax.core.softmax import zero_rows
 from attention_jax.masks.grid import Grid
 from attention_jax.scores import tile_indices
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Loops:
     """What the loops depend on, besides shapes."""
 
     block_q: int
     block_k: int
-    some_full: bool  # may there be full blocks, and partial ones: else their loop is left out
+    some_full: bool  # False: there are no full blocks, and no loop over them
     some_partial: bool
     single: bool  # every query block visits exactly one key block
-    together: int  # at most so many heads are computed at once
-    sharing: bool  # and only heads that share their keys
+    batched_heads: int  # heads that are computed together, at most
+    only_shared_keys: bool  # and only those that share their keys
 
 
 # --- Cutting tiles out of arrays with mapped axes, and putting them back.
 
 
 @dataclasses.dataclass(frozen=True)
-class View:
-    """An array, where its mapped axes are, and the place along them that is looked at."""
+class MappedArray:
+    """An array, where its mapped axes are, and the index of one head along them."""
 
     array: jax.Array
     dims: Dims
@@ -100,39 +101,40 @@ _update = functools.partial(lax.dynamic_update_slice, allow_negative_indices=Fal
 
 
 class Tile(NamedTuple):
-    """One tile, cut and cleaned: what the formulas below see."""
+    """One tile of queries and keys, with zeros in masked rows."""
 
     q: jax.Array  # [t H], scaled
     raw_q: jax.Array  # [t H]
     k: jax.Array  # [s H]
     v: jax.Array  # [s D]
     k0: Any  # its first key
-    seen: Visible | None  # None: every query sees every key
-    kept: jax.Array | None  # [t s]: what dropout multiplies probabilities by
+    visible: Visible | None  # None: all pairs
+    dropout_factor: jax.Array | None  # [t s]: what dropout multiplies probabilities by
     scores: list[Any]  # the arrays of the scores, cut to the tile
     apply: Callable[..., jax.Array]  # (logits, arrays of the scores) -> logits
 
 
-class Row(NamedTuple):
+class QueryBlock(NamedTuple):
     """One block of queries of one head of one example."""
 
     i: Any  # its number
     q0: Any  # its first query
     q: jax.Array  # [t H], scaled
     raw_q: jax.Array  # [t H]
-    own: jax.Array | None  # bool [t]: False for queries that the row before owns
+    own: jax.Array | None  # bool [t]: False for queries that the block before owns
 
 
-class Program:
-    """One head of one example: cuts rows and tiles out of the operands."""
+class OneHead:
+    """One head of one example: cuts query blocks and tiles out of the operands."""
 
     def __init__(self, static: Static, arrays: tuple[Any, ...], place: tuple[Any, ...]) -> None:
         self.static, self.config, self.place = static, static.config, place
         n = static.structure.num_leaves
-        views = [View(x, d, place) for x, d in zip(arrays, static.in_dims, strict=True)]
+        views = [MappedArray(x, d, place) for x, d in zip(arrays, static.in_dims, strict=True)]
         self.views, self.rest = views[:n], views[n:]
-        head, visits = primitive.as_head(jax.tree.unflatten(static.structure, self.views))
-        self.head, self.visits = head, visits
+        head, schedule = primitive.as_head(jax.tree.unflatten(static.structure, self.views))
+        self.head: Any  # a Head of MappedArrays
+        self.head, self.schedule = head, schedule
         self.dtype = accumulation_dtype(arrays[0].dtype)
         (T, self.H), (S, _), (_, self.D) = (
             primitive.core_shape(v.array.shape, v.dims) for v in views[:3]
@@ -149,29 +151,29 @@ class Program:
         # A leaf's axes are a matter of its class, so they can be read off the structure.
         self.mask_axes, self.score_axes = leaves(head.mask), leaves(head.score)
 
-    def core(self, view: View) -> tuple[int, ...]:
+    def core(self, view: MappedArray) -> tuple[int, ...]:
         """The shape of one head of one example."""
         return primitive.core_shape(view.array.shape, view.dims)
 
-    def rows(self, view: View, start: Any, size: int) -> jax.Array:
+    def rows(self, view: MappedArray, start: Any, size: int) -> jax.Array:
         """Rows of a core axis 0, in the accumulation dtype."""
         return view.cut({0: (start, size)}).astype(self.dtype)
 
-    def row(self, i: Any) -> Row:
+    def row(self, i: Any) -> QueryBlock:
         """Block ``i`` of queries."""
         t, T = self.grid.block_q, self.grid.T
         q0 = jnp.minimum(i * t, T - t)  # the last block is moved back to lie within the array
         raw = self.rows(self.head.query, q0, t)
         own = None if T % t == 0 else q0 + jnp.arange(t, dtype=jnp.int32) >= i * t
-        return Row(i, q0, raw * self.scale, raw, own)
+        return QueryBlock(i, q0, raw * self.scale, raw, own)
 
-    def tile(self, row: Row, j: Any, masked: bool) -> Tile:
+    def tile(self, row: QueryBlock, j: Any, masked: bool) -> Tile:
         """The tile of a row with key block ``j``."""
         t, s = self.grid.block_q, self.grid.block_k
         k0 = jnp.minimum(j * s, self.grid.S - s)  # the last block is moved back likewise
         k, v = self.rows(self.head.key, k0, s), self.rows(self.head.value, k0, s)
 
-        def local(views: list[View], axes: list[Leaf]) -> list[Any]:
+        def local(views: list[MappedArray], axes: list[Leaf]) -> list[Any]:
             return [
                 as_tile(x.cut(self.leaf_window(x, leaf, row.q0, k0)), leaf)
                 for x, leaf in zip(views, axes, strict=True)
@@ -186,14 +188,13 @@ class Program:
                 columns = (k0 + jnp.arange(s, dtype=jnp.int32) >= j * s)[None, :]
                 own = columns if own is None else own & columns
         scores = jax.tree.unflatten(self.score_structure, arrays)
-        seen = visible(mask, scores, self.b, self.n, (t, s), row.q0, k0, own)
+        visible = visible_pairs(mask, scores, self.b, self.n, (t, s), row.q0, k0, own)
         q, raw_q = row.q, row.raw_q
-        if seen is not None:
-            raw_q = rows_or_zero(seen.queries, raw_q)
-            arrays = jax.tree.leaves(clean(scores, seen))
-            q, k, v = (
-                rows_or_zero(r, x) for r, x in ((seen.queries, q), (seen.keys, k), (seen.keys, v))
-            )
+        if visible is not None:
+            raw_q = zero_rows(visible.queries, raw_q)
+            arrays = jax.tree.leaves(scores_of_visible(scores, visible))
+            q, k, v = visible.zero_rows(q, k, v)
+        chex.assert_shape([q, k, v], [(t, self.H), (s, self.H), (s, self.D)])
         kept = None
         if self.dropout is not None:
             seed, threshold, keep_probability = self.dropout
@@ -203,11 +204,11 @@ class Program:
 
         def apply(logits: jax.Array, arrays: Any) -> jax.Array:
             scores = jax.tree.unflatten(self.score_structure, arrays)
-            return apply_scores(logits, scores, seen, self.b, self.n, row.q0, k0)
+            return apply_scores(logits, scores, visible, self.b, self.n, row.q0, k0)
 
-        return Tile(q, raw_q, k, v, k0, seen, kept, arrays, apply)
+        return Tile(q, raw_q, k, v, k0, visible, kept, arrays, apply)
 
-    def leaf_window(self, view: View, leaf: Leaf, q0: Any, k0: Any) -> dict[int, Any]:
+    def leaf_window(self, view: MappedArray, leaf: Leaf, q0: Any, k0: Any) -> dict[int, Any]:
         """The window of a mask's or score's array for the tile at ``(q0, k0)``."""
         windows = {"T": (q0, self.grid.block_q), "S": (k0, self.grid.block_k)}
         shape = self.core(view)
@@ -217,52 +218,54 @@ class Program:
             if a in windows and shape[d] > 1  # else it broadcasts
         }
 
-    def clean_values(self, tile: Tile, s: jax.Array) -> jax.Array:
-        """The values without what a score hid, given the logits."""
-        return seen_values(s, tile.v, self.head.score)
+    def unmasked_values(self, tile: Tile, s: jax.Array) -> jax.Array:
+        """The values with zeros for keys that a score masked, given the logits."""
+        return unmasked_values(s, tile.v, self.head.score)
 
-    def visits_of(self, row: Row) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def blocks_of(self, row: QueryBlock) -> tuple[jax.Array, jax.Array, jax.Array]:
         """The key blocks to visit ``[most]``, how many are full, how many there are."""
         index, full, visited = (
-            v.cut({0: (row.i, 1)}).reshape(self.core(v)[1:]) for v in self.visits
+            v.cut({0: (row.i, 1)}).reshape(self.core(v)[1:]) for v in self.schedule
         )
         return index, full, visited
 
 
 class Formula(NamedTuple):
-    """What is computed in a row, as a fold over the key blocks it visits.
+    """What is computed for a query block, as a fold over the key blocks it visits.
 
     ``buffers`` are the results, arrays as large as the operands, updated in place.
     """
 
-    start: Callable[[Program, Row], Any]  # -> state
-    step: Callable[[Program, Row, Tile, Any, Any], Any]  # state, buffers -> state, buffers
-    finish: Callable[[Program, Row, Any, Any], Any]  # state, buffers -> buffers
+    start: Callable[[OneHead, QueryBlock], Any]  # -> state
+    step: Callable[[OneHead, QueryBlock, Tile, Any, Any], Any]  # state, buffers -> state, buffers
+    finish: Callable[[OneHead, QueryBlock, Any, Any], Any]  # state, buffers -> buffers
 
 
-def over_rows(static: Static, arrays: tuple[Any, ...], buffers: Any, formula: Formula) -> Any:
-    """Computes ``formula`` in every row of every head of every example.
+def over_query_blocks(
+    static: Static, arrays: tuple[Any, ...], buffers: Any, formula: Formula
+) -> Any:
+    """``formula`` on every query block of every head of every example.
 
-    Rows run from the last to the first: the last may have been moved back onto rows that the one
-    before it owns, which then writes what is right.
+    Query blocks run from the last to the first: the last may have been moved back onto queries that
+    the block before it owns, which then overwrites them.
     """
-    config: Config = static.config
+    config: Loops = static.config
 
     def head(e: Any, buffers: Any) -> Any:
-        program = Program(static, arrays, place_of(e, static.levels))
-        count = program.grid.rows
+        one = OneHead(static, arrays, place_of(e, static.levels))
+        count = one.grid.rows
 
         def one_row(r: Any, buffers: Any) -> Any:
-            row = program.row(count - 1 - r)
+            row = one.row(count - 1 - r)
 
             def visit(j: Any, masked: bool, carry: Any) -> Any:
-                return formula.step(program, row, program.tile(row, j, masked), *carry)
+                return formula.step(one, row, one.tile(row, j, masked), *carry)
 
-            carry: Any = (formula.start(program, row), buffers)
+            carry: Any = (formula.start(one, row), buffers)
             if config.single and not config.some_partial:
                 carry = visit(jnp.int32(0), False, carry)
             else:
-                index, full, visited = program.visits_of(row)
+                index, full, visited = one.blocks_of(row)
                 at = functools.partial(
                     lax.dynamic_index_in_dim, keepdims=False, allow_negative_indices=False
                 )
@@ -274,7 +277,7 @@ def over_rows(static: Static, arrays: tuple[Any, ...], buffers: Any, formula: Fo
                     carry = lax.fori_loop(
                         full, visited, lambda m, x: visit(at(index, m), True, x), carry
                     )
-            return formula.finish(program, row, *carry)
+            return formula.finish(one, row, *carry)
 
         if count == 1:
             return one_row(jnp.int32(0), buffers)
@@ -297,7 +300,7 @@ def place_of(e: Any, levels: Shape) -> tuple[Any, ...]:
     return tuple(reversed(place))
 
 
-def empty(static: Static, cores: list[tuple[tuple[int, ...], Any]]) -> list[jax.Array]:
+def zeros(static: Static, cores: list[tuple[tuple[int, ...], Any]]) -> list[jax.Array]:
     """Zeros for results whose shapes without mapped axes, and dtypes, are ``cores``."""
     return [
         jnp.zeros(primitive.mapped_shape(core, dims, static.levels), dtype)

@@ -1,9 +1,9 @@
 """The kernels of ``pallas_gpu``: the formulas of ``blockwise``, each for one block of one head.
 
-Three kernels, each a fold over the tiles that the mask leaves: ``forward`` and ``rows`` (cotangents
-of a block of queries) walk through the key blocks that the queries see, ``columns`` (of a block of
-keys) through the query blocks that see the keys. So each result is written by one program, in one
-order: no atomics, the same bits each time. Full blocks do no mask work, empty ones are not visited.
+Three kernels, each a fold over the non-empty tiles: ``forward`` and ``rows`` (cotangents of a block
+of queries) visit the key blocks that the queries attend to, ``columns`` (of a block of keys) the
+query blocks that attend to the keys. So each result is written by one program, in one order: no
+atomics, the same bits every time. Full blocks do no mask work, empty ones are not visited.
 
 Source: Dao 2023, "FlashAttention-2".
 """
@@ -18,24 +18,23 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from attention_jax.backends.pallas_gpu.refs import Refs, RefView, Tile, padded, product
-from attention_jax.backends.tile import rows_or_zero
-from attention_jax.core.softmax import finite
+from attention_jax.backends.pallas_gpu.refs import MappedRef, PairTile, Refs, padded, product
+from attention_jax.core.softmax import finite, zero_rows
 
 
-def over_blocks(visits: Any, i: Any, step: Callable[[Any, bool, Any], Any], carry: Any) -> Any:
-    """Folds ``step(block, masked, carry)`` over what block ``i`` visits, full blocks first.
+def over_blocks(schedule: Any, i: Any, step: Callable[[Any, bool, Any], Any], carry: Any) -> Any:
+    """Folds ``step(block, masked, carry)`` over the blocks that block ``i`` visits, full first.
 
-    A full block lies within the arrays: one that the length does not fill counts as partial.
+    Full blocks lie within the arrays: a last block that the length does not fill is partial.
     """
-    index, full, visited = visits
+    index, full, visited = schedule
     count, end = full.entry(i), visited.entry(i)
     carry = lax.fori_loop(np.int32(0), count, lambda m, x: step(index.entry(i, m), False, x), carry)
     return lax.fori_loop(count, end, lambda m, x: step(index.entry(i, m), True, x), carry)
 
 
-def forward(p: Refs, i: Any, out: RefView, m: RefView, log_l: RefView) -> None:
-    """A running softmax over the keys that block ``i`` of queries sees (see ``softmax``)."""
+def forward(p: Refs, i: Any, out: MappedRef, m: MappedRef, log_l: MappedRef) -> None:
+    """A running softmax over the keys that block ``i`` of queries attends to (see ``softmax``)."""
     t, s = p.config.forward[:2]
     q0 = i * t
     q = p.rows(p.head.query, q0, t)
@@ -48,8 +47,8 @@ def forward(p: Refs, i: Any, out: RefView, m: RefView, log_l: RefView) -> None:
         shift = finite(new)
         e, shrink = jnp.exp(tile.s - shift[:, None]), jnp.exp(largest - shift)
         total = total * shrink + e.sum(1)
-        e = e if tile.kept is None else e * tile.kept
-        v = rows_or_zero(tile.seen and tile.seen.keys, v)
+        e = e if tile.dropout_factor is None else e * tile.dropout_factor
+        v = zero_rows(tile.visible and tile.visible.keys, v)
         weighted = weighted * shrink[:, None] + product(e.astype(v.dtype), v, 1, 0)
         return new, total, weighted
 
@@ -58,7 +57,7 @@ def forward(p: Refs, i: Any, out: RefView, m: RefView, log_l: RefView) -> None:
         jnp.zeros((t,), jnp.float32),
         jnp.zeros((t, padded(p.D)), jnp.float32),
     )
-    largest, total, weighted = over_blocks(p.visits.forward, i, step, start)
+    largest, total, weighted = over_blocks(p.schedules.forward, i, step, start)
     if p.sink is not None:
         new = jnp.maximum(largest, p.sink)
         shrink = jnp.exp(largest - finite(new))
@@ -72,34 +71,36 @@ def forward(p: Refs, i: Any, out: RefView, m: RefView, log_l: RefView) -> None:
 
 
 class Gradients(NamedTuple):
-    """Of one tile: ``p`` times what dropout keeps, and ``ds`` times the tile's slope."""
+    """Of one tile: ``p`` times the dropout mask, and ``ds`` times the tile's slope."""
 
     dropped: jax.Array
     ds: jax.Array
 
 
 def gradients(
-    tile: Tile, v: jax.Array, do: jax.Array, m: jax.Array, log_l: jax.Array, shift: jax.Array
+    tile: PairTile, v: jax.Array, do: jax.Array, m: jax.Array, log_l: jax.Array, shift: jax.Array
 ) -> Gradients:
     """``p_ij = exp(s_ij - lse_i)``, ``ds_ij = p_ij (do_i . v_j - delta_i + dlse_i)``."""
     prob = jnp.exp((tile.s - m[:, None]) - log_l[:, None])
     dp = product(do, v, 1, 1)
-    dropped = prob if tile.kept is None else prob * tile.kept
-    ds = prob * ((dp if tile.kept is None else dp * tile.kept) + shift[:, None])
+    dropped = prob if tile.dropout_factor is None else prob * tile.dropout_factor
+    ds = prob * ((dp if tile.dropout_factor is None else dp * tile.dropout_factor) + shift[:, None])
     if tile.slope is not None:
         ds = ds * tile.slope
-    return Gradients(dropped, ds if tile.seen is None else jnp.where(tile.seen.pairs, ds, 0.0))
+    return Gradients(
+        dropped, ds if tile.visible is None else jnp.where(tile.visible.pairs, ds, 0.0)
+    )
 
 
 def rows(
     p: Refs,
     i: Any,
-    shift: RefView,
-    dq: RefView | None,
-    dscale: RefView | None,
-    dsink: RefView | None,
+    shift: MappedRef,
+    dq: MappedRef | None,
+    dscale: MappedRef | None,
+    dsink: MappedRef | None,
 ) -> None:
-    """``shift_i = dlse_i - delta_i`` of block ``i`` of queries, then what its rows add up to::
+    """``shift_i = dlse_i - delta_i`` of block ``i`` of queries, and the sums over its rows::
 
     dq_i = scale sum_j ds_ij k_j,   dscale = sum_ij ds_ij (q_i . k_j)
     dsink = sum_i p_sink,i shift_i
@@ -107,7 +108,7 @@ def rows(
     t, s = p.config.backward[:2]
     q0 = i * t
     out, m, log_l, do, dlse = (p.rows(x, q0, t) for x in p.rest)
-    # A row that sees nothing has no gradient, whatever its cotangent holds: its output is 0.
+    # A fully masked row has no gradient, whatever its cotangent holds: its output is 0.
     dlse = jnp.where(log_l == -jnp.inf, jnp.zeros_like(dlse), dlse)
     delta = jnp.where(out == 0, jnp.zeros_like(out), do * out).sum(1)
     change, log_l = dlse - delta, finite(log_l)
@@ -124,14 +125,14 @@ def rows(
         sum_q, sum_scale = state
         k, v = (p.rows(x, j * s, s, inside=not masked) for x in (p.head.key, p.head.value))
         tile = p.tile(q, k, q0, j * s, masked=masked, slope=True)
-        k, v = (rows_or_zero(tile.seen and tile.seen.keys, x) for x in (k, v))
-        clean_do = rows_or_zero(tile.seen and tile.seen.queries, do).astype(v.dtype)
+        k, v = (zero_rows(tile.visible and tile.visible.keys, x) for x in (k, v))
+        clean_do = zero_rows(tile.visible and tile.visible.queries, do).astype(v.dtype)
         ds = gradients(tile, v, clean_do, m, log_l, change).ds
-        dot = tile.dot if tile.seen is None else jnp.where(tile.seen.pairs, tile.dot, 0.0)
+        dot = tile.dot if tile.visible is None else jnp.where(tile.visible.pairs, tile.dot, 0.0)
         return sum_q + product(ds.astype(k.dtype), k, 1, 0), sum_scale + (ds * dot).sum(1)
 
     start = jnp.zeros(q.shape, jnp.float32), jnp.zeros((t,), jnp.float32)
-    sum_q, sum_scale = over_blocks(p.visits.rows, i, step, start)
+    sum_q, sum_scale = over_blocks(p.schedules.rows, i, step, start)
     if dq is not None:
         p.put(dq, p.scale * sum_q, q0, t)
     if dscale is not None:
@@ -139,7 +140,7 @@ def rows(
 
 
 class Heads(NamedTuple):
-    """The heads of examples that one program sees: those that share what it writes, often one."""
+    """The heads of one program: those that share the result it writes, often one."""
 
     size: int
     at: Callable[[Any], Refs]  # by its number
@@ -156,8 +157,8 @@ class Heads(NamedTuple):
         )
 
 
-def columns(heads: Heads, j: Any, dk: RefView | None, dv: RefView | None) -> None:
-    """What block ``j`` of keys gets from all queries that see it, of all heads that share it::
+def columns(heads: Heads, j: Any, dk: MappedRef | None, dv: MappedRef | None) -> None:
+    """Cotangents of block ``j`` of keys and values, summed over the heads that share it::
 
     dv_j = sum_i p_ij do_i,   dk_j = scale sum_i ds_ij q_i
     """
@@ -175,17 +176,17 @@ def columns(heads: Heads, j: Any, dk: RefView | None, dv: RefView | None) -> Non
                 p.rows(x, i * t, t, inside=not masked) for x in operands
             )
             tile = p.tile(q, k, i * t, k0, masked=masked, slope=True)
-            seen = tile.seen
-            q = rows_or_zero(seen and seen.queries, q)
-            do = rows_or_zero(seen and seen.queries, do).astype(v.dtype)
-            clean_v = rows_or_zero(seen and seen.keys, v)
+            visible = tile.visible
+            q = zero_rows(visible and visible.queries, q)
+            do = zero_rows(visible and visible.queries, do).astype(v.dtype)
+            clean_v = zero_rows(visible and visible.keys, v)
             dropped, ds = gradients(tile, clean_v, do, m, finite(log_l), shift)
             return (
                 sum_k + p.scale * product(ds.astype(q.dtype), q, 0, 0),
                 sum_v + product(dropped.astype(v.dtype), do, 0, 0),
             )
 
-        return over_blocks(p.visits.columns, j, step, state)
+        return over_blocks(p.schedules.columns, j, step, state)
 
     start = tuple(jnp.zeros((s, padded(width)), jnp.float32) for width in (first.H, first.D))
     sum_k, sum_v = heads.fold(of_head, start)
@@ -194,15 +195,15 @@ def columns(heads: Heads, j: Any, dk: RefView | None, dv: RefView | None) -> Non
             first.put(view, x, k0, s)
 
 
-def pairs(heads: Heads, i: Any, j: Any, leaf: int, out: RefView, *, number: bool) -> None:
-    """What an array of the scores gets from one tile, of all heads that share it::
+def pairs(heads: Heads, i: Any, j: Any, leaf: int, out: MappedRef, *, number: bool) -> None:
+    """The cotangent of an array of the scores from one tile, of all heads that share it::
 
         dx_ij = ds_ij (d s_ij / d x_ij)
 
     Args:
-      i, j: which block of queries, and of keys.
-      leaf: which array of the scores.
-      number: it is a number, which gets the sum; else it has an entry for each pair.
+      i, j: index of the block of queries, and of keys.
+      leaf: index among the arrays of the scores.
+      number: the array is a number, whose cotangent is the sum; else it has an entry per pair.
     """
     t, s = heads.first.config.backward[:2]
     q0, k0 = i * t, j * s
@@ -211,8 +212,8 @@ def pairs(heads: Heads, i: Any, j: Any, leaf: int, out: RefView, *, number: bool
         k, v = (p.rows(x, k0, s) for x in (p.head.key, p.head.value))
         q, _, m, log_l, do, _, shift = (p.rows(x, q0, t) for x in (p.head.query, *p.rest))
         tile = p.tile(q, k, q0, k0, masked=True, slope=True, leaf=leaf)
-        do = rows_or_zero(tile.seen and tile.seen.queries, do).astype(v.dtype)
-        v = rows_or_zero(tile.seen and tile.seen.keys, v)
+        do = zero_rows(tile.visible and tile.visible.queries, do).astype(v.dtype)
+        v = zero_rows(tile.visible and tile.visible.keys, v)
         return total + gradients(tile, v, do, m, finite(log_l), shift).ds
 
     total = heads.fold(of_head, jnp.zeros((t, s), jnp.float32))

@@ -1,8 +1,8 @@
-"""The launches of ``pallas_kernels``: for all heads of all examples, forward and backward.
+"""The launches of ``kernels``: for all heads of all examples, forward and backward.
 
 Heads and batch axes are mapped axes of one primitive (see ``primitive``); here they become the
-grid, or, where many heads share what is written, a loop inside a program. What cannot be written by
-one program for each block goes to the loops of ``blockwise``: tangents, and cotangents of tables.
+grid, or, where many heads share a result, a loop inside a kernel program. Results that no single
+program can write, tangents and cotangents of tables, are left to the loops of ``blockwise``.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
-from attention_jax.backends import blockwise, primitive
-from attention_jax.backends.blockwise.loops import place_of
+from attention_jax.backends import primitive
+from attention_jax.backends.blockwise import formulas
+from attention_jax.backends.blockwise.loops import Loops, place_of
+from attention_jax.backends.blockwise.run import KERNEL
 from attention_jax.backends.pallas_gpu import kernels
 from attention_jax.backends.pallas_gpu.kernels import Heads
-from attention_jax.backends.pallas_gpu.refs import Refs, RefView
+from attention_jax.backends.pallas_gpu.refs import MappedRef, Refs
 from attention_jax.backends.primitive import RESULTS, Dims, Static
 from attention_jax.backends.tile import local_axes
 from attention_jax.core.compat import triton
@@ -41,22 +43,22 @@ class Tiles(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Launches:
     """What the kernels depend on, besides shapes."""
 
     forward: Tiles
     backward: Tiles
-    loops: blockwise.Config  # of the tangents, which loops compute
+    loops: Loops  # of the tangents, which blockwise computes
     interpret: bool
 
 
-class Visits(NamedTuple):
-    """The blocks to visit: for each block of queries, or of keys."""
+class Schedules(NamedTuple):
+    """The blocks that each kernel visits, for each block of queries, or of keys."""
 
-    forward: block_map.Visits
-    rows: block_map.Visits
-    columns: block_map.Visits
-    loops: block_map.Visits
+    forward: block_map.BlockSchedule
+    rows: block_map.BlockSchedule
+    columns: block_map.BlockSchedule
+    loops: block_map.BlockSchedule
 
 
 class Result(NamedTuple):
@@ -79,7 +81,7 @@ def launch(
     """Runs ``kernel(heads, block, *results)`` for ``count`` blocks of every head of every example.
 
     Args:
-      inner: mapped axes that are no axis of the grid: a program is given all heads along them.
+      inner: mapped axes outside the grid: one program gets all heads along them.
     """
     outer = tuple(level for level in range(len(static.levels)) if level not in inner)
     outer_sizes, inner_sizes = (
@@ -88,15 +90,15 @@ def launch(
 
     def body(*refs: Any) -> None:
         program = pl.program_id(0)
-        block, number = lax.rem(program, np.int32(count)), lax.div(program, np.int32(count))
-        outer_place = dict(zip(outer, place_of(number, outer_sizes), strict=True))
+        block, outer_index = lax.rem(program, np.int32(count)), lax.div(program, np.int32(count))
+        outer_place = dict(zip(outer, place_of(outer_index, outer_sizes), strict=True))
 
         def place(g: Any) -> tuple[Any, ...]:
             at = outer_place | dict(zip(inner, place_of(g, inner_sizes), strict=True))
             return tuple(at[level] for level in range(len(static.levels)))
 
         views = [
-            RefView(ref, result.dims, place(np.int32(0)))
+            MappedRef(ref, result.dims, place(np.int32(0)))
             for ref, result in zip(refs[len(arrays) :], results, strict=True)
         ]
         heads = Heads(math.prod(inner_sizes), lambda g: Refs(static, refs[: len(arrays)], place(g)))
@@ -120,11 +122,11 @@ def launch(
 def forward(static: Static, *arrays: Any) -> tuple[Any, ...]:
     """Output ``[T D]``, ``m [T]`` and ``log l [T]``."""
     tiles: Tiles = static.config.forward
-    cores = blockwise.result_cores(static, arrays)
+    cores = formulas.result_cores(static, arrays)
     results = [Result(*core, dims) for core, dims in zip(cores, static.out_dims, strict=True)]
     count = -(-cores[0][0][0] // tiles.block_q)
 
-    def kernel(heads: Heads, i: Any, *views: RefView) -> None:
+    def kernel(heads: Heads, i: Any, *views: MappedRef) -> None:
         kernels.forward(heads.first, i, *views)
 
     return tuple(launch(static, arrays, results, kernel, count, tiles))
@@ -132,45 +134,45 @@ def forward(static: Static, *arrays: Any) -> tuple[Any, ...]:
 
 def backward(static: Static, *arrays: Any) -> tuple[Any, ...]:
     """The cotangents of the operands that vary, in their order."""
-    number = blockwise.numbers(static)
-    shift, found = _rows(static, arrays, number)
-    found |= _looped(static, arrays, number)
+    index = formulas.operand_index(static)
+    shift, found = _rows(static, arrays, index)
+    found |= _looped(static, arrays, index)
     levels = tuple(range(len(static.levels)))
     static = dataclasses.replace(static, in_dims=(*static.in_dims, levels))
     arrays = (*arrays, shift)
-    found |= _columns(static, arrays, number)
-    for leaf, i in enumerate(number.score):
-        if i in static.wrt and _has_pairs(static, arrays, number, leaf):
-            found[i] = _pairs(static, arrays, number, leaf)
+    found |= _columns(static, arrays, index)
+    for leaf, i in enumerate(index.score):
+        if i in static.wrt and _has_pairs(static, arrays, index, leaf):
+            found[i] = _pairs(static, arrays, index, leaf)
     return tuple(found[i] for i in static.wrt)
 
 
 def _rows(
-    static: Static, arrays: tuple[Any, ...], number: blockwise.Numbers
+    static: Static, arrays: tuple[Any, ...], index: formulas.OperandIndex
 ) -> tuple[jax.Array, dict[int, jax.Array]]:
     """``shift`` with all mapped axes first, and the cotangents of query, scale and sink."""
     levels = tuple(range(len(static.levels)))
     tiles: Tiles = static.config.backward
-    T = primitive.core_shape(arrays[number.query].shape, static.in_dims[number.query])[0]
+    T = primitive.core_shape(arrays[index.query].shape, static.in_dims[index.query])[0]
     count = -(-T // tiles.block_q)
-    wanted = [i for i in (number.query, number.scale, number.sink) if i in static.wrt]
+    wanted = [i for i in (index.query, index.scale, index.sink) if i in static.wrt]
     results = [Result((T,), jnp.float32, levels)]
     for i in wanted:
         core: tuple[int, ...] = (count,)  # one part for each block
-        if i == number.query:
+        if i == index.query:
             core = primitive.core_shape(arrays[i].shape, static.in_dims[i])
         results.append(Result(core, jnp.float32, levels))
 
-    def kernel(heads: Heads, i: Any, *views: RefView) -> None:
+    def kernel(heads: Heads, i: Any, *views: MappedRef) -> None:
         given = dict(zip(wanted, views[1:], strict=True))
-        dq, dscale = given.get(number.query), given.get(number.scale)
-        dsink = None if number.sink is None else given.get(number.sink)
+        dq, dscale = given.get(index.query), given.get(index.scale)
+        dsink = None if index.sink is None else given.get(index.sink)
         kernels.rows(heads.first, i, views[0], dq, dscale, dsink)
 
     shift, *parts = launch(static, arrays, results, kernel, count, tiles)
     found = {}
     for i, x in zip(wanted, parts, strict=True):
-        x = x if i == number.query else x.sum(-1)
+        x = x if i == index.query else x.sum(-1)
         dims = static.out_dims[static.wrt.index(i)]
         x = x.sum(tuple(level for level in levels if dims[level] is None))
         kept = [d for d in dims if d is not None]
@@ -179,13 +181,13 @@ def _rows(
 
 
 def _columns(
-    static: Static, arrays: tuple[Any, ...], number: blockwise.Numbers
+    static: Static, arrays: tuple[Any, ...], index: formulas.OperandIndex
 ) -> dict[int, jax.Array]:
     """The cotangents of key and value, given ``shift`` too: together where heads share both."""
     tiles: Tiles = static.config.backward
     dims = dict(zip(static.wrt, static.out_dims, strict=True))
     shared: dict[tuple[int, ...], list[int]] = {}
-    for i in (number.key, number.value):
+    for i in (index.key, index.value):
         if i in dims:
             shared.setdefault(_summed(dims[i]), []).append(i)
     found: dict[int, jax.Array] = {}
@@ -195,9 +197,9 @@ def _columns(
             Result(core, arrays[i].dtype, dims[i]) for i, core in zip(wanted, cores, strict=True)
         ]
 
-        def kernel(heads: Heads, j: Any, *views: RefView, wanted: list[int] = wanted) -> None:
+        def kernel(heads: Heads, j: Any, *views: MappedRef, wanted: list[int] = wanted) -> None:
             given = dict(zip(wanted, views, strict=True))
-            kernels.columns(heads, j, given.get(number.key), given.get(number.value))
+            kernels.columns(heads, j, given.get(index.key), given.get(index.value))
 
         count = -(-cores[0][0] // tiles.block_k)
         outs = launch(static, arrays, results, kernel, count, tiles, inner)
@@ -210,40 +212,42 @@ def _summed(dims: Dims) -> tuple[int, ...]:
     return tuple(level for level, d in enumerate(dims) if d is None)
 
 
-def _lengths(static: Static, arrays: tuple[Any, ...], number: blockwise.Numbers) -> tuple[int, int]:
+def _lengths(
+    static: Static, arrays: tuple[Any, ...], index: formulas.OperandIndex
+) -> tuple[int, int]:
     """``T`` and ``S``."""
     (T, _), (S, _) = (
-        primitive.core_shape(arrays[i].shape, static.in_dims[i]) for i in (number.query, number.key)
+        primitive.core_shape(arrays[i].shape, static.in_dims[i]) for i in (index.query, index.key)
     )
     return T, S
 
 
 def _has_pairs(
-    static: Static, arrays: tuple[Any, ...], number: blockwise.Numbers, leaf: int
+    static: Static, arrays: tuple[Any, ...], index: formulas.OperandIndex, leaf: int
 ) -> bool:
-    """Is an array of the scores a number, or one entry for each pair.
+    """Whether an array of the scores is a number, or has one entry for each pair.
 
-    In others many pairs meet in one entry, which would take atomics. In an array that a function
-    looks things up in a place is no pair, whatever its shape.
+    In other arrays many pairs read one entry, so its cotangent would take atomics. A function may
+    read any entry for any pair, whatever the shape of its array.
     """
     head, _ = primitive.as_head(
         jax.tree.unflatten(static.structure, arrays[: static.structure.num_leaves])
     )
-    i, about = number.score[leaf], leaves(head.score)[leaf]
+    i, about = index.score[leaf], leaves(head.score)[leaf]
     core = primitive.core_shape(arrays[i].shape, static.in_dims[i])
     if core == ():
         return True
-    return core == _lengths(static, arrays, number) and local_axes(about) == ("T", "S")
+    return core == _lengths(static, arrays, index) and local_axes(about) == ("T", "S")
 
 
 def _pairs(
-    static: Static, arrays: tuple[Any, ...], number: blockwise.Numbers, leaf: int
+    static: Static, arrays: tuple[Any, ...], index: formulas.OperandIndex, leaf: int
 ) -> jax.Array:
     """The cotangent of a number, or an array of ``T x S``, among those of the scores."""
     tiles: Tiles = static.config.backward
-    lengths = _lengths(static, arrays, number)
+    lengths = _lengths(static, arrays, index)
     grid = Grid(*lengths, tiles.block_q, tiles.block_k)
-    i = number.score[leaf]
+    i = index.score[leaf]
     dims = static.out_dims[static.wrt.index(i)]
     one = primitive.core_shape(arrays[i].shape, static.in_dims[i]) == ()
     result = Result(
@@ -252,7 +256,7 @@ def _pairs(
         dims,
     )
 
-    def kernel(heads: Heads, block: Any, out: RefView) -> None:
+    def kernel(heads: Heads, block: Any, out: MappedRef) -> None:
         row, column = place_of(block, (grid.rows, grid.columns))
         kernels.pairs(heads, row, column, leaf, out, number=one)
 
@@ -262,13 +266,13 @@ def _pairs(
 
 
 def _looped(
-    static: Static, arrays: tuple[Any, ...], number: blockwise.Numbers
+    static: Static, arrays: tuple[Any, ...], index: formulas.OperandIndex
 ) -> dict[int, jax.Array]:
     """The cotangents of the scores' other arrays, by the loops of ``blockwise``."""
     wanted = tuple(
         i
-        for leaf, i in enumerate(number.score)
-        if i in static.wrt and not _has_pairs(static, arrays, number, leaf)
+        for leaf, i in enumerate(index.score)
+        if i in static.wrt and not _has_pairs(static, arrays, index, leaf)
     )
     if not wanted:
         return {}
@@ -282,22 +286,22 @@ def _looped(
         out_dims=static.in_dims[count : count + RESULTS],
         wrt=(),
     )
-    results = blockwise.KERNEL.forward(again, *arrays[:count])
+    results = KERNEL.forward(again, *arrays[:count])
     arrays = (*arrays[:count], *results, *arrays[count + RESULTS :])
-    return dict(zip(wanted, blockwise.KERNEL.backward(static, *arrays), strict=True))
+    return dict(zip(wanted, KERNEL.backward(static, *arrays), strict=True))
 
 
 def tangent(static: Static, *arrays: Any) -> tuple[Any, ...]:
     """Tangents of output and ``log l``, by the loops of ``blockwise``."""
     static, arrays = _as_loops(static, arrays)
-    return blockwise.KERNEL.tangent(static, *arrays)
+    return KERNEL.tangent(static, *arrays)
 
 
 def _as_loops(static: Static, arrays: tuple[Any, ...]) -> tuple[Static, tuple[Any, ...]]:
     """The same operands with the blocks that ``blockwise`` visits."""
     count = static.structure.num_leaves
-    head, visits = primitive.as_head(jax.tree.unflatten(static.structure, range(count)))
-    order, structure = jax.tree.flatten(primitive.operands(head, visits.loops))
+    head, schedules = primitive.as_head(jax.tree.unflatten(static.structure, range(count)))
+    order, structure = jax.tree.flatten(primitive.operands(head, schedules.loops))
     in_dims = tuple(static.in_dims[i] for i in order) + static.in_dims[count:]
     static = dataclasses.replace(
         static, structure=structure, config=static.config.loops, in_dims=in_dims

@@ -1,8 +1,8 @@
 """What a GPU kernel loads and stores: tiles of operands that stay whole in the card's memory.
 
-A kernel sees every operand of every head as a reference; ``Refs`` is one head of one example of
-them. Tiles are powers of two, so whatever lies beyond an array is loaded as 0 and not stored, and
-whoever uses a tile hides the pairs that lie outside.
+A kernel gets every operand of every head as a reference; ``Refs`` is one head of one example. Tiles
+are powers of two: entries beyond an array are loaded as 0 and not stored, and the formulas mask the
+pairs that lie outside.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from jax.experimental import pallas as pl
 
 from attention_jax.backends import primitive
 from attention_jax.backends.primitive import Dims
-from attention_jax.backends.tile import local_axes
+from attention_jax.backends.tile import Visible, local_axes
 from attention_jax.core import dropout
 from attention_jax.core.compat import triton
 from attention_jax.core.pytree import Leaf, Lookup, leaves
 from attention_jax.scores import tile_indices
 
-LEAST = 16  # a product's tiles have at least so many rows and columns
+LEAST = 16  # rows and columns of a product's tiles, at least
 
 
 def padded(n: int) -> int:
@@ -36,8 +36,8 @@ def padded(n: int) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class RefView:
-    """An operand, where its mapped axes are, and the place along them that is looked at."""
+class MappedRef:
+    """An operand, where its mapped axes are, and the index of one head along them."""
 
     ref: Any
     dims: Dims
@@ -64,7 +64,7 @@ class RefView:
         """A tile: ``(start, size)`` for each core axis; zeros beyond the array.
 
         Args:
-          inside: the first axis of the tile surely lies within the array.
+          inside: the first axis of the tile is known to lie within the array.
         """
         at, mask = self._tile(window, inside)
         return triton.load(at, mask=mask, other=None if mask is None else self._zero())
@@ -84,8 +84,8 @@ class RefView:
     def _tile(self, window: tuple[tuple[Any, int], ...], inside: bool) -> tuple[Any, Any]:
         """A tile's entries, and which of them lie within the array; None: all, which loads faster.
 
-        The entries are given by their indices: a slice may be no longer than the array, a tile is.
-        A card sees no difference, both are a start and a range.
+        Entries are addressed by indices, because a slice may not be longer than the array and a
+        tile may. On a GPU both compile to a start and a range.
         """
         sizes = tuple(size for _, size in window)
         indices, mask = [], None
@@ -101,15 +101,15 @@ class RefView:
         return at, None if mask is None else jnp.broadcast_to(mask, sizes)
 
 
-class Found:
-    """What was looked up, to be found again where nothing can be loaded: under ``jvp``."""
+class LookUps:
+    """Values that were looked up, replayed under ``jvp``, where nothing can be loaded."""
 
     def __init__(self) -> None:
         self._values: list[Any] = []
         self._left: Iterator[Any] | None = None
 
-    def remembering(self, entry: Callable[..., Any]) -> Callable[..., Any]:
-        """``entry``, the first time; then what it gave, in the same order."""
+    def recorded(self, entry: Callable[..., Any]) -> Callable[..., Any]:
+        """``entry`` the first time, then its recorded values in the same order."""
 
         def look_up(*index: Any) -> Any:
             if self._left is not None:
@@ -119,27 +119,19 @@ class Found:
 
         return look_up
 
-    def again(self) -> None:
-        """From here on the same look-ups come a second time."""
+    def replay(self) -> None:
+        """Replays the recorded values from here on."""
         self._left = iter(self._values)
 
 
-class Seen(NamedTuple):
-    """Who sees whom in a tile."""
-
-    pairs: jax.Array  # bool [t s]
-    queries: jax.Array  # bool [t]: sees some key of the tile
-    keys: jax.Array  # bool [s]: is seen by some query of the tile
-
-
-class Tile(NamedTuple):
-    """One tile of pairs: what the formulas see."""
+class PairTile(NamedTuple):
+    """One tile of query-key pairs, as the formulas take it."""
 
     dot: jax.Array  # [t s]: query . key
-    s: jax.Array  # [t s]: the logits, -inf where hidden
+    s: jax.Array  # [t s]: the logits, -inf where masked
     slope: jax.Array | None  # [t s]: ds by what is differentiated; None where that is 1
-    seen: Seen | None  # None: every query sees every key
-    kept: jax.Array | None  # [t s]: what dropout multiplies probabilities by
+    visible: Visible | None  # None: all pairs
+    dropout_factor: jax.Array | None  # [t s]: what dropout multiplies probabilities by
 
 
 class Refs:
@@ -147,9 +139,10 @@ class Refs:
 
     def __init__(self, static: primitive.Static, refs: tuple[Any, ...], place: Any) -> None:
         count = static.structure.num_leaves
-        views = [RefView(r, d, place) for r, d in zip(refs, static.in_dims, strict=True)]
+        views = [MappedRef(r, d, place) for r, d in zip(refs, static.in_dims, strict=True)]
         self.config, self.rest = static.config, views[count:]
-        self.head, self.visits = primitive.as_head(
+        self.head: Any  # a Head of MappedRefs
+        self.head, self.schedules = primitive.as_head(
             jax.tree.unflatten(static.structure, views[:count])
         )
         head = self.head
@@ -160,29 +153,28 @@ class Refs:
         self.dropout = (
             None if head.dropout is None else dropout.Dropout(*(x.entry() for x in head.dropout))
         )
-        # A bias may hold -inf, a function may return it.
-        self.hiding = any(score.HIDES or "array" in score.AXES for score in head.score)
+        self.hiding = any(score.MASKING.adds for score in head.score)
 
-    def rows(self, view: RefView, start: Any, size: int, *, inside: bool = False) -> jax.Array:
+    def rows(self, view: MappedRef, start: Any, size: int, *, inside: bool = False) -> jax.Array:
         """Rows of query, key, value, output: ``[size]``, or ``[size, padded(width)]``."""
         return view.load((start, size), *((0, padded(n)) for n in view.core[1:]), inside=inside)
 
-    def put(self, view: RefView, x: jax.Array, start: Any, size: int) -> None:
+    def put(self, view: MappedRef, x: jax.Array, start: Any, size: int) -> None:
         """The reverse of ``rows``."""
         view.store(x, (start, size), *((0, padded(n)) for n in view.core[1:]))
 
     def _local(
-        self, value: Any, shape: tuple[int, int], q0: Any, k0: Any, found: Found | None = None
+        self, value: Any, shape: tuple[int, int], q0: Any, k0: Any, look_ups: LookUps | None = None
     ) -> Any:
         """A mask, or scores, with its arrays in the shape that rules see."""
         windows = {"T": (q0, shape[0]), "S": (k0, shape[1])}
 
-        def local(view: RefView, leaf: Leaf) -> Any:
+        def local(view: MappedRef, leaf: Leaf) -> Any:
             axes = local_axes(leaf)
             if not view.core:
                 return view.entry()
             if not axes or not set(axes) <= windows.keys():  # rules look things up in it
-                entry = view.entry if found is None else found.remembering(view.entry)
+                entry = view.entry if look_ups is None else look_ups.recorded(view.entry)
                 return Lookup(entry, view.core, view.ref.dtype)
             x = view.load(
                 *(windows[a] if n > 1 else (0, 1) for a, n in zip(axes, view.core, strict=True))
@@ -205,13 +197,13 @@ class Refs:
         masked: bool,
         slope: bool = False,
         leaf: int | None = None,
-    ) -> Tile:
+    ) -> PairTile:
         """The tile of queries ``q [t H]`` from ``q0`` on and keys ``k [s H]`` from ``k0`` on.
 
         Args:
-          masked: False where every query surely sees every key, but for what a score hides.
-          slope: also what a change of the logits before the scores is multiplied by; or, with
-            ``leaf``, of this number among the arrays of the scores.
+          masked: False if all pairs are visible, apart from those that a score masks.
+          slope: also the derivative of the logits by those before the scores; or, with ``leaf``, by
+            this number among the arrays of the scores.
         """
         shape = q.shape[0], k.shape[0]
         at = tile_indices(shape, q0, k0)
@@ -222,13 +214,13 @@ class Refs:
                 mask = self._local(self.head.mask, shape, q0, k0)
                 pairs = pairs & mask.rule(self.b, self.n, *at)
             pairs = jnp.broadcast_to(pairs, shape)
-        found = Found()
-        arrays, structure = jax.tree.flatten(self._local(self.head.score, shape, q0, k0, found))
+        look_ups = LookUps()
+        arrays, structure = jax.tree.flatten(self._local(self.head.score, shape, q0, k0, look_ups))
 
         def apply(s: jax.Array, arrays: list[Any]) -> jax.Array:
             for score in jax.tree.unflatten(structure, arrays):
                 s = score.rule(s, self.b, self.n, *at)
-                if pairs is not None:  # what it makes of a hidden pair must not reach the next
+                if pairs is not None:  # what a score makes of a masked pair must not reach the next
                     s = jnp.where(pairs, s, jnp.zeros_like(s))
             return s
 
@@ -237,7 +229,7 @@ class Refs:
         s0 = s0 if pairs is None else jnp.where(pairs, s0, jnp.zeros_like(s0))
         s, change = apply(s0, arrays), None
         if self.head.score and slope:
-            found.again()
+            look_ups.replay()
             x = s0 if leaf is None else arrays[leaf]
 
             def along(x: jax.Array) -> jax.Array:
@@ -250,22 +242,22 @@ class Refs:
             s = jnp.where(pairs, s, -jnp.inf)
         if self.hiding:
             pairs = s != -jnp.inf
-        seen = None if pairs is None else Seen(pairs, some(pairs, 1), some(pairs, 0))
+        visible = None if pairs is None else Visible(pairs, some(pairs, 1), some(pairs, 0))
         kept = None
         if self.dropout is not None:
             seed, threshold, keep_probability = self.dropout
             keep = dropout.keep(seed, self.b, self.n, *at, threshold=threshold)
             kept = jnp.where(keep, 1 / keep_probability, jnp.float32(0.0))
-        return Tile(dot, s, change, seen, kept)
+        return PairTile(dot, s, change, visible, kept)
 
 
 def some(x: jax.Array, axis: int) -> jax.Array:
-    """``x.any(axis)``, as the compiler of kernels has it."""
+    """``x.any(axis)``, which Triton does not have."""
     return x.astype(jnp.int32).max(axis) > 0
 
 
 def product(a: jax.Array, b: jax.Array, contract_a: int, contract_b: int) -> jax.Array:
-    """A matrix product in float32; float32 operands are not rounded to the cores' own format."""
+    """A matrix product in float32; float32 operands are not rounded to TF32."""
     return jax.lax.dot_general(
         a,
         b,

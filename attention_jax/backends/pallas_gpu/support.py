@@ -1,107 +1,138 @@
-"""Which masks and scores a kernel can compute: those that are arithmetic on indices and look-ups.
+"""Which masks and scores a kernel can compute: those that are arithmetic on single entries.
 
-A rule runs inside a kernel on one tile. Built-in ones are known to; a function is traced once, and
-refused by name if it does more than a kernel can.
+A kernel runs the ``rule`` of a mask or score on one tile. Every rule, built-in or not, is traced
+once on such a tile, and refused by name if it does more than a kernel can.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attention_jax import masks
-from attention_jax.core.closures import Traced
+from attention_jax.core.closures import CALLS, TILE, Traced, tile_arguments
 from attention_jax.core.compat import Jaxpr
-from attention_jax.core.pytree import Lookup, StaticArray
-from attention_jax.masks import Mask
-from attention_jax.masks.base import parts
-from attention_jax.scores import RelativeEmbedding, Score, ScoreFn, unwrapped
+from attention_jax.core.pytree import Leaf, Lookup, StaticArray, Value, children, leaves
+from attention_jax.masks import Mask, MaskFn
+from attention_jax.scores import Score, ScoreFn
 
-# Operations on single entries, and what brings them to one shape.
+# Operations on single entries, and those that bring them to one shape.
 POINTWISE = frozenset(
     """abs acos acosh add add_any and asin asinh atan atan2 atanh bitcast_convert_type
     broadcast_in_dim cbrt ceil clamp convert_element_type cos cosh div eq exp exp2 expm1 floor
-    ge gt integer_pow iota is_finite le log log1p logistic lt max min mul ne neg not or pow
-    rem reshape reshard rsqrt select_n shift_left shift_right_arithmetic shift_right_logical
-    sign sin sinh sqrt square squeeze stop_gradient sub tan tanh xor""".split()  # noqa: SIM905
+    ge gt integer_pow iota is_finite le log log1p logistic lt max min mul ne neg not
+    one_minus_square or pow rem reshape reshard rsqrt select_n shift_left
+    shift_right_arithmetic shift_right_logical sign sin sinh sqrt square squeeze stop_gradient
+    sub tan tanh xor""".split()  # noqa: SIM905
 )
-CALLS = frozenset({"jit", "custom_jvp_call"})
 
 
 def as_operands(mask: Mask | None) -> Mask | None:
-    """``mask`` with the arrays that are part of the program as data: a kernel holds no arrays."""
+    """``mask`` with the arrays of its structure as leaves, since a kernel cannot hold arrays."""
+
+    def change(x: Any) -> Any:
+        if isinstance(x, StaticArray):
+            return x.array
+        if isinstance(x, tuple):
+            return tuple(map(change, x))
+        return as_operands(x) if isinstance(x, Mask) else x
+
     if mask is None:
         return None
-    changes: dict[str, Any] = {}
-    for field in dataclasses.fields(mask):
-        x = getattr(mask, field.name)
-        if isinstance(x, StaticArray):
-            changes[field.name] = jnp.asarray(x.array)
-        elif isinstance(x, Mask):
-            changes[field.name] = as_operands(x)
+    changes = {field.name: change(getattr(mask, field.name)) for field in dataclasses.fields(mask)}
     return dataclasses.replace(mask, **changes)
 
 
 def why_unsupported(mask: Mask | None, score: tuple[Score, ...]) -> str | None:
-    """What of a mask or scores a kernel cannot compute, in words; None where it can all."""
-    for part in () if mask is None else parts(mask):
-        if isinstance(part, masks.MaskFn) and (
-            problem := _problem(part.fn, part.arrays, mask=True)
-        ):
-            return f"mask_fn {problem}"
-    for each in map(unwrapped, score):
-        if isinstance(each, RelativeEmbedding):
-            return "relative_embedding: a product of its own for every tile"
-        if isinstance(each, ScoreFn) and (problem := _problem(each.fn, each.arrays)):
-            return f"score_fn {problem}"
-    return None
+    """Why a kernel cannot compute the mask or one of the scores; None where it can."""
+    mask = as_operands(mask)
+    values = score if mask is None else (mask, *score)
+    return next((problem for value in values if (problem := _named_problem(value))), None)
 
 
-def _problem(fn: Callable[..., Any], arrays: tuple[Any, ...], mask: bool = False) -> str | None:
-    """What ``fn(s, b, n, q, k, *arrays)``, or its derivative, does that a kernel cannot.
+def _named_problem(value: Value) -> str | None:
+    """What a mask or score does that a kernel cannot, with the name of the innermost that does."""
+    problem = _problem(value)
+    if problem is None:
+        return None
+    inner = (_named_problem(child) for child in children(value))
+    return next((found for found in inner if found), f"{_name(value)} {problem}")
 
-    Args:
-      mask: it takes no ``s``.
-    """
 
-    if isinstance(fn, Traced) and fn.closes_over and any(np.ndim(x) for x in arrays):
-        return (
-            "closes over an array, or a number beside one: pass it as an argument, after the "
-            "function"
-        )
+def _name(value: Value) -> str:
+    if isinstance(value, (MaskFn, ScoreFn)):
+        return "mask_fn" if isinstance(value, MaskFn) else "score_fn"
+    return f"{'mask' if isinstance(value, Mask) else 'score'} {type(value).__name__}"
 
-    def looked_up(x: Any) -> Any:
-        dtype = jax.dtypes.canonicalize_dtype(x.dtype)
-        if not x.shape:
-            return jnp.zeros((), dtype)
-        entry = lambda *index: jnp.zeros(jnp.broadcast_shapes(*map(jnp.shape, index)), dtype)  # noqa: E731
-        return Lookup(entry, x.shape, dtype)
 
-    def rule(s: Any, *indices: Any) -> Any:
-        rest = (*indices, *map(looked_up, arrays))
-        return jax.jvp(lambda s: fn(*rest) if mask else fn(s, *rest), (s,), (s,))
+def _problem(value: Any) -> str | None:
+    """What the rule of a mask or score, or its derivative, does that a kernel cannot."""
+    arrays, structure = jax.tree.flatten(value)
+    if isinstance(value, (MaskFn, ScoreFn)):
+        fn = value.fn
+        if isinstance(fn, Traced) and fn.closes_over and any(np.ndim(x) for x in arrays):
+            return (
+                "closes over an array, or over a number while it takes arrays: pass it as an "
+                "argument, after the function"
+            )
+    in_tile = [_in_tile(x, leaf) for x, leaf in zip(arrays, leaves(value), strict=True)]
+    loaded = [x for x in in_tile if not isinstance(x, Lookup)]
 
-    shapes = (16, 32), (), (), (16, 1), (1, 32)
-    s, *indices = (
-        jax.ShapeDtypeStruct(shape, jnp.float32 if i == 0 else jnp.int32)
-        for i, shape in enumerate(shapes)
-    )
+    def rule(s: Any, loaded: Any, *indices: Any) -> Any:
+        given = iter(loaded)
+        entries = [x if isinstance(x, Lookup) else next(given) for x in in_tile]
+        cut = jax.tree.unflatten(structure, entries)
+        return cut.rule(*indices) if isinstance(value, Mask) else cut.rule(s, *indices)
+
+    def with_derivative(s: Any, loaded: Any, *indices: Any) -> Any:
+        floats = [jnp.issubdtype(x.dtype, jnp.floating) for x in loaded]
+
+        def of_floats(s: Any, xs: Any) -> Any:
+            changed = iter(xs)
+            both = zip(loaded, floats, strict=True)
+            return rule(s, [next(changed) if is_float else x for x, is_float in both], *indices)
+
+        point = s, [x for x, is_float in zip(loaded, floats, strict=True) if is_float]
+        return jax.jvp(of_floats, point, point)
+
+    s, *indices = tile_arguments((jnp.float32, *(jnp.int32,) * 4))
     try:
-        jaxpr = jax.make_jaxpr(rule)(s, *indices)
+        jaxpr = jax.make_jaxpr(with_derivative)(s, loaded, *indices)
     except NotImplementedError as error:
         return f"cannot run in a kernel: {error}"
-    except TypeError:  # what is no array cannot be given to most of JAX's functions
+    except (AttributeError, TypeError):  # a Lookup is no array, which most functions need
         return "does more with its arrays than look entries up: x[q], x[q, k]"
     if any(np.ndim(x) for x in jaxpr.consts):
         return "holds an array from outside: pass it as an argument, after the function"
     if unknown := sorted({*_primitives(jaxpr.jaxpr)} - POINTWISE):
         return f"uses {', '.join(unknown)}, which a kernel does not have"
     return None
+
+
+def _in_tile(x: Any, leaf: Leaf) -> Any:
+    """The shape and dtype in which a kernel gives an array to a rule; a ``Lookup`` for a table."""
+    batch = x.ndim - len([a for a in leaf.axes if a != "B"])
+    axes = [a for letter in leaf.axes for a in (["B"] * batch if letter == "B" else [letter])]
+    dtype = jax.dtypes.canonicalize_dtype(x.dtype)
+    core = [
+        (a, n) for a, n in zip(axes or "?" * x.ndim, x.shape, strict=True) if a not in ("B", "N")
+    ]
+    shape = tuple(n for _, n in core)
+    if not core:
+        return jax.ShapeDtypeStruct((), dtype)
+    if not {a for a, _ in core} <= {"T", "S"}:
+
+        def entry(*index: Any) -> Any:
+            return jnp.zeros(jnp.broadcast_shapes(*map(jnp.shape, index)), dtype)
+
+        return Lookup(entry, shape, dtype)
+    sizes = dict(zip("TS", TILE, strict=True))
+    cut = {a: sizes[a] if n > 1 else 1 for a, n in core}
+    return jax.ShapeDtypeStruct((cut.get("T", 1), cut.get("S", 1)), dtype)
 
 
 def _primitives(jaxpr: Jaxpr) -> Iterator[str]:

@@ -1,17 +1,34 @@
-"""Published checkpoints: Hugging Face's folders of BERT, GPT-2, Llama, Mistral, Gemma 2, T5, ViT.
+"""Checkpoints in Hugging Face's format: BERT, GPT-2, Llama, Mistral, Gemma 2, T5 and ViT.
 
-::
+``load`` reads a folder with ``config.json`` and ``model.safetensors`` (or shards and their index);
+``save`` writes one that ``load`` and Hugging Face's ``from_pretrained`` read. Nothing is
+downloaded, and torch is not needed:
 
-    model = load("folder")      config.json and model.safetensors, or its shards and their index
-    save(model, "folder")       the same two files, which Hugging Face loads
+>>> import tempfile
+>>> import numpy as np
+>>> from flax import nnx
+>>> from attention_jax.models import Decoder, DecoderConfig, Layers, generate, pretrained
+>>> from attention_jax.positions import Rotary
+>>> llama = Layers(features=8, num_layers=1, num_heads=2, rotary=Rotary(), norm="rms", gated=True,
+...                activation="silu", bias=False, feed_forward_bias=False)
+>>> folder = tempfile.mkdtemp()  # or the folder of a checkpoint
+>>> pretrained.save(Decoder(DecoderConfig(10, llama), rngs=nnx.Rngs(0)), folder)
+>>> model = pretrained.load(folder)
+>>> generate(model, np.array([[3, 1]]), max_new_tokens=3).tokens.shape
+(1, 3)
 
-Nothing is left out silently. An entry of the configuration that would change the result and is not
-known here is refused, and so are tensors that are missing, not expected, of another shape, or not
-equal to what they should be copies of. Heads of pretraining, which a model without them can do
-without, are left out with a warning that names them. ``config=`` replaces entries and ``ignore=``
+Nothing is ignored silently. An entry of ``config.json`` that would change the result and is not
+supported is refused by name, and so are tensors that are missing, unexpected, of another shape, or
+not equal to the tensor they should be a copy of. Tensors of a pretraining head that the model does
+not have are left out with a warning that names them. ``config=`` overrides entries and ``ignore=``
 leaves tensors out where you know better.
 
-Only safetensors are read, never pickles; one tensor at a time.
+Only safetensors files are read, never pickles, and one tensor at a time. ``save`` replaces the
+checkpoint in a folder in one step: after a crash, the folder holds either the old or the new one.
+
+``save_adapters`` and ``load_adapters`` store the adapters of ``nn.low_rank`` without the model.
+
+Each family of checkpoints is a module; ``family.Family`` documents their interface.
 """
 
 from __future__ import annotations
@@ -21,7 +38,6 @@ import warnings
 from collections.abc import Collection, Mapping
 from os import PathLike
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import jax
@@ -41,6 +57,7 @@ from attention_jax.models.pretrained import (
     t5,
     vit,
 )
+from attention_jax.models.pretrained.family import Family
 from attention_jax.models.pretrained.hf_config import HFConfig
 from attention_jax.models.pretrained.lora import load_adapters, save_adapters
 from attention_jax.models.pretrained.tensors import Tensor
@@ -48,12 +65,7 @@ from attention_jax.nn import Embeddings
 
 __all__ = ["load", "load_adapters", "save", "save_adapters"]
 
-# Each is a module with TYPES (its names as ``model_type``), PREFIX (of the names of a model within
-# one with a head), IGNORED (patterns of tensors that are not parameters), COPIES (of which others),
-# RENAMED (parts of names, for files of before), and five functions: ``config`` and ``entries`` from
-# their configuration to ours and back, ``model``, ``tensors``, and ``without``, patterns of the
-# parts that a model does not have and can do without.
-FAMILIES: tuple[ModuleType, ...] = (bert, gpt2, llama, t5, vit)
+FAMILIES: tuple[Family, ...] = (bert, gpt2, llama, t5, vit)
 
 
 def load(
@@ -66,17 +78,17 @@ def load(
     implementation: str | tuple[str, ...] | None = None,
     seed: int = 0,
 ) -> Any:
-    """The model of a checkpoint, ready to be called; ``model.train()`` switches dropout on.
+    """Loads a checkpoint as a model in evaluation mode; ``model.train()`` enables dropout.
 
     Args:
       folder: with ``config.json`` and ``model.safetensors``, or shards and their index.
-      config: entries in the place of those of ``config.json``. None is JSON's null, which also
-        makes an unknown entry harmless.
-      ignore: regular expressions of the names of tensors, as if the files did not have them.
+      config: entries that override those of ``config.json``. None is JSON's null, which also
+        makes an unknown entry be ignored.
+      ignore: regular expressions; tensors whose names match are treated as if they were absent.
       dtype: of the computation; default that of the parameters.
-      param_dtype: of the parameters, whatever the file has.
+      param_dtype: of the parameters, whatever the dtype in the file.
       implementation: of attention.
-      seed: of dropout.
+      seed: for dropout.
 
     Returns:
       An ``Encoder`` (BERT), ``Decoder`` (GPT-2, Llama, Mistral, Gemma 2), ``EncoderDecoder`` (T5)
@@ -85,12 +97,12 @@ def load(
     Raises:
       FileNotFoundError: no such folder, no configuration, or no tensors.
       ValueError: an entry of the configuration that is not supported; tensors that are missing,
-        not expected, of another shape, or not the copies they should be; a file that is not what it
-        should be. The message lists all of them.
+        unexpected, of another shape, or not the copies they should be; an invalid file. The message
+        lists all of them.
 
     Warns:
-      UserWarning: tensors of a head that the model does not have were left out, BERT's of the next
-        sentence for example. It names them; listing them in ``ignore`` says that you know.
+      UserWarning: names tensors that were left out because the model does not have their head,
+        BERT's next-sentence prediction for example. List them in ``ignore`` to silence it.
 
     >>> import tempfile
     >>> from attention_jax.models import Decoder, DecoderConfig
@@ -110,38 +122,38 @@ def load(
         raise ValueError(f"param_dtype must be a floating one, got {param_dtype}")
     if isinstance(ignore, str):
         raise ValueError(f"ignore must be a list of regular expressions, got {ignore!r}")
-    described = folders.read_config(folder) | dict(config or {})
-    files = folders.weights(folder, described)
-    described.pop(folders.NAMED, None)
-    family = _family(described)
+    entries = folders.read_config(folder) | dict(config or {})
+    files = folders.weights(folder, entries)
+    entries.pop(folders.NAMED, None)
+    family = _family(entries)
     found = matching.stored(files, family, ignore)
     copies = matching.redundant(found, family)
-    entries, kind = HFConfig(described), str(described["model_type"])
+    hf, model_type = HFConfig(entries), str(entries["model_type"])
     try:
-        ours = family.config(entries, found.keys() - copies)
+        ours = family.from_hf(hf, found.keys() - copies)
     except (TypeError, ValueError) as e:  # sizes that do not fit, often after a wrong entry
-        raise entries.refusal(kind, str(e)) from e
-    entries.finish(kind)
+        raise hf.refusal(model_type, str(e)) from e
+    hf.finish(model_type)
     changes = {"dtype": dtype, "param_dtype": param_dtype, "implementation": implementation}
     ours = _with_layers(ours, changes)
 
     graph, state = nnx.split(nnx.eval_shape(lambda: family.model(ours, nnx.Rngs(0))))
     leaves = dict(nnx.to_flat_state(state))
     tensors = {tensor.name: tensor for tensor in family.tensors(ours)}
-    used, left_out, wrong = matching.match(found, tensors, family, family.without(ours), copies)
-    if wrong := wrong + matching.mistakes(used, tensors, leaves):
-        raise ValueError(f"the tensors are not those of this {kind}: " + "; ".join(wrong))
-    filled = _random_state(leaves, seed)
+    used, left_out, errors = matching.match(found, tensors, family, family.optional(ours), copies)
+    if errors := errors + matching.mismatches(used, tensors, leaves):
+        raise ValueError(f"the tensors do not fit this {model_type}: " + "; ".join(errors))
+    arrays = _random_state(leaves, seed)
     for name, (file, theirs) in used.items():
         tensor = tensors[name]
-        filled[tensor.path] = _converted(theirs, tensor.form.into(file[theirs]), param_dtype)
-    values = {path: x.replace(filled[path]) for path, x in leaves.items()}
+        arrays[tensor.path] = _converted(theirs, tensor.form.into(file[theirs]), param_dtype)
+    values = {path: x.replace(arrays[path]) for path, x in leaves.items()}
     model = nnx.merge(graph, nnx.from_flat_state(values))
     model.eval()
     if left_out:
         warnings.warn(
-            f"{folder}: left out {', '.join(left_out)}, of parts that this "
-            f"{type(model).__name__} does not have; ignore= leaves them out without this warning",
+            f"{folder}: left out {', '.join(left_out)}, of heads that this "
+            f"{type(model).__name__} does not have; ignore= silences this warning",
             stacklevel=2,
         )
     return model
@@ -150,23 +162,23 @@ def load(
 def save(
     model: Any, folder: str | PathLike[str], *, config: Mapping[str, Any] | None = None
 ) -> None:
-    """Writes a model as a folder that Hugging Face, and ``load``, can read.
+    """Writes a model as a folder that ``load`` and Hugging Face can read.
 
-    It takes the place of a checkpoint that the folder holds, shards and their index included; other
-    files, a tokenizer's for example, stay. The change is one rename: after a save that failed or
-    was killed at any point, or a power cut, ``load`` gives either the whole old model or the whole
-    new one, and so does Hugging Face. What was left lying about, the next save removes. Nothing may
-    load from the folder, or save to it, at the same time.
+    It replaces the checkpoint in the folder, shards and their index included; other files, such as
+    a tokenizer's, stay. The replacement is one rename: if the save fails or is killed at any point,
+    or the power is cut, ``load`` and Hugging Face still find either the whole old model or the
+    whole new one. The next save removes leftovers. No other process may load from the folder, or
+    save to it, at the same time.
 
     Args:
-      model: of a class that ``load`` returns, and that one of the families can express.
-      folder: is made where it does not exist.
-      config: more entries of ``config.json``, ``eos_token_id`` for example.
+      model: of a class that ``load`` returns, with a configuration that a family can express.
+      folder: created if it does not exist.
+      config: more entries for ``config.json``, ``eos_token_id`` for example.
 
     Raises:
       NotImplementedError: no family has such a model.
-      ValueError: the model is not what its ``config`` describes: it has adapters, or other
-        parameters; an entry in ``config`` that would make it another model.
+      ValueError: the model does not match its ``config``, since it has adapters or other
+        parameters; an entry in ``config`` that would change the model.
       TypeError: not a model of ``attention_jax.models``.
 
     >>> import tempfile
@@ -180,7 +192,7 @@ def save(
     """
     if not dataclasses.is_dataclass(getattr(model, "config", None)):
         raise TypeError(f"model must be one of attention_jax.models, got {type(model).__name__}")
-    family, described = _described(model.config, dict(config or {}))
+    family, entries = _to_hf(model.config, dict(config or {}))
     leaves = _checked_leaves(model, family)
     tensors = list(family.tensors(model.config))
 
@@ -189,96 +201,93 @@ def save(
 
     shapes = {tensor.name: jax.eval_shape(lambda t=tensor: array(t)) for tensor in tensors}
     dtypes = {np.dtype(x.dtype).name for x in shapes.values()}
-    described = {"dtype": dtypes.pop() if len(dtypes) == 1 else "float32"} | described
+    entries = {"dtype": dtypes.pop() if len(dtypes) == 1 else "float32"} | entries
 
     def write_weights(path: Path) -> None:
         safetensors.write(path, shapes, (np.asarray(array(t)) for t in tensors))
 
-    folders.replace(Path(folder), described, write_weights)
+    folders.replace(Path(folder), entries, write_weights)
 
 
-def _checked_leaves(model: Any, family: ModuleType) -> dict[Any, Any]:
-    """The variables of a model by path; raises where they are not those of its ``config``."""
+def _checked_leaves(model: Any, family: Family) -> dict[Any, Any]:
+    """The variables of a model by path; raises unless they are those of its ``config``."""
     modules = [module for _, module in nnx.iter_modules(model)]
     if any(isinstance(module, nnx.LoRA) for module in modules):
-        raise ValueError("model has adapters of low rank: save nn.merged(model)")
+        raise ValueError("model has low-rank adapters: save nn.merged(model)")
     if any(isinstance(module, Embeddings) and module.moved is not None for module in modules):
         raise ValueError(
             "model has moved embeddings (nn.moved_embeddings), which a checkpoint cannot express: "
-            "save the model they were made of"
+            "save the original model"
         )
     plain = nnx.eval_shape(lambda: family.model(model.config, nnx.Rngs(0)))
     leaves = dict(nnx.to_flat_state(nnx.state(model)))
     expected = {path: x.get_value().shape for path, x in _parameters(plain)}
     there = {path: x.get_value().shape for path, x in _parameters(model)}
-    wrong = [
+    errors = [
         f"{'.'.join(map(str, path))}: {there.get(path, 'none')}, expected {x}"
         for path, x in (expected | dict.fromkeys(there.keys() - expected.keys(), "none")).items()
         if there.get(path) != x
     ]
-    if wrong:
-        raise ValueError(
-            "the shapes in model are not those that its config describes: " + "; ".join(wrong)
-        )
+    if errors:
+        raise ValueError("the parameters of model do not match its config: " + "; ".join(errors))
     return leaves
 
 
 def _parameters(model: Any) -> list[tuple[Any, Any]]:
-    """All but random numbers and what calls leave behind."""
+    """All variables except random state, intermediates and caches."""
     others = nnx.RngState, nnx.Intermediate, nnx.Cache
     return [(p, x) for p, x in nnx.to_flat_state(nnx.state(model)) if not isinstance(x, others)]
 
 
 def _converted(name: str, x: np.ndarray, dtype: Any) -> jax.Array:
-    with np.errstate(over="ignore"):  # told below, by name
+    with np.errstate(over="ignore"):  # reported below, with the name
         result = jnp.asarray(x, dtype)
     narrow = jnp.finfo(dtype).bits < 32 and x.dtype != result.dtype
     if narrow and np.isfinite(x).all() and not jnp.isfinite(result).all():
-        raise ValueError(f"param_dtype = {result.dtype} cannot hold {name}: it overflows")
+        raise ValueError(f"{name} overflows param_dtype = {result.dtype}")
     return result
 
 
 # --- Configurations.
 
 
-def _family(described: Mapping[str, Any]) -> ModuleType:
-    kind = described.get("model_type")
+def _family(entries: Mapping[str, Any]) -> Family:
+    model_type = entries.get("model_type")
     for family in FAMILIES:
-        if kind in family.TYPES:
+        if model_type in family.MODEL_TYPES:
             return family
-    known = sorted(name for family in FAMILIES for name in family.TYPES)
+    known = sorted(name for family in FAMILIES for name in family.MODEL_TYPES)
     raise ValueError(
-        f"config.json has model_type {kind!r}, expected one of {known} (config= can name it)"
+        f"config.json has model_type {model_type!r}, expected one of {known} (config= can set it)"
     )
 
 
-def _described(config: Any, more: dict[str, Any]) -> tuple[ModuleType, dict[str, Any]]:
-    """The family of a configuration, and its entries; what they say must be all there is."""
+def _to_hf(config: Any, more: dict[str, Any]) -> tuple[Family, dict[str, Any]]:
+    """The family of a configuration and its entries, from which ``load`` reads back the same."""
     ours = {"dtype": None, "param_dtype": jnp.float32, "implementation": None}
     ours |= {"remat": False, "scan": False}
     plain = _with_layers(config, ours)
     for family in FAMILIES:
         try:
-            described = family.entries(config)
-            again = _read_back(family, config, described)
+            entries = family.to_hf(config)
+            again = _read_back(family, config, entries)
         except (AttributeError, KeyError, TypeError, ValueError, NotImplementedError):
-            continue  # of another class, or with what this family has no name for
+            continue  # another class, or something that this family cannot express
         if again == _with_length(plain, again):
-            if _read_back(family, config, described | more) != again:
-                raise ValueError(f"config must not make it another model, got {more}")
-            return family, described | more
+            if _read_back(family, config, entries | more) != again:
+                raise ValueError(f"config must not change the model, got {more}")
+            return family, entries | more
     raise NotImplementedError(
-        f"no family of checkpoints can express this model: {config}. Save its state with "
-        f"nnx.state instead"
+        f"no family of checkpoints can express this model: {config}. Save its nnx.state instead"
     )
 
 
-def _read_back(family: ModuleType, config: Any, described: Mapping[str, Any]) -> Any:
-    """What ``load`` would make of the entries, beside the tensors of a configuration."""
-    entries = HFConfig(described)
+def _read_back(family: Family, config: Any, entries: Mapping[str, Any]) -> Any:
+    """The configuration that ``load`` would read from the entries."""
+    hf = HFConfig(entries)
     names = {tensor.name for tensor in family.tensors(config)}
-    again = family.config(entries, names)
-    entries.finish("model")
+    again = family.from_hf(hf, names)
+    hf.finish("model")
     return again
 
 
@@ -294,18 +303,18 @@ def _with_layers(config: Any, changes: Mapping[str, Any]) -> Any:
 
 
 def _with_length(config: Any, other: Any) -> Any:
-    """With the longest length of another, where that is a remark and no table's size."""
+    """With the ``max_length`` of another, where it is not the size of a table."""
     if isinstance(config, DecoderConfig) and config.positions != "learned":
         return dataclasses.replace(config, max_length=getattr(other, "max_length", None))
     return config
 
 
 def _random_state(leaves: Mapping[Any, Any], seed: int) -> dict[Any, Any]:
-    """What the streams of random numbers hold: a key of their own each, and no key taken."""
-    filled: dict[Any, Any] = {}
+    """The random state: each stream has a key of its own, with no key drawn yet."""
+    values: dict[Any, Any] = {}
     for i, (path, x) in enumerate(leaves.items()):
         if isinstance(x, nnx.RngKey):
-            filled[path] = jax.random.fold_in(jax.random.key(seed), i)
+            values[path] = jax.random.fold_in(jax.random.key(seed), i)
         elif isinstance(x, nnx.RngCount):
-            filled[path] = jnp.zeros((), jnp.uint32)
-    return filled
+            values[path] = jnp.zeros((), jnp.uint32)
+    return values

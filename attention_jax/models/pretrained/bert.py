@@ -12,7 +12,7 @@ from attention_jax.models.layers import Layers
 from attention_jax.models.pretrained.hf_config import ACTIVATION_NAMES, HFConfig, labels
 from attention_jax.models.pretrained.tensors import Tensor, block, linear, norm
 
-TYPES = ("bert",)
+MODEL_TYPES = ("bert",)
 PREFIX = "bert."
 IGNORED = (r".*embeddings\.position_ids",)
 COPIES = {
@@ -28,40 +28,40 @@ ARCHITECTURES = {
 }
 
 
-def config(x: HFConfig, names: set[str]) -> EncoderConfig:
-    """Our configuration from theirs."""
-    head = ARCHITECTURES[x.architecture(ARCHITECTURES, "BertModel")]
-    dropout = x.rate("hidden_dropout_prob", 0.1)
-    x.only("position_embedding_type", "absolute", None)
-    x.only("tie_word_embeddings", True)
-    # Of the code that BERT was first published with, which had these alone.
-    x.only("directionality", "bidi", None)
-    x.only("pooler_type", "first_token_transform", None)
+def from_hf(hf: HFConfig, names: set[str]) -> EncoderConfig:
+    """Our configuration from Hugging Face's."""
+    head = ARCHITECTURES[hf.architecture(ARCHITECTURES, "BertModel")]
+    dropout = hf.rate("hidden_dropout_prob", 0.1)
+    hf.only("position_embedding_type", "absolute", None)
+    hf.only("tie_word_embeddings", True)
+    # Entries of the original BERT release, which had only these values.
+    hf.only("directionality", "bidi", None)
+    hf.only("pooler_type", "first_token_transform", None)
     for name in ("fc_size", "num_attention_heads", "num_fc_layers", "size_per_head"):
-        x.take(f"pooler_{name}", None)
+        hf.take(f"pooler_{name}", None)
     classes = None
     if head == "classes":
-        classes = x.classes()
-        dropout_before = x.take("classifier_dropout", None)
+        classes = hf.classes()
+        dropout_before = hf.take("classifier_dropout", None)
         if dropout_before not in (None, dropout):
-            x.wrong.append(f"classifier_dropout = {dropout_before} must be hidden_dropout_prob")
+            hf.errors.append(f"classifier_dropout = {dropout_before} must be hidden_dropout_prob")
     else:
-        x.take("classifier_dropout", None)
+        hf.take("classifier_dropout", None)
     return EncoderConfig(
-        vocabulary=x.number("vocab_size"),
+        vocabulary=hf.number("vocab_size"),
         layers=Layers(
-            features=x.number("hidden_size"),
-            num_layers=x.number("num_hidden_layers"),
-            num_heads=x.number("num_attention_heads"),
-            hidden=x.number("intermediate_size"),
-            activation=x.activation("hidden_act", "gelu"),
-            norm_epsilon=x.number("layer_norm_eps", 1e-12),
+            features=hf.number("hidden_size"),
+            num_layers=hf.number("num_hidden_layers"),
+            num_heads=hf.number("num_attention_heads"),
+            hidden=hf.number("intermediate_size"),
+            activation=hf.activation("hidden_act", "gelu"),
+            norm_epsilon=hf.number("layer_norm_eps", 1e-12),
             order="post",
             dropout_rate=dropout,
-            attention_dropout_rate=x.rate("attention_probs_dropout_prob", 0.1),
+            attention_dropout_rate=hf.rate("attention_probs_dropout_prob", 0.1),
         ),
-        max_length=x.number("max_position_embeddings", 512),
-        types=x.number("type_vocab_size", 2),
+        max_length=hf.number("max_position_embeddings", 512),
+        types=hf.number("type_vocab_size", 2),
         embedding_norm=True,
         pooler=head == "classes" or (head is None and _has_pooler(names)),
         head=head,
@@ -74,15 +74,15 @@ def _has_pooler(names: set[str]) -> bool:
     return any(name.endswith("pooler.dense.weight") for name in names)
 
 
-def without(config: EncoderConfig) -> tuple[str, ...]:
-    """Patterns of the parts that the model does not have."""
+def optional(config: EncoderConfig) -> tuple[str, ...]:
+    """Tensors of heads that this model does not have."""
     if config.head == "tokens":
         return (r"bert\.pooler\..*", r"cls\.seq_relationship\..*")
     return (r"cls\..*",) if config.head == "classes" else (r"cls\..*", r"classifier\..*")
 
 
-def entries(config: EncoderConfig) -> dict[str, Any]:
-    """Theirs from ours."""
+def to_hf(config: EncoderConfig) -> dict[str, Any]:
+    """Hugging Face's configuration from ours."""
     layers = config.layers
     architecture = {head: name for name, head in ARCHITECTURES.items()}[config.head]
     x: dict[str, Any] = {
@@ -104,12 +104,12 @@ def entries(config: EncoderConfig) -> dict[str, Any]:
 
 
 def model(config: EncoderConfig, rngs: nnx.Rngs) -> Encoder:
-    """The model of a configuration."""
+    """The model that the configuration describes."""
     return Encoder(config, rngs=rngs)
 
 
 def tensors(config: EncoderConfig) -> Iterator[Tensor]:
-    """All of a checkpoint's tensors."""
+    """Every tensor of a checkpoint, and where it belongs in the model."""
     start = "" if config.head is None else PREFIX
     at = f"{start}embeddings"
     yield Tensor(f"{at}.word_embeddings.weight", ("embed", "tokens"))

@@ -1,4 +1,4 @@
-"""The files of a checkpoint: which are read, and how others take their place in one step."""
+"""The files of a checkpoint: which ones are read, and how a save replaces them atomically."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from attention_jax.models.pretrained import safetensors
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
-# An entry of the configuration: the file to read in the place of the usual ones.
+# An entry of the configuration: the file to read instead of the usual ones.
 NAMED = "transformers_weights"
-# What a save calls its files until they have their usual names.
+# Names of files during a save.
 NEW = "model.new-{}.safetensors", "config.new-{}.json"
 
 
@@ -26,25 +26,25 @@ def read_config(folder: Path) -> dict[str, Any]:
 
     Raises:
       FileNotFoundError: no such folder, or no configuration in it.
-      ValueError: it is not an object in JSON.
+      ValueError: it is not a JSON object.
     """
     if not folder.is_dir():
         raise FileNotFoundError(
-            f"folder must be a folder on this machine with {CONFIG} and {WEIGHTS}, got "
-            f"{str(folder)!r}, which is none. Nothing is downloaded: of a model on a hub, "
-            f"download the files first (huggingface_hub.snapshot_download gives their folder)"
+            f"folder must be a local folder with {CONFIG} and {WEIGHTS}, got {str(folder)!r}. "
+            f"Nothing is downloaded: for a model on a hub, pass the folder that "
+            f"huggingface_hub.snapshot_download returns"
         )
     return _read_json(folder / CONFIG)
 
 
-def weights(folder: Path, described: Mapping[str, Any]) -> list[safetensors.File]:
-    """The files with the tensors: the one that the configuration names, one alone, or shards.
+def weights(folder: Path, entries: Mapping[str, Any]) -> list[safetensors.File]:
+    """The files with the tensors: the one that the configuration names, a single file, or shards.
 
     Raises:
       FileNotFoundError: there are none.
-      ValueError: they are not of this folder, or are not sound.
+      ValueError: they are not in this folder, or are invalid.
     """
-    name = described.get(NAMED)
+    name = entries.get(NAMED)
     if name is None:
         name = WEIGHTS if (folder / WEIGHTS).exists() else INDEX
         if not (folder / name).exists():
@@ -66,43 +66,43 @@ def weights(folder: Path, described: Mapping[str, Any]) -> list[safetensors.File
 
 
 def replace(
-    folder: Path, described: Mapping[str, Any], write_weights: Callable[[Path], None]
+    folder: Path, entries: Mapping[str, Any], write_weights: Callable[[Path], None]
 ) -> None:
-    """Puts a configuration and weights in the place of what a folder holds.
+    """Replaces the checkpoint in a folder.
 
-    One rename is the step from the old checkpoint to the new one: that of a ``config.json`` which
-    names the new weights by a name that no old file has (``NAMED``, which ``weights`` reads, and
-    Hugging Face). A file is on disk before the next step::
+    A single rename switches from the old checkpoint to the new one: that of a ``config.json`` which
+    names the new weights by a fresh name (``NAMED``, which ``weights`` and Hugging Face read). Each
+    file is on disk before the next step::
 
         1  model.new-*.safetensors   is written
-        2  config.json               that names it is renamed into its place: the step
+        2  config.json               that names it is renamed into place: this is the switch
         3  model.safetensors         becomes the same file
-        4  shards and index          of before are removed
-        5  config.json               that names nothing is renamed into its place
-        6  model.new-*.safetensors   is removed, with those of saves that were killed
+        4  shards and index          of the old checkpoint are removed
+        5  config.json               without the name is renamed into place
+        6  model.new-*.safetensors   is removed, with leftovers of killed saves
 
     Args:
-      folder: is made where it does not exist. Its other files stay as they are.
-      described: the entries of ``config.json``.
+      folder: created if it does not exist. Its other files stay as they are.
+      entries: of ``config.json``.
       write_weights: writes the tensors to a path.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    before = _parts(folder)
+    old = _parts(folder)
     weights, config = (folder / name.format(uuid.uuid4().hex[:8]) for name in NEW)
 
-    with contextlib.ExitStack() as undo:  # until the step, what fails leaves nothing behind
+    with contextlib.ExitStack() as undo:  # a failure before the switch leaves nothing behind
         undo.callback(_remove, config)
         undo.callback(_remove, weights)
         write_weights(weights)
         _sync(weights)
-        _write_json(config, {**described, NAMED: weights.name})
+        _write_json(config, {**entries, NAMED: weights.name})
         undo.pop_all()
     _rename(config, folder / CONFIG)
 
-    _rename(_second_name(weights), folder / WEIGHTS)
-    for path in before:
+    _rename(_link(weights), folder / WEIGHTS)
+    for path in old:
         _remove(path)
-    _write_json(config, described)
+    _write_json(config, entries)
     _rename(config, folder / CONFIG)
     for name in NEW:
         for path in folder.glob(name.format("*")):
@@ -110,7 +110,7 @@ def replace(
 
 
 def _parts(folder: Path) -> list[Path]:
-    """What the checkpoint in a folder consists of, beside the names that a save gives."""
+    """The files of the checkpoint in a folder, except those that a save writes."""
     names = [INDEX]
     with contextlib.suppress(FileNotFoundError, ValueError):
         names.append(_read_json(folder / CONFIG).get(NAMED) or INDEX)
@@ -126,12 +126,12 @@ def _parts(folder: Path) -> list[Path]:
 
 
 def _is_plain(name: Any) -> bool:
-    """Whether it is the name of a file in the folder itself."""
+    """Whether it names a file directly in the folder."""
     return isinstance(name, str) and name not in ("", ".", "..") and Path(name).name == name
 
 
-def _second_name(path: Path) -> Path:
-    """The same file under another name; a copy, where the file system has no second names."""
+def _link(path: Path) -> Path:
+    """The file under a second name: a hard link, or a copy if the file system has none."""
     other = path.with_name(NEW[0].format(uuid.uuid4().hex[:8]))
     try:
         os.link(path, other)
@@ -152,7 +152,7 @@ def _remove(path: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Waits until a file, or the names in a folder, are on disk."""
+    """Waits until a file, or the entries of a folder, are on disk."""
     if path.is_dir() and os.name == "nt":  # a folder cannot be opened there
         return
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)

@@ -12,51 +12,51 @@ from attention_jax.models.layers import Layers
 from attention_jax.models.pretrained.hf_config import ACTIVATION_NAMES, HFConfig
 from attention_jax.models.pretrained.tensors import Tensor, block, linear, norm
 
-TYPES = ("gpt2",)
+MODEL_TYPES = ("gpt2",)
 PREFIX = "transformer."
 RENAMED: dict[str, str] = {}
-IGNORED = (r".*\.attn\.(masked_)?bias",)  # masks that were once stored
+IGNORED = (r".*\.attn\.(masked_)?bias",)  # masks, in older files
 COPIES = {"lm_head.weight": "transformer.wte.weight"}
 ARCHITECTURES = ("GPT2LMHeadModel", "GPT2Model")
 
 
-def config(x: HFConfig, names: set[str]) -> DecoderConfig:
-    """Our configuration from theirs."""
-    x.architecture(ARCHITECTURES, "GPT2LMHeadModel")
-    E = x.number("n_embd")
-    longest = x.number("n_positions", 1024)
-    x.only("scale_attn_by_inverse_layer_idx", False)
-    x.flag("reorder_and_upcast_attn", False)  # the softmax is in float32 in any case
+def from_hf(hf: HFConfig, names: set[str]) -> DecoderConfig:
+    """Our configuration from Hugging Face's."""
+    hf.architecture(ARCHITECTURES, "GPT2LMHeadModel")
+    E = hf.number("n_embd")
+    longest = hf.number("n_positions", 1024)
+    hf.only("scale_attn_by_inverse_layer_idx", False)
+    hf.flag("reorder_and_upcast_attn", False)  # the softmax is in float32 in any case
     for name in ("type", "use_proj", "activation", "first_dropout", "proj_to_labels"):
-        x.take(f"summary_{name}", None)  # of a head that is not ours
+        hf.take(f"summary_{name}", None)  # of a head that we do not have
     return DecoderConfig(
-        vocabulary=x.number("vocab_size"),
+        vocabulary=hf.number("vocab_size"),
         layers=Layers(
             features=E,
-            num_layers=x.number("n_layer"),
-            num_heads=x.number("n_head"),
-            hidden=x.number("n_inner", None) or 4 * E,
-            activation=x.activation("activation_function", "gelu_new"),
-            norm_epsilon=x.number("layer_norm_epsilon", 1e-5),
+            num_layers=hf.number("n_layer"),
+            num_heads=hf.number("n_head"),
+            hidden=hf.number("n_inner", None) or 4 * E,
+            activation=hf.activation("activation_function", "gelu_new"),
+            norm_epsilon=hf.number("layer_norm_epsilon", 1e-5),
             fused=True,
-            scale=None if x.flag("scale_attn_weights", True) else 1.0,
-            dropout_rate=x.rate("resid_pdrop", 0.1),
-            attention_dropout_rate=x.rate("attn_pdrop", 0.1),
+            scale=None if hf.flag("scale_attn_weights", True) else 1.0,
+            dropout_rate=hf.rate("resid_pdrop", 0.1),
+            attention_dropout_rate=hf.rate("attn_pdrop", 0.1),
         ),
         positions="learned",
         max_length=longest,
-        tied=x.flag("tie_word_embeddings", True),
-        dropout_rate=x.rate("embd_pdrop", 0.1),
+        tied=hf.flag("tie_word_embeddings", True),
+        dropout_rate=hf.rate("embd_pdrop", 0.1),
     )
 
 
-def without(config: DecoderConfig) -> tuple[str, ...]:
-    """Patterns of the parts that the model does not have."""
+def optional(config: DecoderConfig) -> tuple[str, ...]:
+    """Tensors of heads that this model does not have."""
     return (r"multiple_choice_head\..*", r"score\..*")
 
 
-def entries(config: DecoderConfig) -> dict[str, Any]:
-    """Theirs from ours."""
+def to_hf(config: DecoderConfig) -> dict[str, Any]:
+    """Hugging Face's configuration from ours."""
     layers = config.layers
     return {
         "model_type": "gpt2",
@@ -67,7 +67,7 @@ def entries(config: DecoderConfig) -> dict[str, Any]:
         "n_layer": layers.num_layers,
         "n_head": layers.num_heads,
         "n_inner": layers.hidden,
-        # The two names of the tanh form differ by rounding: this is the one of the family.
+        # Both names of the tanh approximation exist; they differ by rounding. GPT-2 uses this one.
         "activation_function": {"gelu_tanh": "gelu_new"}.get(
             layers.activation, ACTIVATION_NAMES[layers.activation]
         ),
@@ -81,7 +81,7 @@ def entries(config: DecoderConfig) -> dict[str, Any]:
 
 
 def model(config: DecoderConfig, rngs: nnx.Rngs) -> Decoder:
-    """The model of a configuration."""
+    """The model that the configuration describes."""
     return Decoder(config, rngs=rngs)
 
 

@@ -1,11 +1,11 @@
-"""The entries of a ``config.json``: each is used, known to change nothing, or refused."""
+"""``HFConfig``: reads a ``config.json``, of which no entry is silently ignored."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from typing import Any
 
-# What says how a model was made, saved or is trained and sampled from, not what it computes.
+# Entries about how a model was made, saved, trained or sampled from, not about what it computes.
 HARMLESS = {
     "_attn_implementation",
     "_attn_implementation_autoset",
@@ -17,7 +17,7 @@ HARMLESS = {
     "attn_implementation",
     "bos_token_id",
     "cache_implementation",
-    "chunk_size_feed_forward",  # the same in parts
+    "chunk_size_feed_forward",  # does not change the result
     "cls_token_id",
     "decoder_start_token_id",
     "dtype",
@@ -58,7 +58,7 @@ HARMLESS = {
     "use_cache",
 }
 
-# Of generation; older configurations hold them beside the model's own.
+# Options of generation, which older files keep in config.json.
 GENERATION = {
     "bad_words_ids",
     "begin_suppress_tokens",
@@ -90,7 +90,7 @@ GENERATION = {
     "typical_p",
 }
 
-# What would change the model at any other value, and is not supported there.
+# Entries that would change the model at any other value, which is not supported.
 ONLY: dict[str, Any] = {
     "add_cross_attention": False,
     "is_decoder": False,
@@ -121,37 +121,53 @@ _MISSING = object()
 
 
 class HFConfig:
-    """The entries not yet used, and what is wrong with those that were."""
+    """The entries of a ``config.json``, each read through a method that checks it.
+
+    An entry is used, known to be harmless, or refused. Errors are collected, so that ``finish``
+    reports all of them at once.
+
+    Attributes:
+      unused: entries that no method has read yet.
+      errors: what is wrong with those that were read.
+
+    >>> hf = HFConfig({"vocab_size": 10, "n_layer": -1, "new_feature": True})
+    >>> hf.number("vocab_size")
+    10
+    >>> _ = hf.number("n_layer")
+    >>> hf.finish("gpt2")  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ValueError: config.json of gpt2 is not supported: n_layer must be a positive number, got -1; ...
+    """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        self.left = dict(config)
-        self.wrong: list[str] = []
+        self.unused = dict(config)
+        self.errors: list[str] = []
 
     def take(self, name: str, default: Any = _MISSING) -> Any:
-        """The entry; None where it is missing and has no default, which is wrong."""
-        if name in self.left:
-            return self.left.pop(name)
+        """The entry, or the default; an error, and None, if it is missing without a default."""
+        if name in self.unused:
+            return self.unused.pop(name)
         if default is _MISSING:
-            self.wrong.append(f"{name} is missing")
+            self.errors.append(f"{name} is missing")
             return None
         return default
 
     def number(self, name: str, default: Any = _MISSING) -> Any:
-        """An entry that must be a positive number; or null, where the default is None."""
-        missing = name not in self.left
+        """A positive number; null is allowed if the default is None."""
+        missing = name not in self.unused
         x = self.take(name, default)
         if x is None and (missing or default is None):
-            return None if default is None else 1  # where it is missing, that has been noted
+            return None if default is None else 1  # a missing entry is already an error
         good = isinstance(x, int | float) and not isinstance(x, bool) and x > 0
         if not good:
-            self.wrong.append(f"{name} must be a positive number, got {x!r}")
+            self.errors.append(f"{name} must be a positive number, got {x!r}")
         return x if good else 1
 
     def rate(self, name: str, default: float) -> float:
-        """A probability of dropping."""
+        """A dropout rate."""
         x = self.take(name, default)
         if not (isinstance(x, int | float) and 0 <= x < 1):
-            self.wrong.append(f"{name} must be in [0, 1), got {x!r}")
+            self.errors.append(f"{name} must be in [0, 1), got {x!r}")
             return 0.0
         return float(x)
 
@@ -159,69 +175,69 @@ class HFConfig:
         """A bool."""
         x = self.take(name, default)
         if not isinstance(x, bool):
-            self.wrong.append(f"{name} must be true or false, got {x!r}")
+            self.errors.append(f"{name} must be true or false, got {x!r}")
         return bool(x)
 
     def only(self, name: str, *allowed: Any) -> None:
-        """An entry of which other values are not supported."""
+        """Reads an entry that must have one of these values, the first by default."""
         x = self.take(name, allowed[0])
         if x not in allowed:
-            self.wrong.append(f"{name} = {x!r} is not supported, only {allowed[0]!r}")
+            self.errors.append(f"{name} = {x!r} is not supported, only {allowed[0]!r}")
 
     def same(self, name: str, value: Any) -> None:
-        """An entry that repeats another."""
+        """Reads an entry that must repeat a value already known."""
         x = self.take(name, value)
         if x != value:
-            self.wrong.append(f"{name} = {x!r} contradicts {value!r}, which is used")
+            self.errors.append(f"{name} = {x!r} contradicts {value!r}")
 
     def architecture(self, known: Collection[str], default: str) -> str:
-        """The class that the checkpoint was saved from; its head is what matters here."""
+        """The class that the checkpoint was saved from, which tells its head."""
         x = self.take("architectures", None) or [default]
         if isinstance(x, list) and x[0] in known:
             return str(x[0])
-        self.wrong.append(
+        self.errors.append(
             f"architectures = {x!r} is not supported, only {sorted(known)} "
             f"(load(folder, config={{'architectures': [...]}}) reads it as one of them)"
         )
         return default
 
     def activation(self, name: str, default: str) -> str:
-        """Ours for Hugging Face's name."""
+        """Our name of an activation."""
         x = self.take(name, default)
         if x not in ACTIVATIONS:
-            self.wrong.append(f"{name} = {x!r} is not supported, only {sorted(ACTIVATIONS)}")
+            self.errors.append(f"{name} = {x!r} is not supported, only {sorted(ACTIVATIONS)}")
             return "gelu"
         return ACTIVATIONS[x]
 
     def classes(self) -> int:
-        """How many labels there are; Hugging Face leaves two unsaid."""
+        """The number of labels; Hugging Face omits the default of 2."""
         return len(self.take("id2label", None) or range(self.take("num_labels", 2)))
 
     def finish(self, family: str) -> None:
-        """Raises for all that was wrong, and for what nobody used."""
-        for name in ONLY.keys() & self.left.keys():
-            if self.left[name] is not None:
+        """Raises for all errors, and for entries that were not used and are not harmless."""
+        for name in ONLY.keys() & self.unused.keys():
+            if self.unused[name] is not None:
                 self.only(name, ONLY[name])
         unknown = sorted(
             name
-            for name, x in self.left.items()
+            for name, x in self.unused.items()
             if name not in HARMLESS | GENERATION and x is not None
         )
-        more = [
-            f"{name} = {self.left[name]!r} is unknown (config={{{name!r}: None}} leaves it out)"
+        unknown_errors = [
+            f"{name} = {self.unused[name]!r} is unknown (config={{{name!r}: None}} ignores it)"
             for name in unknown
         ]
-        if self.wrong or more:
-            raise self.refusal(family, *more)
+        if self.errors or unknown_errors:
+            raise self.refusal(family, *unknown_errors)
 
     def refusal(self, family: str, *more: str) -> ValueError:
-        """The error that lists all that was wrong so far, and more."""
-        wrong = "; ".join([*self.wrong, *more])
-        return ValueError(f"config.json of a {family} cannot be loaded: {wrong}")
+        """The exception that lists all errors so far, and more."""
+        errors = "; ".join([*self.errors, *more])
+        return ValueError(f"config.json of {family} is not supported: {errors}")
 
 
 def labels(classes: int | None) -> dict[str, Any]:
-    """Names for classes, which is how Hugging Face counts them."""
+    """Label names: the number of classes is stored as their number."""
     if classes is None:
         return {}
     names = [f"LABEL_{i}" for i in range(classes)]

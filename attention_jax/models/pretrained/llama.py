@@ -14,13 +14,13 @@ from attention_jax.models.pretrained.hf_config import ACTIVATION_NAMES, HFConfig
 from attention_jax.models.pretrained.rope import rope_parameters, rotary
 from attention_jax.models.pretrained.tensors import Tensor, block, linear, norm
 
-TYPES = ("llama", "mistral", "gemma2")
+MODEL_TYPES = ("llama", "mistral", "gemma2")
 PREFIX = "model."
 RENAMED: dict[str, str] = {}
 IGNORED = (r".*rotary_emb\.inv_freq",)
 COPIES = {"lm_head.weight": "model.embed_tokens.weight"}
 NAMES = {"llama": "Llama", "mistral": "Mistral", "gemma2": "Gemma2"}
-# What Hugging Face takes an entry to be that a file does not have.
+# Hugging Face's defaults of entries that a file may omit.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"max_position_embeddings": 2048, "num_key_value_heads": None},
     "mistral": {"max_position_embeddings": 131_072, "num_key_value_heads": 8},
@@ -28,55 +28,55 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
-def config(x: HFConfig, names: set[str]) -> DecoderConfig:
-    """Our configuration from theirs."""
-    kind = x.take("model_type", "llama")
-    x.architecture((f"{NAMES[kind]}ForCausalLM",), f"{NAMES[kind]}ForCausalLM")
+def from_hf(hf: HFConfig, names: set[str]) -> DecoderConfig:
+    """Our configuration from Hugging Face's."""
+    kind = hf.take("model_type", "llama")
+    hf.architecture((f"{NAMES[kind]}ForCausalLM",), f"{NAMES[kind]}ForCausalLM")
     defaults = DEFAULTS[kind]
-    num_layers, num_heads = x.number("num_hidden_layers"), x.number("num_attention_heads")
-    E = x.number("hidden_size")
-    longest = x.number("max_position_embeddings", defaults["max_position_embeddings"])
+    num_layers, num_heads = hf.number("num_hidden_layers"), hf.number("num_attention_heads")
+    E = hf.number("hidden_size")
+    longest = hf.number("max_position_embeddings", defaults["max_position_embeddings"])
     shared: dict[str, Any] = {
         "features": E,
         "num_layers": num_layers,
         "num_heads": num_heads,
-        "num_kv_heads": _or_null(x, "num_key_value_heads", defaults["num_key_value_heads"])
+        "num_kv_heads": _or_null(hf, "num_key_value_heads", defaults["num_key_value_heads"])
         or num_heads,
-        "head_dim": _or_null(x, "head_dim", 256 if kind == "gemma2" else None) or E // num_heads,
-        "hidden": x.number("intermediate_size"),
+        "head_dim": _or_null(hf, "head_dim", 256 if kind == "gemma2" else None) or E // num_heads,
+        "hidden": hf.number("intermediate_size"),
         "gated": True,
-        "norm_epsilon": x.number("rms_norm_eps", 1e-6),
-        "bias": kind != "mistral" and x.flag("attention_bias", False),
-        "feed_forward_bias": kind == "llama" and x.flag("mlp_bias", False),
-        "rotary": rotary(x, longest),
-        "attention_dropout_rate": x.rate("attention_dropout", 0.0),
+        "norm_epsilon": hf.number("rms_norm_eps", 1e-6),
+        "bias": kind != "mistral" and hf.flag("attention_bias", False),
+        "feed_forward_bias": kind == "llama" and hf.flag("mlp_bias", False),
+        "rotary": rotary(hf, longest),
+        "attention_dropout_rate": hf.rate("attention_dropout", 0.0),
     }
-    x.only("pretraining_tp", 1, *range(2, 65))  # how products are split, not what they are
-    vocabulary, tied = x.number("vocab_size"), x.flag("tie_word_embeddings", kind == "gemma2")
-    window = _or_null(x, "sliding_window", 4096) if kind != "llama" else None
-    _remarks(x, kind, window)
+    hf.only("pretraining_tp", 1, *range(2, 65))  # how products are split: no effect on the result
+    vocabulary, tied = hf.number("vocab_size"), hf.flag("tie_word_embeddings", kind == "gemma2")
+    window = _or_null(hf, "sliding_window", 4096) if kind != "llama" else None
+    _redundant_entries(hf, kind, window)
     if kind != "gemma2":
         layers = Layers(
             **shared,
             norm="rms",
-            activation=x.activation("hidden_act", "silu"),
+            activation=hf.activation("hidden_act", "silu"),
             windows=(window,),
         )
         return DecoderConfig(vocabulary, layers, max_length=longest, tied=tied)
-    x.only("use_bidirectional_attention", None, False)
-    x.take("hidden_act", None)  # hidden_activation takes its place
-    activation = x.take("hidden_activation", None) or "gelu_pytorch_tanh"
-    x.left["hidden_activation"] = activation
-    cap = _or_null(x, "attn_logit_softcapping", 50.0)
-    logits_cap = _or_null(x, "final_logit_softcapping", 30.0)
+    hf.only("use_bidirectional_attention", None, False)
+    hf.take("hidden_act", None)  # hidden_activation takes its place
+    activation = hf.take("hidden_activation", None) or "gelu_pytorch_tanh"
+    hf.unused["hidden_activation"] = activation
+    cap = _or_null(hf, "attn_logit_softcapping", 50.0)
+    logits_cap = _or_null(hf, "final_logit_softcapping", 30.0)
     layers = Layers(
         **shared,
         norm="one_plus_rms",
         order="both",
-        activation=x.activation("hidden_activation", "gelu_pytorch_tanh"),
-        scale=x.number("query_pre_attn_scalar", 256) ** -0.5,
+        activation=hf.activation("hidden_activation", "gelu_pytorch_tanh"),
+        scale=hf.number("query_pre_attn_scalar", 256) ** -0.5,
         softcap=None if cap is None else float(cap),
-        windows=_windows(x, num_layers, window),
+        windows=_windows(hf, num_layers, window),
     )
     return DecoderConfig(
         vocabulary,
@@ -88,42 +88,42 @@ def config(x: HFConfig, names: set[str]) -> DecoderConfig:
     )
 
 
-def _or_null(x: HFConfig, name: str, default: Any) -> Any:
-    """A positive number; null is None, and is not the default."""
-    return x.number(name, None) if name in x.left else default
+def _or_null(hf: HFConfig, name: str, default: Any) -> Any:
+    """A positive number, or None for null; the default only if the entry is missing."""
+    return hf.number(name, None) if name in hf.unused else default
 
 
-def _remarks(x: HFConfig, kind: str, window: int | None) -> None:
-    """HFConfig of published files that repeat others, or say what is so in any case."""
-    x.take("max_sequence_length", None)  # as max_position_embeddings, of the models' first code
+def _redundant_entries(hf: HFConfig, kind: str, window: int | None) -> None:
+    """Entries of published files that repeat others, or state what always holds."""
+    hf.take("max_sequence_length", None)  # max_position_embeddings in the first released code
     if kind == "llama":
-        x.only("is_llama_config", True, None)
-        x.only("rope_interleaved", False, None)
+        hf.only("is_llama_config", True, None)
+        hf.only("rope_interleaved", False, None)
     else:
-        x.only("mlp_bias", False, None)
-        x.same("sliding_window_size", window)
+        hf.only("mlp_bias", False, None)
+        hf.same("sliding_window_size", window)
     if kind == "mistral":
-        x.only("attention_bias", False, None)
+        hf.only("attention_bias", False, None)
 
 
-def _windows(x: HFConfig, num_layers: int, window: int | None) -> tuple[int | None, ...]:
+def _windows(hf: HFConfig, num_layers: int, window: int | None) -> tuple[int | None, ...]:
     names = {"sliding_attention": window, "full_attention": None}
-    types = x.take("layer_types", None)
+    types = hf.take("layer_types", None)
     if types is None:
         types = [("sliding_attention", "full_attention")[i % 2] for i in range(num_layers)]
     if len(types) != num_layers or not set(types) <= set(names):
-        x.wrong.append(f"layer_types must be {num_layers} of {sorted(names)}, got {types}")
+        hf.errors.append(f"layer_types must be {num_layers} of {sorted(names)}, got {types}")
         return (None,)
     return tuple(names[t] for t in types)
 
 
-def without(config: DecoderConfig) -> tuple[str, ...]:
-    """Patterns of the parts that the model does not have."""
+def optional(config: DecoderConfig) -> tuple[str, ...]:
+    """Tensors of heads that this model does not have."""
     return ()
 
 
-def entries(config: DecoderConfig) -> dict[str, Any]:
-    """Theirs from ours."""
+def to_hf(config: DecoderConfig) -> dict[str, Any]:
+    """Hugging Face's configuration from ours."""
     layers = config.layers
     gemma, windows = layers.norm == "one_plus_rms", set(layers.windows) - {None}
     kind = "gemma2" if gemma else "mistral" if windows else "llama"
@@ -164,12 +164,12 @@ def entries(config: DecoderConfig) -> dict[str, Any]:
 
 
 def model(config: DecoderConfig, rngs: nnx.Rngs) -> Decoder:
-    """The model of a configuration."""
+    """The model that the configuration describes."""
     return Decoder(config, rngs=rngs)
 
 
 def tensors(config: DecoderConfig) -> Iterator[Tensor]:
-    """All of a checkpoint's tensors."""
+    """Every tensor of a checkpoint, and where it belongs in the model."""
     layers = config.layers
     bias = bool(layers.bias)
     yield Tensor(f"{PREFIX}embed_tokens.weight", ("embed", "tokens"))

@@ -1,4 +1,4 @@
-"""Low-rank adapters in a file of their own, without the model they belong to."""
+"""Saves and loads low-rank adapters (LoRA) without the model they belong to."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from attention_jax.nn import low_rank_state, with_low_rank
 
 
 def save_adapters(model: Any, file: str | PathLike[str]) -> None:
-    """Writes what ``nn.low_rank`` added to a model: a safetensors file, small beside the model's.
+    """Writes the parameters that ``nn.low_rank`` added to a model, as a small safetensors file.
 
-    Names are ours, the paths to the parameters in the model: other libraries do not know them.
+    Names are the paths to the parameters in the model, which other libraries do not know.
 
     Args:
-      model: as ``nn.low_rank`` returned it, or that trained.
-      file: to write, ``adapters.safetensors`` say.
+      model: returned by ``nn.low_rank``, trained or not.
+      file: to write, for example ``adapters.safetensors``.
 
     Raises:
       ValueError: the model has no adapters.
@@ -34,25 +34,25 @@ def save_adapters(model: Any, file: str | PathLike[str]) -> None:
     """
     file = Path(file)
     if file.is_dir():
-        raise IsADirectoryError(f"file must be a file to write, got the folder {str(file)!r}")
+        raise IsADirectoryError(f"file must not be a folder, got {str(file)!r}")
     state = low_rank_state(model)
     safetensors.write(file, state, state.values())
 
 
 def load_adapters(model: Any, file: str | PathLike[str]) -> Any:
-    """A model with the adapters of a file.
+    """Loads adapters into a copy of a model.
 
     Args:
-      model: as ``nn.low_rank`` returned it, called with the same ``rank``, ``where`` and ``train``
-        as for the model that was saved; it is left as it is.
-      file: that ``save_adapters`` wrote.
+      model: returned by ``nn.low_rank`` with the same ``rank``, ``where`` and ``train`` as the
+        model that was saved. It is not changed.
+      file: written by ``save_adapters``.
 
     Returns:
-      A copy of the model.
+      A copy of the model with the adapters of the file.
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: the file is not what it should be, or its adapters do not fit the model.
+      ValueError: the file is invalid, or its adapters do not fit the model.
 
     >>> import tempfile
     >>> import numpy as np
@@ -68,6 +68,6 @@ def load_adapters(model: Any, file: str | PathLike[str]) -> Any:
     True
     """
     if not Path(file).is_file():
-        raise FileNotFoundError(f"file must be one that save_adapters wrote, got {str(file)!r}")
+        raise FileNotFoundError(f"file must exist, written by save_adapters, got {str(file)!r}")
     stored = safetensors.File(Path(file))
     return with_low_rank(model, {name: stored[name] for name in stored})

@@ -1,38 +1,38 @@
-"""Which tensor of a checkpoint is which of a model: older names, copies, and what is left over."""
+"""Matches the tensors of a checkpoint with those of a model: older names, copies, leftovers."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
 
+from attention_jax.models.pretrained.family import Family
 from attention_jax.models.pretrained.safetensors import File
 from attention_jax.models.pretrained.tensors import Tensor
 
 Place = tuple[File, str]
-"""A file, and the name of a tensor there."""
+"""A file, and the name of a tensor in it."""
 Stored = dict[str, Place]
+"""Places by name."""
 
 
 class Matched(NamedTuple):
-    """What a checkpoint's tensors are to a model."""
+    """The tensors of a checkpoint, sorted by their use in a model."""
 
     used: Stored
-    """By the names that the model expects; under their own where it expects none."""
+    """By the names that the model expects; unexpected ones under their own."""
     left_out: list[str]
-    """Of parts that the model does not have."""
-    wrong: list[str]
-    """What cannot be, in words."""
+    """Of heads that the model does not have."""
+    errors: list[str]
 
 
-def stored(files: Iterable[File], family: ModuleType, ignored: Collection[str]) -> Stored:
-    """Where each tensor is, by its present name, without those to be ignored.
+def stored(files: Iterable[File], family: Family, ignored: Collection[str]) -> Stored:
+    """Where each tensor is stored, by its present name, without ignored ones.
 
     Raises:
-      ValueError: a name that stands twice.
+      ValueError: two tensors of the same name.
     """
     found: Stored = {}
     for file in files:
@@ -44,13 +44,13 @@ def stored(files: Iterable[File], family: ModuleType, ignored: Collection[str]) 
             if any(re.fullmatch(pattern, x) for pattern in ignored for x in forms):
                 continue
             if new in found:
-                raise ValueError(f"{name} stands twice, in {found[new][0].path.name} and again")
+                raise ValueError(f"two tensors are named {name}, one in {found[new][0].path.name}")
             found[new] = file, name
     return found
 
 
-def redundant(found: Stored, family: ModuleType) -> set[str]:
-    """The copies that hold nothing of their own: equal to what they are copies of, or alone."""
+def redundant(found: Stored, family: Family) -> set[str]:
+    """The copies without information of their own: equal to another, or the only one stored."""
     result = set()
     for copy, original in family.COPIES.items():
         name = _find(copy, found, family)
@@ -65,32 +65,32 @@ def redundant(found: Stored, family: ModuleType) -> set[str]:
 def match(
     found: Stored,
     tensors: Mapping[str, Tensor],
-    family: ModuleType,
-    without: Collection[str],
+    family: Family,
+    optional: Collection[str],
     copies: Collection[str],
 ) -> Matched:
-    """Each tensor by the name that the model expects, with or without the family's prefix.
+    """Finds each stored tensor's name in the model, with or without the family's prefix.
 
     Args:
-      found: the tensors there are.
+      found: the stored tensors.
       tensors: those that the model expects.
-      family: its IGNORED are no parameters, its COPIES repeat another tensor.
-      without: patterns of the parts that the model does not have.
+      family: of the checkpoint.
+      optional: patterns of heads that the model does not have.
       copies: those that are ``redundant``.
     """
     used: Stored = {}
-    left_out, wrong, repeated = [], [], {}
+    left_out, errors, repeated = [], [], {}
     for name, place in found.items():
         forms = _forms(name, family)
         expected = _find(name, tensors, family)
         copy = next((x for x in forms if x in family.COPIES), None)
         if expected is not None:
             if expected in used:
-                raise ValueError(f"{expected} stands twice, as {name} and {used[expected][1]}")
+                raise ValueError(f"two tensors are {expected}: {name} and {used[expected][1]}")
             used[expected] = place
         elif _any_matches(family.IGNORED, forms):
             continue
-        elif _any_matches(without, forms):
+        elif _any_matches(optional, forms):
             left_out.append(place[1])
         elif copy is not None:
             repeated[copy] = name
@@ -102,14 +102,14 @@ def match(
         name = repeated[copy]
         expected = _find(original, tensors, family) or original
         if expected not in used:
-            used[expected] = found[name]  # which of the equals is stored is an accident
+            used[expected] = found[name]  # any of them may be the one that is stored
         elif name not in copies:
-            wrong.append(_differs(name, expected))
-    return Matched(used, left_out, wrong)
+            errors.append(_differs(name, expected))
+    return Matched(used, left_out, errors)
 
 
-def mistakes(used: Stored, tensors: Mapping[str, Tensor], leaves: Any) -> list[str]:
-    """Where the tensors are not those of the model, in words."""
+def mismatches(used: Stored, tensors: Mapping[str, Tensor], leaves: Any) -> list[str]:
+    """Errors for tensors that are missing, unexpected, or of another shape or dtype."""
     missing = [f"{name} is missing" for name in tensors if name not in used]
     if "lm_head.weight is missing" in missing:
         missing[-1] += " (config={'tie_word_embeddings': True} makes the embedding the head)"
@@ -130,19 +130,19 @@ def mistakes(used: Stored, tensors: Mapping[str, Tensor], leaves: Any) -> list[s
     return [*_some(missing), *_some(sorted(unexpected)), *_some(others)]
 
 
-def _some(wrong: list[str], most: int = 8) -> list[str]:
-    """The first of a list, and how many more there are."""
-    more = len(wrong) - most
-    return wrong if more <= 0 else [*wrong[:most], f"and {more} more like these"]
+def _some(errors: list[str], most: int = 8) -> list[str]:
+    """The first errors of a list, and the number of the others."""
+    more = len(errors) - most
+    return errors if more <= 0 else [*errors[:most], f"and {more} more like these"]
 
 
-def _forms(name: str, family: ModuleType) -> tuple[str, ...]:
-    """A name with and without the prefix, which depends on the head of what was saved."""
+def _forms(name: str, family: Family) -> tuple[str, ...]:
+    """A name with and without the prefix, which files have or not depending on their head."""
     prefix: str = family.PREFIX
     return name, prefix + name, name.removeprefix(prefix)
 
 
-def _find(name: str, names: Collection[str], family: ModuleType) -> str | None:
+def _find(name: str, names: Collection[str], family: Family) -> str | None:
     return next((x for x in _forms(name, family) if x in names), None)
 
 
@@ -151,7 +151,7 @@ def _any_matches(patterns: Collection[str], forms: Collection[str]) -> bool:
 
 
 def _equal(a: Place, b: Place) -> bool:
-    """Whether two tensors hold the same bytes."""
+    """Whether two tensors have the same bytes."""
     (one, name), (other, theirs) = a, b
     x, y = one.entries[name], other.entries[theirs]
     if one is other and name == theirs:
@@ -164,4 +164,4 @@ def _differs(copy: str, original: str) -> str:
     ways = f"ignore=[{re.escape(copy)!r}] leaves it out"
     if copy == "lm_head.weight":
         ways += ", config={'tie_word_embeddings': False} uses it"
-    return f"{copy} should be a copy of {original} and is not ({ways})"
+    return f"{copy} should be a copy of {original} but differs ({ways})"

@@ -1,4 +1,4 @@
-"""The entries of a ``config.json`` that describe rotary positions."""
+"""Rotary positions in a ``config.json``: ``rope_parameters``, or the older ``rope_scaling``."""
 
 from __future__ import annotations
 
@@ -11,46 +11,46 @@ from attention_jax.positions import DynamicNTK, Linear, Llama3, Rotary, Scaling,
 ORIGINAL = "original_max_position_embeddings"
 
 
-def rotary(x: HFConfig, longest: int) -> Rotary:
-    """From ``rope_scaling``, the older entry, or else ``rope_parameters``.
+def rotary(hf: HFConfig, longest: int) -> Rotary:
+    """Reads ``rope_scaling``, the older entry, or else ``rope_parameters``.
 
-    Where a file has both, ``rope_scaling`` is used, as Hugging Face does. A value inside of them
-    wins over one beside them, but for the original length, where it is the other way round.
+    If a file has both, ``rope_scaling`` is used, as in Hugging Face. A value inside one of them
+    takes precedence over the same entry at the top level, except for the original length.
     """
     parameters: dict[str, Any] = {}
     for name in ("rope_parameters", "rope_scaling"):
-        given = x.take(name, None) or {}
+        given = hf.take(name, None) or {}
         if not isinstance(given, dict):
-            x.wrong.append(f"{name} must be an object, got {given!r}")
+            hf.errors.append(f"{name} must be an object, got {given!r}")
             given = {}
         parameters = dict(given) or parameters
-    theta = parameters.pop("rope_theta", x.take("rope_theta", 10_000.0))
+    theta = parameters.pop("rope_theta", hf.take("rope_theta", 10_000.0))
     before = parameters.pop("type", "default")
     kind = parameters.pop("rope_type", before)
     if not (isinstance(theta, int | float) and theta > 0):
-        x.wrong.append(f"rope_theta must be a positive number, got {theta!r}")
+        hf.errors.append(f"rope_theta must be a positive number, got {theta!r}")
         theta = 10_000.0
-    partial = x.take("partial_rotary_factor", None)
+    partial = hf.take("partial_rotary_factor", None)
     partial = parameters.pop("partial_rotary_factor", partial)
     if partial not in (None, 1.0):
-        x.wrong.append(f"partial_rotary_factor = {partial!r} is not supported, only 1.0")
-    parameters.pop("finetuned", None)  # a remark
-    original = x.take(ORIGINAL, None)
+        hf.errors.append(f"partial_rotary_factor = {partial!r} is not supported, only 1.0")
+    parameters.pop("finetuned", None)  # informational
+    original = hf.take(ORIGINAL, None)
     if original is not None and kind in ("yarn", "llama3"):
         parameters[ORIGINAL] = original
     scaling: Scaling | None = None
     try:
         scaling = _scaling(kind, parameters, longest)
     except (KeyError, TypeError, ValueError) as e:
-        what = f"{e.args[0]} is missing" if isinstance(e, KeyError) else e
-        x.wrong.append(f"rope type {kind!r}: {what}")
+        reason = f"{e.args[0]} is missing" if isinstance(e, KeyError) else e
+        hf.errors.append(f"rope type {kind!r}: {reason}")
     if parameters:
-        x.wrong.append(f"rope type {kind!r}: entries {sorted(parameters)} are not supported")
+        hf.errors.append(f"rope type {kind!r}: entries {sorted(parameters)} are not supported")
     return Rotary(theta=float(theta), scaling=scaling)
 
 
 def _scaling(kind: Any, parameters: dict[str, Any], longest: int) -> Scaling | None:
-    """Takes what it uses out of ``parameters``."""
+    """Pops the parameters that it uses."""
     take = parameters.pop
     if kind == "default":
         return None
@@ -63,7 +63,7 @@ def _scaling(kind: Any, parameters: dict[str, Any], longest: int) -> Scaling | N
         original = int(take(ORIGINAL, None) or longest)
         given = take("factor")
         factor = longest / original if given is None else float(given)
-        # Both or neither: that is how they are read.
+        # Hugging Face uses them only if both are given.
         scales = take("mscale", None), take("mscale_all_dim", None)
         attention_factor = take("attention_factor", None)
         if attention_factor is None and all(scales):
@@ -90,12 +90,12 @@ def _scaling(kind: Any, parameters: dict[str, Any], longest: int) -> Scaling | N
 
 
 def _growth(factor: float, mscale: Any) -> float:
-    """``0.1 mscale ln(factor) + 1``, by which YaRN makes up for a flatter softmax."""
+    """``0.1 mscale ln(factor) + 1``, YaRN's temperature correction of the softmax."""
     return 0.1 * float(mscale) * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 def rope_parameters(rotary: Rotary) -> dict[str, Any]:
-    """The other way round; raises ``NotImplementedError`` for what has no name there."""
+    """The entry ``rope_parameters``; raises NotImplementedError for scalings without a name."""
     x: dict[str, Any] = {"rope_theta": rotary.theta, "rope_type": "default"}
     match rotary.scaling:
         case None:
@@ -111,4 +111,4 @@ def rope_parameters(rotary: Rotary) -> dict[str, Any]:
         case Llama3(factor, original, low, high):
             x |= {"rope_type": "llama3", "factor": factor, ORIGINAL: original}
             return x | {"low_freq_factor": low, "high_freq_factor": high}
-    raise NotImplementedError(f"{type(rotary.scaling).__name__} has no name in a config.json")
+    raise NotImplementedError(f"config.json has no name for {type(rotary.scaling).__name__}")

@@ -1,4 +1,4 @@
-"""Files of named arrays: a header in JSON, then their bytes. Nothing in them is ever executed.
+"""The safetensors format: named arrays, as a JSON header and their bytes. No code is executed.
 
 ::
 
@@ -6,8 +6,7 @@
     header     {"name": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, ...}
     data       the arrays one after the other, rows first, little-endian
 
-Arrays are read one at a time, when they are asked for. The header is believed only as far as it
-agrees with the size of the file.
+Arrays are read one at a time, on access. The header is validated against the size of the file.
 
 Source: https://github.com/huggingface/safetensors, "Format".
 """
@@ -52,7 +51,7 @@ class Entry(NamedTuple):
 
 
 class File(Mapping[str, np.ndarray]):
-    """The arrays of a file by name, each read when it is asked for."""
+    """The arrays of a file by name, each read on access."""
 
     def __init__(self, path: Path) -> None:
         """Reads the header.
@@ -75,7 +74,7 @@ class File(Mapping[str, np.ndarray]):
         return flat.reshape(entry.shape)
 
     def chunks(self, name: str) -> Iterator[bytes]:
-        """The bytes of an array, some at a time."""
+        """The bytes of an array, in chunks."""
         entry = self.entries[name]
         left = entry.end - entry.start
         with self.path.open("rb") as file:
@@ -92,7 +91,7 @@ class File(Mapping[str, np.ndarray]):
 
 
 def read_header(path: Path) -> dict[str, Entry]:
-    """What a file holds, checked against its size.
+    """The entries of a file, validated against its size.
 
     Raises:
       ValueError: the file is cut short, or its header is not one.
@@ -134,7 +133,7 @@ def read_header(path: Path) -> dict[str, Entry]:
 
 
 def _entry(x: Any, data: int) -> Entry | None:
-    """The entry; None where it is not one."""
+    """The entry; None if it is invalid."""
     if not isinstance(x, dict) or x.keys() != {"dtype", "shape", "data_offsets"}:
         return None
     dtype, shape, offsets = x["dtype"], x["shape"], x["data_offsets"]

@@ -13,10 +13,10 @@ from attention_jax.models.layers import Layers, Relative
 from attention_jax.models.pretrained.hf_config import ACTIVATION_NAMES, ACTIVATIONS, HFConfig
 from attention_jax.models.pretrained.tensors import Tensor, block, linear, norm
 
-TYPES = ("t5",)
+MODEL_TYPES = ("t5",)
 PREFIX = ""
 RENAMED: dict[str, str] = {}
-# A bias that was stored and never used.
+# A bias that older files store and no code uses.
 IGNORED = (r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",)
 COPIES = dict.fromkeys(
     ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"),
@@ -25,40 +25,40 @@ COPIES = dict.fromkeys(
 ARCHITECTURES = ("T5ForConditionalGeneration", "T5WithLMHeadModel")
 
 
-def config(x: HFConfig, names: set[str]) -> EncoderDecoderConfig:
-    """Our configuration from theirs. The head is tied where the file has none of its own."""
-    x.architecture(ARCHITECTURES, "T5ForConditionalGeneration")
-    E = x.number("d_model")
-    activation, gated = _activation(x)
-    dropout = x.rate("dropout_rate", 0.1)
-    scaled = x.flag("scale_decoder_outputs", x.flag("tie_word_embeddings", True))
-    x.only("is_encoder_decoder", True)
+def from_hf(hf: HFConfig, names: set[str]) -> EncoderDecoderConfig:
+    """Our configuration from Hugging Face's. The head is tied if the files have no ``lm_head``."""
+    hf.architecture(ARCHITECTURES, "T5ForConditionalGeneration")
+    E = hf.number("d_model")
+    activation, gated = _activation(hf)
+    dropout = hf.rate("dropout_rate", 0.1)
+    scaled = hf.flag("scale_decoder_outputs", hf.flag("tie_word_embeddings", True))
+    hf.only("is_encoder_decoder", True)
     for name in ("dense_act_fn", "is_gated_act", "classifier_dropout"):
-        x.take(name, None)  # follow from feed_forward_proj; of a head that is not ours
+        hf.take(name, None)  # implied by feed_forward_proj; of a head that we do not have
     encoder = Layers(
         features=E,
-        num_layers=x.number("num_layers"),
-        num_heads=x.number("num_heads"),
-        head_dim=x.number("d_kv"),
-        hidden=x.number("d_ff"),
+        num_layers=hf.number("num_layers"),
+        num_heads=hf.number("num_heads"),
+        head_dim=hf.number("d_kv"),
+        hidden=hf.number("d_ff"),
         activation=activation,
         gated=gated,
         norm="rms",
-        norm_epsilon=x.number("layer_norm_epsilon", 1e-6),
+        norm_epsilon=hf.number("layer_norm_epsilon", 1e-6),
         bias=False,
         feed_forward_bias=False,
         relative=Relative(
-            x.number("relative_attention_num_buckets", 32),
-            x.number("relative_attention_max_distance", 128),
+            hf.number("relative_attention_num_buckets", 32),
+            hf.number("relative_attention_max_distance", 128),
         ),
         scale=1.0,
         dropout_rate=dropout,
         feed_forward_dropout_rate=dropout,
         attention_dropout_rate=dropout,
     )
-    depth = x.number("num_decoder_layers", None) or encoder.num_layers
+    depth = hf.number("num_decoder_layers", None) or encoder.num_layers
     return EncoderDecoderConfig(
-        vocabulary=x.number("vocab_size"),
+        vocabulary=hf.number("vocab_size"),
         encoder=encoder,
         decoder=dataclasses.replace(encoder, num_layers=depth),
         positions=None,
@@ -68,26 +68,26 @@ def config(x: HFConfig, names: set[str]) -> EncoderDecoderConfig:
     )
 
 
-def _activation(x: HFConfig) -> tuple[str, bool]:
-    name = x.take("feed_forward_proj", "relu")
+def _activation(hf: HFConfig) -> tuple[str, bool]:
+    name = hf.take("feed_forward_proj", "relu")
     if not isinstance(name, str):
-        x.wrong.append(f"feed_forward_proj must be a name, got {name!r}")
+        hf.errors.append(f"feed_forward_proj must be a name, got {name!r}")
         name = "relu"
     gated = name.startswith("gated-")
-    # "gated-gelu" has always been the tanh form.
+    # "gated-gelu" means the tanh approximation.
     theirs = "gelu_new" if name == "gated-gelu" else name.removeprefix("gated-")
     if theirs not in ACTIVATIONS:
-        x.wrong.append(f"feed_forward_proj = {name!r} is not supported")
+        hf.errors.append(f"feed_forward_proj = {name!r} is not supported")
     return ACTIVATIONS.get(theirs, "relu"), gated
 
 
-def without(config: EncoderDecoderConfig) -> tuple[str, ...]:
-    """Patterns of the parts that the model does not have."""
+def optional(config: EncoderDecoderConfig) -> tuple[str, ...]:
+    """Tensors of heads that this model does not have."""
     return ()
 
 
-def entries(config: EncoderDecoderConfig) -> dict[str, Any]:
-    """Theirs from ours."""
+def to_hf(config: EncoderDecoderConfig) -> dict[str, Any]:
+    """Hugging Face's configuration from ours."""
     layers = config.encoder
     activation = ACTIVATION_NAMES[layers.activation]
     if layers.gated:
@@ -108,19 +108,19 @@ def entries(config: EncoderDecoderConfig) -> dict[str, Any]:
         "relative_attention_max_distance": layers.relative.max_distance,  # type: ignore[union-attr]
         "layer_norm_epsilon": layers.norm_epsilon,
         "dropout_rate": config.dropout_rate,
-        # To Hugging Face this says whether what the head sees is scaled.
+        # In Hugging Face's T5 this decides whether the input of the head is scaled.
         "tie_word_embeddings": config.head_scale != 1.0,
         "decoder_start_token_id": 0,
     }
 
 
 def model(config: EncoderDecoderConfig, rngs: nnx.Rngs) -> EncoderDecoder:
-    """The model of a configuration."""
+    """The model that the configuration describes."""
     return EncoderDecoder(config, rngs=rngs)
 
 
 def tensors(config: EncoderDecoderConfig) -> Iterator[Tensor]:
-    """All of a checkpoint's tensors."""
+    """Every tensor of a checkpoint, and where it belongs in the model."""
     yield Tensor("shared.weight", ("embed", "tokens"))
     for stack, layers in (("encoder", config.encoder), ("decoder", config.decoder)):
         table = f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"

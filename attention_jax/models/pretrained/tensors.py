@@ -1,4 +1,4 @@
-"""Where each tensor of a checkpoint belongs in a model, and in what form."""
+"""``Tensor``: where a tensor of a checkpoint belongs in a model, and in which layout."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ Path = tuple[str | int, ...]
 
 
 class Form(NamedTuple):
-    """How a tensor is laid out there and here."""
+    """How the layout of a tensor changes between checkpoint and model."""
 
     into: Callable[[np.ndarray], np.ndarray]
     """From the checkpoint into the model."""
     back: Callable[[Any], Any]
-    """The other way round."""
+    """From the model into the checkpoint."""
 
 
 SAME = Form(lambda x: x, lambda x: x)
@@ -27,27 +27,28 @@ class Tensor(NamedTuple):
     """One tensor of a checkpoint."""
 
     name: str
+    """In the checkpoint."""
     path: Path
     """In the state of the model."""
     form: Form = SAME
 
 
 def linear(name: str, path: Path, *, bias: bool = True) -> Iterator[Tensor]:
-    """A projection as torch has it."""
+    """A ``torch.nn.Linear``."""
     yield Tensor(f"{name}.weight", (*path, "kernel"), TRANSPOSED)
     if bias:
         yield Tensor(f"{name}.bias", (*path, "bias"))
 
 
 def norm(name: str, path: Path, *, bias: bool = True) -> Iterator[Tensor]:
-    """A norm."""
+    """A norm with its scale, and its bias if it has one."""
     yield Tensor(f"{name}.weight", (*path, "scale"))
     if bias:
         yield Tensor(f"{name}.bias", (*path, "bias"))
 
 
 def block(path: Path, i: int) -> dict[str, Path]:
-    """The paths of what layer ``i`` of the stack at ``path`` is made of."""
+    """The paths of the parts of layer ``i`` of the stack at ``path``."""
     at = (*path, "blocks", i)
     parts = {"attention": "attention", "cross": "cross_attention", "feed_forward": "feed_forward"}
     paths = {name: (*at, part, "sublayer") for name, part in parts.items()}

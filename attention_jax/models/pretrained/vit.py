@@ -12,7 +12,7 @@ from attention_jax.models.pretrained.hf_config import ACTIVATION_NAMES, HFConfig
 from attention_jax.models.pretrained.tensors import Form, Tensor, block, linear, norm
 from attention_jax.models.vision import VisionConfig, VisionTransformer
 
-TYPES = ("vit",)
+MODEL_TYPES = ("vit",)
 PREFIX = "vit."
 RENAMED: dict[str, str] = {}
 IGNORED: tuple[str, ...] = ()
@@ -21,56 +21,56 @@ WITHOUT_BATCH = Form(lambda x: x[0], lambda x: x[None])
 ARCHITECTURES = ("ViTModel", "ViTForImageClassification")
 
 
-def config(x: HFConfig, names: set[str]) -> VisionConfig:
-    """Our configuration from theirs."""
-    architecture = x.architecture(ARCHITECTURES, "ViTModel")
-    image, patch = _pair(x, "image_size", 224), _pair(x, "patch_size", 16)
+def from_hf(hf: HFConfig, names: set[str]) -> VisionConfig:
+    """Our configuration from Hugging Face's."""
+    architecture = hf.architecture(ARCHITECTURES, "ViTModel")
+    image, patch = _pair(hf, "image_size", 224), _pair(hf, "patch_size", 16)
     if patch[0] != patch[1]:
-        x.wrong.append(f"patch_size = {patch} is not supported, only squares")
-    dropout = x.rate("hidden_dropout_prob", 0.0)
+        hf.errors.append(f"patch_size = {patch} is not supported, only squares")
+    dropout = hf.rate("hidden_dropout_prob", 0.0)
     for name in ("encoder_stride", "pooler_output_size", "pooler_act"):
-        x.take(name, None)  # of heads that are not ours
+        hf.take(name, None)  # of heads that we do not have
     classes = None
     if architecture == "ViTForImageClassification":
-        classes = x.classes()
-    bias: Any = x.flag("qkv_bias", True) or ("out",)
+        classes = hf.classes()
+    bias: Any = hf.flag("qkv_bias", True) or ("out",)
     return VisionConfig(
         image=image,
         patch=patch[0],
-        channels=x.number("num_channels", 3),
+        channels=hf.number("num_channels", 3),
         classes=classes,
         layers=Layers(
-            features=x.number("hidden_size"),
-            num_layers=x.number("num_hidden_layers"),
-            num_heads=x.number("num_attention_heads"),
-            hidden=x.number("intermediate_size"),
-            activation=x.activation("hidden_act", "gelu"),
-            norm_epsilon=x.number("layer_norm_eps", 1e-12),
+            features=hf.number("hidden_size"),
+            num_layers=hf.number("num_hidden_layers"),
+            num_heads=hf.number("num_attention_heads"),
+            hidden=hf.number("intermediate_size"),
+            activation=hf.activation("hidden_act", "gelu"),
+            norm_epsilon=hf.number("layer_norm_eps", 1e-12),
             bias=bias,
             dropout_rate=dropout,
-            attention_dropout_rate=x.rate("attention_probs_dropout_prob", 0.0),
+            attention_dropout_rate=hf.rate("attention_probs_dropout_prob", 0.0),
         ),
         dropout_rate=dropout,
     )
 
 
-def _pair(x: HFConfig, name: str, default: int) -> tuple[int, int]:
+def _pair(hf: HFConfig, name: str, default: int) -> tuple[int, int]:
     """Rows and columns, from one number for both or two."""
-    given = x.take(name, default)
+    given = hf.take(name, default)
     pair = given if isinstance(given, list) else [given, given]
     if len(pair) != 2 or not all(type(n) is int and n > 0 for n in pair):
-        x.wrong.append(f"{name} must be one or two positive integers, got {given!r}")
+        hf.errors.append(f"{name} must be one or two positive integers, got {given!r}")
         return default, default
     return pair[0], pair[1]
 
 
-def without(config: VisionConfig) -> tuple[str, ...]:
-    """Patterns of the parts that the model does not have."""
+def optional(config: VisionConfig) -> tuple[str, ...]:
+    """Tensors of heads that this model does not have."""
     return (r"pooler\..*", r"classifier\..*")
 
 
-def entries(config: VisionConfig) -> dict[str, Any]:
-    """Theirs from ours."""
+def to_hf(config: VisionConfig) -> dict[str, Any]:
+    """Hugging Face's configuration from ours."""
     layers, (rows, columns) = config.layers, config.image
     x: dict[str, Any] = {
         "model_type": "vit",
@@ -92,12 +92,12 @@ def entries(config: VisionConfig) -> dict[str, Any]:
 
 
 def model(config: VisionConfig, rngs: nnx.Rngs) -> VisionTransformer:
-    """The model of a configuration."""
+    """The model that the configuration describes."""
     return VisionTransformer(config, rngs=rngs)
 
 
 def tensors(config: VisionConfig) -> Iterator[Tensor]:
-    """All of a checkpoint's tensors."""
+    """Every tensor of a checkpoint, and where it belongs in the model."""
     start = "" if config.classes is None else PREFIX
     E, p, c = config.layers.features, config.patch, config.channels
     convolution = Form(

@@ -1,4 +1,4 @@
-"""Accuracy against the number of labelled examples: a table and a picture of ``fewshot``'s runs."""
+"""A table and a plot of ``fewshot`` runs: accuracy against the number of labelled examples."""
 
 from __future__ import annotations
 
@@ -8,23 +8,22 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.report.ladders import Rung, Shown
-from experiments.report.plots import COLOURS
+from experiments.tasks.fewshot.config import ALL
+from experiments.training.task import COLOURS, LadderReport, Rung
 
-ALL = 0  # as the number of examples
-TRAINING = 4907  # labelled questions there are
+TRAINING = 4907  # questions in the training split of trec
 
 
 def cells(ladder: list[Rung]) -> dict[str, dict[int, Rung]]:
-    """By model and number of examples; of those that differ in more, what is most like a preset."""
-    found: dict[str, dict[int, Rung]] = {}
+    """Runs by model and number of examples; of several, those nearest to a preset."""
+    rows: dict[str, dict[int, Rung]] = {}
     for rung in ladder:
-        found.setdefault(rung.model, {}).setdefault(rung.runs[0]["config"]["examples"], rung)
-    return found
+        rows.setdefault(rung.model, {}).setdefault(rung.runs[0]["config"]["examples"], rung)
+    return rows
 
 
 def table(ladder: list[Rung]) -> list[str]:
-    """Accuracy: a row for each model, a column for each number; the best of a column is bold."""
+    """Accuracy by model (rows) and number of examples (columns); the best of a column is bold."""
     rows = cells(ladder)
     sizes = sorted({size for row in rows.values() for size in row}, key=_place)
     best = {
@@ -37,36 +36,36 @@ def table(ladder: list[Rung]) -> list[str]:
         f"| --- |{' ---: |' * (len(sizes) + 1)}",
     ]
     for model, row in rows.items():
-        shown = []
+        columns = []
         for size in sizes:
             if size not in row:
-                shown.append("")
+                columns.append("")
                 continue
             mean, spread = (100 * x("accuracy") for x in (row[size].mean, row[size].spread))
             cell = f"{mean:.1f} ± {spread:.1f}" if len(row[size].runs) > 1 else f"{mean:.1f}"
             bold = row[size].mean("accuracy") == best[size]
-            shown.append(f"**{cell}**" if bold else cell)
+            columns.append(f"**{cell}**" if bold else cell)
         parameters = next(iter(row.values())).runs[0]["parameters"]
-        lines.append(f"| {model} | {' | '.join(shown)} | {parameters:,} |")
+        lines.append(f"| {model} | {' | '.join(columns)} | {parameters:,} |")
     return lines
 
 
-def order(ladder: list[Rung]) -> str:
-    """Of how many draws the table is, and how long a run took."""
+def comment(ladder: list[Rung]) -> str:
+    """A sentence on the number of draws and the mean training time."""
     draws = sorted({len(rung.runs) for rung in ladder})
     number = f"{draws[0]} to {draws[-1]}" if len(draws) > 1 else f"{draws[0]}"
     seconds = [run["seconds"] for rung in ladder for run in rung.runs if run["parameters"]]
     trained = f" Training took {statistics.fmean(seconds):.0f} seconds a run." if seconds else ""
-    return f"Mean and standard deviation over draws, {number} of each number of examples.{trained}"
+    return f"Mean and standard deviation over {number} draws of each number of examples.{trained}"
 
 
 def caption(title: str) -> str:
-    """What the plot shows."""
+    """The caption of the plot."""
     return f"Accuracy of {title} against the number of labelled examples"
 
 
 def draw(ladder: list[Rung], file: Path) -> None:
-    """Accuracy on the test split against the number of labelled examples."""
+    """Plots test accuracy against the number of labelled examples."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
@@ -84,7 +83,9 @@ def draw(ladder: list[Rung], file: Path) -> None:
     axis.set_xticks([_place(size) for size in ticks])
     axis.set_xticklabels(["all" if size == ALL else f"{size}" for size in ticks])
     axis.minorticks_off()
-    axis.set_title("test accuracy, %; mean and deviation over draws", fontsize=10, loc="left")
+    axis.set_title(
+        "test accuracy, %; mean and standard deviation over draws", fontsize=10, loc="left"
+    )
     axis.set_xlabel("labelled examples", fontsize=9)
     axis.tick_params(labelsize=8)
     axis.spines[["top", "right"]].set_visible(False)
@@ -95,8 +96,8 @@ def draw(ladder: list[Rung], file: Path) -> None:
 
 
 def _place(size: int) -> int:
-    """Where a number of examples is on the axis."""
+    """The position of a number of examples on the axis."""
     return TRAINING if size == ALL else size
 
 
-SHOWN = Shown(table, order, caption, draw)
+REPORT = LadderReport(table, comment, caption, draw)

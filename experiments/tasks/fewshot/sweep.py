@@ -1,11 +1,11 @@
-"""``fewshot`` for every model, number of labelled examples and seed; ``curve`` shows the runs.
+"""Runs ``fewshot`` for every model, number of labelled examples and seed, and plots the curve.
 
 ::
 
     python -m experiments fewshot --record experiments/results
     python -m experiments fewshot --models adapted finetuned --sizes 30 100 --seeds 1
 
-A run whose record is there is not run again: what was broken off goes on when it is called again.
+Runs that already have a record are skipped, so an interrupted sweep resumes when started again.
 """
 
 from __future__ import annotations
@@ -19,40 +19,41 @@ from typing import Any
 
 import jax
 
-from experiments.report import ladders
-from experiments.report.ladders import Record
 from experiments.tasks import fewshot
 from experiments.tasks.classification import Data
-from experiments.tasks.fewshot import Config, Pretrained, curve
-from experiments.tasks.fewshot.curve import ALL
+from experiments.tasks.fewshot import curve
+from experiments.tasks.fewshot.config import ALL, PRESETS, Config
+from experiments.tasks.fewshot.pretraining import Pretrained, pretrain
 from experiments.training import config as configs
 from experiments.training import train
+from experiments.training.runs import Flags
+from experiments.training.task import Record, Rung
 
 MODELS = configs.choices(Config, "model")
-RATES = {"adapted": 6e-3}  # learning rates other than the preset's: adapters begin at nothing
+RATES = {"adapted": 6e-3}  # overrides the preset's learning rate: LoRA updates start at zero
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What to run."""
+    """What to run, and where results go."""
 
     preset: str = "cpu"
-    """Whose options every run has."""
+    """The preset that all runs start from."""
     models: tuple[str, ...] = MODELS
-    """The rungs of the ladder."""
+    """The models to train."""
     sizes: tuple[int, ...] = (10, 30, 100, 300, 1000, ALL)
     """Numbers of labelled examples; 0 is all."""
     seeds: int = 5
-    """How many draws of each size."""
+    """Draws of each size."""
     out: Path = Path("runs")
-    """The folder that runs go to, each in one of its own, fewshot/NAME."""
+    """Folder of the runs; each is written to fewshot/NAME in it."""
     record: Path | None = None
-    """A folder whose fewshot.jsonl the records are also appended to, and where the plot goes;
-    experiments/results is ours. Without it the plot is beside the runs."""
+    """Also append the records to fewshot.jsonl in this folder, and write the plot there, not beside
+    the runs. Published results are in experiments/results."""
 
     def __post_init__(self) -> None:
         checks = {
-            "preset": ({self.preset}, tuple(fewshot.PRESETS)),
+            "preset": ({self.preset}, tuple(PRESETS)),
             "models": ({*self.models}, MODELS),
         }
         for name, (given, known) in checks.items():
@@ -63,41 +64,49 @@ class Options:
 
 
 def main(options: Options) -> int:
-    """Runs what was not run, and draws; returns the exit code."""
-    once = _Once()
+    """Does the missing runs, prints the table and writes the plot; returns the exit code."""
+    once = _PretrainOnce()
     task = dataclasses.replace(
         fewshot.TASK, init=lambda config, data, rngs: fewshot.init(config, data, rngs, once)
     )
     records = []
-    with _programs_kept(options.out / "fewshot" / "programs"):
+    with _compilation_cache(options.out / "fewshot" / "programs"):
         for seed in range(options.seeds):
             for model in options.models:
                 for size in options.sizes:
                     records.append(_run(task, options, model, size, seed))
     file = (options.record or options.out / "fewshot") / "fewshot.png"
-    ladder = ladders.rungs("fewshot", records)
+    ladder = rungs(records)
     print("\n".join(curve.table(ladder)))
     curve.draw(ladder, file)
     print(f"wrote {file}")
     return 0
 
 
-class _Once:
-    """``fewshot.pretrain``, of each seed once: it does not depend on model and examples."""
+def rungs(records: list[Record]) -> list[Rung]:
+    """A rung for each model, in the order of the ladder, and number of labelled examples."""
+    groups: dict[tuple[str, int], list[Record]] = {}
+    for record in sorted(records, key=lambda record: MODELS.index(record["model"])):
+        groups.setdefault((record["model"], record["config"]["examples"]), []).append(record)
+    return [Rung(model, runs) for (model, _), runs in groups.items()]
+
+
+class _PretrainOnce:
+    """``pretrain``, cached by seed: it depends on neither the model nor the labelled examples."""
 
     def __init__(self) -> None:
-        self.kept: dict[Config, Pretrained] = {}
+        self.cache: dict[Config, Pretrained] = {}
 
     def __call__(self, config: Config, data: Data) -> Pretrained:
         key = dataclasses.replace(config, model="finetuned", examples=ALL)
-        if key not in self.kept:
-            self.kept[key] = fewshot.pretrain(config, data)
-        return self.kept[key]
+        if key not in self.cache:
+            self.cache[key] = pretrain(config, data)
+        return self.cache[key]
 
 
 def _run(task: Any, options: Options, model: Any, size: int, seed: int) -> Record:
-    """The record of a run, which is made where there is none."""
-    preset = fewshot.PRESETS[options.preset]
+    """Reads the record of a run, or does the run if there is none."""
+    preset = PRESETS[options.preset]
     rate = RATES.get(model, preset.learning_rate)
     config = dataclasses.replace(preset, model=model, examples=size, seed=seed, learning_rate=rate)
     name = f"{model}-{options.preset}-{size or 'all'}-seed{seed}"
@@ -105,15 +114,17 @@ def _run(task: Any, options: Options, model: Any, size: int, seed: int) -> Recor
     if file.exists():
         record: Record = json.loads(file.read_text())
         if record["config"] != configs.as_json(config):
-            raise ValueError(f"{file} is of another configuration: take another folder, --out")
+            raise ValueError(
+                f"{file} is of another configuration: choose another folder with --out"
+            )
         return record
-    flags = train.Flags(out=options.out, name=name, resume=True, record=options.record)
+    flags = Flags(out=options.out, name=name, resume=True, record=options.record)
     return train.run(task, config, preset=options.preset, flags=flags)
 
 
 @contextlib.contextmanager
-def _programs_kept(folder: Path) -> Iterator[None]:
-    """Keeps what XLA compiles: all runs of a model have one program."""
+def _compilation_cache(folder: Path) -> Iterator[None]:
+    """Enables JAX's persistent compilation cache: all runs of a model compile the same program."""
     names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
     before = [getattr(jax.config, name) for name in names]
     for name, x in zip(names, (str(folder.resolve()), 0.5), strict=True):

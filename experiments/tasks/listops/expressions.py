@@ -1,4 +1,4 @@
-"""Nested lists of digits: how they are written, made and evaluated."""
+"""Nested lists of digits: their tokens, random generation and evaluation."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ WORDS = text.Words((*text.SPECIAL, *map(str, range(10)), *(f"[{x}" for x in OPER
 DIGIT, OPERATOR, CLOSE = (WORDS.words.index(x) for x in ("0", "[MIN", "]"))
 
 
-def value(operator: int, arguments: list[int]) -> int:
-    """What an operator, by its place in ``OPERATORS``, makes of digits.
+def apply(operator: int, arguments: list[int]) -> int:
+    """Applies an operator, given by its index in ``OPERATORS``, to digits.
 
-    >>> [value(i, [7, 2, 9, 4]) for i in range(4)]
+    >>> [apply(i, [7, 2, 9, 4]) for i in range(4)]
     [2, 9, 5, 2]
     """
     name = OPERATORS[operator]
@@ -32,58 +32,59 @@ def value(operator: int, arguments: list[int]) -> int:
 
 
 def expression(config: Any, rng: random.Random) -> tuple[list[int], int]:
-    """A random expression and what it comes to: an argument is a list a quarter of the time.
+    """A random expression and its value; an argument is a list with probability 1/4.
 
-    One that grows longer than ``config.longest`` is left where it is.
+    Generation stops early once the expression is longer than ``config.longest``; the result is then
+    too long.
     """
     row: list[int] = []
 
     def grow(nesting: int) -> int:
         operator = rng.randrange(len(OPERATORS))
         row.append(OPERATOR + operator)
-        found = []
+        digits = []
         for _ in range(rng.randint(2, config.arguments)):
             if len(row) > config.longest:
                 break
             if nesting > 1 and rng.random() < 0.25:
-                found.append(grow(nesting - 1))
+                digits.append(grow(nesting - 1))
             else:
-                found.append(rng.randrange(10))
-                row.append(DIGIT + found[-1])
+                digits.append(rng.randrange(10))
+                row.append(DIGIT + digits[-1])
         row.append(CLOSE)
-        return value(operator, found or [0])
+        return apply(operator, digits or [0])
 
     return row, grow(config.nesting)
 
 
 def values(row: list[int]) -> list[int]:
-    """What each list of an expression comes to, at its operator and at its end; 0 at its digits.
+    """The value of each list at its operator and at its closing bracket; 0 at digits.
 
     >>> values(WORDS.encode("[MAX 2 9 [MIN 4 7 ] 0 ]"))
     [9, 0, 0, 4, 0, 0, 4, 0, 9]
     """
-    found, begun = [0] * len(row), list[int]()
+    result, starts = [0] * len(row), list[int]()
     arguments: list[list[int]] = [[]]
     for i, token in enumerate(row):
         if token == CLOSE:
-            start, given = begun.pop(), arguments.pop()
-            found[start] = found[i] = value(row[start] - OPERATOR, given or [0])
-            arguments[-1].append(found[i])
+            start, digits = starts.pop(), arguments.pop()
+            result[start] = result[i] = apply(row[start] - OPERATOR, digits or [0])
+            arguments[-1].append(result[i])
         elif token >= OPERATOR:
-            begun.append(i)
+            starts.append(i)
             arguments.append([])
         else:
             arguments[-1].append(token - DIGIT)
-    return found
+    return result
 
 
-def evaluated(words: list[str]) -> int:
-    """What a written expression comes to.
+def evaluate_words(words: list[str]) -> int:
+    """The value of an expression given as words.
 
     Raises:
-      ValueError: it is no expression.
+      ValueError: it is not an expression.
 
-    >>> evaluated("[MAX 2 9 [MIN 4 7 ] 0 ]".split())
+    >>> evaluate_words("[MAX 2 9 [MIN 4 7 ] 0 ]".split())
     9
     """
     stack: list[list[Any]] = [["", []]]
@@ -92,13 +93,13 @@ def evaluated(words: list[str]) -> int:
             stack.append([word[1:], []])
         elif word == "]" and len(stack) > 1 and stack[-1][1]:
             operator, arguments = stack.pop()
-            stack[-1][1].append(value(OPERATORS.index(operator), arguments))
+            stack[-1][1].append(apply(OPERATORS.index(operator), arguments))
         elif word.isdigit() and len(word) == 1:
             stack[-1][1].append(int(word))
         else:
             raise ValueError(
-                f"text must be an expression such as '[MAX 2 9 [MIN 4 7 ] 0 ]', got {word!r} in it"
+                f"text must be an expression such as '[MAX 2 9 [MIN 4 7 ] 0 ]': unexpected {word!r}"
             )
     if len(stack) > 1 or len(stack[0][1]) != 1:
-        raise ValueError("text must be one expression, with as many ] as [")
+        raise ValueError("text must be one expression with balanced brackets")
     return int(stack[0][1][0])

@@ -1,213 +1,60 @@
-"""The next character of Shakespeare's plays.
+"""Character-level language modelling of Shakespeare's plays.
 
 ::
 
-    python -m experiments train shakespeare                        # a Transformer decoder
+    python -m experiments train shakespeare                        # a transformer decoder
     python -m experiments train shakespeare --model ngram          # counted in seconds
     python -m experiments train shakespeare --positions alibi --mask window --window 32
     python -m experiments sample runs/shakespeare/transformer-cpu-seed0 --text "ROMEO:"
 
-The ladder: ``ngram`` (Witten-Bell, interpolated), ``gru``, ``gru_attention`` (its states attend to
-those before them), ``transformer``. Text is bytes, all of them ASCII: a token is a character. What
-reads character by character is faster in wider and shorter batches: the records of ``gru`` and
-``gru_attention`` are with ``--batch-size 32 --context 128 --weight-decay 0.05 --steps 1400``.
+Models: ``ngram`` (interpolated, Witten-Bell smoothing), ``gru``, ``gru_attention`` (causal
+attention over the states of the GRU), ``transformer``. Tokens are bytes; the text is ASCII, so a
+token is a character. Recurrent models are faster in larger batches of shorter sequences: the
+records of ``gru`` and ``gru_attention`` use ``--batch-size 32 --context 128 --weight-decay 0.05
+--steps 1400``.
 
 Data: tiny_shakespeare, 1,115,394 characters from A. Karpathy's char-rnn (the repository is MIT, the
-plays are in the public domain). The last tenth is the test split, as is usual; the twentieth before
-it validates. Scores are nats per character, each character once, after at least half a context.
+plays are in the public domain). The last tenth is the test split, as is usual, the twentieth before
+it the validation split. The score is nats per character; each character counts once and is
+predicted from at least half a context.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from attention_jax import masks
 from attention_jax.mechanisms import NAMED
-from attention_jax.models import Decoder, DecoderConfig, Sampling, generate
-from attention_jax.nn import Embeddings, MultiHeadAttention, Residual, record_weights
-from attention_jax.nn.linear import Linear
+from attention_jax.models import Decoder, Sampling, generate
+from attention_jax.nn import record_weights
 from experiments.datasets import text
-from experiments.datasets.files import path
-from experiments.models.recurrent import GRU
-from experiments.report.look import View, self_attention
-from experiments.tasks.shakespeare.ngrams import BYTES, NGrams
-from experiments.training import text_config, train
-from experiments.training.config import at_least_1, heads_divide
+from experiments.tasks.common import check_length
+from experiments.tasks.shakespeare.config import PRESETS, Config
+from experiments.tasks.shakespeare.data import Data, batches, load
+from experiments.tasks.shakespeare.models import Recurrent, transformer
+from experiments.tasks.shakespeare.ngrams import NGrams
 from experiments.training.losses import cross_entropy, logits
-from experiments.training.text_config import TextConfig
-
-
-@dataclasses.dataclass(frozen=True)
-class Config(TextConfig):
-    """The options of a model of characters."""
-
-    model: Literal["ngram", "gru", "gru_attention", "transformer"] = "transformer"
-    """The rung of the ladder."""
-    positions: Literal["none", "sinusoidal", "learned", "rotary", "alibi", "relative"] = "rotary"
-    """How a token knows where it is."""
-    window: int = 64
-    """Of the mask: tokens back, or in a block."""
-    gru_width: int = 256
-    """Of gru and gru_attention: numbers per state."""
-    gru_depth: int = 2
-    """Of gru and gru_attention: layers."""
-    context: int = 128
-    """Characters that a model is trained on at a time."""
-    order: int = 5
-    """Of ngram: characters, the predicted one included."""
-    temperature: float = 0.8
-    """Of samples; less is safer."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        at_least_1(self, "gru_width", "gru_depth")
-        heads_divide(self, "gru_width")
-        if self.context < 2 or self.context % 2:
-            raise ValueError(f"context must be even and at least 2, got {self.context}")
-        if not 1 <= self.order <= 7:
-            raise ValueError(f"order must be in [1, 7], got {self.order}")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature must be above 0, got {self.temperature}")
-
-
-PRESETS = {
-    "cpu": Config(
-        steps=3800,
-        batch_size=4,
-        learning_rate=3e-3,
-        weight_decay=0.3,
-        depth=4,
-        context=256,
-        dropout=0.0,
-        evaluations=2,
-        ema=0.99,
-        minutes=10,
-    ),
-    "smoke": Config(
-        steps=6,
-        batch_size=4,
-        width=16,
-        heads=2,
-        depth=1,
-        context=16,
-        evaluations=1,
-        synthetic=True,
-        gru_width=16,
-        gru_depth=1,
-    ),
-    "accelerator": Config(
-        steps=5000,
-        batch_size=64,
-        learning_rate=1e-3,
-        width=384,
-        heads=8,
-        depth=6,
-        gru_width=768,
-        context=256,
-        dropout=0.2,
-        evaluations=20,
-        ema=0.999,
-        dtype="bfloat16",
-    ),
-}
-
-
-class Data(NamedTuple):
-    """The text as bytes, and where its splits begin and end."""
-
-    bytes: np.ndarray
-    splits: dict[str, tuple[int, int]]
-
-
-def data(config: Config) -> Data:
-    """Train, validation and test, in the order of the text."""
-    if config.synthetic:
-        written = b"".join(b"scene %d: enter %d\n" % (i, i % 7) for i in range(150))
-    else:
-        written = path("tiny_shakespeare/input.txt").read_bytes()
-    n = len(written)
-    first, second = n - n // 10 - n // 20, n - n // 10
-    splits = {"train": (0, first), "validation": (first, second), "test": (second, n)}
-    return Data(np.frombuffer(written, np.uint8).astype(np.int32), splits)
-
-
-# --- Models.
-
-
-class Recurrent(nnx.Module):
-    """Embeddings, a GRU, with ``attend`` causal attention over its states, and the head."""
-
-    def __init__(self, config: Config, *, attend: bool, rngs: nnx.Rngs) -> None:
-        E = config.gru_width
-        init = nnx.initializers.normal(E**-0.5)
-        self.embed = Embeddings(BYTES, E, embedding_init=init, rngs=rngs)
-        self.gru = GRU(E, E, config.gru_depth, dropout_rate=config.dropout, rngs=rngs)
-        self.attention = nnx.data(None)
-        if attend:
-            heads = MultiHeadAttention(
-                E,
-                config.heads,
-                mask=masks.causal(),
-                **text_config.attention_options(config),
-                rngs=rngs,
-            )
-            norm = functools.partial(nnx.LayerNorm, E, rngs=rngs)
-            self.attention = Residual(heads, norm, dropout_rate=config.dropout, rngs=rngs)
-        self.head = Linear(E, BYTES, rngs=rngs)
-
-    def __call__(self, tokens: Any) -> jax.Array:
-        """Logits ``[B T 256]`` of what follows each of ``[B T]``."""
-        x = self.gru(self.embed(jnp.asarray(tokens)))
-        return self.head(x if self.attention is None else self.attention(x))
+from experiments.training.task import AttentionView, Loss, Metrics, Task, self_attention
 
 
 def init(config: Config, data: Data, rngs: nnx.Rngs) -> Any:
-    """The rung."""
+    """A fresh model, or counted n-grams."""
     if config.model == "ngram":
         start, stop = data.splits["train"]
         return NGrams.count(data.bytes[start:stop], config.order)
-    if config.model != "transformer":
-        return Recurrent(config, attend=config.model == "gru_attention", rngs=rngs)
-    return Decoder(
-        DecoderConfig(
-            BYTES,
-            text_config.layers(config, activation="gelu_tanh"),  # as GPT-2, and cheaper than erf
-            positions=config.vectors,
-            max_length=config.context if config.vectors == "learned" else None,
-            embedding_scale=text_config.EMBEDDING_SCALE,
-            tied=False,
-            dropout_rate=config.dropout,
-        ),
-        rngs=rngs,
-    )
+    if config.model == "transformer":
+        return transformer(config, rngs=rngs)
+    return Recurrent(config, attend=config.model == "gru_attention", rngs=rngs)
 
 
-# --- The task.
-
-
-def batches(config: Config, data: Data, step: int) -> Iterator[np.ndarray]:
-    """Pieces ``[B T+1]`` of the text, from anywhere."""
-    start, stop = data.splits["train"]
-    T = config.context
-    while True:
-        rng = np.random.default_rng([config.seed, step])
-        at = rng.integers(start, stop - T, config.batch_size)
-        yield data.bytes[at[:, None] + np.arange(T + 1)]
-        step += 1
-
-
-def loss(config: Config, model: Any, batch: Any) -> train.Loss:
-    """Cross-entropy of each character after those before it."""
+def loss(config: Config, model: Any, batch: Any) -> Loss:
+    """Cross-entropy of each character given the characters before it."""
     each = cross_entropy(model(batch[:, :-1]), batch[:, 1:], config.label_smoothing)
-    return train.Loss(each.sum(), jnp.float32(each.size))
+    return Loss(each.sum(), jnp.float32(each.size))
 
 
 @nnx.jit
@@ -215,97 +62,93 @@ def _nats(model: Any, tokens: Any, targets: Any) -> jax.Array:
     return cross_entropy(model(tokens), targets)
 
 
-def evaluate(config: Config, model: Any, data: Data, split: str) -> train.Metrics:
-    """Nats per character: windows that overlap by half, of which the second half counts."""
+def evaluate(config: Config, model: Any, data: Data, split: str) -> Metrics:
+    """Nats and bits per character, over half-overlapping windows whose second half counts."""
     start, stop = data.splits[split]
     T, half, size = config.context, config.context // 2, 64
-    at = np.arange(start, stop, half)  # the first character that a window is asked for
+    firsts = np.arange(start, stop, half)  # the first character that counts in each window
     total = 0.0
-    for some in np.split(at, range(size, len(at), size)):
-        rows = np.concatenate([some, np.full(size - len(some), start)])
-        places = rows[:, None] - half - 1 + np.arange(T + 1)
-        pieces = data.bytes[np.minimum(places, len(data.bytes) - 1)]
-        tokens, targets = pieces[:, :-1], pieces[:, 1:]
+    for batch in np.split(firsts, range(size, len(firsts), size)):
+        rows = np.concatenate([batch, np.full(size - len(batch), start)])
+        positions = rows[:, None] - half - 1 + np.arange(T + 1)
+        windows = data.bytes[np.minimum(positions, len(data.bytes) - 1)]
+        tokens, targets = windows[:, :-1], windows[:, 1:]
         if isinstance(model, nnx.Module):
             nats = np.asarray(_nats(model, tokens, targets), np.float64)
         else:
             nats = model.nats(tokens, targets)
-        asked = places[: len(some), 1:][:, half:] < stop
-        total += float((nats[: len(some), half:] * asked).sum())
+        counted = positions[: len(batch), 1:][:, half:] < stop
+        total += float((nats[: len(batch), half:] * counted).sum())
     per_character = total / (stop - start)
     return {"nats": per_character, "bits": per_character / np.log(2)}
 
 
 def prompt_of(config: Config, given: str | None) -> np.ndarray:
-    """A text's bytes; without one, the end of a line.
+    """The bytes of a user's text, by default a line break.
 
     Raises:
-      ValueError: it is empty, or longer than a model reads.
+      ValueError: it is empty, or longer than the model reads.
     """
     if given is None:
         return np.frombuffer(b"\n", np.uint8).astype(np.int32)
     prompt = np.frombuffer(text.check(given).encode(), np.uint8).astype(np.int32)
-    if len(prompt) > config.context:
-        raise ValueError(
-            f"text has {len(prompt)} bytes, the model reads {config.context} (context): give less"
-        )
+    check_length(len(prompt), config.context, "bytes", "context")
     return prompt
 
 
 def sample(config: Config, model: Any, data: Data, given: str | None, length: int = 500) -> str:
-    """A continuation."""
+    """A continuation of a text."""
     prompt = prompt_of(config, given)
     key = jax.random.key(config.seed)
-    # Beyond the context that it was trained on a Transformer writes nonsense.
+    # Beyond the context it was trained on, a transformer writes nonsense.
     cached = len(prompt) + length <= config.context and config.attention not in NAMED
     if isinstance(model, Decoder) and cached:
-        found = generate(
+        generated = generate(
             model,
             prompt[None],
             max_new_tokens=length,
             sampling=Sampling(temperature=config.temperature),
             key=key,
         )
-        made = np.asarray(found.tokens)[0]
+        tokens = np.asarray(generated.tokens)[0]
     else:
-        made = _one_by_one(config, model, prompt, length, key)
-    return bytes([*prompt, *made]).decode(errors="replace")
+        tokens = _sample_uncached(config, model, prompt, length, key)
+    return bytes([*prompt, *tokens]).decode(errors="replace")
 
 
-def _one_by_one(
+def _sample_uncached(
     config: Config, model: Any, prompt: np.ndarray, length: int, key: jax.Array
 ) -> np.ndarray:
-    """Each character from the last ``context`` before it."""
-    written = prompt.tolist()
+    """Samples each character from the last ``context`` characters."""
+    tokens = prompt.tolist()
     for i in range(length):
-        last = written[-config.context :]
+        last = tokens[-config.context :]
         if isinstance(model, nnx.Module):
             after = logits(model, text.padded([last], config.context))[0, len(last) - 1]
         else:
             after = model.logits(np.array(last))
         drawn = jax.random.categorical(jax.random.fold_in(key, i), after / config.temperature)
-        written.append(int(drawn))
-    return np.array(written[len(prompt) :])
+        tokens.append(int(drawn))
+    return np.array(tokens[len(prompt) :])
 
 
-def look(config: Config, model: Any, data: Data, given: str | None) -> list[View]:
-    """The decoder's attention over a text, or over the first characters of the test split."""
+def look(config: Config, model: Any, data: Data, given: str | None) -> list[AttentionView]:
+    """Attention weights on a text; default the first characters of the test split."""
     if config.model not in ("transformer", "gru_attention"):
         raise ValueError(
-            f"model {config.model} has no attention to look at: take gru_attention or transformer"
+            f"model {config.model} has no attention to look at: use gru_attention or transformer"
         )
     start, _ = data.splits["test"]
     tokens = data.bytes[start : start + min(64, config.context)]
     tokens = tokens if given is None else prompt_of(config, given)
     _, weights = record_weights(model, tokens[None])
-    shown = [chr(x) for x in tokens]
-    return self_attention("decoder", shown, weights)
+    return self_attention("decoder", [chr(x) for x in tokens], weights)
 
 
-TASK = train.Task(
+TASK = Task(
     name="shakespeare",
     presets=PRESETS,
-    data=data,
+    data=load,
     init=init,
     batches=batches,
     loss=loss,

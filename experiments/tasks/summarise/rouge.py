@@ -1,8 +1,7 @@
-"""ROUGE: how much of a reference summary is in another, by words, pairs of words, and their order.
+"""ROUGE: overlap of a summary with a reference, in words, bigrams and common subsequences.
 
-Words are runs of ``a-z0-9`` in lower case, as in the package rouge-score; nothing is stemmed. Each
-score is an F1, the harmonic mean of the part of the summary that is in the reference and the part
-of the reference that is in the summary.
+Words are runs of ``a-z0-9`` in lower case, as in the package rouge-score, without stemming. Each
+score is an F1, the harmonic mean of precision and recall of the summary against the reference.
 
 Source: Lin 2004, "ROUGE: A Package for Automatic Evaluation of Summaries".
 """
@@ -18,7 +17,7 @@ WORD = re.compile(r"[a-z0-9]+")
 
 
 class Rouge(NamedTuple):
-    """The three F1s, from 0 to 1."""
+    """F1 of words, of bigrams and of the longest common subsequence, from 0 to 1."""
 
     rouge1: float
     rouge2: float
@@ -26,7 +25,7 @@ class Rouge(NamedTuple):
 
 
 def words(text: str) -> list[str]:
-    """What is compared.
+    """The words of a text that ROUGE compares.
 
     >>> words("Don't stop: U.S. 3-2")
     ['don', 't', 'stop', 'u', 's', '3', '2']
@@ -35,30 +34,30 @@ def words(text: str) -> list[str]:
 
 
 def rouge(reference: str, summary: str) -> Rouge:
-    """Of one summary against one reference.
+    """ROUGE of one summary against one reference.
 
     >>> [round(x, 3) for x in rouge("the cat sat on the mat", "the cat on a mat")]
     [0.727, 0.222, 0.727]
     """
-    right, made = words(reference), words(summary)
+    right, ours = words(reference), words(summary)
     return Rouge(
-        _f1(_common(right, made, 1), len(right), len(made)),
-        _f1(_common(right, made, 2), len(right) - 1, len(made) - 1),
-        _f1(longest_common(right, made), len(right), len(made)),
+        _f1(_common_ngrams(right, ours, 1), len(right), len(ours)),
+        _f1(_common_ngrams(right, ours, 2), len(right) - 1, len(ours) - 1),
+        _f1(longest_common(right, ours), len(right), len(ours)),
     )
 
 
 def mean(references: Sequence[Sequence[str]], summaries: Sequence[str]) -> Rouge:
-    """Of many summaries; where there are several references, each score is the best of them."""
+    """Mean over summaries; with several references, each score is that of the best one."""
     each = [
-        [max(found) for found in zip(*(rouge(x, made) for x in some), strict=True)]
-        for some, made in zip(references, summaries, strict=True)
+        [max(scores) for scores in zip(*(rouge(x, summary) for x in several), strict=True)]
+        for several, summary in zip(references, summaries, strict=True)
     ]
     return Rouge(*(sum(column) / len(each) for column in zip(*each, strict=True)))
 
 
 def longest_common(one: Sequence[str], other: Sequence[str]) -> int:
-    """The length of the longest sequence of words that is in both, gaps allowed.
+    """Length of the longest common subsequence.
 
     >>> longest_common("a b c d".split(), "b x d a".split())
     2
@@ -72,8 +71,8 @@ def longest_common(one: Sequence[str], other: Sequence[str]) -> int:
     return row[-1]
 
 
-def _common(one: list[str], other: list[str], n: int) -> int:
-    """How many runs of ``n`` words both have, each as often as in the one that has it less."""
+def _common_ngrams(one: list[str], other: list[str], n: int) -> int:
+    """Number of common n-grams, each counted as often as it occurs in both."""
     ours, theirs = (
         collections.Counter(tuple(x[i : i + n]) for i in range(len(x) - n + 1))
         for x in (one, other)

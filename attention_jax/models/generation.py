@@ -1,8 +1,8 @@
-"""Decoding: one token after the other, each from the logits of those before it.
+"""Generation: one token after the other, each chosen from the logits after the previous ones.
 
-Everything runs in one compiled loop over rows that know nothing of each other, or step by step, for
-what wants each token when it comes. Prompts may be of different lengths: they are moved to the left
-of their rows first, so that padding on either side gives the same.
+``generate`` runs one compiled loop, ``stream`` one compiled step per token. Rows are independent.
+Prompts may be of different lengths: they are first moved to the left of their rows, so that padding
+on either side gives the same result.
 """
 
 from __future__ import annotations
@@ -23,21 +23,24 @@ from attention_jax.models.sampling import Choice, Processor, Sampling, as_choice
 
 
 class Generated(NamedTuple):
-    """What was generated."""
+    """The result of ``generate``.
+
+    Attributes:
+      tokens: int32 ``[B max_new_tokens]``, without the prompt; ``pad_token`` after the end. -1 if
+        no token can be chosen, since logits are NaN or processors leave none; the row ends there.
+      count: int32 ``[B]``, how many are real, the stop token included.
+      log_probability: float32 ``[B]``, of all of them under the model; NaN if a row ends in -1.
+      caches: with all tokens except the last one, to resume from.
+    """
 
     tokens: Any
-    """int32 ``[B max_new_tokens]``, without the prompt; ``pad_token`` after the end. -1 where there
-    is none to choose: logits are NaN, or processors leave nothing. Such a row ends there."""
     count: Any
-    """int32 ``[B]``, how many are real, the stop token included."""
     log_probability: Any
-    """float32 ``[B]``, of them all under the model; NaN where a row ends for want of a token."""
     caches: Any
-    """With all tokens but the last generated, to go on from."""
 
 
 class _Settings(NamedTuple):
-    """What the compiled loop depends on, beside arrays."""
+    """The static arguments of the compiled loop."""
 
     max_new_tokens: int
     choice: Choice
@@ -46,13 +49,13 @@ class _Settings(NamedTuple):
 
 
 class _Loop(NamedTuple):
-    """Where the loop is."""
+    """The carry of the loop."""
 
     step: Any
     token: Any
-    """The last of each row, ``[B]``."""
+    """The last token of each row, ``[B]``."""
     so_far: Any
-    """Prompts and what was generated, ``[B T + new]``; -1 where there is nothing."""
+    """Prompts and generated tokens, ``[B T + new]``; -1 elsewhere."""
     done: Any
     """bool ``[B]``."""
     result: Generated
@@ -75,32 +78,33 @@ def generate(
 ) -> Generated:
     """The tokens that follow each prompt.
 
-    A row's result depends on its own prompt, the key and its number in the batch, on no other row.
+    The result of a row depends on its prompt, the key and its index, not on other rows.
 
     Args:
       model: a ``Decoder``, or an ``EncoderDecoder``.
-      prompt: integers ``[B T]``; for an ``EncoderDecoder`` the target so far, its start token say.
-      max_new_tokens: how many tokens to generate at most.
+      prompt: integers ``[B T]``; for an ``EncoderDecoder`` the start of the target.
+      max_new_tokens: largest number of tokens to generate.
       real: bool ``[B T]``, False for padding, on either side, where the prompt may hold any
         integers; default: all are real.
-      sampling: how tokens are chosen. None: the likeliest. ``Sampling``, or processors of
-        ``models.sampling`` as ``(temperature(0.7), top_p(0.9))``: drawn from what they leave.
-        ``sampling.likeliest(...)``: the likeliest of what they leave. Processors see the prompt and
-        what was generated, not what is in the caches.
-      key: a key of ``jax.random``, or one for each row ``[B]``; for what is drawn.
+      sampling: how tokens are chosen. None: greedily. ``Sampling``, or processors of
+        ``models.sampling`` such as ``(temperature(0.7), top_p(0.9))``: drawn from the processed
+        logits. ``sampling.likeliest(...)``: greedily from the processed logits. Processors get the
+        tokens of the prompt and the generated ones, not those in the caches.
+      key: a key of ``jax.random``, or one for each row ``[B]``; required for drawing.
       stop: the token that ends a row, several of them, or None.
-      pad_token: what stands after the end; any int.
-      source, source_real: for an ``EncoderDecoder``: integers ``[B S]`` and which are no padding.
-      capacity: of the caches; default ``T + max_new_tokens - 1``, what there is room needed for.
-      caches: of what came before the prompt; donated: what ``Generated`` has takes their place.
+      pad_token: fills a row after its end; any int.
+      source, source_real: for an ``EncoderDecoder``: integers ``[B S]``, and bool ``[B S]``, False
+        for padding.
+      capacity: of the caches; default ``T + max_new_tokens - 1``, the least that suffices.
+      caches: of the tokens before the prompt. They are donated: use those of ``Generated`` after.
 
     Returns:
       ``Generated``.
 
     Raises:
-      ValueError: prompts without a token, or for which there is no room; a token of the prompt, the
-        source or ``stop`` that is not in the vocabulary; a key is missing. Where tokens are not
-        known, under ``jit``, a row with one that is not in the vocabulary generates -1 and ends.
+      ValueError: empty prompts, or too little capacity for them; a token of the prompt, the source
+        or ``stop`` that is not in the vocabulary; a missing key. Under ``jit``, where tokens are
+        not known, a row with a token outside the vocabulary generates -1 and ends.
       TypeError: prompts that are not integers; another model.
 
     >>> import numpy as np
@@ -109,47 +113,45 @@ def generate(
     >>> model = Decoder(config, rngs=nnx.Rngs(0))
     >>> generate(model, np.array([[3, 1], [4, 4]]), max_new_tokens=3).tokens.shape
     (2, 3)
-    >>> how = sampling.repetition_penalty(1.2), sampling.temperature(0.7), sampling.min_p(0.05)
-    >>> generate(model, np.array([[3, 1]]), max_new_tokens=3, sampling=how,
+    >>> processors = sampling.repetition_penalty(1.2), sampling.min_p(0.05)
+    >>> generate(model, np.array([[3, 1]]), max_new_tokens=3, sampling=processors,
     ...          key=jax.random.key(0)).tokens.shape
     (1, 3)
     """
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sampling": sampling, "key": key}
-    options |= {"stop": stop, "pad_token": pad_token, "real": real}
-    options |= {"source": source, "source_real": source_real}
-    fixed, start, caches = _ready(model, prompt, **options, capacity=capacity, caches=caches)
+    fixed, start, caches = _prepare(
+        model,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        real=real,
+        sampling=sampling,
+        key=key,
+        stop=stop,
+        pad_token=pad_token,
+        source=source,
+        source_real=source_real,
+        capacity=capacity,
+        caches=caches,
+    )
     return _run(*fixed, *start, caches)
 
 
 def stream(
-    model: Decoder | EncoderDecoder,
-    prompt: Any,
-    *,
-    max_new_tokens: int,
-    real: Any = None,
-    sampling: Sampling | Choice | Processor | Sequence[Processor] | None = None,
-    key: Any = None,
-    stop: Any = (),
-    pad_token: int = 0,
-    source: Any = None,
-    source_real: Any = None,
-    capacity: int | None = None,
-    caches: Any = None,
+    model: Decoder | EncoderDecoder, prompt: Any, *, max_new_tokens: int, **options: Any
 ) -> Generator[jax.Array, None, Generated]:
-    """The tokens that follow each prompt, one step at a time as they come.
+    """The tokens that follow each prompt, yielded step by step.
 
-    The steps are those of ``generate``, in a loop on the host. It ends when all rows have.
+    The same steps as ``generate``, in a loop on the host that ends when all rows have ended.
 
     Args:
-      model, prompt, max_new_tokens, real, sampling, key, stop, pad_token, source, source_real,
-        capacity, caches: as for ``generate``.
+      model, prompt, max_new_tokens: as for ``generate``.
+      **options: the other arguments of ``generate``.
 
     Returns:
-      An iterator over int32 ``[B]``, the columns of ``generate(...).tokens`` as long as there is a
-      row that has not ended. As a generator it returns ``Generated``, for ``yield from``.
+      A generator of int32 ``[B]``, the columns of ``generate(...).tokens`` until all rows have
+      ended. It returns ``Generated``, for ``yield from``.
 
     Raises:
-      ValueError, TypeError: as ``generate``, and before the first step; under ``jit``.
+      ValueError, TypeError: as ``generate``, before the first step; under ``jit``.
 
     >>> import numpy as np
     >>> from attention_jax.models import DecoderConfig, Layers
@@ -160,30 +162,42 @@ def stream(
     >>> steps == generate(model, prompt, max_new_tokens=3).tokens.T.tolist()
     True
     """
-    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((prompt, real, caches))):
+    arrays = (prompt, options.get("real"), options.get("caches"))
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(arrays)):
         raise TypeError("prompt must be known: stream loops on the host; under jit use generate")
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sampling": sampling, "key": key}
-    options |= {"stop": stop, "pad_token": pad_token, "real": real}
-    options |= {"source": source, "source_real": source_real}
-    return _steps(*_ready(model, prompt, **options, capacity=capacity, caches=caches))
+    return _steps(*_prepare(model, prompt, max_new_tokens=max_new_tokens, **options))
 
 
-def _ready(
+def _prepare(
     model: Any,
     prompt: Any,
     *,
-    sampling: Any,
-    key: Any,
-    stop: Any,
-    pad_token: int,
     max_new_tokens: int,
-    **options: Any,
+    sampling: Any = None,
+    key: Any = None,
+    stop: Any = (),
+    pad_token: int = 0,
+    real: Any = None,
+    source: Any = None,
+    source_real: Any = None,
+    capacity: int | None = None,
+    caches: Any = None,
 ) -> tuple[Any, Any, Any]:
-    """The checked arguments of both: graph, settings and state; what the loop reads; caches."""
+    """Checks the arguments of ``generate``; returns those of ``_run``.
+
+    They come in three groups: graph, settings and state; what the loop reads; caches.
+    """
     max_new_tokens = int_at_least("max_new_tokens", max_new_tokens, 1)
     choice = as_choice(sampling)
     prompt, count, memory, caches = prompts.prepare(
-        model, prompt, max_new_tokens=max_new_tokens, **options
+        model,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        real=real,
+        source=source,
+        source_real=source_real,
+        capacity=capacity,
+        caches=caches,
     )
     keys = _row_keys(key, prompt.shape[0]) if choice.draws else None
     stops = prompts.as_stop(stop, model.vocabulary)
@@ -222,21 +236,21 @@ def _run(
     keys: Any,
     caches: Any,
 ) -> Generated:
-    """All steps."""
-    model = _evaluated(graph, state)
+    """The whole loop, compiled."""
+    model = _eval_model(graph, state)
     loop = _begin(model, settings, prompt, count, memory, keys, caches)
 
-    def going(loop: _Loop) -> jax.Array:
+    def unfinished(loop: _Loop) -> jax.Array:
         return (loop.step < settings.max_new_tokens) & ~loop.done.all()
 
-    go = functools.partial(_go, model, settings, memory, keys)
-    return jax.lax.while_loop(going, go, loop).result
+    step = functools.partial(_step, model, settings, memory, keys)
+    return jax.lax.while_loop(unfinished, step, loop).result
 
 
 def _steps(
     fixed: Any, start: tuple[Any, ...], caches: Any
 ) -> Generator[jax.Array, None, Generated]:
-    """The same on the host."""
+    """The loop on the host, with compiled steps."""
     graph, settings, state = fixed
     *_, memory, keys = start
     loop, caches = _first_step(graph, settings, state, *start, caches)
@@ -260,8 +274,8 @@ def _first_step(
     keys: Any,
     caches: Any,
 ) -> tuple[_Loop, Any]:
-    model = _evaluated(graph, state)
-    return _apart(_begin(model, settings, prompt, count, memory, keys, caches))
+    model = _eval_model(graph, state)
+    return _split_caches(_begin(model, settings, prompt, count, memory, keys, caches))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnames=("caches",))
@@ -269,15 +283,15 @@ def _next_step(
     graph: Any, settings: _Settings, state: Any, memory: Any, keys: Any, loop: _Loop, caches: Any
 ) -> tuple[_Loop, Any]:
     loop = loop._replace(result=loop.result._replace(caches=caches))
-    return _apart(_go(_evaluated(graph, state), settings, memory, keys, loop))
+    return _split_caches(_step(_eval_model(graph, state), settings, memory, keys, loop))
 
 
-def _apart(loop: _Loop) -> tuple[_Loop, Any]:
-    """The caches apart, since these alone are donated: what was given out must live on."""
+def _split_caches(loop: _Loop) -> tuple[_Loop, Any]:
+    """Loop and caches, of which only the caches are donated: yielded tokens must stay valid."""
     return loop._replace(result=loop.result._replace(caches=None)), loop.result.caches
 
 
-def _evaluated(graph: Any, state: Any) -> Any:
+def _eval_model(graph: Any, state: Any) -> Any:
     model = nnx.merge(graph, state)
     model.eval()
     return model
@@ -292,7 +306,7 @@ def _begin(
     keys: Any,
     caches: Any,
 ) -> _Loop:
-    """The prompt, and the first token."""
+    """Reads the prompt and chooses the first token."""
     B, new = prompt.shape[0], settings.max_new_tokens
     logits, caches = prompts.next_logits(model, prompt, count, memory, caches)
     result = Generated(
@@ -304,18 +318,20 @@ def _begin(
     given = jnp.where(first_tokens(count, prompt.shape), prompt, -1)
     so_far = jnp.concatenate([given, jnp.full((B, new), -1, jnp.int32)], axis=1)
     start = _Loop(jnp.int32(0), jnp.zeros(B, jnp.int32), so_far, jnp.zeros(B, bool), result)
-    return _add(settings, keys, start, logits)
+    return _choose(settings, keys, start, logits)
 
 
-def _go(model: Any, settings: _Settings, memory: Any, keys: Any, loop: _Loop) -> _Loop:
-    """The logits of what follows the last token, and the next."""
+def _step(model: Any, settings: _Settings, memory: Any, keys: Any, loop: _Loop) -> _Loop:
+    """One step: the logits after the last token, and the choice of the next one."""
     caches = loop.result.caches
     logits, caches = prompts.next_logits(model, loop.token[:, None], ~loop.done, memory, caches)
-    return _add(settings, keys, loop._replace(result=loop.result._replace(caches=caches)), logits)
+    return _choose(
+        settings, keys, loop._replace(result=loop.result._replace(caches=caches)), logits
+    )
 
 
-def _add(settings: _Settings, keys: Any, loop: _Loop, logits: jax.Array) -> _Loop:
-    """One token more in every row that has not ended."""
+def _choose(settings: _Settings, keys: Any, loop: _Loop, logits: jax.Array) -> _Loop:
+    """Chooses a token in every row that has not ended."""
     step, done, result = loop.step, loop.done, loop.result
     at = None if keys is None else jax.vmap(lambda k: jax.random.fold_in(k, step))(keys)
     token = jax.vmap(settings.choice)(loop.so_far, logits, at)

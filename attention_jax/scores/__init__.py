@@ -1,0 +1,48 @@
+"""Scores: frozen values that change a logit before the softmax, applied one after the other.
+
+A score is a pytree with one method, ``score(s, b, n, q, k) -> s``: the new logit of query ``q`` and
+key ``k`` in head ``n`` of example ``b``. Its arrays may be traced, batched over ``*B`` and
+differentiated.
+
+>>> import numpy as np
+>>> q, k = np.arange(2)[:, None], np.arange(3)[None, :]
+>>> s = np.zeros((2, 3), np.float32)
+>>> alibi(np.array([0.5])).score(s, 0, 0, q, k).tolist()
+[[0.0, -0.5, -1.0], [-0.5, 0.0, -0.5]]
+
+``Score`` says how to write one of your own.
+"""
+
+from attention_jax.scores.at_positions import at_positions as at_positions
+from attention_jax.scores.at_positions import later as later
+from attention_jax.scores.base import Masking as Masking
+from attention_jax.scores.base import Score as Score
+from attention_jax.scores.base import tile_indices as tile_indices
+from attention_jax.scores.functions import ScoreFn as ScoreFn
+from attention_jax.scores.functions import score_fn as score_fn
+from attention_jax.scores.pointwise import Bias as Bias
+from attention_jax.scores.pointwise import Softcap as Softcap
+from attention_jax.scores.pointwise import bias as bias
+from attention_jax.scores.pointwise import softcap as softcap
+from attention_jax.scores.relative import Alibi as Alibi
+from attention_jax.scores.relative import RelativeBias as RelativeBias
+from attention_jax.scores.relative import RelativeEmbedding as RelativeEmbedding
+from attention_jax.scores.relative import alibi as alibi
+from attention_jax.scores.relative import alibi_slopes as alibi_slopes
+from attention_jax.scores.relative import relative_bias as relative_bias
+from attention_jax.scores.relative import relative_buckets as relative_buckets
+from attention_jax.scores.relative import relative_embedding as relative_embedding
+
+__all__ = [
+    "Masking",
+    "Score",
+    "alibi",
+    "alibi_slopes",
+    "at_positions",
+    "bias",
+    "relative_bias",
+    "relative_buckets",
+    "relative_embedding",
+    "score_fn",
+    "softcap",
+]

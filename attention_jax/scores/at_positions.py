@@ -1,0 +1,88 @@
+"""A score of positions rather than of indices into the arrays."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Self
+
+from jaxtyping import Int
+
+from attention_jax.core.axes import AnyArray, Size, check_position_arrays
+from attention_jax.scores.base import Score
+
+
+class Wrapped(Score):
+    """A score whose rule is given other positions."""
+
+    score_: Score
+
+    MASKING = property(lambda self: self.score_.MASKING)
+
+    def visible(self) -> Any:
+        return self.score_.visible()
+
+    def resolve(self, T: Size, S: Size, N: int) -> Self:
+        return self.resolve_in_sequence(N)
+
+    def resolve_in_sequence(self, N: int) -> Self:
+        return dataclasses.replace(self, score_=self.score_.resolve_in_sequence(N))
+
+
+class Placed(Wrapped):
+    """``score`` of the positions of query and key."""
+
+    AXES = {"query_positions": "*B T", "key_positions": "*B S"}
+    query_positions: Any
+    key_positions: Any
+
+    def rule(self, s: Any, b: Any, n: Any, q: Any, k: Any) -> Any:
+        return self.score_.rule(s, b, n, self.query_positions, self.key_positions)
+
+
+class Later(Wrapped):
+    """``score`` of queries that begin at position ``start``, and keys that begin at 0."""
+
+    AXES = {"start": "*B"}
+    start: Any
+
+    def rule(self, s: Any, b: Any, n: Any, q: Any, k: Any) -> Any:
+        return self.score_.rule(s, b, n, q + self.start, k)
+
+    def tile(self, s: Any, b: Any, n: Any, q0: Any, k0: Any) -> Any:
+        return self.score_.tile(s, b, n, q0 + self.start, k0)
+
+
+def at_positions(
+    score: Score,
+    query_positions: Int[AnyArray, "*B T"],
+    key_positions: Int[AnyArray, "*B S"],
+) -> Score:
+    """``score`` of the positions of queries and keys, as ``masks.at_positions`` for masks.
+
+    Query ``i`` and key ``j`` get what ``score`` gives positions ``query_positions[i]`` and
+    ``key_positions[j]`` of one sequence, in which ``align="end"`` is ``align="start"``.
+
+    Args:
+      score: its rule is given positions in place of indices; its arrays stay in the order of the
+        queries and keys of the call.
+      query_positions, key_positions: int arrays ``[*B T]`` and ``[*B S]``, of one dtype. Keys at
+        negative positions must be masked by the mask.
+
+    >>> import numpy as np
+    >>> from attention_jax.scores import alibi
+    >>> placed = at_positions(alibi(np.array([0.5])), np.array([4]), np.array([4, 5, 3]))
+    >>> placed.score(np.zeros((1, 3), np.float32), 0, 0, np.array([[0]]), np.arange(3)).tolist()
+    [[0.0, -0.5, -0.5]]
+    """
+    if not isinstance(score, Score):
+        raise TypeError(f"score must be a Score, got {type(score).__name__}")
+    check_position_arrays(query_positions, key_positions)
+    return Placed(score, query_positions, key_positions) if score.USES_POSITIONS else score
+
+
+def later(score: Score, start: Int[AnyArray, "*B"]) -> Score:
+    """``score`` of queries at positions ``start [*B]`` and on, and keys at positions from 0.
+
+    The same as ``at_positions`` with contiguous positions, by the faster ``tile`` of the score.
+    """
+    return Later(score, start) if score.USES_POSITIONS else score

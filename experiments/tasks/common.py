@@ -1,0 +1,31 @@
+"""What ``sample`` and ``look`` share between tasks: which examples to show, and input checks."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def random_indices(n: int, count: int, seed: int) -> np.ndarray:
+    """Up to ``count`` distinct indices below ``n``, in random order."""
+    return np.random.default_rng(seed).permutation(n)[:count]
+
+
+def check_length(length: int, limit: int, unit: str, option: str) -> None:
+    """Raises if a user's text is longer than the model reads, a limit that ``option`` sets.
+
+    Raises:
+      ValueError: it is.
+    """
+    if length > limit:
+        raise ValueError(
+            f"text has {length} {unit}, the model reads {limit} ({option}): shorten the text"
+        )
+
+
+def verdict(guess: str, label: str) -> str:
+    """Whether a prediction is right, in words.
+
+    >>> verdict("cat", "dog")
+    'wrong, it is dog'
+    """
+    return "right" if guess == label else f"wrong, it is {label}"

@@ -1,0 +1,72 @@
+"""Options and presets of ``ner``."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from experiments.training.config import at_least_1, below_1
+from experiments.training.text_config import TextConfig
+
+BUCKETS = (16, 32, 64, 128, 256)  # lengths to pad sentences to
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(TextConfig):
+    """Options of a tagger."""
+
+    model: Literal["most_frequent", "gru", "transformer"] = "transformer"
+    """The model to train."""
+    corpus: Literal["ncbi", "wnut17"] = "ncbi"
+    """Diseases in abstracts (ncbi), or emerging entities in social media (wnut17)."""
+    dropout: float = 0.3
+    """Dropout rate of the embeddings and of the output of each sublayer."""
+    word_dropout: float = 0.2
+    """Probability of replacing a word by the unknown word in training; its characters are kept."""
+    letter_width: int = 32
+    """Width of the character embeddings."""
+    least: int = 2
+    """Occurrences in the training split that a word needs to enter the vocabulary."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least_1(self, "letter_width", "least")
+        below_1(self, "word_dropout")
+        if self.width % 2:
+            raise ValueError(f"width must be even, got {self.width}")
+
+
+PRESETS = {
+    "cpu": Config(
+        steps=1500,
+        batch_size=32,
+        learning_rate=2e-3,
+        depth=2,
+        positions="rotary",
+        evaluations=5,
+        ema=0.995,
+        minutes=10,
+    ),
+    "smoke": Config(
+        steps=4,
+        batch_size=8,
+        evaluations=1,
+        width=16,
+        heads=2,
+        depth=1,
+        letter_width=8,
+        synthetic=True,
+    ),
+    "accelerator": Config(
+        steps=4000,
+        batch_size=64,
+        learning_rate=1e-3,
+        width=256,
+        heads=8,
+        depth=4,
+        dropout=0.4,
+        positions="rotary",
+        evaluations=10,
+        ema=0.999,
+    ),
+}
