@@ -105,9 +105,9 @@ def attention(
       value: ``[*B S K D]``.
       mask: which keys each query may attend to: a ``Mask`` from ``attention_jax.masks``, or a bool
         array broadcastable to ``[*B N T S]``, True where visible.
-      score: changes of the logits: a ``Score`` from ``attention_jax.scores``, or a sequence.
-      sinks: ``[N]``, an extra logit per head that takes probability and gives no value.
-      scale: what ``query . key`` is multiplied by; None is ``1 / sqrt(H)``. May be traced.
+      score: changes to the logits: a ``Score`` from ``attention_jax.scores``, or a sequence.
+      sinks: ``[N]``, an extra logit per head that absorbs probability and contributes no value.
+      scale: the factor of ``query . key``; None is ``1 / sqrt(H)``. May be traced.
       dropout_rate: probability of dropping a probability, in [0, 1); the rest is scaled up.
       dropout_key: a JAX random key. The dropout mask is a hash of it and ``(b, n, i, j)``.
       implementation: a name, a configured ``Backend`` such as ``backends.Blockwise(block_q=128)``,

@@ -325,3 +325,22 @@ def test_a_tpu_kernel_takes_a_mask_that_is_the_same_for_all_heads():
     assert reason("splash", "tpu", mask=Checkers()) == "asked for"
     words = "mask HeadByHead may depend on the example or head"
     assert words in reason("splash", "tpu", mask=HeadByHead() & masks.causal())
+
+
+def test_a_rule_must_return_bools():
+    class Remainder(Mask):
+        def rule(self, b, n, q, k):
+            return (q - k) % 3
+
+    x = jnp.ones((5, 1, 4))
+    for mask in (Remainder(), Remainder() & masks.causal(), ~Remainder()):
+        with pytest.raises(TypeError, match="rule of Remainder must return bools"):
+            attention(x, x, x, mask=mask)
+
+
+def test_axes_name_fields():
+    with pytest.raises(TypeError, match="AXES of Typo names slope, which must be a field"):
+
+        class Typo(Score):
+            AXES = {"slope": "N"}
+            slopes: object

@@ -59,7 +59,7 @@ IMPLEMENTATIONS: dict[str, Backend] = {
 KERNELS = {
     "cpu": (),
     "gpu": (
-        ("cudnn", "the vendor's fused kernel, where it computes exactly this"),
+        ("cudnn", "the vendor's fused kernel, for the calls it computes exactly"),
         ("pallas_gpu", "linear memory, any mask and score, skips empty blocks"),
     ),
     "tpu": (("splash", "JAX's own kernel: linear memory, skips empty blocks"),),
@@ -137,7 +137,7 @@ def _everywhere(spec: Spec) -> tuple[tuple[str, str], ...]:
         )
     return (
         ("blockwise", "linear memory, skips empty blocks"),
-        ("xla", "makes arrays of T x S: blockwise comes first"),
+        ("xla", "materialises T x S arrays: blockwise is preferred"),
     )
 
 

@@ -71,7 +71,7 @@ class Splash(Backend):
             return "dropout has no place in its kernel"
         for score in spec.score:
             if not isinstance(score, Softcap):
-                return f"score {type(score).__name__}: its kernel has softcap alone"
+                return f"score {type(score).__name__}: its kernel supports only softcap"
         if len(spec.score) > 1:
             return "more than one softcap: its kernel has one"
         if spec.score and spec.return_lse:

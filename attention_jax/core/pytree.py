@@ -86,6 +86,11 @@ class Value:
             )
         # repr=False: a mask draws itself, and pytest must be able to print a tracer's.
         dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)
+        fields = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        if unknown := sorted(cls.AXES.keys() - fields):
+            raise TypeError(
+                f"AXES of {cls.__name__} names {', '.join(unknown)}, which must be a field"
+            )
         jax.tree_util.register_pytree_with_keys(cls, _flatten_with_keys, _unflattener(cls))
 
     def __post_init__(self) -> None:

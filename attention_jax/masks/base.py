@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
@@ -74,6 +75,8 @@ class Mask(Value):
         super().__init_subclass__(**kwargs)
         if "block" in vars(cls) and "BY_INTERVALS" not in vars(cls):
             cls.BY_INTERVALS = False  # what a base says holds for its own block alone
+        if "rule" in vars(cls):
+            cls.rule = _returning_bools(cls.__name__, cls.rule)  # type: ignore[method-assign]
 
     def mask(self, b: Any, n: Any, q: Any, k: Any) -> Any:
         """True where query ``q`` of head ``n`` in example ``b`` may attend to key ``k``.
@@ -222,6 +225,20 @@ def _as_mask(x: Any, operator: str) -> Mask:
 
 
 # --- Combinations: three-valued logic over (some, every).
+
+
+def _returning_bools(name: str, rule: Callable[..., Any]) -> Callable[..., Any]:
+    """``rule``, which raises unless it returns bools: ``&`` and ``~`` of ints mean other things."""
+
+    @functools.wraps(rule)
+    def checked(self: Mask, b: Any, n: Any, q: Any, k: Any) -> Any:
+        visible = rule(self, b, n, q, k)
+        if not (isinstance(visible, bool) or (is_array(visible) and visible.dtype == np.bool_)):
+            got = f"dtype {visible.dtype}" if is_array(visible) else type(visible).__name__
+            raise TypeError(f"the rule of {name} must return bools, True where visible, got {got}")
+        return visible
+
+    return checked
 
 
 class And(Mask):
