@@ -24,7 +24,7 @@ def arrays(b, t, s):
 
 def close(fn, exported, *args):
     got, expected = exported.call(*args), jax.jit(fn)(*args)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, expected)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, expected)
 
 
 def everything(implementation, q, k):
