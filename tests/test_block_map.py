@@ -1,4 +1,4 @@
-"""Random compositions of masks: their pairs and block maps against a count of every pair."""
+"""Random compositions of masks: their pairs and block maps, checked pair by pair."""
 
 from typing import NamedTuple
 
@@ -45,8 +45,8 @@ def band(rng, T, S):
     left, right = (int(x) if x >= 0 else None for x in rng.integers(-2, 9, 2))
     offset, o = number(rng, -S, S)
     align = ["start", "end"][rng.integers(2)]
-    seen = rules.band(i, j, left, right, o + (S - T if align == "end" else 0))
-    return Known(masks.window(left, right, offset=offset, align=align), seen, True)
+    pairs = rules.band(i, j, left, right, o + (S - T if align == "end" else 0))
+    return Known(masks.window(left, right, offset=offset, align=align), pairs, True)
 
 
 def some_lengths(rng, T, S):
@@ -73,20 +73,20 @@ def strides(rng, T, S):
 
 
 def documents(rng, T, S):
-    """Sorted and without a gap, padding last: as packing makes them."""
+    """Sorted and contiguous with padding last, as packing makes them."""
     q, k = (np.cumsum(rng.random((B, n)) < 0.3, axis=1) for n in (T, S))
     q, k = (
         np.where(np.arange(T) < T - rng.integers(0, 3), q, -1),
         np.where(rng.random() < 0.9, k, -1),
     )
-    seen = rules.same_segment(q[:, None, :, None], k[:, None, None, :])
-    return Known(masks.segments(q, k), seen, True)
+    pairs = rules.same_segment(q[:, None, :, None], k[:, None, None, :])
+    return Known(masks.segments(q, k), pairs, True)
 
 
 def unsorted_segments(rng, T, S):
     q, k = (rng.integers(-2, 4, (B, n)) for n in (T, S))
-    seen = rules.same_segment(q[:, None, :, None], k[:, None, None, :])
-    return Known(masks.segments(q, k), seen, False)
+    pairs = rules.same_segment(q[:, None, :, None], k[:, None, None, :])
+    return Known(masks.segments(q, k), pairs, False)
 
 
 def layouts(rng, T, S):

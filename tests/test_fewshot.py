@@ -227,8 +227,8 @@ def test_the_table_has_a_column_for_each_number_of_examples():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"models": ("gru",)}, "models must be of naive_bayes, .*got gru"),
-        ({"preset": "slow"}, "preset must be of cpu, .*got slow"),
+        ({"models": ("gru",)}, "models must be one of naive_bayes, .*got 'gru'"),
+        ({"preset": "slow"}, "preset must be one of cpu, .*got 'slow'"),
         ({"seeds": 0}, "seeds must be at least 1"),
     ],
 )

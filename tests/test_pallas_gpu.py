@@ -24,7 +24,7 @@ from attention_jax.core.pytree import Lookup
 NAME = "pallas_gpu interpreted"
 interpreted = IMPLEMENTATIONS[NAME]
 
-# --- The contract: all promises, and pairs with every value of every option.
+# --- The contract: all promises, and pairs that cover every value of every option.
 
 CASES = [
     case
@@ -97,7 +97,7 @@ def test_gradients_of_a_bias_and_of_slopes_come_from_a_kernel(heads):
     as_loops = mock.Mock(side_effect=launch._as_loops)
     with mock.patch.object(launch, "_as_loops", as_loops):
         ours = grad(bias, slopes, interpreted)
-    as_loops.assert_not_called()  # nothing was left to the loops
+    as_loops.assert_not_called()  # the loops were not used
     xla = functools.partial(attention, implementation="xla")
     chex.assert_trees_all_close(ours, grad(bias, slopes, xla), atol=2e-5)
 
@@ -122,7 +122,7 @@ def test_a_number_that_functions_close_over_has_a_gradient():
 def test_a_table_of_the_size_of_all_pairs_is_looked_up():
     q, k, v = inputs(T=21, S=37)
     table = jax.random.normal(jax.random.key(1), (21, 37))
-    # Looked up backwards: pair (q, k) is not place (q, k).
+    # Indexed in reverse, so that the entry of pair (q, k) is not at (q, k).
     score = lambda t: scores.score_fn(lambda s, b, n, q, k, t: s + t[20 - q, 36 - k], t)  # noqa: E731
     xla = functools.partial(attention, implementation="xla")
     ours, right = (
@@ -143,10 +143,10 @@ def test_results_are_the_same_bits_each_time():
 def test_empty_blocks_are_not_visited():
     q, k, v = inputs(T=64, S=64)
     mask = masks.mask_fn(lambda b, n, q, k: k < 16, evaluate=True)
-    seen = masks.causal() & masks.lengths(key=16)
-    # A mask that says so of no pair but of every block: what it lets pass would be seen.
-    lying = Blank(seen)
-    out = interpreted(q, k, v, mask=lying)
+    pairs = masks.causal() & masks.lengths(key=16)
+    # All blocks claim to be empty, though pairs are visible: visiting one would change the output.
+    blank = Blank(pairs)
+    out = interpreted(q, k, v, mask=blank)
     assert not np.any(out)
     assert np.any(interpreted(q, k, v, mask=mask))
 

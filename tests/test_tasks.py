@@ -273,7 +273,7 @@ def test_mechanisms_are_rejected_by_tasks_that_need_weights_or_caches():
     for task in (digits, multi30k):
         with pytest.raises(ValueError, match="attention linear works for listops"):
             dataclasses.replace(task.PRESETS["smoke"], attention="linear")
-    with pytest.raises(ValueError, match=r"attention must be one of .*linear.*got fast"):
+    with pytest.raises(ValueError, match=r"attention must be one of .*linear.*got 'fast'"):
         TextConfig(attention="fast")
 
 

@@ -1,4 +1,4 @@
-"""The training loop: it learns, is reproducible, resumes after anything, and reports failures."""
+"""The training loop: it learns, is reproducible, and reports failures."""
 
 import dataclasses
 import itertools
@@ -173,9 +173,9 @@ def test_average_forgets_the_initial_weights_and_then_moves_slowly():
 
 def test_average_is_what_is_evaluated_and_saved(tmp_path):
     trained = train_line(tmp_path, ema=0.9, steps=20)
-    kept = nnx.state(trained.model, nnx.Param)
+    averaged = nnx.state(trained.model, nnx.Param)
     assert equal(
-        dict(jax.tree.flatten_with_path(kept)[0]),
+        dict(jax.tree.flatten_with_path(averaged)[0]),
         dict(jax.tree.flatten_with_path(trained.state.average)[0]),
     )
 

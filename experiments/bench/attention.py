@@ -4,7 +4,7 @@
     python -m experiments bench --only decode    # one section
     python -m experiments bench --scaling        # how cost grows with length, instead
 
-Contenders run in turns in one process, so that other load on the machine affects all of them;
+Contenders take turns in one process, so that other load on the machine affects all of them;
 figures are medians after a warm-up. Compare ratios: absolute figures differ between machines.
 GFLOP/s count ``2 * B * N * T * S * (H + D)`` forward and 2.5 times that backward, both as if
 dense, so that a causal figure above the dense one shows the blocks skipped.

@@ -16,7 +16,8 @@ from attention_jax.nn import record_weights
 from experiments.datasets import text
 from experiments.models import sentences
 from experiments.models.inference import map_by_length
-from experiments.tasks.common import check_length, random_indices, verdict
+from experiments.tasks.common import check_attends, check_length, random_indices, verdict
+from experiments.training import config as configs
 from experiments.training.config import at_least_1, below_1
 from experiments.training.losses import cross_entropy, logits, scores
 from experiments.training.task import AttentionView, Loss, Metrics, Task, self_attention
@@ -217,10 +218,8 @@ def sample(config: Config, model: Any, data: Data, sentence: str | None) -> str:
 
 def look(config: Config, model: Any, data: Data, sentence: str | None) -> list[AttentionView]:
     """Attention weights of the encoder on one sentence."""
-    if not isinstance(model, sentences.SelfAttention):
-        raise ValueError(
-            f"model {config.model} has no attention to look at: use attention or attention_cnn"
-        )
+    ladder = configs.choices(type(config), "model")
+    check_attends(config, *(x for x in ladder if x not in ("naive_bayes", "text_cnn")))
     sentence = data.splits["test"].texts[0] if sentence is None else sentence
     row = encode(config, data, sentence)
     _, weights = record_weights(model, np.array([row], np.int32))

@@ -18,6 +18,7 @@ from attention_jax.models import Layers, VisionConfig, VisionTransformer
 from attention_jax.nn import record_weights
 from experiments.datasets import text
 from experiments.models.inference import full_batches
+from experiments.tasks.common import check_attends
 from experiments.training import config as configs
 from experiments.training.losses import cross_entropy, logits, scores
 from experiments.training.task import AttentionView, Loss, Metrics, Task, self_attention
@@ -249,8 +250,7 @@ def look(
     Args:
       given: index of the image, in digits.
     """
-    if not isinstance(model, ViT):
-        raise ValueError(f"model {config.model} has no attention to look at: use vit")
+    check_attends(config, "vit")
     images, labels = data["test"]
     at = given or "0"
     if not at.isdecimal() or int(at) >= len(images):

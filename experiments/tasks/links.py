@@ -42,7 +42,7 @@ from attention_jax.nn import record_weights
 from experiments.datasets import text
 from experiments.datasets.files import path
 from experiments.models.inference import full_batches
-from experiments.tasks.common import random_indices
+from experiments.tasks.common import check_attends, random_indices
 from experiments.training import text_config
 from experiments.training.config import TrainConfig, at_least_1, below_1, heads_divide, softmax_only
 from experiments.training.losses import cross_entropy, logits
@@ -316,8 +316,7 @@ def _relation_name(data: Data, relation: int) -> str:
 
 def look(config: Config, model: Any, data: Data, given: str | None) -> list[AttentionView]:
     """Attention weights between head and relation; default those of the first test fact."""
-    if config.model != "attention":
-        raise ValueError(f"model {config.model} has no attention to look at: use attention")
+    check_attends(config, "attention")
     query = data.splits["test"][:1, :2] if given is None else query_of(data, given)
     _, weights = record_weights(model, query)
     tokens = [data.entities[query[0, 0]], _relation_name(data, int(query[0, 1]))]

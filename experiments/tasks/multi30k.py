@@ -14,7 +14,7 @@ of both languages, trained on the training split; case and punctuation are kept.
 
 Data: Multi30k, task 1, D. Elliott et al. 2016, "Multi30K: Multilingual English-German Image
 Descriptions": 29,000 training and 1,014 validation pairs, and the 1,000 of test_2016_flickr. No
-licence is stated; its authors provide it for non-commercial research and education. The score is
+license is stated; its authors provide it for non-commercial research and education. The score is
 sacrebleu's BLEU on untokenised text; its signature is in the record.
 """
 
@@ -35,7 +35,7 @@ from experiments.datasets import text
 from experiments.datasets.files import lines
 from experiments.datasets.text import END, PAD, START
 from experiments.models.seq2seq import Seq2Seq, decode_rows, transformer_config
-from experiments.tasks.common import check_length, random_indices
+from experiments.tasks.common import check_attends, check_length, random_indices
 from experiments.training.config import at_least_1, softmax_only
 from experiments.training.losses import cross_entropy
 from experiments.training.task import AttentionView, Loss, Metrics, Task, encoder_and_decoder
@@ -291,8 +291,7 @@ def sample(config: Config, model: Any, data: Data, sentence: str | None) -> str:
 
 def look(config: Config, model: Any, data: Data, sentence: str | None) -> list[AttentionView]:
     """Attention weights of a source, its translation, and from the translation to the source."""
-    if config.model == "gru":
-        raise ValueError("model gru has no attention to look at: use gru_attention or transformer")
+    check_attends(config, "gru_attention", "transformer")
     source = data.splits["test"].sources[0] if sentence is None else sentence
     row = encode(config, data, source)
     target = [START, *translate(model, data, [row], size=1)[0]]

@@ -24,7 +24,7 @@ PROFILED = range(10, 20)  # steps; the first ones compile
 
 
 class Progress(NamedTuple):
-    """What a run has reached after so many steps."""
+    """The state of a run after a number of steps."""
 
     metric: str
     larger: bool

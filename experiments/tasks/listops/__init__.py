@@ -33,7 +33,7 @@ from flax import nnx
 from attention_jax.nn import record_weights
 from experiments.datasets import text
 from experiments.models.inference import map_by_length
-from experiments.tasks.common import check_length, verdict
+from experiments.tasks.common import check_attends, check_length, verdict
 from experiments.tasks.listops.config import PRESETS, Config
 from experiments.tasks.listops.data import Batch, Data, Examples, batches, buckets, load
 from experiments.tasks.listops.expressions import WORDS, evaluate_words
@@ -121,10 +121,7 @@ def sample(config: Config, model: Any, data: Data, given: str | None) -> str:
 
 def look(config: Config, model: Any, data: Data, given: str | None) -> list[AttentionView]:
     """Attention weights of the encoder on an expression; default the shortest test expression."""
-    if config.model not in ("transformer", "window"):
-        raise ValueError(
-            f"model {config.model} has no attention to look at: use transformer or window"
-        )
+    check_attends(config, "transformer", "window")
     row = shortest(data, 1).rows[0] if given is None else encode(config, given)
     _, weights = record_weights(model, np.array([row], np.int32))
     tokens = [WORDS.words[i] for i in row]

@@ -1,4 +1,4 @@
-"""Random expressions as arrays: the fixed splits, and training batches without end."""
+"""Random expressions as arrays: the fixed splits, and an endless stream of training batches."""
 
 from __future__ import annotations
 

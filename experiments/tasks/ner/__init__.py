@@ -31,7 +31,7 @@ from attention_jax.nn import record_weights
 from experiments.datasets import text
 from experiments.datasets.text import PAD
 from experiments.models.inference import map_by_length
-from experiments.tasks.common import random_indices
+from experiments.tasks.common import check_attends, random_indices
 from experiments.tasks.ner.bio import agreement, spans
 from experiments.tasks.ner.config import BUCKETS, PRESETS, Config
 from experiments.tasks.ner.data import Batch, Data, Sentence, letters, load, normalized
@@ -139,8 +139,7 @@ def bracketed(words: list[str], tags: list[str]) -> str:
 
 def look(config: Config, model: Any, data: Data, given: str | None) -> list[AttentionView]:
     """Attention weights of the transformer on one sentence; default the first test sentence."""
-    if config.model != "transformer":
-        raise ValueError(f"model {config.model} has no attention to look at: use transformer")
+    check_attends(config, "transformer")
     first = data.splits["test"].sentences[0].words
     words = (first if given is None else text.check(given).split())[: BUCKETS[-1]]
     rows = data.vocabulary.encode_all([normalized(words)])

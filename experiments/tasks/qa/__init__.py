@@ -41,7 +41,7 @@ from attention_jax.nn import record_weights
 from experiments.datasets import text
 from experiments.datasets.text import END, START
 from experiments.models.inference import map_by_length
-from experiments.tasks.common import random_indices
+from experiments.tasks.common import check_attends, random_indices
 from experiments.tasks.qa import answers
 from experiments.tasks.qa.answers import LONGEST_QUESTION, Passage, Question, Split
 from experiments.tasks.qa.config import BUCKETS, PRESETS, Config
@@ -210,8 +210,7 @@ def sample(config: Config, model: Any, data: Data, given: str | None) -> str:
 
 def look(config: Config, model: Any, data: Data, given: str | None) -> list[AttentionView]:
     """Attention weights in the window of the answer; default the first test question."""
-    if config.model == "overlap":
-        raise ValueError("model overlap has no attention to look at: use gru or transformer")
+    check_attends(config, "gru", "transformer")
     test = data.splits["test"]
     split = test._replace(questions=test.questions[:1]) if given is None else asked(data, given)
     (found,) = answer(config, model, data, split, size=1)

@@ -32,7 +32,7 @@ from attention_jax.mechanisms import NAMED
 from attention_jax.models import Decoder, Sampling, generate
 from attention_jax.nn import record_weights
 from experiments.datasets import text
-from experiments.tasks.common import check_length
+from experiments.tasks.common import check_attends, check_length
 from experiments.tasks.shakespeare.config import PRESETS, Config
 from experiments.tasks.shakespeare.data import Data, batches, load
 from experiments.tasks.shakespeare.models import Recurrent, transformer
@@ -134,10 +134,7 @@ def _sample_uncached(
 
 def look(config: Config, model: Any, data: Data, given: str | None) -> list[AttentionView]:
     """Attention weights on a text; default the first characters of the test split."""
-    if config.model not in ("transformer", "gru_attention"):
-        raise ValueError(
-            f"model {config.model} has no attention to look at: use gru_attention or transformer"
-        )
+    check_attends(config, "gru_attention", "transformer")
     start, _ = data.splits["test"]
     tokens = data.bytes[start : start + min(64, config.context)]
     tokens = tokens if given is None else prompt_of(config, given)

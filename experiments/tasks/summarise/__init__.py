@@ -35,7 +35,7 @@ from attention_jax.nn import record_weights
 from experiments.datasets import text
 from experiments.datasets.text import PAD, START, UNKNOWN
 from experiments.models.seq2seq import Seq2Seq, decode, decode_rows, transformer_config
-from experiments.tasks.common import random_indices
+from experiments.tasks.common import check_attends, random_indices
 from experiments.tasks.summarise import rouge
 from experiments.tasks.summarise.config import BUCKETS, PRESETS, Config
 from experiments.tasks.summarise.copier import Copier
@@ -155,11 +155,7 @@ def sample(config: Config, model: Any, data: Data, given: str | None) -> str:
 
 def look(config: Config, model: Any, data: Data, given: str | None) -> list[AttentionView]:
     """Attention weights of a text, its summary, and from the summary to the text."""
-    if config.model not in ("gru_attention", "transformer", "copier"):
-        raise ValueError(
-            f"model {config.model} has no attention to look at: use gru_attention, transformer "
-            f"or copier"
-        )
+    check_attends(config, "gru_attention", "transformer", "copier")
     first = data.splits["test"].texts[0].source
     split = as_split(config, data, first if given is None else given)
     words, source = split.words[0], np.array(split.sources, np.int32)
