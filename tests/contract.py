@@ -48,18 +48,25 @@ CHECKS = {
 }
 
 
-# What a default run checks of each; the rest is slow.
-DEFAULT_TAGS = {"blockwise": "smoke", "blockwise 7x5": "smoke", "auto": "smoke"}
+def by_default(name, case):
+    """Whether a default run checks this case; the rest is slow.
+
+    The blockwise backend in small blocks runs all core cases. ``xla``, the plain formula, runs the
+    core cases that are pairs, empty rows or smoke tests. The others share code with these two.
+    """
+    if name in ("blockwise", "blockwise 7x5", "auto"):
+        return "smoke" in case.tags and case.name != "everything"
+    if name == "xla" and not case.tags & {"pair", "empty", "smoke"}:
+        return False
+    return "core" in case.tags
 
 
 def parameters(name, cases, tag=None):
-    """``(name, case)`` as parameters of a test; without the tag they are slow tests."""
-    tag = tag or DEFAULT_TAGS.get(name, "core")
+    """``(name, case)`` as parameters of a test; ``tag`` selects those of a default run."""
     return [
-        pytest.param(
-            name, c, id=f"{c.name}-{name}", marks=[] if tag in c.tags else [pytest.mark.slow]
-        )
+        pytest.param(name, c, id=f"{c.name}-{name}", marks=[] if quick else [pytest.mark.slow])
         for c in cases
+        for quick in [tag in c.tags if tag else by_default(name, c)]
     ]
 
 

@@ -1,5 +1,7 @@
 """What several test files share: random arrays, comparisons, derivatives, marks."""
 
+import os
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -78,6 +80,10 @@ def linear(module, x):
 
 
 # --- Marks.
+
+needs_files = pytest.mark.skipif(
+    "ATTENTION_JAX_DATA" not in os.environ, reason="ATTENTION_JAX_DATA names no folder of data sets"
+)
 
 
 def slow(*values):

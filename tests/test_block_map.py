@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 
 from attention_jax import Mask, block_map, masks
+from attention_jax.core.axes import Sizes
 from attention_jax.masks.block_map import EMPTY, FULL, PARTIAL, schedule
 from attention_jax.masks.grid import Grid
-from attention_jax.testing import rules
+from attention_jax.testing import Case, rules
 
 B, N = 3, 2
 
@@ -238,6 +239,15 @@ def test_block_maps_of_traced_masks_are_sound(p):
     traced = jax.jit(lambda mask: jnp.asarray(p.kinds(mask)))(mask)
     check_sound(p, visible, traced)
     np.testing.assert_array_equal(traced, p.kinds(mask))
+
+
+@pytest.mark.parametrize("name", [name for name in rules.MASKS if name != "none"])
+def test_block_maps_of_the_checkers_masks_are_sound(name):
+    p = Problem((35, 35), (8, 5), ())
+    sizes = Sizes(B=(B,), T=35, S=35, K=1, G=N, H=1, D=1)
+    mask, visible = rules.MASKS[name](Case(name, sizes), np.random.default_rng(0))
+    check_sound(p, visible, p.kinds(mask))
+    check_sound(p, ~visible, p.kinds(~mask))
 
 
 @pytest.mark.parametrize("builder", ATOMS + SQUARE_ATOMS, ids=lambda f: f.__name__)

@@ -3,15 +3,14 @@
 import dataclasses
 import itertools
 import json
-import os
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from helpers import needs_files
 
-from experiments.datasets import files
 from experiments.tasks import qa
 from experiments.tasks.qa import answers, features
 from experiments.tasks.qa import data as qa_data
@@ -21,10 +20,6 @@ from experiments.tasks.qa.features import Rarity
 from experiments.tasks.qa.models import MASKED, Overlap, spans
 
 CONFIG = qa.PRESETS["smoke"]
-
-needs_files = pytest.mark.skipif(
-    files.VARIABLE not in os.environ, reason=f"{files.VARIABLE} names no folder"
-)
 
 
 @pytest.fixture(scope="module")
