@@ -9,9 +9,9 @@ import dataclasses
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from experiments.options import (
     HELP,
@@ -24,6 +24,9 @@ from experiments.options import (
     unknown,
 )
 from experiments.tasks import TASKS, load
+
+if TYPE_CHECKING:
+    from experiments.training.config import TrainConfig
 
 # Modules of the extra [experiments].
 EXTRA = (
@@ -133,7 +136,7 @@ def _train(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _train_help(name: str, preset: str, presets: Any) -> None:
+def _train_help(name: str, preset: str, presets: Mapping[str, TrainConfig]) -> None:
     """Prints the options of a task, with the defaults of a preset, and exits."""
     from experiments.training.runs import Flags
 

@@ -321,8 +321,8 @@ def blocks(options: Options) -> list[Measurement]:
     return rows
 
 
-def _with_blocks(shape: Shape, size: tuple[int, int]) -> Callable[..., Any]:
-    def attend(q: Any, k: Any, v: Any) -> Any:
+def _with_blocks(shape: Shape, size: tuple[int, int]) -> Callable[..., jax.Array]:
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         return aj.attention(q, k, v, mask=shape.mask, implementation=Blockwise(*size))
 
     return attend

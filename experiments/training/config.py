@@ -162,10 +162,11 @@ def even(config: TrainConfig, name: str) -> None:
         raise ValueError(f"{name} must be even, got {getattr(config, name)}")
 
 
-def heads_divide(config: Any, width: str) -> None:
+def heads_divide(config: TrainConfig, width: str) -> None:
     """Raises ``ValueError`` unless ``heads`` divides the option called ``width``."""
-    if getattr(config, width) % config.heads:
-        raise ValueError(f"heads must divide {width} {getattr(config, width)}, got {config.heads}")
+    size, heads = getattr(config, width), getattr(config, "heads")  # noqa: B009
+    if size % heads:
+        raise ValueError(f"heads must divide {width} {size}, got {heads}")
 
 
 def softmax_only(config: TrainConfig) -> None:

@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import jax
 from tqdm import tqdm
@@ -142,8 +142,8 @@ class RunLog:
 
     def __init__(
         self,
-        bar: Any,
-        lines: Any,
+        bar: tqdm[Any],
+        lines: TextIO,
         board: Any,
         *,
         unit: str,

@@ -28,7 +28,7 @@ from experiments.tasks.fewshot.pretraining import Pretrained, pretrain
 from experiments.training import config as configs
 from experiments.training import train
 from experiments.training.runs import Flags
-from experiments.training.task import Record, Rung
+from experiments.training.task import Record, Rung, Task
 
 MODELS = configs.choices(Config, "model")
 RATES = {"adapted": 6e-3}  # overrides the preset's learning rate: LoRA updates start at zero
@@ -103,7 +103,7 @@ class _PretrainOnce:
         return self.cache[key]
 
 
-def _run(task: Any, options: Options, model: Any, size: int, seed: int) -> Record:
+def _run(task: Task[Config, Data], options: Options, model: Any, size: int, seed: int) -> Record:
     """The record of a run; runs it if it has none."""
     preset = PRESETS[options.preset]
     rate = RATES.get(model, preset.learning_rate)
