@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import slow
 from hypothesis import given, settings
 
 from attention_jax import Mask, block_map, masks
@@ -225,20 +226,28 @@ def check_sound(p, visible, kinds):
     return exact
 
 
-@settings(max_examples=40)
-@given(problems())
-def test_block_maps_are_sound(p):
-    mask, visible, _ = p.known()
-    check_sound(p, visible, p.kinds(mask))
+@pytest.mark.parametrize("examples", [12, slow(40)])
+def test_block_maps_are_sound(examples):
+    @settings(max_examples=examples)
+    @given(problems())
+    def check(p):
+        mask, visible, _ = p.known()
+        check_sound(p, visible, p.kinds(mask))
+
+    check()
 
 
-@settings(max_examples=15)
-@given(problems())
-def test_block_maps_of_traced_masks_are_sound(p):
-    mask, visible, _ = p.known()
-    traced = jax.jit(lambda mask: jnp.asarray(p.kinds(mask)))(mask)
-    check_sound(p, visible, traced)
-    np.testing.assert_array_equal(traced, p.kinds(mask))
+@pytest.mark.parametrize("examples", [6, slow(20)])
+def test_block_maps_of_traced_masks_are_sound(examples):
+    @settings(max_examples=examples)
+    @given(problems())
+    def check(p):
+        mask, visible, _ = p.known()
+        traced = jax.jit(lambda mask: jnp.asarray(p.kinds(mask)))(mask)
+        check_sound(p, visible, traced)
+        np.testing.assert_array_equal(traced, p.kinds(mask))
+
+    check()
 
 
 @pytest.mark.parametrize("name", [name for name in rules.MASKS if name != "none"])
@@ -250,9 +259,10 @@ def test_block_maps_of_the_checkers_masks_are_sound(name):
     check_sound(p, ~visible, p.kinds(~mask))
 
 
+@pytest.mark.parametrize("examples", [4, slow(12)])
 @pytest.mark.parametrize("builder", ATOMS + SQUARE_ATOMS, ids=lambda f: f.__name__)
-def test_single_masks_have_exact_block_maps(builder):
-    @settings(max_examples=12 if builder not in SQUARE_ATOMS else 6)
+def test_single_masks_have_exact_block_maps(builder, examples):
+    @settings(max_examples=examples)
     @given(problems(trees=atoms, builders=[builder]))
     def check(p):
         if builder in SQUARE_ATOMS:

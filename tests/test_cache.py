@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import close, normal, slow
+from helpers import close, mostly_slow, normal, slow
 
 from attention_jax import attention, cache, masks, scores
 
@@ -41,7 +41,7 @@ def whole(arrays, mask, **options):
 
 
 @pytest.mark.parametrize("cuts", ["chunks", slow("at once"), slow("one by one")])
-@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("name", mostly_slow(MASKS, {"none", "window"}))
 def test_any_split_into_calls_equals_the_whole(name, cuts):
     arrays, cached, mask = inputs(), empty(capacity=T + 2), MASKS[name]
     step = jax.jit(functools.partial(cache.attend, mask=mask, return_lse=True))
