@@ -250,6 +250,7 @@ def test_block_maps_of_traced_masks_are_sound(examples):
     check()
 
 
+@pytest.mark.slow  # single masks are checked more thoroughly below; this one needs no builder
 @pytest.mark.parametrize("name", [name for name in rules.MASKS if name != "none"])
 def test_block_maps_of_the_checkers_masks_are_sound(name):
     p = Problem((35, 35), (8, 5), ())
