@@ -18,11 +18,24 @@ class Band(Mask):
     """``i - left <= j - offset <= i + right``; None is no bound on that side."""
 
     AXES = {"offset": "*B"}
+    DEFAULTS = {"offset": 0, "align": "start"}
     BY_INTERVALS = True
     left: int | None
     right: int | None
     offset: Any  # an int, symbolic after align="end" of symbolic lengths; or an array
     align: str
+
+    @property
+    def public_name(self) -> str:
+        return "masks.causal" if (self.left, self.right) == (None, 0) else "masks.window"
+
+    def __repr__(self) -> str:
+        text = super().__repr__()
+        return (
+            text.replace("left=None, right=0, ", "").replace("left=None, right=0", "")
+            if (self.public_name == "masks.causal")
+            else text
+        )
 
     def resolve(self, T: Size, S: Size, N: int) -> Self:
         if self.align == "start":
@@ -145,6 +158,7 @@ def dilated(stride: int) -> Mask:
 class Dilated(Mask):
     """Every ``stride``-th distance."""
 
+    NAME = "masks.dilated"
     BY_INTERVALS = True
     stride: int
 

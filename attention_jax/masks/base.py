@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool
 
-from attention_jax.core.axes import is_array
+from attention_jax.core.axes import is_array, kind
 from attention_jax.core.pytree import Value, children
 from attention_jax.masks.grid import Grid
 from attention_jax.masks.reach import UNBOUNDED, Reach
@@ -219,8 +219,8 @@ def _as_mask(x: Any, operator: str) -> Mask:
     if isinstance(x, Mask):
         return x
     raise TypeError(
-        f"a mask can be combined by {operator} with another mask, got {type(x).__name__}: wrap a "
-        f"bool array in masks.dense(array)"
+        f"a mask can be combined by {operator} with another mask, got {kind(x)}: wrap a bool "
+        f"array in masks.dense(array), a function in masks.mask_fn(fn)"
     )
 
 
@@ -244,9 +244,13 @@ def _returning_bools(name: str, rule: Callable[..., Any]) -> Callable[..., Any]:
 class And(Mask):
     """Visible where both are."""
 
+    NAME = "a mask of masks joined by &"
     BY_INTERVALS = True
     left: Mask
     right: Mask
+
+    def __repr__(self) -> str:
+        return f"{_in_parentheses(self.left)} & {_in_parentheses(self.right)}"
 
     def rule(self, b: Any, n: Any, q: Any, k: Any) -> Any:
         return self.left.rule(b, n, q, k) & self.right.rule(b, n, q, k)
@@ -262,9 +266,13 @@ class And(Mask):
 class Or(Mask):
     """Visible where one of the two is."""
 
+    NAME = "a mask of masks joined by |"
     BY_INTERVALS = True
     left: Mask
     right: Mask
+
+    def __repr__(self) -> str:
+        return f"{self.left!r} | {self.right!r}"  # & binds more strongly
 
     def rule(self, b: Any, n: Any, q: Any, k: Any) -> Any:
         return self.left.rule(b, n, q, k) | self.right.rule(b, n, q, k)
@@ -280,8 +288,13 @@ class Or(Mask):
 class Not(Mask):
     """Visible where the other is not."""
 
+    NAME = "an inverted mask"
     BY_INTERVALS = True
     mask_: Mask
+
+    def __repr__(self) -> str:
+        inner = self.mask_
+        return f"~({inner!r})" if isinstance(inner, (And, Or)) else f"~{inner!r}"
 
     def rule(self, b: Any, n: Any, q: Any, k: Any) -> Any:
         return ~jnp.asarray(self.mask_.rule(b, n, q, k))
@@ -289,6 +302,10 @@ class Not(Mask):
     def block(self, grid: Grid, b: Any, n: Any) -> tuple[Any, Any]:
         some, every = (_as_array(x) for x in self.mask_.block(grid, b, n))
         return ~every, ~some
+
+
+def _in_parentheses(mask: Mask) -> str:
+    return f"({mask!r})" if isinstance(mask, Or) else repr(mask)
 
 
 def _as_array(x: Any) -> Any:

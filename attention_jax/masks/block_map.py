@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attention_jax.core.axes import int_at_least
+from attention_jax.core.axes import brief_fields, int_at_least, kind
 from attention_jax.core.closures import uses_arguments
 from attention_jax.core.pytree import leaves
 from attention_jax.masks import Mask
@@ -32,6 +32,9 @@ class BlockMap:
 
     grid: Grid
     kinds: Any
+
+    def __repr__(self) -> str:
+        return brief_fields(self, ("grid", "kinds"))
 
     def __str__(self) -> str:
         kinds = np.asarray(self.kinds)
@@ -84,8 +87,7 @@ def block_map(
         int_at_least(name, size, 1)
     if not (mask is None or isinstance(mask, Mask)):
         raise TypeError(
-            f"mask must be a Mask or None, got {type(mask).__name__}: a bool array is "
-            f"masks.dense(array)"
+            f"mask must be a Mask or None, got {kind(mask)}: a bool array is masks.dense(array)"
         )
     grid = Grid(T, S, block_q, block_k)
     if mask is None:

@@ -27,6 +27,7 @@ from attention_jax.masks.grid import Grid
 class Neighborhood(Mask):
     """A box around each cell of an n-d grid, shifted inwards at the borders."""
 
+    NAME = "masks.neighborhood"
     shape: tuple[int, ...]
     size: tuple[int, ...]
 
@@ -121,6 +122,8 @@ def neighborhood(shape: tuple[int, ...], size: int | tuple[int, ...]) -> Mask:
 class BlockSparse(Mask):
     """``layout[i // block_size, j // block_size]``."""
 
+    NAME = "masks.block_sparse"
+    ARGUMENTS = {"block_size": "block"}
     layout: Any  # an array, or a StaticArray
     block_size: int
 
@@ -186,6 +189,7 @@ def block_sparse(layout: Bool[AnyArray, "rows columns"], block: int) -> Mask:
 class Dense(Mask):
     """A bool array."""
 
+    NAME = "masks.dense"
     AXES = {"array": "*B N T S"}
     BROADCAST = True
     BY_INTERVALS = True
@@ -216,6 +220,8 @@ def dense(array: Bool[AnyArray, "..."]) -> Mask:
 class MaskFn(Mask):
     """Any function."""
 
+    NAME = "masks.mask_fn"
+    DEFAULTS = {"arrays": (), "evaluate": False}
     fn: Callable[..., Any]
     arrays: tuple[Any, ...]
     evaluate: bool

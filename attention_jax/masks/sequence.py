@@ -25,6 +25,8 @@ from attention_jax.masks.reach import Reach
 class Lengths(Mask):
     """The first ``query`` queries attend to the first ``key`` keys; None is no bound."""
 
+    NAME = "masks.lengths"
+    DEFAULTS = {"query": None, "key": None}
     AXES = {"query": "*B", "key": "*B"}
     BY_INTERVALS = True
     query: PerExample | None
@@ -48,6 +50,13 @@ class Lengths(Mask):
         return inside
 
 
+class Prefix(Lengths):
+    """The first keys: a class of its own for messages."""
+
+    NAME = "masks.prefix"
+    ARGUMENTS = {"key": "length"}
+
+
 def prefix(length: PerExample) -> Mask:
     """Query ``i`` attends to key ``j`` where ``j < length``; with ``| causal()``, prefix-LM.
 
@@ -67,15 +76,16 @@ def prefix(length: PerExample) -> Mask:
 
     Source: Raffel et al. 2020, "Exploring the Limits of Transfer Learning" (T5), section 3.2.1.
     """
-    return Lengths(None, per_example("length", length))
+    return Prefix(None, per_example("length", length))
 
 
-def lengths(query: PerExample | None = None, key: PerExample | None = None) -> Mask:
+def lengths(*, query: PerExample | None = None, key: PerExample | None = None) -> Mask:
     """Query ``i`` attends to key ``j`` where ``i < query`` and ``j < key``; None is no bound.
 
     Args:
       query, key: how many queries and keys are real, ints or int arrays ``[*B]``; the rest is
-        padding, whose contents never reach a result.
+        padding, whose contents never reach a result. Give each by name: ``lengths(key=n)`` masks
+        padded keys.
 
     >>> print(lengths(query=6, key=5))
     █████···
@@ -96,6 +106,7 @@ def lengths(query: PerExample | None = None, key: PerExample | None = None) -> M
 class Segments(Mask):
     """Equal ids, none negative."""
 
+    NAME = "masks.segments"
     AXES = {"query_ids": "*B T", "key_ids": "*B S"}
     BY_INTERVALS = True
     query_ids: Any
@@ -149,8 +160,11 @@ def segments(
 class Padding(Segments):
     """One segment and padding: a class of its own for mechanisms that take padding only."""
 
+    NAME = "masks.padding"
+    ARGUMENTS = {"query_ids": "real", "key_ids": "real"}
 
-def padding(real: Bool[AnyArray, "*B S"], queries: int | None = None) -> Mask:
+
+def padding(real: Bool[AnyArray, "*B S"], *, queries: int | None = None) -> Mask:
     """A padding mask: masks padding as keys and, in self-attention, as queries too.
 
     Args:
@@ -178,6 +192,7 @@ def padding(real: Bool[AnyArray, "*B S"], queries: int | None = None) -> Mask:
 class Chunked(Mask):
     """Query and key in the same chunk of ``size`` positions."""
 
+    NAME = "masks.chunked"
     BY_INTERVALS = True
     size: int
 
@@ -214,6 +229,8 @@ def chunked(size: int) -> Mask:
 class GlobalTokens(Mask):
     """Flagged queries attend to all keys, and all queries to flagged keys."""
 
+    NAME = "masks.global_tokens"
+    ARGUMENTS = {"query_flags": "flags", "key_flags": "flags"}
     AXES = {"query_flags": "*B T", "key_flags": "*B S"}
     BY_INTERVALS = True
     query_flags: Any

@@ -115,8 +115,8 @@ def delta_rule(
     et al. 2024, "Parallelizing Linear Transformers with the Delta Rule over Sequence Length".
     """
     sizes, padding = check_causal(query, key, value, mask, scale, "delta_rule")
+    check_gate("beta", beta, sizes, "[*B S K]")
     column = jnp.asarray(beta)[..., None]
-    check_gate("beta", column, sizes, (1,))
     return run_causal(
         delta_chunk,
         packed_delta_chunk,

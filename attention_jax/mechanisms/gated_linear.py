@@ -128,7 +128,7 @@ def gated_linear_attention(
     Training".
     """
     sizes, padding = check_causal(query, key, value, mask, scale, "gated_linear_attention")
-    check_gate("log_gate", log_gate, sizes, (sizes.H, 1))
+    check_gate("log_gate", log_gate, sizes, "[*B S K H]")
     return run_causal(
         gated_linear_chunk,
         packed_gated_linear_chunk,

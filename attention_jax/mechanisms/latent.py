@@ -15,7 +15,7 @@ from jaxtyping import Float
 
 from attention_jax.api import attention
 from attention_jax.backends.call import Scale, check_types
-from attention_jax.core.axes import AnyArray, Output, accumulation_dtype
+from attention_jax.core.axes import AnyArray, Output, accumulation_dtype, with_sizes
 
 
 def latent_attention(
@@ -164,6 +164,7 @@ def _check(
     *start, N, H = query.shape
     *rows, R = latent.shape
     P = query_rotary.shape[-1]
+    sizes = {"*B": tuple(start[:-1]), "T": start[-1], "S": rows[-1], "N": N, "H": H, "P": P, "R": R}
     expected = {
         "query_rotary": ("[*B T N P]", (*start, N, P)),
         "latent": ("[*B S R]", (*start[:-1], rows[-1], R)),
@@ -171,6 +172,8 @@ def _check(
         "key_up": ("[R N H]", (R, N, H)),
         "value_up": ("[R N D]", (R, N, value_up.shape[-1] if value_up.ndim else 0)),
     }
-    for name, (axes, shape) in expected.items():
+    for name, (layout, shape) in expected.items():
         if arrays[name].shape != shape:
-            raise ValueError(f"{name} must have shape {axes} = {shape}, got {arrays[name].shape}")
+            raise ValueError(
+                f"{name} must have shape {with_sizes(layout, sizes)}, got {arrays[name].shape}"
+            )

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from attention_jax.core.axes import int_at_least
+from attention_jax.core.axes import brief_fields, int_at_least
 from attention_jax.models import prompts
 from attention_jax.models.decoder import Decoder
 from attention_jax.models.encoder_decoder import EncoderDecoder, Memory
@@ -30,6 +30,9 @@ class Beams(NamedTuple):
     tokens: Any
     count: Any
     score: Any
+
+    def __repr__(self) -> str:
+        return brief_fields(self, self._fields)
 
 
 class _Settings(NamedTuple):

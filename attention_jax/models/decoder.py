@@ -17,6 +17,7 @@ from attention_jax.models.layers import Layers, Stack, check_embeddings, positio
 from attention_jax.nn import Embeddings
 from attention_jax.nn.linear import Linear
 from attention_jax.nn.padding import as_real, places
+from attention_jax.nn.rngs import check_rngs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +66,7 @@ class Decoder(nnx.Module):
     """
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs) -> None:
+        check_rngs(rngs)
         layers = config.layers
         self.config = config
         self.embed = Embeddings(

@@ -23,6 +23,7 @@ from attention_jax.nn import Embeddings, pooling
 from attention_jax.nn.feed_forward import ACTIVATIONS
 from attention_jax.nn.linear import Linear
 from attention_jax.nn.padding import as_real, places
+from attention_jax.nn.rngs import check_rngs
 
 HEADS = (None, "tokens", "classes")
 POOLS = ("first", "mean")
@@ -87,6 +88,7 @@ class Encoder(nnx.Module):
     """
 
     def __init__(self, config: EncoderConfig, *, rngs: nnx.Rngs) -> None:
+        check_rngs(rngs)
         layers = config.layers
         E = layers.features
         norm = layers.new_norm(rngs)

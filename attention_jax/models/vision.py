@@ -16,6 +16,7 @@ from attention_jax.models.layers import Layers, Stack
 from attention_jax.nn import AttentionPooling, ClassToken, pooling
 from attention_jax.nn.embeddings import EMBED_INIT
 from attention_jax.nn.linear import Linear
+from attention_jax.nn.rngs import check_rngs
 
 POOLS = ("class", "mean", "attention")
 
@@ -70,6 +71,7 @@ class VisionTransformer(nnx.Module):
     """
 
     def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs) -> None:
+        check_rngs(rngs)
         layers = config.layers
         E, param_dtype = layers.features, layers.param_dtype
         self.config = config

@@ -18,11 +18,20 @@ from attention_jax.api import attention as softmax_attention
 from attention_jax.api import attention_weights
 from attention_jax.backends.call import as_mask, as_scores, check_flag
 from attention_jax.cache import KVCache
-from attention_jax.core.axes import AnyArray, Size, check_tokens, int_at_least, is_array, same_rank
+from attention_jax.core.axes import (
+    AnyArray,
+    Size,
+    brief_fields,
+    check_tokens,
+    int_at_least,
+    kind,
+    same_rank,
+)
 from attention_jax.core.dropout import check_rate
 from attention_jax.masks import Mask
-from attention_jax.mechanisms.as_attention import check_weights
+from attention_jax.mechanisms.as_attention import check_attention, check_weights
 from attention_jax.nn.linear import BIAS_INIT, KERNEL_INIT, Linear
+from attention_jax.nn.rngs import check_rngs, dropout_key
 from attention_jax.positions import DynamicNTK, Rotary
 from attention_jax.scores import Score
 
@@ -41,6 +50,9 @@ class KeysValues(NamedTuple):
 
     key: Any
     value: Any
+
+    def __repr__(self) -> str:
+        return brief_fields(self, self._fields)
 
 
 class MultiHeadAttention(nnx.Module):
@@ -145,9 +157,9 @@ class MultiHeadAttention(nnx.Module):
         check_rate(dropout_rate)
         as_scores(score)  # raises unless these are scores
         if rotary is not None and not isinstance(rotary, Rotary):
-            raise TypeError(f"rotary must be a Rotary or None, got {type(rotary).__name__}")
-        if not callable(attention):
-            raise TypeError(f"attention must be a function, got {type(attention).__name__}")
+            raise TypeError(f"rotary must be a Rotary or None, got {kind(rotary)}")
+        check_rngs(rngs)
+        check_attention(attention)
         if rotary is not None and context_features is not None:
             raise ValueError(
                 "rotary must be None with context_features: positions of two sequences are not "
@@ -316,7 +328,7 @@ class MultiHeadAttention(nnx.Module):
     def _check(self, x: Any, context: Any, cache: Any) -> Size:
         check_tokens("x", x, "[*B T E]", self.features)
         if cache is not None and not isinstance(cache, KVCache):
-            raise TypeError(f"cache must be a KVCache or None, got {type(cache).__name__}")
+            raise TypeError(f"cache must be a KVCache or None, got {kind(cache)}")
         if context is None and self.context_features is not None:
             raise ValueError(
                 f"context must be given: this module attends to one, of width "
@@ -404,18 +416,6 @@ class MultiHeadAttention(nnx.Module):
         """For ``nnx.view``."""
         if deterministic is not None:
             self.deterministic = deterministic
-
-
-def dropout_key(rngs: Any) -> jax.Array:
-    """The next key of ``nnx.Rngs`` or of one of its streams; a key itself is returned."""
-    if isinstance(rngs, nnx.Rngs):
-        rngs = rngs.dropout
-    key = rngs() if isinstance(rngs, nnx.RngStream) else rngs
-    if not is_array(key):
-        raise TypeError(
-            f"rngs must be nnx.Rngs, one of its streams or a random key, got {type(rngs).__name__}"
-        )
-    return key
 
 
 def default_head_dim(features: int, num_heads: int) -> int:

@@ -268,8 +268,8 @@ def dot_product_attention(
         "key_value_seq_lengths": key_value_seq_lengths,
     }
     if any(x is not None for x in lengths.values()):
-        per_example = (None if x is None else _lengths(n, x, sizes) for n, x in lengths.items())
-        visible.append(masks.lengths(*per_example))
+        queries, keys = (None if x is None else _lengths(n, x, sizes) for n, x in lengths.items())
+        visible.append(masks.lengths(query=queries, key=keys))
     if local_window_size is not None:
         visible.append(masks.window(*_window(local_window_size)))
     call = functools.partial(

@@ -20,6 +20,7 @@ from attention_jax.core.axes import (
 )
 from attention_jax.core.dropout import check_rate
 from attention_jax.nn.padding import as_real, filled, places
+from attention_jax.nn.rngs import check_rngs
 from attention_jax.positions import learned, sinusoidal
 from attention_jax.positions.vectors import rows
 
@@ -75,6 +76,7 @@ class Embeddings(nnx.Module):
         for name, x in {"vocabulary": vocabulary, "features": features}.items():
             int_at_least(name, x, 1)
         int_at_least("types", types, 0)
+        check_rngs(rngs)
         check_rate(dropout_rate)
         if positions not in POSITIONS:
             raise ValueError(f"positions must be one of {POSITIONS}, got {positions!r}")

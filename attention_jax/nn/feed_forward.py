@@ -14,6 +14,7 @@ from jaxtyping import Float
 from attention_jax.core.axes import AnyArray, check_tokens, int_at_least
 from attention_jax.core.dropout import check_rate
 from attention_jax.nn.linear import BIAS_INIT, KERNEL_INIT, Linear
+from attention_jax.nn.rngs import check_rngs
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
@@ -76,6 +77,7 @@ class FeedForward(nnx.Module):
             activation = ACTIVATIONS[activation]
         if not callable(activation):
             raise TypeError(f"activation must be a name or a function, got {activation!r}")
+        check_rngs(rngs)
         check_rate(dropout_rate)
         linear = functools.partial(
             Linear,

@@ -18,6 +18,7 @@ from attention_jax.core.axes import (
 )
 from attention_jax.nn.attention import MultiHeadAttention
 from attention_jax.nn.embeddings import EMBED_INIT
+from attention_jax.nn.rngs import check_rngs
 
 
 def mean(
@@ -91,6 +92,7 @@ class ClassToken(nnx.Module):
           param_dtype, init: of the token.
           rngs: for the token.
         """
+        check_rngs(rngs)
         self.token = nnx.Param(init(rngs.params(), (1, features), param_dtype))
 
     def __call__(self, x: Float[AnyArray, "*B T E"]) -> Float[Array, "*B T1 E"]:
@@ -134,6 +136,7 @@ class AttentionPooling(nnx.Module):
           rngs: for parameters.
           **options: of ``MultiHeadAttention``.
         """
+        check_rngs(rngs)
         int_at_least("queries", queries, 1)
         self.queries = nnx.Param(init(rngs.params(), (queries, features), param_dtype))
         self.attention = MultiHeadAttention(

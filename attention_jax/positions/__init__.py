@@ -17,7 +17,6 @@ model was trained on. ALiBi, T5's relative bias and Shaw's relative embeddings a
 ``attention_jax.scores``.
 """
 
-from attention_jax.positions.relative import transformer_xl as transformer_xl
 from attention_jax.positions.rope import Rotary as Rotary
 from attention_jax.positions.rope import rotary as rotary
 from attention_jax.positions.scalings import NTK as NTK
@@ -27,6 +26,7 @@ from attention_jax.positions.scalings import Llama3 as Llama3
 from attention_jax.positions.scalings import Scaling as Scaling
 from attention_jax.positions.scalings import YaRN as YaRN
 from attention_jax.positions.scalings import frequencies as frequencies
+from attention_jax.positions.transformer_xl import transformer_xl as transformer_xl
 from attention_jax.positions.vectors import learned as learned
 from attention_jax.positions.vectors import sinusoidal as sinusoidal
 

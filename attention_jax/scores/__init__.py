@@ -18,20 +18,20 @@ from attention_jax.scores.at_positions import later as later
 from attention_jax.scores.base import Masking as Masking
 from attention_jax.scores.base import Score as Score
 from attention_jax.scores.base import tile_indices as tile_indices
+from attention_jax.scores.distance import Alibi as Alibi
+from attention_jax.scores.distance import RelativeBias as RelativeBias
+from attention_jax.scores.distance import RelativeEmbedding as RelativeEmbedding
+from attention_jax.scores.distance import alibi as alibi
+from attention_jax.scores.distance import alibi_slopes as alibi_slopes
+from attention_jax.scores.distance import relative_bias as relative_bias
+from attention_jax.scores.distance import relative_buckets as relative_buckets
+from attention_jax.scores.distance import relative_embedding as relative_embedding
 from attention_jax.scores.functions import ScoreFn as ScoreFn
 from attention_jax.scores.functions import score_fn as score_fn
 from attention_jax.scores.pointwise import Bias as Bias
 from attention_jax.scores.pointwise import Softcap as Softcap
 from attention_jax.scores.pointwise import bias as bias
 from attention_jax.scores.pointwise import softcap as softcap
-from attention_jax.scores.relative import Alibi as Alibi
-from attention_jax.scores.relative import RelativeBias as RelativeBias
-from attention_jax.scores.relative import RelativeEmbedding as RelativeEmbedding
-from attention_jax.scores.relative import alibi as alibi
-from attention_jax.scores.relative import alibi_slopes as alibi_slopes
-from attention_jax.scores.relative import relative_bias as relative_bias
-from attention_jax.scores.relative import relative_buckets as relative_buckets
-from attention_jax.scores.relative import relative_embedding as relative_embedding
 
 __all__ = [
     "Masking",

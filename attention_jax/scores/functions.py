@@ -17,6 +17,8 @@ from attention_jax.scores.base import Score
 class ScoreFn(Score):
     """Any function."""
 
+    NAME = "scores.score_fn"
+    DEFAULTS = {"arrays": ()}
     fn: Callable[..., Any]
     arrays: tuple[Any, ...]
 

@@ -16,6 +16,7 @@ from attention_jax.scores.base import Masking, Score
 class Softcap(Score):
     """``cap * tanh(s / cap)``."""
 
+    NAME = "scores.softcap"
     MASKING = Masking.UNMASKS
     USES_POSITIONS = False
     cap: Any  # a float, or the same as a scalar array
@@ -47,6 +48,7 @@ def softcap(cap: float) -> Score:
 class Bias(Score):
     """``s + array``."""
 
+    NAME = "scores.bias"
     AXES = {"array": "*B N T S"}
     BROADCAST = True
     MASKING = Masking.VISIBLE

@@ -27,6 +27,7 @@ class Relative(Score):
     """A score of distances: query ``i`` lies at position ``i + offset`` among the keys."""
 
     AXES = {"offset": "*B"}
+    DEFAULTS = {"offset": 0, "align": "start", "slopes": None, "dtype": "float32"}
     MASKING = Masking.NEVER
     offset: Any
     align: str
@@ -59,6 +60,7 @@ class Relative(Score):
 class Alibi(Relative):
     """``s - slopes[n] * |q + offset - k|``."""
 
+    NAME = "scores.alibi"
     AXES = {"slopes": "N", "offset": "*B"}
     slopes: Any
     dtype: str = "float32"  # of default slopes
@@ -130,6 +132,7 @@ def alibi_slopes(num_heads: int, dtype: Any = np.float32) -> np.ndarray:
 class RelativeBias(Relative):
     """``s + table[bucket(k - q - offset), n]``."""
 
+    NAME = "scores.relative_bias"
     AXES = {"table": "R N", "offset": "*B"}
     table: Any
     bidirectional: bool
@@ -225,6 +228,7 @@ def relative_buckets(
 class RelativeEmbedding(Relative):
     """``s + query[q] . table[clip(k - q - offset)]``."""
 
+    NAME = "scores.relative_embedding"
     AXES = {"query": "*B T N H", "table": "R N H", "offset": "*B"}
     NEW_TOKENS = frozenset({"query"})
     query: Any
