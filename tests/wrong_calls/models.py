@@ -79,9 +79,7 @@ def wrong_models():
             "'max'",
         ),
         (
-            lambda: models.EncoderDecoderConfig(
-                10, small, stack(features=4)
-            ),
+            lambda: models.EncoderDecoderConfig(10, small, stack(features=4)),
             value,
             "the same width",
             "8 and 4",
