@@ -43,6 +43,8 @@ def extend(
       ValueError: the mask lets a query attend to later tokens, or to tokens that a rolling cache no
         longer holds; or its arrays are shorter than the sequence.
 
+    >>> import numpy as np
+    >>> from attention_jax.cache import extend, init
     >>> x = np.ones((2, 1, 2), np.float32)
     >>> keys, values, mask, _ = extend(init((), capacity=3, num_kv_heads=1, head_dim=2), x, x)
     >>> print(mask)
@@ -88,6 +90,9 @@ def placed_scores(
       ValueError: arrays shorter than the sequence; or an array as ``offset``, since the cache
         itself knows where the queries begin.
 
+    >>> import numpy as np
+    >>> from attention_jax import scores
+    >>> from attention_jax.cache import placed_scores, init
     >>> cache = init((), capacity=4, num_kv_heads=1, head_dim=1, rolling=True)
     >>> x = np.ones((5, 1, 1), np.float32)
     >>> (score,) = placed_scores(cache.append(x, x), scores.alibi(np.array([1.0])), 1)
@@ -146,6 +151,11 @@ def attend(
     Raises:
       ValueError: see ``extend`` and ``placed_scores``.
 
+    >>> import jax.numpy as jnp
+    >>> import numpy as np
+    >>> from attention_jax import attention
+    >>> from attention_jax.cache import attend, init
+    >>> from attention_jax.masks import window
     >>> x = np.random.default_rng(0).normal(size=(5, 1, 2)).astype(np.float32)  # T N H
     >>> empty = init((), capacity=5, num_kv_heads=1, head_dim=2)
     >>> first, cache = attend(empty, x[:3], x[:3], x[:3])

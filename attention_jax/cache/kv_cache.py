@@ -60,6 +60,8 @@ class KVCache:
     def positions(self) -> Int[Array, "*B C"]:
         """The position of the token in each slot, ``-1`` where there is none.
 
+        >>> import numpy as np
+        >>> from attention_jax.cache import init
         >>> cache = init((), capacity=3, num_kv_heads=1, head_dim=1, rolling=True)
         >>> x = np.zeros((4, 1, 1), np.float32)
         >>> cache.append(x, x).positions().tolist()
@@ -108,6 +110,8 @@ class KVCache:
             ``overflowed`` is True.
           TypeError: another dtype.
 
+        >>> import numpy as np
+        >>> from attention_jax.cache import init
         >>> cache = init((2,), capacity=4, num_kv_heads=1, head_dim=1)
         >>> x = np.ones((2, 3, 1, 1), np.float32)
         >>> cache.append(x, x, count=np.array([3, 1])).length.tolist()
@@ -175,6 +179,8 @@ class KVCache:
             overwritten. Not checked where lengths are traced: ask ``intact(window)`` afterwards.
           TypeError: not integers.
 
+        >>> import numpy as np
+        >>> from attention_jax.cache import init
         >>> cache = init((2,), capacity=4, num_kv_heads=1, head_dim=1)
         >>> x = np.ones((2, 3, 1, 1), np.float32)
         >>> cache.append(x, x).rollback(np.array([1, 2])).positions().tolist()
@@ -240,6 +246,7 @@ def init(
       dtype: of keys and values.
       rolling: whether new tokens overwrite the oldest.
 
+    >>> from attention_jax.cache import init
     >>> init((2,), capacity=8, num_kv_heads=2, head_dim=4).key.shape
     (2, 8, 2, 4)
     """

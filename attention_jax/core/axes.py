@@ -53,6 +53,7 @@ PerExample = int | Int[AnyArray, "*B"]
 class Sizes:
     """What the axis letters stand for in one call.
 
+    >>> from attention_jax.core.axes import Sizes
     >>> Sizes(B=(2,), T=5, S=7, K=3, G=2, H=11, D=13).N
     6
     """
@@ -95,6 +96,7 @@ def kind(x: Any) -> str:
     """What messages call an argument that is not what was expected.
 
     >>> from attention_jax import masks
+    >>> from attention_jax.core.axes import kind
     >>> kind(masks.causal()), kind(masks.causal), kind(3)
     ('masks.causal(...)', 'the function causal', 'int 3')
     """
@@ -112,6 +114,8 @@ def kind(x: Any) -> str:
 def brief(x: Any) -> str:
     """An argument or result on one line: small arrays in full, others by dtype and shape.
 
+    >>> import numpy as np
+    >>> from attention_jax.core.axes import brief
     >>> brief(np.arange(3)), brief(np.zeros((2, 9), np.float32))
     ('[0 1 2]', 'float32[2, 9]')
     """
@@ -135,6 +139,7 @@ def brief_fields(x: Any, names: Sequence[str]) -> str:
 def with_sizes(layout: str, sizes: Mapping[str, Any]) -> str:
     """The letters of some axes, and the sizes of those that are known.
 
+    >>> from attention_jax.core.axes import with_sizes
     >>> with_sizes("[*B T K H]", {"*B": (2,), "K": 3})
     '[*B T K H] with *B = (2,), K = 3'
     """
@@ -167,6 +172,7 @@ def check_query_key_value(query: Any, key: Any, value: Any) -> Sizes:
       ValueError: rank below 3, or axes that do not fit together.
 
     >>> import numpy as np
+    >>> from attention_jax.core.axes import check_query_key_value
     >>> q, k = np.zeros((2, 5, 6, 4), np.float32), np.zeros((2, 7, 3, 4), np.float32)
     >>> check_query_key_value(q, k, k)
     Sizes(B=(2,), T=5, S=7, K=3, G=2, H=4, D=4)
@@ -210,6 +216,8 @@ def check_query_key_value(query: Any, key: Any, value: Any) -> Sizes:
 def accumulation_dtype(dtype: Any) -> jnp.dtype:
     """The dtype of softmax, lse and sums: at least float32.
 
+    >>> import jax.numpy as jnp
+    >>> from attention_jax.core.axes import accumulation_dtype
     >>> accumulation_dtype(jnp.bfloat16).name
     'float32'
     """
@@ -219,6 +227,7 @@ def accumulation_dtype(dtype: Any) -> jnp.dtype:
 def broadcasts_to(shape: Shape, full: Shape) -> bool:
     """Whether an array of ``shape`` broadcasts to ``full``; sizes may be symbolic.
 
+    >>> from attention_jax.core.axes import broadcasts_to
     >>> broadcasts_to((3, 1), (2, 3, 4)), broadcasts_to((2, 1, 1), (3, 4))
     (True, False)
     """
@@ -231,6 +240,8 @@ def same_rank(*arrays: Any) -> tuple[Any, ...]:
 
     Broadcasting would add these axes itself, unless ``jax_numpy_rank_promotion`` forbids it.
 
+    >>> import numpy as np
+    >>> from attention_jax.core.axes import same_rank
     >>> a, b = same_rank(np.zeros((2, 3)), np.zeros(3))
     >>> a.shape, b.shape
     ((2, 3), (1, 3))

@@ -30,6 +30,8 @@ _SPREAD = {
 def seed(key: Any) -> jax.Array:
     """Folds a JAX random key, new style or raw ``uint32``, into one ``uint32``.
 
+    >>> import jax
+    >>> from attention_jax.core.dropout import seed
     >>> seed(jax.random.key(0)).dtype.name
     'uint32'
     """
@@ -77,6 +79,9 @@ def keep(seed: Any, b: Any, n: Any, q: Any, k: Any, *, threshold: Any) -> Any:
       b, n, q, k: example, query head, query and key; integers or integer arrays that broadcast.
       threshold: ``uint32``, from ``threshold(rate)``.
 
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from attention_jax.core.dropout import keep, seed, threshold
     >>> q, k = jnp.arange(100)[:, None], jnp.arange(100)[None, :]
     >>> round(float(keep(seed(jax.random.key(1)), 0, 0, q, k, threshold=threshold(0.25)).mean()), 2)
     0.75

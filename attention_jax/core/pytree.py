@@ -263,8 +263,9 @@ def children(value: Value) -> Iterator[Value]:
     """The values among the fields of a value, also in tuples.
 
     >>> from attention_jax import masks
+    >>> from attention_jax.core.pytree import children
     >>> [type(child).__name__ for child in children(masks.causal() & masks.prefix(3))]
-    ['Band', 'Lengths']
+    ['Band', 'Prefix']
     """
 
     def inside(x: Any) -> Iterator[Value]:
@@ -281,7 +282,9 @@ def children(value: Value) -> Iterator[Value]:
 def leaves(value: Any) -> list[Leaf]:
     """The arrays of a value, or of a tuple of values, in the order of ``jax.tree.leaves``.
 
+    >>> import numpy as np
     >>> from attention_jax import masks
+    >>> from attention_jax.core.pytree import leaves
     >>> [leaf.axes for leaf in leaves(masks.lengths(key=np.array([3, 5])))]
     [('B',)]
     """

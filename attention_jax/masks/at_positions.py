@@ -87,7 +87,7 @@ def at_positions(
       query_positions, key_positions: int arrays ``[*B T]`` and ``[*B S]``, of one dtype.
 
     >>> import numpy as np
-    >>> from attention_jax.masks import window
+    >>> from attention_jax.masks import at_positions, window
     >>> print(at_positions(window(2, 0), np.array([4, 5]), np.array([4, 5, -1, 3])))
     █··█
     ██·█

@@ -92,6 +92,7 @@ def causal(offset: PerExample = 0, *, align: str = "start") -> Mask:
         key. Another int is compiled again, another array is not.
       align: ``"end"`` adds ``S - T`` to the offset: the last query ends at the last key.
 
+    >>> from attention_jax.masks import causal
     >>> print(causal())
     █·······
     ██······
@@ -119,6 +120,7 @@ def window(
       left, right: ints >= 0, or None for no bound on that side.
       offset, align: as for ``causal``.
 
+    >>> from attention_jax.masks import window
     >>> print(window(2, 1))
     ██······
     ███·····
@@ -140,6 +142,7 @@ def window(
 def dilated(stride: int) -> Mask:
     """Query ``i`` attends to key ``j`` where ``(i - j) % stride == 0``.
 
+    >>> from attention_jax.masks import causal, dilated
     >>> print(dilated(3) & causal())
     █·······
     ·█······

@@ -42,7 +42,10 @@ class Mask(Value):
     it. A GPU kernel takes every mask whose ``rule`` is arithmetic on single entries; ``explain``
     says what it does not take, and why.
 
+    >>> import jax.numpy as jnp
+    >>> import numpy as np
     >>> from attention_jax import attention, masks
+    >>> from attention_jax.masks import Mask, Reach
     >>> class Delayed(Mask):
     ...     '''Keys that are at least ``gap`` positions before the query.'''
     ...     BY_INTERVALS = True
@@ -85,6 +88,7 @@ class Mask(Value):
           b, n: example (counted over the flattened ``*B``) and query head.
           q, k: positions; ints or integer arrays that broadcast.
 
+        >>> import numpy as np
         >>> from attention_jax.masks import causal
         >>> causal().mask(0, 0, np.arange(3)[:, None], np.arange(3)[None, :]).astype(int)
         array([[1, 0, 0],
@@ -150,6 +154,7 @@ class Mask(Value):
     ) -> Bool[Array, "..."]:
         """The mask as a bool array ``[T S]``; with ``B`` and ``N`` given, ``[B N T S]``.
 
+        >>> import numpy as np
         >>> from attention_jax.masks import segments
         >>> segments(np.array([0, 0, 1])).to_dense(3, 3).astype(int).tolist()
         [[1, 1, 0], [1, 1, 0], [0, 0, 1]]

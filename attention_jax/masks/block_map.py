@@ -73,7 +73,7 @@ def block_map(
       TypeError: ``mask`` is not a mask, or a size not an int.
       ValueError: a block size below 1.
 
-    >>> from attention_jax import masks
+    >>> from attention_jax import block_map, masks
     >>> print(block_map(masks.causal() & masks.window(256, 0), 1024, 1024))
     ▒·······
     █▒······
@@ -223,6 +223,9 @@ def schedule(kind: Any, grid: Grid) -> BlockSchedule:
     A last block that reaches beyond the arrays counts as partial: a backend moves it back to lie
     within them, and must mask the pairs that it shares with the block before.
 
+    >>> import numpy as np
+    >>> from attention_jax.masks.block_map import schedule
+    >>> from attention_jax.masks.grid import Grid
     >>> grid = Grid(T=4, S=6, block_q=2, block_k=2)
     >>> v = schedule(np.array([[2, 0, 1], [1, 2, 2]], np.int8), grid)
     >>> v.index.tolist(), v.full.tolist(), v.visited.tolist()

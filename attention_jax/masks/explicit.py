@@ -97,6 +97,7 @@ def neighborhood(shape: tuple[int, ...], size: int | tuple[int, ...]) -> Mask:
       shape: the grid's axes; positions count its cells in row-major order, ``T == S == prod``.
       size: odd, at most the axis; an int for all axes, or one per axis.
 
+    >>> from attention_jax.masks import neighborhood
     >>> print(neighborhood((2, 4), (1, 3)))
     ███·····
     ███·····
@@ -168,6 +169,8 @@ def block_sparse(layout: Bool[AnyArray, "rows columns"], block: int) -> Mask:
         program (its blocks are known while tracing), a JAX array is data.
       block: positions per entry.
 
+    >>> import numpy as np
+    >>> from attention_jax.masks import block_sparse
     >>> print(block_sparse(np.array([[1, 0, 1], [0, 1, 1]], bool), 2))
     ██··██
     ██··██
@@ -209,6 +212,8 @@ def dense(array: Bool[AnyArray, "..."]) -> Mask:
     Args:
       array: bool array broadcastable to ``[*B N T S]``.
 
+    >>> import numpy as np
+    >>> from attention_jax.masks import dense
     >>> print(dense(np.array([[1, 0, 1], [0, 1, 1]], bool)))
     █·█
     ·██
@@ -263,6 +268,7 @@ def mask_fn(fn: Callable[..., Any], *arrays: AnyArray, evaluate: bool = False) -
       evaluate: evaluate ``fn`` once on all pairs, tile by tile, to find empty and full blocks.
         Otherwise every block is partial.
 
+    >>> from attention_jax.masks import mask_fn
     >>> print(mask_fn(lambda b, n, q, k: (q - k) ** 2 <= 2))
     ██······
     ███·····

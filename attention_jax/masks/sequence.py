@@ -63,7 +63,7 @@ def prefix(length: PerExample) -> Mask:
     Args:
       length: an int, or an int array ``[*B]``.
 
-    >>> from attention_jax.masks import causal
+    >>> from attention_jax.masks import causal, prefix
     >>> print(prefix(3) | causal())
     ███·····
     ███·····
@@ -87,6 +87,7 @@ def lengths(*, query: PerExample | None = None, key: PerExample | None = None) -
         padding, whose contents never reach a result. Give each by name: ``lengths(key=n)`` masks
         padded keys.
 
+    >>> from attention_jax.masks import lengths
     >>> print(lengths(query=6, key=5))
     █████···
     █████···
@@ -138,6 +139,7 @@ def segments(
       key_ids: int array ``[*B S]``; None takes ``query_ids``.
 
     >>> import numpy as np
+    >>> from attention_jax.masks import segments
     >>> print(segments(np.array([0, 0, 0, 1, 1, 2, -1, -1])))
     ███·····
     ███·····
@@ -172,6 +174,7 @@ def padding(real: Bool[AnyArray, "*B S"], *, queries: int | None = None) -> Mask
       queries: in cross-attention the number of queries (T); None: queries and keys are the same.
 
     >>> import numpy as np
+    >>> from attention_jax.masks import padding
     >>> print(padding(np.array([True, True, False, True])))
     ██·█
     ██·█
@@ -211,6 +214,7 @@ class Chunked(Mask):
 def chunked(size: int) -> Mask:
     """Query ``i`` attends to key ``j`` where ``i // size == j // size``.
 
+    >>> from attention_jax.masks import chunked
     >>> print(chunked(3))
     ███·····
     ███·····
@@ -254,7 +258,7 @@ def global_tokens(flags: Bool[AnyArray, "*B T"]) -> Mask:
       flags: bool array ``[*B T]``.
 
     >>> import numpy as np
-    >>> from attention_jax.masks import window
+    >>> from attention_jax.masks import global_tokens, window
     >>> print(global_tokens(np.arange(8) == 0) | window(1, 1))
     ████████
     ███·····

@@ -61,6 +61,7 @@ def additive_attention(
       ValueError: shapes that do not fit.
 
     >>> import numpy as np
+    >>> from attention_jax.mechanisms import additive_attention
     >>> q, k = np.zeros((1, 1, 2), np.float32), np.zeros((2, 1, 2), np.float32)
     >>> v = np.array([[[1.0]], [[3.0]]], np.float32)
     >>> additive_attention(q, k, v, np.ones((1, 2), np.float32)).tolist()  # equal weights
@@ -101,6 +102,7 @@ def additive_weights(
       ValueError: shapes that do not fit.
 
     >>> import numpy as np
+    >>> from attention_jax.mechanisms import additive_weights
     >>> q, k = np.zeros((1, 1, 2), np.float32), np.zeros((4, 1, 2), np.float32)
     >>> additive_weights(q, k, np.ones((1, 2), np.float32)).tolist()
     [[[0.25, 0.25, 0.25, 0.25]]]

@@ -34,7 +34,7 @@ def as_attention(mechanism: Callable[..., Any]) -> Callable[..., Any]:
 
     >>> import functools, numpy as np
     >>> from flax import nnx
-    >>> from attention_jax.mechanisms import topk_attention
+    >>> from attention_jax.mechanisms import as_attention, topk_attention
     >>> from attention_jax.nn import MultiHeadAttention
     >>> top2 = as_attention(functools.partial(topk_attention, k=2))
     >>> module = MultiHeadAttention(8, num_heads=2, attention=top2, rngs=nnx.Rngs(0))
@@ -79,7 +79,7 @@ def check_attention(attention: Any) -> None:
     """
     if not callable(attention) or isinstance(attention, type):
         raise TypeError(f"attention must be a function, got {kind(attention)}")
-    parameters = inspect.signature(attention).parameters
+    parameters = inspect.signature(attention, follow_wrapped=False).parameters
     if any(x.kind == inspect.Parameter.VAR_KEYWORD for x in parameters.values()):
         return
     if missing := [x for x in ("mask", "score", "sinks", "scale") if x not in parameters]:

@@ -106,6 +106,7 @@ def delta_rule(
       As ``gated_linear_attention``.
 
     >>> import numpy as np
+    >>> from attention_jax.mechanisms import delta_rule
     >>> key = np.ones((2, 1, 1), np.float32)
     >>> value = np.float32([5, 7]).reshape(2, 1, 1)
     >>> delta_rule(key, key, value, key[..., 0]).ravel().tolist()  # 7 replaces 5

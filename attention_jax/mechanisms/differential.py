@@ -47,6 +47,7 @@ def differential_attention(
       TypeError, ValueError, NotImplementedError: as ``attention``, or an odd number of heads.
 
     >>> import numpy as np
+    >>> from attention_jax.mechanisms import differential_attention
     >>> q, v = np.zeros((1, 2, 1), np.float32), np.float32([2, 4]).reshape(2, 1, 1)
     >>> differential_attention(q, np.zeros((2, 2, 1), np.float32), v, 0.5).item()
     1.5
@@ -84,6 +85,7 @@ def differential_weight(
       ``lambda``, a scalar or ``[N]``.
 
     >>> import numpy as np
+    >>> from attention_jax.mechanisms import differential_weight
     >>> zero = np.zeros(4, np.float32)
     >>> weight = differential_weight(query_1=zero, key_1=zero, query_2=zero, key_2=zero, layer=0)
     >>> round(float(weight), 3)

@@ -117,6 +117,7 @@ def gated_linear_attention(
       NotImplementedError: any other mask.
 
     >>> import numpy as np
+    >>> from attention_jax.mechanisms import gated_linear_attention
     >>> one = np.ones((3, 1, 1), np.float32)
     >>> half = np.log(one / 2)
     >>> gated_linear_attention(one, one, one, half).ravel().tolist()

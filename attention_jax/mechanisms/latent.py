@@ -55,6 +55,7 @@ def latent_attention(
       TypeError, ValueError, NotImplementedError: as ``attention``, or shapes that do not fit.
 
     >>> import numpy as np
+    >>> from attention_jax.mechanisms import absorbed_latent_attention, latent_attention
     >>> shapes = (5, 2, 4), (5, 2, 3), (5, 6), (5, 3), (6, 2, 4), (6, 2, 7)
     >>> arrays = [np.random.default_rng(0).normal(size=s).astype(np.float32) for s in shapes]
     >>> direct, absorbed = latent_attention(*arrays), absorbed_latent_attention(*arrays)
@@ -109,6 +110,7 @@ def absorbed_latent_attention(
       As ``latent_attention``.
 
     >>> import numpy as np
+    >>> from attention_jax.mechanisms import absorbed_latent_attention
     >>> one = np.ones((1, 1, 1), np.float32)
     >>> absorbed_latent_attention(one, one, one[0], one[0], one, 3 * one).item()
     3.0

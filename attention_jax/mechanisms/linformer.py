@@ -61,6 +61,7 @@ def linformer_attention(
       NotImplementedError: any other mask.
 
     >>> import numpy as np
+    >>> from attention_jax.mechanisms import linformer_attention
     >>> x, mean = np.float32([1, 2, 6]).reshape(3, 1, 1), np.full((1, 3), 1 / 3, np.float32)
     >>> linformer_attention(x, x, x, mean, mean).ravel().tolist()
     [3.0, 3.0, 3.0]

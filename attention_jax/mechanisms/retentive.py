@@ -59,6 +59,8 @@ def retention(
     Raises:
       As ``gated_linear_attention``.
 
+    >>> import numpy as np
+    >>> from attention_jax.mechanisms import retention
     >>> one = np.ones((3, 1, 1), np.float32)
     >>> retention(one, one, one, decay=np.float32([0.5])).ravel().tolist()
     [1.0, 1.5, 1.75]

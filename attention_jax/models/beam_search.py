@@ -112,7 +112,8 @@ def beam_search(
         ``early_stopping``.
 
     >>> import numpy as np
-    >>> from attention_jax.models import DecoderConfig, Layers
+    >>> from flax import nnx
+    >>> from attention_jax.models import beam_search, Decoder, DecoderConfig, Layers
     >>> config = DecoderConfig(10, Layers(features=8, num_layers=1, num_heads=2))
     >>> model = Decoder(config, rngs=nnx.Rngs(0))
     >>> beam_search(model, np.array([[3, 1]]), max_new_tokens=3, beams=2).tokens.shape

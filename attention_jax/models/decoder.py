@@ -53,6 +53,8 @@ class Decoder(nnx.Module):
     """A causal language model: embeddings, causal layers, output head.
 
     >>> import numpy as np
+    >>> from flax import nnx
+    >>> from attention_jax.models import Decoder, DecoderConfig, Layers
     >>> config = DecoderConfig(vocabulary=10, layers=Layers(features=8, num_layers=2, num_heads=2),
     ...                        positions="sinusoidal")
     >>> model = Decoder(config, rngs=nnx.Rngs(0))

@@ -78,6 +78,8 @@ class Encoder(nnx.Module):
     """A bidirectional encoder of tokens, with a head of tokens, of classes, or none.
 
     >>> import numpy as np
+    >>> from flax import nnx
+    >>> from attention_jax.models import Encoder, EncoderConfig, Layers
     >>> config = EncoderConfig(vocabulary=10, max_length=4, head="classes", classes=3,
     ...                        layers=Layers(features=8, num_layers=2, num_heads=2, order="post"))
     >>> tokens, real = np.array([[3, 1, 4, 0]]), np.array([[True, True, True, False]])

@@ -78,6 +78,8 @@ class EncoderDecoder(nnx.Module):
     each sublayer: in trained T5s it exceeds float16's largest number, 65,504.
 
     >>> import numpy as np
+    >>> from flax import nnx
+    >>> from attention_jax.models import EncoderDecoder, EncoderDecoderConfig, Layers
     >>> layers = Layers(features=8, num_layers=2, num_heads=2)
     >>> model = EncoderDecoder(EncoderDecoderConfig(10, layers, layers), rngs=nnx.Rngs(0))
     >>> model(np.array([[3, 1, 4, 1]]), np.array([[5, 9]])).shape

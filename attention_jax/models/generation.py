@@ -113,8 +113,10 @@ def generate(
         generates -1 and ends.
       TypeError: prompts that are not integers; another model.
 
+    >>> import jax
     >>> import numpy as np
-    >>> from attention_jax.models import DecoderConfig, Layers, sampling
+    >>> from flax import nnx
+    >>> from attention_jax.models import Decoder, DecoderConfig, generate, Layers, sampling
     >>> config = DecoderConfig(10, Layers(features=8, num_layers=1, num_heads=2))
     >>> model = Decoder(config, rngs=nnx.Rngs(0))
     >>> generate(model, np.array([[3, 1], [4, 4]]), max_new_tokens=3).tokens.shape
@@ -160,7 +162,8 @@ def stream(
       ValueError, TypeError: as ``generate``, before the first step; under ``jit``.
 
     >>> import numpy as np
-    >>> from attention_jax.models import DecoderConfig, Layers
+    >>> from flax import nnx
+    >>> from attention_jax.models import Decoder, DecoderConfig, generate, Layers, stream
     >>> config = DecoderConfig(10, Layers(features=8, num_layers=1, num_heads=2))
     >>> model = Decoder(config, rngs=nnx.Rngs(0))
     >>> prompt = np.array([[3, 1], [4, 4]])

@@ -67,7 +67,9 @@ class MultiHeadAttention(nnx.Module):
     head has a learned logit in the denominator of its softmax.
 
     >>> import numpy as np
+    >>> from flax import nnx
     >>> from attention_jax import masks
+    >>> from attention_jax.nn import MultiHeadAttention
     >>> module = MultiHeadAttention(8, num_heads=2, mask=masks.causal(), rngs=nnx.Rngs(0))
     >>> module(np.ones((1, 5, 8), np.float32)).shape
     (1, 5, 8)
@@ -299,6 +301,8 @@ class MultiHeadAttention(nnx.Module):
           context: ``[*B S C]``.
 
         >>> import numpy as np
+        >>> from flax import nnx
+        >>> from attention_jax.nn import MultiHeadAttention
         >>> module = MultiHeadAttention(8, num_heads=2, context_features=6, rngs=nnx.Rngs(0))
         >>> module.keys_values(np.ones((1, 5, 6), np.float32)).key.shape
         (1, 5, 2, 4)

@@ -80,6 +80,8 @@ def attention_fn(
       NotImplementedError: a custom einsum.
 
     >>> import numpy as np
+    >>> from flax import nnx
+    >>> from attention_jax.nn import attention_fn
     >>> module = nnx.MultiHeadAttention(
     ...     num_heads=2, in_features=8, attention_fn=attention_fn, decode=False, rngs=nnx.Rngs(0))
     >>> module(np.ones((1, 5, 8), np.float32)).shape
@@ -247,6 +249,8 @@ def dot_product_attention(
       NotImplementedError: the named implementation does not support the call; the message says
         which ones do.
 
+    >>> import jax
+    >>> from attention_jax.nn import dot_product_attention
     >>> x = jax.numpy.ones((1, 5, 2, 4))
     >>> dot_product_attention(x, x, x, is_causal=True).shape
     (1, 5, 2, 4)

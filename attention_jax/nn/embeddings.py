@@ -32,6 +32,8 @@ class Embeddings(nnx.Module):
     """``scale * table[token] + positions[position] + types[type]``, then the norm, then dropout.
 
     >>> import numpy as np
+    >>> from flax import nnx
+    >>> from attention_jax.nn import Embeddings
     >>> embed = Embeddings(10, 8, positions="learned", max_length=5, rngs=nnx.Rngs(0))
     >>> embed(np.array([[3, 1, 4]])).shape
     (1, 3, 8)
@@ -185,6 +187,8 @@ def moved_embeddings(model: nnx.Module, move: Callable[[jax.Array], jax.Array]) 
       ValueError: the model has no ``Embeddings``.
 
     >>> import numpy as np
+    >>> from flax import nnx
+    >>> from attention_jax.nn import Embeddings, moved_embeddings
     >>> embed = Embeddings(10, 4, rngs=nnx.Rngs(0))
     >>> moved = moved_embeddings(embed, lambda x: x + 1)
     >>> tokens = np.array([[3, 1]])

@@ -30,6 +30,8 @@ class FeedForward(nnx.Module):
     Gated with ``"silu"`` it is SwiGLU, with ``"gelu"`` GEGLU.
 
     >>> import numpy as np
+    >>> from flax import nnx
+    >>> from attention_jax.nn import FeedForward
     >>> FeedForward(8, 32, rngs=nnx.Rngs(0))(np.ones((1, 5, 8), np.float32)).shape
     (1, 5, 8)
 

@@ -31,6 +31,7 @@ def mean(
       real: bool ``[*B T]``, False for padding; default: all are real.
 
     >>> import numpy as np
+    >>> from attention_jax.nn.pooling import mean
     >>> mean(np.array([[1.0], [3.0], [np.nan]], np.float32), np.array([True, True, False])).tolist()
     [2.0]
     """
@@ -57,6 +58,7 @@ def first(
       real: bool ``[*B T]``, False for padding; default: all are real.
 
     >>> import numpy as np
+    >>> from attention_jax.nn.pooling import first
     >>> first(np.array([[np.nan], [1.0]], np.float32), np.array([False, True])).tolist()
     [1.0]
     """
@@ -71,6 +73,8 @@ class ClassToken(nnx.Module):
     """A learned token prepended to the others, whose final vector represents the sequence.
 
     >>> import numpy as np
+    >>> from flax import nnx
+    >>> from attention_jax.nn import ClassToken
     >>> ClassToken(8, rngs=nnx.Rngs(0))(np.ones((2, 5, 8), np.float32)).shape
     (2, 6, 8)
 
@@ -108,6 +112,8 @@ class AttentionPooling(nnx.Module):
     """Attention pooling: learned queries attend to the tokens.
 
     >>> import numpy as np
+    >>> from flax import nnx
+    >>> from attention_jax.nn import AttentionPooling
     >>> pool = AttentionPooling(8, num_heads=2, rngs=nnx.Rngs(0))
     >>> pool(np.ones((2, 5, 8), np.float32)).shape
     (2, 8)

@@ -7,6 +7,7 @@ the position, so that the products of queries and keys depend on their distance 
     angle_i = position * f_i,   f_i = theta ** (-2 i / width)
 
 >>> import numpy as np
+>>> from attention_jax.positions import rotary
 >>> query = np.ones((2, 5, 4, 16), np.float32)  # *B T N H
 >>> padded_left = np.array([[0, 1, 2, 3, 4], [0, 0, 0, 1, 2]])  # the second row has three tokens
 >>> rotary(query, padded_left).shape

@@ -5,6 +5,7 @@ key ``k`` in head ``n`` of example ``b``. Its arrays may be traced, batched over
 differentiated.
 
 >>> import numpy as np
+>>> from attention_jax.scores import alibi
 >>> q, k = np.arange(2)[:, None], np.arange(3)[None, :]
 >>> s = np.zeros((2, 3), np.float32)
 >>> alibi(np.array([0.5])).score(s, 0, 0, q, k).tolist()

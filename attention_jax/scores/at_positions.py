@@ -72,7 +72,7 @@ def at_positions(
         negative positions must be masked by the mask.
 
     >>> import numpy as np
-    >>> from attention_jax.scores import alibi
+    >>> from attention_jax.scores import alibi, at_positions
     >>> placed = at_positions(alibi(np.array([0.5])), np.array([4]), np.array([4, 5, 3]))
     >>> placed.score(np.zeros((1, 3), np.float32), 0, 0, np.array([[0]]), np.arange(3)).tolist()
     [[0.0, -0.5, -0.5]]

@@ -53,8 +53,11 @@ class Score(Value):
     A kernel takes every score whose ``rule`` is arithmetic on single entries; ``explain`` says what
     it does not take, and why.
 
+    >>> from typing import Any
+    >>> import jax.numpy as jnp
     >>> import numpy as np
     >>> from attention_jax import attention, scores
+    >>> from attention_jax.scores import Masking, Score
     >>> class Boost(Score):
     ...     '''``s + gain[n]`` where query and key are of the same kind.'''
     ...     AXES = {"gain": "N", "query_kinds": "*B T", "key_kinds": "*B S"}

@@ -44,6 +44,8 @@ def score_fn(fn: Callable[..., Any], *arrays: AnyArray) -> Score:
         over they take only numbers. Floating arrays of both kinds are differentiable. The gradient
         of an array costs its size once per tile: for one of ``T x S``, use ``bias``.
 
+    >>> import numpy as np
+    >>> from attention_jax.scores import score_fn
     >>> nearer = score_fn(lambda s, b, n, q, k: s - 0.5 * abs(q - k))
     >>> float(nearer.score(np.float32(3.0), 0, 0, 4, 2))
     2.0
