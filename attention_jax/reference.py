@@ -270,8 +270,6 @@ def attention_gradients(
 ) -> Gradients:
     """The derivative of `attention`: `head_gradients` of every head, summed over what they share.
 
-    Heads share their key head, sinks, scale and the axes that a bias array was broadcast along.
-
     Args: d_out [*B T N D]; d_lse [*B T N] (None: the loss does not use lse); the rest as in
         `attention`.
     Returns: Gradients, in the shapes of the arguments.

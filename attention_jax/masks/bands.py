@@ -117,7 +117,8 @@ def window(
     Hugging Face ``sliding_window`` of ``W`` keys is ``window(W - 1, 0)``.
 
     Args:
-      left, right: ints >= 0, or None for no bound on that side.
+      left, right: ints >= 0, or None for no bound on that side. They are part of the program and
+        cannot be traced: for widths that change at run time use ``mask_fn``, which skips no blocks.
       offset, align: as for ``causal``.
 
     >>> from attention_jax.masks import window

@@ -38,9 +38,9 @@ class Mask(Value):
     - ``natural_size``: the ``T`` and ``S`` that the mask is made for.
     - ``resolve`` and ``resolve_in_sequence``, for what depends on ``T``, ``S`` or ``N``.
 
-    ``rule`` is defined once: ``block`` and kernels go by the class, so a subclass may not change
-    it. A GPU kernel takes every mask whose ``rule`` is arithmetic on single entries; ``explain``
-    says what it does not take, and why.
+    A subclass may not change ``rule``, because ``block`` and kernels rely on the class. GPU kernels
+    accept every mask whose ``rule`` is elementwise arithmetic; ``explain`` shows what they do not
+    accept, and why.
 
     >>> import jax.numpy as jnp
     >>> import numpy as np
@@ -131,7 +131,7 @@ class Mask(Value):
 
     def __bool__(self) -> bool:
         raise TypeError(
-            "a mask has no truth value: combine masks by &, | and ~ in place of and, or and not"
+            "a mask has no truth value: combine masks with &, | and ~ instead of and, or and not"
         )
 
     def __and__(self, other: Mask) -> Mask:

@@ -176,7 +176,9 @@ def _count_coarsely(mask: Mask, grid: Grid) -> tuple[int, int]:
         column = (columns[i : i + AT_ONCE, None] * COARSE + within)[:, None, :]
         there = (row < grid.rows) & (column < grid.columns)
         row, column = np.minimum(row, grid.rows - 1), np.minimum(column, grid.columns - 1)
-        some, every = mask.block(_Blocks(*dataclasses.astuple(grid), row, column), 0, 0)
+        some, every = mask.block(
+            _Blocks(grid.T, grid.S, grid.block_q, grid.block_k, row, column), 0, 0
+        )
         visited += int(np.sum(some & there))
         full += int(np.sum(some & every & there))
     return visited, full

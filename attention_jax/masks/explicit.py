@@ -263,8 +263,8 @@ def mask_fn(fn: Callable[..., Any], *arrays: AnyArray, evaluate: bool = False) -
     Args:
       fn: takes int scalars ``b``, ``n`` and int arrays ``q [t, 1]``, ``k [1, s]``; returns a bool
         array that broadcasts to ``[t, s]``. It may close over arrays, traced ones too.
-      *arrays: the arrays that ``fn`` indexes; they may be traced. Kernels for GPUs take these, but
-        not those that ``fn`` closes over.
+      *arrays: the arrays that ``fn`` indexes; they may be traced. GPU kernels accept these, but
+        not arrays that ``fn`` closes over.
       evaluate: evaluate ``fn`` once on all pairs, tile by tile, to find empty and full blocks.
         Otherwise every block is partial.
 

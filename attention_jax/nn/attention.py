@@ -30,12 +30,10 @@ from attention_jax.core.axes import (
 from attention_jax.core.dropout import check_rate
 from attention_jax.masks import Mask
 from attention_jax.mechanisms.as_attention import check_attention, check_weights
-from attention_jax.nn.linear import BIAS_INIT, KERNEL_INIT, Linear
+from attention_jax.nn.linear import BIAS_INIT, KERNEL_INIT, Linear, names_with_bias
 from attention_jax.nn.rngs import check_rngs, dropout_key
 from attention_jax.positions import DynamicNTK, Rotary
 from attention_jax.scores import Score
-
-PROJECTIONS = ("query", "key", "value", "gate", "out")
 
 Scores = Score | tuple[Score, ...]
 
@@ -167,7 +165,7 @@ class MultiHeadAttention(nnx.Module):
                 "rotary must be None with context_features: positions of two sequences are not "
                 "comparable"
             )
-        has_bias = _has_bias(bias)
+        has_bias = names_with_bias(bias)
         self.features, self.context_features = features, context_features
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
         self.head_dim, self.value_dim = head_dim, value_dim
@@ -431,13 +429,6 @@ def default_head_dim(features: int, num_heads: int) -> int:
             f"and {num_heads}"
         )
     return features // num_heads
-
-
-def _has_bias(bias: bool | Collection[str]) -> Callable[[str], bool]:
-    names = set(PROJECTIONS if bias is True else bias or ())
-    if unknown := names - set(PROJECTIONS):
-        raise ValueError(f"bias must name some of {PROJECTIONS}, got {sorted(unknown)}")
-    return names.__contains__
 
 
 def _held(value: Any) -> Any:

@@ -4,6 +4,17 @@ A score is a pytree with one method, ``score(s, b, n, q, k) -> s``: the new logi
 key ``k`` in head ``n`` of example ``b``. Its arrays may be traced, batched over ``*B`` and
 differentiated.
 
+=======================  =====================================================  ================
+constructor              the new logit                                          file
+=======================  =====================================================  ================
+``softcap``              ``cap * tanh(s / cap)``                                ``pointwise.py``
+``bias``                 ``s + array``                                          ``pointwise.py``
+``alibi``                ``s - slope * distance`` (ALiBi)                       ``distance.py``
+``relative_bias``        ``s + table[bucket(distance)]`` (T5)                   ``distance.py``
+``relative_embedding``   ``s + query . table[distance]`` (Shaw)                 ``distance.py``
+``score_fn``             any function                                           ``functions.py``
+=======================  =====================================================  ================
+
 >>> import numpy as np
 >>> from attention_jax.scores import alibi
 >>> q, k = np.arange(2)[:, None], np.arange(3)[None, :]
@@ -11,7 +22,7 @@ differentiated.
 >>> alibi(np.array([0.5])).score(s, 0, 0, q, k).tolist()
 [[0.0, -0.5, -1.0], [-0.5, 0.0, -0.5]]
 
-``Score`` says how to write one of your own.
+The docstring of ``Score`` shows how to write your own.
 """
 
 from attention_jax.scores.at_positions import at_positions as at_positions
