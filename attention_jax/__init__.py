@@ -9,18 +9,22 @@
 >>> aj.explain(x, x, x, mask=mask, platform="cpu").chosen
 'blockwise'
 
-``attention`` is the function, ``masks`` and ``scores`` are its vocabulary, ``reference`` is its
-definition, and ``explain`` tells which backend runs and why. Flax modules are in
-``attention_jax.nn``, transformers in ``attention_jax.models``, other kinds of attention in
-``attention_jax.mechanisms``, and the checker, with all that it guarantees, in
-``attention_jax.testing``.
+``attention`` computes attention, ``masks`` and ``scores`` build its options, ``reference`` defines
+it in NumPy, and ``explain`` shows which backend runs and why. ALiBi and relative biases are in
+``scores``, rotary embeddings in ``positions``, other kinds of attention in ``mechanisms``, and the
+checker, with all that it guarantees, in ``testing``.
+
+Flax modules and transformers need an import of their own, since Flax takes about as long to import
+as JAX: ``from attention_jax import models, nn``.
 """
 
 from attention_jax import cache as cache
 from attention_jax import masks as masks
+from attention_jax import mechanisms as mechanisms
 from attention_jax import positions as positions
 from attention_jax import reference as reference
 from attention_jax import scores as scores
+from attention_jax import testing as testing
 from attention_jax.api import Explanation as Explanation
 from attention_jax.api import attention as attention
 from attention_jax.api import attention_weights as attention_weights
@@ -45,7 +49,9 @@ __all__ = [
     "cache",
     "explain",
     "masks",
+    "mechanisms",
     "positions",
     "reference",
     "scores",
+    "testing",
 ]

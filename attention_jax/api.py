@@ -21,6 +21,7 @@ from attention_jax.backends.call import (
     Scale,
     ScoreLike,
     Sinks,
+    Spec,
     bind,
     check_flag,
     complete,
@@ -37,7 +38,7 @@ from attention_jax.core.axes import (
     accumulation_dtype,
 )
 from attention_jax.core.compat import no_mesh
-from attention_jax.masks import Mask, block_map
+from attention_jax.masks import block_map
 
 Implementation = str | Backend | Sequence[str | Backend] | None
 
@@ -247,8 +248,10 @@ class Explanation:
       platform: for which platform.
       reasons: for each implementation, the reason for or against it.
       blocks: visited, full and skipped blocks over all heads and examples, and the block size; None
-        if the mask's arrays are known only at run time.
-      flops: of the forward pass over the visited blocks.
+        if the chosen implementation has no blocks, or the mask's arrays are known only at run time.
+      flops: of the forward pass of the chosen implementation, over the visited blocks if it has
+        blocks, else over all pairs; None if nothing is chosen, or the mask's arrays are known only
+        at run time.
       dense_flops: of the forward pass over all pairs, ``2 * B * N * T * S * (H + D)``.
       extra_bytes: of each implementation's forward pass, not counting arguments and results.
     """
@@ -268,18 +271,20 @@ class Explanation:
             mark = "->" if name == self.chosen else "  "
             memory = _bytes(self.extra_bytes[name])
             lines.append(f"{mark} {name:{width}}  {memory:>9} extra  {reason}")
-        if self.blocks is None:
-            lines.append("blocks: the mask holds arrays known only at run time")
-        else:
+        if self.blocks is not None:
             b = self.blocks
             lines.append(
                 f"blocks of {b['block_q']} x {b['block_k']}: {b['visited']} visited, "
                 f"{b['full']} of them full, {b['skipped']} skipped"
             )
+        elif self.flops is not None:
+            lines.append("blocks: -")
+        elif self.chosen is not None:
+            lines.append("blocks: the mask holds arrays known only at run time")
         if self.flops is not None:
             share = self.flops / self.dense_flops if self.dense_flops else 1.0
             lines.append(f"forward: {self.flops / 1e9:.3g} GFLOP ({share:.0%} of dense)")
-        else:
+        elif self.chosen is not None:
             lines.append(f"forward: at most {self.dense_flops / 1e9:.3g} GFLOP")
         return "\n".join(lines)
 
@@ -358,10 +363,6 @@ def explain(
         partitioned=backends.partitioned(),
     )._replace(dropout=dropout_rate > 0.0)
     choice = backends.choose(asked, spec)
-    # Without blocks of its own, those of the backend that every platform has.
-    every = backends.IMPLEMENTATIONS["blockwise"]
-    chosen = every if choice.name is None else choice.backend
-    block = (1, 1) if _no_pairs(sizes) else chosen.block(spec) or every.block(spec)
     return Explanation(
         chosen=choice.name,
         platform=platform,
@@ -370,40 +371,32 @@ def explain(
             name: 0 if _no_pairs(sizes) else backend.extra_bytes(spec)
             for name, backend in choice.backends.items()
         },
-        **_cost(call.mask, sizes, block),  # type: ignore[arg-type]  # blockwise has blocks
+        **_cost(None if choice.name is None else choice.backend, spec),
     )
 
 
-def _cost(mask: Mask | None, sizes: Sizes, block: tuple[int, int]) -> dict[str, Any]:
-    """Block counts and FLOPs of a backend with blocks of this size, for ``Explanation``."""
-    programs = math.prod(sizes.B) * sizes.N
-    dense = 2 * programs * sizes.T * sizes.S * (sizes.H + sizes.D)
-    unknown: dict[str, Any] = {"blocks": None, "flops": None, "dense_flops": dense}
+def _cost(chosen: Backend | None, spec: Spec) -> dict[str, Any]:
+    """Block counts and FLOPs of the chosen backend, for ``Explanation``."""
+    sizes, mask = spec.sizes, spec.mask
+    batch = math.prod(sizes.B)
+    dense = 2 * batch * sizes.N * sizes.T * sizes.S * (sizes.H + sizes.D)
+    cost: dict[str, Any] = {"blocks": None, "flops": None, "dense_flops": dense}
+    if chosen is None:
+        return cost
+    if _no_pairs(sizes) or (block := chosen.block(spec)) is None:
+        return {**cost, "flops": dense}
     arrays = jax.tree.leaves(mask)
     if any(isinstance(x, (jax.core.Tracer, jax.ShapeDtypeStruct)) for x in arrays):
-        return unknown
-    if 0 in (*sizes.B, sizes.T, sizes.S):
-        return {**unknown, "flops": 0}
+        return cost
     block_q, block_k = block
-    batch = math.prod(sizes.B)
     with no_mesh():  # its devices may be absent, or the mask's arrays sharded over them
         mask = jax.tree.map(jnp.asarray, jax.device_get(mask))
-        kinds = np.asarray(
-            block_map.block_map(
-                mask, sizes.T, sizes.S, block_q=block_q, block_k=block_k, B=batch, N=sizes.N
-            ).kinds
+        blocks = block_map.count(
+            mask, sizes.T, sizes.S, block_q=block_q, block_k=block_k, B=batch, N=sizes.N
         )
-    repeat = programs * kinds.shape[-2] * kinds.shape[-1] // kinds.size
-    visited = int((kinds != block_map.EMPTY).sum()) * repeat
-    pairs = block_q * block_k
+    pairs = blocks.visited * block_q * block_k
     return {
-        "blocks": {
-            "block_q": block_q,
-            "block_k": block_k,
-            "visited": visited,
-            "full": int((kinds == block_map.FULL).sum()) * repeat,
-            "skipped": programs * kinds.shape[-2] * kinds.shape[-1] - visited,
-        },
-        "flops": min(dense, 2 * visited * pairs * (sizes.H + sizes.D)),
-        "dense_flops": dense,
+        **cost,
+        "blocks": {"block_q": block_q, "block_k": block_k, **blocks._asdict()},
+        "flops": min(dense, 2 * pairs * (sizes.H + sizes.D)),
     }

@@ -42,6 +42,8 @@ class Softcap:
 
     Source: Gemma 2 (Gemma Team, 2024).
 
+    >>> import numpy as np
+    >>> from attention_jax.reference import Softcap
     >>> Softcap(50.0)(np.array([0.0, 1e6, -np.inf])).tolist()
     [0.0, 50.0, -50.0]
     """
@@ -67,6 +69,8 @@ class Bias:
 
     Where `array` is -inf the sum is -inf whatever s is: the pair is masked, and s may be NaN.
 
+    >>> import numpy as np
+    >>> from attention_jax.reference import Bias
     >>> Bias(np.array([0.5, -np.inf]))(np.ones((1, 2))).tolist()
     [[1.5, -inf]]
     """
@@ -124,6 +128,7 @@ def head(
     Returns: Forward, with out [T D], lse [T] and weights [T S].
     Raises: ValueError, as `attention` does.
 
+    >>> from attention_jax.reference import head
     >>> q, k, v = [[2.0]], [[1.0], [1.0], [9.0]], [[3.0], [5.0], [7.0]]
     >>> result = head(q, k, v, mask=[True, True, False])
     >>> result.weights.tolist(), result.out.tolist()
@@ -165,6 +170,7 @@ def head_gradients(
     Source: FlashAttention (Dao et al., 2022), where delta is the row sum of `d_out * out`; the
     two are equal, with dropout and sinks too.
 
+    >>> from attention_jax.reference import head_gradients
     >>> head_gradients([[0.0]], [[1.0], [3.0]], [[2.0], [4.0]], [[1.0]]).query.tolist()
     [[1.0]]
     """
@@ -229,6 +235,8 @@ def attention(
     al., 2017; with fewer key heads, Shazeer, 2019, and Ainslie et al., 2023; sinks, Xiao et al.,
     2023, as a learned logit per head gpt-oss (OpenAI, 2025).
 
+    >>> import numpy as np
+    >>> from attention_jax.reference import attention
     >>> query, key = np.zeros((1, 2, 1)), np.zeros((3, 1, 1))  # T = 1, N = 2; S = 3, K = 1
     >>> value = np.array([[[3.0]], [[6.0]], [[9.0]]])
     >>> attention(query, key, value).out.tolist()
@@ -262,8 +270,6 @@ def attention_gradients(
 ) -> Gradients:
     """The derivative of `attention`: `head_gradients` of every head, summed over what they share.
 
-    Heads share their key head, sinks, scale and the axes that a bias array was broadcast along.
-
     Args: d_out [*B T N D]; d_lse [*B T N] (None: the loss does not use lse); the rest as in
         `attention`.
     Returns: Gradients, in the shapes of the arguments.
@@ -271,6 +277,8 @@ def attention_gradients(
 
     Source: FlashAttention (Dao et al., 2022), see `head_gradients`.
 
+    >>> import numpy as np
+    >>> from attention_jax.reference import attention_gradients
     >>> query, key, value = np.zeros((1, 2, 1)), np.ones((3, 1, 1)), np.ones((3, 1, 1))
     >>> attention_gradients(query, key, value, d_out=np.full((1, 2, 1), 1.5)).value.tolist()
     [[[1.0]], [[1.0]], [[1.0]]]

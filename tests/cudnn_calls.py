@@ -117,12 +117,14 @@ SUPPORTED = {
         "mask": masks.lengths(key=lengths[:1]) & masks.lengths(query=lengths[:, :1])
     },
     "least of two lengths": {"mask": masks.lengths(key=lengths) & masks.prefix(other_lengths)},
-    "causal and lengths": {"mask": masks.causal() & masks.lengths(other_lengths, lengths)},
+    "causal and lengths": {
+        "mask": masks.causal() & masks.lengths(query=other_lengths, key=lengths)
+    },
     "window and query lengths": {"mask": masks.window(2, 0) & masks.lengths(query=lengths)},
     "bias": {"score": scores.bias(shared_bias)},
     "bias per example": {"score": scores.bias(own_bias), "mask": masks.causal()},
     "bias and lengths": {
         "score": scores.bias(shared_bias[:1]),
-        "mask": masks.lengths(lengths, other_lengths) & masks.causal(),
+        "mask": masks.lengths(query=lengths, key=other_lengths) & masks.causal(),
     },
 }

@@ -54,7 +54,7 @@ def band(rng, T, S):
 def some_lengths(rng, T, S):
     i, j = positions(T, S)
     (query, q), (key, k) = number(rng, -1, T + 2), number(rng, -1, S + 2)
-    return Known(masks.lengths(query, key), (i < q) & (j < k), True)
+    return Known(masks.lengths(query=query, key=key), (i < q) & (j < k), True)
 
 
 def some_prefix(rng, T, S):

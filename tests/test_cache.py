@@ -236,3 +236,13 @@ def test_a_rollback_clears_overflow():
     back = full.rollback(3)
     assert not back.overflowed.any()
     leaves_close(back.append(k[:, :1], v[:, :1]).key[:, 3], k[:, 0])
+
+
+def test_a_cache_prints_on_one_line():
+    kept = empty(capacity=512)
+    assert repr(kept).startswith("KVCache(key=float32[2, 512,")
+    assert repr(kept).endswith("length=[0 0], rolling=False)")
+    donated = jax.jit(lambda kept: kept.rollback(0), donate_argnums=0)(kept)
+    assert len(repr(kept)) < 200
+    assert len(repr(donated)) < 200
+    assert "Traced" not in str(jax.eval_shape(lambda: donated))

@@ -234,12 +234,14 @@ def test_arrays_shorter_than_the_sequence_are_refused(name):
 
 def test_scores_with_short_arrays_or_offset_arrays_are_refused():
     longer = cache.init((B,), capacity=T + 4, num_kv_heads=K, head_dim=H)
-    with pytest.raises(ValueError, match="score: array of bias has entries for 6 positions"):
+    with pytest.raises(
+        ValueError, match=r"score: array of scores\.bias has entries for 6 positions"
+    ):
         cache.placed_scores(longer, scores.bias(BIAS), T + 1)
     with pytest.raises(ValueError, match=r"leave out offset=cache\.length"):
         cache.placed_scores(longer, scores.alibi(offset=longer.length), 1)
     rolling = empty(rolling=True)
-    with pytest.raises(NotImplementedError, match=r"array of bias .* rolling cache"):
+    with pytest.raises(NotImplementedError, match=r"array of scores\.bias .* rolling cache"):
         jax.eval_shape(lambda cached: cache.placed_scores(cached, scores.bias(BIAS), 1), rolling)
 
 

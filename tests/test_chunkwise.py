@@ -217,7 +217,11 @@ def test_gradients_stay_within_documents(name):
     ("options", "error", "said"),
     [
         ({"segments": np.zeros((B, 4))}, TypeError, "segments must be integers, got float64"),
-        ({"segments": np.zeros((3, 4), int)}, ValueError, r"must broadcast to \(2, 4\), \[\*B T\]"),
+        (
+            {"segments": np.zeros((3, 4), int)},
+            ValueError,
+            r"must broadcast to \[\*B T\] with \*B = \(2,\), T = 4",
+        ),
         (
             {"state": PackedState(np.zeros((B, K, H, D)), np.zeros(B, int))},
             TypeError,

@@ -338,3 +338,22 @@ def test_large_constants_are_hidden_from_constant_folding(kind):
     assert "optimization_barrier" in lowered.as_text()
     expected = aj.attention(x, x, x, mask=masks.causal())
     np.testing.assert_allclose(jax.jit(run)(x), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "backend", [aj.backends.Blockwise(8, 8), aj.backends.PallasGPU(interpret=True)], ids=str
+)
+def test_a_float_in_a_mask_function_gets_no_gradient(backend):
+    """It is an operand that varies, and the backward pass must leave it out."""
+    x = np.random.default_rng(0).normal(size=(1, 20, 1, 16)).astype(np.float32)
+
+    def loss(width, x, mask=None, implementation=backend):
+        if mask is None:
+            mask = masks.mask_fn(lambda b, n, q, k: jnp.abs(q - k).astype(jnp.float32) < width)
+        return jnp.sin(aj.attention(x, x, x, mask=mask, implementation=implementation)).sum()
+
+    d_width, d_x = jax.jit(jax.grad(loss, (0, 1)))(jnp.float32(3.5), x)
+    band = np.abs(np.arange(20)[:, None] - np.arange(20)) < 3.5
+    expected = jax.grad(lambda x: loss(0.0, x, band, "xla"))(x)
+    assert d_width == 0.0
+    np.testing.assert_allclose(d_x, expected, atol=1e-5)

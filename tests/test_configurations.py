@@ -198,7 +198,9 @@ def dense_mechanisms(_):
         ),
     }
     moved = mechanisms.update_centroids(centroids, Q, KEY, mask=padding)
-    weight = mechanisms.differential_weight(*(normal(1, N, H) for _ in range(4)), layer=1)
+    weight = mechanisms.differential_weight(
+        **{x: normal(1, N, H) for x in ("query_1", "key_1", "query_2", "key_2")}, layer=1
+    )
     return _gradients(calls), moved, weight
 
 

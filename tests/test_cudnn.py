@@ -108,7 +108,7 @@ def test_lengths_are_passed(calls):
         return [x.tolist() for x in jax.jit(program)(*inputs(T))]
 
     many = np.int16(99) * lengths.astype(np.int16)
-    assert lengths_passed(10, masks.lengths(lengths - 1, many)) == [[10] * 6, [10] * 6]
+    assert lengths_passed(10, masks.lengths(query=lengths - 1, key=many)) == [[10] * 6, [10] * 6]
     none = np.array([[0, -3, 4], [1, 9, 11]])
     assert lengths_passed(10, masks.lengths(key=none)) == [[10] * 6, [1, 1, 4, 1, 9, 10]]
     # Without a mask on lengths they are passed in full, unless they are multiples of a tile.
@@ -193,7 +193,9 @@ EMPTY = {
     "key lengths": masks.lengths(key=np.array([[0, 7, -1], [1, 0, 10]])),
     "no key": masks.lengths(key=0),
     "query lengths": masks.lengths(query=np.array([[0, 7, -1], [1, 0, 10]])),
-    "both": masks.lengths(np.array([[0, 5, 9], [3, 2, 10]]), np.array([[4, 0, 3], [8, 1, 10]])),
+    "both": masks.lengths(
+        query=np.array([[0, 5, 9], [3, 2, 10]]), key=np.array([[4, 0, 3], [8, 1, 10]])
+    ),
 }
 
 

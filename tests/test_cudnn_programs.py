@@ -120,7 +120,7 @@ def test_vmap(order, in_axes, calls):
     own = np.array([3, 10], np.int32)
 
     def one(q, k, v, length, b):
-        mask = masks.causal() & masks.lengths(length, length)
+        mask = masks.causal() & masks.lengths(query=length, key=length)
         return output(q, k, v, mask=mask, score=scores.bias(b)).astype(F32).sum()
 
     axes = (*in_axes, 0, None)

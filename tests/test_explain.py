@@ -1,6 +1,6 @@
 """Which implementation runs, and what ``explain`` says of it."""
 
-import math
+import time
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,7 @@ import pytest
 
 from attention_jax import attention, backends, explain, masks, scores
 from attention_jax.core.axes import Sizes
+from attention_jax.masks import block_map
 
 B, T, S, N, K, H, D = 2, 11, 13, 4, 2, 3, 6
 each_platform = pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
@@ -30,7 +31,7 @@ def blocks_of_3_by_4(monkeypatch):
 
 @each_platform
 def test_prints_a_table_for_every_platform(platform):
-    explanation = explain(*shapes(), mask=masks.causal(), platform=platform)
+    explanation = explain(*shapes(512, 512), mask=masks.causal(), platform=platform)
     first, *rest = str(explanation).splitlines()
     assert first == f"attention on {platform}"
     assert explanation.platform == platform
@@ -94,7 +95,7 @@ ROWS, COLUMNS = np.arange(T)[:, None], np.arange(S)
 def test_explain_counts_blocks(mask, visible, blocks_of_3_by_4):
     expected = count(np.asarray(visible))
     for given in (shapes(), arrays()):
-        explanation = explain(*given, mask=mask)
+        explanation = explain(*given, mask=mask, implementation="blockwise")
         assert explanation.blocks == expected
     pairs = B * N * T * S
     assert explanation.dense_flops == 2 * pairs * (H + D)
@@ -103,12 +104,55 @@ def test_explain_counts_blocks(mask, visible, blocks_of_3_by_4):
     )
 
 
+@pytest.mark.parametrize(
+    "mask",
+    [
+        None,
+        masks.causal(),
+        masks.window(700, 60) | masks.prefix(1000),
+        masks.chunked(1000) & ~masks.dilated(1),
+        masks.dilated(1) & masks.lengths(query=70_000, key=50_001),
+    ],
+    ids=["none", "causal", "window or prefix", "nothing", "lengths"],
+)
+def test_large_maps_are_counted_as_small_ones(mask):
+    sizes = {"block_q": 61, "block_k": 64, "B": 3, "N": 2}
+    counts = block_map.count(mask, 70_001, 66_000, **sizes)
+    assert block_map.LARGE_MAP < 1148 * 1032
+    kinds = block_map.block_map(mask, 70_001, 66_000, block_q=61, block_k=64).kinds
+    visited, full = (
+        6 * int((kinds != block_map.EMPTY).sum()),
+        6 * int((kinds == block_map.FULL).sum()),
+    )
+    assert counts == (visited, full, 6 * kinds.size - visited)
+
+
+def test_a_million_tokens_are_explained_within_seconds():
+    x = jax.ShapeDtypeStruct((1, 2**20, 8, 64), "float32")
+    start = time.perf_counter()
+    explanation = explain(x, x, x, mask=masks.causal(), platform="gpu")
+    assert time.perf_counter() - start < 5
+    size = explanation.blocks["block_q"]
+    assert explanation.blocks["visited"] == 8 * (2**20 // size) * (2**20 // size + 1) // 2
+
+
+def test_without_blocks_all_pairs_are_counted():
+    explanation = explain(*shapes(), mask=masks.causal(), platform="cpu")
+    assert (explanation.chosen, explanation.blocks) == ("xla", None)
+    assert explanation.flops == explanation.dense_flops
+    *_, blocks, forward = str(explanation).splitlines()
+    assert blocks == "blocks: -"
+    assert forward.endswith("(100% of dense)")
+    traced = masks.lengths(key=LENGTHS)
+    assert explain(*shapes(), mask=traced).flops == explanation.dense_flops
+
+
 def test_what_is_known_only_at_run_time_is_not_counted(blocks_of_3_by_4):
     said = []
 
     @jax.jit
     def run(q, k, v, lengths):
-        said.append(explain(q, k, v, mask=masks.lengths(key=lengths)))
+        said.append(explain(q, k, v, mask=masks.lengths(key=lengths), implementation="blockwise"))
         return q
 
     run(*arrays(), jnp.asarray(LENGTHS))
@@ -189,7 +233,8 @@ def test_the_reason_is_explained(picky):
     assert "->" not in str(asked)
     assert asked.reasons["picky"] == "cannot: it knows no scores"
     assert asked.reasons["xla"] == "not asked for"
-    assert math.isfinite(asked.flops)
+    assert (asked.blocks, asked.flops) == (None, None)
+    assert "GFLOP" not in str(asked)
 
 
 # --- Kernels of other platforms.

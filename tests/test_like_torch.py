@@ -66,7 +66,7 @@ def documents(rng, z):
 def lengths(rng, z):
     queries, keys = (rng.integers(0, z[n] + 1, z["B"]) for n in "TS")
     q, k = tensor(queries), tensor(keys)
-    mask = masks.lengths(jnp.asarray(queries), jnp.asarray(keys))
+    mask = masks.lengths(query=jnp.asarray(queries), key=jnp.asarray(keys))
     return mask, lambda b, h, i, j: (i < q[b]) & (j < k[b])
 
 

@@ -56,11 +56,11 @@ RULES = {
     "prefix": (masks.prefix(5), lambda b, n, i, j: j < 5),
     "prefix of nothing": (masks.prefix(0), lambda b, n, i, j: False),
     "prefix lengths": (masks.prefix(LENGTHS), lambda b, n, i, j: j < LENGTHS[b]),
-    "lengths": (masks.lengths(7, 9), lambda b, n, i, j: (i < 7) & (j < 9)),
+    "lengths": (masks.lengths(query=7, key=9), lambda b, n, i, j: (i < 7) & (j < 9)),
     "lengths of queries": (masks.lengths(query=7), lambda b, n, i, j: i < 7),
     "lengths of keys": (masks.lengths(key=LENGTHS), lambda b, n, i, j: j < LENGTHS[b]),
     "lengths of both": (
-        masks.lengths(LENGTHS[::-1].copy(), LENGTHS),
+        masks.lengths(query=LENGTHS[::-1].copy(), key=LENGTHS),
         lambda b, n, i, j: (i < LENGTHS[B - 1 - b]) & (j < LENGTHS[b]),
     ),
     "no lengths": (masks.lengths(), lambda b, n, i, j: True),
@@ -239,7 +239,12 @@ def test_printing_draws_a_picture(mask, rule, T, S):
 
 
 def test_repr_shows_fields():
-    assert repr(masks.window(2, None)) == "Band(left=2, right=None, offset=0, align='start')"
+    assert repr(masks.window(2, None)) == "masks.window(left=2, right=None)"
+    assert repr(~(masks.causal() | masks.prefix(3))) == "~(masks.causal() | masks.prefix(length=3))"
+    assert (
+        repr(masks.causal(2) & masks.lengths(key=3))
+        == "masks.causal(offset=2) & masks.lengths(key=3)"
+    )
     assert "offset=[-3, 0, 4]" in repr(masks.causal(OFFSETS))
     assert "float32" not in repr(~masks.dense(DENSE))
     assert "bool[3, 2, 11, 13]" in repr(~masks.dense(DENSE))

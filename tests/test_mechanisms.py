@@ -324,7 +324,7 @@ def test_differential_attention_matches_the_formula():
 
 def test_differential_weight():
     one = np.ones(4, np.float32)
-    found = float(differential_weight(one, one, 0 * one, one, layer=2))
+    found = float(differential_weight(query_1=one, key_1=one, query_2=0 * one, key_2=one, layer=2))
     np.testing.assert_allclose(found, np.exp(4) - 1 + 0.8 - 0.6 * np.exp(-0.6), rtol=1e-6)
 
 

@@ -407,7 +407,15 @@ def test_every_parameter_learns(name):
 
 def test_equal_configurations_are_equal():
     short = Layers(features=12, num_layers=4, num_heads=3, windows=(2, None))
-    long = Layers(12, 4, 3, num_kv_heads=3, head_dim=4, hidden=48, windows=(2, None, 2, None))
+    long = Layers(
+        features=12,
+        num_layers=4,
+        num_heads=3,
+        num_kv_heads=3,
+        head_dim=4,
+        hidden=48,
+        windows=(2, None, 2, None),
+    )
     assert short == long
     assert hash(short) == hash(long)
 

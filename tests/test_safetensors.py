@@ -191,7 +191,7 @@ def test_older_names_are_known(folder):
 
 
 def test_older_names_of_bert(tmp_path):
-    layers = models.Layers(8, 1, 2, order="post", hidden=12)
+    layers = models.Layers(features=8, num_layers=1, num_heads=2, order="post", hidden=12)
     config = models.EncoderConfig(11, layers, types=2, embedding_norm=True, head="tokens")
     pretrained.save(models.Encoder(config, rngs=nnx.Rngs(0)), tmp_path)
     expected = pretrained.load(tmp_path)(TOKENS)

@@ -15,7 +15,7 @@ from attention_jax import attention_weights, scores
 from attention_jax.backends.tile import as_tile, local_axes
 from attention_jax.core.axes import Sizes
 from attention_jax.core.pytree import full_rank, map_leaves
-from attention_jax.scores.relative import skew
+from attention_jax.scores.distance import skew
 from attention_jax.testing import rules
 
 B, N, T, S, H = 2, 6, 11, 13, 5

@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from attention_jax import masks
+from attention_jax import scores as all_scores
 from attention_jax.core import dropout
 from attention_jax.core.axes import (
     AnyArray,
@@ -27,6 +28,7 @@ from attention_jax.core.axes import (
     check_float_array,
     check_query_key_value,
     is_array,
+    kind,
 )
 from attention_jax.core.pytree import full_rank
 from attention_jax.masks import Mask
@@ -287,24 +289,54 @@ def as_mask(mask: Any) -> Mask | None:
     if is_array(mask):
         if mask.dtype != np.bool_:
             raise TypeError(
-                f"mask must be a Mask or a bool array (True = visible), got dtype {mask.dtype}; a "
-                f"bias on the logits is score=scores.bias(array)"
+                f"mask must be a Mask or a bool array (True = visible), got dtype {mask.dtype}: "
+                f"convert it with .astype(bool), or add it to the logits by "
+                f"score=scores.bias(array)"
             )
         return masks.dense(mask)
-    raise TypeError(f"mask must be a Mask, a bool array or None, got {type(mask).__name__}")
+    raise TypeError(
+        f"mask must be a Mask, a bool array or None, got {kind(mask)}"
+        f"{_hint(mask, masks, 'mask', 'mask_fn(fn)')}"
+    )
 
 
 def as_scores(score: Any) -> tuple[Score, ...]:
     """Scores as a tuple."""
     scores = (score,) if isinstance(score, Score) else score
     if not isinstance(scores, (tuple, list)) or not all(isinstance(x, Score) for x in scores):
-        got = type(score).__name__
-        if isinstance(scores, (tuple, list)):
-            got += " of " + ", ".join(type(x).__name__ for x in scores)
+        several = scores if isinstance(scores, (tuple, list)) else (scores,)
+        wrong = next(x for x in several if not isinstance(x, Score))
+        got = kind(wrong) if several is not scores else f"a sequence with {kind(wrong)}"
         raise TypeError(
-            f"score must be a Score or a sequence of them, got {got}; a bias is scores.bias(array)"
+            f"score must be a Score or a sequence of them, got {got}"
+            f"{_hint(wrong, all_scores, 'score', 'score_fn(fn)')}"
         )
     return tuple(scores)
+
+
+def _hint(x: Any, namespace: Any, argument: str, wrapped: str) -> str:
+    """What to do about a wrong mask or score; empty if there is nothing to suggest.
+
+    Args:
+      x: the argument.
+      namespace: ``masks`` or ``scores``.
+      argument: its name.
+      wrapped: how a function becomes a mask or score.
+    """
+    module = namespace.__name__.rpartition(".")[2]
+    name = x if isinstance(x, str) else getattr(x, "__name__", "")
+    if name in namespace.__all__ and (isinstance(x, str) or getattr(namespace, name) is x):
+        return f": call {module}.{name}(...)"
+    if isinstance(x, (Mask, Score)):
+        other = "mask" if isinstance(x, Mask) else "score"
+        return f": pass it as {other}="
+    if callable(x):
+        return f": wrap it, {module}.{wrapped}"
+    if isinstance(x, (list, tuple)):
+        return ": convert it with np.asarray" if argument == "mask" else ""
+    if x is None:
+        return ": leave it out, or pass ()"
+    return ": a bias is scores.bias(array)" if is_array(x) and argument == "score" else ""
 
 
 def check_types(arrays: dict[str, Any], *, abstract: bool = False) -> None:

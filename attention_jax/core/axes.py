@@ -20,6 +20,8 @@ The layout is ``*B T N H``, as in ``jax.nn``.
 from __future__ import annotations
 
 import dataclasses
+import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -51,6 +53,7 @@ PerExample = int | Int[AnyArray, "*B"]
 class Sizes:
     """What the axis letters stand for in one call.
 
+    >>> from attention_jax.core.axes import Sizes
     >>> Sizes(B=(2,), T=5, S=7, K=3, G=2, H=11, D=13).N
     6
     """
@@ -68,6 +71,11 @@ class Sizes:
         """Query heads."""
         return self.K * self.G
 
+    def of_letters(self) -> dict[str, Any]:
+        """The sizes by letter, for messages."""
+        letters = {a: getattr(self, a) for a in ("T", "S", "N", "K", "H", "D")}
+        return {"*B": self.B, **letters}
+
     @property
     def symbolic_batch(self) -> bool:
         """Whether the number of examples is a symbol of ``jax.export``."""
@@ -84,6 +92,62 @@ def is_array(x: Any) -> bool:
     return isinstance(x, (jax.Array, np.ndarray, np.generic))
 
 
+def kind(x: Any) -> str:
+    """What messages call an argument that is not what was expected.
+
+    >>> from attention_jax import masks
+    >>> from attention_jax.core.axes import kind
+    >>> kind(masks.causal()), kind(masks.causal), kind(3)
+    ('masks.causal(...)', 'the function causal', 'int 3')
+    """
+    if isinstance(x, type):
+        return f"the class {x.__name__}"
+    if isinstance(name := getattr(x, "public_name", None), str):  # a mask or a score
+        return f"{name}(...)"
+    if inspect.isroutine(x):
+        return f"the function {x.__name__}"
+    if is_array(x):
+        return f"an array of dtype {x.dtype}"
+    return f"{type(x).__name__} {x!r}" if isinstance(x, (int, float, str)) else type(x).__name__
+
+
+def brief(x: Any) -> str:
+    """An argument or result on one line: small arrays in full, others by dtype and shape.
+
+    >>> import numpy as np
+    >>> from attention_jax.core.axes import brief
+    >>> brief(np.arange(3)), brief(np.zeros((2, 9), np.float32))
+    ('[0 1 2]', 'float32[2, 9]')
+    """
+    if is_array(x):
+        known = not isinstance(x, jax.core.Tracer) and x.size <= 8 and x.ndim <= 1
+        if isinstance(x, jax.Array) and known:
+            known = not x.is_deleted() and x.is_fully_addressable
+            known = known and not jnp.issubdtype(x.dtype, jax.dtypes.extended)
+        return str(np.asarray(x)) if known else f"{x.dtype}{list(x.shape)}"
+    if type(x) is tuple and len(x) > 1:
+        return f"({brief(x[0])}, and {len(x) - 1} more)"
+    return repr(x)
+
+
+def brief_fields(x: Any, names: Sequence[str]) -> str:
+    """A value with these fields on one line, for its ``__repr__``."""
+    shown = ", ".join(f"{name}={brief(getattr(x, name))}" for name in names)
+    return f"{type(x).__name__}({shown})"
+
+
+def with_sizes(layout: str, sizes: Mapping[str, Any]) -> str:
+    """The letters of some axes, and the sizes of those that are known.
+
+    >>> from attention_jax.core.axes import with_sizes
+    >>> with_sizes("[*B T K H]", {"*B": (2,), "K": 3})
+    '[*B T K H] with *B = (2,), K = 3'
+    """
+    letters = layout.strip("[]").split()
+    known = ", ".join(f"{a} = {sizes[a]}" for a in letters if a in sizes)
+    return f"{layout} with {known}" if known else layout
+
+
 def check_float_array(name: str, x: Any) -> None:
     """Raises TypeError unless ``x`` has a shape and a floating dtype.
 
@@ -91,8 +155,7 @@ def check_float_array(name: str, x: Any) -> None:
     """
     if not (is_array(x) or isinstance(x, jax.ShapeDtypeStruct)):
         raise TypeError(
-            f"{name} must be a JAX or NumPy array, got {type(x).__name__}: convert it with "
-            f"jnp.asarray"
+            f"{name} must be a JAX or NumPy array, got {kind(x)}: convert it with jnp.asarray"
         )
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(
@@ -109,6 +172,7 @@ def check_query_key_value(query: Any, key: Any, value: Any) -> Sizes:
       ValueError: rank below 3, or axes that do not fit together.
 
     >>> import numpy as np
+    >>> from attention_jax.core.axes import check_query_key_value
     >>> q, k = np.zeros((2, 5, 6, 4), np.float32), np.zeros((2, 7, 3, 4), np.float32)
     >>> check_query_key_value(q, k, k)
     Sizes(B=(2,), T=5, S=7, K=3, G=2, H=4, D=4)
@@ -152,6 +216,8 @@ def check_query_key_value(query: Any, key: Any, value: Any) -> Sizes:
 def accumulation_dtype(dtype: Any) -> jnp.dtype:
     """The dtype of softmax, lse and sums: at least float32.
 
+    >>> import jax.numpy as jnp
+    >>> from attention_jax.core.axes import accumulation_dtype
     >>> accumulation_dtype(jnp.bfloat16).name
     'float32'
     """
@@ -161,6 +227,7 @@ def accumulation_dtype(dtype: Any) -> jnp.dtype:
 def broadcasts_to(shape: Shape, full: Shape) -> bool:
     """Whether an array of ``shape`` broadcasts to ``full``; sizes may be symbolic.
 
+    >>> from attention_jax.core.axes import broadcasts_to
     >>> broadcasts_to((3, 1), (2, 3, 4)), broadcasts_to((2, 1, 1), (3, 4))
     (True, False)
     """
@@ -173,6 +240,8 @@ def same_rank(*arrays: Any) -> tuple[Any, ...]:
 
     Broadcasting would add these axes itself, unless ``jax_numpy_rank_promotion`` forbids it.
 
+    >>> import numpy as np
+    >>> from attention_jax.core.axes import same_rank
     >>> a, b = same_rank(np.zeros((2, 3)), np.zeros(3))
     >>> a.shape, b.shape
     ((2, 3), (1, 3))
@@ -183,10 +252,10 @@ def same_rank(*arrays: Any) -> tuple[Any, ...]:
 
 def check_broadcastable(name: str, shape: Shape, sizes: Sizes) -> None:
     """Raises ValueError unless ``shape`` broadcasts to ``[*B N T S]``."""
-    full = (*sizes.B, sizes.N, sizes.T, sizes.S)
-    if not broadcasts_to(shape, full):
+    if not broadcasts_to(shape, (*sizes.B, sizes.N, sizes.T, sizes.S)):
         raise ValueError(
-            f"{name} has shape {tuple(shape)}, which does not broadcast to [*B N T S] = {full}"
+            f"{name} has shape {tuple(shape)}, which does not broadcast to "
+            f"{with_sizes('[*B N T S]', sizes.of_letters())}"
         )
 
 
@@ -201,7 +270,7 @@ def is_int(x: Any) -> bool:
 def as_int(name: str, x: Any) -> int:
     """``x`` as an int; raises TypeError unless it is one."""
     if not is_int(x):
-        raise TypeError(f"{name} must be an int, got {type(x).__name__} {x!r}")
+        raise TypeError(f"{name} must be an int, got {kind(x)}")
     return int(x)
 
 
@@ -216,37 +285,37 @@ def int_at_least(name: str, x: Any, least: int) -> int:
 def as_float(name: str, x: Any) -> float:
     """``x`` as a float; raises TypeError unless it is a Python or NumPy number, and no bool."""
     if not (is_int(x) or isinstance(x, (float, np.floating))):
-        raise TypeError(f"{name} must be a number, got {type(x).__name__} {x!r}")
+        raise TypeError(f"{name} must be a number, got {kind(x)}")
     return float(x)
 
 
 def int_array(name: str, x: Any, rank: int) -> None:
     """Raises unless ``x`` is a signed integer array of at least ``rank`` axes."""
     if not is_array(x) or not jnp.issubdtype(x.dtype, jnp.signedinteger):
-        raise TypeError(f"{name} must be a signed integer array, got {_describe(x)}")
-    if x.ndim < rank:
-        raise ValueError(f"{name} must have at least {rank} axes, got shape {x.shape}")
+        raise TypeError(f"{name} must be a signed integer array, got {kind(x)}")
+    _check_rank(name, x, rank)
 
 
 def bool_array(name: str, x: Any, rank: int) -> None:
     """Raises unless ``x`` is a bool array of at least ``rank`` axes."""
     if not is_array(x) or x.dtype != np.bool_:
-        raise TypeError(f"{name} must be a bool array (True = visible), got {_describe(x)}")
-    if x.ndim < rank:
-        raise ValueError(f"{name} must have at least {rank} axes, got shape {x.shape}")
+        raise TypeError(f"{name} must be a bool array (True = visible), got {kind(x)}")
+    _check_rank(name, x, rank)
+
+
+def _check_rank(name: str, x: Any, least: int) -> None:
+    if x.ndim < least:
+        axes = "axis" if least == 1 else "axes"
+        raise ValueError(f"{name} must have at least {least} {axes}, got shape {x.shape}")
 
 
 def float_array(name: str, x: Any, ranks: tuple[int, ...] | None = None) -> None:
     """Raises unless ``x`` is a floating array, of one of these ``ranks`` if they are given."""
     if not is_array(x) or not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(f"{name} must be a floating array, got {_describe(x)}")
+        raise TypeError(f"{name} must be a floating array, got {kind(x)}")
     if ranks is not None and x.ndim not in ranks:
-        allowed = " or ".join(map(str, ranks))
-        raise ValueError(f"{name} must have {allowed} axes, got shape {x.shape}")
-
-
-def _describe(x: Any) -> str:
-    return f"dtype {x.dtype}" if is_array(x) else type(x).__name__
+        allowed = " or ".join(map(str, ranks)) + (" axis" if ranks == (1,) else " axes")
+        raise ValueError(f"{name} must have {allowed}, got shape {x.shape}")
 
 
 def per_example(name: str, x: Any) -> Any:
@@ -254,8 +323,7 @@ def per_example(name: str, x: Any) -> Any:
     if is_int(x):
         return int(x)
     if not is_array(x) or not jnp.issubdtype(x.dtype, jnp.signedinteger):
-        got = _describe(x) if is_array(x) else f"{type(x).__name__} {x!r}"
-        raise TypeError(f"{name} must be an int or a signed integer array, got {got}")
+        raise TypeError(f"{name} must be an int or a signed integer array, got {kind(x)}")
     return x
 
 
@@ -285,7 +353,7 @@ def check_tokens(name: str, x: Any, layout: str, width: int) -> None:
 def check_real(real: Any, shape: Shape) -> None:
     """Raises unless ``real`` is a padding mask ``[*B T]``: bool, False for padding."""
     if not is_array(real) or real.dtype != np.bool_:
-        raise TypeError(f"real must be a bool array (False for padding), got {_describe(real)}")
+        raise TypeError(f"real must be a bool array (False for padding), got {kind(real)}")
     check_broadcasts("real", real, shape)
 
 
@@ -326,7 +394,7 @@ def check_function(fn: Any, arguments: str, arrays: tuple[Any, ...]) -> None:
       arguments: its first ones, such as ``"b, n, q, k"``.
     """
     if not callable(fn):
-        raise TypeError(f"fn must be a function of ({arguments}, *arrays), got {type(fn).__name__}")
+        raise TypeError(f"fn must be a function of ({arguments}, *arrays), got {kind(fn)}")
     for x in arrays:
         if not is_array(x):
-            raise TypeError(f"arrays must be JAX or NumPy arrays, got {type(x).__name__}")
+            raise TypeError(f"arrays must be JAX or NumPy arrays, got {kind(x)}")

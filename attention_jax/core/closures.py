@@ -115,6 +115,7 @@ def hoist(
 def uses_arguments(fn: Callable[..., Any], *arguments: Any) -> bool:
     """Whether the result of a function may depend on its arguments, found by tracing it.
 
+    >>> from attention_jax.core.closures import uses_arguments
     >>> uses_arguments(lambda b, n: b + 1, 0, 0), uses_arguments(lambda b, n: 1, 0, 0)
     (True, False)
     """

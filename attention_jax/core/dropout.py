@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attention_jax.core.axes import Shape, is_array
+from attention_jax.core.axes import Shape, is_array, kind
 
 # Odd constants that spread an index over 32 bits, one per index, so that (q, k) and (k, q) differ.
 _SPREAD = {
@@ -30,6 +30,8 @@ _SPREAD = {
 def seed(key: Any) -> jax.Array:
     """Folds a JAX random key, new style or raw ``uint32``, into one ``uint32``.
 
+    >>> import jax
+    >>> from attention_jax.core.dropout import seed
     >>> seed(jax.random.key(0)).dtype.name
     'uint32'
     """
@@ -77,6 +79,9 @@ def keep(seed: Any, b: Any, n: Any, q: Any, k: Any, *, threshold: Any) -> Any:
       b, n, q, k: example, query head, query and key; integers or integer arrays that broadcast.
       threshold: ``uint32``, from ``threshold(rate)``.
 
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from attention_jax.core.dropout import keep, seed, threshold
     >>> q, k = jnp.arange(100)[:, None], jnp.arange(100)[None, :]
     >>> round(float(keep(seed(jax.random.key(1)), 0, 0, q, k, threshold=threshold(0.25)).mean()), 2)
     0.75
@@ -95,15 +100,15 @@ def keep_pairs(dropout: Dropout, b: Any, n: Any, shape: Shape) -> jax.Array:
     return keep(dropout.seed, b, n, q, k, threshold=dropout.threshold)
 
 
-def check_rate(rate: Any) -> None:
-    """Raises unless ``rate`` is a Python number in [0, 1)."""
+def check_rate(rate: Any, name: str = "dropout_rate") -> None:
+    """Raises unless ``rate``, the argument ``name``, is a Python number in [0, 1)."""
     if isinstance(rate, bool) or not isinstance(rate, (int, float, np.floating)):
         raise TypeError(
-            f"dropout_rate must be a float in [0, 1), got {type(rate).__name__}: it must "
-            f"be a Python number and cannot be traced"
+            f"{name} must be a float in [0, 1), got {kind(rate)}: it must be a Python number and "
+            f"cannot be traced"
         )
     if not 0.0 <= rate < 1.0:
-        raise ValueError(f"dropout_rate must be in [0, 1), got {rate}")
+        raise ValueError(f"{name} must be in [0, 1), got {rate}")
 
 
 def check(rate: Any, key: Any, name: str = "dropout_key") -> None:
@@ -117,7 +122,9 @@ def check(rate: Any, key: Any, name: str = "dropout_key") -> None:
             )
         return
     if not is_array(key):
-        raise TypeError(f"{name} must be a JAX random key, got {type(key).__name__}")
+        raise TypeError(
+            f"{name} must be a JAX random key, such as jax.random.key(0), got {kind(key)}"
+        )
     typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
     if not typed and key.dtype != jnp.uint32:
         raise TypeError(f"{name} must be a JAX random key, got dtype {key.dtype}")

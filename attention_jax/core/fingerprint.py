@@ -16,6 +16,8 @@ from attention_jax.core.pytree import StaticArray
 def fingerprint(jaxpr: Jaxpr) -> Hashable:
     """Equal for two programs of the same operations, derivative rules left aside.
 
+    >>> import jax
+    >>> from attention_jax.core.fingerprint import fingerprint
     >>> f = jax.make_jaxpr(lambda x: 2.0 * x + 1.0)(3.0)
     >>> g = jax.make_jaxpr(lambda y: 2.0 * y + 1.0)(4.0)
     >>> h = jax.make_jaxpr(lambda y: 2.0 * y + 1.5)(4.0)

@@ -35,7 +35,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attention_jax.core.axes import Size, Sizes, is_array
+from attention_jax.core.axes import Size, Sizes, is_array, with_sizes
 
 T_ = TypeVar("T_")
 
@@ -64,18 +64,27 @@ class Value:
     Attributes:
       AXES: the axes of each field that holds an array.
       BROADCAST: whether axes ``T``, ``S`` and ``N`` of these arrays may have size 1.
+      NAME: what users call it, such as ``masks.lengths``; default the name of the class.
+      ARGUMENTS: for fields, the arguments of the constructor that they come from, where the names
+        differ.
+      DEFAULTS: values of fields that ``repr`` leaves out.
       NEW_TOKENS: fields whose arrays along ``T`` are, with a cache, those of the new tokens. Other
         arrays are those of the whole sequence, and a cache takes the entries that it needs.
     """
 
     AXES: ClassVar[Mapping[str, str]] = {}
     BROADCAST: ClassVar[bool] = False
+    NAME: ClassVar[str] = ""
+    ARGUMENTS: ClassVar[Mapping[str, str]] = {}
+    DEFAULTS: ClassVar[Mapping[str, Any]] = {}
     NEW_TOKENS: ClassVar[frozenset[str]] = frozenset()
 
     _arrays: tuple[str, ...]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        if "NAME" not in vars(cls):
+            cls.NAME = cls.__name__
         # The first definition is that of Mask or Score, which only says that there must be one.
         defined = [base for base in cls.__mro__[1:] if "rule" in vars(base)]
         if "rule" in vars(cls) and len(defined) > 1:
@@ -119,9 +128,18 @@ class Value:
             concrete = _is_concrete(x) and x.size <= 8
             return str(np.asarray(x).tolist()) if concrete else f"{x.dtype}{list(x.shape)}"
 
-        fields = dataclasses.fields(self)  # type: ignore[arg-type]
-        arguments = ", ".join(f"{f.name}={show(getattr(self, f.name))}" for f in fields)
-        return f"{type(self).__name__}({arguments})"
+        shown = {}
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            name, x = field.name, getattr(self, field.name)
+            if is_array(x) or name not in self.DEFAULTS or x != self.DEFAULTS[name]:
+                shown[self.ARGUMENTS.get(name, name)] = show(x)
+        arguments = ", ".join(f"{name}={x}" for name, x in shown.items())
+        return f"{self.public_name}({arguments})"
+
+    @property
+    def public_name(self) -> str:
+        """What users call it, for messages."""
+        return self.NAME
 
     def resolve(self, T: Size, S: Size, N: int) -> Self:
         """This value with everything filled in that depends on ``T``, ``S`` or ``N``."""
@@ -140,10 +158,10 @@ class Value:
           NotImplementedError: the class has a ``resolve`` of its own and not this.
         """
         if type(self).resolve is not Value.resolve:
-            name = type(self).__name__
             raise NotImplementedError(
-                f"{name} depends on T, S or N, and must define resolve_in_sequence(N) to be used "
-                f"with at_positions or with a cache, where T and S are not the sequence's length"
+                f"{self.public_name} depends on T, S or N, and must define resolve_in_sequence(N) "
+                f"to be used with at_positions or with a cache, where T and S are not the "
+                f"sequence's length"
             )
         changes = {
             f.name: _map_values(lambda v: v.resolve_in_sequence(N), getattr(self, f.name))
@@ -245,8 +263,9 @@ def children(value: Value) -> Iterator[Value]:
     """The values among the fields of a value, also in tuples.
 
     >>> from attention_jax import masks
+    >>> from attention_jax.core.pytree import children
     >>> [type(child).__name__ for child in children(masks.causal() & masks.prefix(3))]
-    ['Band', 'Lengths']
+    ['Band', 'Prefix']
     """
 
     def inside(x: Any) -> Iterator[Value]:
@@ -263,7 +282,9 @@ def children(value: Value) -> Iterator[Value]:
 def leaves(value: Any) -> list[Leaf]:
     """The arrays of a value, or of a tuple of values, in the order of ``jax.tree.leaves``.
 
+    >>> import numpy as np
     >>> from attention_jax import masks
+    >>> from attention_jax.core.pytree import leaves
     >>> [leaf.axes for leaf in leaves(masks.lengths(key=np.array([3, 5])))]
     [('B',)]
     """
@@ -277,7 +298,7 @@ def _walk(x: Any, about: Leaf) -> Iterator[Leaf]:
     elif isinstance(x, Value):
         for name in x._arrays:
             axes = tuple(a.lstrip("*") for a in x.AXES.get(name, "").split())
-            label = f"{name} of {type(x).__name__.lower()}"
+            label = f"{x.ARGUMENTS.get(name, name)} of {x.public_name}"
             leaf = Leaf(label, axes, x.BROADCAST, name in x.NEW_TOKENS)
             yield from _walk(getattr(x, name), leaf)
     elif x is not None:
@@ -314,11 +335,10 @@ def full_rank(value: T_, sizes: Sizes, argument: str) -> T_:
             for s, e, ok in zip(shape, expected, may_broadcast, strict=True)
         )
         if not fits:
-            letters = " ".join("*B" if a == "B" else a for a in leaf.axes)
-            want = tuple("any" if e is None else e for e in expected)
+            layout = " ".join("*B" if a == "B" else a for a in leaf.axes)
             raise ValueError(
-                f"{argument}: {leaf.name} has shape {tuple(x.shape)}, expected [{letters}] = "
-                f"({', '.join(map(str, want))})"
+                f"{argument}: {leaf.name} has shape {tuple(x.shape)}, expected "
+                f"{with_sizes(f'[{layout}]', sizes.of_letters())}"
             )
         x = jnp.reshape(x, shape)
         # Counts and offsets are compared with positions, which are int32 throughout.

@@ -29,6 +29,8 @@ def finite(m: jax.Array) -> jax.Array:
 def softmax_rows(s: Float[Array, "t s"]) -> Float[Array, "t s"]:
     """The softmax of each row; 0 for a row of ``-inf``.
 
+    >>> import jax.numpy as jnp
+    >>> from attention_jax.core.softmax import softmax_rows
     >>> softmax_rows(jnp.array([[0.0, 0.0, -jnp.inf], [-jnp.inf] * 3])).tolist()
     [[0.5, 0.5, 0.0], [0.0, 0.0, 0.0]]
     """
@@ -59,6 +61,9 @@ def average(
       Output, ``m`` and ``log l`` with ``lse = m + log l``; ``m`` is finite and counts as a constant
       in derivatives, because only the sum matters.
 
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from attention_jax.core.softmax import average
     >>> s, v = jnp.array([[0.0, 1.0]]), jnp.array([[1.0], [2.0]])
     >>> out, m, log_l = average(s, v)
     >>> bool(jnp.allclose(out, jax.nn.softmax(s) @ v))
@@ -158,6 +163,8 @@ def zero_rows(keep: Bool[Array, "*r"] | None, x: Float[Array, "*r ..."]) -> Any:
       keep: the shape of the first axes of ``x``, or of size 1.
       x: rows of one or more axes.
 
+    >>> import jax.numpy as jnp
+    >>> from attention_jax.core.softmax import zero_rows
     >>> x = jnp.array([[1.0, 2.0], [jnp.nan, jnp.inf]])
     >>> zero_rows(jnp.array([True, False]), x).tolist()
     [[1.0, 2.0], [0.0, 0.0]]
@@ -208,6 +215,9 @@ def update(
       value: ``[s D]``.
       kept: the factor by which dropout multiplies each probability; the normaliser leaves it out.
 
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from attention_jax.core.softmax import finish, start, update
     >>> s, v = jnp.array([[0.0, 1.0, 2.0]]), jnp.array([[1.0], [2.0], [3.0]])
     >>> halves = update(update(start(1, 1, jnp.float32), s[:, :1], v[:1]), s[:, 1:], v[1:])
     >>> out, m, log_l = finish(halves)
@@ -230,6 +240,9 @@ def update(
 def merge(a: State, b: State) -> State:
     """The state of both sets of keys together.
 
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from attention_jax.core.softmax import finish, merge, start, update
     >>> s, v = jnp.array([[0.0, 1.0]]), jnp.array([[1.0], [2.0]])
     >>> empty = start(1, 1, jnp.float32)
     >>> merged = merge(update(empty, s[:, :1], v[:1]), update(empty, s[:, 1:], v[1:]))

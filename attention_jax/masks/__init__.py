@@ -20,7 +20,7 @@ A class declares its fields, its ``rule`` on one tile of pairs, and ``block``: f
 pairs, whether a pair may be visible and whether all pairs surely are. ``block`` is interval
 arithmetic, on static ints in NumPy while tracing, on arrays in JAX at run time. So a Python int is
 part of the program, which is compiled again for another int; an array is data: in a loop over
-offsets or lengths pass ``jnp.asarray(i)``. ``Mask`` says how to write one of your own.
+offsets or lengths pass ``jnp.asarray(i)``. The docstring of ``Mask`` shows how to write your own.
 """
 
 from attention_jax.masks.at_positions import Placed as Placed

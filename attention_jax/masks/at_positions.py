@@ -8,7 +8,7 @@ from typing import Any, Self
 import jax.numpy as jnp
 from jaxtyping import Int
 
-from attention_jax.core.axes import AnyArray, Size, check_position_arrays
+from attention_jax.core.axes import AnyArray, Size, check_position_arrays, kind
 from attention_jax.masks.base import Mask, parts
 from attention_jax.masks.grid import Grid
 
@@ -31,6 +31,8 @@ class PlacedGrid(Grid):
 class Placed(Mask):
     """``mask`` of the positions of query and key; keys at negative ones are masked."""
 
+    NAME = "masks.at_positions"
+    ARGUMENTS = {"mask_": "mask"}
     AXES = {"query_positions": "*B T", "key_positions": "*B S"}
     BY_INTERVALS = True
     mask_: Mask
@@ -85,12 +87,12 @@ def at_positions(
       query_positions, key_positions: int arrays ``[*B T]`` and ``[*B S]``, of one dtype.
 
     >>> import numpy as np
-    >>> from attention_jax.masks import window
+    >>> from attention_jax.masks import at_positions, window
     >>> print(at_positions(window(2, 0), np.array([4, 5]), np.array([4, 5, -1, 3])))
     █··█
     ██·█
     """
     if not isinstance(mask, Mask):
-        raise TypeError(f"mask must be a Mask, got {type(mask).__name__}")
+        raise TypeError(f"mask must be a Mask, got {kind(mask)}")
     check_position_arrays(query_positions, key_positions)
     return Placed(mask, query_positions, key_positions)

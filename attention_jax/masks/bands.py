@@ -18,11 +18,24 @@ class Band(Mask):
     """``i - left <= j - offset <= i + right``; None is no bound on that side."""
 
     AXES = {"offset": "*B"}
+    DEFAULTS = {"offset": 0, "align": "start"}
     BY_INTERVALS = True
     left: int | None
     right: int | None
     offset: Any  # an int, symbolic after align="end" of symbolic lengths; or an array
     align: str
+
+    @property
+    def public_name(self) -> str:
+        return "masks.causal" if (self.left, self.right) == (None, 0) else "masks.window"
+
+    def __repr__(self) -> str:
+        text = super().__repr__()
+        return (
+            text.replace("left=None, right=0, ", "").replace("left=None, right=0", "")
+            if (self.public_name == "masks.causal")
+            else text
+        )
 
     def resolve(self, T: Size, S: Size, N: int) -> Self:
         if self.align == "start":
@@ -79,6 +92,7 @@ def causal(offset: PerExample = 0, *, align: str = "start") -> Mask:
         key. Another int is compiled again, another array is not.
       align: ``"end"`` adds ``S - T`` to the offset: the last query ends at the last key.
 
+    >>> from attention_jax.masks import causal
     >>> print(causal())
     █·······
     ██······
@@ -103,9 +117,11 @@ def window(
     Hugging Face ``sliding_window`` of ``W`` keys is ``window(W - 1, 0)``.
 
     Args:
-      left, right: ints >= 0, or None for no bound on that side.
+      left, right: ints >= 0, or None for no bound on that side. They are part of the program and
+        cannot be traced: for widths that change at run time use ``mask_fn``, which skips no blocks.
       offset, align: as for ``causal``.
 
+    >>> from attention_jax.masks import window
     >>> print(window(2, 1))
     ██······
     ███·····
@@ -127,6 +143,7 @@ def window(
 def dilated(stride: int) -> Mask:
     """Query ``i`` attends to key ``j`` where ``(i - j) % stride == 0``.
 
+    >>> from attention_jax.masks import causal, dilated
     >>> print(dilated(3) & causal())
     █·······
     ·█······
@@ -145,6 +162,7 @@ def dilated(stride: int) -> Mask:
 class Dilated(Mask):
     """Every ``stride``-th distance."""
 
+    NAME = "masks.dilated"
     BY_INTERVALS = True
     stride: int
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool
 
-from attention_jax.core.axes import is_array
+from attention_jax.core.axes import is_array, kind
 from attention_jax.core.pytree import Value, children
 from attention_jax.masks.grid import Grid
 from attention_jax.masks.reach import UNBOUNDED, Reach
@@ -38,11 +38,14 @@ class Mask(Value):
     - ``natural_size``: the ``T`` and ``S`` that the mask is made for.
     - ``resolve`` and ``resolve_in_sequence``, for what depends on ``T``, ``S`` or ``N``.
 
-    ``rule`` is defined once: ``block`` and kernels go by the class, so a subclass may not change
-    it. A GPU kernel takes every mask whose ``rule`` is arithmetic on single entries; ``explain``
-    says what it does not take, and why.
+    A subclass may not change ``rule``, because ``block`` and kernels rely on the class. GPU kernels
+    accept every mask whose ``rule`` is elementwise arithmetic; ``explain`` shows what they do not
+    accept, and why.
 
+    >>> import jax.numpy as jnp
+    >>> import numpy as np
     >>> from attention_jax import attention, masks
+    >>> from attention_jax.masks import Mask, Reach
     >>> class Delayed(Mask):
     ...     '''Keys that are at least ``gap`` positions before the query.'''
     ...     BY_INTERVALS = True
@@ -85,6 +88,7 @@ class Mask(Value):
           b, n: example (counted over the flattened ``*B``) and query head.
           q, k: positions; ints or integer arrays that broadcast.
 
+        >>> import numpy as np
         >>> from attention_jax.masks import causal
         >>> causal().mask(0, 0, np.arange(3)[:, None], np.arange(3)[None, :]).astype(int)
         array([[1, 0, 0],
@@ -127,7 +131,7 @@ class Mask(Value):
 
     def __bool__(self) -> bool:
         raise TypeError(
-            "a mask has no truth value: combine masks by &, | and ~ in place of and, or and not"
+            "a mask has no truth value: combine masks with &, | and ~ instead of and, or and not"
         )
 
     def __and__(self, other: Mask) -> Mask:
@@ -150,6 +154,7 @@ class Mask(Value):
     ) -> Bool[Array, "..."]:
         """The mask as a bool array ``[T S]``; with ``B`` and ``N`` given, ``[B N T S]``.
 
+        >>> import numpy as np
         >>> from attention_jax.masks import segments
         >>> segments(np.array([0, 0, 1])).to_dense(3, 3).astype(int).tolist()
         [[1, 1, 0], [1, 1, 0], [0, 0, 1]]
@@ -219,8 +224,8 @@ def _as_mask(x: Any, operator: str) -> Mask:
     if isinstance(x, Mask):
         return x
     raise TypeError(
-        f"a mask can be combined by {operator} with another mask, got {type(x).__name__}: wrap a "
-        f"bool array in masks.dense(array)"
+        f"a mask can be combined by {operator} with another mask, got {kind(x)}: wrap a bool "
+        f"array in masks.dense(array), a function in masks.mask_fn(fn)"
     )
 
 
@@ -244,9 +249,13 @@ def _returning_bools(name: str, rule: Callable[..., Any]) -> Callable[..., Any]:
 class And(Mask):
     """Visible where both are."""
 
+    NAME = "a mask of masks joined by &"
     BY_INTERVALS = True
     left: Mask
     right: Mask
+
+    def __repr__(self) -> str:
+        return f"{_in_parentheses(self.left)} & {_in_parentheses(self.right)}"
 
     def rule(self, b: Any, n: Any, q: Any, k: Any) -> Any:
         return self.left.rule(b, n, q, k) & self.right.rule(b, n, q, k)
@@ -262,9 +271,13 @@ class And(Mask):
 class Or(Mask):
     """Visible where one of the two is."""
 
+    NAME = "a mask of masks joined by |"
     BY_INTERVALS = True
     left: Mask
     right: Mask
+
+    def __repr__(self) -> str:
+        return f"{self.left!r} | {self.right!r}"  # & binds more strongly
 
     def rule(self, b: Any, n: Any, q: Any, k: Any) -> Any:
         return self.left.rule(b, n, q, k) | self.right.rule(b, n, q, k)
@@ -280,8 +293,13 @@ class Or(Mask):
 class Not(Mask):
     """Visible where the other is not."""
 
+    NAME = "an inverted mask"
     BY_INTERVALS = True
     mask_: Mask
+
+    def __repr__(self) -> str:
+        inner = self.mask_
+        return f"~({inner!r})" if isinstance(inner, (And, Or)) else f"~{inner!r}"
 
     def rule(self, b: Any, n: Any, q: Any, k: Any) -> Any:
         return ~jnp.asarray(self.mask_.rule(b, n, q, k))
@@ -289,6 +307,10 @@ class Not(Mask):
     def block(self, grid: Grid, b: Any, n: Any) -> tuple[Any, Any]:
         some, every = (_as_array(x) for x in self.mask_.block(grid, b, n))
         return ~every, ~some
+
+
+def _in_parentheses(mask: Mask) -> str:
+    return f"({mask!r})" if isinstance(mask, Or) else repr(mask)
 
 
 def _as_array(x: Any) -> Any:

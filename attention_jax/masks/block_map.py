@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attention_jax.core.axes import int_at_least
+from attention_jax.core.axes import brief_fields, int_at_least, kind
 from attention_jax.core.closures import uses_arguments
 from attention_jax.core.pytree import leaves
 from attention_jax.masks import Mask
+from attention_jax.masks.base import parts
 from attention_jax.masks.grid import Grid
 
 EMPTY, PARTIAL, FULL = np.int8(0), np.int8(1), np.int8(2)
@@ -32,6 +33,9 @@ class BlockMap:
 
     grid: Grid
     kinds: Any
+
+    def __repr__(self) -> str:
+        return brief_fields(self, ("grid", "kinds"))
 
     def __str__(self) -> str:
         kinds = np.asarray(self.kinds)
@@ -69,7 +73,7 @@ def block_map(
       TypeError: ``mask`` is not a mask, or a size not an int.
       ValueError: a block size below 1.
 
-    >>> from attention_jax import masks
+    >>> from attention_jax import block_map, masks
     >>> print(block_map(masks.causal() & masks.window(256, 0), 1024, 1024))
     ▒·······
     █▒······
@@ -84,18 +88,13 @@ def block_map(
         int_at_least(name, size, 1)
     if not (mask is None or isinstance(mask, Mask)):
         raise TypeError(
-            f"mask must be a Mask or None, got {type(mask).__name__}: a bool array is "
-            f"masks.dense(array)"
+            f"mask must be a Mask or None, got {kind(mask)}: a bool array is masks.dense(array)"
         )
     grid = Grid(T, S, block_q, block_k)
     if mask is None:
         return BlockMap(grid, np.full((grid.rows, grid.columns), FULL))
     mask = mask.resolve(T, S, N or 1)
-    per_head = bool({"B", "N"} & {a for leaf in leaves(mask) for a in leaf.axes})
-    if not per_head and (B or N):  # a function, or a class of one's own, may use b and n
-        zero = np.int32(0)
-        per_head = uses_arguments(lambda b, n: kinds(mask, grid, b, n), zero, zero)
-    if not per_head:
+    if not _differs_between_heads(mask, T, S, B, N):
         return BlockMap(grid, kinds(mask, grid, 0, 0))
 
     def one(b: Any, n: Any) -> Any:
@@ -105,6 +104,97 @@ def block_map(
     heads = jax.vmap(one, in_axes=(None, 0))
     examples = jax.vmap(heads, in_axes=(0, None))
     return BlockMap(grid, examples(jnp.arange(B or 1), jnp.arange(N or 1)))
+
+
+def _differs_between_heads(mask: Mask, T: int, S: int, B: int | None, N: int | None) -> bool:
+    """Whether the map of a resolved mask may depend on the example or the head."""
+    if {"B", "N"} & {a for leaf in leaves(mask) for a in leaf.axes}:
+        return True
+    if not (B or N):
+        return False
+    # A function, or a class of one's own, may use b and n. One block is enough to tell.
+    whole, zero = Grid(T, S, max(T, 1), max(S, 1)), np.int32(0)
+    return uses_arguments(lambda b, n: kinds(mask, whole, b, n), zero, zero)
+
+
+class Counts(NamedTuple):
+    """Numbers of blocks over all heads of all examples."""
+
+    visited: int
+    full: int
+    skipped: int
+
+
+# Larger maps are counted in two steps: for 1M tokens in blocks of 64, the map has 268M blocks.
+LARGE_MAP = 2**20
+COARSE = 64  # blocks per side of a coarse block
+AT_ONCE = 256  # coarse blocks
+
+
+def count(
+    mask: Mask | None, T: int, S: int, *, block_q: int, block_k: int, B: int, N: int
+) -> Counts:
+    """Counts the blocks of ``block_map``, fast for large maps too.
+
+    Args:
+      As for ``block_map``; the mask's arrays are known.
+    """
+    grid = Grid(T, S, block_q, block_k)
+    total = B * N * grid.rows * grid.columns
+    if mask is None:
+        return Counts(total, total, 0)
+    resolved = mask.resolve(T, S, N)
+    by_intervals = all(part.BY_INTERVALS for part in parts(resolved))
+    if (
+        grid.rows * grid.columns > LARGE_MAP
+        and by_intervals
+        and not leaves(resolved)
+        and not _differs_between_heads(resolved, T, S, B, N)
+    ):
+        visited, full = (B * N * n for n in _count_coarsely(resolved, grid))
+    else:
+        kind = np.asarray(block_map(mask, T, S, block_q=block_q, block_k=block_k, B=B, N=N).kinds)
+        repeat = total // kind.size
+        visited, full = (repeat * int(x.sum()) for x in (kind != EMPTY, kind == FULL))
+    return Counts(visited, full, total - visited)
+
+
+def _count_coarsely(mask: Mask, grid: Grid) -> tuple[int, int]:
+    """Visited and full blocks: of coarse blocks first, then within those that are partial."""
+    coarse = Grid(grid.T, grid.S, COARSE * grid.block_q, COARSE * grid.block_k)
+    kind = kinds(mask, coarse, 0, 0)
+
+    def inside(blocks: int) -> np.ndarray:  # how many fine blocks each coarse one has, per side
+        return np.diff([*range(0, blocks, COARSE), blocks])
+
+    size = inside(grid.rows)[:, None] * inside(grid.columns)[None, :]
+    visited = full = int(size[kind == FULL].sum())
+    rows, columns = np.nonzero(kind == PARTIAL)
+    within = np.arange(COARSE)
+    for i in range(0, len(rows), AT_ONCE):
+        row = (rows[i : i + AT_ONCE, None] * COARSE + within)[:, :, None]
+        column = (columns[i : i + AT_ONCE, None] * COARSE + within)[:, None, :]
+        there = (row < grid.rows) & (column < grid.columns)
+        row, column = np.minimum(row, grid.rows - 1), np.minimum(column, grid.columns - 1)
+        some, every = mask.block(
+            _Blocks(grid.T, grid.S, grid.block_q, grid.block_k, row, column), 0, 0
+        )
+        visited += int(np.sum(some & there))
+        full += int(np.sum(some & every & there))
+    return visited, full
+
+
+@dataclasses.dataclass(frozen=True)
+class _Blocks(Grid):
+    """Some blocks of a grid, given by their rows and columns, which broadcast."""
+
+    row: np.ndarray
+    column: np.ndarray
+
+    q0 = property(lambda self: (self.row * self.block_q).astype(np.int32))
+    q1 = property(lambda self: np.minimum(self.q0 + self.block_q, self.T) - 1)
+    k0 = property(lambda self: (self.column * self.block_k).astype(np.int32))
+    k1 = property(lambda self: np.minimum(self.k0 + self.block_k, self.S) - 1)
 
 
 def kinds(mask: Mask | None, grid: Grid, b: Any, n: Any) -> Any:
@@ -135,6 +225,9 @@ def schedule(kind: Any, grid: Grid) -> BlockSchedule:
     A last block that reaches beyond the arrays counts as partial: a backend moves it back to lie
     within them, and must mask the pairs that it shares with the block before.
 
+    >>> import numpy as np
+    >>> from attention_jax.masks.block_map import schedule
+    >>> from attention_jax.masks.grid import Grid
     >>> grid = Grid(T=4, S=6, block_q=2, block_k=2)
     >>> v = schedule(np.array([[2, 0, 1], [1, 2, 2]], np.int8), grid)
     >>> v.index.tolist(), v.full.tolist(), v.visited.tolist()

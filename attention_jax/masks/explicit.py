@@ -27,6 +27,7 @@ from attention_jax.masks.grid import Grid
 class Neighborhood(Mask):
     """A box around each cell of an n-d grid, shifted inwards at the borders."""
 
+    NAME = "masks.neighborhood"
     shape: tuple[int, ...]
     size: tuple[int, ...]
 
@@ -96,6 +97,7 @@ def neighborhood(shape: tuple[int, ...], size: int | tuple[int, ...]) -> Mask:
       shape: the grid's axes; positions count its cells in row-major order, ``T == S == prod``.
       size: odd, at most the axis; an int for all axes, or one per axis.
 
+    >>> from attention_jax.masks import neighborhood
     >>> print(neighborhood((2, 4), (1, 3)))
     ███·····
     ███·····
@@ -121,6 +123,8 @@ def neighborhood(shape: tuple[int, ...], size: int | tuple[int, ...]) -> Mask:
 class BlockSparse(Mask):
     """``layout[i // block_size, j // block_size]``."""
 
+    NAME = "masks.block_sparse"
+    ARGUMENTS = {"block_size": "block"}
     layout: Any  # an array, or a StaticArray
     block_size: int
 
@@ -165,6 +169,8 @@ def block_sparse(layout: Bool[AnyArray, "rows columns"], block: int) -> Mask:
         program (its blocks are known while tracing), a JAX array is data.
       block: positions per entry.
 
+    >>> import numpy as np
+    >>> from attention_jax.masks import block_sparse
     >>> print(block_sparse(np.array([[1, 0, 1], [0, 1, 1]], bool), 2))
     ██··██
     ██··██
@@ -186,6 +192,7 @@ def block_sparse(layout: Bool[AnyArray, "rows columns"], block: int) -> Mask:
 class Dense(Mask):
     """A bool array."""
 
+    NAME = "masks.dense"
     AXES = {"array": "*B N T S"}
     BROADCAST = True
     BY_INTERVALS = True
@@ -205,6 +212,8 @@ def dense(array: Bool[AnyArray, "..."]) -> Mask:
     Args:
       array: bool array broadcastable to ``[*B N T S]``.
 
+    >>> import numpy as np
+    >>> from attention_jax.masks import dense
     >>> print(dense(np.array([[1, 0, 1], [0, 1, 1]], bool)))
     █·█
     ·██
@@ -216,6 +225,8 @@ def dense(array: Bool[AnyArray, "..."]) -> Mask:
 class MaskFn(Mask):
     """Any function."""
 
+    NAME = "masks.mask_fn"
+    DEFAULTS = {"arrays": (), "evaluate": False}
     fn: Callable[..., Any]
     arrays: tuple[Any, ...]
     evaluate: bool
@@ -252,11 +263,12 @@ def mask_fn(fn: Callable[..., Any], *arrays: AnyArray, evaluate: bool = False) -
     Args:
       fn: takes int scalars ``b``, ``n`` and int arrays ``q [t, 1]``, ``k [1, s]``; returns a bool
         array that broadcasts to ``[t, s]``. It may close over arrays, traced ones too.
-      *arrays: the arrays that ``fn`` indexes; they may be traced. Kernels for GPUs take these, but
-        not those that ``fn`` closes over.
+      *arrays: the arrays that ``fn`` indexes; they may be traced. GPU kernels accept these, but
+        not arrays that ``fn`` closes over.
       evaluate: evaluate ``fn`` once on all pairs, tile by tile, to find empty and full blocks.
         Otherwise every block is partial.
 
+    >>> from attention_jax.masks import mask_fn
     >>> print(mask_fn(lambda b, n, q, k: (q - k) ** 2 <= 2))
     ██······
     ███·····

@@ -18,6 +18,7 @@ class Grid:
     The first and last index of every block are NumPy arrays, ``q0, q1 [rows, 1]`` and
     ``k0, k1 [1, columns]``, so that a mask can answer for all blocks in one expression.
 
+    >>> from attention_jax.masks.grid import Grid
     >>> grid = Grid(T=5, S=8, block_q=3, block_k=4)
     >>> grid.q0.tolist(), grid.q1.tolist()
     ([[0], [3]], [[2], [4]])

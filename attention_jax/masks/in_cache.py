@@ -96,7 +96,7 @@ def covered_lengths(value: Value) -> Iterator[tuple[str, int]]:
     for part in parts(value) if isinstance(value, Mask) else ():
         for natural in part.natural_size():  # a grid, or a layout of blocks
             if natural is not None:
-                yield type(part).__name__.lower(), natural
+                yield part.public_name, natural
 
 
 def check_lengths(

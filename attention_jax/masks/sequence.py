@@ -25,6 +25,8 @@ from attention_jax.masks.reach import Reach
 class Lengths(Mask):
     """The first ``query`` queries attend to the first ``key`` keys; None is no bound."""
 
+    NAME = "masks.lengths"
+    DEFAULTS = {"query": None, "key": None}
     AXES = {"query": "*B", "key": "*B"}
     BY_INTERVALS = True
     query: PerExample | None
@@ -48,13 +50,20 @@ class Lengths(Mask):
         return inside
 
 
+class Prefix(Lengths):
+    """The first keys: a class of its own for messages."""
+
+    NAME = "masks.prefix"
+    ARGUMENTS = {"key": "length"}
+
+
 def prefix(length: PerExample) -> Mask:
     """Query ``i`` attends to key ``j`` where ``j < length``; with ``| causal()``, prefix-LM.
 
     Args:
       length: an int, or an int array ``[*B]``.
 
-    >>> from attention_jax.masks import causal
+    >>> from attention_jax.masks import causal, prefix
     >>> print(prefix(3) | causal())
     ███·····
     ███·····
@@ -67,16 +76,18 @@ def prefix(length: PerExample) -> Mask:
 
     Source: Raffel et al. 2020, "Exploring the Limits of Transfer Learning" (T5), section 3.2.1.
     """
-    return Lengths(None, per_example("length", length))
+    return Prefix(None, per_example("length", length))
 
 
-def lengths(query: PerExample | None = None, key: PerExample | None = None) -> Mask:
+def lengths(*, query: PerExample | None = None, key: PerExample | None = None) -> Mask:
     """Query ``i`` attends to key ``j`` where ``i < query`` and ``j < key``; None is no bound.
 
     Args:
       query, key: how many queries and keys are real, ints or int arrays ``[*B]``; the rest is
-        padding, whose contents never reach a result.
+        padding, whose contents never reach a result. Give each by name: ``lengths(key=n)`` masks
+        padded keys.
 
+    >>> from attention_jax.masks import lengths
     >>> print(lengths(query=6, key=5))
     █████···
     █████···
@@ -96,6 +107,7 @@ def lengths(query: PerExample | None = None, key: PerExample | None = None) -> M
 class Segments(Mask):
     """Equal ids, none negative."""
 
+    NAME = "masks.segments"
     AXES = {"query_ids": "*B T", "key_ids": "*B S"}
     BY_INTERVALS = True
     query_ids: Any
@@ -127,6 +139,7 @@ def segments(
       key_ids: int array ``[*B S]``; None takes ``query_ids``.
 
     >>> import numpy as np
+    >>> from attention_jax.masks import segments
     >>> print(segments(np.array([0, 0, 0, 1, 1, 2, -1, -1])))
     ███·····
     ███·····
@@ -149,8 +162,11 @@ def segments(
 class Padding(Segments):
     """One segment and padding: a class of its own for mechanisms that take padding only."""
 
+    NAME = "masks.padding"
+    ARGUMENTS = {"query_ids": "real", "key_ids": "real"}
 
-def padding(real: Bool[AnyArray, "*B S"], queries: int | None = None) -> Mask:
+
+def padding(real: Bool[AnyArray, "*B S"], *, queries: int | None = None) -> Mask:
     """A padding mask: masks padding as keys and, in self-attention, as queries too.
 
     Args:
@@ -158,6 +174,7 @@ def padding(real: Bool[AnyArray, "*B S"], queries: int | None = None) -> Mask:
       queries: in cross-attention the number of queries (T); None: queries and keys are the same.
 
     >>> import numpy as np
+    >>> from attention_jax.masks import padding
     >>> print(padding(np.array([True, True, False, True])))
     ██·█
     ██·█
@@ -178,6 +195,7 @@ def padding(real: Bool[AnyArray, "*B S"], queries: int | None = None) -> Mask:
 class Chunked(Mask):
     """Query and key in the same chunk of ``size`` positions."""
 
+    NAME = "masks.chunked"
     BY_INTERVALS = True
     size: int
 
@@ -196,6 +214,7 @@ class Chunked(Mask):
 def chunked(size: int) -> Mask:
     """Query ``i`` attends to key ``j`` where ``i // size == j // size``.
 
+    >>> from attention_jax.masks import chunked
     >>> print(chunked(3))
     ███·····
     ███·····
@@ -214,6 +233,8 @@ def chunked(size: int) -> Mask:
 class GlobalTokens(Mask):
     """Flagged queries attend to all keys, and all queries to flagged keys."""
 
+    NAME = "masks.global_tokens"
+    ARGUMENTS = {"query_flags": "flags", "key_flags": "flags"}
     AXES = {"query_flags": "*B T", "key_flags": "*B S"}
     BY_INTERVALS = True
     query_flags: Any
@@ -237,7 +258,7 @@ def global_tokens(flags: Bool[AnyArray, "*B T"]) -> Mask:
       flags: bool array ``[*B T]``.
 
     >>> import numpy as np
-    >>> from attention_jax.masks import window
+    >>> from attention_jax.masks import global_tokens, window
     >>> print(global_tokens(np.arange(8) == 0) | window(1, 1))
     ████████
     ███·····

@@ -10,7 +10,18 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from attention_jax.core import softmax
-from attention_jax.core.axes import AnyArray, Output, Query, accumulation_dtype
+from attention_jax.core.axes import (
+    AnyArray,
+    Output,
+    Query,
+    Sizes,
+    accumulation_dtype,
+    bool_array,
+    check_broadcastable,
+    check_float_array,
+    with_sizes,
+)
+from attention_jax.masks import Mask
 
 
 def weights_of_one_head(
@@ -50,6 +61,7 @@ def additive_attention(
       ValueError: shapes that do not fit.
 
     >>> import numpy as np
+    >>> from attention_jax.mechanisms import additive_attention
     >>> q, k = np.zeros((1, 1, 2), np.float32), np.zeros((2, 1, 2), np.float32)
     >>> v = np.array([[[1.0]], [[3.0]]], np.float32)
     >>> additive_attention(q, k, v, np.ones((1, 2), np.float32)).tolist()  # equal weights
@@ -59,11 +71,11 @@ def additive_attention(
     Translate", appendix A.1.2.
     """
     weights = additive_weights(query, key, vector, mask=mask)
+    check_float_array("value", value)
     if value.ndim != query.ndim or value.shape[:-1] != key.shape[:-1]:
-        raise ValueError(
-            f"value must have shape [*B S N D] with [*B S N] of the key, {key.shape[:-1]}, got "
-            f"{value.shape}"
-        )
+        *batch, S, N, _ = key.shape
+        expected = with_sizes("[*B S N D]", {"*B": tuple(batch), "S": S, "N": N})
+        raise ValueError(f"value must have shape {expected}, got {value.shape}")
     dtype = jnp.asarray(query).dtype
     # Fully masked values may hold anything, NaN included.
     visible = jnp.swapaxes((weights > 0).any(axis=-2), -1, -2)[..., None]
@@ -90,24 +102,36 @@ def additive_weights(
       ValueError: shapes that do not fit.
 
     >>> import numpy as np
+    >>> from attention_jax.mechanisms import additive_weights
     >>> q, k = np.zeros((1, 1, 2), np.float32), np.zeros((4, 1, 2), np.float32)
     >>> additive_weights(q, k, np.ones((1, 2), np.float32)).tolist()
     [[[0.25, 0.25, 0.25, 0.25]]]
 
     Source: Bahdanau et al. 2015, appendix A.1.2.
     """
-    *batch, T, N, H = query.shape
-    expected = (*batch, key.shape[-3] if key.ndim > 2 else 0, N, H)
-    if key.shape != expected:
+    for name, x in (("query", query), ("key", key), ("vector", vector)):
+        check_float_array(name, x)
+    if query.ndim < 3:
         raise ValueError(
-            f"key must have shape [*B S N H] with *B, N and H of the query {query.shape}, got "
-            f"{key.shape}"
+            f"query must have at least 3 axes [*B T N H], got shape {tuple(query.shape)}"
         )
+    *batch, T, N, H = query.shape
+    if key.ndim != query.ndim or key.shape != (*batch, key.shape[-3], N, H):
+        expected = with_sizes("[*B S N H]", {"*B": tuple(batch), "N": N, "H": H})
+        raise ValueError(f"key must have shape {expected}, as the query, got {key.shape}")
     if vector.shape != (N, H):
-        raise ValueError(f"vector must have shape [N H], {(N, H)}, got {vector.shape}")
+        expected = with_sizes("[N H]", {"N": N, "H": H})
+        raise ValueError(f"vector must have shape {expected}, got {vector.shape}")
     S = key.shape[-3]
+    sizes = Sizes(B=tuple(batch), T=T, S=S, K=N, G=1, H=H, D=0)
     visible = jnp.ones((*batch, N, T, S), bool)
     if mask is not None:
+        if isinstance(mask, Mask):
+            raise TypeError(
+                "mask must be a bool array here, got a Mask: convert it with mask.to_dense(T, S)"
+            )
+        bool_array("mask", mask, 0)
+        check_broadcastable("mask", mask.shape, sizes)
         visible = jnp.broadcast_to(jnp.asarray(mask), visible.shape)
     wide = accumulation_dtype(jnp.asarray(query).dtype)
     q, k, v = (jnp.asarray(x, wide) for x in (query, key, vector))

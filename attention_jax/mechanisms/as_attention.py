@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from attention_jax.core.axes import kind
 from attention_jax.mechanisms.inverted import inverted_attention
 from attention_jax.mechanisms.linear import linear_attention
 from attention_jax.mechanisms.performer import performer_features
@@ -33,16 +34,23 @@ def as_attention(mechanism: Callable[..., Any]) -> Callable[..., Any]:
 
     >>> import functools, numpy as np
     >>> from flax import nnx
-    >>> from attention_jax.mechanisms import topk_attention
+    >>> from attention_jax.mechanisms import as_attention, topk_attention
     >>> from attention_jax.nn import MultiHeadAttention
     >>> top2 = as_attention(functools.partial(topk_attention, k=2))
     >>> module = MultiHeadAttention(8, num_heads=2, attention=top2, rngs=nnx.Rngs(0))
     >>> module(np.ones((1, 5, 8), np.float32)).shape
     (1, 5, 8)
     """
-    takes = [name for name in OPTIONS if name in inspect.signature(mechanism).parameters]
+    parameters = inspect.signature(mechanism).parameters
+    takes = [name for name in OPTIONS if name in parameters]
     called = mechanism.func if isinstance(mechanism, functools.partial) else mechanism
     name = getattr(called, "__name__", str(called))
+    if missing := [x.name for x in list(parameters.values())[3:] if _is_required(x)]:
+        bound = ", ".join(f"{x}=..." for x in missing)
+        raise TypeError(
+            f"mechanism must need only query, key and value, but {name} also needs "
+            f"{', '.join(missing)}: use as_attention(functools.partial({name}, {bound}))"
+        )
 
     @functools.wraps(called)
     def attend(query: Any, key: Any, value: Any, **options: Any) -> jax.Array:
@@ -56,6 +64,30 @@ def as_attention(mechanism: Callable[..., Any]) -> Callable[..., Any]:
 
     attend.mechanism = name  # type: ignore[attr-defined]  # see ``check_weights``
     return attend
+
+
+def _is_required(parameter: inspect.Parameter) -> bool:
+    several = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    return parameter.default is parameter.empty and parameter.kind not in several
+
+
+def check_attention(attention: Any) -> None:
+    """Raises unless ``attention`` is a function that takes what modules pass to it.
+
+    Raises:
+      TypeError: it is not a function, or a mechanism without ``as_attention``.
+    """
+    if not callable(attention) or isinstance(attention, type):
+        raise TypeError(f"attention must be a function, got {kind(attention)}")
+    parameters = inspect.signature(attention, follow_wrapped=False).parameters
+    if any(x.kind == inspect.Parameter.VAR_KEYWORD for x in parameters.values()):
+        return
+    if missing := [x for x in ("mask", "score", "sinks", "scale") if x not in parameters]:
+        name = getattr(attention, "__name__", "it")
+        raise TypeError(
+            f"attention must take the arguments of attention_jax.attention, but {name} does not "
+            f"take {', '.join(missing)}: wrap a mechanism, mechanisms.as_attention({name})"
+        )
 
 
 def check_weights(attention: Callable[..., Any]) -> None:

@@ -41,13 +41,13 @@ def as_causal_padding(mask: MaskLike, sizes: Sizes, who: str) -> CausalPadding:
     causal = False
     queries: list[Any] = []
     keys: list[Any] = []
-    for part in conjuncts(as_mask(mask)):
-        part = full_rank(part.resolve(sizes.T, sizes.S, sizes.N), sizes, "mask")
+    for given in conjuncts(as_mask(mask)):
+        part = full_rank(given.resolve(sizes.T, sizes.S, sizes.N), sizes, "mask")
         if isinstance(part, Band) and (part.left, part.right) == (None, 0):
             if not (isinstance(part.offset, int) and part.offset == 0 and sizes.T == sizes.S):
                 raise NotImplementedError(
                     f"{who} supports masks.causal() only without an offset and with as many "
-                    f"queries as keys, got offset {part.offset}, T = {sizes.T}, S = {sizes.S}: "
+                    f"queries (T) as keys (S), got {given!r} with T = {sizes.T} and S = {sizes.S}: "
                     f"use attention"
                 )
             causal = True
@@ -65,7 +65,7 @@ def as_causal_padding(mask: MaskLike, sizes: Sizes, who: str) -> CausalPadding:
         else:
             raise NotImplementedError(
                 f"{who} supports masks.causal(), masks.lengths and masks.padding, joined by &, "
-                f"got mask {type(part).__name__}: use attention"
+                f"got {given!r}: use attention"
             )
     return CausalPadding(causal, _all(queries), _all(keys))
 

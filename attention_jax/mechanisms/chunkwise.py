@@ -29,9 +29,11 @@ from attention_jax.core.axes import (
     accumulation_dtype,
     check_float_array,
     check_query_key_value,
+    kind,
+    with_sizes,
 )
 from attention_jax.core.closures import varying_together
-from attention_jax.masks import causal
+from attention_jax.masks import Mask, causal
 from attention_jax.mechanisms.causal_padding import (
     CausalPadding,
     as_causal_padding,
@@ -110,7 +112,12 @@ def run_causal(
     shape = (*sizes.B, sizes.K, *state_shape)
     start = jnp.zeros(shape, wide) if packing.state is None else packing.state
     if start.shape != shape:
-        raise ValueError(f"state must have shape [*B K M D] = {shape}, got {start.shape}")
+        M, D = state_shape
+        raise ValueError(
+            f"state must have shape "
+            f"{with_sizes('[*B K M D]', {'*B': sizes.B, 'K': sizes.K, 'M': M, 'D': D})}, got "
+            f"{start.shape}"
+        )
     out, end = lift(
         lambda state, *arrays: scan_chunks(step, state, arrays, chunk),
         [
@@ -138,16 +145,19 @@ def check_causal(
     sizes = check_query_key_value(query, key, value)
     padding = as_causal_padding(mask, sizes, who)
     if not padding.causal:
-        raise ValueError(f"{who} is causal: mask must include masks.causal(), got {mask!r}")
+        got = mask if mask is None or isinstance(mask, Mask) else kind(mask)
+        raise ValueError(f"{who} is causal: mask must include masks.causal(), got {got!r}")
     return sizes, padding
 
 
-def check_gate(name: str, x: Any, sizes: Sizes, widths: Sequence[int]) -> None:
-    """Raises unless ``x`` is ``[*B S K .]`` with one of these widths."""
+def check_gate(name: str, x: Any, sizes: Sizes, layout: str) -> None:
+    """Raises unless ``x`` is ``[*B S K]``; for the layout ``[*B S K H]`` with H or 1 for H."""
     check_float_array(name, x)
-    start = (*sizes.B, sizes.S, sizes.K)
-    if tuple(x.shape[:-1]) != start or x.shape[-1] not in widths:
-        expected = " or ".join(str((*start, width)) for width in widths)
+    shape = (*sizes.B, sizes.S, sizes.K)
+    vector = layout == "[*B S K H]"
+    allowed = [(*shape, width) for width in (sizes.H, 1)] if vector else [shape]
+    if tuple(x.shape) not in allowed:
+        expected = with_sizes(layout, sizes.of_letters()) + (" or H = 1" if vector else "")
         raise ValueError(f"{name} must have shape {expected}, got {tuple(x.shape)}")
 
 

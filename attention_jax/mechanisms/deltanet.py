@@ -106,6 +106,7 @@ def delta_rule(
       As ``gated_linear_attention``.
 
     >>> import numpy as np
+    >>> from attention_jax.mechanisms import delta_rule
     >>> key = np.ones((2, 1, 1), np.float32)
     >>> value = np.float32([5, 7]).reshape(2, 1, 1)
     >>> delta_rule(key, key, value, key[..., 0]).ravel().tolist()  # 7 replaces 5
@@ -115,8 +116,8 @@ def delta_rule(
     et al. 2024, "Parallelizing Linear Transformers with the Delta Rule over Sequence Length".
     """
     sizes, padding = check_causal(query, key, value, mask, scale, "delta_rule")
+    check_gate("beta", beta, sizes, "[*B S K]")
     column = jnp.asarray(beta)[..., None]
-    check_gate("beta", column, sizes, (1,))
     return run_causal(
         delta_chunk,
         packed_delta_chunk,

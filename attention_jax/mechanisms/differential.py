@@ -47,6 +47,7 @@ def differential_attention(
       TypeError, ValueError, NotImplementedError: as ``attention``, or an odd number of heads.
 
     >>> import numpy as np
+    >>> from attention_jax.mechanisms import differential_attention
     >>> q, v = np.zeros((1, 2, 1), np.float32), np.float32([2, 4]).reshape(2, 1, 1)
     >>> differential_attention(q, np.zeros((2, 2, 1), np.float32), v, 0.5).item()
     1.5
@@ -65,11 +66,11 @@ def differential_attention(
 
 
 def differential_weight(
+    *,
     query_1: Float[AnyArray, "... H"],
     key_1: Float[AnyArray, "... H"],
     query_2: Float[AnyArray, "... H"],
     key_2: Float[AnyArray, "... H"],
-    *,
     layer: int,
 ) -> Float[Array, "..."]:
     """``lambda = exp(q1 . k1) - exp(q2 . k2) + initial`` from four learned vectors.
@@ -84,8 +85,10 @@ def differential_weight(
       ``lambda``, a scalar or ``[N]``.
 
     >>> import numpy as np
+    >>> from attention_jax.mechanisms import differential_weight
     >>> zero = np.zeros(4, np.float32)
-    >>> round(float(differential_weight(zero, zero, zero, zero, layer=0)), 3)
+    >>> weight = differential_weight(query_1=zero, key_1=zero, query_2=zero, key_2=zero, layer=0)
+    >>> round(float(weight), 3)
     0.2
 
     Source: Ye et al. 2024, section 2.1.
@@ -100,12 +103,22 @@ def differential_weight(
 
 def _check(query: Any, key: Any, value: Any, weight: Any, options: dict[str, Any]) -> None:
     check_types({"query": query, "key": key, "value": value})
-    for name, x in (("query", query), ("key", key)):
-        if x.ndim < 3 or x.shape[-2] % 2:
+    layouts = {"query": "[*B T 2N H]", "key": "[*B S 2K H]", "value": "[*B S K D]"}
+    shapes = {"query": query.shape, "key": key.shape, "value": value.shape}
+    for name, shape in shapes.items():
+        if len(shape) < 3:
+            raise ValueError(f"{name} must have at least 3 axes {layouts[name]}, got shape {shape}")
+    for name in ("query", "key"):
+        if shapes[name][-2] % 2:
             raise ValueError(
-                f"{name} must have an even number of heads, two for each of the output, got shape "
-                f"{x.shape}"
+                f"{name} must have an even number of heads, {layouts[name]}, two for each head of "
+                f"the output, got shape {shapes[name]}"
             )
+    if key.shape[-2] != 2 * value.shape[-2]:
+        raise ValueError(
+            f"key must have twice the heads of value, [*B S 2K H] and [*B S K D], got shapes "
+            f"{key.shape} and {value.shape}"
+        )
     if options.get("return_lse"):
         raise NotImplementedError("return_lse: a difference of two softmaxes has no normaliser")
     N = query.shape[-2] // 2

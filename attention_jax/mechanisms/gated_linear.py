@@ -117,6 +117,7 @@ def gated_linear_attention(
       NotImplementedError: any other mask.
 
     >>> import numpy as np
+    >>> from attention_jax.mechanisms import gated_linear_attention
     >>> one = np.ones((3, 1, 1), np.float32)
     >>> half = np.log(one / 2)
     >>> gated_linear_attention(one, one, one, half).ravel().tolist()
@@ -128,7 +129,7 @@ def gated_linear_attention(
     Training".
     """
     sizes, padding = check_causal(query, key, value, mask, scale, "gated_linear_attention")
-    check_gate("log_gate", log_gate, sizes, (sizes.H, 1))
+    check_gate("log_gate", log_gate, sizes, "[*B S K H]")
     return run_causal(
         gated_linear_chunk,
         packed_gated_linear_chunk,

@@ -60,6 +60,7 @@ def inverted_attention(
       TypeError, ValueError: as ``attention``.
 
     >>> import numpy as np
+    >>> from attention_jax.mechanisms import inverted_attention
     >>> q, v = np.zeros((2, 1, 1), np.float32), np.ones((3, 1, 1), np.float32)
     >>> inverted_attention(q, v, v).ravel().tolist()  # two queries share three ones
     [1.5, 1.5]

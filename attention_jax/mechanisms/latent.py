@@ -15,7 +15,7 @@ from jaxtyping import Float
 
 from attention_jax.api import attention
 from attention_jax.backends.call import Scale, check_types
-from attention_jax.core.axes import AnyArray, Output, accumulation_dtype
+from attention_jax.core.axes import AnyArray, Output, accumulation_dtype, with_sizes
 
 
 def latent_attention(
@@ -55,6 +55,7 @@ def latent_attention(
       TypeError, ValueError, NotImplementedError: as ``attention``, or shapes that do not fit.
 
     >>> import numpy as np
+    >>> from attention_jax.mechanisms import absorbed_latent_attention, latent_attention
     >>> shapes = (5, 2, 4), (5, 2, 3), (5, 6), (5, 3), (6, 2, 4), (6, 2, 7)
     >>> arrays = [np.random.default_rng(0).normal(size=s).astype(np.float32) for s in shapes]
     >>> direct, absorbed = latent_attention(*arrays), absorbed_latent_attention(*arrays)
@@ -109,6 +110,7 @@ def absorbed_latent_attention(
       As ``latent_attention``.
 
     >>> import numpy as np
+    >>> from attention_jax.mechanisms import absorbed_latent_attention
     >>> one = np.ones((1, 1, 1), np.float32)
     >>> absorbed_latent_attention(one, one, one[0], one[0], one, 3 * one).item()
     3.0
@@ -164,6 +166,7 @@ def _check(
     *start, N, H = query.shape
     *rows, R = latent.shape
     P = query_rotary.shape[-1]
+    sizes = {"*B": tuple(start[:-1]), "T": start[-1], "S": rows[-1], "N": N, "H": H, "P": P, "R": R}
     expected = {
         "query_rotary": ("[*B T N P]", (*start, N, P)),
         "latent": ("[*B S R]", (*start[:-1], rows[-1], R)),
@@ -171,6 +174,8 @@ def _check(
         "key_up": ("[R N H]", (R, N, H)),
         "value_up": ("[R N D]", (R, N, value_up.shape[-1] if value_up.ndim else 0)),
     }
-    for name, (axes, shape) in expected.items():
+    for name, (layout, shape) in expected.items():
         if arrays[name].shape != shape:
-            raise ValueError(f"{name} must have shape {axes} = {shape}, got {arrays[name].shape}")
+            raise ValueError(
+                f"{name} must have shape {with_sizes(layout, sizes)}, got {arrays[name].shape}"
+            )

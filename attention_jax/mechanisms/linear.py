@@ -161,6 +161,7 @@ def linear_attention(
 
     >>> import numpy as np
     >>> from attention_jax import masks
+    >>> from attention_jax.mechanisms import linear_attention
     >>> q, v = np.zeros((3, 1, 2), np.float32), np.float32([1, 3, 8]).reshape(3, 1, 1)
     >>> linear_attention(q, q, v, mask=masks.causal()).ravel().tolist()  # running means
     [1.0, 2.0, 4.0]

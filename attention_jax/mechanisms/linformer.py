@@ -21,6 +21,7 @@ from attention_jax.core.axes import (
     Sizes,
     Value,
     accumulation_dtype,
+    check_float_array,
     check_query_key_value,
 )
 from attention_jax.mechanisms.causal_padding import as_causal_padding, zero_padding
@@ -60,6 +61,7 @@ def linformer_attention(
       NotImplementedError: any other mask.
 
     >>> import numpy as np
+    >>> from attention_jax.mechanisms import linformer_attention
     >>> x, mean = np.float32([1, 2, 6]).reshape(3, 1, 1), np.full((1, 3), 1 / 3, np.float32)
     >>> linformer_attention(x, x, x, mean, mean).ravel().tolist()
     [3.0, 3.0, 3.0]
@@ -92,10 +94,12 @@ def _mixed(mixing: Any, x: jax.Array) -> jax.Array:
 
 
 def _check_mixings(key_mixing: Any, value_mixing: Any, sizes: Sizes) -> None:
+    for name, x in {"key_mixing": key_mixing, "value_mixing": value_mixing}.items():
+        check_float_array(name, x)
     R = jnp.shape(key_mixing)[-2] if jnp.ndim(key_mixing) > 1 else 0
     for name, x in {"key_mixing": key_mixing, "value_mixing": value_mixing}.items():
         if jnp.shape(x) not in ((R, sizes.S), (sizes.K, R, sizes.S)):
             raise ValueError(
                 f"{name} must have shape [R S] or [K R S] with S = {sizes.S}, K = {sizes.K} and "
-                f"one R for both, got {jnp.shape(x)}"
+                f"the same R in both mixings, got {jnp.shape(x)}"
             )

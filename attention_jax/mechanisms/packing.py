@@ -8,7 +8,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from attention_jax.core.axes import Sizes, broadcasts_to, check_positions
+from attention_jax.core.axes import (
+    Sizes,
+    brief_fields,
+    broadcasts_to,
+    check_positions,
+    kind,
+    with_sizes,
+)
 from attention_jax.mechanisms.causal_padding import CausalPadding, keep_rows
 
 
@@ -22,6 +29,9 @@ class PackedState(NamedTuple):
 
     state: Any
     segment: Any
+
+    def __repr__(self) -> str:
+        return brief_fields(self, self._fields)
 
 
 class Packing(NamedTuple):
@@ -63,7 +73,7 @@ def document_starts(segments: Any, state: Any, padding: CausalPadding, sizes: Si
     ):
         raise TypeError(
             f"state must be a PackedState with segments, and an array without, got "
-            f"{type(state).__name__} and segments {'None' if segments is None else 'given'}: "
+            f"{kind(state)} {'without' if segments is None else 'with'} segments: "
             f"PackedState(state, segment) joins an array and the id of its last token"
         )
     if segments is None:
@@ -92,7 +102,8 @@ def document_starts(segments: Any, state: Any, padding: CausalPadding, sizes: Si
 def _ids(name: str, ids: Any, shape: tuple[int, ...], axes: str) -> jax.Array:
     ids = check_positions(ids, name)
     if not broadcasts_to(ids.shape, shape):
-        raise ValueError(f"{name} must broadcast to {shape}, {axes}, got {ids.shape}")
+        sizes = {"*B": shape[:-1], "T": shape[-1]} if axes == "[*B T]" else {"*B": shape}
+        raise ValueError(f"{name} must broadcast to {with_sizes(axes, sizes)}, got {ids.shape}")
     return jnp.broadcast_to(jnp.asarray(ids, jnp.int32), shape)
 
 

@@ -52,7 +52,9 @@ def performer_features(key: jax.Array, H: int, count: int) -> Features:
     Raises:
       TypeError, ValueError: ``H`` or ``count`` is not an int of at least 1.
 
+    >>> import jax
     >>> import numpy as np
+    >>> from attention_jax.mechanisms import performer_features
     >>> features = performer_features(jax.random.key(0), 4, 4096)
     >>> q, k = np.float32([[1, 0, 0, 1]]), np.float32([[1, 0, 0, 0], [0, 1, 0, 0]])
     >>> weights = features.query(q) @ features.key(k).T

@@ -13,7 +13,14 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from attention_jax.backends.call import MaskLike, Scale
-from attention_jax.core.axes import AnyArray, Key, Query, Value, accumulation_dtype
+from attention_jax.core.axes import (
+    AnyArray,
+    Key,
+    Query,
+    Value,
+    accumulation_dtype,
+    check_float_array,
+)
 from attention_jax.mechanisms.chunkwise import CAUSAL, State, check_causal
 from attention_jax.mechanisms.gated_linear import gated_linear_attention
 from attention_jax.mechanisms.packing import PackedState
@@ -52,6 +59,8 @@ def retention(
     Raises:
       As ``gated_linear_attention``.
 
+    >>> import numpy as np
+    >>> from attention_jax.mechanisms import retention
     >>> one = np.ones((3, 1, 1), np.float32)
     >>> retention(one, one, one, decay=np.float32([0.5])).ravel().tolist()
     [1.0, 1.5, 1.75]
@@ -80,6 +89,7 @@ def _log_decay(decay: Any, K: int, dtype: Any) -> Float[Array, " K"]:
         # Computed in float64 and rounded last: in float32 the logarithm would keep 4 digits of a
         # decay near 1.
         return jnp.asarray(np.log1p(-(2.0 ** -np.linspace(5, 12, K))), dtype)
+    check_float_array("decay", decay)
     log_decay: jax.Array = jnp.log(jnp.asarray(decay, dtype))
     if log_decay.shape != (K,):
         raise ValueError(

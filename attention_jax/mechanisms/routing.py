@@ -41,6 +41,7 @@ def clusters(x: Float[AnyArray, "... H"], centroids: Float[AnyArray, "C H"]) -> 
       int32, ``x.shape[:-1]``.
 
     >>> import numpy as np
+    >>> from attention_jax.mechanisms import clusters
     >>> clusters(np.float32([[1, 0], [0.2, 1]]), np.eye(2, dtype=np.float32)).tolist()
     [0, 1]
     """
@@ -83,6 +84,7 @@ def routing_attention(
       NotImplementedError: any other mask.
 
     >>> import numpy as np
+    >>> from attention_jax.mechanisms import routing_attention
     >>> q = np.float32([[1], [-1]]).reshape(2, 1, 1)
     >>> v = np.float32([[5], [7]]).reshape(2, 1, 1)
     >>> routing_attention(q, q, v, np.float32([[[1], [-1]]])).ravel().tolist()  # one cluster each
@@ -150,6 +152,7 @@ def update_centroids(
       NotImplementedError: any other mask.
 
     >>> import numpy as np
+    >>> from attention_jax.mechanisms import update_centroids
     >>> x = np.float32([[1, 0], [3, 0], [0, 1]])[:, None]
     >>> update_centroids(np.eye(2, dtype=np.float32)[None], x, x, decay=0.5)[0].tolist()
     [[1.5, 0.0], [0.0, 1.0]]

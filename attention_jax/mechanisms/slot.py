@@ -55,6 +55,7 @@ def slot_attention(
       TypeError, ValueError: as ``attention``.
 
     >>> import numpy as np
+    >>> from attention_jax.mechanisms import slot_attention
     >>> q, v = np.zeros((2, 1, 1), np.float32), np.ones((3, 1, 1), np.float32)
     >>> slot_attention(q, v, v).ravel().tolist()
     [1.0, 1.0]

@@ -55,6 +55,7 @@ def topk_attention(
       TypeError, ValueError: as ``attention``, or ``k`` is not an int of at least 1.
 
     >>> import numpy as np
+    >>> from attention_jax.mechanisms import topk_attention
     >>> q, key = np.ones((1, 1, 1), np.float32), np.float32([0, 9, 5]).reshape(3, 1, 1)
     >>> topk_attention(q, key, key, k=1).item()
     9.0

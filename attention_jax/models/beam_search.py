@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from attention_jax.core.axes import int_at_least
+from attention_jax.core.axes import brief_fields, int_at_least
 from attention_jax.models import prompts
 from attention_jax.models.decoder import Decoder
 from attention_jax.models.encoder_decoder import EncoderDecoder, Memory
@@ -30,6 +30,9 @@ class Beams(NamedTuple):
     tokens: Any
     count: Any
     score: Any
+
+    def __repr__(self) -> str:
+        return brief_fields(self, self._fields)
 
 
 class _Settings(NamedTuple):
@@ -109,7 +112,8 @@ def beam_search(
         ``early_stopping``.
 
     >>> import numpy as np
-    >>> from attention_jax.models import DecoderConfig, Layers
+    >>> from flax import nnx
+    >>> from attention_jax.models import beam_search, Decoder, DecoderConfig, Layers
     >>> config = DecoderConfig(10, Layers(features=8, num_layers=1, num_heads=2))
     >>> model = Decoder(config, rngs=nnx.Rngs(0))
     >>> beam_search(model, np.array([[3, 1]]), max_new_tokens=3, beams=2).tokens.shape

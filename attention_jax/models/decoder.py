@@ -17,6 +17,7 @@ from attention_jax.models.layers import Layers, Stack, check_embeddings, positio
 from attention_jax.nn import Embeddings
 from attention_jax.nn.linear import Linear
 from attention_jax.nn.padding import as_real, places
+from attention_jax.nn.rngs import check_rngs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +53,8 @@ class Decoder(nnx.Module):
     """A causal language model: embeddings, causal layers, output head.
 
     >>> import numpy as np
+    >>> from flax import nnx
+    >>> from attention_jax.models import Decoder, DecoderConfig, Layers
     >>> config = DecoderConfig(vocabulary=10, layers=Layers(features=8, num_layers=2, num_heads=2),
     ...                        positions="sinusoidal")
     >>> model = Decoder(config, rngs=nnx.Rngs(0))
@@ -65,6 +68,7 @@ class Decoder(nnx.Module):
     """
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs) -> None:
+        check_rngs(rngs)
         layers = config.layers
         self.config = config
         self.embed = Embeddings(

@@ -23,6 +23,7 @@ from attention_jax.nn import Embeddings, pooling
 from attention_jax.nn.feed_forward import ACTIVATIONS
 from attention_jax.nn.linear import Linear
 from attention_jax.nn.padding import as_real, places
+from attention_jax.nn.rngs import check_rngs
 
 HEADS = (None, "tokens", "classes")
 POOLS = ("first", "mean")
@@ -77,6 +78,8 @@ class Encoder(nnx.Module):
     """A bidirectional encoder of tokens, with a head of tokens, of classes, or none.
 
     >>> import numpy as np
+    >>> from flax import nnx
+    >>> from attention_jax.models import Encoder, EncoderConfig, Layers
     >>> config = EncoderConfig(vocabulary=10, max_length=4, head="classes", classes=3,
     ...                        layers=Layers(features=8, num_layers=2, num_heads=2, order="post"))
     >>> tokens, real = np.array([[3, 1, 4, 0]]), np.array([[True, True, True, False]])
@@ -87,6 +90,7 @@ class Encoder(nnx.Module):
     """
 
     def __init__(self, config: EncoderConfig, *, rngs: nnx.Rngs) -> None:
+        check_rngs(rngs)
         layers = config.layers
         E = layers.features
         norm = layers.new_norm(rngs)

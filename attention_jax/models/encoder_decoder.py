@@ -11,12 +11,13 @@ from flax import nnx
 from jaxtyping import Float
 
 from attention_jax.cache import KVCache
-from attention_jax.core.axes import AnyArray, accumulation_dtype, check_positions
+from attention_jax.core.axes import AnyArray, accumulation_dtype, brief_fields, check_positions
 from attention_jax.models.decoder import check_capacity, first_tokens
 from attention_jax.models.layers import Layers, Stack, check_embeddings, padding, positions_after
 from attention_jax.nn import Embeddings, FeedForward, Residual
 from attention_jax.nn.linear import Linear
 from attention_jax.nn.padding import as_real, places
+from attention_jax.nn.rngs import check_rngs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +67,9 @@ class Memory(NamedTuple):
     contexts: Any
     real: Any
 
+    def __repr__(self) -> str:
+        return brief_fields(self, self._fields)
+
 
 class EncoderDecoder(nnx.Module):
     """A sequence-to-sequence model: the decoder attends to the encoded source.
@@ -74,6 +78,8 @@ class EncoderDecoder(nnx.Module):
     each sublayer: in trained T5s it exceeds float16's largest number, 65,504.
 
     >>> import numpy as np
+    >>> from flax import nnx
+    >>> from attention_jax.models import EncoderDecoder, EncoderDecoderConfig, Layers
     >>> layers = Layers(features=8, num_layers=2, num_heads=2)
     >>> model = EncoderDecoder(EncoderDecoderConfig(10, layers, layers), rngs=nnx.Rngs(0))
     >>> model(np.array([[3, 1, 4, 1]]), np.array([[5, 9]])).shape
@@ -83,6 +89,7 @@ class EncoderDecoder(nnx.Module):
     """
 
     def __init__(self, config: EncoderDecoderConfig, *, rngs: nnx.Rngs) -> None:
+        check_rngs(rngs)
         self.config = config
         encoder, decoder = _with_float16(config.encoder), _with_float16(config.decoder)
         E, dtypes = decoder.features, decoder.dtypes

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from attention_jax.core.axes import int_at_least, is_array
+from attention_jax.core.axes import brief_fields, int_at_least, is_array, kind
 from attention_jax.models import prompts
 from attention_jax.models.decoder import Decoder, first_tokens
 from attention_jax.models.encoder_decoder import EncoderDecoder, Memory
@@ -37,6 +37,9 @@ class Generated(NamedTuple):
     count: Any
     log_probability: Any
     caches: Any
+
+    def __repr__(self) -> str:
+        return brief_fields(self, self._fields)
 
 
 class _Settings(NamedTuple):
@@ -85,12 +88,14 @@ def generate(
       prompt: integers ``[B T]``; for an ``EncoderDecoder`` the start of the target.
       max_new_tokens: largest number of tokens to generate.
       real: bool ``[B T]``, False for padding, on either side, where the prompt may hold any
-        integers; default: all are real.
+        integers; default: all are real. Padding between tokens is refused; under ``jit``, where it
+        is not known, the tokens around it are joined.
       sampling: how tokens are chosen. None: greedily. ``Sampling``, or processors of
         ``models.sampling`` such as ``(temperature(0.7), top_p(0.9))``: drawn from the processed
         logits. ``sampling.likeliest(...)``: greedily from the processed logits. Processors get the
         tokens of the prompt and the generated ones, not those in the caches.
-      key: a key of ``jax.random``, or one for each row ``[B]``; required for drawing.
+      key: a key of ``jax.random``, or one for each row ``[B]``; required for drawing, and refused
+        otherwise.
       stop: the token that ends a row, several of them, or None.
       pad_token: fills a row after its end; any int.
       source, source_real: for an ``EncoderDecoder``: integers ``[B S]``, and bool ``[B S]``, False
@@ -103,12 +108,15 @@ def generate(
 
     Raises:
       ValueError: empty prompts, or too little capacity for them; a token of the prompt, the source
-        or ``stop`` that is not in the vocabulary; a missing key. Under ``jit``, where tokens are
-        not known, a row with a token outside the vocabulary generates -1 and ends.
+        or ``stop`` that is not in the vocabulary; a missing key, or one that is not
+        used. Under ``jit``, where tokens are not known, a row with a token outside the vocabulary
+        generates -1 and ends.
       TypeError: prompts that are not integers; another model.
 
+    >>> import jax
     >>> import numpy as np
-    >>> from attention_jax.models import DecoderConfig, Layers, sampling
+    >>> from flax import nnx
+    >>> from attention_jax.models import Decoder, DecoderConfig, generate, Layers, sampling
     >>> config = DecoderConfig(10, Layers(features=8, num_layers=1, num_heads=2))
     >>> model = Decoder(config, rngs=nnx.Rngs(0))
     >>> generate(model, np.array([[3, 1], [4, 4]]), max_new_tokens=3).tokens.shape
@@ -154,7 +162,8 @@ def stream(
       ValueError, TypeError: as ``generate``, before the first step; under ``jit``.
 
     >>> import numpy as np
-    >>> from attention_jax.models import DecoderConfig, Layers
+    >>> from flax import nnx
+    >>> from attention_jax.models import Decoder, DecoderConfig, generate, Layers, stream
     >>> config = DecoderConfig(10, Layers(features=8, num_layers=1, num_heads=2))
     >>> model = Decoder(config, rngs=nnx.Rngs(0))
     >>> prompt = np.array([[3, 1], [4, 4]])
@@ -199,6 +208,11 @@ def _prepare(
         capacity=capacity,
         caches=caches,
     )
+    if key is not None and not choice.draws:
+        raise ValueError(
+            "key must be None without a draw: for random tokens pass sampling too, such as "
+            "sampling=Sampling(temperature=0.8)"
+        )
     keys = _row_keys(key, prompt.shape[0]) if choice.draws else None
     stops = prompts.as_stop(stop, model.vocabulary)
     settings = _Settings(max_new_tokens, choice, stops, prompts.as_pad(pad_token))
@@ -212,9 +226,7 @@ def _row_keys(key: Any, rows: int) -> jax.Array:
         raise ValueError("key must be given with sampling: a key of jax.random")
     typed = is_array(key) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
     if not typed and not (is_array(key) and key.dtype == jnp.uint32):
-        raise TypeError(
-            f"key must be a key of jax.random, or one for each row, got {type(key).__name__}"
-        )
+        raise TypeError(f"key must be a key of jax.random, or one for each row, got {kind(key)}")
     one = 0 if typed else 1  # axes of one key
     if key.ndim == one:
         return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(rows))

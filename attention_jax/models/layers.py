@@ -14,8 +14,9 @@ from jaxtyping import Bool, Float
 
 from attention_jax import masks, scores
 from attention_jax.api import attention
+from attention_jax.backends.call import as_mask
 from attention_jax.cache import KVCache
-from attention_jax.core.axes import AnyArray, int_at_least, same_rank
+from attention_jax.core.axes import AnyArray, int_at_least, kind, same_rank
 from attention_jax.core.dropout import check_rate
 from attention_jax.masks import Mask
 from attention_jax.models.running import Remat, period, run, scan
@@ -51,9 +52,9 @@ class Relative:
         int_at_least("max_distance", self.max_distance, 1)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Layers:
-    """A stack of layers that are equal except for their windows.
+    """Configuration of a stack of layers. All layers are alike, but may have different windows.
 
     Attributes:
       features: width of the model (E).
@@ -136,7 +137,7 @@ class Layers:
     scan: bool = False
 
     def __post_init__(self) -> None:
-        """Checks, and resolves defaults, so that stacks that are equal compare equal."""
+        """Checks the fields and fills in defaults, so that equal stacks compare equal."""
         for name in ("features", "num_layers", "num_heads", "num_kv_heads", "head_dim", "hidden"):
             if getattr(self, name) is not None or name in ("features", "num_layers", "num_heads"):
                 int_at_least(name, getattr(self, name), 1)
@@ -145,9 +146,17 @@ class Layers:
             if (x := getattr(self, name)) not in values:
                 raise ValueError(f"{name} must be one of {values}, got {x!r}")
         for name in ("dropout_rate", "feed_forward_dropout_rate", "attention_dropout_rate"):
-            check_rate(getattr(self, name))
+            check_rate(getattr(self, name), name)
+        if not isinstance(self.windows, (tuple, list)):
+            raise TypeError(
+                f"windows must be a tuple with one window per layer, repeated if there are more "
+                f"layers, got {kind(self.windows)}: for one window in all layers, give "
+                f"windows=({self.windows!r},)"
+            )
         if not self.windows:
             raise ValueError("windows must have an entry, None for no window, got ()")
+        if (mask := as_mask(self.mask)) is not self.mask:
+            object.__setattr__(self, "mask", mask)
         for window in self.windows:
             if window is not None:
                 int_at_least("windows", window, 1)
@@ -396,7 +405,7 @@ def _window_mask(window: int | None, causal: bool) -> Mask | None:
 
 def padding(real: Bool[AnyArray, "*B S"] | None, queries: int | None = None) -> Mask | None:
     """``masks.padding``; None if all tokens are real."""
-    return None if real is None else masks.padding(real, queries)
+    return None if real is None else masks.padding(real, queries=queries)
 
 
 def both(a: Mask | None, b: Mask | None) -> Mask | None:

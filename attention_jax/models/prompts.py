@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from attention_jax.core.axes import as_int, check_positions, int_at_least, is_array
+from attention_jax.core.axes import as_int, check_positions, int_at_least, is_array, kind
 from attention_jax.models.decoder import Decoder
 from attention_jax.models.encoder_decoder import EncoderDecoder, Memory
 from attention_jax.models.layers import last
@@ -81,7 +81,7 @@ def prepare(
 ) -> tuple[jax.Array, jax.Array, Memory | None, Any]:
     """Prompts moved to the left, their lengths, the encoded source, and caches."""
     if not isinstance(model, Decoder | EncoderDecoder):
-        raise TypeError(f"model must be a Decoder or an EncoderDecoder, got {type(model).__name__}")
+        raise TypeError(f"model must be a Decoder or an EncoderDecoder, got {kind(model)}")
     prompt, count = _moved_left(prompt, real, model.vocabulary)
     memory = _memory(model, prompt.shape[0], source, source_real)
     caches = _with_capacity(model, prompt, count, max_new_tokens, capacity, caches)
@@ -125,9 +125,20 @@ def _moved_left(prompt: Any, real: Any, vocabulary: int) -> tuple[jax.Array, jax
         return prompt, jnp.full(prompt.shape[0], prompt.shape[1], jnp.int32)
     if not isinstance(real, jax.core.Tracer) and not np.asarray(real).any(axis=-1).all():
         raise ValueError("real must be True somewhere in every row: a prompt cannot be all padding")
+    if not isinstance(real, jax.core.Tracer) and _has_hole(np.asarray(real)):
+        raise ValueError(
+            "real must be True for one run of tokens in every row, with padding before or after "
+            "it, got padding between tokens"
+        )
     order = jnp.argsort(~jnp.asarray(real), axis=-1, stable=True)
     moved = jnp.take_along_axis(prompt, order, axis=-1)
     return moved, jnp.sum(real, axis=-1, dtype=jnp.int32)
+
+
+def _has_hole(real: np.ndarray) -> bool:
+    """Whether there is padding between the tokens of a row."""
+    starts = np.diff(real.astype(np.int8), axis=-1, prepend=0) == 1
+    return bool((starts.sum(axis=-1) > 1).any())
 
 
 def _memory(model: Any, rows: int, source: Any, source_real: Any) -> Memory | None:

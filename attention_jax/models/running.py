@@ -16,6 +16,7 @@ Remat = bool | Callable[..., bool]
 def period(kinds: Sequence[Any]) -> int:
     """The shortest period of a sequence that divides its length.
 
+    >>> from attention_jax.models.running import period
     >>> period((None, None, None)), period((4, None, 4, None)), period((4, None, 4))
     (1, 2, 3)
     """

@@ -5,6 +5,8 @@ far, prompt included, with -1 for empty places; ``logits`` are ``[V]``, where ``
 token. Processors of this module are values: equal ones compile once. A function of your own is
 compiled once per function object, so define it outside the loop that generates.
 
+>>> import jax.numpy as jnp
+>>> from attention_jax.models.sampling import chain, repetition_penalty, top_k
 >>> both = chain(repetition_penalty(2.0), top_k(1))
 >>> both(jnp.array([1]), jnp.array([2.0, 3.0])).tolist()
 [2.0, -inf]
@@ -73,6 +75,8 @@ def temperature(temperature: float) -> Processor:
       ValueError: it is not positive.
       TypeError: it is not a number, or is traced: it is part of the program.
 
+    >>> import jax.numpy as jnp
+    >>> from attention_jax.models.sampling import temperature
     >>> temperature(0.5)(jnp.array([-1]), jnp.array([1.0, 2.0])).tolist()
     [2.0, 4.0]
     """
@@ -89,6 +93,8 @@ def top_k(k: int) -> Processor:
       ValueError: ``k`` is less than 1.
       TypeError: it is not an int.
 
+    >>> import jax.numpy as jnp
+    >>> from attention_jax.models.sampling import top_k
     >>> top_k(2)(jnp.array([-1]), jnp.array([1.0, 3.0, 2.0])).tolist()
     [-inf, 3.0, 2.0]
 
@@ -106,6 +112,8 @@ def top_p(p: float) -> Processor:
       ValueError: ``p`` is not in (0, 1].
       TypeError: it is not a number, or is traced.
 
+    >>> import jax.numpy as jnp
+    >>> from attention_jax.models.sampling import top_p
     >>> logits = jnp.log(jnp.array([0.5, 0.2, 0.3]))
     >>> jnp.isfinite(top_p(0.6)(jnp.array([-1]), logits)).tolist()
     [True, False, True]
@@ -125,6 +133,8 @@ def min_p(p: float) -> Processor:
       ValueError: ``p`` is not in [0, 1].
       TypeError: it is not a number, or is traced.
 
+    >>> import jax.numpy as jnp
+    >>> from attention_jax.models.sampling import min_p
     >>> logits = jnp.log(jnp.array([0.5, 0.2, 0.3]))
     >>> jnp.isfinite(min_p(0.5)(jnp.array([-1]), logits)).tolist()
     [True, False, True]
@@ -147,6 +157,8 @@ def repetition_penalty(penalty: float) -> Processor:
       ValueError: it is not positive.
       TypeError: it is not a number, or is traced.
 
+    >>> import jax.numpy as jnp
+    >>> from attention_jax.models.sampling import repetition_penalty
     >>> repetition_penalty(2.0)(jnp.array([0, 2, -1]), jnp.array([1.0, 1.0, -1.0])).tolist()
     [0.5, 1.0, -2.0]
 
@@ -161,6 +173,8 @@ def repetition_penalty(penalty: float) -> Processor:
 def chain(*processors: Processor) -> Processor:
     """One processor that applies several in sequence.
 
+    >>> import jax.numpy as jnp
+    >>> from attention_jax.models.sampling import chain, repetition_penalty, top_k
     >>> both = chain(repetition_penalty(2.0), top_k(1))
     >>> both(jnp.array([1]), jnp.array([2.0, 3.0])).tolist()
     [2.0, -inf]
@@ -254,6 +268,9 @@ class Sampling:
           key: a key of ``jax.random``.
           tokens: int32 ``[L]``, those of the row so far, for the repetition penalty.
 
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> from attention_jax.models import Sampling
         >>> logits = jnp.log(jnp.array([0.1, 0.6, 0.3]))
         >>> int(Sampling(top_p=0.5).draw(logits, jax.random.key(0)))
         1
@@ -287,6 +304,7 @@ class Choice:
 def likeliest(*processors: Processor) -> Choice:
     """For ``generate(sampling=...)``: the likeliest token after the processors, without a draw.
 
+    >>> from attention_jax.models.sampling import likeliest, repetition_penalty
     >>> likeliest(repetition_penalty(1.2))
     Choice(processors=(repetition_penalty(1.2),), draws=False)
     """

@@ -16,6 +16,7 @@ from attention_jax.models.layers import Layers, Stack
 from attention_jax.nn import AttentionPooling, ClassToken, pooling
 from attention_jax.nn.embeddings import EMBED_INIT
 from attention_jax.nn.linear import Linear
+from attention_jax.nn.rngs import check_rngs
 
 POOLS = ("class", "mean", "attention")
 
@@ -61,6 +62,8 @@ class VisionTransformer(nnx.Module):
     """An encoder over image patches, with a head of classes or none.
 
     >>> import numpy as np
+    >>> from flax import nnx
+    >>> from attention_jax.models import Layers, VisionConfig, VisionTransformer
     >>> config = VisionConfig(image=(8, 8), patch=4, channels=1, classes=3,
     ...                       layers=Layers(features=8, num_layers=2, num_heads=2))
     >>> VisionTransformer(config, rngs=nnx.Rngs(0))(np.ones((2, 8, 8, 1), np.float32)).shape
@@ -70,6 +73,7 @@ class VisionTransformer(nnx.Module):
     """
 
     def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs) -> None:
+        check_rngs(rngs)
         layers = config.layers
         E, param_dtype = layers.features, layers.param_dtype
         self.config = config
@@ -125,6 +129,7 @@ def patches(images: Any, side: int) -> Any:
     """``[*B rows columns channels]`` to flattened patches ``[*B patches .]``, row by row.
 
     >>> import numpy as np
+    >>> from attention_jax.models.vision import patches
     >>> patches(np.arange(8).reshape(2, 4, 1), 2).tolist()
     [[0, 1, 4, 5], [2, 3, 6, 7]]
     """

@@ -18,15 +18,22 @@ from attention_jax.api import attention as softmax_attention
 from attention_jax.api import attention_weights
 from attention_jax.backends.call import as_mask, as_scores, check_flag
 from attention_jax.cache import KVCache
-from attention_jax.core.axes import AnyArray, Size, check_tokens, int_at_least, is_array, same_rank
+from attention_jax.core.axes import (
+    AnyArray,
+    Size,
+    brief_fields,
+    check_tokens,
+    int_at_least,
+    kind,
+    same_rank,
+)
 from attention_jax.core.dropout import check_rate
 from attention_jax.masks import Mask
-from attention_jax.mechanisms.as_attention import check_weights
-from attention_jax.nn.linear import BIAS_INIT, KERNEL_INIT, Linear
+from attention_jax.mechanisms.as_attention import check_attention, check_weights
+from attention_jax.nn.linear import BIAS_INIT, KERNEL_INIT, Linear, names_with_bias
+from attention_jax.nn.rngs import check_rngs, dropout_key
 from attention_jax.positions import DynamicNTK, Rotary
 from attention_jax.scores import Score
-
-PROJECTIONS = ("query", "key", "value", "gate", "out")
 
 Scores = Score | tuple[Score, ...]
 
@@ -42,6 +49,9 @@ class KeysValues(NamedTuple):
     key: Any
     value: Any
 
+    def __repr__(self) -> str:
+        return brief_fields(self, self._fields)
+
 
 class MultiHeadAttention(nnx.Module):
     """Multi-head self-attention, or cross-attention to a context::
@@ -55,7 +65,9 @@ class MultiHeadAttention(nnx.Module):
     head has a learned logit in the denominator of its softmax.
 
     >>> import numpy as np
+    >>> from flax import nnx
     >>> from attention_jax import masks
+    >>> from attention_jax.nn import MultiHeadAttention
     >>> module = MultiHeadAttention(8, num_heads=2, mask=masks.causal(), rngs=nnx.Rngs(0))
     >>> module(np.ones((1, 5, 8), np.float32)).shape
     (1, 5, 8)
@@ -145,15 +157,15 @@ class MultiHeadAttention(nnx.Module):
         check_rate(dropout_rate)
         as_scores(score)  # raises unless these are scores
         if rotary is not None and not isinstance(rotary, Rotary):
-            raise TypeError(f"rotary must be a Rotary or None, got {type(rotary).__name__}")
-        if not callable(attention):
-            raise TypeError(f"attention must be a function, got {type(attention).__name__}")
+            raise TypeError(f"rotary must be a Rotary or None, got {kind(rotary)}")
+        check_rngs(rngs)
+        check_attention(attention)
         if rotary is not None and context_features is not None:
             raise ValueError(
                 "rotary must be None with context_features: positions of two sequences are not "
                 "comparable"
             )
-        has_bias = _has_bias(bias)
+        has_bias = names_with_bias(bias)
         self.features, self.context_features = features, context_features
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
         self.head_dim, self.value_dim = head_dim, value_dim
@@ -287,6 +299,8 @@ class MultiHeadAttention(nnx.Module):
           context: ``[*B S C]``.
 
         >>> import numpy as np
+        >>> from flax import nnx
+        >>> from attention_jax.nn import MultiHeadAttention
         >>> module = MultiHeadAttention(8, num_heads=2, context_features=6, rngs=nnx.Rngs(0))
         >>> module.keys_values(np.ones((1, 5, 6), np.float32)).key.shape
         (1, 5, 2, 4)
@@ -316,7 +330,7 @@ class MultiHeadAttention(nnx.Module):
     def _check(self, x: Any, context: Any, cache: Any) -> Size:
         check_tokens("x", x, "[*B T E]", self.features)
         if cache is not None and not isinstance(cache, KVCache):
-            raise TypeError(f"cache must be a KVCache or None, got {type(cache).__name__}")
+            raise TypeError(f"cache must be a KVCache or None, got {kind(cache)}")
         if context is None and self.context_features is not None:
             raise ValueError(
                 f"context must be given: this module attends to one, of width "
@@ -406,18 +420,6 @@ class MultiHeadAttention(nnx.Module):
             self.deterministic = deterministic
 
 
-def dropout_key(rngs: Any) -> jax.Array:
-    """The next key of ``nnx.Rngs`` or of one of its streams; a key itself is returned."""
-    if isinstance(rngs, nnx.Rngs):
-        rngs = rngs.dropout
-    key = rngs() if isinstance(rngs, nnx.RngStream) else rngs
-    if not is_array(key):
-        raise TypeError(
-            f"rngs must be nnx.Rngs, one of its streams or a random key, got {type(rngs).__name__}"
-        )
-    return key
-
-
 def default_head_dim(features: int, num_heads: int) -> int:
     """``features / num_heads``; raises unless it is an integer."""
     int_at_least("num_heads", num_heads, 1)
@@ -427,13 +429,6 @@ def default_head_dim(features: int, num_heads: int) -> int:
             f"and {num_heads}"
         )
     return features // num_heads
-
-
-def _has_bias(bias: bool | Collection[str]) -> Callable[[str], bool]:
-    names = set(PROJECTIONS if bias is True else bias or ())
-    if unknown := names - set(PROJECTIONS):
-        raise ValueError(f"bias must name some of {PROJECTIONS}, got {sorted(unknown)}")
-    return names.__contains__
 
 
 def _held(value: Any) -> Any:

@@ -26,6 +26,8 @@ class Residual(nnx.Module):
     Further results of the sublayer are passed through.
 
     >>> import numpy as np
+    >>> from flax import nnx
+    >>> from attention_jax.nn import Residual
     >>> norm = lambda: nnx.LayerNorm(8, rngs=nnx.Rngs(0))
     >>> Residual(nnx.Linear(8, 8, rngs=nnx.Rngs(0)), norm)(np.ones((5, 8), np.float32)).shape
     (5, 8)
@@ -79,7 +81,8 @@ class Block(nnx.Module):
     """Self-attention, cross-attention if there is a context, then a feed-forward layer.
 
     >>> import functools, numpy as np
-    >>> from attention_jax.nn import FeedForward
+    >>> from flax import nnx
+    >>> from attention_jax.nn import Block, FeedForward, MultiHeadAttention
     >>> rngs = nnx.Rngs(0)
     >>> block = Block(
     ...     MultiHeadAttention(8, num_heads=2, rngs=rngs),

@@ -80,6 +80,8 @@ def attention_fn(
       NotImplementedError: a custom einsum.
 
     >>> import numpy as np
+    >>> from flax import nnx
+    >>> from attention_jax.nn import attention_fn
     >>> module = nnx.MultiHeadAttention(
     ...     num_heads=2, in_features=8, attention_fn=attention_fn, decode=False, rngs=nnx.Rngs(0))
     >>> module(np.ones((1, 5, 8), np.float32)).shape
@@ -247,6 +249,8 @@ def dot_product_attention(
       NotImplementedError: the named implementation does not support the call; the message says
         which ones do.
 
+    >>> import jax
+    >>> from attention_jax.nn import dot_product_attention
     >>> x = jax.numpy.ones((1, 5, 2, 4))
     >>> dot_product_attention(x, x, x, is_causal=True).shape
     (1, 5, 2, 4)
@@ -268,8 +272,8 @@ def dot_product_attention(
         "key_value_seq_lengths": key_value_seq_lengths,
     }
     if any(x is not None for x in lengths.values()):
-        per_example = (None if x is None else _lengths(n, x, sizes) for n, x in lengths.items())
-        visible.append(masks.lengths(*per_example))
+        queries, keys = (None if x is None else _lengths(n, x, sizes) for n, x in lengths.items())
+        visible.append(masks.lengths(query=queries, key=keys))
     if local_window_size is not None:
         visible.append(masks.window(*_window(local_window_size)))
     call = functools.partial(

@@ -20,6 +20,7 @@ from attention_jax.core.axes import (
 )
 from attention_jax.core.dropout import check_rate
 from attention_jax.nn.padding import as_real, filled, places
+from attention_jax.nn.rngs import check_rngs
 from attention_jax.positions import learned, sinusoidal
 from attention_jax.positions.vectors import rows
 
@@ -31,6 +32,8 @@ class Embeddings(nnx.Module):
     """``scale * table[token] + positions[position] + types[type]``, then the norm, then dropout.
 
     >>> import numpy as np
+    >>> from flax import nnx
+    >>> from attention_jax.nn import Embeddings
     >>> embed = Embeddings(10, 8, positions="learned", max_length=5, rngs=nnx.Rngs(0))
     >>> embed(np.array([[3, 1, 4]])).shape
     (1, 3, 8)
@@ -75,6 +78,7 @@ class Embeddings(nnx.Module):
         for name, x in {"vocabulary": vocabulary, "features": features}.items():
             int_at_least(name, x, 1)
         int_at_least("types", types, 0)
+        check_rngs(rngs)
         check_rate(dropout_rate)
         if positions not in POSITIONS:
             raise ValueError(f"positions must be one of {POSITIONS}, got {positions!r}")
@@ -183,6 +187,8 @@ def moved_embeddings(model: nnx.Module, move: Callable[[jax.Array], jax.Array]) 
       ValueError: the model has no ``Embeddings``.
 
     >>> import numpy as np
+    >>> from flax import nnx
+    >>> from attention_jax.nn import Embeddings, moved_embeddings
     >>> embed = Embeddings(10, 4, rngs=nnx.Rngs(0))
     >>> moved = moved_embeddings(embed, lambda x: x + 1)
     >>> tokens = np.array([[3, 1]])

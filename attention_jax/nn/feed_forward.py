@@ -14,6 +14,7 @@ from jaxtyping import Float
 from attention_jax.core.axes import AnyArray, check_tokens, int_at_least
 from attention_jax.core.dropout import check_rate
 from attention_jax.nn.linear import BIAS_INIT, KERNEL_INIT, Linear
+from attention_jax.nn.rngs import check_rngs
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
@@ -29,6 +30,8 @@ class FeedForward(nnx.Module):
     Gated with ``"silu"`` it is SwiGLU, with ``"gelu"`` GEGLU.
 
     >>> import numpy as np
+    >>> from flax import nnx
+    >>> from attention_jax.nn import FeedForward
     >>> FeedForward(8, 32, rngs=nnx.Rngs(0))(np.ones((1, 5, 8), np.float32)).shape
     (1, 5, 8)
 
@@ -76,6 +79,7 @@ class FeedForward(nnx.Module):
             activation = ACTIVATIONS[activation]
         if not callable(activation):
             raise TypeError(f"activation must be a name or a function, got {activation!r}")
+        check_rngs(rngs)
         check_rate(dropout_rate)
         linear = functools.partial(
             Linear,

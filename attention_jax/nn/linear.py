@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
 from flax import nnx
 from jax import lax
+
+PROJECTIONS = ("query", "key", "value", "gate", "out")
 
 KERNEL_INIT, BIAS_INIT = nnx.initializers.lecun_normal(), nnx.initializers.zeros_init()
 
@@ -29,3 +32,11 @@ def flat_dot_general(
 
 
 Linear = functools.partial(nnx.Linear, dot_general=flat_dot_general)
+
+
+def names_with_bias(bias: bool | Collection[str]) -> Callable[[str], bool]:
+    """Whether a projection of ``MultiHeadAttention`` has a bias, by its name."""
+    names = set(PROJECTIONS if bias is True else bias or ())
+    if unknown := names - set(PROJECTIONS):
+        raise ValueError(f"bias must name some of {PROJECTIONS}, got {sorted(unknown)}")
+    return names.__contains__

@@ -49,7 +49,8 @@ def low_rank(
       ValueError: a name that no attribute has; the message lists the names that exist.
 
     >>> import jax, numpy as np
-    >>> from attention_jax.nn import MultiHeadAttention
+    >>> from flax import nnx
+    >>> from attention_jax.nn import low_rank, MultiHeadAttention
     >>> module = MultiHeadAttention(8, num_heads=2, rngs=nnx.Rngs(0))
     >>> adapted = low_rank(module, rank=1, rngs=nnx.Rngs(1))
     >>> x = np.ones((1, 5, 8), np.float32)
@@ -104,7 +105,8 @@ def merged(model: nnx.Module) -> Any:
     Source: Hu et al. 2022, section 4.1.
 
     >>> import numpy as np
-    >>> from attention_jax.nn import MultiHeadAttention
+    >>> from flax import nnx
+    >>> from attention_jax.nn import low_rank, merged, MultiHeadAttention
     >>> module = MultiHeadAttention(8, num_heads=2, rngs=nnx.Rngs(0))
     >>> adapted = low_rank(module, rank=1, rngs=nnx.Rngs(1))
     >>> adapted.query.lora_b[...] += 1
@@ -139,7 +141,8 @@ def low_rank_state(model: nnx.Module) -> dict[str, jax.Array]:
     Raises:
       ValueError: the model has no adapters.
 
-    >>> from attention_jax.nn import MultiHeadAttention
+    >>> from flax import nnx
+    >>> from attention_jax.nn import low_rank, low_rank_state, MultiHeadAttention
     >>> module = MultiHeadAttention(8, num_heads=2, rngs=nnx.Rngs(0))
     >>> adapted = low_rank(module, rank=1, where=("query",), rngs=nnx.Rngs(1))
     >>> {name: x.shape for name, x in low_rank_state(adapted).items()}
@@ -164,7 +167,8 @@ def with_low_rank(model: nnx.Module, state: Mapping[str, Any]) -> Any:
         message lists all of them.
 
     >>> import numpy as np
-    >>> from attention_jax.nn import MultiHeadAttention
+    >>> from flax import nnx
+    >>> from attention_jax.nn import low_rank, low_rank_state, MultiHeadAttention, with_low_rank
     >>> module = MultiHeadAttention(8, num_heads=2, rngs=nnx.Rngs(0))
     >>> trained, fresh = (low_rank(module, rank=1, rngs=nnx.Rngs(i)) for i in (1, 2))
     >>> trained.query.lora_b[...] += 1

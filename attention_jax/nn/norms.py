@@ -18,6 +18,8 @@ class OnePlusRMSNorm(nnx.Module):
     With the 1, weight decay pulls the factor towards 1 instead of 0.
 
     >>> import numpy as np
+    >>> from flax import nnx
+    >>> from attention_jax.nn import OnePlusRMSNorm
     >>> norm = OnePlusRMSNorm(2, epsilon=0.0, rngs=nnx.Rngs(0))
     >>> norm(np.array([[3.0, 3.0]], np.float32)).tolist()
     [[1.0, 1.0]]

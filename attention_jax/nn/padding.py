@@ -43,6 +43,8 @@ def filled(x: Any, real: Any) -> Any:
 def positions_of(real: Any) -> jax.Array:
     """``max(cumsum(real) - 1, 0)``: the first real token is at position 0.
 
+    >>> import numpy as np
+    >>> from attention_jax.nn.padding import positions_of
     >>> positions_of(np.array([False, False, True, True, False])).tolist()
     [0, 0, 0, 1, 1]
     """

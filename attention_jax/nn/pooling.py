@@ -18,6 +18,7 @@ from attention_jax.core.axes import (
 )
 from attention_jax.nn.attention import MultiHeadAttention
 from attention_jax.nn.embeddings import EMBED_INIT
+from attention_jax.nn.rngs import check_rngs
 
 
 def mean(
@@ -30,6 +31,7 @@ def mean(
       real: bool ``[*B T]``, False for padding; default: all are real.
 
     >>> import numpy as np
+    >>> from attention_jax.nn.pooling import mean
     >>> mean(np.array([[1.0], [3.0], [np.nan]], np.float32), np.array([True, True, False])).tolist()
     [2.0]
     """
@@ -56,6 +58,7 @@ def first(
       real: bool ``[*B T]``, False for padding; default: all are real.
 
     >>> import numpy as np
+    >>> from attention_jax.nn.pooling import first
     >>> first(np.array([[np.nan], [1.0]], np.float32), np.array([False, True])).tolist()
     [1.0]
     """
@@ -70,6 +73,8 @@ class ClassToken(nnx.Module):
     """A learned token prepended to the others, whose final vector represents the sequence.
 
     >>> import numpy as np
+    >>> from flax import nnx
+    >>> from attention_jax.nn import ClassToken
     >>> ClassToken(8, rngs=nnx.Rngs(0))(np.ones((2, 5, 8), np.float32)).shape
     (2, 6, 8)
 
@@ -91,6 +96,7 @@ class ClassToken(nnx.Module):
           param_dtype, init: of the token.
           rngs: for the token.
         """
+        check_rngs(rngs)
         self.token = nnx.Param(init(rngs.params(), (1, features), param_dtype))
 
     def __call__(self, x: Float[AnyArray, "*B T E"]) -> Float[Array, "*B T1 E"]:
@@ -106,6 +112,8 @@ class AttentionPooling(nnx.Module):
     """Attention pooling: learned queries attend to the tokens.
 
     >>> import numpy as np
+    >>> from flax import nnx
+    >>> from attention_jax.nn import AttentionPooling
     >>> pool = AttentionPooling(8, num_heads=2, rngs=nnx.Rngs(0))
     >>> pool(np.ones((2, 5, 8), np.float32)).shape
     (2, 8)
@@ -134,6 +142,7 @@ class AttentionPooling(nnx.Module):
           rngs: for parameters.
           **options: of ``MultiHeadAttention``.
         """
+        check_rngs(rngs)
         int_at_least("queries", queries, 1)
         self.queries = nnx.Param(init(rngs.params(), (queries, features), param_dtype))
         self.attention = MultiHeadAttention(

@@ -35,7 +35,9 @@ def record_weights(model: nnx.Module, *args: Any, **options: Any) -> tuple[Any, 
         without softmax weights.
 
     >>> import numpy as np
+    >>> from flax import nnx
     >>> from attention_jax.models import Decoder, DecoderConfig, Layers
+    >>> from attention_jax.nn import record_weights
     >>> layers = Layers(features=8, num_layers=2, num_heads=2)
     >>> model = Decoder(DecoderConfig(10, layers), rngs=nnx.Rngs(0))
     >>> logits, weights = record_weights(model, np.array([[3, 1, 4]]))

@@ -50,6 +50,7 @@ def rotary(
       TypeError: ``positions`` are not integers.
 
     >>> import numpy as np
+    >>> from attention_jax.positions import rotary
     >>> x = np.array([[[1.0, 0.0]], [[1.0, 0.0]]], np.float32)  # T = 2, N = 1, H = 2
     >>> print(np.asarray(rotary(x, np.arange(2))).round(2)[:, 0])
     [[1.   0.  ]
@@ -94,6 +95,7 @@ class Rotary:
       theta, width, interleaved, scaling: as for ``rotary``.
 
     >>> import numpy as np
+    >>> from attention_jax.positions import Rotary
     >>> x = np.array([[[1.0, 0.0]], [[1.0, 0.0]]], np.float32)  # T = 2, N = 1, H = 2
     >>> print(np.asarray(Rotary()(x, np.arange(2))).round(2)[:, 0])
     [[1.   0.  ]

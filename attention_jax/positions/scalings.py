@@ -201,6 +201,7 @@ def frequencies(
       ValueError: ``width`` is odd or not positive, ``theta`` not positive, ``length`` missing.
       TypeError: ``scaling`` is not a ``Scaling``.
 
+    >>> from attention_jax.positions import frequencies, Linear
     >>> f, scale = frequencies(4, scaling=Linear(2.0))
     >>> print(f, scale)
     [0.5   0.005] 1.0

@@ -39,6 +39,7 @@ def sinusoidal(
       TypeError: ``positions`` are not integers.
 
     >>> import numpy as np
+    >>> from attention_jax.positions import sinusoidal
     >>> print(np.asarray(sinusoidal(np.arange(2), 4)).round(2))
     [[0.   1.   0.   1.  ]
      [0.84 0.54 0.01 1.  ]]
@@ -68,6 +69,7 @@ def learned(table: Float[AnyArray, "P E"], positions: Any) -> Float[Array, "*B T
       TypeError: ``positions`` are not integers.
 
     >>> import numpy as np
+    >>> from attention_jax.positions import learned
     >>> learned(np.array([[1.0, 2.0], [3.0, 4.0]], np.float32), np.array([1, 0])).tolist()
     [[3.0, 4.0], [1.0, 2.0]]
     """

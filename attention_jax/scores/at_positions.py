@@ -7,13 +7,14 @@ from typing import Any, Self
 
 from jaxtyping import Int
 
-from attention_jax.core.axes import AnyArray, Size, check_position_arrays
+from attention_jax.core.axes import AnyArray, Size, check_position_arrays, kind
 from attention_jax.scores.base import Score
 
 
 class Wrapped(Score):
     """A score whose rule is given other positions."""
 
+    ARGUMENTS = {"score_": "score"}
     score_: Score
 
     MASKING = property(lambda self: self.score_.MASKING)
@@ -31,6 +32,7 @@ class Wrapped(Score):
 class Placed(Wrapped):
     """``score`` of the positions of query and key."""
 
+    NAME = "scores.at_positions"
     AXES = {"query_positions": "*B T", "key_positions": "*B S"}
     query_positions: Any
     key_positions: Any
@@ -42,6 +44,7 @@ class Placed(Wrapped):
 class Later(Wrapped):
     """``score`` of queries that begin at position ``start``, and keys that begin at 0."""
 
+    NAME = "scores.at_positions"
     AXES = {"start": "*B"}
     start: Any
 
@@ -69,13 +72,13 @@ def at_positions(
         negative positions must be masked by the mask.
 
     >>> import numpy as np
-    >>> from attention_jax.scores import alibi
+    >>> from attention_jax.scores import alibi, at_positions
     >>> placed = at_positions(alibi(np.array([0.5])), np.array([4]), np.array([4, 5, 3]))
     >>> placed.score(np.zeros((1, 3), np.float32), 0, 0, np.array([[0]]), np.arange(3)).tolist()
     [[0.0, -0.5, -0.5]]
     """
     if not isinstance(score, Score):
-        raise TypeError(f"score must be a Score, got {type(score).__name__}")
+        raise TypeError(f"score must be a Score, got {kind(score)}")
     check_position_arrays(query_positions, key_positions)
     return Placed(score, query_positions, key_positions) if score.USES_POSITIONS else score
 

@@ -37,7 +37,7 @@ class Score(Value):
     **Writing your own.** Subclass ``Score``, annotate the fields, and give ``rule``, the formula on
     one tile of ``t x s`` pairs. The other declarations have defaults that are safe and slower:
 
-    - ``AXES``: the axes of each field that holds an array, from which follows what ``rule`` sees of
+    - ``AXES``: the axes of each field that holds an array, from which follows what ``rule`` gets of
       it: ``"N"`` a scalar, ``"*B T"`` ``[t, 1]``, ``"*B S"`` ``[1, s]``, ``"*B N T S"`` ``[t, s]``
       (see ``core.pytree``). An array that declares no axes is passed whole to every tile.
       With ``BROADCAST = True`` axes ``T``, ``S`` and ``N`` may have size 1.
@@ -49,12 +49,15 @@ class Score(Value):
     - ``resolve`` and ``resolve_in_sequence``, for what depends on ``T``, ``S`` or ``N``.
     - ``NEW_TOKENS``: arrays along ``T`` that are, with a cache, of the new tokens alone.
 
-    ``rule`` is defined once: kernels and ``tile`` go by the class, so a subclass may not change it.
-    A kernel takes every score whose ``rule`` is arithmetic on single entries; ``explain`` says what
-    it does not take, and why.
+    A subclass may not change ``rule``, because kernels and ``tile`` rely on the class.
+    Kernels accept every score whose ``rule`` is elementwise arithmetic; ``explain`` shows what they
+    do not accept, and why.
 
+    >>> from typing import Any
+    >>> import jax.numpy as jnp
     >>> import numpy as np
     >>> from attention_jax import attention, scores
+    >>> from attention_jax.scores import Masking, Score
     >>> class Boost(Score):
     ...     '''``s + gain[n]`` where query and key are of the same kind.'''
     ...     AXES = {"gain": "N", "query_kinds": "*B T", "key_kinds": "*B S"}

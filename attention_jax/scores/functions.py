@@ -17,6 +17,8 @@ from attention_jax.scores.base import Score
 class ScoreFn(Score):
     """Any function."""
 
+    NAME = "scores.score_fn"
+    DEFAULTS = {"arrays": ()}
     fn: Callable[..., Any]
     arrays: tuple[Any, ...]
 
@@ -38,10 +40,12 @@ def score_fn(fn: Callable[..., Any], *arrays: AnyArray) -> Score:
       fn: takes logits ``s [t, s]``, int scalars ``b``, ``n``, int arrays ``q [t, 1]``,
         ``k [1, s]``; returns logits that broadcast to ``s``, which are cast to its dtype. It may
         close over arrays, traced ones too.
-      *arrays: the arrays that ``fn`` indexes. Kernels for GPUs take these; of what ``fn`` closes
-        over they take only numbers. Floating arrays of both kinds are differentiable. The gradient
-        of an array costs its size once per tile: for one of ``T x S``, use ``bias``.
+      *arrays: the arrays that ``fn`` indexes. GPU kernels accept these, but only numbers that
+        ``fn`` closes over. Floating arrays of both kinds are differentiable. The gradient of an
+        array costs its size once per tile: for an array of ``T x S``, use ``bias``.
 
+    >>> import numpy as np
+    >>> from attention_jax.scores import score_fn
     >>> nearer = score_fn(lambda s, b, n, q, k: s - 0.5 * abs(q - k))
     >>> float(nearer.score(np.float32(3.0), 0, 0, 4, 2))
     2.0

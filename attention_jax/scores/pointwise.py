@@ -16,6 +16,7 @@ from attention_jax.scores.base import Masking, Score
 class Softcap(Score):
     """``cap * tanh(s / cap)``."""
 
+    NAME = "scores.softcap"
     MASKING = Masking.UNMASKS
     USES_POSITIONS = False
     cap: Any  # a float, or the same as a scalar array
@@ -33,6 +34,8 @@ class Softcap(Score):
 def softcap(cap: float) -> Score:
     """``cap * tanh(s / cap)``: keeps logits within ``(-cap, cap)``.
 
+    >>> import numpy as np
+    >>> from attention_jax.scores import softcap
     >>> float(softcap(2.0).score(np.float32(100.0), 0, 0, 0, 0))
     2.0
 
@@ -47,6 +50,7 @@ def softcap(cap: float) -> Score:
 class Bias(Score):
     """``s + array``."""
 
+    NAME = "scores.bias"
     AXES = {"array": "*B N T S"}
     BROADCAST = True
     MASKING = Masking.VISIBLE
@@ -68,6 +72,8 @@ def bias(array: Float[AnyArray, "..."]) -> Score:
     Args:
       array: floating, broadcastable to ``[*B N T S]``, differentiable.
 
+    >>> import numpy as np
+    >>> from attention_jax.scores import bias
     >>> score = bias(np.array([[0.5, -np.inf]]))
     >>> score.score(np.zeros(2, np.float32), 0, 0, 0, np.arange(2)).tolist()
     [0.5, -inf]

@@ -22,7 +22,7 @@ these promises, which every backend keeps:
   results or gradients.
 - The output has the dtype of the query. Softmax, lse and sums are in float32 or wider, and float64
   stays float64 throughout.
-- Large logits are exact, and do not overflow in bfloat16 or float16.
+- Large logits neither overflow nor lose accuracy, whatever the dtype.
 - The lse is float32 or wider, and differentiable.
 - Where ``T != S``, ``causal()`` is aligned top-left, ``causal(align="end")`` bottom-right, and
   ``causal(offset)`` anywhere, per example too.

@@ -166,6 +166,7 @@ def pairwise(
       possible: may these values (of some options) stand in one row; must allow the first value of
         each option with all values of the others.
 
+    >>> from attention_jax.testing.cases import pairwise
     >>> for row in pairwise({"a": (0, 1), "b": (0, 1), "c": (0, 1)}):
     ...     print(*row.values())
     0 0 0
@@ -401,6 +402,8 @@ def cases(*, tag: str | None = None, **chosen: Any) -> tuple[Case, ...]:
       TypeError: not a field of ``Case``.
       ValueError: no case has this tag.
 
+    >>> from attention_jax.testing import cases
+    >>> from attention_jax.testing.cases import MASKS
     >>> len(cases()) > 150
     True
     >>> print(*cases(name="causal, T < S"))

@@ -133,7 +133,7 @@ def check(
       A Report, which prints as a table.
 
     >>> import attention_jax as aj
-    >>> from attention_jax.testing import cases, jax_nn
+    >>> from attention_jax.testing import cases, check, jax_nn
     >>> few = cases(name="plain, narrow") + cases(name="empty rows by mask, narrow")
     >>> check(aj.attention, cases=few, gradients=False).ok
     True
@@ -162,6 +162,7 @@ def trial(
       gradients: also those of the gradients.
       compiler_options: for XLA, which compiles the plain formula.
 
+    >>> from attention_jax.testing import Case, trial
     >>> t = trial(Case("two keys", score="softcap", dtype="bfloat16"), gradients=False)
     >>> 0 < t.allowed["lse"] < 0.2
     True

@@ -36,6 +36,8 @@ def jax_nn(
     Returns: as ``attention``.
     Raises: NotImplementedError, for what it has no argument.
 
+    >>> import jax.numpy as jnp
+    >>> from attention_jax.testing import jax_nn
     >>> x = jnp.ones((2, 3, 1, 4))
     >>> jax_nn(x, x, x, sinks=jnp.zeros(1))
     Traceback (most recent call last):
@@ -68,6 +70,8 @@ def flax_linen(query: Any, key: Any, value: Any, **options: Any) -> Any:
     Returns: as ``attention``, without lse.
     Raises: NotImplementedError, for what it has no argument.
 
+    >>> import jax.numpy as jnp
+    >>> from attention_jax.testing import flax_linen
     >>> x = jnp.ones((2, 3, 1, 4))
     >>> flax_linen(x, x, x, scale=0.5)
     Traceback (most recent call last):
@@ -88,6 +92,8 @@ def flax_nnx(query: Any, key: Any, value: Any, **options: Any) -> Any:
     Returns: as ``attention``, without lse.
     Raises: NotImplementedError, for what it has no argument.
 
+    >>> import jax.numpy as jnp
+    >>> from attention_jax.testing import flax_nnx
     >>> x = jnp.ones((2, 3, 1, 4))
     >>> flax_nnx(x, x, x, return_lse=True)
     Traceback (most recent call last):

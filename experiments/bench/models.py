@@ -44,7 +44,11 @@ class Size:
     def config(self) -> DecoderConfig:
         """As a configuration of our decoder."""
         layers = Layers(
-            self.features, self.num_layers, self.num_heads, activation="gelu_tanh", fused=True
+            features=self.features,
+            num_layers=self.num_layers,
+            num_heads=self.num_heads,
+            activation="gelu_tanh",
+            fused=True,
         )
         return DecoderConfig(
             self.vocabulary, layers, positions="learned", max_length=self.T, tied=True
@@ -215,9 +219,9 @@ class Decoding:
 def decode_ours(decoding: Decoding) -> Callable[[], Any]:
     """Greedy decoding with caches of exactly the length needed, as ``generate`` makes them."""
     layers = Layers(
-        decoding.features,
-        decoding.num_layers,
-        decoding.num_heads,
+        features=decoding.features,
+        num_layers=decoding.num_layers,
+        num_heads=decoding.num_heads,
         activation="gelu_tanh",
         fused=True,
     )

@@ -209,9 +209,9 @@ class Scorer(nnx.Module):
         self.stack: Any = nnx.data(None)
         if config.model == "attention":
             layers = Layers(
-                E,
-                config.depth,
-                config.heads,
+                features=E,
+                num_layers=config.depth,
+                num_heads=config.heads,
                 dropout_rate=config.dropout,
                 activation="gelu_tanh",
                 **text_config.attention_options(config),

@@ -27,11 +27,11 @@ def wrong_drop_ins():
         ({"value": f(B, 6, K, D)}, value, "value has length 6 (S)", "key has 7"),
         ({"query": None}, type_, "query must be an array", "NoneType"),
         ({"value": "v"}, type_, "value must be an array", "str"),
-        ({"mask": b(B, 3, T, S)}, value, "mask has shape (2, 3, 5, 7)", "= (2, 4, 5, 7)"),
+        ({"mask": b(B, 3, T, S)}, value, "mask has shape (2, 3, 5, 7)", "N = 4, T = 5, S = 7"),
         ({"mask": b(T)}, value, "mask has shape (5,)", "[*B N T S]"),
         ({"mask": b(1, B, N, T, S)}, value, "mask has shape (1, 2, 4, 5, 7)", "[*B N T S]"),
         ({"mask": masks.causal()}, type_, "mask must be an array", "Band"),
-        ({"bias": f(3, N, T, S)}, value, "bias has shape (3, 4, 5, 7)", "= (2, 4, 5, 7)"),
+        ({"bias": f(3, N, T, S)}, value, "bias has shape (3, 4, 5, 7)", "N = 4, T = 5, S = 7"),
         ({"bias": i(T, S)}, type_, "bias must have a floating dtype", "int32", "mask"),
         ({"bias": b(T, S)}, type_, "bias must have a floating dtype", "bool", "mask"),
         ({"bias": masks.causal()}, type_, "bias must be an array", "Band"),
@@ -141,8 +141,16 @@ def wrong_positions():
         (lambda: positions.DynamicNTK(2.0, 0), value, "original must be positive", "0"),
         (lambda: positions.Llama3(low=4.0, high=1.0), value, "low must be less", "4.0 and 1.0"),
         (lambda: empty(capacity=2).append(k, v), value, "capacity 2", "3 tokens", "larger"),
-        (lambda: empty().append(x[:, :3], v), value, "key must have shape (2, 'T', 2, 3)"),
-        (lambda: empty().append(k, k), value, "value must have shape (2, 'T', 2, 6)"),
+        (
+            lambda: empty().append(x[:, :3], v),
+            value,
+            "key must have shape [*B T K H] with *B = (2,), K = 2, H = 3",
+        ),
+        (
+            lambda: empty().append(k, k),
+            value,
+            "value must have shape [*B T K D] with *B = (2,), K = 2, D = 6",
+        ),
         (lambda: empty((3,)).append(k, v), value, "key must have shape", "(2, 3, 2, 3)"),
         (lambda: empty().append(k[0], v), value, "key must have shape", "(3, 2, 3)"),
         (lambda: empty().append(k.astype("float16"), v), type_, "key", "float32", "float16"),
@@ -198,6 +206,16 @@ def wrong_mechanisms():
     yield lambda: m.additive_attention(q, k, v, vector), value, "key must have shape [*B S N H]"
     yield lambda: m.additive_attention(q, q, v, vector), value, "value must have shape"
     yield lambda: m.additive_weights(q, q, vector[:, :2]), value, "vector must have shape"
+    yield lambda: m.additive_attention(q[0, 0], q, v, vector), value, "query must have at least 3"
+    yield lambda: m.additive_weights(q, q, i(N, H)), type_, "vector must have a floating dtype"
+    call = functools.partial(m.additive_weights, q, q, vector, mask=masks.causal())
+    yield call, type_, "mask.to_dense(T, S)"
+    yield lambda: m.additive_weights(q, q, vector, mask=b(3)), value, "mask has shape (3,)", "T = 5"
+    yield (
+        lambda: m.as_attention(m.topk_attention),
+        type_,
+        "functools.partial(topk_attention, k=...)",
+    )
     yield lambda: m.topk_attention(q, k, v, k=0), value, "k must be at least 1"
     yield lambda: m.topk_attention(q, k, v, k=2.0), type_, "k must be an int"
     for mask in (masks.window(2, 0), masks.causal(1), masks.causal(), b(T, S)):
@@ -210,9 +228,22 @@ def wrong_mechanisms():
     yield lambda: m.retention(x, x, x, state=x), value, "state must have shape [*B K M D]"
     yield lambda: m.retention(x, x, x, return_state=1), type_, "return_state must be True or False"
     gated = m.gated_linear_attention
-    yield lambda: gated(x, x, x, x[..., :2]), value, "log_gate must have shape"
-    yield lambda: gated(x, x, x, square, mask=masks.window(3, 0)), cannot, "mask Band"
-    yield lambda: m.delta_rule(x, x, x, square[:, :2, :, 0]), value, "beta must have shape"
+    yield (
+        lambda: gated(x, x, x, x[..., :2]),
+        value,
+        "log_gate must have shape [*B S K H] with *B = (2,), S = 5, K = 2, H = 3 or H = 1",
+    )
+    yield (
+        lambda: gated(x, x, x, square, mask=masks.window(3, 0)),
+        cannot,
+        "masks.window(left=3, right=0)",
+    )
+    yield (
+        lambda: m.delta_rule(x, x, x, square[:, :2, :, 0]),
+        value,
+        "beta must have shape [*B S K]",
+        "(2, 2, 2)",
+    )
     yield lambda: m.linformer_attention(q, k, v, mixing, f(3, S)), value, "value_mixing must have"
     causal = masks.causal()
     call = functools.partial(m.linformer_attention, x, x, x, f(4, T), f(4, T), mask=causal)
@@ -220,6 +251,8 @@ def wrong_mechanisms():
     yield lambda: m.routing_attention(q, k, v, centroids[0]), value, "centroids must have shape"
     yield lambda: m.update_centroids(centroids, q, k, decay=2.0), value, "decay must be in [0, 1]"
     yield lambda: m.differential_attention(q[:, :, :3], k, v, 0.5), value, "even number of heads"
+    yield lambda: m.differential_attention(q, k, v, 0.5), value, "key must have twice the heads"
+    yield lambda: m.differential_attention(q, k, v[0, 0], 0.5), value, "value must have at least 3"
     yield lambda: m.differential_attention(q, k, v[:, :, :1], f(3)), value, "weight must be"
     latents = [f(B, T, N, H), f(B, T, N, 2), f(B, T, 5), f(B, T, 2), f(5, N, H), f(5, N, D)]
     names = ("query_rotary", "key_rotary", "key_up", "value_up")

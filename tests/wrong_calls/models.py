@@ -17,7 +17,8 @@ def wrong_models():
     from attention_jax.models import Layers, Sampling, beam_search, generate
 
     value, type_ = "ValueError", "TypeError"
-    small = Layers(8, 1, 2)
+    stack = functools.partial(Layers, num_layers=1, num_heads=2)
+    small = stack(features=8)
     config = models.DecoderConfig(10, small, positions="learned", max_length=6)
     decoder = models.Decoder(config, rngs=nnx.Rngs(0))
     both = models.EncoderDecoder(models.EncoderDecoderConfig(10, small, small), rngs=nnx.Rngs(0))
@@ -29,11 +30,46 @@ def wrong_models():
     other = models.DecoderConfig(10, small)
     free = models.Decoder(other, rngs=nnx.Rngs(0))
     return [
-        (lambda: Layers(9, 1, 2), value, "features must be a multiple of num_heads", "9 and 2"),
-        (lambda: Layers(8, 0, 2), value, "num_layers must be at least 1", "0"),
-        (lambda: Layers(8, 1, 2, norm="batch"), value, "norm must be one of", "'batch'"),
-        (lambda: Layers(8, 1, 2, windows=()), value, "windows must have an entry"),
-        (lambda: Layers(8, 1, 2, windows=(0,)), value, "windows must be at least 1", "0"),
+        (
+            lambda: stack(features=9),
+            value,
+            "features must be a multiple of num_heads",
+            "9 and 2",
+        ),
+        (
+            lambda: Layers(features=8, num_layers=0, num_heads=2),
+            value,
+            "num_layers must be at least 1",
+            "0",
+        ),
+        (
+            lambda: stack(features=8, norm="batch"),
+            value,
+            "norm must be one of",
+            "'batch'",
+        ),
+        (
+            lambda: stack(features=8, windows=()),
+            value,
+            "windows must have an entry",
+        ),
+        (
+            lambda: stack(features=8, windows=(0,)),
+            value,
+            "windows must be at least 1",
+            "0",
+        ),
+        (
+            lambda: stack(features=8, windows=4),
+            type_,
+            "windows must be a tuple",
+            "windows=(4,)",
+        ),
+        (
+            lambda: stack(features=8, feed_forward_dropout_rate=1.0),
+            value,
+            "feed_forward_dropout_rate must be in [0, 1)",
+        ),
         (lambda: models.EncoderConfig(10, small, head="words"), value, "head must be one of"),
         (lambda: models.EncoderConfig(10, small, head="classes"), value, "classes must be given"),
         (
@@ -43,7 +79,7 @@ def wrong_models():
             "'max'",
         ),
         (
-            lambda: models.EncoderDecoderConfig(10, small, Layers(4, 1, 2)),
+            lambda: models.EncoderDecoderConfig(10, small, stack(features=4)),
             value,
             "the same width",
             "8 and 4",
@@ -71,6 +107,12 @@ def wrong_models():
             value,
             "key must be one key or one for each of 2 rows",
             "(3,)",
+        ),
+        (lambda: go(key=jax.random.key(0)), value, "key must be None without a draw", "Sampling"),
+        (
+            lambda: go(real=np.array([[True, False, True]] * B)),
+            value,
+            "real must be True for one run",
         ),
         (lambda: go(sampling="greedy"), type_, "sampling must be functions", "'greedy'"),
         (lambda: go(sampling=[0.7]), type_, "sampling must be functions", "float 0.7"),

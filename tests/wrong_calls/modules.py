@@ -45,7 +45,11 @@ def wrong_modules():
         (lambda: turned(x, f(B, S, 8)), value, "context must be None with rotary"),
         (lambda: cross(x, c, cache=cross.init_cache((B,), 9)), value, "cache must be None"),
         (lambda: own(x, cache=own.init_cache((B,), 3)), value, "capacity 3", "5 tokens"),
-        (lambda: own(x, cache=own.init_cache((3,), 9)), value, "key must have shape (3,"),
+        (
+            lambda: own(x, cache=own.init_cache((3,), 9)),
+            value,
+            "key must have shape [*B T K H] with *B = (3,)",
+        ),
         (
             lambda: own(x, cache=own.init_cache((B,), 9, dtype="float16")),
             type_,
@@ -56,7 +60,7 @@ def wrong_modules():
             lambda: own(x, cache=own.init_cache((B,), 9), mask=np.ones((T, T), bool)),
             type_,
             "mask must be a Mask of positions",
-            "ndarray",
+            "array of dtype bool",
         ),
         (
             lambda: dynamic(x, cache=dynamic.init_cache((B,), 9)),
@@ -104,7 +108,7 @@ def wrong_modules():
 
 def wrong_ranks_and_types_of_modules(rngs):
     """Arguments of another type or rank, or that could be mistaken for something else."""
-    from attention_jax import masks, nn
+    from attention_jax import masks, mechanisms, nn
     from attention_jax.nn import pooling
 
     value, type_ = "ValueError", "TypeError"
@@ -136,6 +140,7 @@ def wrong_ranks_and_types_of_modules(rngs):
         (lambda: own(x, score=3.0), type_, "score must be a Score", "float"),
         (lambda: own(x, score=None), type_, "score must be a Score", "NoneType"),
         (lambda: own(x, cache=3), type_, "cache must be a KVCache or None", "int"),
+        (lambda: own.init_cache(B, 9), type_, "batch must be a tuple", "int 2", "(2,)"),
         (lambda: own(x, count=3), value, "count must be None without a cache"),
         (lambda: own(x, return_weights=1), type_, "return_weights must be True or False", "1"),
         (lambda: dropping(x, deterministic="no"), type_, "deterministic must be", "'no'"),
@@ -144,6 +149,14 @@ def wrong_ranks_and_types_of_modules(rngs):
         (lambda: new(context_features=0), value, "context_features must be at least 1", "0"),
         (lambda: new(out_features=0), value, "out_features must be at least 1", "0"),
         (lambda: new(rotary=3), type_, "rotary must be a Rotary", "int"),
+        (lambda: new(rngs=0), type_, "rngs must be nnx.Rngs, got int 0: use nnx.Rngs(0)"),
+        (lambda: nn.FeedForward(8, 16, rngs=3), type_, "nnx.Rngs(3)"),
+        (
+            lambda: new(attention=mechanisms.linear_attention),
+            type_,
+            "linear_attention does not take score, sinks, scale",
+            "mechanisms.as_attention(linear_attention)",
+        ),
         (lambda: new(attention=None), type_, "attention must be a function", "NoneType"),
         (lambda: feed(f()), value, "x must have shape [... E] with E = 8", "()"),
         (lambda: feed(f(B, T, 7)), value, "x must have shape [... E] with E = 8", "(2, 5, 7)"),

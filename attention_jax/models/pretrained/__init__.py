@@ -105,7 +105,10 @@ def load(
         BERT's next-sentence prediction for example. List them in ``ignore`` to silence it.
 
     >>> import tempfile
-    >>> from attention_jax.models import Decoder, DecoderConfig
+    >>> import numpy as np
+    >>> from flax import nnx
+    >>> from attention_jax.models import Decoder, DecoderConfig, Layers
+    >>> from attention_jax.models.pretrained import load, save
     >>> layers = Layers(features=8, num_layers=1, num_heads=2, hidden=32, fused=True,
     ...                 activation="gelu_tanh")
     >>> model = Decoder(DecoderConfig(10, layers, positions="learned", max_length=6),
@@ -182,7 +185,10 @@ def save(
       TypeError: not a model of ``attention_jax.models``.
 
     >>> import tempfile
-    >>> from attention_jax.models import VisionConfig, VisionTransformer
+    >>> from pathlib import Path
+    >>> from flax import nnx
+    >>> from attention_jax.models import Layers, VisionConfig, VisionTransformer
+    >>> from attention_jax.models.pretrained import save
     >>> layers = Layers(features=8, num_layers=1, num_heads=2)
     >>> vision = VisionConfig(image=(4, 4), patch=2, layers=layers, classes=3)
     >>> folder = Path(tempfile.mkdtemp())

@@ -130,6 +130,7 @@ class HFConfig:
       unused: entries that no method has read yet.
       errors: what is wrong with those that were read.
 
+    >>> from attention_jax.models.pretrained.hf_config import HFConfig
     >>> hf = HFConfig({"vocab_size": 10, "n_layer": -1, "new_feature": True})
     >>> hf.number("vocab_size")
     10

@@ -24,7 +24,9 @@ def save_adapters(model: Any, file: str | PathLike[str]) -> None:
       IsADirectoryError: ``file`` is a folder.
 
     >>> import tempfile
+    >>> from pathlib import Path
     >>> from flax import nnx
+    >>> from attention_jax.models.pretrained import safetensors, save_adapters
     >>> from attention_jax.nn import MultiHeadAttention, low_rank
     >>> module = MultiHeadAttention(8, num_heads=2, rngs=nnx.Rngs(0))
     >>> file = Path(tempfile.mkdtemp()) / "adapters.safetensors"
@@ -55,8 +57,10 @@ def load_adapters(model: Any, file: str | PathLike[str]) -> Any:
       ValueError: the file is invalid, or its adapters do not fit the model.
 
     >>> import tempfile
+    >>> from pathlib import Path
     >>> import numpy as np
     >>> from flax import nnx
+    >>> from attention_jax.models.pretrained import load_adapters, save_adapters
     >>> from attention_jax.nn import MultiHeadAttention, low_rank
     >>> module = MultiHeadAttention(8, num_heads=2, rngs=nnx.Rngs(0))
     >>> trained, fresh = (low_rank(module, rank=1, rngs=nnx.Rngs(i)) for i in (1, 2))

@@ -167,6 +167,9 @@ def write(path: Path, shapes: Mapping[str, Any], arrays: Iterable[Any]) -> None:
       ValueError: a dtype that has no name in the format; an array that is not as it was described.
 
     >>> import tempfile
+    >>> from pathlib import Path
+    >>> import numpy as np
+    >>> from attention_jax.models.pretrained.safetensors import File, write
     >>> path = Path(tempfile.mkdtemp()) / "two.safetensors"
     >>> arrays = {"a": np.zeros(2, np.float32), "b": np.ones((1, 3), np.float32)}
     >>> write(path, arrays, arrays.values())

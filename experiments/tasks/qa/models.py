@@ -127,7 +127,7 @@ class Reader(nnx.Module):
         else:
             lengths = jnp.sum(real, axis=-1, dtype=jnp.int32)
             x = self.first(x, lengths)
-            attended = self.attention(x, x, mask=masks.padding(question, question.shape[1]))
+            attended = self.attention(x, x, mask=masks.padding(question, queries=question.shape[1]))
             x = self.second(jnp.concatenate([x, attended], axis=-1), lengths)
         ends = self.ends(self.dropout(x)).astype(jnp.float32)
         return spans(ends, self.lengths[...].astype(jnp.float32), passage != 0)

@@ -35,6 +35,7 @@ def transformer_xl(
       The ``query`` and the ``score`` to pass to ``attention``.
 
     >>> import numpy as np
+    >>> from attention_jax.positions import transformer_xl
     >>> q, zero = np.ones((1, 1, 1), np.float32), np.zeros((1, 1), np.float32)
     >>> table = np.array([1.0, 2.0, 3.0], np.float32)[:, None, None]
     >>> query, score = transformer_xl(q, table, content_bias=zero, position_bias=zero)

@@ -27,6 +27,7 @@ class Relative(Score):
     """A score of distances: query ``i`` lies at position ``i + offset`` among the keys."""
 
     AXES = {"offset": "*B"}
+    DEFAULTS = {"offset": 0, "align": "start", "slopes": None, "dtype": "float32"}
     MASKING = Masking.NEVER
     offset: Any
     align: str
@@ -59,6 +60,7 @@ class Relative(Score):
 class Alibi(Relative):
     """``s - slopes[n] * |q + offset - k|``."""
 
+    NAME = "scores.alibi"
     AXES = {"slopes": "N", "offset": "*B"}
     slopes: Any
     dtype: str = "float32"  # of default slopes
@@ -100,6 +102,8 @@ def alibi(
       offset: an int, or an int array ``[*B]``: the position of query 0 among the keys.
       align: ``"end"`` adds ``S - T`` to the offset.
 
+    >>> import numpy as np
+    >>> from attention_jax.scores import alibi
     >>> float(alibi(np.array([0.25])).score(np.float32(1.0), 0, 0, 2, 6))
     0.0
 
@@ -113,6 +117,7 @@ def alibi(
 def alibi_slopes(num_heads: int, dtype: Any = np.float32) -> np.ndarray:
     """The geometric sequence ``2 ** (-8 i / N)``; between powers of two, every other of the next.
 
+    >>> from attention_jax.scores import alibi_slopes
     >>> alibi_slopes(4).tolist()
     [0.25, 0.0625, 0.015625, 0.00390625]
 
@@ -130,6 +135,7 @@ def alibi_slopes(num_heads: int, dtype: Any = np.float32) -> np.ndarray:
 class RelativeBias(Relative):
     """``s + table[bucket(k - q - offset), n]``."""
 
+    NAME = "scores.relative_bias"
     AXES = {"table": "R N", "offset": "*B"}
     table: Any
     bidirectional: bool
@@ -173,6 +179,8 @@ def relative_bias(
       max_distance: all larger distances share the last bucket.
       offset, align: as for ``alibi``.
 
+    >>> import numpy as np
+    >>> from attention_jax.scores import relative_bias
     >>> table = np.arange(8, dtype=np.float32)[:, None]
     >>> relative_bias(table).score(np.zeros(5, np.float32), 0, 0, 2, np.arange(5)).tolist()
     [2.0, 1.0, 0.0, 5.0, 6.0]
@@ -204,6 +212,8 @@ def relative_buckets(
 ) -> Any:
     """T5's bucket of ``distance = j - i``: exact for near keys, logarithmic beyond.
 
+    >>> import numpy as np
+    >>> from attention_jax.scores import relative_buckets
     >>> relative_buckets(np.array([-200, -3, 0, 3]), num_buckets=32, bidirectional=True,
     ...                  max_distance=128).tolist()
     [15, 3, 0, 19]
@@ -225,6 +235,7 @@ def relative_buckets(
 class RelativeEmbedding(Relative):
     """``s + query[q] . table[clip(k - q - offset)]``."""
 
+    NAME = "scores.relative_embedding"
     AXES = {"query": "*B T N H", "table": "R N H", "offset": "*B"}
     NEW_TOKENS = frozenset({"query"})
     query: Any
@@ -266,6 +277,8 @@ def relative_embedding(
         differentiable.
       offset, align: as for ``alibi``.
 
+    >>> import numpy as np
+    >>> from attention_jax.scores import relative_embedding
     >>> table = np.array([[-1.0], [0.0], [2.0]], np.float32)
     >>> score = relative_embedding(np.ones((3, 1, 1), np.float32), table)
     >>> score.score(np.zeros(3, np.float32), 0, 0, 1, np.arange(3)).tolist()
@@ -299,6 +312,8 @@ def skew(x: jax.Array) -> jax.Array:
 
     A pad and two reshapes, and so is the transpose.
 
+    >>> import jax.numpy as jnp
+    >>> from attention_jax.scores.distance import skew
     >>> skew(jnp.array([[-1, 0, 1, 2], [-1, 0, 1, 2]])).tolist()
     [[0, 1, 2], [-1, 0, 1]]
     """

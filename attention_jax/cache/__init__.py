@@ -1,0 +1,44 @@
+"""A key-value cache for decoding: a pytree of fixed size.
+
+    cache = cache.append(key, value)                       one token or many, per row
+    cache = cache.rollback(length)                         drop the tokens from ``length`` on
+    keys, values, mask, cache = extend(cache, key, value)  append, and what to attend to
+    result, cache = attend(cache, query, key, value)       append and attend
+
+A prompt in one call, in chunks or token by token gives the same results. Under ``jit``, donate the
+cache, so that it is updated in place rather than copied:
+
+>>> import jax
+>>> from attention_jax import cache as caches
+>>> x = jax.random.normal(jax.random.key(0), (2, 10, 4, 8))  # *B T N H
+>>> cache = caches.init((2,), capacity=16, num_kv_heads=4, head_dim=8)
+>>> step = jax.jit(caches.attend, donate_argnums=0)
+>>> prompt, cache = step(cache, x[:, :9], x[:, :9], x[:, :9])
+>>> token, cache = step(cache, x[:, 9:], x[:, 9:], x[:, 9:])
+>>> token.shape, cache.length.tolist()
+((2, 1, 4, 8), [10, 10])
+
+A plain cache stores token ``p`` in slot ``p`` and holds ``capacity`` tokens. A rolling cache stores
+it in slot ``p % capacity``, over the oldest, for models with a sliding window.
+
+Masks and scores are rules of positions in the whole sequence, so they mean the same with a cache as
+without one: query ``t`` of a call is at position ``length + t``, whatever the slots. Their arrays
+(ids, flags, a bias) are those of the whole sequence. A cache refuses what it cannot do:
+
+- A query may not attend to later keys, except below a fixed position: the prefix of
+  ``masks.prefix(n) | masks.causal()`` attends to itself in both directions, and must come in one
+  call to an empty cache. Other masks must be known to be causal, ``mask & masks.causal()``. The
+  default is ``masks.causal()``.
+- In a rolling cache a query must look back less than ``capacity``. The default is that window.
+
+What depends on lengths (a prefix in one call, arrays long enough) is checked unless lengths are
+traced. Dropout masks depend on the indices of queries and keys within a call.
+"""
+
+from attention_jax.cache.calls import attend as attend
+from attention_jax.cache.calls import extend as extend
+from attention_jax.cache.calls import placed_scores as placed_scores
+from attention_jax.cache.kv_cache import KVCache as KVCache
+from attention_jax.cache.kv_cache import init as init
+
+__all__ = ["KVCache", "attend", "extend", "init", "placed_scores"]

@@ -1,0 +1,194 @@
+"""Attention with a cache: what the new queries attend to, and with which scores."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Float
+
+from attention_jax import scores
+from attention_jax.api import attention
+from attention_jax.backends.call import ScoreLike, as_scores
+from attention_jax.cache.kv_cache import KVCache
+from attention_jax.core.axes import AnyArray, check_float_array, kind
+from attention_jax.masks import Mask, at_positions, window
+from attention_jax.masks.in_cache import check_ahead, check_back, check_lengths, of_positions
+from attention_jax.scores import Score
+
+
+def extend(
+    cache: KVCache,
+    key: Float[AnyArray, "*B T K H"],
+    value: Float[AnyArray, "*B T K D"],
+    *,
+    mask: Mask | None = None,
+    count: Any = None,
+) -> tuple[Any, Any, Mask, KVCache]:
+    """Keys, values and mask for ``T`` new queries, and the cache with the new tokens.
+
+    Args:
+      cache: the earlier tokens.
+      key, value: of the new tokens.
+      mask: of positions; default ``causal()``, in a rolling cache a window of ``capacity``. The
+        module docstring says which masks a cache takes.
+      count: how many of them are real, an int or int array ``[*B]``; default T.
+
+    Returns:
+      Keys ``[*B S K H]`` and values ``[*B S K D]``; the mask of the new queries, at positions
+      ``length + t``, and these keys; the cache. For scores, see ``placed_scores``.
+
+    Raises:
+      ValueError: the mask lets a query attend to later tokens, or to tokens that a rolling cache no
+        longer holds; or its arrays are shorter than the sequence.
+
+    >>> import numpy as np
+    >>> from attention_jax.cache import extend, init
+    >>> x = np.ones((2, 1, 2), np.float32)
+    >>> keys, values, mask, _ = extend(init((), capacity=3, num_kv_heads=1, head_dim=2), x, x)
+    >>> print(mask)
+    █··
+    ██·
+    """
+    if mask is not None and not isinstance(mask, Mask):
+        raise TypeError(
+            f"mask must be a Mask of positions with a cache, got {kind(mask)}: use masks.mask_fn, "
+            f"or masks.dense for an array of the whole sequence"
+        )
+    after = cache.append(key, value, count)
+    T = key.shape[-3]
+    if mask is None:
+        mask = window(cache.capacity - 1 if cache.rolling else None, 0)
+    queries, at = _positions(cache, T, after)
+    check_ahead(mask, cache.length, after.length)
+    if cache.rolling:
+        check_back(mask, cache.capacity, cache.intact)
+    check_lengths("mask", mask, after.length, cache.capacity, rolling=cache.rolling)
+    mask = of_positions(mask, queries, at, in_order=not cache.rolling)
+    keys, values = after.key, after.value
+    if cache.rolling and T > 1:
+        # The last tokens overwrite keys of the first queries: take old and new ones.
+        keys = jnp.concatenate([cache.key, jnp.asarray(key)], axis=-3)
+        values = jnp.concatenate([cache.value, jnp.asarray(value)], axis=-3)
+    return keys, values, at_positions(mask, queries, at), after
+
+
+def placed_scores(
+    cache: KVCache, score: ScoreLike, T: int, *, count: Any = None
+) -> tuple[Score, ...]:
+    """Scores of positions, for ``T`` new queries and the keys that ``extend`` returns.
+
+    Args:
+      cache: the earlier tokens.
+      score: of the whole sequence, as are its arrays; except the query of a ``relative_embedding``,
+        which is that of the new tokens.
+      T: how many new tokens.
+      count: as for ``extend``.
+
+    Raises:
+      ValueError: arrays shorter than the sequence; or an array as ``offset``, since the cache
+        itself knows where the queries begin.
+
+    >>> import numpy as np
+    >>> from attention_jax import scores
+    >>> from attention_jax.cache import placed_scores, init
+    >>> cache = init((), capacity=4, num_kv_heads=1, head_dim=1, rolling=True)
+    >>> x = np.ones((5, 1, 1), np.float32)
+    >>> (score,) = placed_scores(cache.append(x, x), scores.alibi(np.array([1.0])), 1)
+    >>> score.score(np.zeros(4, np.float32), 0, 0, 0, np.arange(4)).tolist()  # 5 to 4, 5, 2, 3
+    [-1.0, 0.0, -3.0, -2.0]
+    """
+    given, placed = as_scores(score), []
+    if not given:
+        return ()
+    after = cache._longer(T if count is None else count)
+    queries, keys = _positions(cache, T, after)
+    for each in given:
+        if each.offset_per_example():
+            raise ValueError(
+                f"score: offset of {each.public_name} must be an int with a cache, which knows "
+                f"where the queries begin: leave out offset=cache.length"
+            )
+        check_lengths("score", each, after.length, cache.capacity, rolling=cache.rolling)
+        each = of_positions(each, queries, keys, in_order=not cache.rolling)
+        if cache.rolling:
+            placed.append(scores.at_positions(each, queries, keys))
+        else:
+            placed.append(scores.later(each, cache.length))
+    return tuple(placed)
+
+
+def attend(
+    cache: KVCache,
+    query: Float[AnyArray, "*B T N H"],
+    key: Float[AnyArray, "*B T K H"],
+    value: Float[AnyArray, "*B T K D"],
+    *,
+    mask: Mask | None = None,
+    score: ScoreLike = (),
+    count: Any = None,
+    **options: Any,
+) -> tuple[Any, KVCache]:
+    """Attention of ``T`` new tokens to those in the cache and to themselves; appends them.
+
+    Query ``t`` of a row is at position ``length + t``. The result equals attention with this mask
+    and these scores over the whole sequence at once, whether tokens come in one call, in chunks or
+    one by one; masks and scores for which it could not are refused. See the module docstring.
+
+    Args:
+      cache: the earlier tokens.
+      query, key, value: of the new tokens.
+      mask: of positions, such as ``masks.window(255, 0)``; default ``masks.causal()``, in a rolling
+        cache a window of ``capacity``.
+      score: of positions; see ``placed_scores``.
+      count: how many of them are real, an int or int array ``[*B]``; default T.
+      **options: of ``attention``.
+
+    Returns:
+      What ``attention`` returns, and the cache with the new tokens.
+
+    Raises:
+      ValueError: see ``extend`` and ``placed_scores``.
+
+    >>> import jax.numpy as jnp
+    >>> import numpy as np
+    >>> from attention_jax import attention
+    >>> from attention_jax.cache import attend, init
+    >>> from attention_jax.masks import window
+    >>> x = np.random.default_rng(0).normal(size=(5, 1, 2)).astype(np.float32)  # T N H
+    >>> empty = init((), capacity=5, num_kv_heads=1, head_dim=2)
+    >>> first, cache = attend(empty, x[:3], x[:3], x[:3])
+    >>> second, cache = attend(cache, x[3:], x[3:], x[3:])
+    >>> whole = attention(x, x, x, mask=window(None, 0))
+    >>> bool(jnp.allclose(jnp.concatenate([first, second]), whole, atol=1e-6))
+    True
+    """
+    for name, x in (("query", query), ("key", key)):
+        check_float_array(name, x)
+        if x.ndim < 3:
+            layout = "[*B T N H]" if name == "query" else "[*B T K H]"
+            raise ValueError(f"{name} must have at least 3 axes {layout}, got shape {x.shape}")
+    T = query.shape[-3]
+    if key.shape[-3] != T:
+        raise ValueError(
+            f"query has {T} tokens (T) but key has {key.shape[-3]}: both hold the new tokens"
+        )
+    keys, values, mask, after = extend(cache, key, value, mask=mask, count=count)
+    placed = placed_scores(cache, score, T, count=count)
+    return attention(query, keys, values, mask=mask, score=placed, **options), after
+
+
+def _positions(cache: KVCache, T: int, after: KVCache) -> tuple[jax.Array, jax.Array]:
+    """Positions of the new queries ``[*B T]`` and of the keys ``[*B S]``, -1 for empty slots.
+
+    Args:
+      cache, after: without and with the new tokens.
+      T: the number of new tokens, padding included.
+    """
+    new = jnp.arange(T, dtype=jnp.int32).reshape((1,) * cache.length.ndim + (T,))
+    queries = cache.length[..., None] + new
+    if not cache.rolling or T == 1:
+        return queries, after.positions()
+    new = jnp.where(queries < after.length[..., None], queries, -1)
+    return queries, jnp.concatenate([cache.positions(), new], axis=-1)
