@@ -221,6 +221,12 @@ def _compare(arguments: Sequence[str]) -> int:
     return compare.main(parse(compare.Options, arguments, "compare"))
 
 
+def _card(arguments: Sequence[str]) -> int:
+    from experiments.card import command
+
+    return command.main(command.parse(arguments, PROGRAM))
+
+
 def _fewshot(arguments: Sequence[str]) -> int:
     from experiments.tasks.fewshot import sweep
 
@@ -254,6 +260,11 @@ VERBS = {
         "fewshot [--option ...]", "trains with few labelled examples, plots accuracy", _fewshot
     ),
     "bench": Verb("bench [--option ...]", "measures time and memory of attention", _bench),
+    "card": Verb(
+        "card --out FOLDER --minutes M [--dry]",
+        "checks, measures and tunes the GPU kernels on an NVIDIA card",
+        _card,
+    ),
     "walkthrough": Verb("walkthrough", "prints self-attention by hand, step by step", _walkthrough),
 }
 

@@ -37,7 +37,7 @@ EXPERIMENTS_RANKS = [
     {"training"},
     {"models"},
     {"tasks"},
-    {"bench"},
+    {"bench", "card"},
     {"report"},
     {"walkthrough"},
     {"__main__", ""},
