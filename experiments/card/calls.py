@@ -142,9 +142,7 @@ def calls(dry: bool) -> Iterator[Call]:
         yield _call(kind, 4096, 64)
 
 
-def _call(
-    kind: str, length: int, H: int, *, tokens: int = 16_384, features: int = 2048
-) -> Call:
+def _call(kind: str, length: int, H: int, *, tokens: int = 16_384, features: int = 2048) -> Call:
     N = features // H
     K = max(1, N // 4) if kind in ("gqa", "decode") else N
     if kind == "decode":

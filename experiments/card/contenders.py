@@ -98,7 +98,7 @@ def _hopper(call: Call) -> Attend:
         raise NotImplementedError(f"JAX's Hopper kernel has no {call.kind}")
     if jax.default_backend() != "gpu":
         raise Skipped("JAX's Hopper kernel needs a Hopper card")
-    from jax.experimental.pallas.ops.gpu import attention_mgpu  # type: ignore[import-not-found]
+    from jax.experimental.pallas.ops.gpu import attention_mgpu
 
     config = attention_mgpu.TuningConfig(
         block_q=64,

@@ -1,4 +1,4 @@
-"""What the run is on: card, driver, versions, clocks, and the two rates everything is compared to."""
+"""What the run is on: card, driver, versions, clocks, and the rates all else is compared to."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments.card import timing
-from experiments.card.parts import Fields, Item, Setting
+from experiments.card.parts import Fields, Item, Setting, Skipped
 
 # By the name in the records; torch and cuDNN come in more than one distribution.
 PACKAGES = {
@@ -63,7 +63,10 @@ def versions() -> dict[str, str]:
 
 def clocks() -> Iterator[Fields]:
     """Clocks, power limit and temperature."""
-    yield dict(zip(CLOCKS.split(","), _nvidia_smi(CLOCKS), strict=False))
+    found = _nvidia_smi(CLOCKS)
+    if not found:
+        raise Skipped("there is no nvidia-smi")
+    yield dict(zip(CLOCKS.split(","), found, strict=True))
 
 
 def _nvidia_smi(fields: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -15,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from experiments.card.parts import Fields, Part
-from experiments.card.worker import LOST, Order, append, record
+from experiments.card.worker import LATE, LOST, Order, append, record
 
 # Without these JAX would take most of the card's memory for itself, and print warnings.
 ENVIRONMENT = {
@@ -58,7 +59,7 @@ def run_parts(
         left = end - time.monotonic()
         if left <= 1:
             order = _order(run, part, 0, 0.0, identify())
-            append(run.out, record(order, "all", {"skipped": "no time left"}))
+            append(run.out, record(order, "all", LATE))
             print(f"{part.name}: no time left", flush=True)
             continue
         allotted = left * part.share / sum(other.share for other in parts[number:])
@@ -109,17 +110,16 @@ def _run_lane(
         if problem is None:
             return
         if problem:
-            item = began[-1] if began else "start"
-            append(run.out, record(order, item, {"error": problem}))
+            append(run.out, record(order, began[-1] if began else "start", problem))
         if not began:
             return
     append(run.out, record(order, "all", {"error": f"gave up after {RESTARTS} processes"}))
 
 
-def _run_worker(run: Run, order: Order, end: float) -> tuple[list[str], str | None]:
-    """One worker: the items that it began, and why another is needed.
+def _run_worker(run: Run, order: Order, end: float) -> tuple[list[str], Fields | None]:
+    """One worker: the items that it began, and what to record of its end.
 
-    The reason is None if none is, and empty if the worker has recorded it.
+    None if it is done, and no fields if it has recorded what happened itself.
     """
     log = run.out / f"{order.part}-{order.lane}.log"
     with log.open("ab") as errors:
@@ -144,11 +144,9 @@ def _run_worker(run: Run, order: Order, end: float) -> tuple[list[str], str | No
 
     threading.Thread(target=read, daemon=True).start()
     try:
-        try:
+        with contextlib.suppress(BrokenPipeError):  # it ended already: its exit code says how
             stdin.write(json.dumps(dataclasses.asdict(order)) + "\n")
             stdin.close()
-        except BrokenPipeError:  # it ended before it read: the exit code says how
-            pass
         return _watch(worker, lines, end)
     finally:
         _kill(worker)
@@ -157,7 +155,7 @@ def _run_worker(run: Run, order: Order, end: float) -> tuple[list[str], str | No
 
 def _watch(
     worker: subprocess.Popen[str], lines: queue.Queue[str | None], end: float
-) -> tuple[list[str], str | None]:
+) -> tuple[list[str], Fields | None]:
     began: list[str] = []
     limit = START
     deadline = min(end, time.monotonic() + START)
@@ -167,14 +165,14 @@ def _watch(
             line = lines.get(timeout=max(0.0, deadline - time.monotonic()))
         except queue.Empty:
             if time.monotonic() >= end - 0.5:
-                return began, f"stopped: the time of the part was up{_where(began, inside)}"
-            what = "took longer" if inside else "did not go on: the process took longer"
-            return began, f"{what} than {limit:.0f} s"
+                return began, LATE
+            what = "took longer than" if inside else "its process did not begin an item within"
+            return began, {"error": f"{what} {limit:.0f} s"}
         if line is None:
             code = worker.wait()
             if code == 0:
                 return began, None
-            return began, "" if code == LOST else f"the process ended with {_cause(code)}"
+            return began, {} if code == LOST else {"error": f"its process ended: {_cause(code)}"}
         word, _, rest = line.rstrip("\n").partition(" ")
         if word == "begin":
             seconds, _, name = rest.partition(" ")
@@ -187,18 +185,12 @@ def _watch(
         deadline = min(end, time.monotonic() + limit)
 
 
-def _where(began: list[str], inside: bool) -> str:
-    return f" in {began[-1]}" if inside and began else ""
-
-
 def _cause(code: int) -> str:
-    return signal.Signals(-code).name if code < 0 else f"exit code {code}; see the log"
+    return signal.Signals(-code).name if code < 0 else f"exit code {code}; see its log"
 
 
 def _kill(worker: subprocess.Popen[str]) -> None:
     """Ends a worker and what it started."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(worker.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     worker.wait()

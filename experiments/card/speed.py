@@ -49,9 +49,9 @@ def items(setting: Setting) -> Iterator[Item]:
 
 
 def _packages(names: list[str]) -> Iterator[Fields]:
-    for name in names:
-        if package := missing(name):
-            yield {"implementation": name, "skipped": f"{package} is not installed"}
+    for package in dict.fromkeys(filter(None, map(missing, names))):
+        left_out = [name for name in names if missing(name) == package]
+        yield {"implementations": left_out, "skipped": f"{package} is not installed"}
 
 
 def matrix_rate(out: Path) -> float | None:
@@ -180,6 +180,8 @@ def of_call_in_torch(call: Call, dry: bool, rate: float | None) -> Iterator[Fiel
                     first = time.perf_counter() - start
                     timed = timing.by_events(run, **pace(dry))
                     extra = _peak_mib(torch, run)
+            except NotImplementedError as reason:
+                yield same | {"refused": str(reason)[:300]}
             except Exception as problem:  # noqa: BLE001 - recorded, and the next contender runs
                 failed = failure(problem)
                 yield same | failed

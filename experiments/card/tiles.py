@@ -12,7 +12,6 @@ import json
 import math
 import statistics
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -80,11 +79,8 @@ def items(setting: Setting) -> Iterator[Item]:
         for job in filter(None, row):
             call, backward, tiles = job
             what = f"{name(backward)}, {call}, {tiles.block_q}x{tiles.block_k}"
-            yield Item(
-                f"{what}, {tiles.warps} warps, {tiles.stages} stages",
-                functools.partial(measure, *job, setting),
-                limit=30.0,
-            )
+            run = functools.partial(measure, call, backward, tiles, setting)
+            yield Item(f"{what}, {tiles.warps} warps, {tiles.stages} stages", run, limit=30.0)
 
 
 def name(backward: bool) -> str:
@@ -97,8 +93,8 @@ def measure(call: Call, backward: bool, tiles: Tiles, setting: Setting) -> Itera
 
     The file of the fastest is written again after each, since time may be up at any moment.
     """
-    chosen = {name(backward): tiles}
-    backend = PallasGPU(interpret=setting.dry, **chosen)  # type: ignore[arg-type]
+    chosen: dict[str, Any] = {name(backward): tiles}
+    backend = PallasGPU(interpret=setting.dry, **chosen)
     q, k, v, cotangent = call.arrays()
 
     def attend(q: Any, k: Any, v: Any) -> Any:
@@ -150,10 +146,3 @@ def source(rows: list[Fields]) -> str:
         for (kind, width, size), tiles in found.items()
     ]
     return HEADER.format(where=where) + "".join(lines) + "}\n"
-
-
-def read(file: Path) -> dict[tuple[str, int, int], tuple[int, int, int, int]]:
-    """The table of such a file."""
-    scope: dict[str, Any] = {}
-    exec(compile(file.read_text(), str(file), "exec"), scope)
-    return scope["TUNED"]

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -97,7 +97,7 @@ def with_flax(size: Size, dry: bool) -> Decoder:
 class FlaxAttention(nnx.Module):
     """Flax's module with the signature of ours."""
 
-    def __init__(self, size: Size, implementation: str) -> None:
+    def __init__(self, size: Size, implementation: Literal["xla", "cudnn"]) -> None:
         def attend(query: Any, key: Any, value: Any, **_: Any) -> Any:
             return jax.nn.dot_product_attention(
                 query, key, value, is_causal=True, implementation=implementation

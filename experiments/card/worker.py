@@ -24,8 +24,18 @@ from experiments.datasets.errors import DataError
 
 RECORDS = "records.jsonl"
 # After one of these, CUDA refuses everything in the process.
-FATAL = ("ILLEGAL_ADDRESS", "illegal memory access", "LAUNCH_FAILED", "launch failure", "MISALIGNED")
+FATAL = (
+    "ILLEGAL_ADDRESS",
+    "illegal memory access",
+    "LAUNCH_FAILED",
+    "launch failure",
+    "MISALIGNED",
+)
 LOST = 75  # exit code: what is left needs a new process
+
+
+# The last record of a part that did not get to its end.
+LATE: Fields = {"skipped": "no time left for this and what comes after it", "late": True}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +78,7 @@ def work(order: Order, say: Any = None) -> int:
             continue
         left = end - time.monotonic()
         if left <= 0:
-            say(f"late {item.name}")
+            append(setting.out, record(order, item.name, LATE))
             return 0
         say(f"begin {min(item.limit, left):.1f} {item.name}")
         lost = False
