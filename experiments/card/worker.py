@@ -85,6 +85,9 @@ def work(order: Order, say: Any = None) -> int:
         for fields in results(item):
             append(setting.out, record(order, item.name, fields))
             lost |= fatal(fields)
+            if "platform" in fields:  # what the machine is goes into every later record
+                known = {name: fields[name] for name in ("card", "versions", "platform")}
+                order = dataclasses.replace(order, run={**order.run, **known})
         say(f"end {item.name}")
         if lost:
             return LOST
