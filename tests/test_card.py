@@ -111,7 +111,7 @@ def test_a_folder_that_cannot_be_written_is_refused_first(tmp_path, capsys, monk
 # --- Processes.
 
 SLEEPY = """
-import os, signal, time
+import os, signal, sys, time
 from experiments.card.parts import Item, Skipped
 
 def items(setting):
@@ -133,6 +133,7 @@ def hangs():
     time.sleep(60)
 
 def dies():
+    print("last words", file=sys.stderr, flush=True)
     os.kill(os.getpid(), signal.SIGSEGV)
     yield {}
 
@@ -212,6 +213,7 @@ def test_nothing_stops_at_a_failure(fake):
     assert result["n"] == 4  # what came before it hung is kept
     assert error["error"] == "took longer than 1 s"
     assert by_item["dies"][0]["error"] == "its process ended: SIGSEGV"
+    assert by_item["dies"][0]["log"].endswith("last words\n")
     assert "ILLEGAL_ADDRESS" in by_item["poisoned"][0]["error"]
     assert by_item["skipped"][0]["skipped"] == "no data"
     assert by_item["package"][0]["skipped"] == "a_package_that_is_not_there is not installed"

@@ -110,7 +110,9 @@ def _run_lane(
         if problem is None:
             return
         if problem:
-            append(run.out, record(order, began[-1] if began else "start", problem))
+            log = _log(run, order).read_text(errors="replace")[-2000:]
+            fields = problem if "late" in problem else {**problem, "log": log}
+            append(run.out, record(order, began[-1] if began else "start", fields))
         if not began:
             return
     append(run.out, record(order, "all", {"error": f"gave up after {RESTARTS} processes"}))
@@ -121,8 +123,7 @@ def _run_worker(run: Run, order: Order, end: float) -> tuple[list[str], Fields |
 
     None if it is done, and no fields if it has recorded what happened itself.
     """
-    log = run.out / f"{order.part}-{order.lane}.log"
-    with log.open("ab") as errors:
+    with _log(run, order).open("ab") as errors:
         worker = subprocess.Popen(
             [sys.executable, "-m", "experiments.card.worker"],
             stdin=subprocess.PIPE,
@@ -151,6 +152,11 @@ def _run_worker(run: Run, order: Order, end: float) -> tuple[list[str], Fields |
     finally:
         _kill(worker)
         stdout.close()
+
+
+def _log(run: Run, order: Order) -> Path:
+    """What the workers of a lane print for people."""
+    return run.out / f"{order.part}-{order.lane}.log"
 
 
 def _watch(
@@ -186,7 +192,7 @@ def _watch(
 
 
 def _cause(code: int) -> str:
-    return signal.Signals(-code).name if code < 0 else f"exit code {code}; see its log"
+    return signal.Signals(-code).name if code < 0 else f"exit code {code}"
 
 
 def _kill(worker: subprocess.Popen[str]) -> None:

@@ -114,7 +114,7 @@ def of_call(call: Call, dry: bool, rate: float | None) -> Iterator[Fields]:
                 continue
             given = [q, k, v, *([cotangent] if backward else []), *rest]
             jobs[name, backward] = gradients(attend) if backward else attend, given
-    pool = concurrent.futures.ThreadPoolExecutor(1 if dry else COMPILERS)
+    pool = concurrent.futures.ThreadPoolExecutor(2 if dry else COMPILERS)
     compiling = {job: pool.submit(compile_program, *what) for job, what in jobs.items()}
     begun = time.monotonic()
     for (name, backward), future in compiling.items():
