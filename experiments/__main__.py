@@ -254,6 +254,12 @@ def _compare(arguments: Sequence[str]) -> int:
     return compare.main(parse(compare.Options, arguments, "compare"))
 
 
+def _card(arguments: Sequence[str]) -> int:
+    from experiments.card import command
+
+    return command.main(command.parse(arguments, PROGRAM))
+
+
 def _fewshot(arguments: Sequence[str]) -> int:
     from experiments.tasks.fewshot import sweep
 
@@ -296,6 +302,11 @@ COMMANDS = {
         "fewshot [--option ...]", "trains with few labelled examples, plots accuracy", _fewshot
     ),
     "bench": Command("bench [--option ...]", "measures time and memory of attention", _bench),
+    "card": Command(
+        "card --out FOLDER --minutes M [--dry]",
+        "checks, measures and tunes the GPU kernels on an NVIDIA card",
+        _card,
+    ),
     "walkthrough": Command(
         "walkthrough", "prints self-attention by hand, step by step", _walkthrough
     ),

@@ -10,6 +10,7 @@ import re
 import socket
 import threading
 
+import pooch
 import pytest
 
 from experiments.datasets import files
@@ -98,7 +99,7 @@ def place(tmp_path, monkeypatch):
     """No environment variable, an empty cache, no proxy."""
     monkeypatch.delenv(files.VARIABLE, raising=False)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(files.pooch, "os_cache", lambda project: tmp_path / "cache" / project)
+    monkeypatch.setattr(pooch, "os_cache", lambda project: tmp_path / "cache" / project)
     return tmp_path
 
 
@@ -178,7 +179,7 @@ def test_file_is_downloaded_once(fetch, cached):
 
 def test_pooch_is_quiet(fetch, monkeypatch):
     records = []
-    monkeypatch.setattr(files.pooch.get_logger(), "handle", records.append)
+    monkeypatch.setattr(pooch.get_logger(), "handle", records.append)
     fetch(Ranges)
     assert records == []
 

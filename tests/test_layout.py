@@ -38,7 +38,7 @@ EXPERIMENTS_RANKS = [
     {"training"},
     {"models"},
     {"tasks"},
-    {"bench"},
+    {"bench", "card"},
     {"report"},
     {"walkthrough"},
     {"__main__", ""},

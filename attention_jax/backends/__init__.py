@@ -6,6 +6,7 @@
 ``cudnn``      NVIDIA's fused kernel, for the calls that it computes exactly
 ``pallas_gpu`` our GPU kernels: linear memory, most masks and scores
 ``splash``     JAX's own TPU kernel
+``fa4``        FlashAttention 4 from the package fa4-jax, where it is asked for by name
 =============  ====================================================================
 
 Nothing is probed at import and nothing is remembered: the choice depends on the ``Spec`` of a call
@@ -24,6 +25,7 @@ import jax
 from attention_jax.backends.blockwise.run import FEW_QUERIES, Blockwise
 from attention_jax.backends.call import Backend, Spec
 from attention_jax.backends.cudnn import CuDNN
+from attention_jax.backends.fa4 import FA4
 from attention_jax.backends.pallas_gpu.run import PallasGPU
 from attention_jax.backends.splash import Splash
 from attention_jax.backends.xla import XLA
@@ -31,6 +33,7 @@ from attention_jax.core.compat import mesh_platform
 from attention_jax.core.pytree import leaves
 
 __all__ = [
+    "FA4",
     "IMPLEMENTATIONS",
     "XLA",
     "Backend",
@@ -53,6 +56,7 @@ IMPLEMENTATIONS: dict[str, Backend] = {
     "cudnn": CuDNN(),
     "pallas_gpu": PallasGPU(),
     "splash": Splash(),
+    "fa4": FA4(),
 }
 
 # The kernels of each platform, in the order they are tried, before what runs everywhere.
@@ -64,6 +68,9 @@ KERNELS = {
     ),
     "tpu": (("splash", "JAX's own kernel: linear memory, skips empty blocks"),),
 }
+
+# After all others, so that they are not chosen.
+BY_NAME = (("fa4", "only where it is asked for: not measured on a card yet"),)
 
 # On a CPU, sequences up to this length are faster in one batched product, which XLA fuses with the
 # softmax, than in a loop over heads: `python -m experiments bench --only short`. The choice must
@@ -114,7 +121,7 @@ def preference(spec: Spec) -> tuple[tuple[str, str], ...]:
         if place != spec.platform
         for name, _ in others
     )
-    return (*kernels, *_everywhere(spec), *elsewhere)
+    return (*kernels, *_everywhere(spec), *elsewhere, *BY_NAME)
 
 
 def _everywhere(spec: Spec) -> tuple[tuple[str, str], ...]:

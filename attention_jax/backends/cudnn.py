@@ -5,8 +5,9 @@ kernel does not guarantee. Every query of the kernel attends to at least one key
 queries and keys are zeroed before the call, and such rows of the output after it, so that NaN in
 padding reaches neither the output nor a gradient.
 
-It is differentiable once, in reverse mode, as ``jax.nn``'s call of cuDNN is: no ``jvp``, no
-``hessian``.
+It is differentiable once, in reverse mode, as ``jax.nn``'s call of cuDNN is: ``jvp`` and
+``hessian`` are refused. They would need cuDNN's backward pass apart from its forward pass, which no
+public function has; without it, every training step would run the forward pass twice.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from attention_jax.backends.call import Backend, Call, Spec, symbolic_sizes_refused
+from attention_jax.backends.guards import guard
 from attention_jax.core.axes import Sizes
 from attention_jax.core.softmax import zero_rows
 from attention_jax.masks import Band, Dense, Lengths, Mask
@@ -36,6 +38,9 @@ MASKED = -(2.0**41)
 # Rows whose bias is below this throughout are shifted up: sums of such numbers have no precision
 # left, and the lowest ones overflow in base 2.
 FAR = -(2.0**20)
+
+
+INSTEAD = "('pallas_gpu', 'blockwise')"
 
 
 class CuDNNMask(NamedTuple):
@@ -298,6 +303,9 @@ def _attend(
     plan: CuDNNMask,
     scale: float | None,
 ) -> jax.Array:
+    arrays = (query, key, value) if bias is None else (query, key, value, bias)
+    query, key, value, *biases = guard(arrays, "cudnn", INSTEAD, forward_mode=False)
+    bias = biases[0] if biases else None
     query, key, value, bias, lengths = _mapped_together((query, key, value, bias, lengths))
     out = jax.nn.dot_product_attention(
         query,

@@ -13,26 +13,18 @@ from __future__ import annotations
 
 import functools
 import gzip
+import hashlib
 import logging
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pooch
-import requests
-from tqdm import tqdm
+from experiments.datasets.errors import DataError as DataError
 
 VARIABLE = "ATTENTION_JAX_DATA"
 TABLE = Path(__file__).with_name("data.tsv")
 CHUNK = 2**14  # bytes; a broken connection loses at most one
 PATIENCE = 30  # seconds to wait for an answer
-
-
-class DataError(OSError):
-    """A data file is missing or wrong, or could not be downloaded.
-
-    An OSError, since no argument is wrong: the disk or the network lacks the file.
-    """
 
 
 class File(NamedTuple):
@@ -113,6 +105,8 @@ def _in_folder(file: File, folder: Path) -> Path:
 
 def _in_cache(file: File) -> Path:
     """The file in the user's cache, downloaded if it is missing or wrong."""
+    import pooch
+
     pooch.get_logger().setLevel(logging.WARNING)  # it logs each download
     folder = pooch.os_cache("attention_jax")
     cache = pooch.create(folder, "", registry={file.name: file.sha256}, urls={file.name: file.url})
@@ -146,6 +140,9 @@ def _download(file: File, part: Path, url: str, output: str, _: Any) -> None:
 
 def _get_rest(file: File, part: Path, url: str, have: int) -> None:
     """Appends the rest to ``part``; a server without ranges sends everything again."""
+    import requests
+    from tqdm import tqdm
+
     headers = {"Accept-Encoding": "identity"}  # ranges refer to the uncompressed file
     if have:
         headers["Range"] = f"bytes={have}-"
@@ -175,7 +172,8 @@ def _wrong(found: Path, file: File) -> str | None:
     size = found.stat().st_size
     if size != file.bytes:
         return f"has the wrong size: expected {file.bytes} bytes, found {size}"
-    sha256 = pooch.file_hash(str(found))
+    with found.open("rb") as file_bytes:
+        sha256 = hashlib.file_digest(file_bytes, "sha256").hexdigest()
     if sha256 != file.sha256:
         return f"has the wrong checksum: expected SHA-256 {file.sha256}, found {sha256}"
     return None

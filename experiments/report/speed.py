@@ -1,10 +1,11 @@
-"""The page on speed and memory, ``SPEED.md``, from the records that ``bench`` wrote.
+"""The page on speed and memory, ``SPEED.md``, from the records of ``bench`` and ``card``.
 
 ::
 
     bench.json           calls of attention
     bench-models.json    whole models
     scaling.json         growth with length (``bench --scaling``)
+    card*.jsonl          GPU kernels (``card``, see ``gpu``)
 
 A record may have ``remarks``, paragraphs on that measurement, which are added below its table.
 """
@@ -17,6 +18,7 @@ from typing import Any
 
 from experiments.bench import scaling, tables
 from experiments.bench.shapes import WINDOW
+from experiments.report import gpu
 
 INTRODUCTION = """\
 # Speed and memory
@@ -31,7 +33,7 @@ python -m experiments bench --scaling
 
 Contenders run in turns in one process; times are medians. A ratio says how many times faster ours
 is, and is bold where it reaches its aim. Ratios vary by a quarter from run to run, and with the
-processor. GPUs and TPUs: not measured.
+processor. {elsewhere}
 
 This page is written by `python -m experiments report` from the records in this folder; edit those,
 not the page. The scores of trained models are in [README.md](README.md)."""
@@ -52,7 +54,10 @@ the compiled program plans in addition to arguments and results."""
 
 def page(results: Path) -> str:
     """The page, from the records of a folder; a missing one leaves its section out."""
-    blocks = [INTRODUCTION]
+    on_gpu = gpu.section(results)
+    measured = f"GPUs: [below](#on-a-gpu). TPUs: {gpu.NOT_MEASURED}."
+    elsewhere = measured if on_gpu else f"GPUs and TPUs: {gpu.NOT_MEASURED}."
+    blocks = [INTRODUCTION.format(elsewhere=elsewhere)]
     for name, heading in SECTIONS.items():
         if (results / name).exists():
             blocks += [heading, *_bench(_read(results / name))]
@@ -60,6 +65,7 @@ def page(results: Path) -> str:
                 blocks.append(f"![Speed of attention_jax beside other libraries]({picture.name})")
     if (results / scaling.FILE).exists():
         blocks += [SCALING, *_scaling(_read(results / scaling.FILE))]
+    blocks += on_gpu
     return "\n\n".join(blocks) + "\n"
 
 

@@ -2,7 +2,8 @@
 
 ``TASK.jsonl`` has a line for each run (``runs.record``). ``README.md`` gets a section for each
 task: a table with mean and spread over seeds, whether each rung of the ladder is better than the
-one before it, and a plot. ``SPEED.md`` gets the measurements of ``bench`` (see ``speed``).
+one before it, and a plot. ``SPEED.md`` gets the measurements of ``bench`` and ``card`` (see
+``speed`` and ``gpu``), and so does the paragraph on GPUs in the repository's README.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import statistics
 from pathlib import Path
 
 from experiments import tasks
-from experiments.report import plots, speed
+from experiments.report import gpu, plots, speed
 from experiments.report.ladders import (
     PERCENT,
     format_score,
@@ -46,6 +47,9 @@ def main(options: Options) -> int:
         if (file := results / f"{name}.jsonl").exists()
     }
     pages = {results / "README.md": page(found), results / "SPEED.md": speed.page(results)}
+    readme = results.resolve().parents[1] / "README.md"  # of the repository
+    if readme.exists():
+        pages[readme] = gpu.readme(readme.read_text(encoding="utf-8"), results)
     if options.check:
         stale = [file for file, text in pages.items() if _text(file) != text]
         for file in stale:
@@ -57,6 +61,8 @@ def main(options: Options) -> int:
                 file = results / plots.file_name(name, part)
                 _report(name).draw(ladder, file)
                 print(f"wrote {file}")
+    if (picture := gpu.draw(results)) is not None:
+        print(f"wrote {picture}")
     for file, text in pages.items():
         file.write_text(text, encoding="utf-8")
         print(f"wrote {file}")

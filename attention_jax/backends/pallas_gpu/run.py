@@ -22,13 +22,14 @@ from attention_jax.backends.pallas_gpu import launch, support
 from attention_jax.backends.pallas_gpu.launch import Launches, Schedules, Tiles
 from attention_jax.backends.pallas_gpu.refs import padded
 from attention_jax.backends.pallas_gpu.support import as_operands
+from attention_jax.backends.pallas_gpu.tuned import TUNED
 from attention_jax.core import compat
 from attention_jax.masks import block_map
 from attention_jax.masks.grid import Grid
 
 # --- Tiles.
 
-# Tried in this order: the first that fits. Not tuned on a card yet.
+# Tried in this order where ``tuned`` has no tiles for a width: the first that fits.
 FORWARD = (
     Tiles(128, 64, 8, 3),
     Tiles(128, 64, 8, 2),
@@ -66,12 +67,16 @@ def choose_tiles(
 ) -> Tiles | None:
     """The first that fits into shared memory, no longer than the sequences; None: none fits.
 
+    Tiles that were measured to be fastest for the width come before the candidates.
+
     >>> choose_tiles(FORWARD, 4096, 4096, 128, 128, itemsize=2)
     Tiles(block_q=128, block_k=64, warps=8, stages=2)
     >>> choose_tiles(FORWARD, 1, 4096, 256, 256, itemsize=4)
     Tiles(block_q=16, block_k=32, warps=4, stages=1)
     """
-    for tiles in candidates:
+    name = "backward" if candidates is BACKWARD else "forward"
+    measured = TUNED.get((name, padded(max(H, D)), itemsize))
+    for tiles in candidates if measured is None else (Tiles(*measured), *candidates):
         tiles = tiles._replace(
             block_q=min(tiles.block_q, padded(T)), block_k=min(tiles.block_k, padded(S))
         )

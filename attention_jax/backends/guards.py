@@ -1,0 +1,94 @@
+"""Arrays that refuse, in words, the transformations that a kernel from outside does not have.
+
+Without them a user meets the error of some inner function, which does not say what to do.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from attention_jax.core.compat import Primitive, ad, batching, mlir
+
+
+def guard(
+    arrays: tuple[Any, ...],
+    name: str,
+    instead: str,
+    *,
+    forward_mode: bool = True,
+    batched: str | None = None,
+) -> tuple[Any, ...]:
+    """The arrays as they are; a second derivative raises ``NotImplementedError``.
+
+    Args:
+      arrays: floating arrays.
+      name: of the implementation.
+      instead: how to call one that can.
+      forward_mode: whether the first derivative may be taken in forward mode.
+      batched: why there is no ``vmap``; None if there is.
+    """
+    about = f"implementation {name!r} cannot: {{}}. Ask for implementation={instead}"
+    params = {
+        "second": about.format("it can be differentiated only once"),
+        "forward": None
+        if forward_mode
+        else about.format("it has no forward-mode derivative (jvp, linearize, jacfwd, hessian)"),
+        "batched": None if batched is None else about.format(batched),
+    }
+    return tuple(_guard.bind(*arrays, order=0, **params))
+
+
+_guard = Primitive("attention_guard")
+# The tangent of an array that has derivatives in reverse mode only: it may be transposed.
+_reverse = Primitive("attention_reverse_only")
+
+_guard.multiple_results = True
+_guard.def_impl(lambda *arrays, **params: list(arrays))
+_guard.def_abstract_eval(lambda *avals, **params: list(avals))
+mlir.register_lowering(_guard, lambda ctx, *values, **params: values)
+
+
+def _jvp(primals: Any, tangents: Any, *, order: int, **params: Any) -> Any:
+    if order:  # these are the primals of a derivative already
+        raise NotImplementedError(params["second"])
+
+    def tangent(t: Any) -> Any:
+        if type(t) is ad.Zero or params["forward"] is None:
+            return t
+        return _reverse.bind(t, message=params["forward"])
+
+    return _guard.bind(*primals, order=order + 1, **params), list(map(tangent, tangents))
+
+
+def _batch(args: Any, dims: Any, **params: Any) -> Any:
+    if params["batched"] is not None:
+        raise NotImplementedError(params["batched"])
+    return _guard.bind(*args, **params), dims
+
+
+ad.primitive_jvps[_guard] = _jvp
+batching.primitive_batchers[_guard] = _batch
+
+
+def _refused(*_: Any, message: str, **others: Any) -> Any:
+    raise NotImplementedError(message)
+
+
+def _reverse_jvp(primals: Any, tangents: Any, *, message: str) -> Any:
+    (x,), (t,) = primals, tangents
+    return _reverse.bind(x, message=message), _reverse.bind(
+        ad.instantiate_zeros(t), message=message
+    )
+
+
+def _reverse_transpose(cotangent: Any, x: Any, *, message: str) -> Any:
+    return [cotangent]
+
+
+_reverse.def_impl(_refused)
+_reverse.def_abstract_eval(lambda aval, message: aval)
+mlir.register_lowering(_reverse, _refused)
+ad.primitive_jvps[_reverse] = _reverse_jvp
+ad.primitive_transposes[_reverse] = _reverse_transpose
+# Only in forward mode are there tangents to be mapped.
+batching.primitive_batchers[_reverse] = _refused
