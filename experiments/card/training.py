@@ -43,9 +43,9 @@ class Size:
     def config(self, implementation: str | None = None) -> DecoderConfig:
         """As a configuration of our decoder."""
         layers = Layers(
-            self.features,
-            self.num_layers,
-            self.num_heads,
+            features=self.features,
+            num_layers=self.num_layers,
+            num_heads=self.num_heads,
             activation="gelu_tanh",
             fused=True,
             dtype=jnp.bfloat16,
