@@ -1,21 +1,33 @@
-"""``python -m experiments VERB ...``: trains, scores, reports and measures.
+"""``python -m experiments COMMAND ...``: trains, scores, reports and measures.
 
-Modules are imported by the verb that needs them, so that listing and errors are quick.
+Modules are imported by the command that needs them, so that listing and errors are quick.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import os
+import shlex
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from experiments.options import (
+    HELP,
+    PROGRAM,
+    asks_for_help,
+    hints,
+    parse,
+    read,
+    show_help,
+    unknown,
+)
 from experiments.tasks import TASKS, load
 
-PROGRAM = "python -m experiments"
+if TYPE_CHECKING:
+    from experiments.training.config import TrainConfig
+
 # Modules of the extra [experiments].
 EXTRA = (
     "matplotlib",
@@ -29,10 +41,10 @@ EXTRA = (
     "tqdm",
     "tyro",
 )
-Options = TypeVar("Options")
+INTERRUPTED = 130  # the exit code of a program that Ctrl-C ended
 
 
-class Verb(NamedTuple):
+class Command(NamedTuple):
     """A subcommand."""
 
     usage: str
@@ -41,15 +53,17 @@ class Verb(NamedTuple):
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs the verb that comes first; returns the exit code."""
-    if not arguments or arguments[0] in ("-h", "--help"):
+    """Runs the command that comes first; returns the exit code."""
+    if not arguments or arguments[0] in HELP:
         print(listing())
         return 0
     name, *rest = arguments
-    if name not in VERBS:
-        fail(f"unknown verb {name!r}", "verbs", VERBS)
     try:
-        return VERBS[name].run(rest)
+        if name not in COMMANDS:
+            raise ValueError(unknown("command", name, COMMANDS))
+        return COMMANDS[name].run(rest)
+    except KeyboardInterrupt:
+        return interrupted("nothing was written", "start again with", arguments)
     except ModuleNotFoundError as missing:
         if (missing.name or "").split(".")[0] not in EXTRA:
             raise
@@ -62,16 +76,23 @@ def main(arguments: Sequence[str]) -> int:
         return 2
 
 
+def interrupted(state: str, advice: str, arguments: Sequence[str]) -> int:
+    """Prints what Ctrl-C left behind, and the command to type next; returns the exit code."""
+    command = f"{PROGRAM} {shlex.join(arguments)}"
+    print(f"interrupted: {state}; {advice}: {command}", file=sys.stderr)
+    return INTERRUPTED
+
+
 def listing() -> str:
-    """All verbs and all tasks, as text."""
+    """All commands and all tasks, as text."""
     lines = [__doc__.splitlines()[0].replace("``", ""), ""] if __doc__ else []
-    for verb in VERBS.values():
-        lines.append(f"  {verb.usage:42} {verb.help}")
+    for command in COMMANDS.values():
+        lines.append(f"  {command.usage:42} {command.help}")
     lines += ["", "Tasks for train:"]
     for name, summary in TASKS.items():
         lines.append(f"  {name}")
         lines += [f"    {field:7} {text}" for field, text in summary._asdict().items()]
-    lines += ["", f"Options: {PROGRAM} VERB --help; for train, {PROGRAM} train TASK --help"]
+    lines += ["", f"Options: {PROGRAM} COMMAND --help; for train, {PROGRAM} train TASK --help"]
     return "\n".join(lines)
 
 
@@ -80,59 +101,71 @@ def listing() -> str:
 
 def _train(arguments: Sequence[str]) -> int:
     """``TASK [--preset NAME] [--option value ...]``."""
-    if arguments and arguments[0] in ("-h", "--help"):
+    if arguments and arguments[0] in HELP:
         print(listing())
         return 0
     if not arguments:
-        fail("train needs a task", "tasks", TASKS)
+        raise ValueError(f"train needs a task: {', '.join(TASKS)}")
     name, *rest = arguments
     if name not in TASKS:
-        fail(f"unknown task {name!r}", "tasks", TASKS)
+        raise ValueError(unknown("task", name, TASKS))
 
-    from experiments.training.runs import Flags
+    from experiments.training.runs import Flags, folder_of
     from experiments.training.train import run
 
     task = load(name)
-    preset, rest = split_preset(rest, next(iter(task.presets)))
+    default = next(iter(task.presets.values()))
+    kinds = hints(type(default)) | hints(Flags)
+    given = [argument for argument in rest if argument not in HELP]
+    values = read({"preset": str, **kinds}, given, f"train {name}")
+    preset = values.pop("preset", next(iter(task.presets)))
     if preset not in task.presets:
-        fail(f"unknown preset {preset!r} of {name}", "presets", task.presets)
-    default = task.presets[preset]
-    both = dataclasses.make_dataclass(
-        f"{name.capitalize()}Options",
-        [("config", type(default), default), ("flags", Flags, Flags())],
-        frozen=True,
-    )
-    options: Any = parse(
-        both,
-        rest,
-        f"train {name} --preset {preset}",
-        description=(
-            f"Presets: {', '.join(task.presets)}. The defaults below are those of {preset}."
-        ),
-        parts=(type(default), Flags),
-    )
-    run(task, options.config, preset=preset, flags=options.flags)
+        raise ValueError(unknown("preset", preset, task.presets, f" of {name}"))
+    if asks_for_help(rest):
+        _train_help(name, preset, task.presets)
+    flags = Flags(**{key: value for key, value in values.items() if key in hints(Flags)})
+    changes = {key: value for key, value in values.items() if key not in hints(Flags)}
+    config = dataclasses.replace(task.presets[preset], **changes)
+    try:
+        run(task, config, preset=preset, flags=flags)
+    except KeyboardInterrupt:
+        state, resumable = _what_is_saved(folder_of(task, config, preset=preset, flags=flags))
+        again = [argument for argument in arguments if argument not in ("--overwrite", "--resume")]
+        advice = "resume it with" if resumable else "start it again with"
+        return interrupted(state, advice, ["train", *again, "--resume"])
     return 0
 
 
-def split_preset(arguments: Sequence[str], default: str) -> tuple[str, list[str]]:
-    """The value of ``--preset``, which determines the defaults, and the other arguments."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, prog=PROGRAM)
-    parser.add_argument("--preset", default=default)
-    found, rest = parser.parse_known_args(arguments)
-    return found.preset, rest
+def _train_help(name: str, preset: str, presets: Mapping[str, TrainConfig]) -> None:
+    """Prints the options of a task, with the defaults of a preset, and exits."""
+    from experiments.training.runs import Flags
+
+    config = presets[preset]
+    both = dataclasses.make_dataclass(
+        f"{name.capitalize()}Options",
+        [("config", type(config), config), ("flags", Flags, Flags())],
+        frozen=True,
+    )
+    about = f"Presets: {', '.join(presets)}. The defaults below are those of {preset}."
+    show_help(both, f"train {name} --preset {preset}", about, nested=True)
+
+
+def _what_is_saved(folder: Path) -> tuple[str, bool]:
+    """What is saved of an interrupted run, in words; and whether it can be resumed from there."""
+    from experiments.training.checkpoints import LAST, Checkpoints
+
+    step = Checkpoints(folder / "checkpoints").latest(LAST)
+    if step is None:
+        return f"{folder} has no checkpoint yet", False
+    return f"{folder} is saved at step {step}", True
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateOptions:
     """Options of ``evaluate``."""
 
-    split: str = "test"
-    """validation or test."""
-
-    def __post_init__(self) -> None:
-        if self.split not in ("validation", "test"):
-            raise ValueError(f"split must be validation or test, got {self.split}")
+    split: Literal["validation", "test"] = "test"
+    """The examples to score."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,14 +228,14 @@ def _look(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _split_run(verb: str, arguments: Sequence[str]) -> tuple[Path, Sequence[str]]:
+def _split_run(command: str, arguments: Sequence[str]) -> tuple[Path, Sequence[str]]:
     """The folder of the run, which comes first, and the other arguments."""
     if not arguments or arguments[0].startswith("-"):
-        if arguments and arguments[0] in ("-h", "--help"):
-            options = EvaluateOptions if verb == "evaluate" else TextOptions
-            parse(options, arguments, f"{verb} RUN")
+        if arguments and arguments[0] in HELP:
+            options = EvaluateOptions if command == "evaluate" else TextOptions
+            parse(options, arguments, f"{command} RUN")
         known = sorted(str(file.parent) for file in Path("runs").glob("*/*/run.json"))
-        fail(f"{verb} needs the folder of a run", "runs here", known or ["none"])
+        raise ValueError(f"{command} needs the folder of a run: {', '.join(known) or 'none here'}")
     return Path(arguments[0]), arguments[1:]
 
 
@@ -224,7 +257,12 @@ def _compare(arguments: Sequence[str]) -> int:
 def _fewshot(arguments: Sequence[str]) -> int:
     from experiments.tasks.fewshot import sweep
 
-    return sweep.main(parse(sweep.Options, arguments, "fewshot"))
+    options = parse(sweep.Options, arguments, "fewshot")
+    try:
+        return sweep.main(options)
+    except KeyboardInterrupt:
+        state = f"finished runs are in {options.out / 'fewshot'}"
+        return interrupted(state, "resume with", ["fewshot", *arguments])
 
 
 def _walkthrough(arguments: Sequence[str]) -> int:
@@ -239,59 +277,36 @@ def _bench(arguments: Sequence[str]) -> int:
     return int(attention.main(parse(attention.Options, arguments, "bench")) or 0)
 
 
-VERBS = {
-    "train": Verb("train TASK [--preset NAME] [--option ...]", "trains a model on a task", _train),
-    "evaluate": Verb("evaluate RUN [--split NAME]", "scores a trained model again", _evaluate),
-    "sample": Verb("sample RUN [--text TEXT]", "prints outputs of a trained model", _sample),
-    "look": Verb("look RUN [--text TEXT]", "writes a page that shows its attention weights", _look),
-    "report": Verb("report", "writes the pages and plots in experiments/results", _report),
-    "compare": Verb(
+COMMANDS = {
+    "train": Command(
+        "train TASK [--preset NAME] [--option ...]", "trains a model on a task", _train
+    ),
+    "evaluate": Command("evaluate RUN [--split NAME]", "scores a trained model again", _evaluate),
+    "sample": Command("sample RUN [--text TEXT]", "prints outputs of a trained model", _sample),
+    "look": Command(
+        "look RUN [--text TEXT]", "writes a page that shows its attention weights", _look
+    ),
+    "report": Command("report", "writes the pages and plots in experiments/results", _report),
+    "compare": Command(
         "compare [--option ...]",
         "checks all implementations against the float64 oracle",
         _compare,
     ),
-    "fewshot": Verb(
+    "fewshot": Command(
         "fewshot [--option ...]", "trains with few labelled examples, plots accuracy", _fewshot
     ),
-    "bench": Verb("bench [--option ...]", "measures time and memory of attention", _bench),
-    "walkthrough": Verb("walkthrough", "prints self-attention by hand, step by step", _walkthrough),
+    "bench": Command("bench [--option ...]", "measures time and memory of attention", _bench),
+    "walkthrough": Command(
+        "walkthrough", "prints self-attention by hand, step by step", _walkthrough
+    ),
 }
 
 
-def parse(
-    options: type[Options],
-    arguments: Sequence[str],
-    command: str,
-    description: str | None = None,
-    parts: Sequence[Any] = (),
-) -> Options:
-    """Parses options into a dataclass, or into one with the nested dataclasses ``parts``."""
-    import tyro
-
-    found, unknown = tyro.cli(
-        options,
-        args=arguments,
-        prog=f"{PROGRAM} {command}",
-        description=description,
-        return_unknown_args=True,
-        config=(tyro.conf.OmitArgPrefixes,) if parts else (),
-    )
-    if unknown:
-        valid = [flag for part in parts or (options,) for flag in flags(part)]
-        fail(f"unknown option {unknown[0]!r}", f"options of {command}", valid)
-    return found
-
-
-def flags(options: Any) -> list[str]:
-    """The options as typed on the command line."""
-    return ["--" + field.name.replace("_", "-") for field in dataclasses.fields(options)]
-
-
-def fail(problem: str, kind: str, valid: Iterable[str]) -> NoReturn:
-    """Prints what was wrong and what is valid; exits with code 2."""
-    print(f"error: {problem}\n{kind}: {', '.join(valid)}", file=sys.stderr)
-    raise SystemExit(2)
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    if code == INTERRUPTED:
+        # JAX may still be computing in other threads: shutting Python down under them can crash.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

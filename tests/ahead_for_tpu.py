@@ -1,6 +1,6 @@
-"""Compiles for a TPU that this machine does not have, and prints what the compiler says, as JSON.
+"""Compiles for a TPU without having one, and prints what the compiler reports, as JSON.
 
-A program of its own: the TPU compiler wants an environment that no other test should see.
+A separate program: the TPU compiler needs environment variables that other tests must not have.
 """
 
 import json
@@ -40,7 +40,7 @@ def shapes(B, dtype="bfloat16"):
 
 
 def compiled(fn, *args):
-    """What is known of ``fn`` compiled for four chips."""
+    """Facts about ``fn`` compiled for four chips."""
     program = jax.jit(fn).lower(*args).compile()
     text, memory, cost = program.as_text(), program.memory_analysis(), program.cost_analysis()
     return {

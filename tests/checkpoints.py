@@ -1,4 +1,4 @@
-"""Small models of every family, and folders as they are published."""
+"""Small models of every family, and checkpoint folders like published ones."""
 
 import functools
 import json
@@ -74,7 +74,7 @@ def make(kind):
 
 
 def assert_same(model, expected):
-    """The same parameters in the same places: what they give need not be computed."""
+    """Checks that all parameters are equal, so that outputs need not be computed."""
     a, b = (dict(nnx.to_flat_state(nnx.state(x, nnx.Param))) for x in (model, expected))
     assert a.keys() == b.keys()
     for path, x in a.items():
@@ -83,7 +83,7 @@ def assert_same(model, expected):
 
 @functools.cache
 def checkpoint(kind):
-    """Its tensors and its entries."""
+    """The tensors and the configuration entries of a model."""
     with tempfile.TemporaryDirectory() as folder:
         pretrained.save(make(kind), folder)
         arrays = dict(safetensors.File(Path(folder) / "model.safetensors"))
@@ -91,7 +91,7 @@ def checkpoint(kind):
 
 
 def saved(tmp_path):
-    """A folder with a model of a kind, with more tensors and entries, or other ones; and it."""
+    """The folder of a saved model, with tensors and entries added or replaced; and the model."""
 
     def write(kind, change=lambda arrays: arrays, **entries):
         arrays, config = checkpoint(kind)

@@ -1,6 +1,6 @@
-"""XLA options for programs that run for an instant: they compile fast and run slowly.
+"""XLA options for short-lived programs: fast to compile, slow to run.
 
-Most of a test's time is the compiler's. Results of different shapes may differ in their last bits;
+Tests spend most of their time compiling. Results of different shapes may differ in their last bits;
 where that matters, a test compiles with ``default_options()``. ``python tests/compiling.py`` prints
 the flags.
 """

@@ -1,4 +1,4 @@
-"""What every test runs under: eight devices, a fast compiler, strict dtypes, checked annotations.
+"""Settings of all tests: eight devices, a fast compiler, strict dtypes, checked annotations.
 
 Eight host devices are what ``shard_map`` is tested on. They must be asked for before JAX starts,
 and the import hook must be there before the package is imported: hence the order below.
@@ -25,12 +25,12 @@ import jax
 import jaxtyping
 import pytest
 
-# A program with an environment of its own, no module to look for doctests in.
+# A separate program, without doctests to collect.
 collect_ignore = ["ahead_for_tpu.py"]
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
-# Not the reference: it is NumPy alone, has its own checks, and says how in its annotations.
+# The reference is left out: it is plain NumPy and checks its own arguments.
 _PACKAGE = importlib.util.find_spec("attention_jax")
 _CHECKED = [
     f"attention_jax.{module.name}"
@@ -55,7 +55,7 @@ hypothesis.settings.load_profile("default")
 
 
 def pytest_collection_finish():
-    """What is imported by now stays: the garbage collector need not walk through it again."""
+    """Freezes all imported objects, so that the garbage collector does not scan them again."""
     gc.collect()
     gc.freeze()
 
@@ -67,17 +67,24 @@ def x64():
         yield
 
 
+@pytest.fixture
+def standard_promotion():
+    """JAX's default dtype promotion, which other libraries rely on."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
 @pytest.fixture(scope="module")
 def small_blocks():
-    """Blockwise attention in blocks of 3 x 4, so that short sequences have several, and ragged.
+    """Blockwise attention in blocks of 3 x 4: short sequences have several, the last one partial.
 
-    Two heads are computed together, and the rest in turns.
+    Heads are computed two at a time.
     """
     from attention_jax import backends  # after the import hook
 
     small = backends.Blockwise(3, 4, batch_pairs=2 * 3 * 4)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(backends.IMPLEMENTATIONS, "blockwise", small)
-        jax.clear_caches()  # what was compiled holds other blocks
+        jax.clear_caches()  # compiled programs have other block sizes
         yield
     jax.clear_caches()

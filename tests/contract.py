@@ -1,8 +1,8 @@
-"""The suite that every implementation must pass: the checker's catalogue, and who is checked.
+"""The suite that every implementation must pass: the checker's catalogue, and the implementations.
 
-``IMPLEMENTATIONS`` are functions with the signature of ``attention``; a new backend adds itself
-there, and its share of the catalogue to ``CHECKS``. The blockwise backend runs in small blocks
-besides its own, or every small case would be one tile.
+``IMPLEMENTATIONS`` are functions with the signature of ``attention``; add a new backend
+there, and the cases it must pass to ``CHECKS``. The blockwise backend also runs with small blocks:
+with its own, a small case is a single tile.
 """
 
 import functools
@@ -36,8 +36,8 @@ IMPLEMENTATIONS = {
 PROMISES = testing.cases(tag="promise")
 PAIRS = testing.cases(tag="pair")
 
-# Every implementation keeps every promise. Every pair goes to at least one of them, as masks,
-# scores and dropout are common to all: all pairs for one implementation is ``testing.check(fn)``.
+# Every implementation is checked on every promise. Each pair of options is checked on at least one
+# of them, since masks, scores and dropout are shared; ``testing.check(fn)`` checks them all.
 CHECKS = {
     "xla": PROMISES + testing.cases(tag="small"),
     "blockwise": testing.cases(tag="numerics") + testing.cases(tag="padded"),
@@ -48,24 +48,31 @@ CHECKS = {
 }
 
 
-# What a default run checks of each; the rest is slow.
-DEFAULT_TAGS = {"blockwise": "smoke", "blockwise 7x5": "smoke", "auto": "smoke"}
+def by_default(name, case):
+    """Whether a default run checks this case; the rest is slow.
+
+    The blockwise backend in small blocks runs all core cases. ``xla``, the plain formula, runs the
+    core cases that are pairs, empty rows or smoke tests. The others share code with these two.
+    """
+    if name in ("blockwise", "blockwise 7x5", "auto"):
+        return "smoke" in case.tags and case.name != "everything"
+    if name == "xla" and not case.tags & {"pair", "empty", "smoke"}:
+        return False
+    return "core" in case.tags
 
 
 def parameters(name, cases, tag=None):
-    """``(name, case)`` as parameters of a test; without the tag they are slow tests."""
-    tag = tag or DEFAULT_TAGS.get(name, "core")
+    """``(name, case)`` as parameters of a test; ``tag`` selects those of a default run."""
     return [
-        pytest.param(
-            name, c, id=f"{c.name}-{name}", marks=[] if tag in c.tags else [pytest.mark.slow]
-        )
+        pytest.param(name, c, id=f"{c.name}-{name}", marks=[] if quick else [pytest.mark.slow])
         for c in cases
+        for quick in [tag in c.tags if tag else by_default(name, c)]
     ]
 
 
 @functools.lru_cache(maxsize=64)
 def prepared(case):
-    """The oracle's answer and the tolerances, shared by all that are checked on one case."""
+    """The oracle's results and the tolerances, shared by all implementations checked on a case."""
     return testing.trial(case)
 
 
@@ -75,5 +82,5 @@ def assert_right(name, case):
         cases=[prepared(case)],
         compiler_options=default_options() if name == "auto" else None,
     )
-    wrong = [row for row in report.rows if row.verdict != "ok"]  # a refusal is wrong here
+    wrong = [row for row in report.rows if row.verdict != "ok"]  # a refusal fails as well
     assert not wrong, f"{name}: {case}\n{report}"

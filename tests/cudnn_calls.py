@@ -1,6 +1,6 @@
 """The adapter to cuDNN without a card: a stand-in for the kernel, and calls that it supports.
 
-The stand-in is ``jax.nn``'s own formula in float32, made worse: rows that cuDNN does not define
+The stand-in is ``jax.nn``'s own formula in float32, made harsher: rows that cuDNN does not define
 are NaN, and so is every gradient that flows through them, even from a cotangent of 0.
 """
 
@@ -91,7 +91,7 @@ def calls():
                 | (keys == 0)
                 | (options["is_causal"] & (i >= reach) & (window is not None))
             )
-        # A product, not a selection: what comes back is NaN as well.
+        # Multiply instead of selecting, so that gradients are NaN as well.
         return out * jnp.where(undefined, jnp.nan, 1.0)[..., None, None].astype(out.dtype)
 
     with mock.patch.object(jax.nn, "dot_product_attention", stand_in):

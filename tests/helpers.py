@@ -1,5 +1,7 @@
 """What several test files share: random arrays, comparisons, derivatives, marks."""
 
+import os
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -28,7 +30,7 @@ def inputs(seed=0, *, B, T, S, N, K, H, D, dtype=None):
 
 
 def randomised(module, seed=0):
-    """Every parameter random: at zeros and ones mistakes hide."""
+    """Makes every parameter random, since zeros and ones hide mistakes."""
     state = nnx.state(module, nnx.Param)
     leaves, tree = jax.tree.flatten(state)
     keys = jax.random.split(jax.random.key(seed), len(leaves))
@@ -41,12 +43,12 @@ def randomised(module, seed=0):
 
 
 def close(a, b, tolerance=2e-5, *, atol=None):
-    """Trees of arrays: relative and absolute tolerance are one, unless ``atol`` is given."""
+    """Compares trees of arrays; the absolute tolerance equals the relative one unless given."""
     chex.assert_trees_all_close(a, b, rtol=tolerance, atol=tolerance if atol is None else atol)
 
 
 def close_to_largest(ours, exact, tolerance):
-    """Arrays: the tolerance is relative to the largest number, or to 1 if that is larger."""
+    """Compares arrays; the tolerance is relative to the largest number, or to 1 if larger."""
     ours, exact = (np.asarray(x, np.float64) for x in (ours, exact))
     largest = max(1, np.abs(exact).max(initial=0))
     np.testing.assert_allclose(ours, exact, rtol=0, atol=tolerance * largest)
@@ -56,7 +58,7 @@ def close_to_largest(ours, exact, tolerance):
 
 
 def value_and_gradients(fn, *arrays, **options):
-    """A loss of output (and lse), and its gradients by all arrays; jitted."""
+    """A scalar loss of output (and lse), and its gradients by all arrays; jitted."""
 
     def loss(*arrays):
         out = fn(*arrays, **options)
@@ -67,7 +69,7 @@ def value_and_gradients(fn, *arrays, **options):
 
 
 def softmax(x):
-    """Of one row, in NumPy."""
+    """The softmax of one row, in NumPy."""
     e = np.exp(x - x.max())
     return e / e.sum()
 
@@ -78,6 +80,10 @@ def linear(module, x):
 
 
 # --- Marks.
+
+needs_files = pytest.mark.skipif(
+    "ATTENTION_JAX_DATA" not in os.environ, reason="ATTENTION_JAX_DATA names no folder of data sets"
+)
 
 
 def slow(*values):

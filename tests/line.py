@@ -76,6 +76,12 @@ def parameters(trained):
     return {jax.tree_util.keystr(path): np.asarray(x) for path, x in leaves}
 
 
+def equal(one, other):
+    """Whether arrays are equal bit for bit, by name."""
+    assert one.keys() == other.keys()
+    return all(np.array_equal(one[name], other[name]) for name in one)
+
+
 if __name__ == "__main__":
     folder, steps = Path(sys.argv[1]), int(sys.argv[2])
     print("ready", flush=True)

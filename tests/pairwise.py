@@ -1,4 +1,4 @@
-"""Few cases in which every value of every argument meets every value of every other."""
+"""Few cases that combine each value of each argument with each value of every other argument."""
 
 import itertools
 
@@ -11,7 +11,7 @@ def cases(arguments, fast):
 
     Args:
       arguments: the values of each argument, by its name.
-      fast: how many of the cases, which meet the most pairs, are in a default run.
+      fast: how many cases are in a default run; they cover the most pairs.
     """
     chosen = [
         {name: arguments[name][i] for name, i in case.items()} for case in _covering(arguments)
@@ -23,7 +23,7 @@ def cases(arguments, fast):
 
 
 def _covering(arguments):
-    """Greedily: of some random cases with the first pair not yet met, the one with the most."""
+    """Greedily: of random cases with the first uncovered pair, that with the most such pairs."""
     rng = np.random.default_rng(0)
     places = {name: range(len(arguments[name])) for name in sorted(arguments)}
 

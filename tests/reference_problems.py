@@ -20,7 +20,7 @@ def inputs(seed=0, batch=(B,)):
 
 
 def every_option(seed=1, batch=(B,)):
-    """All options at once. Every query attends to some key, some to few."""
+    """All options at once. Every query attends to at least one key."""
     rng = np.random.default_rng(seed)
     mask = rng.random((*batch, N, T, S)) < 0.6
     mask[..., np.arange(T), np.arange(T)] = True

@@ -1,4 +1,4 @@
-"""Properties of ``attention`` that hold whatever the numbers are, for each implementation."""
+"""Properties of ``attention`` that hold for any numbers, for each implementation."""
 
 import functools
 

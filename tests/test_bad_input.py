@@ -1,7 +1,7 @@
-"""Wrong calls: each an error that names the argument, what was expected and what came.
+"""Wrong calls: each raises an error that names the argument, what was expected and what was given.
 
 Under the tests' import hook a wrong call fails at the annotations, before the library's own
-checks. What a user sees is asked of one process without it: this file, run as a script.
+checks. The messages that users get come from one process without it: this file, run as a script.
 """
 
 import ast
@@ -25,7 +25,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 
 def every_wrong_call():
-    """Name, function, error, parts of its message: every wrong call there is."""
+    """All wrong calls: name, function, error, and parts of its message."""
     from attention_jax import Mask, Score, attention, attention_weights, explain
 
     def jitted(arguments):

@@ -1,4 +1,4 @@
-"""Random compositions of masks: their pairs and block maps against a count of every pair."""
+"""Random compositions of masks: their pairs and block maps, checked pair by pair."""
 
 from typing import NamedTuple
 
@@ -7,12 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import slow
 from hypothesis import given, settings
 
 from attention_jax import Mask, block_map, masks
+from attention_jax.core.axes import Sizes
 from attention_jax.masks.block_map import EMPTY, FULL, PARTIAL, schedule
 from attention_jax.masks.grid import Grid
-from attention_jax.testing import rules
+from attention_jax.testing import Case, rules
 
 B, N = 3, 2
 
@@ -45,8 +47,8 @@ def band(rng, T, S):
     left, right = (int(x) if x >= 0 else None for x in rng.integers(-2, 9, 2))
     offset, o = number(rng, -S, S)
     align = ["start", "end"][rng.integers(2)]
-    seen = rules.band(i, j, left, right, o + (S - T if align == "end" else 0))
-    return Known(masks.window(left, right, offset=offset, align=align), seen, True)
+    pairs = rules.band(i, j, left, right, o + (S - T if align == "end" else 0))
+    return Known(masks.window(left, right, offset=offset, align=align), pairs, True)
 
 
 def some_lengths(rng, T, S):
@@ -73,20 +75,20 @@ def strides(rng, T, S):
 
 
 def documents(rng, T, S):
-    """Sorted and without a gap, padding last: as packing makes them."""
+    """Sorted and contiguous with padding last, as packing makes them."""
     q, k = (np.cumsum(rng.random((B, n)) < 0.3, axis=1) for n in (T, S))
     q, k = (
         np.where(np.arange(T) < T - rng.integers(0, 3), q, -1),
         np.where(rng.random() < 0.9, k, -1),
     )
-    seen = rules.same_segment(q[:, None, :, None], k[:, None, None, :])
-    return Known(masks.segments(q, k), seen, True)
+    pairs = rules.same_segment(q[:, None, :, None], k[:, None, None, :])
+    return Known(masks.segments(q, k), pairs, True)
 
 
 def unsorted_segments(rng, T, S):
     q, k = (rng.integers(-2, 4, (B, n)) for n in (T, S))
-    seen = rules.same_segment(q[:, None, :, None], k[:, None, None, :])
-    return Known(masks.segments(q, k), seen, False)
+    pairs = rules.same_segment(q[:, None, :, None], k[:, None, None, :])
+    return Known(masks.segments(q, k), pairs, False)
 
 
 def layouts(rng, T, S):
@@ -224,25 +226,44 @@ def check_sound(p, visible, kinds):
     return exact
 
 
-@settings(max_examples=40)
-@given(problems())
-def test_block_maps_are_sound(p):
-    mask, visible, _ = p.known()
+@pytest.mark.parametrize("examples", [12, slow(40)])
+def test_block_maps_are_sound(examples):
+    @settings(max_examples=examples)
+    @given(problems())
+    def check(p):
+        mask, visible, _ = p.known()
+        check_sound(p, visible, p.kinds(mask))
+
+    check()
+
+
+@pytest.mark.parametrize("examples", [6, slow(20)])
+def test_block_maps_of_traced_masks_are_sound(examples):
+    @settings(max_examples=examples)
+    @given(problems())
+    def check(p):
+        mask, visible, _ = p.known()
+        traced = jax.jit(lambda mask: jnp.asarray(p.kinds(mask)))(mask)
+        check_sound(p, visible, traced)
+        np.testing.assert_array_equal(traced, p.kinds(mask))
+
+    check()
+
+
+@pytest.mark.slow  # single masks are checked more thoroughly below; this one needs no builder
+@pytest.mark.parametrize("name", [name for name in rules.MASKS if name != "none"])
+def test_block_maps_of_the_checkers_masks_are_sound(name):
+    p = Problem((35, 35), (8, 5), ())
+    sizes = Sizes(B=(B,), T=35, S=35, K=1, G=N, H=1, D=1)
+    mask, visible = rules.MASKS[name](Case(name, sizes), np.random.default_rng(0))
     check_sound(p, visible, p.kinds(mask))
+    check_sound(p, ~visible, p.kinds(~mask))
 
 
-@settings(max_examples=15)
-@given(problems())
-def test_block_maps_of_traced_masks_are_sound(p):
-    mask, visible, _ = p.known()
-    traced = jax.jit(lambda mask: jnp.asarray(p.kinds(mask)))(mask)
-    check_sound(p, visible, traced)
-    np.testing.assert_array_equal(traced, p.kinds(mask))
-
-
+@pytest.mark.parametrize("examples", [4, slow(12)])
 @pytest.mark.parametrize("builder", ATOMS + SQUARE_ATOMS, ids=lambda f: f.__name__)
-def test_single_masks_have_exact_block_maps(builder):
-    @settings(max_examples=12 if builder not in SQUARE_ATOMS else 6)
+def test_single_masks_have_exact_block_maps(builder, examples):
+    @settings(max_examples=examples)
     @given(problems(trees=atoms, builders=[builder]))
     def check(p):
         if builder in SQUARE_ATOMS:

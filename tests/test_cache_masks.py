@@ -108,35 +108,35 @@ def calls(lengths):
         start += n
 
 
-def in_calls(kept, lengths, **options):
+def attend_in_calls(cached, lengths, **options):
     """Attention of all tokens, in calls of these lengths."""
     parts = []
     for part in calls(lengths):
-        out, kept = cache.attend(kept, *(x[:, part] for x in tokens()), **options)
+        out, cached = cache.attend(cached, *(x[:, part] for x in tokens()), **options)
         parts.append(out)
     return jnp.concatenate(parts, axis=1)
 
 
-def visible(mask, kept, lengths):
+def visible(mask, cached, lengths):
     """Which tokens each token attends to, ``[B N T T]``, in calls of these lengths."""
-    seen = np.zeros((B, N, T, T), bool)
+    found = np.zeros((B, N, T, T), bool)
     for part in calls(lengths):
         new = [x[:, part] for x in tokens(numbers=True)[1:]]
-        _, values, now, kept = cache.extend(kept, *new, mask=mask)
+        _, values, now, cached = cache.extend(cached, *new, mask=mask)
         pairs = np.asarray(now.to_dense(part.stop - part.start, values.shape[1], B=B, N=N))
         for b, n, t, slot in zip(*np.nonzero(pairs), strict=True):
-            seen[b, n, part.start + t, int(values[b, slot, 0, 0])] = True
-    return seen
+            found[b, n, part.start + t, int(values[b, slot, 0, 0])] = True
+    return found
 
 
-def changed(score, kept, lengths, mask):
-    """The logits ``[B N T T]`` that scores make of 0, in such calls; 0 where masked."""
+def logits_of(score, cached, lengths, mask):
+    """Logits of 0, ``[B N T T]``, after the scores, in such calls; 0 where masked."""
     logits = np.zeros((B, N, T, T), np.float32)
     for part in calls(lengths):
         new = [x[:, part] for x in tokens(numbers=True)[1:]]
         size = part.stop - part.start
-        placed = cache.placed_scores(kept, score, size)
-        _, values, now, kept = cache.extend(kept, *new, mask=mask)
+        placed = cache.placed_scores(cached, score, size)
+        _, values, now, cached = cache.extend(cached, *new, mask=mask)
         S = values.shape[1]
         pairs, s = np.asarray(now.to_dense(size, S, B=B, N=N)), each_logit(placed, size, S)
         for b, n, t, slot in zip(*np.nonzero(pairs), strict=True):
@@ -188,9 +188,9 @@ def test_the_same_tokens_are_visible_in_a_rolling_cache(name, cuts):
 @pytest.mark.parametrize("name", SCORES)
 def test_a_score_gives_the_same_logits_with_a_cache(name, rolling, cuts):
     near = masks.window(WINDOW - 1, 0)
-    seen, whole = np.asarray(near.to_dense(T, T)), each_logit(SCORES[name], T, T)
-    got = changed(SCORES[name], empty(rolling), cuts, near)
-    close(got, np.where(seen, whole, 0), 1e-5)
+    found, whole = np.asarray(near.to_dense(T, T)), each_logit(SCORES[name], T, T)
+    got = logits_of(SCORES[name], empty(rolling), cuts, near)
+    close(got, np.where(found, whole, 0), 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -201,25 +201,25 @@ def test_attention_with_a_cache_equals_the_whole_sequence(rolling, implementatio
     mask, score = BOTH & masks.window(2, None), (SCORES["relative_bias"], *SCORES["several"])
     expected = attention(*tokens(), mask=mask, score=score)
     options = {"mask": mask, "score": score, "implementation": implementation}
-    close(in_calls(empty(rolling), [4, 1, 1], **options), expected, 1e-5)
+    close(attend_in_calls(empty(rolling), [4, 1, 1], **options), expected, 1e-5)
 
 
 @pytest.mark.parametrize("name", LOOK_AHEAD)
 def test_a_mask_that_looks_ahead_is_refused(name):
     with pytest.raises(ValueError, match=r"mask may let a query attend to later.*masks\.causal"):
-        in_calls(empty(), [T], mask=LOOK_AHEAD[name])
+        attend_in_calls(empty(), [T], mask=LOOK_AHEAD[name])
 
 
 @pytest.mark.parametrize("cuts", [[1] * T, [2, 4]])
 def test_a_prefix_in_more_than_one_call_is_refused(cuts):
     with pytest.raises(ValueError, match="they must come in one call"):
-        in_calls(empty(), cuts, mask=BOTH)
+        attend_in_calls(empty(), cuts, mask=BOTH)
 
 
 def test_a_rolling_cache_refuses_masks_beyond_its_capacity():
     for mask in (CAUSAL, masks.window(3, 0), BOTH, masks.segments(IDS) & CAUSAL):
         with pytest.raises(ValueError, match=r"mask may look back.*masks\.window\(2, None\)"):
-            in_calls(empty(rolling=True), [T], mask=mask)
+            attend_in_calls(empty(rolling=True), [T], mask=mask)
 
 
 @pytest.mark.parametrize("name", ["segments", "dense", "neighborhood", "block_sparse", "global"])
@@ -229,7 +229,7 @@ def test_arrays_shorter_than_the_sequence_are_refused(name):
     with pytest.raises(ValueError, match=r"mask: .*has entries for 6 positions.*may have 7"):
         cache.extend(longer, *new, mask=MASKS[name])
     with pytest.raises(ValueError, match="may have 10"):  # lengths are traced: it could be so
-        jax.eval_shape(lambda kept: cache.extend(kept, *new, mask=MASKS[name]), longer)
+        jax.eval_shape(lambda cached: cache.extend(cached, *new, mask=MASKS[name]), longer)
 
 
 def test_scores_with_short_arrays_or_offset_arrays_are_refused():
@@ -240,16 +240,16 @@ def test_scores_with_short_arrays_or_offset_arrays_are_refused():
         cache.placed_scores(longer, scores.alibi(offset=longer.length), 1)
     rolling = empty(rolling=True)
     with pytest.raises(NotImplementedError, match=r"array of bias .* rolling cache"):
-        jax.eval_shape(lambda kept: cache.placed_scores(kept, scores.bias(BIAS), 1), rolling)
+        jax.eval_shape(lambda cached: cache.placed_scores(cached, scores.bias(BIAS), 1), rolling)
 
 
 def test_relative_embeddings_hold_the_query_of_the_call():
     query, table = tokens()[0], RNG.normal(size=(5, H)).astype(np.float32)
     expected = attention(*tokens(), mask=CAUSAL, score=scores.relative_embedding(query, table))
-    kept, parts = empty(), []
+    cached, parts = empty(), []
     for part in calls([4, 1, 1]):
         new = [x[:, part] for x in tokens()]
         score = scores.relative_embedding(new[0], table)
-        out, kept = cache.attend(kept, *new, score=score)
+        out, cached = cache.attend(cached, *new, score=score)
         parts.append(out)
     close(jnp.concatenate(parts, axis=1), expected, 1e-5)

@@ -117,7 +117,7 @@ def test_resuming_from_a_state_equals_the_whole_sequence(name):
 
 @two_by_default
 def test_padding_is_skipped(name):
-    """As if the padding had not been there, whatever it holds."""
+    """Padding changes nothing, whatever it holds."""
     given = arrays(T=9, dtype=np.float32)
     real = np.ones((B, 9), bool)
     real[:, [2, 7]] = False
@@ -141,7 +141,7 @@ def test_padding_is_skipped(name):
 
 # --- Several documents in one row.
 
-# Longer than a piece, across the borders of pieces, of one token, after padding, padding within.
+# Longer than a chunk, across chunk borders, of one token, after padding, with padding inside.
 DOCUMENTS = np.full((B, T), -1)
 DOCUMENTS[0, :70], DOCUMENTS[0, 70:71], DOCUMENTS[0, 71:90] = 5, 3, 4
 DOCUMENTS[0, 95:140] = 5

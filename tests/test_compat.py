@@ -1,4 +1,4 @@
-"""What we need of JAX beyond its documented interface: each name does what we take it for."""
+"""What we use of JAX beyond its documented interface: each name does what we rely on."""
 
 import ast
 import pathlib
@@ -37,16 +37,16 @@ def test_a_primitive_and_its_rules():
 
 
 def test_a_tangent_that_is_zero_has_a_type_of_its_own():
-    double, seen = compat.Primitive("double_of_first"), []
+    double, recorded = compat.Primitive("double_of_first"), []
     double.def_impl(lambda x, y: 2 * x)
 
     def rule(primals, tangents):
-        seen.extend(type(t) is compat.ad.Zero for t in tangents)
+        recorded.extend(type(t) is compat.ad.Zero for t in tangents)
         return double.bind(*primals), compat.ad.Zero(jax.typeof(primals[0]).to_tangent_aval())
 
     compat.ad.primitive_jvps[double] = rule
     _, tangent = jax.jvp(lambda x: double.bind(x, 1.0), (1.0,), (1.0,))
-    assert seen == [False, True]
+    assert recorded == [False, True]
     assert tangent == 0.0
 
 
@@ -78,30 +78,30 @@ def test_run_again_keeps_the_rules_of_a_function():
 
 
 def test_varies_along_the_axes_that_shard_map_splits():
-    seen = {}
+    recorded = {}
 
     def body(x, y):
-        seen.update(x=compat.varies(jax.typeof(x)), y=compat.varies(jax.typeof(y)))
+        recorded.update(x=compat.varies(jax.typeof(x)), y=compat.varies(jax.typeof(y)))
         return x
 
     mesh = jax.make_mesh((2,), ("i",), axis_types=(AxisType.Auto,))
     jax.shard_map(body, mesh=mesh, in_specs=(P("i"), P()), out_specs=P("i"))(
         jnp.zeros(4), jnp.zeros(4)
     )
-    assert seen == {"x": {"i"}, "y": set()}
+    assert recorded == {"x": {"i"}, "y": set()}
     assert compat.varies(jax.typeof(jnp.zeros(4))) == set()
 
 
 def test_like_varies_as_its_model():
-    seen = {}
+    recorded = {}
 
     def body(x):
-        seen.update(result=compat.like(jax.typeof(x), (3, 5), jnp.bfloat16))
+        recorded.update(result=compat.like(jax.typeof(x), (3, 5), jnp.bfloat16))
         return x
 
     mesh = jax.make_mesh((2,), ("i",), axis_types=(AxisType.Auto,))
     jax.shard_map(body, mesh=mesh, in_specs=P("i"), out_specs=P("i"))(jnp.zeros(4))
-    result = seen["result"]
+    result = recorded["result"]
     assert (result.shape, result.dtype) == ((3, 5), jnp.bfloat16)
     assert compat.varies(result) == {"i"}
 

@@ -50,7 +50,7 @@ POSITIONS = np.arange(T, dtype=np.int32)
 MASKS = {
     "causal": masks.causal(),
     "causal at the end": masks.causal(align="end"),
-    "offsets": masks.causal(offset=np.array([-2, 1], np.int32)),  # rows that see nothing
+    "offsets": masks.causal(offset=np.array([-2, 1], np.int32)),  # some queries have no visible key
     "window": masks.window(2, 1) & masks.lengths(query=np.array([3, 0]), key=np.array([5, 0])),
     "segments": masks.segments(SEGMENTS) & masks.padding(FLAGS),
     "prefix": masks.prefix(np.array([2, 4])) | masks.causal(),
@@ -91,7 +91,7 @@ def attend(mask=None, score=(), implementation="xla", rate=0.0, key=None):
 
 
 def without_sinks(mask=None, implementation="xla"):
-    """Rows that see nothing have lse -inf and no gradient."""
+    """Queries without a visible key have lse -inf, which gets no gradient."""
 
     def total(q, k, v):
         return (aj.attention(q, k, v, mask=mask, implementation=implementation) ** 2).sum()
@@ -99,7 +99,7 @@ def without_sinks(mask=None, implementation="xla"):
     return jax.value_and_grad(total, argnums=(0, 1, 2))(Q, KEY, VALUE)
 
 
-# --- What else there is.
+# --- The rest of the library.
 
 
 def all_positions(_):
@@ -122,24 +122,27 @@ def all_positions(_):
 def caching(_):
     outs = []
     for rolling in (False, True):
-        kept = cache.init(
+        cached = cache.init(
             (B,), capacity=8, num_kv_heads=K, head_dim=H, value_dim=D, rolling=rolling
         )
-        for piece in (slice(0, 4), slice(4, 5)):
-            count = None if piece.start else np.array([4, 2], np.int32)
-            out, kept = cache.attend(
-                kept, *(x[:, piece] for x in (Q, KEY, VALUE)), mask=masks.window(3, 0), count=count
+        for chunk in (slice(0, 4), slice(4, 5)):
+            count = None if chunk.start else np.array([4, 2], np.int32)
+            out, cached = cache.attend(
+                cached,
+                *(x[:, chunk] for x in (Q, KEY, VALUE)),
+                mask=masks.window(3, 0),
+                count=count,
             )
             outs.append(out)
-        outs.append((kept.positions(), kept.overflowed))
+        outs.append((cached.positions(), cached.overflowed))
     return outs
 
 
 def maps_and_drawings(_):
-    """Who sees whom, outside of attention."""
-    seen = [mask for mask in MASKS.values() if mask is not None]
-    blocks = [aj.block_map(x, T, T, block_q=2, block_k=3, B=B, N=N).kinds for x in seen]
-    return blocks, [x.to_dense(T, T, B=B, N=N) for x in seen]
+    """Block maps and dense masks."""
+    some_masks = [mask for mask in MASKS.values() if mask is not None]
+    blocks = [aj.block_map(x, T, T, block_q=2, block_k=3, B=B, N=N).kinds for x in some_masks]
+    return blocks, [x.to_dense(T, T, B=B, N=N) for x in some_masks]
 
 
 def drop_ins(key):
@@ -354,7 +357,7 @@ SETTINGS = {
     "rbg": lambda: typed_keys(jax.default_prng_impl("rbg")),
     "raw rbg": lambda: raw_keys("rbg"),
 }
-# Rows that see nothing, where a NaN would come from.
+# Queries without a visible key, where a NaN would arise.
 HIDING = ["offsets", "window", "segments", "-inf bias", "without sinks"]
 HIDING = [f"{implementation}, {x}" for implementation in ("xla", "blockwise") for x in HIDING]
 OTHERS = ["weights", "positions", "cache", "linear mechanisms", "dense mechanisms", "tagger"]
@@ -395,6 +398,6 @@ def test_runs_under_each_setting(run):
 
 @pytest.mark.parametrize("name", mostly_slow(HIDING[:5], ["xla, without sinks"]))
 def test_no_intermediate_nan(name):
-    """Not even one that is replaced later, as ``-inf - -inf`` in a hidden row would be."""
+    """Not even one that is replaced later, as ``-inf - -inf`` in a masked row would be."""
     error, _ = checkify.checkify(CALLS[name], errors=checkify.nan_checks)(jax.random.key(0))
     assert error.get() is None

@@ -1,4 +1,4 @@
-"""The adapter to cuDNN: what it asks of ``jax.nn``, what it refuses, and what it repairs."""
+"""The adapter to cuDNN: the arguments it passes, refusals, and rows that cuDNN leaves undefined."""
 
 import functools
 import math
@@ -54,13 +54,13 @@ def test_equals_the_oracle(name, calls):
         return jax.tree.leaves(jax.jit(program)(x, [jnp.asarray(b) for b in bias]))
 
     ours, plain = both(output), both(by_xla)
-    seen = np.ones((math.prod(B), N, T, T), bool)
+    visible = np.ones((math.prod(B), N, T, T), bool)
     if "mask" in options:
-        seen = options["mask"].resolve(T, T, N)
-        seen = np.asarray(full_rank(seen, prepared(*x)[1].sizes, "mask").to_dense(T, T, B=6, N=N))
+        visible = options["mask"].resolve(T, T, N)
+        visible = full_rank(visible, prepared(*x)[1].sizes, "mask").to_dense(T, T, B=6, N=N)
     wide = [np.asarray(a, np.float64) for a in (*x, *bias)]
     rule = {
-        "mask": seen.reshape(*B, N, T, T),
+        "mask": np.asarray(visible).reshape(*B, N, T, T),
         "scale": 0.3,
         "scores": [reference.Bias(b) for b in wide[3:]],
     }
@@ -99,7 +99,7 @@ def test_arguments(calls):
 
 
 def test_lengths_are_passed(calls):
-    def told(T, mask):
+    def lengths_passed(T, mask):
         def program(*x):
             output(*x, mask=mask)
             call = calls.pop()
@@ -108,10 +108,11 @@ def test_lengths_are_passed(calls):
         return [x.tolist() for x in jax.jit(program)(*inputs(T))]
 
     many = np.int16(99) * lengths.astype(np.int16)
-    assert told(10, masks.lengths(lengths - 1, many)) == [[10] * 6, [10] * 6]
+    assert lengths_passed(10, masks.lengths(lengths - 1, many)) == [[10] * 6, [10] * 6]
     none = np.array([[0, -3, 4], [1, 9, 11]])
-    assert told(10, masks.lengths(key=none)) == [[10] * 6, [1, 1, 4, 1, 9, 10]]
-    assert told(9, masks.causal()) == [[9] * 6, [9] * 6]  # in full, where a tile is not
+    assert lengths_passed(10, masks.lengths(key=none)) == [[10] * 6, [1, 1, 4, 1, 9, 10]]
+    # Without a mask on lengths they are passed in full, unless they are multiples of a tile.
+    assert lengths_passed(9, masks.causal()) == [[9] * 6, [9] * 6]
 
 
 # --- What is refused.
@@ -216,11 +217,17 @@ def test_padding_reaches_nothing(name, causal, with_bias, calls):
     dense = dense.reshape(*B, N, T, T)
     if with_bias:
         dense = dense & (hiding != -np.inf)
-    sees = np.moveaxis(dense.any(-1), -2, -1)[..., None]  # [*B T N 1]
-    seen = np.moveaxis(dense.any(-2).reshape(*B, K, G, T).any(-2), -2, -1)[..., None]  # [*B S K 1]
+    attends = np.moveaxis(dense.any(-1), -2, -1)[..., None]  # [*B T N 1]
+    attended = dense.any(-2).reshape(*B, K, G, T).any(-2)
+    attended = np.moveaxis(attended, -2, -1)[..., None]  # [*B S K 1]
     planted = [
         jnp.where(keep, x, jnp.asarray(bad, BF16))
-        for keep, x, bad in ((sees, query, np.nan), (seen, key, np.inf), (seen, value, np.nan))
+        for keep, x, bad in zip(
+            (attends, attended, attended),
+            (query, key, value),
+            (np.nan, np.inf, np.nan),
+            strict=True,
+        )
     ]
 
     def loss(x):
@@ -233,13 +240,13 @@ def test_padding_reaches_nothing(name, causal, with_bias, calls):
     for a, b in zip((out, *clean), (out_planted, *found), strict=True):
         assert jnp.isfinite(a).all()
         np.testing.assert_array_equal(a, b)
-    assert (out[~np.broadcast_to(sees, out.shape)] == 0).all()
-    for x, keep in zip(clean, (sees, seen, seen), strict=True):
+    assert (out[~np.broadcast_to(attends, out.shape)] == 0).all()
+    for x, keep in zip(clean, (attends, attended, attended), strict=True):
         assert (x[~np.broadcast_to(keep, x.shape)] == 0).all()
 
 
 def test_a_masking_bias(calls):
-    """The gradient of what hides is 0, and no number near the limits of float32 is summed."""
+    """Masking entries get no gradient, and no number near the limits of float32 is summed."""
 
     def program(x, array):
         def loss(array):
@@ -252,15 +259,15 @@ def test_a_masking_bias(calls):
 
     lowest = jnp.finfo(BF16).min
     far = jnp.asarray(hiding).at[0, 1].set(lowest).at[0, 2, :4].set(lowest)
-    d, told = jax.jit(program)(inputs(), far)
+    d, passed = jax.jit(program)(inputs(), far)
     assert jnp.isfinite(d).all()
     assert (d[far == -np.inf] == 0).all()
-    assert jnp.isfinite(told).all()
-    assert (told >= -(2.0**41)).all()
-    assert (told[0, 0, 3] == 0).all()  # a row that sees nothing
-    assert told[0, 0, 1].max() == 0  # one that sees what is all but hidden
-    rest, as_told = hiding[0, 4:], np.asarray(told[0, 0, 4:])
-    np.testing.assert_array_equal(as_told[rest != -np.inf], rest[rest != -np.inf])
+    assert jnp.isfinite(passed).all()
+    assert (passed >= -(2.0**41)).all()
+    assert (passed[0, 0, 3] == 0).all()  # a query without a visible key
+    assert passed[0, 0, 1].max() == 0  # one whose keys are all masked by large finite numbers
+    rest, as_passed = hiding[0, 4:], np.asarray(passed[0, 0, 4:])
+    np.testing.assert_array_equal(as_passed[rest != -np.inf], rest[rest != -np.inf])
 
 
 # --- What it costs.
@@ -279,7 +286,7 @@ def test_extra_bytes():
 
 
 def test_nothing_is_probed():
-    """Importing the adapter and asking it starts no backend, let alone one of a card."""
+    """Importing and querying the adapter starts no backend, and so needs no GPU."""
     program = (
         "import jax, ml_dtypes\n"
         "from attention_jax.core.axes import Sizes\n"

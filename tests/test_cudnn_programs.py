@@ -19,7 +19,7 @@ from cudnn_calls import (
     shared_bias,
 )
 
-# Private: the only way to compile for a card's cuDNN without the card.
+# Private: the only way to compile for cuDNN without a GPU.
 from jax._src.cudnn import fused_attention_stablehlo
 
 from attention_jax import masks, scores
@@ -70,7 +70,7 @@ def test_program_for_a_card(name, kind, window):
 
 
 def test_program_without_lengths():
-    """Whole tiles: nothing is said of lengths."""
+    """Lengths that are multiples of a tile are not passed."""
     for mask, kind in (
         (None, "NO_MASK"),
         (masks.causal(), "CAUSAL"),
@@ -112,7 +112,7 @@ def test_program_of_gradients():
     ("order", "in_axes"), [("grad of vmap", (1, 0, None)), ("vmap of grad", (None, 2, 0))]
 )
 def test_vmap(order, in_axes, calls):
-    """Any axis, or none, of any array: one call for all, the same numbers, on a card as well."""
+    """Any axis, or none, of any array: one call for all, the same numbers; on a GPU as well."""
     x = tuple(
         a if axis is None else jnp.moveaxis(jnp.stack([a, a + a]), 0, axis)
         for a, axis in zip(inputs(B=()), in_axes, strict=True)

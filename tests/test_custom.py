@@ -1,4 +1,4 @@
-"""Masks and scores of classes of one's own: what they do not declare, nothing relies on."""
+"""User-defined masks and scores: nothing relies on properties that they do not declare."""
 
 import jax
 import jax.numpy as jnp
@@ -157,7 +157,7 @@ def test_a_block_rule_of_arrays_holds_at_positions():
     assert (blocks_of(placed, T, S) == EMPTY).any()
 
 
-def test_a_subclass_with_another_block_rule_declares_anew_that_it_holds_with_gaps():
+def test_a_subclass_with_its_own_block_rule_must_declare_gaps_again():
     class Blocks(type(masks.causal())):
         def block(self, grid, b, n):
             return np.True_, np.False_
@@ -172,7 +172,7 @@ def test_a_subclass_cannot_change_the_rule(of):
         type("Changed", (type(of),), {"rule": lambda *args: True})
 
 
-def test_what_depends_on_lengths_is_refused_at_positions_unless_it_says_what_it_is_there():
+def test_at_positions_a_mask_of_lengths_must_define_resolve_in_sequence():
     np.testing.assert_array_equal(LastThird().to_dense(2, 6)[0], [0, 0, 0, 0, 1, 1])
     placed = masks.at_positions(LastThird(), QUERY_POSITIONS, KEY_POSITIONS)
     with pytest.raises(NotImplementedError, match=r"LastThird .* define resolve_in_sequence\(N\)"):
@@ -208,7 +208,7 @@ def test_attention_with_a_mask_equals_that_with_the_dense_one(name, implementati
 
 
 @pytest.mark.parametrize("implementation", ["xla", "blockwise", "pallas_gpu interpreted"])
-def test_keys_that_a_score_masks_may_hold_nan_though_it_declares_nothing(implementation):
+def test_keys_masked_by_a_score_may_hold_nan_even_if_undeclared(implementation):
     q, k, v = inputs(T=1)
     k[:, ::3], v[:, ::3] = np.nan, np.nan
     dense = np.arange(24) % 3 != 0
@@ -286,7 +286,7 @@ class Closed(Score):
 
 
 class Summed(Score):
-    """Does more with a table than look entries up."""
+    """Does more with its table than look up entries."""
 
     MASKING = Masking.NEVER
     table: object

@@ -118,7 +118,7 @@ def test_sampling_depends_on_key_and_row_only():
     assert (a != generate(model, prompt, key=jax.random.key(1), **options).tokens).any()
     assert len({tuple(row.tolist()) for row in a}) > 20
     fewer = generate(model, prompt[:5], key=jax.random.key(0), **options).tokens
-    np.testing.assert_array_equal(fewer, a[:5])  # no matter who else is there
+    np.testing.assert_array_equal(fewer, a[:5])  # whatever else is in the batch
     old = generate(model, prompt[:5], key=jax.random.PRNGKey(0), **options).tokens
     np.testing.assert_array_equal(old, fewer)  # keys of both kinds
     keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(0), i))(jnp.arange(40))

@@ -20,9 +20,9 @@ B, T, S, N, E = 2, 6, 9, 4, 16
 
 def visible():
     """Every query has a visible key; without one, Flax returns a mean."""
-    seen = np.random.default_rng(3).random((B, N, T, S)) < 0.6
-    seen[..., 0] = True
-    return jnp.asarray(seen)
+    visible_pairs = np.random.default_rng(3).random((B, N, T, S)) < 0.6
+    visible_pairs[..., 0] = True
+    return jnp.asarray(visible_pairs)
 
 
 def dropped(broadcast, seed=0, rate=0.5, bias=None, mask=None, shape=(3, B)):
@@ -38,11 +38,11 @@ def dropped(broadcast, seed=0, rate=0.5, bias=None, mask=None, shape=(3, B)):
 
 def test_dropout_is_broadcast_or_not():
     same = dropped(True)
-    kept = same > 0
-    assert (kept == kept[:1, :1, :, :1]).all()
-    assert 0.3 < kept[0, 0, :, 0].mean() < 0.7
-    np.testing.assert_allclose(same[kept], 2 / S, rtol=1e-5)
-    assert (kept != (dropped(True, seed=1) > 0)).any()
+    keep = same > 0
+    assert (keep == keep[:1, :1, :, :1]).all()
+    assert 0.3 < keep[0, 0, :, 0].mean() < 0.7
+    np.testing.assert_allclose(same[keep], 2 / S, rtol=1e-5)
+    assert (keep != (dropped(True, seed=1) > 0)).any()
     each = dropped(False) > 0
     assert not (each == each[:1]).all()
     assert not (each == each[..., :1, :]).all()
@@ -51,9 +51,9 @@ def test_dropout_is_broadcast_or_not():
 def test_broadcast_dropout_with_bias_and_mask():
     bias, mask = jax_normal(5, B, 1, T, S), visible()[None]
     without = dropped(True, rate=0.0, bias=bias, mask=mask)
-    kept = dropped(True) > 0
+    keep = dropped(True) > 0
     np.testing.assert_allclose(
-        dropped(True, bias=bias, mask=mask), np.where(kept, 2 * without, 0), rtol=1e-5, atol=1e-7
+        dropped(True, bias=bias, mask=mask), np.where(keep, 2 * without, 0), rtol=1e-5, atol=1e-7
     )
 
 

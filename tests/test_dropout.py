@@ -19,7 +19,7 @@ def mixed(x):
     return x ^ x >> 16
 
 
-def kept(words, b, n, q, k, rate):
+def keep_one(words, b, n, q, k, rate):
     """The definition, for one pair: words of the key, then the four indices, are mixed in turn."""
     h = 0
     for word in words:
@@ -47,7 +47,7 @@ def test_keep_is_the_hash_in_unbounded_integers(rate):
     words = words_of(key)
     for place in np.ndindex(*shape):
         at = [s + p for s, p in zip(start, place, strict=True)]
-        assert got[place] == kept(words, *at, rate)
+        assert got[place] == keep_one(words, *at, rate)
 
 
 def test_the_dropout_hash_spreads_over_all_32_bits():

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from helpers import slow
 from jax import export
 
 import attention_jax as aj
@@ -44,7 +45,7 @@ def everything(implementation, q, k):
     return jax.grad(run, argnums=(0, 1), has_aux=True)(q, k)
 
 
-@pytest.mark.parametrize("implementation", ["xla", "blockwise"])
+@pytest.mark.parametrize("implementation", [slow("xla"), "blockwise"])
 def test_a_symbolic_batch(implementation):
     def fn(q, k):
         return everything(implementation, q, k)
@@ -57,12 +58,12 @@ def test_a_symbolic_batch(implementation):
 @pytest.mark.parametrize(
     "mask",
     [
-        masks.causal(),
         masks.causal(align="end"),
-        masks.window(2, 0) & masks.prefix(4),
-        masks.mask_fn(lambda b, n, q, k: (q + k) % 3 > 0),
+        slow(masks.causal()),
+        slow(masks.window(2, 0) & masks.prefix(4)),
+        slow(masks.mask_fn(lambda b, n, q, k: (q + k) % 3 > 0)),
     ],
-    ids=["causal", "causal at the end", "window", "mask_fn"],
+    ids=["causal at the end", "causal", "window", "mask_fn"],
 )
 def test_symbolic_lengths(mask):
     def fn(q, k):
@@ -99,7 +100,7 @@ def test_weights_modules_and_models():
         close(run, exported, jax.random.normal(jax.random.key(0), (3, 7, 16)))
 
 
-@pytest.mark.parametrize("positions", ["learned", "sinusoidal"])
+@pytest.mark.parametrize("positions", ["learned", slow("sinusoidal")])
 def test_a_decoder(positions):
     layers = Layers(features=16, num_heads=4, num_layers=2, windows=(None, 4))
     config = DecoderConfig(layers=layers, vocabulary=13, max_length=64, positions=positions)

@@ -3,15 +3,15 @@
 import dataclasses
 import itertools
 import json
-import os
 
 import jax
 import numpy as np
 import pytest
 from flax import nnx
+from helpers import needs_files
 
 from attention_jax.nn import Frozen
-from experiments.datasets import files, text
+from experiments.datasets import text
 from experiments.report import ladders, tables
 from experiments.tasks import fewshot, trec
 from experiments.tasks.fewshot import curve, pretraining, sweep
@@ -79,7 +79,7 @@ def test_more_examples_than_the_data_has_are_rejected():
         load(configured(examples=201))
 
 
-@pytest.mark.skipif(files.VARIABLE not in os.environ, reason="no folder of data sets is named")
+@needs_files
 def test_the_plot_knows_the_size_of_trec():
     full = load(fewshot.PRESETS["cpu"]).splits["unlabelled"]
     assert len(full.rows) == curve.TRAINING
@@ -227,8 +227,8 @@ def test_the_table_has_a_column_for_each_number_of_examples():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"models": ("gru",)}, "models must be of naive_bayes, .*got gru"),
-        ({"preset": "slow"}, "preset must be of cpu, .*got slow"),
+        ({"models": ("gru",)}, "models must be one of naive_bayes, .*got 'gru'"),
+        ({"preset": "slow"}, "preset must be one of cpu, .*got 'slow'"),
         ({"seeds": 0}, "seeds must be at least 1"),
     ],
 )

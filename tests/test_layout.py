@@ -33,6 +33,7 @@ LIBRARY_RANKS = [
     {""},
 ]
 EXPERIMENTS_RANKS = [
+    {"options"},
     {"datasets"},
     {"training"},
     {"models"},
@@ -83,7 +84,7 @@ def hides(name):
 
 
 def package_of(name):
-    """The ranked package that a module is in, such as ``attention_jax.masks``."""
+    """The ranked package that a module is in: ``attention_jax.masks``, for example."""
     return ".".join(name.split(".")[:2])
 
 
@@ -153,7 +154,7 @@ def test_public_functions_have_docstrings_and_examples_that_run(module, name):
     if inspect.ismodule(thing):
         assert thing.__doc__
         return
-    if isinstance(thing, dict):  # a table of functions: of each of which the same holds
+    if isinstance(thing, dict):  # a table of functions
         assert all(inspect.getdoc(function) for function in thing.values())
         return
     doc = inspect.getdoc(thing)

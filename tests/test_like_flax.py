@@ -1,4 +1,4 @@
-"""``nn.attention_fn`` in Flax's own attention modules: every option of theirs, and every pair.
+"""``nn.attention_fn`` in Flax's own attention modules: every option, and every pair of options.
 
 With the same parameters the results and their gradients must be those of Flax's own attention.
 """
@@ -19,24 +19,18 @@ from attention_jax.nn import attention_fn
 
 B, T, S, N, E = 2, 5, 7, 4, 16
 # Flax's own modules promote dtypes.
-pytestmark = pytest.mark.usefixtures("promotion")
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
-@pytest.fixture
-def promotion():
-    with jax.numpy_dtype_promotion("standard"):
-        yield
-
-
-def seen(shape, dtype=bool):
-    """Every query sees key 0: where it sees none, theirs gives a mean."""
+def some_visible(shape, dtype=bool):
+    """Every query attends to key 0: for a query without visible keys, Flax returns a mean."""
     some = np.random.default_rng(3).random(shape) < 0.6
     some[..., 0] = True
     return jnp.asarray(some, dtype)
 
 
 def in_float32(theirs):
-    """Their attention with its products and its softmax in float32."""
+    """Flax's attention with products and softmax in float32."""
 
     @functools.wraps(theirs)
     def attend(query, key, value, *, dtype=None, **options):
@@ -74,12 +68,12 @@ def inputs(case):
     arrays = (x, context) if case["context"] else (x,)
     mask = None
     if heads is not None:
-        mask = seen((*lead, heads, T, arrays[-1].shape[-2]), case["dtype_of_mask"])
+        mask = some_visible((*lead, heads, T, arrays[-1].shape[-2]), case["dtype_of_mask"])
     return arrays, mask
 
 
 def compare(case, run, parameters, ours, theirs, in_float32):
-    """``run`` with three modules: dtypes must be theirs, numbers those in float32.
+    """``run`` with three modules: dtypes must be Flax's, numbers those in float32.
 
     ``run(parameters, module)`` gives a loss, and whatever else.
     """
@@ -162,7 +156,7 @@ def test_functions_with_a_bias(bias):
     q, k, v, bias = (
         jax_normal(i, *x) for i, x in enumerate([(B, T, N, 8), *[(B, S, N, 8)] * 2, bias])
     )
-    mask = seen((B, 1, T, S))
+    mask = some_visible((B, 1, T, S))
     out = attention_fn(q, k, v, bias, mask)
     for theirs in (flax.linen.dot_product_attention, nnx.dot_product_attention):
         close_to_largest(out, jax.jit(theirs)(q, k, v, bias, mask), 1e-5)
@@ -196,7 +190,7 @@ def test_linen_decoding_with_flax_cache():
 
 @pytest.mark.parametrize("broadcast", [True, False])
 def test_dropout_in_linen_and_nnx(broadcast):
-    """Keys of the same value drop alike, others not; on the average nothing is lost."""
+    """Equal random keys drop the same pairs, others do not; the mean is preserved."""
     x, rate = jax_normal(0, B, T, E), 0.4
     options = {"broadcast_dropout": broadcast, "dropout_rate": rate, "attention_fn": attention_fn}
     linen = flax.linen.MultiHeadDotProductAttention(N, **options)

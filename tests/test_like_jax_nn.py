@@ -1,7 +1,7 @@
 """``nn.dot_product_attention`` beside ``jax.nn``'s: every argument, and every pair of them.
 
-Where a query sees no key, theirs is the mean of all values and ours is 0; everywhere else the two
-must agree, forward and backward.
+For a query without visible keys, ``jax.nn`` returns the mean of all values and we return 0;
+elsewhere the two must agree, forward and backward.
 """
 
 import functools
@@ -19,16 +19,10 @@ from attention_jax.testing.rules import band
 
 B, T, S, N, H = 2, 6, 9, 4, 8
 # jax.nn's own attention promotes dtypes.
-pytestmark = pytest.mark.usefixtures("promotion")
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
-@pytest.fixture
-def promotion():
-    with jax.numpy_dtype_promotion("standard"):
-        yield
-
-
-def seen(*shape):
+def random_mask(*shape):
     return jnp.asarray(np.random.default_rng(3).random(shape) < 0.6)
 
 
@@ -58,7 +52,7 @@ def problem(case):
         jax_normal(i, *lead, length, heads, H, dtype=dtype)
         for i, (length, heads) in enumerate([(T, N), (S, K), (S, K)])
     ]
-    for name, make in {"bias": functools.partial(jax_normal, 4), "mask": seen}.items():
+    for name, make in {"bias": functools.partial(jax_normal, 4), "mask": random_mask}.items():
         shape = case[name]
         if shape is not None:
             shape = (1, *shape[1:]) if len(shape) == 4 and not batch else shape
@@ -71,8 +65,8 @@ def problem(case):
     return arrays, case
 
 
-def rows_that_see(case, batch):
-    """Which queries see some key, ``[*B T N]``, from the definitions of the arguments."""
+def rows_with_keys(case, batch):
+    """Which queries have a visible key, ``[*B T N]``, from the definitions of the arguments."""
     i, j = np.arange(T)[:, None], np.arange(S)
     pairs = np.ones((B, N, T, S), bool)
     if case["mask"] is not None:
@@ -90,7 +84,7 @@ def rows_that_see(case, batch):
 
 
 def outputs_and_gradients(function, arrays, case, rows):
-    """The results, and gradients by query, key, value and bias through the rows that see."""
+    """The results, and gradients by query, key, value and bias through rows with a visible key."""
     bias = case["bias"]
 
     def loss(arrays, bias):
@@ -106,7 +100,7 @@ def outputs_and_gradients(function, arrays, case, rows):
 @pytest.mark.parametrize("case", pairwise.cases(ARGUMENTS, fast=4))
 def test_every_pair_of_arguments(case):
     arrays, case = problem(case)
-    rows = rows_that_see(case, batch=arrays[0].ndim == 4)
+    rows = rows_with_keys(case, batch=arrays[0].ndim == 4)
     wide = [x.astype(jnp.float32) for x in arrays]
     theirs = {  # which takes arrays of int32 alone
         name: jnp.asarray(x, jnp.int32) if name.endswith("lengths") and x is not None else x

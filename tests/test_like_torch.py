@@ -113,8 +113,8 @@ def problem(seed):
     some_scores = [f(rng, z) for f in rng.choice(SCORES, rng.integers(0, 3), replace=False)]
 
     def visible(b, h, i, j):
-        seen = [f(b, h, i, j) for _, f in some_masks]
-        return functools.reduce(operator.and_, seen, (i == i) & (j == j))
+        pairs = [f(b, h, i, j) for _, f in some_masks]
+        return functools.reduce(operator.and_, pairs, (i == i) & (j == j))
 
     def changed(s, b, h, i, j):
         return functools.reduce(lambda s, pair: pair[1](s, b, h, i, j), some_scores, s)
@@ -134,14 +134,14 @@ def grid(z):
 
 
 def formula(query, key, value, scale, z, visible, changed):
-    """Output and lse ``[B N T ...]``; of a row that sees nothing 0 and -inf."""
+    """Output and lse ``[B N T ...]``; 0 and -inf for a row without visible keys."""
     key, value = (x.repeat_interleave(z["N"] // x.shape[1], 1) for x in (key, value))
     s = changed(scale * query @ key.mT, *grid(z))
-    seen = visible(*grid(z))
-    sees = seen.any(-1, keepdim=True)
-    s = torch.where(seen, s, torch.where(sees, -torch.inf, 0.0))
-    lse = torch.where(sees[..., 0], s.logsumexp(-1), -torch.inf)
-    return torch.where(sees, s.softmax(-1), 0.0) @ value, lse
+    pairs = visible(*grid(z))
+    has_key = pairs.any(-1, keepdim=True)
+    s = torch.where(pairs, s, torch.where(has_key, -torch.inf, 0.0))
+    lse = torch.where(has_key[..., 0], s.logsumexp(-1), -torch.inf)
+    return torch.where(has_key, s.softmax(-1), 0.0) @ value, lse
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_flex_attention(seed):
     exact, lse = formula(*theirs, scale, z, visible, changed)
     torch.testing.assert_close(out, exact.detach(), rtol=TOLERANCE, atol=TOLERANCE)
     torch.testing.assert_close(aux.lse, lse.detach(), rtol=TOLERANCE, atol=TOLERANCE)
-    # The lse of a row that sees nothing has no gradient.
+    # The lse of a row without visible keys has no gradient.
     loss = (exact.swapaxes(1, 2) * tensor(weight)).sum() + lse[lse.isfinite()].sin().sum()
     gradients = torch.autograd.grad(loss, theirs)
 

@@ -1,13 +1,12 @@
 """Facts in both directions, filtered ranks, and the models."""
 
 import dataclasses
-import os
 
 import numpy as np
 import pytest
 from flax import nnx
+from helpers import needs_files
 
-from experiments.datasets import files
 from experiments.tasks import links
 
 CONFIG = links.PRESETS["smoke"]
@@ -71,7 +70,7 @@ def test_queries_given_as_text(data):
             links.query_of(data, wrong)
 
 
-@pytest.mark.skipif(files.VARIABLE not in os.environ, reason=f"{files.VARIABLE} names no folder")
+@needs_files
 @pytest.mark.parametrize(
     ("graph", "sizes", "entities", "relations"),
     [

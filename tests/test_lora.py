@@ -319,7 +319,7 @@ def test_a_model_without_adapters_raises():
             "where must name some of down, key, out, query, up, value; got qeury",
         ),
         ({"train": ("classify",)}, r"train must name some of .*embed.*; got classify"),
-        # What is trained in full is not adapted.
+        # Modules that are trained in full are not adapted.
         ({"train": ("stack",)}, "where must name some of no attribute, since there are none"),
     ],
 )

@@ -38,7 +38,7 @@ RNG = np.random.default_rng(0)
 
 
 def normal(*shape):
-    """Numbers that bfloat16 holds, so that every dtype computes with the same."""
+    """Numbers that bfloat16 represents exactly, so that all dtypes get the same input."""
     return np.asarray(RNG.normal(size=shape).astype(jnp.bfloat16), np.float64)
 
 
@@ -46,8 +46,8 @@ QUERY, KEY, VALUE = normal(B, T, N, H), normal(B, S, K, H), normal(B, S, K, D)
 VECTOR, MIXINGS, CENTROIDS = normal(N, H), normal(2, K, 4, S), normal(K, 3, H)
 
 VISIBLE = np.random.default_rng(1).random((B, N, T, S)) < 0.6
-VISIBLE[:, :, 1] = False  # a query that sees nothing
-VISIBLE[0, :, :, 2] = False  # a key that nothing sees
+VISIBLE[:, :, 1] = False  # a query without visible keys
+VISIBLE[0, :, :, 2] = False  # a key that no query attends to
 REAL = np.ones((B, S), bool)
 REAL[0, 2] = REAL[1, 5:] = False
 PADDING = masks.padding(REAL, queries=T)
@@ -196,7 +196,7 @@ def test_masked_keys_may_hold_anything_and_get_no_gradient(name):
     assert not gradients[1][0, 2].any()
     assert not gradients[2][0, 2].any()
     if name in DENSE:
-        assert not gradients[0][:, 1].any()  # the query that sees nothing
+        assert not gradients[0][:, 1].any()  # the query without visible keys
 
 
 @every

@@ -247,7 +247,7 @@ KINDS = {
     "alibi": ({}, {"alibi": True}),
     "relative": ({}, {"relative": Relative(8, 6)}),
 }
-# What has its real tokens last, first, and in the middle.
+# Rows with their real tokens last, first, and in the middle.
 SIDES = {"left": slice(3, None), "right": slice(0, T), "both": slice(1, T + 1)}
 placed = nnx.jit(lambda model, x, real, at: model(x, real=real, positions=at))
 
@@ -343,7 +343,7 @@ def test_encoder_decoder(name):
     source, target = tokens(0, B, S), tokens(1, B, T)
     real = np.arange(S) < np.array([3, S])[:, None]
     whole = nnx.jit(lambda m, a, b, real: m(a, b, source_real=real))(model, source, target, real)
-    close(whole[:1], call(model, source[:1, :3], target[:1]), atol=1e-4)  # padding is nothing
+    close(whole[:1], call(model, source[:1, :3], target[:1]), atol=1e-4)  # padding changes nothing
     memory = nnx.jit(lambda m, a, real: m.encode(a, real=real))(model, source, real)
     decode = nnx.jit(lambda m, x, memory, caches: m.decode(x, memory, caches=caches))
     caches, parts = model.init_caches((B,), T), []

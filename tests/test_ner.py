@@ -1,13 +1,12 @@
 """Spans of BIO tags, and the data and predictions of the taggers."""
 
 import dataclasses
-import os
 
 import numpy as np
 import pytest
 from flax import nnx
+from helpers import needs_files
 
-from experiments.datasets import files
 from experiments.tasks import ner
 from experiments.tasks.ner import bio
 from experiments.tasks.ner.data import letters, load, parse
@@ -97,7 +96,7 @@ def test_each_word_gets_a_tag_independent_of_the_batch(data, model, monkeypatch)
     assert [len(row) for row in ner.tag(tagger, data, sentences)] == [3, 1, 20]
 
 
-@pytest.mark.skipif(files.VARIABLE not in os.environ, reason=f"{files.VARIABLE} names no folder")
+@needs_files
 @pytest.mark.parametrize(
     ("corpus", "sizes", "tags"), [("ncbi", (5424, 923, 940), 3), ("wnut17", (3394, 1009, 1287), 13)]
 )

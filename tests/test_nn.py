@@ -254,17 +254,17 @@ def test_dropout_follows_train_and_eval():
     module, x = new(dropout_rate=0.5), normal(0, B, T, E)
     module.eval()
     close(module(x), module(x))
-    kept = module(x)
+    undropped = module(x)
     module.train()
     first, second = module(x), module(x)
     assert np.abs(first - second).max() > 1e-3
-    assert np.abs(first - kept).max() > 1e-3
-    close(module(x, deterministic=True), kept)
+    assert np.abs(first - undropped).max() > 1e-3
+    close(module(x, deterministic=True), undropped)
     key = jax.random.key(3)
     close(module(x, rngs=key), module(x, rngs=key))
     close(module(x, rngs=nnx.Rngs(dropout=3)), module(x, rngs=nnx.Rngs(dropout=3)))
     off = nnx.view(module, deterministic=True)
-    close(off(x), kept)
+    close(off(x), undropped)
 
 
 def test_dtypes_are_those_of_flax():

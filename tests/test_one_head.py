@@ -73,14 +73,14 @@ def test_output_and_gradients_equal_attention(name):
 def test_loops_run_in_python_without_jit(capsys):
     q, k, v, *_ = problem()
 
-    def shown(s, b, n, q, k):
+    def printed(s, b, n, q, k):
         jax.debug.callback(lambda: None)
         if not isinstance(s, jax.core.Tracer):
             print("concrete tile", s.shape)
         return s
 
     with jax.disable_jit():
-        out, _ = one_head_forward(q, k, v, block=(3, 4), score=scores.score_fn(shown))
+        out, _ = one_head_forward(q, k, v, block=(3, 4), score=scores.score_fn(printed))
     expected, _ = by_attention(q, k, v, None, None, {})
     np.testing.assert_allclose(out, expected, rtol=2e-5, atol=2e-6)
     assert "concrete tile (3, 4)" in capsys.readouterr().out

@@ -161,7 +161,7 @@ LEFT_OUT = {"vit": [r"pooler\..*"]}  # which ours does not have
 
 
 def peer(name, seed=0):
-    """Hugging Face's model, with every parameter random: at zeros and ones mistakes hide."""
+    """Hugging Face's model, with every parameter random, since zeros and ones hide mistakes."""
     architecture, options = MODELS[name]
     cls = getattr(transformers, architecture)
     model = cls(cls.config_class(**options, attn_implementation="eager")).eval()
@@ -207,11 +207,11 @@ def ours(name, model):
 def assert_same(name, a, b, atol=1e-4):
     a, b = np.asarray(a), np.asarray(b)
     assert a.shape == b.shape
-    if a.shape[:2] == (B, T):  # what stands at padding is no result
-        # Dynamic scaling follows the length: theirs counts padding in, ours is each row's own.
+    if a.shape[:2] == (B, T):  # results at padding are undefined
+        # Dynamic scaling follows the length: theirs includes padding, ours is that of each row.
         whole = REAL.all(1, keepdims=True) if name == "llama dynamic" else True
         a, b = a[REAL & whole], b[REAL & whole]
-    assert np.ptp(a) > 0.1  # else there is nothing to compare
+    assert np.ptp(a) > 0.1  # otherwise the comparison is empty
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=atol)
 
 
@@ -362,7 +362,7 @@ def test_hugging_face_loads_the_new_model_after_a_killed_save(tmp_path, monkeypa
 
 @pytest.mark.parametrize("name", ["t5", "t5 1.1"])
 def test_t5_in_float16(name, tmp_path):
-    """What the layers add up passes float16's largest number, and theirs is no NaN either."""
+    """The residual stream exceeds float16's largest number; Hugging Face's result is finite too."""
     model = peer(name)
     with torch.no_grad():
         for key, x in model.named_parameters():

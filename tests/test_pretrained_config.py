@@ -177,7 +177,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 @pytest.mark.parametrize(
     ("entries", "expected"),
     [
-        # The older entry wins, and what is beside it counts where it says nothing.
+        # The older entry wins; the newer one beside it fills in what it leaves out.
         (
             {"rope_scaling": YARN, "rope_parameters": {"rope_type": "default", "rope_theta": 7.0}},
             Rotary(10_000.0, scaling=YaRN(4.0, 16)),

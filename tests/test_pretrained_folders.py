@@ -24,7 +24,7 @@ def killed(*_):
 
 
 def killed_at(patch, k, after):
-    """Has the k-th step on the disk fail, before it is done or right after."""
+    """Makes the k-th file operation fail, before it is done or right after."""
     count = itertools.count()
 
     def dying(step):
@@ -76,7 +76,7 @@ def shards(folder):
 
 
 def killed_before(folder):
-    """The weights have not yet got their usual name, where those of an older save are."""
+    """The weights do not have their usual name yet: those of an older save do."""
     save(folder, 0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "link", killed)
@@ -88,7 +88,7 @@ def killed_before(folder):
 @pytest.mark.parametrize("before", [nothing, one_file, shards, killed_before])
 def test_a_killed_save_leaves_the_old_or_the_new_model(before, after, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda _: None)  # which takes most of the time
-    seen = set()
+    outcomes = set()
     for k in itertools.count():
         folder = tmp_path / str(k)
         before(folder)
@@ -106,7 +106,7 @@ def test_a_killed_save_leaves_the_old_or_the_new_model(before, after, tmp_path, 
             assert before is nothing
             found = "nothing"
         assert found in ("nothing", (1, 1), (2, 2))
-        seen.add(found)
+        outcomes.add(found)
         save(folder, 3)  # removes what was left
         assert versions(folder) == (3, 3)
         names = {"config.json", "model.safetensors", "tokenizer.json"}
@@ -114,7 +114,7 @@ def test_a_killed_save_leaves_the_old_or_the_new_model(before, after, tmp_path, 
         if done:
             break
     assert k > 10
-    assert seen == {"nothing" if before is nothing else (1, 1), (2, 2)}
+    assert outcomes == {"nothing" if before is nothing else (1, 1), (2, 2)}
 
 
 def test_a_save_that_fails_before_the_switch_leaves_nothing_behind(tmp_path):

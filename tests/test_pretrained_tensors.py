@@ -1,4 +1,4 @@
-"""Checkpoints as they are published: older names, copies and spare heads of their tensors."""
+"""Checkpoints as they are published: older names, copies and unused heads of their tensors."""
 
 import checkpoints
 import jax
@@ -103,7 +103,7 @@ def test_a_copy_that_differs_raises(kind, copy, original, saved):
 
 @pytest.mark.parametrize(("kind", "copy", "original"), [COPIES[0], COPIES[1], COPIES[-1]])
 def test_an_untied_head_is_used_if_the_config_says_so(kind, copy, original, saved):
-    """Of T5 the tensors say it: its entry is about the scale of what the head sees."""
+    """T5 is recognised by its tensors: its entry sets the scale of the head's input."""
     doubled = "lm_head.weight"
     folder, expected = saved(kind, lambda arrays: arrays | {doubled: 2 * arrays[original]})
     config = {} if kind == "t5" else {"tie_word_embeddings": False}
@@ -166,7 +166,7 @@ def test_a_hub_name_raises():
     [{"param_dtype": jnp.float16}, pytest.param({"dtype": jnp.float16}, marks=pytest.mark.slow)],
 )
 def test_t5_in_float16_has_a_float32_residual_stream(dtypes, saved):
-    """What the feed-forward layers give passes 65,504; the norms bring it back."""
+    """The output of the feed-forward layers exceeds 65,504; the norms scale it down again."""
 
     def large(arrays):
         return {name: x * np.float32(5e4 if ".wo." in name else 1) for name, x in arrays.items()}

@@ -3,15 +3,14 @@
 import dataclasses
 import itertools
 import json
-import os
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from helpers import needs_files
 
-from experiments.datasets import files
 from experiments.tasks import qa
 from experiments.tasks.qa import answers, features
 from experiments.tasks.qa import data as qa_data
@@ -21,10 +20,6 @@ from experiments.tasks.qa.features import Rarity
 from experiments.tasks.qa.models import MASKED, Overlap, spans
 
 CONFIG = qa.PRESETS["smoke"]
-
-needs_files = pytest.mark.skipif(
-    files.VARIABLE not in os.environ, reason=f"{files.VARIABLE} names no folder"
-)
 
 
 @pytest.fixture(scope="module")
@@ -354,20 +349,20 @@ def test_evaluates_both_test_sets_and_samples(data):
     assert {"f1", "exact", "unaligned", "xquad_f1", "xquad_exact"} <= scores.keys()
     assert set(qa.evaluate(config, model, data, "validation")) == {"f1", "exact", "unaligned"}
     assert 0.5 < scores["f1"] <= 1  # some names occur twice
-    shown = qa.sample(config, model, data, None)
+    printed = qa.sample(config, model, data, None)
     for word in ("question", "passage", "reference", "model"):
-        assert shown.count(f"{word:<11}") == 5
+        assert printed.count(f"{word:<11}") == 5
     with pytest.raises(ValueError, match="no attention to look at"):
         qa.look(config, model, data, None)
 
 
 def test_a_users_question(data):
     config, model = build(data, model="overlap")
-    shown = qa.sample(
+    printed = qa.sample(
         config, model, data, "What is the 9th called? ||| Bo left. The 9th is called Ann."
     )
-    assert shown.endswith("model      Ann")
-    assert "reference" not in shown
+    assert printed.endswith("model      Ann")
+    assert "reference" not in printed
     split = qa.asked(data, "Who?")
     assert split.passages[0] == data.splits["test"].passages[0]
     with pytest.raises(ValueError, match="text must not be empty or blank"):

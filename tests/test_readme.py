@@ -26,7 +26,7 @@ FILES = sorted(
 )
 FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.DOTALL | re.MULTILINE)  # also within lists
 PYTHON, SHELL, SHOWN = "python", ("bash", "sh"), ("text", "diff")
-# What each verb of ``python -m experiments`` calls once its options are parsed.
+# What each command of ``python -m experiments`` calls once its options are parsed.
 WORK = (
     "experiments.training.train.run",
     "experiments.training.runs.load",

@@ -1,4 +1,4 @@
-"""The oracle, checked by means that share nothing with it: its formula against scalar loops.
+"""The oracle against independent code: its formula against scalar loops.
 
 Its gradients are in ``test_reference_gradients.py``; empty rows, masked keys and errors in
 ``test_reference_edges.py``.

@@ -32,7 +32,7 @@ HIDDEN_KEYS, EMPTY_ROWS = [2, 6], [0, 3]
 
 
 def partial_mask():
-    """[B N T S], keys that no query sees and queries that see no key, and holes besides."""
+    """[B N T S]: whole keys and whole queries are masked, and single pairs."""
     mask = every_option()["mask"].copy()
     mask[..., HIDDEN_KEYS] = False
     mask[..., EMPTY_ROWS, :] = False

@@ -167,9 +167,9 @@ def test_scan_over_different_blocks_raises():
         model(TOKENS)
 
 
-class Keeping(FeedForward):
+class Storing(FeedForward):
     def __call__(self, x):
-        self.seen = nnx.Intermediate(x)
+        self.stored = nnx.Intermediate(x)
         return super().__call__(x)
 
 
@@ -177,6 +177,6 @@ class Keeping(FeedForward):
 def test_blocks_that_store_intermediates_raise(way):
     model = decoder(**WAYS[way])
     for block in model.stack.blocks:
-        block.feed_forward.sublayer = Keeping(8, 8, rngs=nnx.Rngs(0))
+        block.feed_forward.sublayer = Storing(8, 8, rngs=nnx.Rngs(0))
     with pytest.raises(NotImplementedError, match="remat and scan discard changes"):
         model(TOKENS)

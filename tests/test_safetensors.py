@@ -84,7 +84,7 @@ def test_invalid_files_raise(name, tmp_path):
 
 
 def test_a_valid_file_loads():
-    """The cases above are broken by what their names say, and by nothing else."""
+    """The cases above are invalid only in what their names say."""
     assert BROKEN["cut short"] + b"\0" == raw({"a": entry(0, 8)}, b"\0" * 8)
 
 

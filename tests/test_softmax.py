@@ -119,12 +119,12 @@ def test_a_sink_joins_the_denominator_once(p, sink):
 
 def test_dropout_does_not_change_the_normaliser(x64):
     s, v = problem(0, 0.0, 1.0)
-    kept = np.random.default_rng(0).integers(0, 2, (T, S)) * 2.0
-    state = softmax.update(softmax.start(T, D, jnp.float64), *map(jnp.asarray, (s, v, kept)))
+    keep = np.random.default_rng(0).integers(0, 2, (T, S)) * 2.0
+    state = softmax.update(softmax.start(T, D, jnp.float64), *map(jnp.asarray, (s, v, keep)))
     out, lse = finish(state)
     p = np.exp(s - exact(s, v)[1][:, None])
     np.testing.assert_allclose(lse, exact(s, v)[1], rtol=1e-12)
-    np.testing.assert_allclose(out, (p * kept) @ v, rtol=1e-12)
+    np.testing.assert_allclose(out, (p * keep) @ v, rtol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])

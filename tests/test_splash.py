@@ -20,7 +20,7 @@ from attention_jax.backends import splash
 NAME = "splash interpreted"
 interpreted = IMPLEMENTATIONS[NAME]
 
-# --- The contract: all of the catalogue that the kernel can do.
+# --- The contract: all cases of the catalogue that the kernel supports.
 
 
 def possible(case):
@@ -56,14 +56,14 @@ def test_equals_the_oracle(name, case):
     assert_right(name, case)
 
 
-# --- Against the materialised path: what the catalogue has only with arrays, and together.
+# --- Against the materialised path: options that the catalogue has only with arrays, and combined.
 
 
 inputs = functools.partial(helpers.inputs, B=(2,), T=70, S=150, N=4, K=2, H=16, D=8)
 
 
 LAYOUT = np.random.default_rng(0).random((5, 10)) < 0.4
-LAYOUT[2] = False  # queries that see nothing
+LAYOUT[2] = False  # queries without visible keys
 TOGETHER = {
     "layout and its complement": {"mask": masks.block_sparse(LAYOUT, 16) & ~masks.chunked(32)},
     "prefix or causal, sinks": {
@@ -97,14 +97,14 @@ def test_equals_the_materialised_path(name):
     chex.assert_trees_all_close(*results, rtol=2e-5, atol=2e-5)
 
 
-def test_a_mask_of_many_pairs_is_asked_block_by_block():
-    asked = splash.StaticMask(masks.causal() & masks.window(1000, 0), 2**17, 2**17)
+def test_a_mask_of_many_pairs_is_evaluated_block_by_block():
+    static = splash.StaticMask(masks.causal() & masks.window(1000, 0), 2**17, 2**17)
     start = time.perf_counter()
-    queries, keys = asked.visible()
+    queries, keys = static.visible()
     assert queries.all()
     assert keys.all()
     assert time.perf_counter() - start < 20  # 1.7e10 pairs one by one take minutes and 16 GiB
-    mask = splash._lazy(asked, 2**17, 2**17)
+    mask = splash._lazy(static, 2**17, 2**17)
     assert mask[slice(0, 512), slice(512, 1024)].shape == (512, 512)
 
 
@@ -141,9 +141,9 @@ def test_equal_masks_are_equal_to_splash():
 def test_a_long_window_is_lowered_without_an_array_of_pairs():
     x = [jax.ShapeDtypeStruct((1, 2**16, n, 64), jnp.bfloat16) for n in (2, 1, 1)]
     pairs = splash.StaticMask.pairs
-    with mock.patch.object(splash.StaticMask, "pairs", autospec=True, side_effect=pairs) as asked:
+    with mock.patch.object(splash.StaticMask, "pairs", autospec=True, side_effect=pairs) as static:
         program = jax.jit(functools.partial(interpreted, mask=masks.window(1000, 0))).lower(*x)
-    assert 128 <= asked.call_count < 5000  # there are 16,384 blocks, and splash asks several times
+    assert 128 <= static.call_count < 5000  # there are 16,384 blocks, and splash asks several times
     assert "65536x65536" not in program.as_text()
 
 
@@ -166,7 +166,7 @@ def test_precision_reaches_the_kernels_of_every_pass(dtype, lse):
 
     fn = functools.partial(interpreted, mask=masks.causal(), return_lse=lse)
     x = [jax.ShapeDtypeStruct((1, 128, 2, 64), dtype)] * 3
-    # In bfloat16 the TPU's compiler fails if asked for more.
+    # In bfloat16 the TPU's compiler fails if static for more.
     with jax.default_matmul_precision("highest" if dtype == "bfloat16" else None):
         found = list(products(jax.make_jaxpr(jax.grad(loss, (0, 1, 2)))(*x).jaxpr))
     assert {name.split("_")[2] for name, _ in found} == {"fwd", "dq", "dkv"}

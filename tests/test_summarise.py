@@ -1,17 +1,16 @@
 """Summaries: ROUGE, the data, the copy mechanism and the task."""
 
 import dataclasses
-import os
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from helpers import needs_files
 
 from attention_jax.models import EncoderDecoder, EncoderDecoderConfig, Layers, generate
 from attention_jax.models.encoder_decoder import Memory
-from experiments.datasets import files
 from experiments.datasets.text import END, PAD, START, UNKNOWN, Words
 from experiments.tasks import summarise
 from experiments.tasks.summarise import data as summarise_data
@@ -21,9 +20,6 @@ from experiments.tasks.summarise.data import load
 from experiments.tasks.summarise.extractive import BestSentence, Lead
 from experiments.training import train
 
-needs_files = pytest.mark.skipif(
-    files.VARIABLE not in os.environ, reason=f"{files.VARIABLE} names no folder of data sets"
-)
 SMOKE = summarise.PRESETS["smoke"]
 
 # --- The score.

@@ -18,7 +18,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def found():
-    """What the compiler says, from a process with an environment of its own."""
+    """What the compiler reports, from a process with its own environment."""
     program = pathlib.Path(__file__).parent / "ahead_for_tpu.py"
     run = subprocess.run([sys.executable, program], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-3000:]

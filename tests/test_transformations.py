@@ -1,7 +1,7 @@
 """Every JAX transformation of ``attention``, in float64, over several ragged blocks.
 
-``xla`` is plain JAX, and held against finite differences. ``blockwise`` is a primitive with rules
-of its own, and held against finite differences once and against ``xla`` everywhere.
+``xla`` is plain JAX, compared with finite differences. ``blockwise`` is a primitive with its own
+rules, compared with finite differences once and with ``xla`` everywhere.
 """
 
 import functools
@@ -25,7 +25,7 @@ KEY = jax.random.key(0)
 
 
 def parameters(setting, batch=(B,)):
-    """All that is differentiated."""
+    """All arrays that are differentiated."""
     p = {
         "query": jax_normal(0, *batch, T, N, H),
         "key": jax_normal(1, *batch, S, K, H),
@@ -38,13 +38,13 @@ def parameters(setting, batch=(B,)):
 
 
 def some_mask(b=B):
-    """Offsets and lengths of each example; the second has queries that see nothing."""
+    """Offsets and lengths of each example; in the second, some queries have no visible key."""
     offsets, lengths = jnp.array([2, -1], "int32"), jnp.array([7, 4], "int32")
     return masks.causal(jnp.resize(offsets, b)) & masks.lengths(key=jnp.resize(lengths, b))
 
 
 def run(p, mask=None, *, implementation, dropout=True):
-    """Output and lse, the lse of rows that see nothing put to 0."""
+    """Output and lse; the lse of rows without visible keys is set to 0."""
     p, options = dict(p), {"mask": mask}
     bias, slopes = p.pop("bias", None), p.pop("slopes", None)
     if bias is not None:
@@ -96,7 +96,7 @@ def stacked(xs):
 @pytest.mark.slow
 @pytest.mark.parametrize(("implementation", "order"), [(None, 2), ("blockwise", 1)])
 def test_derivatives_equal_finite_differences(implementation, order):
-    """And the second of ``blockwise`` equal those of ``xla``, below."""
+    """Second derivatives of ``blockwise`` are compared with those of ``xla`` below."""
     p, f = setup("everything", implementation)
     check = functools.partial(jax.test_util.check_grads, args=(p,), order=1, eps=1e-5)
     check(jax.jit(f), modes=("fwd", "rev"))
@@ -258,7 +258,7 @@ def test_vmap_of_grad_and_grad_of_vmap():
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "mode"), [("query", "jvp"), ("bias", "vjp")])
 def test_vmap_of_derivatives_over_one_argument(name, mode):
-    """Only that argument, or only tangents and cotangents, have the axis; as the last of theirs."""
+    """Only that argument, or only tangents and cotangents, have the axis, as their last one."""
     p, f, plain = setup("everything", "blockwise", "xla")
     xs = [jax_normal(i, *p[name].shape) for i in range(3)]
     dots, shape = tangents(p), jax.eval_shape(f, p)

@@ -25,9 +25,9 @@ from attention_jax.testing.cases import Case
 from attention_jax.testing.cases import cases as catalogue
 from attention_jax.testing.problems import Inputs, Problem, oracle, plain, problem, variants
 
-# How often the plain formula is tried. The worst error counts, or four standard deviations: an array
-# of thousands of numbers has one that far off, but all eight tries of a single number (the gradient
-# of ``scale``) can be near by luck.
+# How often the plain formula is tried. The worst error counts, or four standard deviations if that
+# is more: an array of thousands of numbers has one that far off, but all eight tries of a single
+# number (the gradient of ``scale``) can be near by luck.
 TRIES = 8
 DEVIATIONS = 4
 

@@ -4,7 +4,7 @@
     python -m experiments bench --only decode    # one section
     python -m experiments bench --scaling        # how cost grows with length, instead
 
-Contenders run in turns in one process, so that other load on the machine affects all of them;
+Contenders take turns in one process, so that other load on the machine affects all of them;
 figures are medians after a warm-up. Compare ratios: absolute figures differ between machines.
 GFLOP/s count ``2 * B * N * T * S * (H + D)`` forward and 2.5 times that backward, both as if
 dense, so that a causal figure above the dense one shows the blocks skipped.
@@ -44,7 +44,7 @@ from experiments.bench.contenders import (
 from experiments.bench.models import (
     Decoding,
     Size,
-    cache_rows,
+    cache_sizes,
     decode_hugging_face,
     decode_ours,
     have_transformers,
@@ -83,7 +83,7 @@ class Options:
     repeats: int = 7
     """Timed runs of each contender, after two runs to warm up."""
     flex: bool = True
-    """Compile torch's flex_attention for the window rows (needs a C++ compiler)."""
+    """Compile torch's flex_attention for the window section (needs a C++ compiler)."""
     scaling: bool = False
     """Measure how time and memory grow with length instead."""
     out: pathlib.Path = pathlib.Path("runs/bench")
@@ -161,18 +161,18 @@ def window(options: Options) -> list[Measurement]:
 
 def decode(options: Options) -> list[Measurement]:
     """One query against a cache; bound by reading keys and values."""
-    rows = []
+    measurements = []
     for name in ("decode 2048", "decode 8192"):
-        row = measure("decode", name, options, {"torch sdpa": 1.0})
+        measurement = measure("decode", name, options, {"torch sdpa": 1.0})
         gigabytes = sum(math.prod(x.shape) for x in SHAPES[name].structs()[1:]) * 4 / 1e9
-        note = f"{gigabytes / row.seconds['ours']:.1f} GB/s of keys and values"
-        rows.append(dataclasses.replace(row, note=note))
-    return rows
+        note = f"{gigabytes / measurement.seconds['ours']:.1f} GB/s of keys and values"
+        measurements.append(dataclasses.replace(measurement, note=note))
+    return measurements
 
 
 def vmap(options: Options) -> list[Measurement]:
     """``vmap`` over examples beside a batch axis."""
-    rows = []
+    measurements = []
     for shape in (SHAPES["batch dense 128"], SHAPES["batch causal 1024"]):
         q, k, v = shape.arrays()
         mask = shape.mask
@@ -183,13 +183,15 @@ def vmap(options: Options) -> list[Measurement]:
         }
         seconds = in_turns(contenders, options.repeats)
         work = f"vmap over {shape.B}, {shape}"
-        rows.append(Measurement("vmap", work, seconds, shape.flops / 1e9, {"batch axis": 0.9}))
-    return rows
+        measurements.append(
+            Measurement("vmap", work, seconds, shape.flops / 1e9, {"batch axis": 0.9})
+        )
+    return measurements
 
 
 def first(options: Options) -> list[Measurement]:
     """The first call: tracing, compiling, running. Median of three, with caches cleared before."""
-    rows = []
+    measurements = []
     for backward in (False, True):
         shape = SHAPES["first causal 1024"]
         seconds: dict[str, list[float]] = {"ours": [], "jax.nn": []}
@@ -202,13 +204,13 @@ def first(options: Options) -> list[Measurement]:
                 seconds[name].append(time.perf_counter() - start)
         medians = {name: statistics.median(s) for name, s in seconds.items()}
         work = f"first call, {shape}" + (", fwd+bwd" if backward else "")
-        rows.append(Measurement("first", work, medians, shape.flops / 1e9, {"jax.nn": 0.5}))
-    return rows
+        measurements.append(Measurement("first", work, medians, shape.flops / 1e9, {"jax.nn": 0.5}))
+    return measurements
 
 
 def memory(options: Options) -> list[Measurement]:
     """Memory in addition to arguments and results, measured in its own process by ``memory``."""
-    rows = []
+    measurements = []
     for work, arguments in (
         ("65,536 tokens, causal, fwd+bwd, one head", ["causal 65536", "--backward"]),
         ("1,000,000 tokens, window 512, fwd, one head", ["window 1000000"]),
@@ -227,13 +229,15 @@ def memory(options: Options) -> list[Measurement]:
             f"{measured['planned_mib']:.0f} MiB planned, {resident:.0f} MiB resident, in addition "
             f"to arguments and results"
         )
-        rows.append(Measurement("memory", work, {"ours": measured["seconds"]}, 0.0, {}, note))
-    return rows
+        measurements.append(
+            Measurement("memory", work, {"ours": measured["seconds"]}, 0.0, {}, note)
+        )
+    return measurements
 
 
 def step(options: Options) -> list[Measurement]:
     """A training step of a whole decoder with AdamW."""
-    rows = []
+    measurements = []
     for T, targets in (
         (256, {"flax": 1.05, "torch": 0.9}),
         (1024, {"flax": 2.0, "torch": 1.2}),
@@ -244,13 +248,15 @@ def step(options: Options) -> list[Measurement]:
             contenders["torch"] = train_torch(size)
         seconds = in_turns(contenders, max(3, options.repeats // 2))
         note = f"{size.B * T / seconds['ours']:,.0f} tokens/s"
-        rows.append(Measurement("step", f"training step, {size}", seconds, 0.0, targets, note))
-    return rows
+        measurements.append(
+            Measurement("step", f"training step, {size}", seconds, 0.0, targets, note)
+        )
+    return measurements
 
 
 def tasks(options: Options) -> list[Measurement]:
     """A training step of our tasks, beside the same step with ``--attention flax``."""
-    rows = []
+    measurements = []
     for name, changes, target in (
         ("shakespeare", {"context": 256}, 1.05),
         ("shakespeare", {"context": 1024, "batch_size": 8}, 1.8),
@@ -263,13 +269,13 @@ def tasks(options: Options) -> list[Measurement]:
         seconds = in_turns(contenders, max(5, options.repeats))
         changed = [f"{option} {x}" for option, x in changes.items()]
         work = ", ".join([f"training step of {name}", *changed])
-        rows.append(Measurement("tasks", work, seconds, 0.0, {"flax": target}))
-    return rows
+        measurements.append(Measurement("tasks", work, seconds, 0.0, {"flax": target}))
+    return measurements
 
 
 def generate(options: Options) -> list[Measurement]:
     """Greedy decoding with caches: short and long prompts, few and many new tokens."""
-    rows = []
+    measurements = []
     for prompt, new in ((64, 32), (64, 256), (768, 64)):
         decoding = Decoding(prompt=prompt, new=new)
         contenders = {"ours": decode_ours(decoding)}
@@ -278,18 +284,20 @@ def generate(options: Options) -> list[Measurement]:
         seconds = in_turns(contenders, 3)
         note = f"{seconds['ours'] / new * 1e3:.1f} ms a token"
         work = f"generate, {decoding}"
-        rows.append(Measurement("generate", work, seconds, 0.0, {"transformers": 1.0}, note))
-    return rows
+        measurements.append(
+            Measurement("generate", work, seconds, 0.0, {"transformers": 1.0}, note)
+        )
+    return measurements
 
 
 def cache(options: Options) -> list[Measurement]:
     """Size of the caches."""
-    return [Measurement("cache", work, {}, 0.0, {}, note) for work, note in cache_rows()]
+    return [Measurement("cache", work, {}, 0.0, {}, note) for work, note in cache_sizes()]
 
 
 def short(options: Options) -> list[Measurement]:
     """Short sequences, to find the length from which blockwise is faster than xla."""
-    rows = []
+    measurements = []
     for shape in SHORT:
         for backward in (False, True):
             contenders = {
@@ -301,15 +309,15 @@ def short(options: Options) -> list[Measurement]:
                 contenders["torch sdpa"] = torch_sdpa(shape, backward=backward)
             gflops = shape.flops * (3.5 if backward else 1.0) / 1e9
             work = f"blockwise, batch {shape.B}, {shape}" + (", fwd+bwd" if backward else "")
-            rows.append(
+            measurements.append(
                 Measurement("short", work, in_turns(contenders, options.repeats), gflops, {})
             )
-    return rows
+    return measurements
 
 
 def blocks(options: Options) -> list[Measurement]:
     """The speed of the blockwise loops by block size, for ``SPEED``."""
-    rows = []
+    measurements = []
     for size in SPEED:
         for shape in (SHAPES["dense 4096"], SHAPES["causal 4096"]):
             for backward in (False, True):
@@ -317,12 +325,12 @@ def blocks(options: Options) -> list[Measurement]:
                 seconds = in_turns({"ours": run}, options.repeats)
                 gflops = shape.flops * (3.5 if backward else 1.0) / 1e9
                 work = f"blocks of {size}, {shape}" + (", fwd+bwd" if backward else "")
-                rows.append(Measurement("blocks", work, seconds, gflops, {}))
-    return rows
+                measurements.append(Measurement("blocks", work, seconds, gflops, {}))
+    return measurements
 
 
-def _with_blocks(shape: Shape, size: tuple[int, int]) -> Callable[..., Any]:
-    def attend(q: Any, k: Any, v: Any) -> Any:
+def _with_blocks(shape: Shape, size: tuple[int, int]) -> Callable[..., jax.Array]:
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         return aj.attention(q, k, v, mask=shape.mask, implementation=Blockwise(*size))
 
     return attend
@@ -348,18 +356,18 @@ SECTIONS: dict[str, Callable[[Options], list[Measurement]]] = {
 def main(options: Options) -> int:
     if options.scaling:
         return scaling.main(options.out, max(3, options.repeats // 2))
-    rows = []
+    measurements = []
     for name, section in SECTIONS.items():
         if options.only == name or (options.only is None and name not in TUNING):
-            for row in section(options):
-                print_measurement(row)
-                rows.append(row)
+            for measurement in section(options):
+                print_measurement(measurement)
+                measurements.append(measurement)
     missed = [
-        f"{row.work} ({row.section}): {row.ratios[name]:.2f}x {name}, at least {target}"
-        for row in rows
-        for name, target in row.targets.items()
-        if name in row.ratios and row.ratios[name] < target
+        f"{m.work} ({m.section}): {m.ratios[name]:.2f}x {name}, at least {target}"
+        for m in measurements
+        for name, target in m.targets.items()
+        if name in m.ratios and m.ratios[name] < target
     ]
     print("all targets reached" if not missed else "missed:\n  " + "\n  ".join(missed))
-    write(rows, options.out, options.repeats)
+    write(measurements, options.out, options.repeats)
     return 0

@@ -28,6 +28,7 @@ from attention_jax.backends import IMPLEMENTATIONS
 from attention_jax.core.axes import Sizes
 from attention_jax.testing import Case, Row
 from experiments.bench.shapes import SMALL, SMALL_LONG
+from experiments.options import not_one_of
 from experiments.training.runs import device, versions
 
 
@@ -48,7 +49,7 @@ class Options:
         known = contenders()
         for name in self.only:
             if name not in known:
-                raise ValueError(f"only must be one of {', '.join(known)}, got {name}")
+                raise ValueError(not_one_of("only", name, known))
 
 
 Contender = Callable[..., Any]

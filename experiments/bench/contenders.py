@@ -93,7 +93,7 @@ def have_torch() -> bool:
 
 
 def in_turns(contenders: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median seconds of each contender. They run in turns, after two runs each to warm up."""
+    """Median seconds of each contender. They take turns, after two runs each to warm up."""
     for run in contenders.values():
         run()
         run()

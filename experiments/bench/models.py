@@ -267,10 +267,10 @@ def have_transformers() -> bool:
     return all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
 
 
-def cache_rows() -> list[tuple[str, str]]:
+def cache_sizes() -> list[tuple[str, str]]:
     """The size of Mistral 7B's caches for 32,768 tokens, with and without its savings."""
     base: dict[str, Any] = {"features": 4096, "num_layers": 32, "num_heads": 32, "hidden": 14_336}
-    rows = []
+    sizes = []
     for work, more in (
         ("all heads, all tokens", {}),
         ("8 key-value heads", {"num_kv_heads": 8}),
@@ -284,5 +284,5 @@ def cache_rows() -> list[tuple[str, str]]:
 
         leaves = jax.tree.leaves(jax.eval_shape(caches))
         size = sum(x.size * x.dtype.itemsize for x in leaves)
-        rows.append((f"caches of 32 layers, 32,768 tokens, {work}", f"{size / 2**20:,.0f} MiB"))
-    return rows
+        sizes.append((f"caches of 32 layers, 32,768 tokens, {work}", f"{size / 2**20:,.0f} MiB"))
+    return sizes

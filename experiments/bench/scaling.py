@@ -55,60 +55,60 @@ class Point(NamedTuple):
     bytes: int
 
 
-def _mask(make: Callable[[int], Any]) -> Callable[[int], Callable[..., Any]]:
+def _mask(make: Callable[[int], masks.Mask | None]) -> Callable[[int], Callable[..., Any]]:
     return lambda T: functools.partial(attention, mask=make(T))
 
 
-def _segments(T: int) -> Any:
+def _segments(T: int) -> masks.Mask:
     return masks.segments(jnp.arange(T, dtype=jnp.int32) // WINDOW)
 
 
-def _global(T: int) -> Any:
+def _global(T: int) -> masks.Mask:
     flags = np.arange(T) % (T // 4) == 0  # four tokens attend to all and are attended to by all
     return masks.window(WINDOW // 2, WINDOW // 2) | masks.global_tokens(flags)
 
 
-def _neighborhood(T: int) -> Any:
+def _neighborhood(T: int) -> masks.Mask:
     side = math.isqrt(T)
     return masks.neighborhood((side, side), 9)
 
 
-def _blocks(T: int) -> Any:
+def _blocks(T: int) -> masks.Mask:
     n = T // WINDOW
     band = abs(np.subtract.outer(np.arange(n), np.arange(n))) <= 1
     return masks.block_sparse(band, WINDOW)
 
 
 def _gated(width: int) -> Callable[..., Any]:
-    def run(q: Any, k: Any, v: Any) -> Any:
+    def run(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         gates = jnp.broadcast_to(-jnp.abs(k[..., :1]), (*k.shape[:-1], width)) / 100
         return mechanisms.gated_linear_attention(q, k, v, gates)
 
     return run
 
 
-def _delta(q: Any, k: Any, v: Any) -> Any:
+def _delta(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     k = k / jnp.linalg.norm(k, axis=-1, keepdims=True)
     return mechanisms.delta_rule(q, k, v, jax.nn.sigmoid(v[..., 0]))
 
 
-def _linformer(q: Any, k: Any, v: Any) -> Any:
+def _linformer(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     mixing = jnp.ones((WINDOW, k.shape[0])) / k.shape[0]
     return mechanisms.linformer_attention(q, k, v, mixing, mixing)
 
 
-def _routing(q: Any, k: Any, v: Any) -> Any:
+def _routing(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     C = math.isqrt(k.shape[0])
     centroids = jax.random.normal(jax.random.key(1), (1, C, H))
     return mechanisms.routing_attention(q, k, v, centroids)
 
 
-def _differential(q: Any, k: Any, v: Any) -> Any:
+def _differential(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     q, k = (jnp.concatenate([x, x[..., ::-1]], axis=-2) for x in (q, k))
     return mechanisms.differential_attention(q, k, v, 0.5, mask=masks.causal())
 
 
-def _latent(q: Any, k: Any, v: Any) -> Any:
+def _latent(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     up = jnp.eye(H)[:, None]
     some = slice(0, 16)
     return mechanisms.latent_attention(
@@ -116,11 +116,11 @@ def _latent(q: Any, k: Any, v: Any) -> Any:
     )
 
 
-def _additive(q: Any, k: Any, v: Any) -> Any:
+def _additive(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     return mechanisms.additive_attention(q, k, v, jnp.ones((1, H)))
 
 
-def _performer(q: Any, k: Any, v: Any) -> Any:
+def _performer(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     features = mechanisms.performer_features(jax.random.key(0), H, 2 * H)
     return mechanisms.linear_attention(q, k, v, mask=masks.causal(), features=features)
 
@@ -162,7 +162,7 @@ KINDS: dict[str, Kind] = {
 }
 
 
-def _same_parity(b: Any, n: Any, q: Any, k: Any) -> Any:
+def _same_parity(b: jax.Array, n: jax.Array, q: jax.Array, k: jax.Array) -> jax.Array:
     return (q + k) % 2 == 0
 
 

@@ -40,24 +40,24 @@ class Measurement:
         return {name: s / ours for name, s in self.seconds.items() if name != "ours"}
 
 
-def print_measurement(row: Measurement) -> None:
-    cells = [f"{name} {seconds * 1e3:.1f} ms" for name, seconds in row.seconds.items()]
-    if row.gflops and row.section in ("forward", "train", *TUNING):
-        cells[0] += f" ({row.gflops / row.seconds['ours']:.0f} GFLOP/s)"
-    print(f"{row.section:8} {row.work:44} " + ", ".join(cells), flush=True)
-    for name, ratio in row.ratios.items():
-        target = row.targets.get(name)
+def print_measurement(measurement: Measurement) -> None:
+    cells = [f"{name} {seconds * 1e3:.1f} ms" for name, seconds in measurement.seconds.items()]
+    if measurement.gflops and measurement.section in ("forward", "train", *TUNING):
+        cells[0] += f" ({measurement.gflops / measurement.seconds['ours']:.0f} GFLOP/s)"
+    print(f"{measurement.section:8} {measurement.work:44} " + ", ".join(cells), flush=True)
+    for name, ratio in measurement.ratios.items():
+        target = measurement.targets.get(name)
         verdict = (
             ""
             if target is None
             else f"  (at least {target}: {'ok' if ratio >= target else 'MISSED'})"
         )
         print(f"{'':8} {'':44} {ratio:.2f}x {name}{verdict}")
-    if row.note:
-        print(f"{'':8} {'':44} {row.note}")
+    if measurement.note:
+        print(f"{'':8} {'':44} {measurement.note}")
 
 
-def write(rows: list[Measurement], out: pathlib.Path, repeats: int) -> None:
+def write(measurements: list[Measurement], out: pathlib.Path, repeats: int) -> None:
     out.mkdir(parents=True, exist_ok=True)
     versions = {"python": platform.python_version(), "jax": jax.__version__}
     if have_torch():
@@ -69,15 +69,15 @@ def write(rows: list[Measurement], out: pathlib.Path, repeats: int) -> None:
         "machine": {"cpu": _cpu(), "device": jax.devices()[0].platform, "cores": _cores()},
         "versions": versions,
         "repeats": repeats,
-        "rows": [{**dataclasses.asdict(row), "ratios": row.ratios} for row in rows],
+        "rows": [{**dataclasses.asdict(m), "ratios": m.ratios} for m in measurements],
     }
     for name, text in (
         ("bench.json", json.dumps(record, indent=1) + "\n"),
-        ("bench.md", table(rows)),
+        ("bench.md", table(measurements)),
     ):
         (out / name).write_text(text)
         print(f"wrote {out / name}")
-    drawn = [row for row in rows if row.section in ("forward", "train")]
+    drawn = [m for m in measurements if m.section in ("forward", "train")]
     if drawn:
         path = out / "bench.png"
         draw(drawn, path, record)
@@ -87,19 +87,19 @@ def write(rows: list[Measurement], out: pathlib.Path, repeats: int) -> None:
 def read(record: dict[str, Any]) -> list[Measurement]:
     """The measurements of a record that ``write`` wrote."""
     names = [field.name for field in dataclasses.fields(Measurement)]
-    return [Measurement(**{name: row[name] for name in names}) for row in record["rows"]]
+    return [Measurement(**{name: m[name] for name in names}) for m in record["rows"]]
 
 
-def table(rows: list[Measurement]) -> str:
+def table(measurements: list[Measurement]) -> str:
     """Markdown tables: one of calls of attention, one of whole models, where there are any."""
-    parts = [_calls([row for row in rows if row.section not in MODELS])]
-    parts += [_models([row for row in rows if row.section in MODELS])]
+    parts = [_calls([m for m in measurements if m.section not in MODELS])]
+    parts += [_models([m for m in measurements if m.section in MODELS])]
     return "\n\n".join("\n".join(lines) for lines in parts if lines) + "\n"
 
 
-def _calls(rows: list[Measurement]) -> list[str]:
+def _calls(measurements: list[Measurement]) -> list[str]:
     """The table of calls of attention."""
-    if not rows:
+    if not measurements:
         return []
     others = ("jax.nn", "torch sdpa", "torch flex", "batch axis")
     kinds = {
@@ -112,53 +112,56 @@ def _calls(rows: list[Measurement]) -> list[str]:
         "| work | ours | vs jax.nn | vs torch SDPA | vs torch flex | vs the batch axis | note |",
         "| --- | ---: | ---: | ---: | ---: | ---: | --- |",
     ]
-    for row in rows:
-        work = ", ".join(filter(None, (kinds.get(row.section), row.work)))
-        cells = [f"{row.seconds['ours'] * 1e3:,.1f} ms", *(_ratio(row, name) for name in others)]
-        lines.append(f"| {work} | {' | '.join(cells)} | {row.note} |")
+    for measurement in measurements:
+        work = ", ".join(filter(None, (kinds.get(measurement.section), measurement.work)))
+        cells = [
+            f"{measurement.seconds['ours'] * 1e3:,.1f} ms",
+            *(_ratio(measurement, name) for name in others),
+        ]
+        lines.append(f"| {work} | {' | '.join(cells)} | {measurement.note} |")
     return lines
 
 
-def _models(rows: list[Measurement]) -> list[str]:
+def _models(measurements: list[Measurement]) -> list[str]:
     """The table of whole models."""
-    if not rows:
+    if not measurements:
         return []
     lines = [
         "| work | ours | vs flax.nnx | vs torch | vs transformers | note |",
         "| --- | ---: | ---: | ---: | ---: | --- |",
     ]
-    for row in rows:
-        ours = f"{row.seconds['ours'] * 1e3:,.0f} ms" if row.seconds else ""
-        cells = [ours, *(_ratio(row, name) for name in ("flax", "torch", "transformers"))]
-        lines.append(f"| {row.work} | {' | '.join(cells)} | {row.note} |")
+    for measurement in measurements:
+        ours = f"{measurement.seconds['ours'] * 1e3:,.0f} ms" if measurement.seconds else ""
+        cells = [ours, *(_ratio(measurement, name) for name in ("flax", "torch", "transformers"))]
+        lines.append(f"| {measurement.work} | {' | '.join(cells)} | {measurement.note} |")
     return lines
 
 
-def _ratio(row: Measurement, name: str) -> str:
+def _ratio(measurement: Measurement, name: str) -> str:
     """How many times faster than a contender we are; bold if that reaches the target."""
-    if name not in row.seconds:
+    if name not in measurement.seconds:
         return ""
-    ratio, target = row.ratios[name], row.targets.get(name)
+    ratio, target = measurement.ratios[name], measurement.targets.get(name)
     if target is None:
         return f"{ratio:.2f}x"
     bold = "**" if ratio >= target else ""
     return f"{bold}{ratio:.2f}x{bold} (aim {target:g}x)"
 
 
-def draw(rows: list[Measurement], path: pathlib.Path, record: dict[str, Any]) -> None:
+def draw(measurements: list[Measurement], path: pathlib.Path, record: dict[str, Any]) -> None:
     import matplotlib as mpl
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
     colors = {"ours": "#d1495b", "jax.nn": "#8d99ae", "torch sdpa": "#2b2d42"}
-    sections = [s for s in ("forward", "train") if any(r.section == s for r in rows)]
+    sections = [s for s in ("forward", "train") if any(r.section == s for r in measurements)]
     figure, panels = plt.subplots(
         1, len(sections), figsize=(5.6 * len(sections), 4.2), squeeze=False, layout="constrained"
     )
     titles = {"forward": "Forward", "train": "Forward + backward"}
     for panel, section in zip(panels[0], sections, strict=True):
-        part = [r for r in rows if r.section == section]
+        part = [r for r in measurements if r.section == section]
         names = [n for n in colors if any(n in r.seconds for r in part)]
         for i, name in enumerate(names):
             y = np.arange(len(part)) + (i - (len(names) - 1) / 2) * 0.27

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from experiments.training.task import Array
+
 
 class GRU(nnx.Module):
     """A stack of GRU layers with dropout after each: ``[B T E]`` to ``[B T hidden]``.
@@ -53,14 +55,14 @@ class GRU(nnx.Module):
             dropouts.append(nnx.Dropout(dropout_rate, rngs=rngs if dropout_rate else None))
         self.layers, self.dropouts = nnx.List(layers), nnx.List(dropouts)
 
-    def __call__(self, x: jax.Array, lengths: Any = None) -> jax.Array:
+    def __call__(self, x: jax.Array, lengths: Array | None = None) -> jax.Array:
         """States of the last layer; those at positions from ``lengths [B]`` on are undefined."""
         for layer, dropout in zip(self.layers, self.dropouts, strict=True):
             x = dropout(layer(x, seq_lengths=lengths))
         return x
 
 
-def last_state(states: jax.Array, lengths: Any) -> jax.Array:
+def last_state(states: jax.Array, lengths: Array) -> jax.Array:
     """The state ``[B E]`` of the last real token, from ``states [B T E]`` and ``lengths [B]``."""
     at = jnp.maximum(jnp.asarray(lengths, jnp.int32) - 1, 0)
     return jnp.take_along_axis(states, at[:, None, None], axis=1)[:, 0]

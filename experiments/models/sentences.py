@@ -15,6 +15,7 @@ from attention_jax.nn import Embeddings
 from attention_jax.nn.linear import Linear
 from experiments.datasets.text import PAD, UNKNOWN
 from experiments.training import text_config
+from experiments.training.task import Array
 
 
 class NaiveBayes:
@@ -75,7 +76,7 @@ class TextCNN(nnx.Module):
         self.dropout = nnx.Dropout(config.feature_dropout, rngs=rngs)
         self.classify = nnx.Linear(len(WIDTHS) * config.filters, classes, rngs=rngs)
 
-    def __call__(self, words: Any) -> jax.Array:
+    def __call__(self, words: Array) -> jax.Array:
         """Logits ``[B C]``."""
         real = words != PAD
         x = self.features(self.embed(self.noise(words)), real)
@@ -114,7 +115,7 @@ class SelfAttention(nnx.Module):
         self.dropout = nnx.Dropout(config.feature_dropout, rngs=rngs)
         self.classify = Linear(width, classes, rngs=rngs)
 
-    def __call__(self, words: Any) -> jax.Array:
+    def __call__(self, words: Array) -> jax.Array:
         """Logits ``[B C]``."""
         real = words != PAD
         words = self.noise(words)
@@ -137,7 +138,7 @@ class WordDropout(nnx.Module):
         self.rate, self.deterministic = rate, False
         self.rngs = rngs.dropout.fork()
 
-    def __call__(self, words: Any) -> jax.Array:
+    def __call__(self, words: Array) -> jax.Array:
         """``[B T]`` to ``[B T]``; padding is kept."""
         words = jnp.asarray(words)
         if self.deterministic or not self.rate:

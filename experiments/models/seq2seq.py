@@ -20,6 +20,7 @@ from experiments.datasets.text import END, PAD, START
 from experiments.models.inference import map_by_length
 from experiments.models.recurrent import GRU
 from experiments.training import text_config
+from experiments.training.task import Array, Model
 
 
 class Memory(NamedTuple):
@@ -29,9 +30,9 @@ class Memory(NamedTuple):
     """``[B S E]``."""
     keys: Any
     """``U states [B S 1 E]`` for attention, None without attention."""
-    real: Any
+    real: Array
     """bool ``[B S]``, false at padding."""
-    summary: Any
+    summary: jax.Array
     """``[B E]``: the initial state of the decoder."""
 
 
@@ -71,7 +72,7 @@ class Seq2Seq(nnx.Module):
         self.combine = Linear(3 * E, E, rngs=rngs)
         self.head = Linear(E, vocabulary, rngs=rngs)
 
-    def __call__(self, source: Any, target: Any) -> jax.Array:
+    def __call__(self, source: Array, target: Array) -> jax.Array:
         """Logits ``[B T V]`` of the token after each token of ``target [B T]``."""
         memory = self.encode(source)
         embedded = self.dropout(self.embed(jnp.asarray(target)))
@@ -79,7 +80,7 @@ class Seq2Seq(nnx.Module):
         _, outputs = jax.lax.scan(step, memory.summary, jnp.swapaxes(embedded, 0, 1))
         return self.logits(jnp.swapaxes(outputs, 0, 1))
 
-    def encode(self, source: Any) -> Memory:
+    def encode(self, source: Array) -> Memory:
         """Encodes ``source [B S]``."""
         source = jnp.asarray(source)
         real = source != PAD
@@ -110,7 +111,7 @@ class Seq2Seq(nnx.Module):
         """``[... 3E]`` to ``[... V]``, in float32."""
         return self.head(self.dropout(jnp.tanh(self.combine(features)))).astype(jnp.float32)
 
-    def weights(self, source: Any, target: Any) -> jax.Array:
+    def weights(self, source: Array, target: Array) -> jax.Array:
         """Attention weights ``[B T S]`` of each target token over the source."""
         memory = self.encode(source)
 
@@ -152,7 +153,7 @@ def transformer_config(config: Any, vocabulary: int, max_length: int) -> Encoder
 
 
 def decode_rows(
-    model: Any,
+    model: Model,
     rows: Sequence[list[int]],
     *,
     limit: Callable[[int], int],
@@ -178,7 +179,7 @@ def decode_rows(
     return map_by_length(run, [len(row) for row in rows], size)
 
 
-def decode(model: Any, source: np.ndarray, limit: int) -> list[list[int]]:
+def decode(model: Model, source: np.ndarray, limit: int) -> list[list[int]]:
     """The target of each row of ``source [B S]``, decoded greedily, without ``START`` and ``END``.
 
     Args:
@@ -201,13 +202,13 @@ def decode(model: Any, source: np.ndarray, limit: int) -> list[list[int]]:
     return [[x for x in row if x not in (PAD, END)] for row in np.asarray(tokens).tolist()]
 
 
-def greedy(model: Seq2Seq, source: Any, *, start: int, stop: int, limit: int) -> jax.Array:
+def greedy(model: Seq2Seq, source: Array, *, start: int, stop: int, limit: int) -> jax.Array:
     """The likeliest token at each step, ``[B limit]``; ``PAD`` follows ``stop``."""
     return _greedy(model, source, start, stop, limit)
 
 
 @nnx.jit(static_argnums=(2, 3, 4))
-def _greedy(model: Seq2Seq, source: Any, start: int, stop: int, limit: int) -> jax.Array:
+def _greedy(model: Seq2Seq, source: Array, start: int, stop: int, limit: int) -> jax.Array:
     memory = model.encode(source)
     B = source.shape[0]
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from experiments.options import unknown
+
 if TYPE_CHECKING:
     from experiments.training.task import Task
 
@@ -126,5 +128,11 @@ TASKS: dict[str, Summary] = {
 
 
 def load(name: str) -> Task[Any, Any]:
-    """Imports the task called ``name``, a key of ``TASKS``."""
+    """Imports the task called ``name``.
+
+    Raises:
+      ValueError: there is no such task.
+    """
+    if name not in TASKS:
+        raise ValueError(unknown("task", name, TASKS))
     return importlib.import_module(f"experiments.tasks.{name}").TASK

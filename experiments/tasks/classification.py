@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +16,19 @@ from attention_jax.nn import record_weights
 from experiments.datasets import text
 from experiments.models import sentences
 from experiments.models.inference import map_by_length
-from experiments.tasks.common import check_length, random_indices, verdict
+from experiments.tasks.common import check_attends, check_length, random_indices, verdict
+from experiments.training import config as configs
 from experiments.training.config import at_least_1, below_1
 from experiments.training.losses import cross_entropy, logits, scores
-from experiments.training.task import AttentionView, Loss, Metrics, Task, self_attention
+from experiments.training.task import (
+    Array,
+    AttentionView,
+    Loss,
+    Metrics,
+    Model,
+    Task,
+    self_attention,
+)
 from experiments.training.text_config import TextConfig
 
 Score = Callable[[np.ndarray, np.ndarray], Metrics]
@@ -112,8 +121,8 @@ class Data(NamedTuple):
 class Batch(NamedTuple):
     """Word indices ``[B T]`` and classes ``[B]``."""
 
-    words: Any
-    labels: Any
+    words: Array
+    labels: Array
 
 
 def synthetic(classes: int) -> dict[str, Labelled]:
@@ -149,7 +158,7 @@ def load(classes: tuple[str, ...], read: Callable[[], dict[str, Labelled]], conf
     return Data(words, classes, splits)
 
 
-def init(config: Config, data: Data, rngs: nnx.Rngs) -> Any:
+def init(config: Config, data: Data, rngs: nnx.Rngs) -> Model:
     """A fresh model, or a fitted naive Bayes classifier."""
     if config.model == "naive_bayes":
         return sentences.NaiveBayes(data.splits["train"].rows, data.splits["train"].labels)
@@ -163,13 +172,13 @@ def batches(config: Config, data: Data, step: int) -> Iterator[Batch]:
         yield Batch(text.padded([split.rows[i] for i in index]), split.labels[index])
 
 
-def loss(config: Config, model: Any, batch: Batch) -> Loss:
+def loss(config: Config, model: Model, batch: Batch) -> Loss:
     """Cross-entropy."""
     each = cross_entropy(model(batch.words), batch.labels, config.label_smoothing)
     return Loss(each.sum(), jnp.float32(each.size))
 
 
-def predict(model: Any, rows: list[list[int]], size: int = 128) -> np.ndarray:
+def predict(model: Model, rows: list[list[int]], size: int = 128) -> np.ndarray:
     """Log-probabilities ``[n C]`` of sentences."""
 
     def run(index: np.ndarray) -> np.ndarray:
@@ -181,7 +190,9 @@ def predict(model: Any, rows: list[list[int]], size: int = 128) -> np.ndarray:
     )
 
 
-def evaluate(config: Config, model: Any, data: Data, split: str, score: Score = scores) -> Metrics:
+def evaluate(
+    config: Config, model: Model, data: Data, split: str, score: Score = scores
+) -> Metrics:
     """Scores of one split, accuracy and mean cross-entropy by default."""
     rows, _, labels, _ = data.splits[split]
     return score(predict(model, rows), labels)
@@ -198,7 +209,7 @@ def encode(config: Config, data: Data, sentence: str) -> list[int]:
     return row
 
 
-def sample(config: Config, model: Any, data: Data, sentence: str | None) -> str:
+def sample(config: Config, model: Model, data: Data, sentence: str | None) -> str:
     """The predicted class of a sentence, or of ten sentences of the test split."""
     if sentence is not None:
         rows, texts, labels = [encode(config, data, sentence)], [sentence], [None]
@@ -215,12 +226,10 @@ def sample(config: Config, model: Any, data: Data, sentence: str | None) -> str:
     return "\n".join(lines)
 
 
-def look(config: Config, model: Any, data: Data, sentence: str | None) -> list[AttentionView]:
+def look(config: Config, model: Model, data: Data, sentence: str | None) -> list[AttentionView]:
     """Attention weights of the encoder on one sentence."""
-    if not isinstance(model, sentences.SelfAttention):
-        raise ValueError(
-            f"model {config.model} has no attention to look at: use attention or attention_cnn"
-        )
+    ladder = configs.choices(type(config), "model")
+    check_attends(config, *(x for x in ladder if x not in ("naive_bayes", "text_cnn")))
     sentence = data.splits["test"].texts[0] if sentence is None else sentence
     row = encode(config, data, sentence)
     _, weights = record_weights(model, np.array([row], np.int32))

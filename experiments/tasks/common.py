@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from experiments.training.config import TrainConfig
+
 
 def random_indices(n: int, count: int, seed: int) -> np.ndarray:
     """Up to ``count`` distinct indices below ``n``, in random order."""
@@ -20,6 +22,18 @@ def check_length(length: int, limit: int, unit: str, option: str) -> None:
         raise ValueError(
             f"text has {length} {unit}, the model reads {limit} ({option}): shorten the text"
         )
+
+
+def check_attends(config: TrainConfig, *models: str) -> None:
+    """Raises unless the option ``model`` is one of these, the models whose attention can be shown.
+
+    Raises:
+      ValueError: it is another one.
+    """
+    model: str = getattr(config, "model")  # noqa: B009 - each task has its own ladder
+    if model not in models:
+        use = " or ".join(filter(None, (", ".join(models[:-1]), models[-1])))
+        raise ValueError(f"model {model} has no attention to look at: use {use}")
 
 
 def verdict(guess: str, label: str) -> str:

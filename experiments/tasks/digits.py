@@ -13,7 +13,7 @@ layers of self-attention. A figure shows the attention of the class token in the
 Data: ``sklearn.datasets.load_digits``, 1797 images bundled with scikit-learn, so nothing is
 downloaded. They are the test set of E. Alpaydin and C. Kaynak, "Optical Recognition of
 Handwritten Digits", 1998, UCI Machine Learning Repository, https://doi.org/10.24432/C50P49, where
-the licence is CC BY 4.0 (scikit-learn's own description states none). The split is ours, fixed and
+the license is CC BY 4.0 (scikit-learn's own description states none). The split is ours, fixed and
 stratified by class: 1257 training, 180 validation and 360 test images. The same 13 writers appear
 in all of them, so the score says nothing about new writers.
 

@@ -8,7 +8,7 @@
 The models are those of ``digits``, with 49 patches of 4 x 4 pixels.
 
 Data: Fashion-MNIST, H. Xiao et al. 2017, greyscale images of 28 x 28 pixels: 55,000 for training,
-the last 5,000 of the published training set for validation, 10,000 for test; MIT licence.
+the last 5,000 of the published training set for validation, 10,000 for test; MIT license.
 """
 
 from __future__ import annotations

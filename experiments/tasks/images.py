@@ -6,7 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +18,18 @@ from attention_jax.models import Layers, VisionConfig, VisionTransformer
 from attention_jax.nn import record_weights
 from experiments.datasets import text
 from experiments.models.inference import full_batches
+from experiments.tasks.common import check_attends
 from experiments.training import config as configs
 from experiments.training.losses import cross_entropy, logits, scores
-from experiments.training.task import AttentionView, Loss, Metrics, Task, self_attention
+from experiments.training.task import (
+    Array,
+    AttentionView,
+    Loss,
+    Metrics,
+    Model,
+    Task,
+    self_attention,
+)
 from experiments.training.text_config import attention_options
 
 CLASSES = 10
@@ -61,8 +70,8 @@ class Config(configs.TrainConfig):
 class Split(NamedTuple):
     """Images ``[n side side]`` from 0 to 1 and their classes ``[n]``."""
 
-    images: Any
-    labels: Any
+    images: np.ndarray
+    labels: np.ndarray
 
     @property
     def side(self) -> int:
@@ -101,7 +110,7 @@ class Logistic(nnx.Module):
     def __init__(self, side: int, rngs: nnx.Rngs) -> None:
         self.classify = nnx.Linear(side * side, CLASSES, rngs=rngs)
 
-    def __call__(self, images: Any) -> jax.Array:
+    def __call__(self, images: Array) -> jax.Array:
         """``[B side side]`` to logits ``[B 10]``."""
         pixels = (jnp.asarray(images) - MEAN) / DEVIATION
         return self.classify(pixels.reshape(images.shape[0], -1))
@@ -121,7 +130,7 @@ class CNN(nnx.Module):
         self.dropout = nnx.Dropout(config.dropout, rngs=rngs)
         self.classify = nnx.Linear(4 * F, CLASSES, rngs=rngs)
 
-    def __call__(self, images: Any) -> jax.Array:
+    def __call__(self, images: Array) -> jax.Array:
         """``[B side side]`` to logits ``[B 10]``."""
         x = jnp.asarray(images)[..., None]
         for convolution in (self.first, self.second):
@@ -151,7 +160,7 @@ class ViT(nnx.Module):
         positions = self.transformer.positions
         positions[...] = jax.random.normal(rngs.params(), positions.shape)
 
-    def __call__(self, images: Any) -> jax.Array:
+    def __call__(self, images: Array) -> jax.Array:
         """``[B side side]`` to logits ``[B 10]``."""
         return self.transformer(jnp.asarray(images)[..., None])
 
@@ -186,13 +195,13 @@ def shifted(images: np.ndarray, limit: int, rng: np.random.Generator) -> np.ndar
     return padded[np.arange(len(images))[:, None, None], i + down, j + right]
 
 
-def loss(config: Config, model: Any, batch: Split) -> Loss:
+def loss(config: Config, model: Model, batch: Split) -> Loss:
     """Cross-entropy."""
     each = cross_entropy(model(batch.images), batch.labels, config.label_smoothing)
     return Loss(each.sum(), jnp.float32(each.size))
 
 
-def evaluate(config: Config, model: Any, data: Data, split: str) -> Metrics:
+def evaluate(config: Config, model: Model, data: Data, split: str) -> Metrics:
     """Accuracy and mean cross-entropy of one split."""
     images, labels = data[split]
     n = len(labels)
@@ -242,15 +251,14 @@ def task(
 
 
 def look(
-    names: tuple[str, ...], config: Config, model: Any, data: Data, given: str | None
+    names: tuple[str, ...], config: Config, model: Model, data: Data, given: str | None
 ) -> list[AttentionView]:
     """Attention weights over the patches of a test image, by default the first.
 
     Args:
       given: index of the image, in digits.
     """
-    if not isinstance(model, ViT):
-        raise ValueError(f"model {config.model} has no attention to look at: use vit")
+    check_attends(config, "vit")
     images, labels = data["test"]
     at = given or "0"
     if not at.isdecimal() or int(at) >= len(images):
@@ -274,7 +282,7 @@ def class_token_attention(model: ViT, images: AnyArray) -> np.ndarray:
 
 
 def pictures(
-    names: tuple[str, ...], config: Config, model: Any, data: Data, folder: Path
+    names: tuple[str, ...], config: Config, model: Model, data: Data, folder: Path
 ) -> list[Path]:
     """Writes a PNG of six test images with the attention of each head; ``vit`` only."""
     if not isinstance(model, ViT):

@@ -42,11 +42,19 @@ from attention_jax.nn import record_weights
 from experiments.datasets import text
 from experiments.datasets.files import path
 from experiments.models.inference import full_batches
-from experiments.tasks.common import random_indices
+from experiments.tasks.common import check_attends, random_indices
 from experiments.training import text_config
 from experiments.training.config import TrainConfig, at_least_1, below_1, heads_divide, softmax_only
 from experiments.training.losses import cross_entropy, logits
-from experiments.training.task import AttentionView, Loss, Metrics, Task, self_attention
+from experiments.training.task import (
+    Array,
+    AttentionView,
+    Loss,
+    Metrics,
+    Model,
+    Task,
+    self_attention,
+)
 
 ARCHIVES = {"fb15k237": "kg/FB15k-237.tar.gz", "wn18rr": "kg/WN18RR.tar.gz"}
 SPLITS = {"train": "train.txt", "validation": "valid.txt", "test": "test.txt"}
@@ -123,7 +131,7 @@ class Data(NamedTuple):
 class Batch(NamedTuple):
     """Heads and relations ``[B 2]``, and the tails to predict ``[B]``."""
 
-    given: Any
+    given: Array
     tails: Any
 
 
@@ -210,7 +218,7 @@ class Scorer(nnx.Module):
             )
             self.stack = Stack(layers, causal=False, rngs=rngs)
 
-    def __call__(self, given: Any) -> jax.Array:
+    def __call__(self, given: Array) -> jax.Array:
         """Logits ``[B entities]`` of ``given [B 2]``."""
         given = jnp.asarray(given)
         table = self.entities[...]
@@ -224,7 +232,7 @@ class Scorer(nnx.Module):
         return x @ table.T + self.bias[...]
 
 
-def init(config: Config, data: Data, rngs: nnx.Rngs) -> Any:
+def init(config: Config, data: Data, rngs: nnx.Rngs) -> Model:
     """A fresh model."""
     return Scorer(config, len(data.entities), len(data.relations), rngs)
 
@@ -239,13 +247,13 @@ def batches(config: Config, data: Data, step: int) -> Iterator[Batch]:
         yield Batch(given[index], tails[index])
 
 
-def loss(config: Config, model: Any, batch: Batch) -> Loss:
+def loss(config: Config, model: Model, batch: Batch) -> Loss:
     """Cross-entropy over all entities."""
     each = cross_entropy(model(batch.given), batch.tails, config.label_smoothing)
     return Loss(each.sum(), jnp.float32(each.size))
 
 
-def ranks(model: Any, data: Data, queries: Batch, size: int = 256) -> np.ndarray:
+def ranks(model: Model, data: Data, queries: Batch, size: int = 256) -> np.ndarray:
     """The filtered rank of each tail, from 1: other known tails of the query are not ranked."""
     result = []
     n = len(queries.tails)
@@ -259,7 +267,7 @@ def ranks(model: Any, data: Data, queries: Batch, size: int = 256) -> np.ndarray
     return np.array(result[:n])
 
 
-def evaluate(config: Config, model: Any, data: Data, split: str) -> Metrics:
+def evaluate(config: Config, model: Model, data: Data, split: str) -> Metrics:
     """Mean reciprocal rank and Hits@k over both directions of each fact.
 
     Of the validation split, a fixed random selection of ``scored`` facts is used.
@@ -290,7 +298,7 @@ def query_of(data: Data, given: str) -> np.ndarray:
     return np.array([[data.entities.index(names[0]), data.relations.index(names[1]) + shift]])
 
 
-def sample(config: Config, model: Any, data: Data, given: str | None) -> str:
+def sample(config: Config, model: Model, data: Data, given: str | None) -> str:
     """The five likeliest tails for a user's query, or for five facts of the test split."""
     if given is not None:
         queries = Batch(query_of(data, given), [None])
@@ -314,10 +322,9 @@ def _relation_name(data: Data, relation: int) -> str:
     return data.relations[relation] if relation < n else f"~{data.relations[relation - n]}"
 
 
-def look(config: Config, model: Any, data: Data, given: str | None) -> list[AttentionView]:
+def look(config: Config, model: Model, data: Data, given: str | None) -> list[AttentionView]:
     """Attention weights between head and relation; default those of the first test fact."""
-    if config.model != "attention":
-        raise ValueError(f"model {config.model} has no attention to look at: use attention")
+    check_attends(config, "attention")
     query = data.splits["test"][:1, :2] if given is None else query_of(data, given)
     _, weights = record_weights(model, query)
     tokens = [data.entities[query[0, 0]], _relation_name(data, int(query[0, 1]))]

@@ -14,7 +14,7 @@ of both languages, trained on the training split; case and punctuation are kept.
 
 Data: Multi30k, task 1, D. Elliott et al. 2016, "Multi30K: Multilingual English-German Image
 Descriptions": 29,000 training and 1,014 validation pairs, and the 1,000 of test_2016_flickr. No
-licence is stated; its authors provide it for non-commercial research and education. The score is
+license is stated; its authors provide it for non-commercial research and education. The score is
 sacrebleu's BLEU on untokenised text; its signature is in the record.
 """
 
@@ -35,10 +35,18 @@ from experiments.datasets import text
 from experiments.datasets.files import lines
 from experiments.datasets.text import END, PAD, START
 from experiments.models.seq2seq import Seq2Seq, decode_rows, transformer_config
-from experiments.tasks.common import check_length, random_indices
+from experiments.tasks.common import check_attends, check_length, random_indices
 from experiments.training.config import at_least_1, softmax_only
 from experiments.training.losses import cross_entropy
-from experiments.training.task import AttentionView, Loss, Metrics, Task, encoder_and_decoder
+from experiments.training.task import (
+    Array,
+    AttentionView,
+    Loss,
+    Metrics,
+    Model,
+    Task,
+    encoder_and_decoder,
+)
 from experiments.training.text_config import TextConfig
 
 
@@ -129,8 +137,8 @@ class Data(NamedTuple):
 class Batch(NamedTuple):
     """Sources ``[B S]`` and targets ``[B T+1]`` from the start to the end token."""
 
-    source: Any
-    target: Any
+    source: Array
+    target: Array
 
 
 def read(config: Config) -> dict[str, tuple[list[str], list[str]]]:
@@ -199,7 +207,7 @@ def pair_lengths(sources: list[list[int]], targets: list[list[int]]) -> np.ndarr
     return np.array([max(len(source), len(target) - 1) for source, target in pairs])
 
 
-def init(config: Config, data: Data, rngs: nnx.Rngs) -> Any:
+def init(config: Config, data: Data, rngs: nnx.Rngs) -> Model:
     """A fresh model."""
     V = data.subwords.get_vocab_size()
     if config.model == "transformer":
@@ -220,14 +228,14 @@ def batches(config: Config, data: Data, step: int) -> Iterator[Batch]:
         )
 
 
-def logits_of(model: Any, source: Any, target: Any) -> jax.Array:
+def logits_of(model: Model, source: Array, target: Array) -> jax.Array:
     """Logits ``[B T V]`` of the subword after each of ``target [B T]``."""
     if isinstance(model, Seq2Seq):
         return model(source, target)
     return model(source, target, source_real=source != PAD, target_real=target != PAD)
 
 
-def loss(config: Config, model: Any, batch: Batch) -> Loss:
+def loss(config: Config, model: Model, batch: Batch) -> Loss:
     """Cross-entropy of each subword of the target given the subwords before it."""
     targets = batch.target[:, 1:]
     logits = logits_of(model, batch.source, batch.target[:, :-1])
@@ -236,14 +244,14 @@ def loss(config: Config, model: Any, batch: Batch) -> Loss:
     return Loss(jnp.where(real, each, 0).sum(), real.sum(dtype=jnp.float32))
 
 
-def translate(model: Any, data: Data, rows: list[list[int]], size: int = 128) -> list[list[int]]:
+def translate(model: Model, data: Data, rows: list[list[int]], size: int = 128) -> list[list[int]]:
     """Subwords of the translations, decoded greedily, without start and end tokens."""
     return decode_rows(
         model, rows, limit=lambda length: min(2 * length, 96), size=size, buckets=BUCKETS
     )
 
 
-def evaluate(config: Config, model: Any, data: Data, split: str) -> Metrics:
+def evaluate(config: Config, model: Model, data: Data, split: str) -> Metrics:
     """BLEU of the greedy translations of one split, by sacrebleu."""
     import sacrebleu
 
@@ -273,7 +281,7 @@ def encode(config: Config, data: Data, sentence: str) -> list[int]:
     return row
 
 
-def sample(config: Config, model: Any, data: Data, sentence: str | None) -> str:
+def sample(config: Config, model: Model, data: Data, sentence: str | None) -> str:
     """The translation of a user's text, or of five sources of the test split."""
     if sentence is not None:
         (row,) = translate(model, data, [encode(config, data, sentence)], size=1)
@@ -289,10 +297,9 @@ def sample(config: Config, model: Any, data: Data, sentence: str | None) -> str:
     )
 
 
-def look(config: Config, model: Any, data: Data, sentence: str | None) -> list[AttentionView]:
+def look(config: Config, model: Model, data: Data, sentence: str | None) -> list[AttentionView]:
     """Attention weights of a source, its translation, and from the translation to the source."""
-    if config.model == "gru":
-        raise ValueError("model gru has no attention to look at: use gru_attention or transformer")
+    check_attends(config, "gru_attention", "transformer")
     source = data.splits["test"].sources[0] if sentence is None else sentence
     row = encode(config, data, source)
     target = [START, *translate(model, data, [row], size=1)[0]]

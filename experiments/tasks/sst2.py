@@ -10,7 +10,7 @@ The models are those of ``trec``.
 Data: the Stanford Sentiment Treebank with two classes, R. Socher et al., "Recursive Deep Models for
 Semantic Compositionality Over a Sentiment Treebank", 2013: 6,920 training, 872 validation and 1,821
 test sentences. Most published results also train on the ten times as many phrases of the trees;
-this task uses sentences only. For research use with citation; no licence is stated. Lower-cased.
+this task uses sentences only. For research use with citation; no license is stated. Lower-cased.
 """
 
 from __future__ import annotations

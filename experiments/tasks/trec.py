@@ -12,7 +12,7 @@ the encoder's output.
 
 Data: TREC questions with six classes, X. Li and D. Roth, "Learning Question Classifiers", 2002,
 5,452 for training, of which a fixed, stratified tenth is held out for validation, and 500 for test.
-For research use with citation; no licence is stated. Lower-cased.
+For research use with citation; no license is stated. Lower-cased.
 """
 
 from __future__ import annotations

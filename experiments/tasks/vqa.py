@@ -42,7 +42,14 @@ from experiments.models.inference import full_batches
 from experiments.tasks.common import verdict
 from experiments.training import text_config
 from experiments.training.losses import cross_entropy, logits, scores
-from experiments.training.task import AttentionView, Loss, Metrics, Task, self_attention
+from experiments.training.task import (
+    AttentionView,
+    Loss,
+    Metrics,
+    Model,
+    Task,
+    self_attention,
+)
 from experiments.training.text_config import TextConfig
 
 SHAPES = ("square", "circle", "triangle")
@@ -109,10 +116,10 @@ PRESETS = {
 class Examples(NamedTuple):
     """Images ``[n 24 24 3]``, questions ``[n LONGEST]``, answers ``[n]`` and kinds ``[n]``."""
 
-    images: Any
-    questions: Any
-    answers: Any
-    kinds: Any
+    images: np.ndarray
+    questions: np.ndarray
+    answers: np.ndarray
+    kinds: np.ndarray
 
 
 class Data(NamedTuple):
@@ -281,7 +288,7 @@ def patches(images: jax.Array) -> jax.Array:
     return cells.reshape(B, SIDE * SIDE, CELL * CELL * 3)
 
 
-def init(config: Config, data: Data, rngs: nnx.Rngs) -> Any:
+def init(config: Config, data: Data, rngs: nnx.Rngs) -> Model:
     """A fresh model."""
     return Answerer(config, rngs=rngs)
 
@@ -297,14 +304,14 @@ def batches(config: Config, data: Data, step: int) -> Iterator[Examples]:
         step += 1
 
 
-def loss(config: Config, model: Any, batch: Examples) -> Loss:
+def loss(config: Config, model: Model, batch: Examples) -> Loss:
     """Cross-entropy of the answers."""
     answers = model((batch.images, batch.questions))
     each = cross_entropy(answers, batch.answers, config.label_smoothing)
     return Loss(each.sum(), jnp.float32(each.size))
 
 
-def predict(model: Any, asked: Examples, size: int = 200) -> np.ndarray:
+def predict(model: Model, asked: Examples, size: int = 200) -> np.ndarray:
     """Logits ``[n answers]``."""
     n = len(asked.answers)
     rows = [
@@ -314,7 +321,7 @@ def predict(model: Any, asked: Examples, size: int = 200) -> np.ndarray:
     return np.concatenate(rows)[:n]
 
 
-def evaluate(config: Config, model: Any, data: Data, split: str) -> Metrics:
+def evaluate(config: Config, model: Model, data: Data, split: str) -> Metrics:
     """Accuracy, also for each kind of question, and mean cross-entropy."""
     asked = data.splits[split]
     predicted = predict(model, asked)
@@ -325,7 +332,7 @@ def evaluate(config: Config, model: Any, data: Data, split: str) -> Metrics:
     return {**scores(predicted, asked.answers), **kinds}
 
 
-def sample(config: Config, model: Any, data: Data, given: str | None) -> str:
+def sample(config: Config, model: Model, data: Data, given: str | None) -> str:
     """Five images of the test split in words, each with its question and the predicted answer.
 
     A user's question is asked about all five.
@@ -358,7 +365,7 @@ def _in_words(scene: Scene) -> str:
     return "\n".join(rows)
 
 
-def look(config: Config, model: Any, data: Data, given: str | None) -> list[AttentionView]:
+def look(config: Config, model: Model, data: Data, given: str | None) -> list[AttentionView]:
     """Attention weights over words and patches, for the first image of the test split."""
     test = data.splits["test"]
     row = test.questions[0] if given is None else np.array(encode(given))

@@ -7,7 +7,7 @@
     .../STEP/sums.json           a checksum of every file, to detect a damaged checkpoint
 
 Orbax writes under a temporary name and renames when everything is on disk, so that a run killed at
-any moment, or a full disk, leaves the checkpoint before intact. The position in the data and the
+any moment, or a full disk, leaves the previous checkpoint intact. The position in the data and the
 random keys are functions of the seed and the step, which are saved.
 """
 
@@ -54,7 +54,7 @@ class Checkpoints:
     def save(self, kind: str, step: int, state: Any, notes: dict[str, Any]) -> bool:
         """Saves a pytree of arrays, and notes as JSON, as ``LAST`` or ``BEST``.
 
-        If that fails, on a full disk say, it warns, and the checkpoint before stays.
+        If that fails, on a full disk for example, warns and keeps the previous checkpoint.
 
         Returns:
           Whether the checkpoint was saved.
@@ -76,12 +76,17 @@ class Checkpoints:
             self._clean(kind)
             warnings.warn(
                 f"{self.folder / kind}: step {step} could not be saved; training continues and the "
-                f"checkpoint before stays: {_first_line(problem)}",
+                f"previous checkpoint is kept: {_first_line(problem)}",
                 RuntimeWarning,
                 stacklevel=2,
             )
             return False
         return True
+
+    def latest(self, kind: str) -> int | None:
+        """The step of the newest checkpoint; None if nothing was saved."""
+        steps = [int(x.name) for x in (self.folder / kind).glob("*") if x.name.isdigit()]
+        return max(steps, default=None)
 
     def restore(self, kind: str, like: T) -> Saved | None:
         """The newest intact checkpoint; warns of newer ones that are damaged.
@@ -94,7 +99,7 @@ class Checkpoints:
           The checkpoint, its state with the structure of ``like``; None if nothing was saved.
 
         Raises:
-          ValueError: all checkpoints are damaged, or the newest is that of another model.
+          ValueError: all checkpoints are damaged, or the newest one holds another model.
         """
         if not (self.folder / kind).exists():
             return None

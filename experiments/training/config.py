@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeVar
 
 from attention_jax.backends import IMPLEMENTATIONS
 from attention_jax.mechanisms import NAMED
+from experiments.options import not_one_of
 
 FLAX = "flax"  # flax.nnx.dot_product_attention instead of ours, for comparison
 
@@ -89,7 +90,7 @@ class TrainConfig:
             )
         known = (*IMPLEMENTATIONS, FLAX, *NAMED)
         if self.attention is not None and self.attention not in known:
-            raise ValueError(f"attention must be one of {', '.join(known)}, got {self.attention}")
+            raise ValueError(not_one_of("attention", self.attention, known))
 
 
 # A run may be resumed with other values of these.
@@ -155,10 +156,17 @@ def below_1(config: TrainConfig, *names: str) -> None:
             raise ValueError(f"{name} must be in [0, 1), got {getattr(config, name)}")
 
 
-def heads_divide(config: Any, width: str) -> None:
+def even(config: TrainConfig, name: str) -> None:
+    """Raises ``ValueError`` unless this option is even."""
+    if getattr(config, name) % 2:
+        raise ValueError(f"{name} must be even, got {getattr(config, name)}")
+
+
+def heads_divide(config: TrainConfig, width: str) -> None:
     """Raises ``ValueError`` unless ``heads`` divides the option called ``width``."""
-    if getattr(config, width) % config.heads:
-        raise ValueError(f"heads must divide {width} {getattr(config, width)}, got {config.heads}")
+    size, heads = getattr(config, width), getattr(config, "heads")  # noqa: B009
+    if size % heads:
+        raise ValueError(f"heads must divide {width} {size}, got {heads}")
 
 
 def softmax_only(config: TrainConfig) -> None:

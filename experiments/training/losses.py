@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,14 +11,16 @@ import numpy as np
 import optax  # type: ignore[import-untyped]
 from flax import nnx
 
+from experiments.training.task import Array
+
 
 @nnx.jit
-def logits(model: Any, inputs: Any) -> jax.Array:
+def logits(model: Callable[[Any], jax.Array], inputs: Any) -> jax.Array:
     """The model's logits, in float32."""
     return model(inputs).astype(jnp.float32)
 
 
-def cross_entropy(logits: Any, targets: Any, smoothing: float = 0.0) -> jax.Array:
+def cross_entropy(logits: Array, targets: Array, smoothing: float = 0.0) -> jax.Array:
     """Cross-entropy of each target, ``[... C]`` and ``[...]`` to ``[...]``, in float32.
 
     ::

@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import jax
 from tqdm import tqdm
@@ -24,7 +24,7 @@ PROFILED = range(10, 20)  # steps; the first ones compile
 
 
 class Progress(NamedTuple):
-    """What a run has reached after so many steps."""
+    """The state of a run after a number of steps."""
 
     metric: str
     larger: bool
@@ -142,8 +142,8 @@ class RunLog:
 
     def __init__(
         self,
-        bar: Any,
-        lines: Any,
+        bar: tqdm[Any],
+        lines: TextIO,
         board: Any,
         *,
         unit: str,

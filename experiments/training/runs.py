@@ -1,4 +1,4 @@
-"""The folder of a run, the flags that say what is done with it, and its record.
+"""The folder of a run, the flags of the command that runs it, and its record.
 
 ::
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
+import os
 import platform
 import shutil
 from collections.abc import Callable
@@ -26,6 +27,7 @@ import optax  # type: ignore[import-untyped]
 from flax import nnx
 
 import attention_jax
+from experiments.options import nearest
 from experiments.training import config as configs
 from experiments.training.checkpoints import BEST, Checkpoints
 from experiments.training.config import TrainConfig
@@ -37,7 +39,7 @@ FILE = "run.json"
 
 @dataclasses.dataclass(frozen=True)
 class Flags:
-    """Where a run is written, whether it resumes, and what else it logs. No part of its result."""
+    """Where a run is written, whether it resumes, and what else it logs; the result is the same."""
 
     out: Path = Path("runs")
     """The folder for runs; each has its own, TASK/NAME."""
@@ -48,13 +50,20 @@ class Flags:
     overwrite: bool = False
     """Replace the run of this name."""
     record: Path | None = None
-    """A folder to whose TASK.jsonl the record is appended as well; ours is experiments/results."""
+    """Also append the record to TASK.jsonl in this folder; experiments/results is ours."""
     save_every: int | None = None
     """Also save the state every so many steps; it is saved at each evaluation in any case."""
     tensorboard: bool = False
     """Also log losses and scores for TensorBoard (needs tensorboardX)."""
     profile: bool = False
     """Trace ten steps with JAX's profiler, into the folder of the run."""
+
+
+def folder_of(task: Task[Any, Any], config: TrainConfig, *, preset: str, flags: Flags) -> Path:
+    """The folder of a run."""
+    model = getattr(config, "model", None)
+    default = "-".join(filter(None, (model, preset, f"seed{config.seed}")))
+    return flags.out / task.name / (flags.name or default)
 
 
 def start(task: Task[Any, Any], config: TrainConfig, *, preset: str, flags: Flags) -> Path:
@@ -64,9 +73,7 @@ def start(task: Task[Any, Any], config: TrainConfig, *, preset: str, flags: Flag
       ValueError: the run exists and the flags say neither resume nor overwrite; or it cannot be
         resumed, since its configuration differs.
     """
-    model = getattr(config, "model", None)
-    default = "-".join(filter(None, (model, preset, f"seed{config.seed}")))
-    folder: Path = flags.out / task.name / (flags.name or default)
+    folder = folder_of(task, config, preset=preset, flags=flags)
     file = folder / FILE
     if file.exists() and not flags.overwrite:
         if not flags.resume:
@@ -74,7 +81,7 @@ def start(task: Task[Any, Any], config: TrainConfig, *, preset: str, flags: Flag
                 f"{folder} exists: --resume resumes it, --overwrite replaces it, --name NAME gives "
                 f"this run another name"
             )
-        before = json.loads(file.read_text())
+        before = _read(file)
         if before["task"] != task.name:
             raise ValueError(f"{folder} is a run of {before['task']}, not {task.name}")
         old = configs.from_json(type(config), before["config"], str(file))
@@ -89,8 +96,25 @@ def start(task: Task[Any, Any], config: TrainConfig, *, preset: str, flags: Flag
         (folder / "log.jsonl").unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     content = {"task": task.name, "preset": preset, "config": configs.as_json(config)}
-    file.write_text(json.dumps(content, indent=1) + "\n")
+    unfinished = folder / f"{FILE}.unfinished"  # renamed once it is whole
+    unfinished.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(unfinished, file)
     return folder
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """The content of a ``run.json``.
+
+    Raises:
+      ValueError: it is damaged.
+    """
+    try:
+        content = json.loads(file.read_text())
+        if isinstance(content, dict) and {"task", "preset", "config"} <= content.keys():
+            return content
+    except ValueError:
+        pass
+    raise ValueError(f"{file} is damaged: remove the folder, or train again with --overwrite")
 
 
 class Run(NamedTuple):
@@ -119,9 +143,10 @@ def load(folder: Path, load_task: Callable[[str], Task[Any, Any]]) -> Run:
     if not file.exists():
         known = sorted(str(x.parent) for x in Path("runs").glob(f"*/*/{FILE}"))
         raise ValueError(
-            f"{folder} is not a run: it has no {FILE}; runs here: {', '.join(known) or 'none'}"
+            f"{folder} is not a run: it has no {FILE}{nearest(str(folder), known) or '.'} "
+            f"Runs here: {', '.join(known) or 'none'}"
         )
-    content = json.loads(file.read_text())
+    content = _read(file)
     task = load_task(content["task"])
     kind = type(next(iter(task.presets.values())))
     config = configs.from_json(kind, content["config"], str(file))

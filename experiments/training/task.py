@@ -21,6 +21,7 @@ from experiments.training.config import TrainConfig
 C = TypeVar("C", bound=TrainConfig)
 D = TypeVar("D")
 
+Array = jax.Array | np.ndarray  # NumPy outside of jit, JAX inside
 Model = Any  # an nnx.Module, or any object for a model that is fitted by counting
 Batch = Any  # a pytree of arrays with a leading axis of examples: what the task's loss takes
 Metrics = dict[str, float]

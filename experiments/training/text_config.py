@@ -110,7 +110,7 @@ def flax_attention(
     scale: Any = None,
     dropout_rate: float = 0.0,
 ) -> jax.Array:
-    """``flax.nnx.dot_product_attention`` with our arguments: what one would write without us.
+    """``flax.nnx.dot_product_attention`` with our arguments, for comparison.
 
     A mask becomes a bool array, ``[T S]``, or ``[B 1 T S]`` if it depends on the example.
 

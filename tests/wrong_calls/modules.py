@@ -103,7 +103,7 @@ def wrong_modules():
 
 
 def wrong_ranks_and_types_of_modules(rngs):
-    """What is no array, or has other axes, or would be taken for something else."""
+    """Arguments of another type or rank, or that could be mistaken for something else."""
     from attention_jax import masks, nn
     from attention_jax.nn import pooling
 

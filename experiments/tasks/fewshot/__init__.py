@@ -21,7 +21,6 @@ Data: that of ``trec``.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +34,7 @@ from experiments.tasks.fewshot import curve
 from experiments.tasks.fewshot.config import PRESETS, Config
 from experiments.tasks.fewshot.data import batches, load
 from experiments.tasks.fewshot.pretraining import Pretrained, pretrain
-from experiments.training.task import Task
+from experiments.training.task import Model, Task
 
 PRETRAINED = ("finetuned", "adapted")
 ADAPTED = ("query", "value")  # projections with a low-rank update in adapted
@@ -46,7 +45,7 @@ def init(
     data: Data,
     rngs: nnx.Rngs,
     pretrain: Callable[[Config, Data], Pretrained] = pretrain,
-) -> Any:
+) -> Model:
     """A model ready for training on labels; runs the pretraining of models that have one."""
     model = classification.init(config, data, rngs)
     if config.model not in PRETRAINED:

@@ -25,7 +25,7 @@ from experiments.tasks.fewshot.config import Config
 from experiments.tasks.fewshot.data import cycle, words_of
 from experiments.training.losses import cross_entropy
 from experiments.training.steps import trainer
-from experiments.training.task import Loss
+from experiments.training.task import Array, Loss
 
 
 class MaskedBatch(NamedTuple):
@@ -34,9 +34,9 @@ class MaskedBatch(NamedTuple):
     Unused entries have the target ``PAD``.
     """
 
-    words: Any
-    positions: Any
-    targets: Any
+    words: Array
+    positions: Array
+    targets: Array
 
 
 class WordModel(nnx.Module):
@@ -49,7 +49,7 @@ class WordModel(nnx.Module):
         self.norm = nnx.LayerNorm(E, rngs=rngs)
         self.bias = nnx.Param(jnp.zeros(encoder.config.vocabulary))
 
-    def __call__(self, words: Any, positions: Any) -> jax.Array:
+    def __call__(self, words: Array, positions: Array) -> jax.Array:
         """Logits ``[B M V]`` of the words at ``positions [B M]``."""
         words = jnp.asarray(words)
         x = self.encoder.hidden(words, real=words != PAD)

@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 
+from experiments.options import not_one_of
 from experiments.tasks import fewshot
 from experiments.tasks.classification import Data
 from experiments.tasks.fewshot import curve
@@ -27,7 +28,7 @@ from experiments.tasks.fewshot.pretraining import Pretrained, pretrain
 from experiments.training import config as configs
 from experiments.training import train
 from experiments.training.runs import Flags
-from experiments.training.task import Record, Rung
+from experiments.training.task import Record, Rung, Task
 
 MODELS = configs.choices(Config, "model")
 RATES = {"adapted": 6e-3}  # overrides the preset's learning rate: LoRA updates start at zero
@@ -52,19 +53,17 @@ class Options:
     the runs. Published results are in experiments/results."""
 
     def __post_init__(self) -> None:
-        checks = {
-            "preset": ({self.preset}, tuple(PRESETS)),
-            "models": ({*self.models}, MODELS),
-        }
-        for name, (given, known) in checks.items():
-            if unknown := sorted(given - {*known}):
-                raise ValueError(f"{name} must be of {', '.join(known)}, got {', '.join(unknown)}")
+        if self.preset not in PRESETS:
+            raise ValueError(not_one_of("preset", self.preset, PRESETS))
+        for model in self.models:
+            if model not in MODELS:
+                raise ValueError(not_one_of("models", model, MODELS))
         if self.seeds < 1:
             raise ValueError(f"seeds must be at least 1, got {self.seeds}")
 
 
 def main(options: Options) -> int:
-    """Does the missing runs, prints the table and writes the plot; returns the exit code."""
+    """Runs what has no record yet, prints the table and writes the plot; returns the exit code."""
     once = _PretrainOnce()
     task = dataclasses.replace(
         fewshot.TASK, init=lambda config, data, rngs: fewshot.init(config, data, rngs, once)
@@ -104,8 +103,8 @@ class _PretrainOnce:
         return self.cache[key]
 
 
-def _run(task: Any, options: Options, model: Any, size: int, seed: int) -> Record:
-    """Reads the record of a run, or does the run if there is none."""
+def _run(task: Task[Config, Data], options: Options, model: Any, size: int, seed: int) -> Record:
+    """The record of a run; runs it if it has none."""
     preset = PRESETS[options.preset]
     rate = RATES.get(model, preset.learning_rate)
     config = dataclasses.replace(preset, model=model, examples=size, seed=seed, learning_rate=rate)

@@ -33,16 +33,16 @@ from flax import nnx
 from attention_jax.nn import record_weights
 from experiments.datasets import text
 from experiments.models.inference import map_by_length
-from experiments.tasks.common import check_length, verdict
+from experiments.tasks.common import check_attends, check_length, verdict
 from experiments.tasks.listops.config import PRESETS, Config
 from experiments.tasks.listops.data import Batch, Data, Examples, batches, buckets, load
 from experiments.tasks.listops.expressions import WORDS, evaluate_words
 from experiments.tasks.listops.models import Recurrent, Transformer
 from experiments.training.losses import cross_entropy, logits, scores
-from experiments.training.task import AttentionView, Loss, Metrics, Task, self_attention
+from experiments.training.task import AttentionView, Loss, Metrics, Model, Task, self_attention
 
 
-def init(config: Config, data: Data, rngs: nnx.Rngs) -> Any:
+def init(config: Config, data: Data, rngs: nnx.Rngs) -> Model:
     """A fresh model; window and linear are the transformer with another mask or attention."""
     if config.model == "gru":
         return Recurrent(config, rngs=rngs)
@@ -51,7 +51,7 @@ def init(config: Config, data: Data, rngs: nnx.Rngs) -> Any:
     return Transformer(dataclasses.replace(config, **changed), rngs=rngs)
 
 
-def loss(config: Config, model: Any, batch: Batch) -> Loss:
+def loss(config: Config, model: Model, batch: Batch) -> Loss:
     """Cross-entropy of the whole, plus the mean over all lists unless only the whole is asked."""
     n = jnp.float32(len(batch.labels))
     if config.asked == "outermost":
@@ -67,7 +67,7 @@ def loss(config: Config, model: Any, batch: Batch) -> Loss:
     return Loss((whole + each.sum(axis=1) / number).sum(), n)
 
 
-def predict(config: Config, model: Any, rows: list[list[int]], size: int = 32) -> np.ndarray:
+def predict(config: Config, model: Model, rows: list[list[int]], size: int = 32) -> np.ndarray:
     """Logits ``[n 10]`` of the values of expressions."""
 
     def run(index: np.ndarray) -> np.ndarray:
@@ -79,7 +79,7 @@ def predict(config: Config, model: Any, rows: list[list[int]], size: int = 32) -
     return np.stack(map_by_length(run, [len(row) for row in rows], size))
 
 
-def evaluate(config: Config, model: Any, data: Data, split: str) -> Metrics:
+def evaluate(config: Config, model: Model, data: Data, split: str) -> Metrics:
     """Accuracy and mean cross-entropy of one split."""
     rows, labels = data.splits[split]
     return scores(predict(config, model, rows), labels)
@@ -104,7 +104,7 @@ def shortest(data: Data, n: int) -> Examples:
     return Examples([split.rows[i] for i in chosen], split.labels[chosen])
 
 
-def sample(config: Config, model: Any, data: Data, given: str | None) -> str:
+def sample(config: Config, model: Model, data: Data, given: str | None) -> str:
     """The predicted value of a user's expression, or of the five shortest of the test split."""
     if given is not None:
         rows = [encode(config, given)]
@@ -119,12 +119,9 @@ def sample(config: Config, model: Any, data: Data, given: str | None) -> str:
     )
 
 
-def look(config: Config, model: Any, data: Data, given: str | None) -> list[AttentionView]:
+def look(config: Config, model: Model, data: Data, given: str | None) -> list[AttentionView]:
     """Attention weights of the encoder on an expression; default the shortest test expression."""
-    if config.model not in ("transformer", "window"):
-        raise ValueError(
-            f"model {config.model} has no attention to look at: use transformer or window"
-        )
+    check_attends(config, "transformer", "window")
     row = shortest(data, 1).rows[0] if given is None else encode(config, given)
     _, weights = record_weights(model, np.array([row], np.int32))
     tokens = [WORDS.words[i] for i in row]

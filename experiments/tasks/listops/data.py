@@ -1,17 +1,18 @@
-"""Random expressions as arrays: the fixed splits, and training batches without end."""
+"""Random expressions as arrays: the fixed splits, and an endless stream of training batches."""
 
 from __future__ import annotations
 
 import dataclasses
 import random
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from experiments.datasets import text
 from experiments.tasks.listops.config import Config
 from experiments.tasks.listops.expressions import expression, values
+from experiments.training.task import Array
 
 
 class Examples(NamedTuple):
@@ -30,9 +31,9 @@ class Data(NamedTuple):
 class Batch(NamedTuple):
     """Tokens ``[B T]``, values ``[B]``, and the values of all lists ``[B T]``; see ``values``."""
 
-    tokens: Any
-    labels: Any
-    values: Any
+    tokens: Array
+    labels: Array
+    values: Array
 
 
 def examples(config: Config, n: int, rng: random.Random) -> Examples:

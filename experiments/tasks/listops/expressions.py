@@ -6,6 +6,7 @@ import random
 from typing import Any
 
 from experiments.datasets import text
+from experiments.tasks.listops.config import Config
 
 OPERATORS = ("MIN", "MAX", "MED", "SM")
 WORDS = text.Words((*text.SPECIAL, *map(str, range(10)), *(f"[{x}" for x in OPERATORS), "]"))
@@ -31,7 +32,7 @@ def apply(operator: int, arguments: list[int]) -> int:
     return (ordered[middle - 1] + ordered[middle]) // 2
 
 
-def expression(config: Any, rng: random.Random) -> tuple[list[int], int]:
+def expression(config: Config, rng: random.Random) -> tuple[list[int], int]:
     """A random expression and its value; an argument is a list with probability 1/4.
 
     Generation stops early once the expression is longer than ``config.longest``; the result is then

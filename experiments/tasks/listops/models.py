@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -16,6 +14,7 @@ from experiments.models.recurrent import GRU, last_state
 from experiments.tasks.listops.config import Config
 from experiments.tasks.listops.expressions import CLOSE, OPERATOR, WORDS
 from experiments.training import text_config
+from experiments.training.task import Array
 
 
 class Recurrent(nnx.Module):
@@ -28,13 +27,13 @@ class Recurrent(nnx.Module):
         self.gru = GRU(E, E, config.depth, dropout_rate=config.dropout, rngs=rngs)
         self.classify = Linear(E, 10, rngs=rngs)
 
-    def each(self, tokens: Any) -> tuple[jax.Array, jax.Array]:
+    def each(self, tokens: Array) -> tuple[jax.Array, jax.Array]:
         """Logits ``[B T 10]``, and where they predict the value of a list: at its end."""
         tokens = jnp.asarray(tokens)
         lengths = jnp.sum(tokens != PAD, axis=-1, dtype=jnp.int32)
         return self.classify(self.gru(self.embed(tokens), lengths)), tokens == CLOSE
 
-    def __call__(self, tokens: Any) -> jax.Array:
+    def __call__(self, tokens: Array) -> jax.Array:
         """Logits ``[B 10]`` of the value of the expression."""
         lengths = jnp.sum(jnp.asarray(tokens) != PAD, axis=-1, dtype=jnp.int32)
         return last_state(self.each(tokens)[0], lengths)
@@ -58,12 +57,12 @@ class Transformer(nnx.Module):
             rngs=rngs,
         )
 
-    def each(self, tokens: Any) -> tuple[jax.Array, jax.Array]:
+    def each(self, tokens: Array) -> tuple[jax.Array, jax.Array]:
         """Logits ``[B T 10]``, and where they predict the value of a list: at its operator."""
         tokens = jnp.asarray(tokens)
         x = self.encoder.hidden(tokens, real=tokens != PAD)
         return self.encoder.class_logits(x), (tokens >= OPERATOR) & (tokens < CLOSE)
 
-    def __call__(self, tokens: Any) -> jax.Array:
+    def __call__(self, tokens: Array) -> jax.Array:
         """Logits ``[B 10]`` of the value of the expression."""
         return self.each(tokens)[0][:, 0]

@@ -21,7 +21,6 @@ repaired.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -31,16 +30,16 @@ from attention_jax.nn import record_weights
 from experiments.datasets import text
 from experiments.datasets.text import PAD
 from experiments.models.inference import map_by_length
-from experiments.tasks.common import random_indices
+from experiments.tasks.common import check_attends, random_indices
 from experiments.tasks.ner.bio import agreement, spans
 from experiments.tasks.ner.config import BUCKETS, PRESETS, Config
 from experiments.tasks.ner.data import Batch, Data, Sentence, letters, load, normalized
 from experiments.tasks.ner.models import MostFrequent, Tagger
 from experiments.training.losses import cross_entropy, logits
-from experiments.training.task import AttentionView, Loss, Metrics, Task, self_attention
+from experiments.training.task import AttentionView, Loss, Metrics, Model, Task, self_attention
 
 
-def init(config: Config, data: Data, rngs: nnx.Rngs) -> Any:
+def init(config: Config, data: Data, rngs: nnx.Rngs) -> Model:
     """A fresh model, or the counted baseline."""
     if config.model == "most_frequent":
         return MostFrequent(data.splits["train"])
@@ -60,14 +59,14 @@ def batches(config: Config, data: Data, step: int) -> Iterator[Batch]:
         )
 
 
-def loss(config: Config, model: Any, batch: Batch) -> Loss:
+def loss(config: Config, model: Model, batch: Batch) -> Loss:
     """Cross-entropy of the tag of each word."""
     each = cross_entropy(model((batch.words, batch.letters)), batch.tags, config.label_smoothing)
     real = batch.words != PAD
     return Loss(jnp.where(real, each, 0).sum(), real.sum(dtype=jnp.float32))
 
 
-def tag(model: Any, data: Data, sentences: list[list[str]], size: int = 64) -> list[list[str]]:
+def tag(model: Model, data: Data, sentences: list[list[str]], size: int = 64) -> list[list[str]]:
     """Tags of sentences; a sentence longer than the model reads is cut into independent chunks."""
     if isinstance(model, MostFrequent):
         return [model.tag(words) for words in sentences]
@@ -94,7 +93,7 @@ def tag(model: Any, data: Data, sentences: list[list[str]], size: int = 64) -> l
     return tags
 
 
-def evaluate(config: Config, model: Any, data: Data, split: str) -> Metrics:
+def evaluate(config: Config, model: Model, data: Data, split: str) -> Metrics:
     """F1, precision and recall of spans, and how many predicted tags were repaired."""
     sentences = data.splits[split].sentences
     tags = tag(model, data, [s.words for s in sentences])
@@ -107,7 +106,7 @@ def evaluate(config: Config, model: Any, data: Data, split: str) -> Metrics:
     }
 
 
-def sample(config: Config, model: Any, data: Data, given: str | None) -> str:
+def sample(config: Config, model: Model, data: Data, given: str | None) -> str:
     """A user's sentence with its entities in brackets, or five of the test split that have any."""
     if given is not None:
         sentences = [Sentence(text.check(given).split(), [])]
@@ -137,10 +136,9 @@ def bracketed(words: list[str], tags: list[str]) -> str:
     return " ".join(shown)
 
 
-def look(config: Config, model: Any, data: Data, given: str | None) -> list[AttentionView]:
+def look(config: Config, model: Model, data: Data, given: str | None) -> list[AttentionView]:
     """Attention weights of the transformer on one sentence; default the first test sentence."""
-    if config.model != "transformer":
-        raise ValueError(f"model {config.model} has no attention to look at: use transformer")
+    check_attends(config, "transformer")
     first = data.splits["test"].sentences[0].words
     words = (first if given is None else text.check(given).split())[: BUCKETS[-1]]
     rows = data.vocabulary.encode_all([normalized(words)])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from experiments.training.config import at_least_1, below_1
+from experiments.training.config import at_least_1, below_1, even
 from experiments.training.text_config import TextConfig
 
 BUCKETS = (16, 32, 64, 128, 256)  # lengths to pad sentences to
@@ -32,8 +32,7 @@ class Config(TextConfig):
         super().__post_init__()
         at_least_1(self, "letter_width", "least")
         below_1(self, "word_dropout")
-        if self.width % 2:
-            raise ValueError(f"width must be even, got {self.width}")
+        even(self, "width")
 
 
 PRESETS = {

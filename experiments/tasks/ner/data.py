@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from experiments.datasets import text
 from experiments.datasets.files import lines
 from experiments.tasks.ner.config import Config
+from experiments.training.task import Array
 
 FILES = {
     "ncbi": {
@@ -51,9 +52,9 @@ class Data(NamedTuple):
 class Batch(NamedTuple):
     """Words ``[B T]``, their bytes ``[B T LETTERS]`` and tags ``[B T]``."""
 
-    words: Any
-    letters: Any
-    tags: Any
+    words: Array
+    letters: Array
+    tags: Array
 
 
 def load(config: Config) -> Data:

@@ -18,6 +18,7 @@ from experiments.models.sentences import WordDropout
 from experiments.tasks.ner.config import BUCKETS, Config
 from experiments.tasks.ner.data import Split
 from experiments.training import text_config
+from experiments.training.task import Array
 
 
 class MostFrequent:
@@ -43,9 +44,9 @@ class Letters(nnx.Module):
         self.embed = nnx.Embed(257, width, embedding_init=init, rngs=rngs)
         self.convolution = nnx.Conv(width, features, kernel_size=(3,), rngs=rngs)
 
-    def __call__(self, letters: Any) -> jax.Array:
+    def __call__(self, letters: Array) -> jax.Array:
         """Embeds words by their bytes."""
-        x = jnp.where(letters[..., None] > 0, self.embed(letters), 0)
+        x = jnp.where(letters[..., None] > 0, self.embed(jnp.asarray(letters)), 0)
         return jax.nn.relu(self.convolution(x)).max(axis=-2)
 
 

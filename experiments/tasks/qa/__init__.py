@@ -30,7 +30,7 @@ printed and recorded as ``unaligned``. Every question counts in the scores.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +41,7 @@ from attention_jax.nn import record_weights
 from experiments.datasets import text
 from experiments.datasets.text import END, START
 from experiments.models.inference import map_by_length
-from experiments.tasks.common import random_indices
+from experiments.tasks.common import check_attends, random_indices
 from experiments.tasks.qa import answers
 from experiments.tasks.qa.answers import LONGEST_QUESTION, Passage, Question, Split
 from experiments.tasks.qa.config import BUCKETS, PRESETS, Config
@@ -57,12 +57,12 @@ from experiments.tasks.qa.data import (
 )
 from experiments.tasks.qa.models import MASKED, Overlap, Reader
 from experiments.training.losses import logits
-from experiments.training.task import AttentionView, Loss, Metrics, Task, self_attention
+from experiments.training.task import AttentionView, Loss, Metrics, Model, Task, self_attention
 
 SEPARATOR = "|||"
 
 
-def init(config: Config, data: Data, rngs: nnx.Rngs) -> Any:
+def init(config: Config, data: Data, rngs: nnx.Rngs) -> Model:
     """A fresh model, or the rule."""
     if config.model == "overlap":
         return Overlap(data.lexicon.rarity, config.longest)
@@ -96,7 +96,7 @@ def _passage_offset(split: Split, window: Window) -> int:
     return input_length(split, window) - (window.stop - window.start)
 
 
-def loss(config: Config, model: Any, batch: Batch) -> Loss:
+def loss(config: Config, model: Model, batch: Batch) -> Loss:
     """``-log`` of the total probability of the reference answers, in a softmax over all spans."""
     scores = model(batch.inputs)
     total = jax.nn.logsumexp(scores, axis=(1, 2))
@@ -117,7 +117,7 @@ class Answer(NamedTuple):
     window: Window
 
 
-def answer(config: Config, model: Any, data: Data, split: Split, size: int = 32) -> list[Answer]:
+def answer(config: Config, model: Model, data: Data, split: Split, size: int = 32) -> list[Answer]:
     """The best span for each question, over all windows of its passage."""
     if isinstance(model, Overlap):
         passages = [split.passages[question.passage].words for question in split.questions]
@@ -154,7 +154,7 @@ def answer_text(split: Split, found: Answer) -> str:
     return _passage(split, found).cut(found.first, found.last)
 
 
-def evaluate(config: Config, model: Any, data: Data, split: str) -> Metrics:
+def evaluate(config: Config, model: Model, data: Data, split: str) -> Metrics:
     """F1 and exact match; for the test split also on the second test set, as ``xquad_``."""
     metrics = _scores(config, model, data, data.splits[split])
     if split != "test":
@@ -163,7 +163,7 @@ def evaluate(config: Config, model: Any, data: Data, split: str) -> Metrics:
     return {**metrics, **{f"xquad_{name}": x for name, x in second.items()}}
 
 
-def _scores(config: Config, model: Any, data: Data, split: Split) -> Metrics:
+def _scores(config: Config, model: Model, data: Data, split: Split) -> Metrics:
     texts = [answer_text(split, found) for found in answer(config, model, data, split)]
     agreement = answers.agreement(texts, [question.answers for question in split.questions])
     return {**agreement, "unaligned": float(split.unaligned)}
@@ -188,7 +188,7 @@ def asked(data: Data, given: str) -> Split:
     return Split([about], [Question(question.strip(), words, 0, [], [])], 0)
 
 
-def sample(config: Config, model: Any, data: Data, given: str | None) -> str:
+def sample(config: Config, model: Model, data: Data, given: str | None) -> str:
     """The answer to a user's question, or to five questions of the test split."""
     if given is not None:
         split = asked(data, given)
@@ -208,10 +208,9 @@ def sample(config: Config, model: Any, data: Data, given: str | None) -> str:
     return "\n\n".join(blocks)
 
 
-def look(config: Config, model: Any, data: Data, given: str | None) -> list[AttentionView]:
+def look(config: Config, model: Model, data: Data, given: str | None) -> list[AttentionView]:
     """Attention weights in the window of the answer; default the first test question."""
-    if config.model == "overlap":
-        raise ValueError("model overlap has no attention to look at: use gru or transformer")
+    check_attends(config, "gru", "transformer")
     test = data.splits["test"]
     split = test._replace(questions=test.questions[:1]) if given is None else asked(data, given)
     (found,) = answer(config, model, data, split, size=1)

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Literal
 
 from experiments.tasks.qa.answers import LONGEST_QUESTION
-from experiments.training.config import at_least_1, below_1
+from experiments.training.config import at_least_1, below_1, even
 from experiments.training.text_config import TextConfig
 
 BUCKETS = (128, 176, 304, 576)  # lengths to pad inputs to
@@ -36,8 +36,7 @@ class Config(TextConfig):
         super().__post_init__()
         at_least_1(self, "least", "reads", "stride", "longest")
         below_1(self, "word_dropout")
-        if self.width % 2:
-            raise ValueError(f"width must be even, got {self.width}")
+        even(self, "width")
         if self.max_length > BUCKETS[-1]:
             raise ValueError(
                 f"reads must be at most {BUCKETS[-1] - LONGEST_QUESTION - 2}, got {self.reads}"

@@ -14,6 +14,7 @@ from experiments.datasets.text import END, START
 from experiments.tasks.qa.answers import Passage, Question, Split, parse
 from experiments.tasks.qa.config import Config
 from experiments.tasks.qa.features import FEATURES, Rarity, features
+from experiments.training.task import Array
 
 WIKIPEDIA, XQUAD = "squadshifts/new_wiki_v1.0.json", "xquad_en/xquad.en.json"
 DIGITS_TO_ZERO = str.maketrans("123456789", "000000000")
@@ -85,10 +86,10 @@ class Inputs(NamedTuple):
     of each word, ``[B T FEATURES]``.
     """
 
-    words: Any
-    suffixes: Any
-    passage: Any
-    features: Any
+    words: Array
+    suffixes: Array
+    passage: Array
+    features: Array
 
 
 def encode(
@@ -118,7 +119,7 @@ class Batch(NamedTuple):
     """Inputs, and which spans are reference answers, bool ``[B T longest]``; see ``spans``."""
 
     inputs: Inputs
-    right: Any
+    right: Array
 
 
 class Data(NamedTuple):

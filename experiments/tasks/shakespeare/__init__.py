@@ -32,16 +32,24 @@ from attention_jax.mechanisms import NAMED
 from attention_jax.models import Decoder, Sampling, generate
 from attention_jax.nn import record_weights
 from experiments.datasets import text
-from experiments.tasks.common import check_length
+from experiments.tasks.common import check_attends, check_length
 from experiments.tasks.shakespeare.config import PRESETS, Config
 from experiments.tasks.shakespeare.data import Data, batches, load
 from experiments.tasks.shakespeare.models import Recurrent, transformer
 from experiments.tasks.shakespeare.ngrams import NGrams
 from experiments.training.losses import cross_entropy, logits
-from experiments.training.task import AttentionView, Loss, Metrics, Task, self_attention
+from experiments.training.task import (
+    Array,
+    AttentionView,
+    Loss,
+    Metrics,
+    Model,
+    Task,
+    self_attention,
+)
 
 
-def init(config: Config, data: Data, rngs: nnx.Rngs) -> Any:
+def init(config: Config, data: Data, rngs: nnx.Rngs) -> Model:
     """A fresh model, or counted n-grams."""
     if config.model == "ngram":
         start, stop = data.splits["train"]
@@ -51,18 +59,18 @@ def init(config: Config, data: Data, rngs: nnx.Rngs) -> Any:
     return Recurrent(config, attend=config.model == "gru_attention", rngs=rngs)
 
 
-def loss(config: Config, model: Any, batch: Any) -> Loss:
+def loss(config: Config, model: Model, batch: Any) -> Loss:
     """Cross-entropy of each character given the characters before it."""
     each = cross_entropy(model(batch[:, :-1]), batch[:, 1:], config.label_smoothing)
     return Loss(each.sum(), jnp.float32(each.size))
 
 
 @nnx.jit
-def _nats(model: Any, tokens: Any, targets: Any) -> jax.Array:
+def _nats(model: Model, tokens: Array, targets: Array) -> jax.Array:
     return cross_entropy(model(tokens), targets)
 
 
-def evaluate(config: Config, model: Any, data: Data, split: str) -> Metrics:
+def evaluate(config: Config, model: Model, data: Data, split: str) -> Metrics:
     """Nats and bits per character, over half-overlapping windows whose second half counts."""
     start, stop = data.splits[split]
     T, half, size = config.context, config.context // 2, 64
@@ -96,7 +104,7 @@ def prompt_of(config: Config, given: str | None) -> np.ndarray:
     return prompt
 
 
-def sample(config: Config, model: Any, data: Data, given: str | None, length: int = 500) -> str:
+def sample(config: Config, model: Model, data: Data, given: str | None, length: int = 500) -> str:
     """A continuation of a text."""
     prompt = prompt_of(config, given)
     key = jax.random.key(config.seed)
@@ -117,7 +125,7 @@ def sample(config: Config, model: Any, data: Data, given: str | None, length: in
 
 
 def _sample_uncached(
-    config: Config, model: Any, prompt: np.ndarray, length: int, key: jax.Array
+    config: Config, model: Model, prompt: np.ndarray, length: int, key: jax.Array
 ) -> np.ndarray:
     """Samples each character from the last ``context`` characters."""
     tokens = prompt.tolist()
@@ -132,12 +140,9 @@ def _sample_uncached(
     return np.array(tokens[len(prompt) :])
 
 
-def look(config: Config, model: Any, data: Data, given: str | None) -> list[AttentionView]:
+def look(config: Config, model: Model, data: Data, given: str | None) -> list[AttentionView]:
     """Attention weights on a text; default the first characters of the test split."""
-    if config.model not in ("transformer", "gru_attention"):
-        raise ValueError(
-            f"model {config.model} has no attention to look at: use gru_attention or transformer"
-        )
+    check_attends(config, "gru_attention", "transformer")
     start, _ = data.splits["test"]
     tokens = data.bytes[start : start + min(64, config.context)]
     tokens = tokens if given is None else prompt_of(config, given)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +16,7 @@ from experiments.models.recurrent import GRU
 from experiments.tasks.shakespeare.config import Config
 from experiments.tasks.shakespeare.ngrams import BYTES
 from experiments.training import text_config
+from experiments.training.task import Array
 
 
 class Recurrent(nnx.Module):
@@ -40,7 +40,7 @@ class Recurrent(nnx.Module):
             self.attention = Residual(heads, norm, dropout_rate=config.dropout, rngs=rngs)
         self.head = Linear(E, BYTES, rngs=rngs)
 
-    def __call__(self, tokens: Any) -> jax.Array:
+    def __call__(self, tokens: Array) -> jax.Array:
         """Logits ``[B T 256]`` of the byte after each of ``tokens [B T]``."""
         x = self.gru(self.embed(jnp.asarray(tokens)))
         return self.head(x if self.attention is None else self.attention(x))

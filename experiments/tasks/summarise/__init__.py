@@ -24,7 +24,7 @@ references, the best counts.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -35,7 +35,7 @@ from attention_jax.nn import record_weights
 from experiments.datasets import text
 from experiments.datasets.text import PAD, START, UNKNOWN
 from experiments.models.seq2seq import Seq2Seq, decode, decode_rows, transformer_config
-from experiments.tasks.common import random_indices
+from experiments.tasks.common import check_attends, random_indices
 from experiments.tasks.summarise import rouge
 from experiments.tasks.summarise.config import BUCKETS, PRESETS, Config
 from experiments.tasks.summarise.copier import Copier
@@ -51,17 +51,25 @@ from experiments.tasks.summarise.data import (
 )
 from experiments.tasks.summarise.extractive import BestSentence, Lead
 from experiments.training.losses import cross_entropy
-from experiments.training.task import AttentionView, Loss, Metrics, Task, encoder_and_decoder
+from experiments.training.task import (
+    Array,
+    AttentionView,
+    Loss,
+    Metrics,
+    Model,
+    Task,
+    encoder_and_decoder,
+)
 
 
 class Batch(NamedTuple):
     """Sources ``[B S]`` and targets ``[B T+1]`` from the start to the end token."""
 
-    source: Any
-    target: Any
+    source: Array
+    target: Array
 
 
-def init(config: Config, data: Data, rngs: nnx.Rngs) -> Any:
+def init(config: Config, data: Data, rngs: nnx.Rngs) -> Model:
     """A fresh model, or an extractive baseline."""
     V = len(data.vocabulary)
     if config.model == "lead":
@@ -90,7 +98,7 @@ def batches(config: Config, data: Data, step: int) -> Iterator[Batch]:
         )
 
 
-def loss(config: Config, model: Any, batch: Batch) -> Loss:
+def loss(config: Config, model: Model, batch: Batch) -> Loss:
     """Cross-entropy of each word of the summary given the words before it.
 
     Words that are neither in the vocabulary nor in the source are ignored.
@@ -107,7 +115,7 @@ def loss(config: Config, model: Any, batch: Batch) -> Loss:
     return Loss(jnp.where(counted, each, 0).sum(), counted.sum(dtype=jnp.float32))
 
 
-def summarise(config: Config, model: Any, data: Data, split: Split, size: int = 64) -> list[str]:
+def summarise(config: Config, model: Model, data: Data, split: Split, size: int = 64) -> list[str]:
     """Summaries of texts, by an extractive baseline or decoded greedily."""
     if not isinstance(model, nnx.Module):
         return [model(t.source) for t in split.texts]
@@ -126,7 +134,7 @@ def summarise(config: Config, model: Any, data: Data, split: Split, size: int = 
     return summaries
 
 
-def evaluate(config: Config, model: Any, data: Data, split: str) -> Metrics:
+def evaluate(config: Config, model: Model, data: Data, split: str) -> Metrics:
     """Mean ROUGE of one split."""
     texts = data.splits[split]
     summaries = summarise(config, model, data, texts)
@@ -141,7 +149,7 @@ def as_split(config: Config, data: Data, given: str) -> Split:
     return encode(config, data.vocabulary, [Text(given, [])], [words], [[]])
 
 
-def sample(config: Config, model: Any, data: Data, given: str | None) -> str:
+def sample(config: Config, model: Model, data: Data, given: str | None) -> str:
     """The summary of a user's text, or of five texts of the test split."""
     if given is not None:
         return summarise(config, model, data, as_split(config, data, given))[0]
@@ -153,13 +161,9 @@ def sample(config: Config, model: Any, data: Data, given: str | None) -> str:
     )
 
 
-def look(config: Config, model: Any, data: Data, given: str | None) -> list[AttentionView]:
+def look(config: Config, model: Model, data: Data, given: str | None) -> list[AttentionView]:
     """Attention weights of a text, its summary, and from the summary to the text."""
-    if config.model not in ("gru_attention", "transformer", "copier"):
-        raise ValueError(
-            f"model {config.model} has no attention to look at: use gru_attention, transformer "
-            f"or copier"
-        )
+    check_attends(config, "gru_attention", "transformer", "copier")
     first = data.splits["test"].texts[0].source
     split = as_split(config, data, first if given is None else given)
     words, source = split.words[0], np.array(split.sources, np.int32)

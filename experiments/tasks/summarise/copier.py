@@ -15,6 +15,7 @@ from attention_jax.models.layers import padding
 from attention_jax.nn.linear import Linear
 from experiments.datasets.text import UNKNOWN
 from experiments.training.losses import cross_entropy
+from experiments.training.task import Array
 
 TINY = 1e-9  # added to probabilities, so that their logarithm is finite
 
@@ -24,9 +25,9 @@ class CopyContext(NamedTuple):
 
     contexts: Any
     """Keys and values of each layer."""
-    keys: Any
+    keys: Array
     """Keys of the copy attention, ``[B S E]``."""
-    source: Any
+    source: Array
     """Word indices ``[B S]``, those without an embedding included."""
 
 
@@ -54,18 +55,18 @@ class Copier(EncoderDecoder):
         """Number of word indices, those without an embedding included."""
         return self.config.vocabulary + self.others
 
-    def known(self, words: Any) -> jax.Array:
+    def known(self, words: Array) -> jax.Array:
         """Replaces words without an embedding by the unknown word."""
         words = jnp.asarray(words)
         return jnp.where(words < self.config.vocabulary, words, UNKNOWN)
 
-    def encode(self, source: Any, *, real: Any = None) -> Memory:
+    def encode(self, source: Array, *, real: Array | None = None) -> Memory:
         """Encodes the source ``[B S]``; the contexts of the memory are a ``CopyContext``."""
         x = self.dropout(self.encoder(self.embed(self.known(source), real=real), real=real))
         contexts = CopyContext(self.decoder.contexts(x), self.key(x), jnp.asarray(source))
         return Memory(contexts, real)
 
-    def hidden(self, target: Any, memory: Memory, *, caches: Any = None, **options: Any) -> Any:
+    def hidden(self, target: Array, memory: Memory, *, caches: Any = None, **options: Any) -> Any:
         """``x`` and the copy probability of each word, concatenated: ``[B T E + V + others]``."""
         result = self._read(target, memory, caches=caches, **options)
         x = result if caches is None else result[0]
@@ -85,7 +86,7 @@ class Copier(EncoderDecoder):
         return attention_weights(query, keys, mask=padding(memory.real, x.shape[1]))[:, 0]
 
     def log_probability(
-        self, source: Any, target: Any, wanted: Any, *, source_real: Any, target_real: Any
+        self, source: Array, target: Array, wanted: Array, *, source_real: Array, target_real: Array
     ) -> jax.Array:
         """``log p`` of the words ``wanted [B T]``, each given ``target`` up to the same position.
 
@@ -100,12 +101,12 @@ class Copier(EncoderDecoder):
         copied = jnp.where(same, self.copy_weights(x, memory), 0).astype(jnp.float32).sum(-1)
         return jnp.log(g * generated + (1 - g) * copied + TINY)
 
-    def copied_from(self, source: Any, target: Any) -> jax.Array:
+    def copied_from(self, source: Array, target: Array) -> jax.Array:
         """``a [B T S]`` for each word of the target."""
         memory = self.encode(source)
         return self.copy_weights(self._read(target, memory), memory)
 
-    def _read(self, target: Any, memory: Memory, **options: Any) -> Any:
+    def _read(self, target: Array, memory: Memory, **options: Any) -> Any:
         """``x``, the hidden states without copying."""
         plain = Memory(memory.contexts.contexts, memory.real)
         return super().hidden(self.known(target), plain, **options)
