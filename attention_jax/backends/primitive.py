@@ -34,9 +34,20 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from attention_jax.backends.call import Head
+from attention_jax.backends.partition import over_devices
 from attention_jax.core.axes import LSE_NAME, OUT_NAME, Shape, accumulation_dtype
 from attention_jax.core.closures import varying_together
-from attention_jax.core.compat import Primitive, ad, batching, like, mlir, no_axes, sharded_over
+from attention_jax.core.compat import (
+    Primitive,
+    ad,
+    batching,
+    like,
+    lower_with_devices,
+    mlir,
+    no_axes,
+    partitioned_by_compiler,
+    sharded_over,
+)
 
 # out, m and log_l.
 RESULTS = 3
@@ -164,7 +175,8 @@ def _register(primitive: Primitive, run: Callable[..., Any], shapes: Callable[..
     primitive.multiple_results = True
     primitive.def_impl(implementation)
     primitive.def_abstract_eval(lambda *avals, static: shapes(static, avals))
-    mlir.register_lowering(primitive, _lowering(implementation))
+    mlir.register_lowering(primitive, _lowering(run))
+    lower_with_devices(primitive)
 
 
 def _results(static: Static, avals: Sequence[Any]) -> list[Any]:
@@ -193,18 +205,25 @@ def _result(static: Static, avals: Sequence[Any], core: Shape, dims: Dims, dtype
     return like(avals[0], shape, dtype, mesh_axes(static, avals, len(shape), dims))
 
 
-def _lowering(implementation: Callable[..., Any]) -> Callable[..., Any]:
-    """Lowers a function without the mesh axes in its types: its loops run on one device."""
+def _lowering(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Lowers a kernel without the mesh axes in its types: its loops run on one device.
 
-    def on_one_device(*arrays: Any, **params: Any) -> Any:
+    In a program for several devices, each runs its share of the mapped axes.
+    """
+
+    def on_one_device(*arrays: Any, static: Static) -> Any:
         with no_axes():
-            return implementation(*arrays, **params)
+            return run(static, *arrays)
 
-    lower = mlir.lower_fun(on_one_device, multiple_results=True)
+    def on_several_devices(*arrays: Any, static: Static) -> Any:
+        with no_axes():
+            return over_devices(run, static, arrays)
 
-    def rule(ctx: Any, *args: Any, **params: Any) -> Any:
+    def rule(ctx: Any, *args: Any, static: Static) -> Any:
         plain = [jax.core.ShapedArray(aval.shape, aval.dtype) for aval in ctx.avals_in]
-        return lower(ctx.replace(avals_in=plain), *args, **params)
+        fn = on_several_devices if partitioned_by_compiler(ctx) else on_one_device
+        lower = mlir.lower_fun(fn, multiple_results=True)
+        return lower(ctx.replace(avals_in=plain), *args, static=static)
 
     return rule
 

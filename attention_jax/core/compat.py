@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+from jax._src import dispatch
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import NamedSharding, PartitionSpec
@@ -28,10 +29,12 @@ __all__ = [
     "batching",
     "jaxpr_as_fun",
     "like",
+    "lower_with_devices",
     "mesh_platform",
     "mlir",
     "no_axes",
     "no_mesh",
+    "partitioned_by_compiler",
     "run_again",
     "sharded_over",
     "triton",
@@ -81,3 +84,17 @@ def no_axes() -> Any:
 def no_mesh() -> Any:
     """A context in which no mesh is in use, to compute something on this machine right away."""
     return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ()))
+
+
+def lower_with_devices(primitive: Primitive) -> None:
+    """Programs with this primitive are lowered for their devices, not for their number alone."""
+    dispatch.prim_requires_devices_during_lowering.add(primitive)
+
+
+def partitioned_by_compiler(context: Any) -> bool:
+    """Whether what is being lowered is for several devices, among which XLA divides it.
+
+    Not inside ``shard_map``, where each device has a program of its own.
+    """
+    devices = getattr(context.module_context.axis_context, "device_assignment", None)
+    return devices is not None and len(devices) > 1

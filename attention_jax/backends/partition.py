@@ -1,0 +1,225 @@
+"""A primitive's program under an Auto mesh: every device runs its share of the mapped axes.
+
+XLA cannot partition the loops of a kernel: left alone it gathers the operands and runs everything
+on every device. It need not: batch and heads are mapped axes of the primitive, and a program for
+fewer of them is the same program. So XLA is told, through ``custom_partitioning``, that the mapped
+axes may be sharded and all others may not; each device then runs the program for its own shard.
+Results that are summed over a sharded axis, as the gradient of a shared array is, are summed over
+the devices too.
+
+This is for meshes with Auto axes. Under Explicit ones ``heads.lift`` knows the shardings while
+tracing and uses ``shard_map``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental.custom_partitioning import (
+    ArrayMapping,
+    SdyShardingRule,
+    custom_partitioning,
+)
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+if TYPE_CHECKING:
+    from attention_jax.backends.primitive import Dims, Static
+
+
+def over_devices(
+    run: Callable[..., Sequence[jax.Array]], static: Static, arrays: Sequence[jax.Array]
+) -> Sequence[jax.Array]:
+    """``run(static, *arrays)``; in a program for several devices, each runs its share.
+
+    Args:
+      run: a kernel's forward, tangent or backward.
+      static: with the sizes of the mapped axes, and where each array has them.
+      arrays: the operands. XLA gathers them along all axes but the mapped ones.
+    """
+    if not static.levels:
+        return run(static, *arrays)
+
+    @custom_partitioning
+    def whole(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+        # In a program of its own, which holds the constants that custom_partitioning refuses.
+        return jax.jit(lambda *xs: tuple(run(static, *xs)))(*arrays)
+
+    def partition(_: Any, operands: Sequence[Any], results: Sequence[Any]) -> Any:
+        split = split_of(static, operands)
+        local = dataclasses.replace(static, levels=split.local(static.levels))
+
+        def on_each_device(*shards: jax.Array) -> tuple[jax.Array, ...]:
+            return tuple(
+                split.sum_over_devices(x, dims)
+                for x, dims in zip(run(local, *shards), static.out_dims, strict=True)
+            )
+
+        def placed(arrays: Sequence[Any], all_dims: Sequence[Dims]) -> tuple[NamedSharding, ...]:
+            pairs = zip(arrays, all_dims, strict=True)
+            return tuple(split.sharding(len(x.shape), dims) for x, dims in pairs)
+
+        results_placed, operands_placed = (
+            placed(results, static.out_dims),
+            placed(operands, static.in_dims),
+        )
+        return split.mesh, on_each_device, results_placed, operands_placed
+
+    def rule(_: Any, operands: Sequence[Any], results: Sequence[Any]) -> SdyShardingRule:
+        return sharding_rule(static, *([len(x.shape) for x in xs] for xs in (operands, results)))
+
+    whole.def_partition(partition, sharding_rule=rule, decode_shardings=False)
+    return whole(*arrays)
+
+
+def sharding_rule(
+    static: Static, operand_ranks: Sequence[int], result_ranks: Sequence[int]
+) -> SdyShardingRule:
+    """Which axes may be sharded: the mapped ones, in all arrays alike.
+
+    >>> from attention_jax.backends.primitive import Static
+    >>> static = Static(None, None, levels=(8,), in_dims=((0,), (None,)), out_dims=((1,),))
+    >>> rule = sharding_rule(static, [2, 1], [2])
+    >>> rule.operand_mappings, rule.result_mappings
+    ((('level0', 'operand0_1'), ('operand1_0',)), (('result0_0', 'level0'),))
+    """
+
+    def mapping(name: str, rank: int, dims: Dims) -> ArrayMapping:
+        levels = {d: f"level{level}" for level, d in enumerate(dims) if d is not None}
+        return ArrayMapping(*(levels.get(axis, f"{name}_{axis}") for axis in range(rank)))
+
+    def mappings(name: str, ranks: Sequence[int], all_dims: Sequence[Dims]) -> tuple[Any, ...]:
+        pairs = zip(ranks, all_dims, strict=True)
+        return tuple(mapping(f"{name}{i}", rank, dims) for i, (rank, dims) in enumerate(pairs))
+
+    operands = mappings("operand", operand_ranks, static.in_dims)
+    results = mappings("result", result_ranks, static.out_dims)
+    names = itertools.chain(*operands, *results)
+    whole = tuple(name for name in names if not name.startswith("level"))
+    return SdyShardingRule(operands, results, need_replication_factors=whole)
+
+
+class Split(NamedTuple):
+    """How the mapped axes are divided among the devices."""
+
+    mesh: Mesh  # the devices in the program's order, its axes the prime factors of their number
+    axes: tuple[tuple[str, ...], ...]  # of the mesh, per level
+
+    def parts(self, level: int) -> int:
+        """In how many parts a level is divided."""
+        return math.prod(self.mesh.shape[name] for name in self.axes[level])
+
+    def local(self, levels: Sequence[int]) -> tuple[int, ...]:
+        """The sizes of the levels on one device."""
+        return tuple(size // self.parts(level) for level, size in enumerate(levels))
+
+    def sharding(self, rank: int, dims: Dims) -> NamedSharding:
+        """Of an array with these mapped axes: all others are whole on every device."""
+        named = {d: names for d, names in zip(dims, self.axes, strict=True) if d is not None}
+        spec = PartitionSpec(*(named.get(axis) or None for axis in range(rank)))
+        return NamedSharding(self.mesh, spec)
+
+    def sum_over_devices(self, x: jax.Array, dims: Dims) -> jax.Array:
+        """A result that is summed over some levels is also summed over their devices."""
+        summed = [names for names, d in zip(self.axes, dims, strict=True) if d is None]
+        over = tuple(itertools.chain(*summed))
+        return jax.lax.psum(x, over) if over else x
+
+
+def split_of(static: Static, operands: Sequence[jax.ShapeDtypeStruct]) -> Split:
+    """The split that the operands' shardings ask for; per level, that of the first sharded one.
+
+    A level that is not a multiple of its parts stays whole, and so does one whose devices already
+    divide another.
+    """
+    devices: list[Any] = []
+    wanted: list[np.ndarray | None] = [None] * len(static.levels)  # which part each device has
+    for x, dims in zip(operands, static.in_dims, strict=True):
+        if x.sharding is None:
+            continue
+        slices = x.sharding.devices_indices_map(x.shape)
+        devices = devices or list(slices)
+        for level, axis in enumerate(dims):
+            if axis is not None and wanted[level] is None:
+                part = _parts([index[axis] for index in slices.values()], static.levels[level])
+                wanted[level] = part if part.any() else None
+    factors, axes = _as_axes(len(devices), wanted)
+    names = [f"axis{i}" for i in range(len(factors))]
+    mesh = Mesh(np.asarray(devices).reshape(factors), names)
+    return Split(mesh, tuple(tuple(names[i] for i in level) for level in axes))
+
+
+def _parts(slices: Sequence[slice], size: int) -> np.ndarray:
+    """Which part of an axis each device has; all 0 if the parts differ in size."""
+    starts = np.asarray([each.start or 0 for each in slices])
+    stops = np.asarray([size if each.stop is None else each.stop for each in slices])
+    length = int(stops[0] - starts[0])
+    if length == 0 or size % length or not (stops - starts == length).all():
+        return np.zeros_like(starts)
+    return starts // length
+
+
+def _as_axes(
+    count: int, wanted: Sequence[np.ndarray | None]
+) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
+    """The devices as a grid, and per level the axes of the grid that it is divided over.
+
+    The grid's axes are the prime factors of the number of devices, in the order in which most
+    levels are divided over some of them: a mesh axis of 4 may be divided among two levels.
+
+    >>> _as_axes(4, [np.array([0, 0, 1, 1]), None])
+    ((2, 2), ((0,), ()))
+    >>> _as_axes(6, [np.array([0, 1, 0, 1, 0, 1]), np.array([0, 0, 1, 1, 2, 2])])
+    ((3, 2), ((1,), (0,)))
+    """
+    best: tuple[int, Any] = (-1, None)
+    for factors in _orders(_prime_factors(count)):
+        taken: set[int] = set()
+        levels: list[tuple[int, ...]] = []
+        for part in wanted:
+            axes = () if part is None else _digits(part, factors)
+            levels.append(() if taken & set(axes) else axes)
+            taken |= set(axes)
+        if len(taken) > best[0]:
+            best = len(taken), (factors, tuple(levels))
+    return best[1]
+
+
+def _digits(part: np.ndarray, factors: tuple[int, ...]) -> tuple[int, ...]:
+    """The axes of a grid whose coordinates spell ``part``, most significant first; or none."""
+    grid = part.reshape(factors)
+    weights = [int(grid[tuple(np.eye(len(factors), dtype=int)[i])]) for i in range(len(factors))]
+    spelled = sum(w * x for w, x in zip(weights, np.indices(factors), strict=True))
+    if not np.array_equal(spelled, grid):
+        return ()
+    axes = sorted((i for i, w in enumerate(weights) if w), key=lambda i: -weights[i])
+    return tuple(axes)
+
+
+def _prime_factors(n: int) -> list[int]:
+    factors = []
+    for p in range(2, n + 1):
+        while n % p == 0:
+            factors.append(p)
+            n //= p
+    return factors
+
+
+def _orders(factors: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    """All distinct orders.
+
+    >>> list(_orders([2, 2, 3]))
+    [(2, 2, 3), (2, 3, 2), (3, 2, 2)]
+    """
+    if not factors:
+        yield ()
+    for first in sorted(set(factors)):
+        rest = list(factors)
+        rest.remove(first)
+        for others in _orders(rest):
+            yield first, *others
