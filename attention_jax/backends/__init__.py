@@ -69,9 +69,6 @@ KERNELS = {
     "tpu": (("splash", "JAX's own kernel: linear memory, skips empty blocks"),),
 }
 
-# After all others, so that they are not chosen.
-BY_NAME = (("fa4", "only where it is asked for: not measured on a card yet"),)
-
 # On a CPU, sequences up to this length are faster in one batched product, which XLA fuses with the
 # softmax, than in a loop over heads: `python -m experiments bench --only short`. The choice must
 # not depend on heads or batch size, which may differ between training and serving.
@@ -113,7 +110,10 @@ def partitioned() -> bool:
 
 
 def preference(spec: Spec) -> tuple[tuple[str, str], ...]:
-    """All implementations in the order they are tried, each with the reason for its place."""
+    """All implementations in the order they are tried, each with the reason for its place.
+
+    Those without a place come last, after what runs everywhere: they run only if asked for.
+    """
     kernels = KERNELS.get(spec.platform, ())
     elsewhere = tuple(
         (name, f"for a {place}")
@@ -121,7 +121,9 @@ def preference(spec: Spec) -> tuple[tuple[str, str], ...]:
         if place != spec.platform
         for name, _ in others
     )
-    return (*kernels, *_everywhere(spec), *elsewhere, *BY_NAME)
+    placed = (*kernels, *_everywhere(spec), *elsewhere)
+    unplaced = (name for name in IMPLEMENTATIONS if name not in dict(placed))
+    return (*placed, *((name, "only if asked for by name") for name in unplaced))
 
 
 def _everywhere(spec: Spec) -> tuple[tuple[str, str], ...]:
