@@ -175,7 +175,8 @@ def _register(primitive: Primitive, run: Callable[..., Any], shapes: Callable[..
     primitive.multiple_results = True
     primitive.def_impl(implementation)
     primitive.def_abstract_eval(lambda *avals, static: shapes(static, avals))
-    mlir.register_lowering(primitive, _lowering(run))
+    mlir.register_lowering(primitive, _lowering(run, over_devices))
+    mlir.register_lowering(primitive, _lowering(run, _all_heads), platform="tpu")
     lower_with_devices(primitive)
 
 
@@ -205,10 +206,12 @@ def _result(static: Static, avals: Sequence[Any], core: Shape, dims: Dims, dtype
     return like(avals[0], shape, dtype, mesh_axes(static, avals, len(shape), dims))
 
 
-def _lowering(run: Callable[..., Any]) -> Callable[..., Any]:
+def _lowering(run: Callable[..., Any], over_devices: Callable[..., Any]) -> Callable[..., Any]:
     """Lowers a kernel without the mesh axes in its types: its loops run on one device.
 
-    In a program for several devices, each runs its share of the mapped axes.
+    Args:
+      run: the kernel's forward, tangent or backward.
+      over_devices: ``(run, static, arrays)``, for programs that XLA partitions among devices.
     """
 
     def on_one_device(*arrays: Any, static: Static) -> Any:
@@ -226,6 +229,25 @@ def _lowering(run: Callable[..., Any]) -> Callable[..., Any]:
         return lower(ctx.replace(avals_in=plain), *args, static=static)
 
     return rule
+
+
+def _all_heads(run: Callable[..., Any], static: Static, arrays: Sequence[Any]) -> Any:
+    """A kernel under ``vmap`` over all heads and examples, which XLA partitions by itself.
+
+    For TPUs, where programs with ``custom_partitioning`` do not compile ("Custom emitter for
+    CustomSPMDPartitioning not found").
+    """
+
+    def one_head(static: Static, *xs: Any) -> Any:
+        none = dataclasses.replace(
+            static,
+            levels=(),
+            in_dims=((),) * len(static.in_dims),
+            out_dims=((),) * len(static.out_dims),
+        )
+        return run(none, *xs)
+
+    return _vmapped(one_head, static)(*arrays)
 
 
 # --- Derivatives.
