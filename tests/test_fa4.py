@@ -244,7 +244,7 @@ def test_equals_the_formula(name, S, calls):
 def test_visible_rows_are_found_block_by_block(calls, monkeypatch):
     from attention_jax.backends import fa4
 
-    mask = masks.window(2, 0, offset=-4) & masks.lengths(lengths, lengths)
+    mask = masks.window(2, 0, offset=-4) & masks.lengths(query=lengths, key=lengths)
     whole = output(*inputs(), mask=mask)
     monkeypatch.setattr(fa4, "PAIRS", 4 * 60)  # four queries at a time
     np.testing.assert_array_equal(output(*inputs(), mask=mask), whole)
