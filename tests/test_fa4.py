@@ -320,7 +320,7 @@ def test_it_is_never_chosen_unasked(calls):
         explanation = explain(x, x, x, platform="gpu", **options)
         assert explanation.chosen != "fa4"
         assert list(explanation.reasons)[-1] == "fa4"
-        assert explanation.reasons["fa4"].startswith("only where it is asked for")
+        assert explanation.reasons["fa4"].startswith("only if asked for")
         named = explain(x, x, x, platform="gpu", implementation="fa4", **options)
         assert named.chosen == "fa4"
     _, spec = prepared(*inputs(), score=scores.softcap(2.0))
