@@ -251,7 +251,7 @@ def test_repr_shows_fields():
 
 
 def test_masks_are_combined_by_operators_alone():
-    with pytest.raises(TypeError, match="a mask has no truth value: combine masks by"):
+    with pytest.raises(TypeError, match="a mask has no truth value: combine masks with"):
         masks.causal() and masks.prefix(2)
     array = np.ones((3, 3), bool)
     for combine in (lambda: array & masks.causal(), lambda: jnp.asarray(array) | masks.causal()):

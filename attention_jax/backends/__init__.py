@@ -99,14 +99,13 @@ def platform() -> str:
 
 
 def partitioned() -> bool:
-    """Whether the mesh in use has axes over which the compiler partitions the program.
+    """Whether the mesh in use has Auto axes, over which the compiler partitions the program.
 
-    It cannot partition a kernel. Inside ``shard_map`` each device has a program of its own.
+    It cannot partition a kernel. Inside ``shard_map`` each device has a program of its own, and so
+    it has for arrays on Explicit axes, see ``heads``.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    manual = jax.sharding.AxisType.Manual
-    sizes = zip(mesh.axis_types, mesh.axis_sizes, strict=True)
-    return any(kind != manual and size > 1 for kind, size in sizes)
+    return any(mesh.shape[name] > 1 for name in mesh.auto_axes)
 
 
 def preference(spec: Spec) -> tuple[tuple[str, str], ...]:

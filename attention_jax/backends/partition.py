@@ -17,7 +17,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -28,8 +28,7 @@ from jax.experimental.custom_partitioning import (
 )
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-if TYPE_CHECKING:
-    from attention_jax.backends.primitive import Dims, Static
+from attention_jax.backends.mapped_axes import Dims, Static
 
 
 def over_devices(
@@ -82,7 +81,7 @@ def sharding_rule(
 ) -> SdyShardingRule:
     """Which axes may be sharded: the mapped ones, in all arrays alike.
 
-    >>> from attention_jax.backends.primitive import Static
+    >>> from attention_jax.backends.mapped_axes import Static
     >>> static = Static(None, None, levels=(8,), in_dims=((0,), (None,)), out_dims=((1,),))
     >>> rule = sharding_rule(static, [2, 1], [2])
     >>> rule.operand_mappings, rule.result_mappings

@@ -6,11 +6,11 @@ says what each of them must do, and passes with every release in use, from 0.10 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax._src import dispatch
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import NamedSharding, PartitionSpec
@@ -29,16 +29,16 @@ __all__ = [
     "batching",
     "jaxpr_as_fun",
     "like",
-    "lower_with_devices",
     "mesh_platform",
     "mlir",
     "no_axes",
     "no_mesh",
-    "partitioned_by_compiler",
+    "num_devices",
     "run_again",
     "sharded_over",
     "triton",
     "varies",
+    "with_devices",
 ]
 
 
@@ -86,15 +86,27 @@ def no_mesh() -> Any:
     return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ()))
 
 
-def lower_with_devices(primitive: Primitive) -> None:
-    """Programs with this primitive are lowered for their devices, not for their number alone."""
-    dispatch.prim_requires_devices_during_lowering.add(primitive)
+def num_devices(context: Any) -> int:
+    """For how many devices a program is lowered among which XLA divides it.
 
-
-def partitioned_by_compiler(context: Any) -> bool:
-    """Whether what is being lowered is for several devices, among which XLA divides it.
-
-    Not inside ``shard_map``, where each device has a program of its own.
+    One inside ``shard_map``, where each device has a program of its own.
     """
-    devices = getattr(context.module_context.axis_context, "device_assignment", None)
-    return devices is not None and len(devices) > 1
+    return int(getattr(context.module_context.axis_context, "num_devices", 1))
+
+
+def with_devices(context: Any) -> Any:
+    """The context of a lowering that ``custom_partitioning`` takes; None if there can be none.
+
+    It asks for the devices although the program depends on their number alone: the first ones of
+    the platform will do. There are too few if a program is for a machine other than this one.
+    """
+    module = context.module_context
+    axes = module.axis_context
+    try:
+        devices = tuple(jax.devices(module.platforms[0])[: axes.num_devices])
+    except RuntimeError:  # none of this platform
+        return None
+    if len(devices) < axes.num_devices:
+        return None
+    axes = dataclasses.replace(axes, device_assignment=devices, abstract_mesh=None)
+    return context.replace(module_context=module.replace(axis_context=axes))
