@@ -3,6 +3,7 @@
 =============  ====================================================================
 ``xla``        materialised: the formula in plain sight, and fast for short lengths
 ``blockwise``  linear memory on every platform, any mask and score
+``native``     our CPU kernel in C++: linear memory, most masks and scores
 ``cudnn``      NVIDIA's fused kernel, for the calls that it computes exactly
 ``pallas_gpu`` our GPU kernels: linear memory, most masks and scores
 ``splash``     JAX's own TPU kernel
@@ -24,6 +25,7 @@ import jax
 from attention_jax.backends.blockwise.run import FEW_QUERIES, Blockwise
 from attention_jax.backends.call import Backend, Spec
 from attention_jax.backends.cudnn import CuDNN
+from attention_jax.backends.native.run import Native
 from attention_jax.backends.pallas_gpu.run import PallasGPU
 from attention_jax.backends.splash import Splash
 from attention_jax.backends.xla import XLA
@@ -37,6 +39,7 @@ __all__ = [
     "Blockwise",
     "Choice",
     "CuDNN",
+    "Native",
     "PallasGPU",
     "Spec",
     "Splash",
@@ -50,6 +53,7 @@ __all__ = [
 IMPLEMENTATIONS: dict[str, Backend] = {
     "blockwise": Blockwise(),
     "xla": XLA(),
+    "native": Native(),
     "cudnn": CuDNN(),
     "pallas_gpu": PallasGPU(),
     "splash": Splash(),
@@ -114,7 +118,7 @@ def preference(spec: Spec) -> tuple[tuple[str, str], ...]:
         if place != spec.platform
         for name, _ in others
     )
-    return (*kernels, *_everywhere(spec), *elsewhere)
+    return (*kernels, *_everywhere(spec), *elsewhere, ("native", "by name alone for now"))
 
 
 def _everywhere(spec: Spec) -> tuple[tuple[str, str], ...]:

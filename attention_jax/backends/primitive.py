@@ -36,7 +36,16 @@ from jax.ad_checkpoint import checkpoint_name
 from attention_jax.backends.call import Head
 from attention_jax.core.axes import LSE_NAME, OUT_NAME, Shape, accumulation_dtype
 from attention_jax.core.closures import varying_together
-from attention_jax.core.compat import Primitive, ad, batching, like, mlir, no_axes, sharded_over
+from attention_jax.core.compat import (
+    Primitive,
+    ad,
+    batching,
+    for_export,
+    like,
+    mlir,
+    no_axes,
+    sharded_over,
+)
 
 # out, m and log_l.
 RESULTS = 3
@@ -102,12 +111,20 @@ class Primitives(NamedTuple):
     backward: Primitive
 
 
-def make(name: str, kernel: Kernel) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """The three primitives on a kernel, as a function ``(head, schedule, config) -> out, lse``."""
+def make(
+    name: str, kernel: Kernel, elsewhere: Kernel | None = None
+) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """The three primitives on a kernel, as a function ``(head, schedule, config) -> out, lse``.
+
+    Args:
+      elsewhere: of the same operands, where ``kernel`` is code of this machine's CPU: for other
+        platforms, and for programs that are exported.
+    """
     p = Primitives(*(Primitive(f"{name}_{part}") for part in Primitives._fields))
-    _register(p.forward, kernel.forward, _results)
-    _register(p.tangent, kernel.tangent, _results)
-    _register(p.backward, kernel.backward, _cotangents)
+    other = kernel if elsewhere is None else elsewhere
+    _register(p.forward, kernel.forward, other.forward, _results)
+    _register(p.tangent, kernel.tangent, other.tangent, _results)
+    _register(p.backward, kernel.backward, other.backward, _cotangents)
 
     batching.primitive_batchers[p.forward] = functools.partial(_batch_results, p.forward)
     batching.primitive_batchers[p.tangent] = functools.partial(_batch_results, p.tangent)
@@ -155,16 +172,32 @@ def num_differentiable(structure: Any) -> int:
 # --- Shapes and lowering.
 
 
-def _register(primitive: Primitive, run: Callable[..., Any], shapes: Callable[..., Any]) -> None:
-    """What a primitive computes, and the shapes of its results."""
+def _register(
+    primitive: Primitive,
+    run: Callable[..., Any],
+    elsewhere: Callable[..., Any],
+    shapes: Callable[..., Any],
+) -> None:
+    """What a primitive computes, here and elsewhere, and the shapes of its results."""
 
     def implementation(*arrays: Any, static: Static) -> list[Any]:
         return list(run(static, *arrays))
 
+    def portable(*arrays: Any, static: Static) -> list[Any]:
+        return list(elsewhere(static, *arrays))
+
     primitive.multiple_results = True
     primitive.def_impl(implementation)
     primitive.def_abstract_eval(lambda *avals, static: shapes(static, avals))
-    mlir.register_lowering(primitive, _lowering(implementation))
+    mlir.register_lowering(primitive, _lowering(portable))
+    if elsewhere is not run:
+        local, exported = _lowering(implementation), _lowering(portable)
+
+        def rule(ctx: Any, *args: Any, **params: Any) -> Any:
+            lower = exported if for_export(ctx) else local
+            return lower(ctx, *args, **params)
+
+        mlir.register_lowering(primitive, rule, platform="cpu")
 
 
 def _results(static: Static, avals: Sequence[Any]) -> list[Any]:
