@@ -31,9 +31,13 @@ INLINE void softmax_strip(const Head& h, const KeyBlock& b, const Strip& strip, 
   const int begin = strip.begin(), end = strip.end();
   for (int m = 0; m < strip.rows; m++) {
     float* row = s + m * BLOCK;
-    vf high = splat(MASKED);
-    for (int j = begin; j < end; j += LANES) high = vmax(high, load(row + j));
-    const float old = top[m], now = most(old, horizontal_max(high));
+    vf high[4];  // four, so that no maximum waits for the one before
+    for (int i = 0; i < 4; i++) high[i] = splat(MASKED);
+    for (int j = begin; j < end; j += UNIT)
+      for (int i = 0; i < UNIT / LANES; i++)
+        high[i % 4] = vmax(high[i % 4], load(row + j + i * LANES));
+    const vf highest = vmax(vmax(high[0], high[1]), vmax(high[2], high[3]));
+    const float old = top[m], now = most(old, horizontal_max(highest));
     const vf shift = splat(now);
     vf total = vf{};
     for (int j = begin; j < end; j += LANES) {

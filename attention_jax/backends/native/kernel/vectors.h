@@ -22,7 +22,16 @@ INLINE vi load(const int32_t* p) { return *reinterpret_cast<const loose_vi*>(p);
 INLINE vf splat(float x) { return x - vf{}; }
 INLINE vi splat(int32_t x) { return x - vi{}; }
 INLINE vu splat(uint32_t x) { return x - vu{}; }
-INLINE vf vmax(vf a, vf b) { return a > b ? a : b; }
+// a > b ? a : b in one instruction, which compilers do not see in the vector form.
+INLINE vf vmax(vf a, vf b) {
+#if LANES == 8
+  return reinterpret_cast<vf>(_mm256_max_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b)));
+#elif LANES == 16 && defined(__AVX512F__)
+  return reinterpret_cast<vf>(_mm512_max_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
+#else
+  return a > b ? a : b;
+#endif
+}
 template <class N>
 INLINE N least(N a, N b) { return b < a ? b : a; }
 template <class N>
@@ -89,8 +98,8 @@ INLINE vf exp2v(vf t) {
   return reinterpret_cast<vf>(
       _mm512_scalef_ps(reinterpret_cast<__m512>(p), reinterpret_cast<__m512>(whole)));
 #else
-  vi exponent = __builtin_convertvector(whole, vi);
-  vf scaled = reinterpret_cast<vf>(reinterpret_cast<vi>(p) + (exponent << 23));
+  const vu exponent = reinterpret_cast<vu>(__builtin_convertvector(whole, vi));
+  const vf scaled = reinterpret_cast<vf>(reinterpret_cast<vu>(p) + (exponent << 23));
   return whole < -125.0f ? vf{} : scaled;
 #endif
 }
