@@ -1,6 +1,6 @@
 // Calls the handlers as XLA does, with random arrays, axes and tables, a third of them wrong. Every
-// array is a heap block of its own, so that under AddressSanitizer any access outside of one ends the
-// program. Built and run by test_native_sanitized.py: fuzz SECONDS [SEED].
+// array is a heap block of its own, so that under AddressSanitizer any access outside of one ends
+// the program. Built and run by test_native_sanitized.py: fuzz SECONDS [SEED].
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
@@ -48,11 +48,14 @@ struct Fuzzed {  // one array
       if (narrow) {
         reinterpret_cast<uint16_t*>(data.get())[i] = below(65536);
       } else if (dtype == ffi::F32) {
-        reinterpret_cast<float*>(data.get())[i] =
-            chance(0.01) ? std::numeric_limits<float>::quiet_NaN() : chance(0.01) ? -INFINITY : x;
+        reinterpret_cast<float*>(data.get())[i] = chance(0.01)
+                                                      ? std::numeric_limits<float>::quiet_NaN()
+                                                  : chance(0.01) ? -INFINITY
+                                                                 : x;
       } else if (role == Role::kinds) {
-        reinterpret_cast<int32_t*>(data.get())[i] =
-            chance(0.3) ? 0 : chance(0.3) || !bits ? 1 : 2 + below(bits);
+        reinterpret_cast<int32_t*>(data.get())[i] = chance(0.3)            ? 0
+                                                    : chance(0.3) || !bits ? 1
+                                                                           : 2 + below(bits);
       } else {
         const int64_t wild = chance(0.01) ? below(1ll << 32) : below(S + 20) - 10;
         reinterpret_cast<uint32_t*>(data.get())[i] = uint32_t(wild);
@@ -66,7 +69,8 @@ struct Generated {
   std::vector<int64_t> levels;
   std::vector<Fuzzed> arguments, results;
 
-  // An array of this core shape, with each mapped axis of `which` at a random place before the last.
+  // An array of this core shape, with each mapped axis of `which` at a random place before the
+  // last.
   Fuzzed array(Role role, ffi::DataType dtype, std::vector<int64_t> core, std::vector<bool> which) {
     Fuzzed x;
     x.role = role;
@@ -116,8 +120,8 @@ Generated generate(bool backward) {
     if (chance(0.9)) in(Role::bits, ffi::U32, {48 * (1 + below(9)), 1 + below(2)}, 0.2);
   }
   if (chance(0.2))
-    for (const Role role : {Role::seed, Role::threshold, Role::keep_probability, Role::example,
-                            Role::head})
+    for (const Role role :
+         {Role::seed, Role::threshold, Role::keep_probability, Role::example, Role::head})
       in(role,
          role == Role::keep_probability ? ffi::F32
          : role <= Role::threshold      ? ffi::U32
@@ -157,10 +161,16 @@ void spoil(Generated& g) {
   Fuzzed& x = list[below(list.size())];
   switch (below(6)) {
     case 0: x.role = Role(below(int64_t(Role::count) + 2) - 1); break;
-    case 1: if (!x.axes.empty()) x.axes[below(x.axes.size())] = below(6) - 2; break;
-    case 2: if (!x.dims.empty()) x.dims[below(x.dims.size())] = below(60); break;
+    case 1:
+      if (!x.axes.empty()) x.axes[below(x.axes.size())] = below(6) - 2;
+      break;
+    case 2:
+      if (!x.dims.empty()) x.dims[below(x.dims.size())] = below(60);
+      break;
     case 3: x.dtype = chance(0.5) ? ffi::F32 : ffi::S32; break;
-    case 4: if (!x.dims.empty()) x.dims.pop_back(); break;
+    case 4:
+      if (!x.dims.empty()) x.dims.pop_back();
+      break;
     case 5: list.erase(list.begin() + below(list.size())); break;
   }
 }
@@ -220,11 +230,17 @@ bool call(Generated& g, bool backward, bool wrong) {
   api.thread_pool_schedule = schedule, api.thread_pool_num_threads = num_threads;
   threads = 1 + below(4);
   const auto side = [&](int i) {
-    return ffi::Buffers{sizeof(ffi::Buffers), nullptr, int64_t(buffers[i].size()),
-                        types[i].data(), buffers[i].data()};
+    return ffi::Buffers{sizeof(ffi::Buffers), nullptr, int64_t(buffers[i].size()), types[i].data(),
+                        buffers[i].data()};
   };
   const ffi::CallFrame frame = {
-      sizeof(ffi::CallFrame), nullptr, &api, nullptr, ffi::EXECUTE, side(0), side(1),
+      sizeof(ffi::CallFrame),
+      nullptr,
+      &api,
+      nullptr,
+      ffi::EXECUTE,
+      side(0),
+      side(1),
       {sizeof(ffi::Attributes), nullptr, 4, value_types, span_pointers, value_pointers}};
   const std::unique_ptr<ffi::Error> error(backward ? attention_backward(&frame)
                                                    : attention_forward(&frame));
@@ -244,7 +260,8 @@ int main(int argc, char** argv) {
   generator.seed(argc > 2 ? atoi(argv[2]) : 0);
   const auto start = std::chrono::steady_clock::now();
   int64_t calls = 0, accepted = 0;
-  while (std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() < seconds) {
+  while (std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() <
+         seconds) {
     const bool backward = chance(0.5), wrong = chance(0.35);
     Generated g = generate(backward);
     if (wrong) spoil(g);

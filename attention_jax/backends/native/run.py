@@ -9,7 +9,6 @@ Tangents, and programs that are exported, are left to ``blockwise``.
 from __future__ import annotations
 
 import dataclasses
-import os
 from typing import Any
 
 import jax
@@ -157,11 +156,11 @@ class Native(Backend):
         return out, lse
 
     def extra_bytes(self, spec: Spec) -> int:
-        """Packed keys, values and rows of every thread, and the bits of the mask."""
+        """Packed keys, values and rows of one thread (each has its own), and the mask's bits."""
         z = spec.sizes
         rows = min(z.T * z.G, 768)
         one = BLOCK_K * (z.H + z.D + 16) + rows * (z.H + z.D + 16)
-        return 4 * one * (os.cpu_count() or 1) + visible.bits_bytes(spec)
+        return 4 * one + visible.bits_bytes(spec)
 
     def block(self, spec: Spec) -> tuple[int, int]:
         return visible.UNIT_Q, visible.UNIT_K

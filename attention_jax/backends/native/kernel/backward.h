@@ -9,10 +9,10 @@
 //       dv += p^T dout, dk += ds^T q                       ROWS keys at a time
 //
 // An item owns its dk and dv. dq is shared by all key blocks of a head, which take turns: an item
-// does a step once the item of the block before has passed it. Sums are so in a fixed order, whatever
-// the number of threads, and need no copies. Items are handed out in the order of their numbers, so
-// the item that is waited for has always begun. The gradient of a bias that several heads share is
-// summed in turns likewise. The first block clears dq, the last scales it.
+// does a step once the item of the block before has passed it. Sums are so in a fixed order,
+// whatever the number of threads, and need no copies. Items are handed out in the order of their
+// numbers, so the item that is waited for has always begun. The gradient of a bias that several
+// heads share is summed in turns likewise. The first block clears dq, the last scales it.
 
 constexpr int QUERIES = 96;  // a step: a multiple of ROWS and TABLE_ROWS
 
@@ -60,7 +60,8 @@ INLINE void rows_of_step(const Call& c, const Head& h, int64_t i0, int64_t rows,
   }
 }
 
-// Logits and dp of a strip become probabilities, as dropout leaves them, and the gradient of logits.
+// Logits and dp of a strip become probabilities, as dropout leaves them, and the gradient of
+// logits.
 INLINE void gradient_strip(const Head& h, const KeyBlock& b, const Strip& strip, const float* shift,
                            const float* rest, const float* delta, float* p, float* ds) {
   const int begin = strip.begin(), end = strip.end();
@@ -172,8 +173,8 @@ static void backward_item(const Call& c, const Item& item, char* memory, Progres
                                          PANEL, ds + j, BLOCK);
             }
             scored.apply(b, strip, p, c.softcap_count ? x.slope : nullptr);
-            gradient_strip(h, b, strip, x.shift + t * ROWS, x.rest + t * ROWS, x.delta + t * ROWS, p,
-                           ds);
+            gradient_strip(h, b, strip, x.shift + t * ROWS, x.rest + t * ROWS, x.delta + t * ROWS,
+                           p, ds);
             if (c.score_count) scored.pull(b, strip, ds, x.slope);
           }
           clear_unseen(strip, first, end, p);
@@ -197,16 +198,16 @@ static void backward_item(const Call& c, const Item& item, char* memory, Progres
             }
           }
           if (bad_k.count)
-            add_rows(bad_k, strip.begin(), strip.end(), strip.rows, ds, BLOCK, 1, k, c.k.row, c.H, 1,
-                     h.dq + i0 * c.dq.row, c.dq.row);
+            add_rows(bad_k, strip.begin(), strip.end(), strip.rows, ds, BLOCK, 1, k, c.k.row, c.H,
+                     1, h.dq + i0 * c.dq.row, c.dq.row);
         }
         for (int j = first * UNIT / ROWS * ROWS; j < end * UNIT && j + ROWS <= BLOCK; j += ROWS) {
           const int u = most(first, j / UNIT), w = least(end - 1, (j + ROWS - 1) / UNIT);
           const int64_t r0 = least(from[u], from[w]), r1 = most(until[u], until[w]);
           if (r0 >= r1) continue;
           for (int64_t d = 0; d < DW; d += PANEL)
-            product<ROWS, 2, 1, true>(r1 - r0, x.p + r0 * BLOCK + j, BLOCK, x.dout + r0 * DW + d, DW,
-                                      x.dv + j * DW + d, DW);
+            product<ROWS, 2, 1, true>(r1 - r0, x.p + r0 * BLOCK + j, BLOCK, x.dout + r0 * DW + d,
+                                      DW, x.dv + j * DW + d, DW);
           for (int64_t d = 0; d < HW; d += PANEL)
             product<ROWS, 2, 1, true>(r1 - r0, x.ds + r0 * BLOCK + j, BLOCK, x.q + r0 * HW + d, HW,
                                       x.dk + j * HW + d, HW);

@@ -1,4 +1,5 @@
-// One call: its sizes and arrays, checked. What all instruction sets share; `frame.cpp` fills it in.
+// One call: its sizes and arrays, checked. What all instruction sets share; `frame.cpp` fills it
+// in.
 //
 // A head is a pair (e, g): `e` counts the pairs of example and key-value head, `g` the query heads
 // that share their keys. Arrays stay where XLA has them: each has an offset for every e and g, 0
@@ -12,11 +13,15 @@
 namespace attention {
 
 enum class Type { f32, bf16, f16 };  // of query, key and value; everything else is float32
-struct bf16 { uint16_t bits; };
-struct f16 { uint16_t bits; };
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
 
 struct View {
-  char* data = nullptr;  // null: the call has no such array
+  char* data = nullptr;                     // null: the call has no such array
   int64_t itemsize = 0, row = 0, size = 0;  // `row`: from one row to the next, in elements
   int64_t rows = 0, columns = 0;            // without the mapped axes; 1 for those it lacks
   std::vector<int64_t> outer, group;        // offsets in elements, by e and by g
@@ -25,7 +30,8 @@ struct View {
   explicit operator bool() const { return data != nullptr; }
   template <class X>
   X* at(int64_t e, int64_t g) const {
-    return data ? static_cast<X*>(static_cast<void*>(data + itemsize * (outer[e] + group[g]))) : nullptr;
+    return data ? static_cast<X*>(static_cast<void*>(data + itemsize * (outer[e] + group[g])))
+                : nullptr;
   }
   const void* raw(int64_t e, int64_t g) const { return at<void>(e, g); }
 };
@@ -43,7 +49,8 @@ struct HeadScore {
   ScoreKind kind;
   const float* array;
   float* gradient;
-  int64_t row, gradient_row, column;  // from one row to the next, and one column: 0 if it broadcasts
+  int64_t row, gradient_row,
+      column;  // from one row to the next, and one column: 0 if it broadcasts
 };
 
 struct Head {
@@ -98,8 +105,8 @@ class Arena {
   size_t used_ = 0;
 };
 
-// What one worker does at a time. Forward: query rows [begin, end) of heads (e, all g). Few queries:
-// keys [begin, end) of heads [e, last). Backward: the key block that begins at `begin`.
+// What one worker does at a time. Forward: query rows [begin, end) of heads (e, all g). Few
+// queries: keys [begin, end) of heads [e, last). Backward: the key block that begins at `begin`.
 struct Item {
   int64_t e, last, begin, end, number;
 };

@@ -7,9 +7,9 @@
 //         scores, mask, maximum, p, sum
 //         out = out * 2^(old m - m) + p v
 //
-// Heads that interleave in memory are done together, so that memory is read in the order in which it
-// lies. Keys that no query sees are not read: a cache costs what it holds. The parts, of at least
-// 1024 keys, are joined in order; how many depends on S alone.
+// Heads that interleave in memory are done together, so that memory is read in the order in which
+// it lies. Keys that no query sees are not read: a cache costs what it holds. The parts, of at
+// least 1024 keys, are joined in order; how many depends on S alone.
 
 constexpr int TOGETHER = 4, SUB = 64;
 constexpr int AHEAD = 8;  // keys that are prefetched ahead
@@ -60,11 +60,11 @@ INLINE void few_values(int64_t D, const float* p, const X* v, int64_t ld, int n,
   const int64_t W = round_up(D, LANES), whole = D / LANES * LANES;
   int64_t d = 0;
   for (int j = 0; j < n; j++)
-    for (int64_t at = 0; at < D; at += 64 / sizeof(X)) __builtin_prefetch(v + (j + AHEAD) * ld + at);
+    for (int64_t at = 0; at < D; at += 64 / sizeof(X))
+      __builtin_prefetch(v + (j + AHEAD) * ld + at);
   for (; d + 2 * LANES <= whole; d += 2 * LANES)
     product<TOGETHER, 2, BLOCK, false>(n, p, 1, v + d, ld, tile + d, W);
-  for (; d < whole; d += LANES)
-    product<TOGETHER, 1, BLOCK, false>(n, p, 1, v + d, ld, tile + d, W);
+  for (; d < whole; d += LANES) product<TOGETHER, 1, BLOCK, false>(n, p, 1, v + d, ld, tile + d, W);
   if (d < D)
     for (int m = 0; m < TOGETHER; m++) {
       vf sum = vf{};

@@ -17,10 +17,16 @@
 namespace attention {
 
 #if defined(__x86_64__)
-namespace avx512 { extern const Kernels kernels; }
-namespace avx2 { extern const Kernels kernels; }
+namespace avx512 {
+extern const Kernels kernels;
+}
+namespace avx2 {
+extern const Kernels kernels;
+}
 #elif defined(__aarch64__)
-namespace neon { extern const Kernels kernels; }
+namespace neon {
+extern const Kernels kernels;
+}
 #endif
 
 namespace {
@@ -31,8 +37,8 @@ const Kernels* kernels(int64_t which) {
 #if defined(__x86_64__)
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
-                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
-                          __builtin_cpu_supports("avx512vl");
+                          __builtin_cpu_supports("avx512dq") &&
+                          __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
   if (has_avx512 && (which == 0 || which == 1)) return &avx512::kernels;
   if (has_avx2 && (which == 0 || which == 2)) return &avx2::kernels;
 #elif defined(__aarch64__)
@@ -86,8 +92,7 @@ void run_few(const Call& c, const Kernels& isa, const Pool& pool) {
     isa.few(c, items[i], memory.of(worker), partial.get() + items[i].number * distance);
   });
   for (int64_t e = 0; e < c.E; e++)
-    for (int64_t r = 0; r < c.G * c.T; r++)
-      isa.few_join(c, e, r, partial.get(), parts, distance);
+    for (int64_t r = 0; r < c.G * c.T; r++) isa.few_join(c, e, r, partial.get(), parts, distance);
 }
 
 // Rows of an item: enough to pay for packing keys, few enough for the cache and for all threads.
@@ -100,7 +105,8 @@ void run_forward(const Call& c, const Kernels& isa, const Pool& pool) {
   count = std::max(count, std::min(wanted, divide_up(c.T, LEAST_ROWS)));
   const int64_t rows = divide_up(divide_up(c.T, count), ALIGNED) * ALIGNED;
   std::vector<Item> items;
-  for (int64_t begin = (c.T - 1) / rows * rows; begin >= 0; begin -= rows)  // causal: long rows first
+  for (int64_t begin = (c.T - 1) / rows * rows; begin >= 0;
+       begin -= rows)  // causal: long rows first
     for (int64_t e = 0; e < c.E; e++)
       items.push_back({e, e + 1, begin, std::min(c.T, begin + rows), 0});
   const int64_t workers = std::min<int64_t>(items.size(), threads);

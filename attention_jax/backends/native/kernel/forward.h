@@ -1,11 +1,12 @@
 // The forward pass: a running softmax over blocks of keys.
 //
-//   for each block of keys                              K as columns, V as panels: second-level cache
+//   for each block of keys                              K as columns, V as panels: second-level
+//   cache
 //     for each query head of the group
 //       for each strip of ROWS queries
-//         s = q k^T, register tile by register tile     a panel of K, a strip of s: first-level cache
-//         scores, mask, maximum, p = 2^(s - m), sum     s in place
-//         out = out * 2^(old m - m) + p v               a panel of V
+//         s = q k^T, register tile by register tile     a panel of K, a strip of s: first-level
+//         cache scores, mask, maximum, p = 2^(s - m), sum     s in place out = out * 2^(old m - m)
+//         + p v               a panel of V
 //
 // Packing a block pays off over the rows of an item, and the heads of a group share it. Sums are
 // kept lane by lane, so that a strip ends with one horizontal addition per row. A row's result does
@@ -25,7 +26,8 @@ struct ForwardMemory {
   }
 };
 
-// One strip of logits becomes probabilities, and what was summed so far is scaled to the new maxima.
+// One strip of logits becomes probabilities, and what was summed so far is scaled to the new
+// maxima.
 INLINE void softmax_strip(const Head& h, const KeyBlock& b, const Strip& strip, int64_t W, float* s,
                           float* top, float* sum, float* out) {
   const int begin = strip.begin(), end = strip.end();
@@ -117,7 +119,8 @@ static void forward_item(const Call& c, const Item& item, char* memory) {
     const X* v = static_cast<const X*>(shared.v) + (k0 + first) * c.v.row;
     pack_columns(k, c.k.row, have, to, c.H, x.k);
     BadRows bad;
-    if (pack_rows(v, c.v.row, have, to, c.D, PANEL, 1, x.v)) bad.take_out(x.v, have, to, c.D, PANEL);
+    if (pack_rows(v, c.v.row, have, to, c.D, PANEL, 1, x.v))
+      bad.take_out(x.v, have, to, c.D, PANEL);
 
     for (int64_t g = 0; g < c.G; g++) {
       const Head h = c.head(item.e, g);
@@ -136,7 +139,8 @@ static void forward_item(const Call& c, const Item& item, char* memory) {
         scored.apply(b, strip, x.s, nullptr);
         softmax_strip(h, b, strip, W, x.s, x.top + at, x.sum + at * LANES, x.out + at * W);
         for (int j = strip.begin(), end; j < strip.end(); j = end) {  // runs of units that are seen
-          for (end = j + UNIT; end < strip.end() && !strip.kind[j / UNIT] == !strip.kind[end / UNIT];)
+          for (end = j + UNIT;
+               end < strip.end() && !strip.kind[j / UNIT] == !strip.kind[end / UNIT];)
             end += UNIT;
           if (!strip.kind[j / UNIT]) continue;
           for (int64_t d = 0; d < W; d += PANEL)

@@ -1,6 +1,6 @@
-// Sizes, axes, dtypes and tables are checked before a kernel runs: what passes cannot make it read or
-// write outside its arrays. Numbers in arrays are only compared or computed with, except the table
-// of partial units, which is checked entry by entry.
+// Sizes, axes, dtypes and tables are checked before a kernel runs: what passes cannot make it read
+// or write outside its arrays. Numbers in arrays are only compared or computed with, except the
+// table of partial units, which is checked entry by entry.
 #include "frame.h"
 
 #include <algorithm>
@@ -31,9 +31,7 @@ Numbers attribute(const ffi::CallFrame* frame, const char* name) {
   throw Refused(std::string("attention: there is no attribute ") + name);
 }
 
-int64_t itemsize(ffi::DataType dtype) {
-  return dtype == ffi::F16 || dtype == ffi::BF16 ? 2 : 4;
-}
+int64_t itemsize(ffi::DataType dtype) { return dtype == ffi::F16 || dtype == ffi::BF16 ? 2 : 4; }
 
 // The vmapped axes of the call, split into those that heads sharing keys have alone, and the rest.
 struct Levels {
@@ -228,8 +226,10 @@ Call read_call(const ffi::CallFrame* frame, bool backward, Options* options) {
   c.E = reader.levels().E;
   c.G = reader.levels().G;
   ffi::DataType dtype = ffi::F32;
-  for (const auto& x : reader.entries()) {  // sizes first: those of the core axes, which come in order
-    if (x.result || (x.role != Role::query && x.role != Role::key && x.role != Role::value)) continue;
+  for (const auto& x :
+       reader.entries()) {  // sizes first: those of the core axes, which come in order
+    if (x.result || (x.role != Role::query && x.role != Role::key && x.role != Role::value))
+      continue;
     const View v = reader.view(x, x.buffer->dtype, 0, 0);
     if (x.role == Role::query) c.T = v.rows, c.H = v.columns, dtype = x.buffer->dtype;
     if (x.role == Role::key) c.S = v.rows;
@@ -342,8 +342,12 @@ Head Call::head(int64_t e, int64_t g) const {
 HeadScore Call::score(int which, int64_t e, int64_t g) const {
   const Score& x = scores[which];
   const int64_t row = x.array.rows > 1 ? x.array.row : 0, column = x.array.columns > 1 ? 1 : 0;
-  return {x.kind, x.array.at<float>(e, g), x.gradient.at<float>(e, g), row,
-          x.gradient && x.array.rows > 1 ? x.gradient.row : 0, column};
+  return {x.kind,
+          x.array.at<float>(e, g),
+          x.gradient.at<float>(e, g),
+          row,
+          x.gradient && x.array.rows > 1 ? x.gradient.row : 0,
+          column};
 }
 
 }  // namespace attention

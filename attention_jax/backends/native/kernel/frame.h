@@ -11,11 +11,13 @@ namespace attention {
 
 // What each array is. The attributes `arguments` and `results` hold a row per array: its role, then
 // for each vmapped axis of the call which axis of the array that is, or -1. As in operands.py.
+// clang-format off: one line per role is too many
 enum class Role : int64_t {
   query, key, value, scale, sink, bounds, positions, query_ids, key_ids, kinds, bits, seed,
   threshold, keep_probability, example, head, softcap, bias, diagonal, out, m, log_l, d_out, d_lse,
   d_query, d_key, d_value, d_scale, d_sink, d_score, count
 };
+// clang-format on
 
 // Which kernels run: the attribute `options`.
 struct Options {

@@ -41,8 +41,8 @@ static void backward(const Call& c, const Item& item, char* memory, Progress* pr
 }
 
 extern const Kernels kernels;
-const Kernels kernels = {ISA_NAME, ROWS,     QUERIES,        BLOCK,   forward_bytes, forward,
-                         few_bytes, few, few_join, backward_bytes, backward};
+const Kernels kernels = {ISA_NAME,  ROWS, QUERIES,  BLOCK,          forward_bytes, forward,
+                         few_bytes, few,  few_join, backward_bytes, backward};
 
 }  // namespace ISA
 }  // namespace attention

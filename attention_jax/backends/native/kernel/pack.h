@@ -8,7 +8,8 @@
 
 // Transposes LANES vectors: interleaving halves log2(LANES) times is a perfect shuffle.
 #if LANES == 16
-#define LOW(a, b) __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23)
+#define LOW(a, b) \
+  __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23)
 #define HIGH(a, b) \
   __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)
 #elif LANES == 8
@@ -117,7 +118,8 @@ static void add_rows(const BadRows& bad, int64_t begin, int64_t end, int M, cons
     for (int m = 0; m < M; m++) {
       const float weight = a[m * am + i * ai];
       if (weight == 0.0f) continue;
-      for (int64_t h = 0; h < width; h++) c[m * ldc + h] += weight * (load_one(x + i * ld + h) * factor);
+      for (int64_t h = 0; h < width; h++)
+        c[m * ldc + h] += weight * (load_one(x + i * ld + h) * factor);
     }
   }
 }

@@ -1,5 +1,6 @@
 // The caller works too, and waits only for items that have begun, so that a pool whose threads are
-// all busy, or which has none, is no deadlock. Threads of the pool that come late find nothing to do.
+// all busy, or which has none, is no deadlock. Threads of the pool that come late find nothing to
+// do.
 #include "pool.h"
 
 #include <condition_variable>

@@ -1,8 +1,8 @@
 // From q k^T to masked logits in units of log2, and the way back for gradients.
 //
-// A strip of logits is a few kilobytes in the first-level cache; scores change it in place, in their
-// order, and the mask comes last. -inf in a bias is MASKED, so that a softcap after it, which makes
-// it finite, shows the pair again, and no other score does.
+// A strip of logits is a few kilobytes in the first-level cache; scores change it in place, in
+// their order, and the mask comes last. -inf in a bias is MASKED, so that a softcap after it, which
+// makes it finite, shows the pair again, and no other score does.
 
 struct Scored {
   const Call& c;
@@ -40,8 +40,8 @@ struct Scored {
       } else if (x.gradient && x.kind == ScoreKind::diagonal) {
         accumulate(x.gradient + (b.k0 - strip.i0 + c.T - 1), -1, 1, b, strip, ds);
       } else if (x.gradient) {
-        accumulate(x.gradient + strip.i0 * x.gradient_row + b.k0 * x.column, x.gradient_row, x.column,
-                   b, strip, ds);
+        accumulate(x.gradient + strip.i0 * x.gradient_row + b.k0 * x.column, x.gradient_row,
+                   x.column, b, strip, ds);
       }
     }
   }
@@ -63,9 +63,9 @@ struct Scored {
     const int end = least<int64_t>(strip.end(), c.S - b.k0);
     for (int m = 0; m < strip.rows; m++, array += row)
       for (int j = strip.begin(); j < end; j += LANES) {
-        const vf x = column == 0              ? splat(*array)
+        const vf x = column == 0               ? splat(*array)
                      : j + LANES <= c.S - b.k0 ? load(array + j)
-                                              : load_first(array + j, end - j);
+                                               : load_first(array + j, end - j);
         const vf sum = load(s + m * BLOCK + j) + x * LOG2E;
         store(s + m * BLOCK + j, x == -INFINITY ? splat(MASKED) : vmax(splat(MASKED), sum));
       }

@@ -1,4 +1,5 @@
-// Vectors of LANES floats, in the compiler's vector extensions: one source for all instruction sets.
+// Vectors of LANES floats in the compiler's vector extensions: one source for every instruction
+// set.
 //
 // The including file defines LANES. NaN must get through: comparisons are written so that a NaN in
 // the second operand wins, and maxima put the constant first.
@@ -25,17 +26,23 @@ INLINE vu splat(uint32_t x) { return x - vu{}; }
 // a > b ? a : b in one instruction, which compilers do not see in the vector form.
 INLINE vf vmax(vf a, vf b) {
 #if LANES == 8
-  return reinterpret_cast<vf>(_mm256_max_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b)));
+  return reinterpret_cast<vf>(
+      _mm256_max_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b)));
 #elif LANES == 16 && defined(__AVX512F__)
-  return reinterpret_cast<vf>(_mm512_max_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
+  return reinterpret_cast<vf>(
+      _mm512_max_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
 #else
   return a > b ? a : b;
 #endif
 }
 template <class N>
-INLINE N least(N a, N b) { return b < a ? b : a; }
+INLINE N least(N a, N b) {
+  return b < a ? b : a;
+}
 template <class N>
-INLINE N most(N a, N b) { return a < b ? b : a; }
+INLINE N most(N a, N b) {
+  return a < b ? b : a;
+}
 INLINE int64_t round_up(int64_t x, int64_t m) { return (x + m - 1) / m * m; }
 
 INLINE vi lanes() {
@@ -80,7 +87,9 @@ INLINE vf load_first(const X* p, int count) {
   return load(padded);
 }
 template <class X>
-INLINE float load_one(const X* p) { return load_first(p, 1)[0]; }
+INLINE float load_one(const X* p) {
+  return load_first(p, 1)[0];
+}
 INLINE float load_one(const float* p) { return *p; }
 
 // 2^t for t <= 0 with a relative error below 2 ulp: 0 far below, exactly 1 at 0.

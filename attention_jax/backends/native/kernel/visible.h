@@ -2,8 +2,8 @@
 //
 // Query i sees key j where the key's position lies in [lo, hi) of the query, both have the same id,
 // and the bit of the pair is set; each of the three may be missing. Positions are 0 .. S - 1 unless
-// given. From the least and largest lo, hi and id of some rows, and position and id of a unit, a few
-// comparisons tell whether a unit is empty or full for these rows. So causal masks, windows,
+// given. From the least and largest lo, hi and id of some rows, and position and id of a unit, a
+// few comparisons tell whether a unit is empty or full for these rows. So causal masks, windows,
 // lengths, chunks, documents and caches need no array of T x S. For any other mask a table says so
 // for 48 x 32 pairs, and the bits of a partial unit are one word per row.
 
@@ -137,8 +137,8 @@ struct Strip {
 };
 
 // Logits of masked pairs become MASKED; s [rows x ld], column 0 is the block's first key.
-INLINE void mask_strip(const Call& c, const Head& h, const KeyBlock& b, const Strip& strip, float* s,
-                       int64_t ld) {
+INLINE void mask_strip(const Call& c, const Head& h, const KeyBlock& b, const Strip& strip,
+                       float* s, int64_t ld) {
   const vi lane = lanes();
   for (int u = strip.units.first; u < strip.units.end; u++) {
     if (strip.kind[u] == FULL) continue;
@@ -147,8 +147,7 @@ INLINE void mask_strip(const Call& c, const Head& h, const KeyBlock& b, const St
     for (int m = 0; m < strip.rows; m++) {
       float* at = s + m * ld + u * UNIT;
       const Row row = strip.kind[u] ? row_of(h, strip.i0 + m) : Row{INT32_MAX, INT32_MIN, -1};
-      const uint32_t word =
-          words ? words[(strip.i0 + m) % TABLE_ROWS * c.bits.row] : 0xffffffffu;
+      const uint32_t word = words ? words[(strip.i0 + m) % TABLE_ROWS * c.bits.row] : 0xffffffffu;
       for (int j = 0; j < UNIT; j += LANES) {
         const vi position = load(b.position + u * UNIT + j), id = load(b.id + u * UNIT + j);
         const vi bit = reinterpret_cast<vi>(splat(word >> j)) >> lane & 1;
