@@ -61,7 +61,7 @@ IMPLEMENTATIONS: dict[str, Backend] = {
 
 # The kernels of each platform, in the order they are tried, before what runs everywhere.
 KERNELS = {
-    "cpu": (),
+    "cpu": (("native", "our kernel in C++: linear memory, skips empty blocks"),),
     "gpu": (
         ("cudnn", "the vendor's fused kernel, for the calls it computes exactly"),
         ("pallas_gpu", "linear memory, any mask and score, skips empty blocks"),
@@ -69,9 +69,14 @@ KERNELS = {
     "tpu": (("splash", "JAX's own kernel: linear memory, skips empty blocks"),),
 }
 
-# On a CPU, sequences up to this length are faster in one batched product, which XLA fuses with the
-# softmax, than in a loop over heads: `python -m experiments bench --only short`. The choice must
-# not depend on heads or batch size, which may differ between training and serving.
+# On a CPU, shorter calls are over before a kernel has prepared its blocks. Milliseconds, native
+# and in one piece: 32 heads of 16 x 16, 0.20 and 0.11; 128 heads of 32 x 32, 0.68 and 0.78 (two
+# cores of an AMD EPYC).
+NATIVE_FROM = 33
+
+# Without that kernel, sequences up to this length are faster in one batched product, which XLA
+# fuses with the softmax, than in a loop over heads: `python -m experiments bench --only short`. The
+# choice must not depend on heads or batch size, which may differ between training and serving.
 MATERIALISE_UP_TO = 256
 
 # The same holds for a few queries against a cache, whose mask holds positions: a decoding step is
@@ -112,13 +117,18 @@ def partitioned() -> bool:
 def preference(spec: Spec) -> tuple[tuple[str, str], ...]:
     """All implementations in the order they are tried, each with the reason for its place."""
     kernels = KERNELS.get(spec.platform, ())
+    everywhere = _everywhere(spec)
     elsewhere = tuple(
         (name, f"for a {place}")
         for place, others in KERNELS.items()
         if place != spec.platform
         for name, _ in others
     )
-    return (*kernels, *_everywhere(spec), *elsewhere, ("native", "by name alone for now"))
+    T, S = spec.sizes.T, spec.sizes.S
+    if spec.platform == "cpu" and not spec.sizes.symbolic_lengths and max(T, S) < NATIVE_FROM:
+        short = f"T and S are below {NATIVE_FROM}: faster in one piece"
+        return (("xla", short), *kernels, *(x for x in everywhere if x[0] != "xla"), *elsewhere)
+    return (*kernels, *everywhere, *elsewhere)
 
 
 def _everywhere(spec: Spec) -> tuple[tuple[str, str], ...]:
