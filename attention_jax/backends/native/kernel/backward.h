@@ -12,13 +12,14 @@
 // does a step once the item of the block before has passed it. Sums are so in a fixed order,
 // whatever the number of threads, and need no copies. Items are handed out in the order of their
 // numbers, so the item that is waited for has always begun. The gradient of a bias that several
-// heads share is summed in turns likewise. The first block clears dq, the last scales it.
+// heads share is summed in turns likewise. The first block clears dq and computes delta, the
+// last scales dq.
 
 constexpr int QUERIES = 96;  // a step: a multiple of ROWS and TABLE_ROWS
 
 struct BackwardMemory {
   float *k_columns, *v_columns, *k_panels, *dk, *dv, *q, *dout, *p, *ds, *slope, *tile;
-  float *shift, *rest, *delta;
+  float *shift, *rest;
   BackwardMemory(Arena& a, const Call& c) {
     const int64_t HW = round_up(c.H, PANEL), DW = round_up(c.D, PANEL);
     k_columns = a.floats(BLOCK * c.H);
@@ -34,19 +35,24 @@ struct BackwardMemory {
     tile = a.floats(ROWS * PANEL);
     shift = a.floats(QUERIES);
     rest = a.floats(QUERIES);
-    delta = a.floats(QUERIES);
   }
 };
 
-// What the rows of a step need of the forward pass: p = 2^((s - shift) - rest), and delta - dlse.
-// The lse of large logits does not fit into one float: `rest` has the digits that `shift` lacks.
-INLINE void rows_of_step(const Call& c, const Head& h, int64_t i0, int64_t rows,
-                         const BackwardMemory& x) {
+// What the rows of a step need of the forward pass: p = 2^((s - shift) - rest). The lse of large
+// logits does not fit into one float: `rest` has the digits that `shift` lacks.
+INLINE void rows_of_step(const Head& h, int64_t i0, int64_t rows, const BackwardMemory& x) {
   for (int64_t i = 0; i < rows; i++) {
     const double lse = h.m[i0 + i] * LOG2E_EXACT;
     const bool empty = h.log_l[i0 + i] == -INFINITY;
     x.shift[i] = empty ? -MASKED : float(lse);
     x.rest[i] = empty ? 0 : float((lse - x.shift[i]) + h.log_l[i0 + i] * LOG2E_EXACT);
+  }
+}
+
+// delta - dlse of some rows, delta_i = dout_i . out_i. The first key block computes it for the
+// others.
+INLINE void deltas_of_step(const Call& c, const Head& h, int64_t i0, int64_t rows, float* delta) {
+  for (int64_t i = 0; i < rows; i++) {
     const float *out = h.out + (i0 + i) * c.out.row, *dout = h.dout + (i0 + i) * c.dout.row;
     vf sum = vf{};
     int64_t d = 0;
@@ -56,7 +62,7 @@ INLINE void rows_of_step(const Call& c, const Head& h, int64_t i0, int64_t rows,
     }
     float total = horizontal_sum(sum);
     for (; d < c.D; d++) total += out[d] == 0 ? 0 : out[d] * dout[d];
-    x.delta[i] = total - (empty ? 0 : h.dlse[i0 + i]);
+    delta[i] = total - (h.log_l[i0 + i] == -INFINITY ? 0 : h.dlse[i0 + i]);
   }
 }
 
@@ -94,7 +100,7 @@ INLINE void clear_unseen(const Strip& strip, int first, int last, float* x) {
 // dq of the last key block's step is complete: times the scale; and what scale and sink get of it.
 template <class X>
 static void finish_rows(const Call& c, const Head& h, int64_t i0, int64_t rows, const X* q,
-                        const BackwardMemory& x, double* dscale, double* dsink) {
+                        const float* delta, double* dscale, double* dsink) {
   for (int64_t i = 0; i < rows; i++, q += c.q.row) {
     float* dq = h.dq + (i0 + i) * c.dq.row;
     for (int64_t k = 0; k < c.H; k++) {
@@ -103,7 +109,7 @@ static void finish_rows(const Call& c, const Head& h, int64_t i0, int64_t rows, 
     }
     if (h.dsink) {
       const double lse = double(h.m[i0 + i]) + h.log_l[i0 + i];
-      if (h.sink > MASKED && h.log_l[i0 + i] != -INFINITY) *dsink -= exp(h.sink - lse) * x.delta[i];
+      if (h.sink > MASKED && h.log_l[i0 + i] != -INFINITY) *dsink -= exp(h.sink - lse) * delta[i];
     }
   }
 }
@@ -140,14 +146,17 @@ static void backward_item(const Call& c, const Item& item, char* memory, Progres
       }
       const X* q = static_cast<const X*>(h.q) + t0 * c.q.row;
       const float* dout = h.dout + t0 * c.dout.row;
-      rows_of_step(c, h, t0, rows, x);
+      rows_of_step(h, t0, rows, x);
       bad_q.count = bad_dout.count = 0;
       if (pack_rows(q, c.q.row, rows, strips * ROWS, c.H, HW, h.scale * LOG2E, x.q))
         bad_q.take_out(x.q, rows, rows, c.H, HW);
       progress->wait(item.number, step, c.E);
-      if (k0 == 0)
+      float* delta = c.delta + (item.e * c.G + g) * c.T + t0;
+      if (k0 == 0) {
+        deltas_of_step(c, h, t0, rows, delta);
         for (int64_t i = 0; i < rows; i++)
           memset(h.dq + (t0 + i) * c.dq.row, 0, sizeof(float) * c.H);
+      }
       if (visited.end) {
         if (!packed) {
           pack_columns(k, c.k.row, have, to, c.H, x.k_columns);
@@ -173,8 +182,8 @@ static void backward_item(const Call& c, const Item& item, char* memory, Progres
                                          PANEL, ds + j, BLOCK);
             }
             scored.apply(b, strip, p, c.softcap_count ? x.slope : nullptr);
-            gradient_strip(h, b, strip, x.shift + t * ROWS, x.rest + t * ROWS, x.delta + t * ROWS,
-                           p, ds);
+            gradient_strip(h, b, strip, x.shift + t * ROWS, x.rest + t * ROWS, delta + t * ROWS, p,
+                           ds);
             if (c.score_count) scored.pull(b, strip, ds, x.slope);
           }
           clear_unseen(strip, first, end, p);
@@ -220,7 +229,7 @@ static void backward_item(const Call& c, const Item& item, char* memory, Progres
           add_rows(bad_q, 0, rows, n, x.ds + j, 1, BLOCK, q, c.q.row, c.H, h.scale * LOG2E,
                    x.dk + j * HW, HW);
       }
-      if (last) finish_rows(c, h, t0, rows, q, x, &dscale, &dsink);
+      if (last) finish_rows(c, h, t0, rows, q, delta, &dscale, &dsink);
       progress->pass(item.number, step, c.E);
     }
     if (last && h.dscale) *h.dscale = float(dscale);

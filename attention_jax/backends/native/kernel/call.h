@@ -72,6 +72,7 @@ struct Call {
   View q, k, v, out, m, log_l, dout, dlse, dq, dk, dv, dscale, dsink, scale, sink;
   View bounds, positions, query_ids, key_ids, kinds, bits;
   View seed, threshold, keep_probability, example, number;
+  float* delta = nullptr;  // [E G T], of the backward pass: see backward.h
   Score scores[MOST_SCORES];
   int score_count = 0, softcap_count = 0;
 

@@ -115,7 +115,9 @@ void run_forward(const Call& c, const Kernels& isa, const Pool& pool) {
            [&](int64_t i, int64_t worker) { isa.forward(c, items[i], memory.of(worker)); });
 }
 
-void run_backward(const Call& c, const Kernels& isa, const Pool& pool) {
+void run_backward(Call& c, const Kernels& isa, const Pool& pool) {
+  const std::unique_ptr<float[]> delta(new float[c.E * c.G * c.T]);
+  c.delta = delta.get();
   Progress progress = {nullptr, false};
   for (int i = 0; i < c.score_count; i++) {
     const View& gradient = c.scores[i].gradient;
