@@ -45,6 +45,7 @@ from attention_jax.core.compat import (
     Primitive,
     ad,
     batching,
+    for_export,
     like,
     mlir,
     no_axes,
@@ -89,12 +90,20 @@ class Primitives(NamedTuple):
     backward: Primitive
 
 
-def make(name: str, kernel: Kernel) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """The three primitives on a kernel, as a function ``(head, schedule, config) -> out, lse``."""
+def make(
+    name: str, kernel: Kernel, elsewhere: Kernel | None = None
+) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """The three primitives on a kernel, as a function ``(head, schedule, config) -> out, lse``.
+
+    Args:
+      elsewhere: of the same operands, where ``kernel`` is code of this machine's CPU: for other
+        platforms, and for programs that are exported.
+    """
     p = Primitives(*(Primitive(f"{name}_{part}") for part in Primitives._fields))
-    _register(p.forward, kernel.forward, _results)
-    _register(p.tangent, kernel.tangent, _results)
-    _register(p.backward, kernel.backward, _cotangents)
+    other = kernel if elsewhere is None else elsewhere
+    _register(p.forward, kernel.forward, other.forward, _results)
+    _register(p.tangent, kernel.tangent, other.tangent, _results)
+    _register(p.backward, kernel.backward, other.backward, _cotangents)
 
     batching.primitive_batchers[p.forward] = functools.partial(_batch_results, p.forward)
     batching.primitive_batchers[p.tangent] = functools.partial(_batch_results, p.tangent)
@@ -142,16 +151,19 @@ def num_differentiable(structure: Any) -> int:
 # --- Shapes and lowering.
 
 
-def _register(primitive: Primitive, run: Callable[..., Any], shapes: Callable[..., Any]) -> None:
-    """What a primitive computes, and the shapes of its results."""
-
-    def implementation(*arrays: Any, static: Static) -> list[Any]:
-        return list(run(static, *arrays))
-
+def _register(
+    primitive: Primitive,
+    run: Callable[..., Any],
+    elsewhere: Callable[..., Any],
+    shapes: Callable[..., Any],
+) -> None:
+    """What a primitive computes, here and elsewhere, and the shapes of its results."""
     primitive.multiple_results = True
-    primitive.def_impl(implementation)
+    primitive.def_impl(lambda *arrays, static: list(run(static, *arrays)))
     primitive.def_abstract_eval(lambda *avals, static: shapes(static, avals))
-    mlir.register_lowering(primitive, _lowering(run))
+    mlir.register_lowering(primitive, _lowering(elsewhere, elsewhere))
+    if elsewhere is not run:
+        mlir.register_lowering(primitive, _lowering(run, elsewhere), platform="cpu")
 
 
 def _results(static: Static, avals: Sequence[Any]) -> list[Any]:
@@ -180,27 +192,31 @@ def _result(static: Static, avals: Sequence[Any], core: Shape, dims: Dims, dtype
     return like(avals[0], shape, dtype, mesh_axes(static, avals, len(shape), dims))
 
 
-def _lowering(run: Callable[..., Any]) -> Callable[..., Any]:
+def _lowering(run: Callable[..., Any], elsewhere: Callable[..., Any]) -> Callable[..., Any]:
     """Lowers a kernel without the mesh axes in its types: its loops run on one device.
 
     In a program that XLA divides among several devices, each runs the heads and examples it has.
+    Programs that are exported hold nothing of this machine or process.
     """
 
     def lower(ctx: Any, args: Any, fn: Callable[..., Any]) -> Any:
         def without_axes(*arrays: Any) -> Any:
             with no_axes():
-                return fn(*arrays)
+                return list(fn(*arrays))
 
         plain = [jax.core.ShapedArray(aval.shape, aval.dtype) for aval in ctx.avals_in]
         rule = mlir.lower_fun(without_axes, multiple_results=True)
         return rule(ctx.replace(avals_in=plain), *args)
 
     def rule(ctx: Any, *args: Any, static: Static) -> Any:
+        exported = for_export(ctx)
         if num_devices(ctx) == 1:
-            return lower(ctx, args, lambda *xs: run(static, *xs))
-        several = None if "tpu" in ctx.module_context.platforms else with_devices(ctx)
+            own = elsewhere if exported else run
+            return lower(ctx, args, lambda *xs: own(static, *xs))
+        tpu = "tpu" in ctx.module_context.platforms
+        several = None if exported or tpu else with_devices(ctx)
         if several is None:
-            return lower(ctx, args, lambda *xs: _all_heads(run, static, xs))
+            return lower(ctx, args, lambda *xs: _all_heads(elsewhere, static, xs))
         return lower(several, args, lambda *xs: over_devices(run, static, xs))
 
     return rule
@@ -210,7 +226,7 @@ def _all_heads(run: Callable[..., Any], static: Static, arrays: Sequence[Any]) -
     """A kernel under ``vmap`` over all heads and examples, which XLA partitions by itself.
 
     Where ``custom_partitioning`` cannot be used: programs with it do not compile for TPUs ("Custom
-    emitter for CustomSPMDPartitioning not found").
+    emitter for CustomSPMDPartitioning not found"), and it is a callback of this process.
     """
 
     def one_head(static: Static, *xs: Any) -> Any:

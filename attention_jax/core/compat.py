@@ -27,6 +27,7 @@ __all__ = [
     "Primitive",
     "ad",
     "batching",
+    "for_export",
     "jaxpr_as_fun",
     "like",
     "mesh_platform",
@@ -67,6 +68,11 @@ def sharded_over(aval: Any, axis: Any) -> Any:
     """The explicit mesh axes that an axis of an array is sharded over; None for none."""
     spec = tuple(aval.sharding.spec)
     return spec[axis] if axis < len(spec) else None
+
+
+def for_export(ctx: Any) -> bool:
+    """Whether a lowering rule runs for ``jax.export``, whose programs may run on other machines."""
+    return bool(ctx.module_context.lowering_parameters.for_export)
 
 
 def mesh_platform() -> str | None:
