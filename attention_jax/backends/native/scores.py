@@ -19,7 +19,7 @@ from attention_jax.scores import (
     tile_indices,
 )
 from attention_jax.scores.at_positions import Later, Placed
-from attention_jax.scores.relative import skew
+from attention_jax.scores.distance import skew
 
 MOST_SCORES = 8  # of one call, as in call.h
 # Scores of arbitrary positions become a bias of T x S where there are few queries.
