@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from contract import needs_native
 from helpers import jax_normal, mostly_slow
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -44,7 +45,7 @@ def inputs():
     }
 
 
-def everything(query, key, value, bias, sinks):
+def everything(query, key, value, bias, sinks, implementation="blockwise"):
     return aj.attention(
         query,
         key,
@@ -54,13 +55,13 @@ def everything(query, key, value, bias, sinks):
         sinks=sinks,
         dropout_rate=0.2,
         dropout_key=jax.random.key(9),
-        implementation="blockwise",
+        implementation=implementation,
         return_lse=True,
     )
 
 
-def loss(arrays):
-    out, lse = everything(**arrays)
+def loss(arrays, implementation="blockwise"):
+    out, lse = everything(**arrays, implementation=implementation)
     return (out**2).sum() + lse.sum()
 
 
@@ -84,6 +85,18 @@ def test_output_and_gradient_equal_those_of_one_device(mesh, name):
     chex.assert_trees_all_close(jax.device_get(got), jax.device_get(expected), atol=1e-5)
     expected, got = jax.jit(jax.grad(loss))(arrays), jax.jit(jax.grad(loss))(sharded)
     chex.assert_trees_all_close(jax.device_get(got), jax.device_get(expected), atol=1e-4)
+
+
+@needs_native
+def test_the_native_kernel_runs_on_each_devices_share(mesh):
+    arrays, specs = inputs(), SPECS["batch and heads"]
+    sharded = {k: put(mesh, specs[k], x) for k, x in arrays.items()}
+    both = jax.value_and_grad(functools.partial(loss, implementation="native"))
+    expected, got = jax.jit(both)(arrays), jax.jit(both)(sharded)
+    chex.assert_trees_all_close(jax.device_get(got), jax.device_get(expected), atol=1e-4)
+    own = ("query", "key", "value")
+    run = lambda q, k, v: aj.attention(q, k, v, implementation="native")  # noqa: E731
+    assert not collectives(run, *(sharded[x] for x in own))
 
 
 def attend(query, key, value):

@@ -134,8 +134,6 @@ class Native(Backend):
             return f"this processor has {', '.join(found.instructions)}, not {self.instructions}"
         if reason := symbolic_sizes_refused(spec.sizes):
             return reason
-        if spec.partitioned:
-            return "the compiler cannot partition it over a mesh: use shard_map or explicit axes"
         dtype = jnp.dtype(spec.dtype)
         if dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
             return f"{dtype.name}: it takes float32, bfloat16 and float16, and computes in float32"
