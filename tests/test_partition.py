@@ -77,7 +77,7 @@ SPECS = {
 }
 
 
-@pytest.mark.parametrize("name", mostly_slow(SPECS, {"batch and heads", "in conflict"}))
+@pytest.mark.parametrize("name", mostly_slow(SPECS, {"batch and heads"}))
 def test_output_and_gradient_equal_those_of_one_device(mesh, name):
     arrays, specs = inputs(), SPECS[name]
     sharded = {k: put(mesh, specs[k], x) if k in specs else x for k, x in arrays.items()}
@@ -157,6 +157,7 @@ def test_sums_over_sharded_examples_are_summed_over_devices(mesh):
     assert collectives(only_bias, bias, sharded) == ["all-reduce"]
 
 
+@pytest.mark.slow
 def test_second_derivatives_under_vmap(mesh):
     arrays = [jax_normal(i, 8, 3, 2, 4) for i in range(3)]
     hessian = jax.vmap(jax.hessian(squares))
