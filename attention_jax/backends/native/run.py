@@ -140,6 +140,8 @@ class Native(Backend):
             )
         if reason := symbolic_sizes_refused(spec.sizes):
             return reason
+        if spec.sizes.D == 0:
+            return "value has width 0"
         dtype = jnp.dtype(spec.dtype)
         if dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
             return f"{dtype.name}: it takes float32, bfloat16 and float16, and computes in float32"
