@@ -172,6 +172,16 @@ def test_outside_of_jit(mesh):
     chex.assert_trees_all_close(np.asarray(out), np.asarray(attend(*arrays)), atol=1e-6)
 
 
+def test_settings_of_the_caller_hold_while_xla_compiles(mesh):
+    """XLA asks for each device's program while it compiles, outside of the caller's context."""
+    with jax.enable_x64(True):
+        arrays = [jax_normal(i, B, T, N, H) for i in range(3)]
+        placed = [put(mesh, ("data",), x) for x in arrays]
+        out = jax.jit(attend)(*placed)
+        assert out.dtype == jnp.float64
+        chex.assert_trees_all_close(out, attend(*arrays), rtol=1e-12)
+
+
 @pytest.mark.parametrize("manual", [{"data"}, {"data", "model"}])
 def test_inside_shard_map(mesh, manual):
     spec = P("data", None, "model" if "model" in manual else None)
