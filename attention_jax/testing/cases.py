@@ -21,6 +21,7 @@ narrow   a promise within the reach of the narrowest functions: one width, no gr
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 import random
@@ -213,7 +214,8 @@ def pairwise(
     return rows
 
 
-def _every_pair() -> list[Case]:
+@functools.cache  # a constant, which takes a second to compute
+def _every_pair() -> tuple[Case, ...]:
     patterns = [
         " ".join(itertools.compress("BNTS", kept))
         for kept in itertools.product((True, False), repeat=4)
@@ -242,7 +244,7 @@ def _every_pair() -> list[Case]:
                 **fields,
             )
         )
-    return result
+    return tuple(result)
 
 
 # --- The promises, one by one.
