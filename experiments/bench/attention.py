@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import math
+import os
 import pathlib
 import statistics
 import subprocess
@@ -38,8 +38,10 @@ from experiments.bench.contenders import (
     jax_nn,
     jitted,
     ours,
+    product,
     torch_flex,
     torch_sdpa,
+    total,
 )
 from experiments.bench.models import (
     Decoding,
@@ -62,6 +64,7 @@ Section = Literal[
     "train",
     "window",
     "decode",
+    "threads",
     "vmap",
     "first",
     "memory",
@@ -72,6 +75,10 @@ Section = Literal[
     "short",
     "blocks",
 ]
+
+
+SINGLE_TILE = 512  # from this many queries on, the blockwise loops have more than one tile
+PRODUCT_GFLOPS = 2 * 2048**3 / 1e9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,79 +102,107 @@ def measure(
 ) -> Measurement:
     """Times all contenders on a named shape."""
     shape = SHAPES[name]
-    contenders = {
-        "ours": ours(shape, backward=backward),
-        "jax.nn": jax_nn(shape, backward=backward),
-    }
-    if have_torch() and not shape.window:
+    sparse = shape.window or shape.document
+    contenders = {"ours": ours(shape, backward=backward)}
+    if shape.T >= SINGLE_TILE:
+        contenders["blockwise"] = ours(shape, backward=backward, implementation="blockwise")
+    if not shape.document:
+        contenders["jax.nn"] = jax_nn(shape, backward=backward)
+    if have_torch() and not sparse:
         contenders["torch sdpa"] = torch_sdpa(shape, backward=backward)
     note = ""
-    if have_torch() and shape.window and options.flex:
+    if have_torch() and sparse and options.flex:
         try:
             contenders["torch flex"] = torch_flex(shape)
             contenders["torch flex"]()
         except (RuntimeError, ImportError) as error:  # no C++ compiler, say
             del contenders["torch flex"]
             note = f"torch flex: {type(error).__name__}"
+    if section == "forward" and not (shape.causal or sparse):
+        contenders["product"] = product()
+    if section == "decode":
+        contenders["total"] = total(shape.num_read)
     seconds = in_turns(contenders, options.repeats)
     gflops = shape.flops * (3.5 if backward else 1.0) / 1e9
+    if "product" in seconds:
+        rate = PRODUCT_GFLOPS / seconds.pop("product")
+        note = f"{gflops / seconds['ours'] / rate:.2f} of the rate of a product of 2048 x 2048"
+    if "total" in seconds:
+        share = seconds.pop("total") / seconds["ours"]
+        gigabytes = 4 * shape.num_read / 1e9
+        note = f"{gigabytes / seconds['ours']:.1f} GB/s, {share:.2f} of the rate of a sum"
     return Measurement(section, str(shape), seconds, gflops, targets, note)
 
 
 def forward(options: Options) -> list[Measurement]:
     """Forward, short to long."""
-    short, long = {"torch sdpa": 1.0}, {"torch sdpa": 1.3, "jax.nn": 4.0}
     return [
-        measure("forward", name, options, targets)
-        for name, targets in (
-            ("dense 128", short),
-            ("dense 512", short),
-            ("dense 1024", short),
-            ("dense 2048", long),
-            ("causal 2048", long),
-            ("causal 4096", long),
-            ("causal 8192", long),
+        measure("forward", name, options, {"torch sdpa": target})
+        for name, target in (
+            ("dense 128", 1.15),
+            ("dense 512", 1.15),
+            ("dense 1024", 1.15),
+            ("dense 2048", 1.2),
+            ("dense 4096", 1.2),
+            ("causal 2048", 1.35),
+            ("causal 4096", 1.35),
+            ("causal 8192", 1.35),
         )
     ]
 
 
 def train(options: Options) -> list[Measurement]:
     """Forward and backward."""
-    long = {"torch sdpa": 1.1, "jax.nn": 2.0}
     return [
-        measure("train", name, options, targets, backward=True)
-        for name, targets in (
-            ("dense 512", {"jax.nn": 2.0}),
-            ("dense 1024", {"jax.nn": 2.0}),
-            ("dense 2048", long),
-            ("causal 2048", {"torch sdpa": 1.1, "jax.nn": 4.0}),
-            ("causal 4096", long),
-        )
+        measure("train", name, options, {"torch sdpa": 1.25}, backward=True)
+        for name in ("dense 512", "dense 1024", "dense 2048", "causal 2048", "causal 4096")
     ]
 
 
 def window(options: Options) -> list[Measurement]:
-    """A sliding window of 256 keys."""
+    """A sliding window of 256 keys, and packed documents."""
+    fewer = dataclasses.replace(options, repeats=max(3, options.repeats // 2))
     return [
         measure("window", "window 2048", options, {}),
-        measure(
-            "window",
-            "window 16384",
-            dataclasses.replace(options, repeats=max(3, options.repeats // 2)),
-            {"jax.nn": 20.0, "torch flex": 1.0},
-        ),
+        measure("window", "window 16384", fewer, {"torch flex": 2.0}),
+        measure("window", "documents 8192", fewer, {"torch flex": 2.0, "blockwise": 3.0}),
     ]
 
 
 def decode(options: Options) -> list[Measurement]:
     """One query against a cache; bound by reading keys and values."""
+    return [
+        measure("decode", name, options, {"torch sdpa": target})
+        for name, target in (("decode 2048", 1.0), ("decode 8192", 3.0))
+    ]
+
+
+def threads(options: Options) -> list[Measurement]:
+    """The same calls on 1, 2, 4, ... cores, each number in a process of its own."""
     measurements = []
-    for name in ("decode 2048", "decode 8192"):
-        measurement = measure("decode", name, options, {"torch sdpa": 1.0})
-        gigabytes = sum(math.prod(x.shape) for x in SHAPES[name].structs()[1:]) * 4 / 1e9
-        note = f"{gigabytes / measurement.seconds['ours']:.1f} GB/s of keys and values"
-        measurements.append(dataclasses.replace(measurement, note=note))
+    for work, arguments in (
+        ("8 heads, 2048, causal", ["causal 2048"]),
+        ("8 heads, 2048, causal, fwd+bwd", ["causal 2048", "--backward"]),
+        ("32/8 heads, 1 x 8192, dense", ["decode 8192"]),
+    ):
+        alone: dict[str, float] = {}
+        for cores in _powers_of_2(len(os.sched_getaffinity(0))):
+            seconds = _in_its_own_process(
+                "threads", *arguments, "--cores", str(cores), "--repeats", str(options.repeats)
+            )
+            alone = alone or seconds
+            note = ", ".join(
+                f"{name} {alone[name] / x:.2f}x one core's" for name, x in seconds.items()
+            )
+            on = f"{work}, on {cores} core{'s' if cores > 1 else ''}"
+            measurements.append(
+                Measurement("threads", on, seconds, 0.0, {}, note if cores > 1 else "")
+            )
     return measurements
+
+
+def _powers_of_2(most: int) -> list[int]:
+    return [2**i for i in range(most.bit_length())]
 
 
 def vmap(options: Options) -> list[Measurement]:
@@ -204,7 +239,7 @@ def first(options: Options) -> list[Measurement]:
                 seconds[name].append(time.perf_counter() - start)
         medians = {name: statistics.median(s) for name, s in seconds.items()}
         work = f"first call, {shape}" + (", fwd+bwd" if backward else "")
-        measurements.append(Measurement("first", work, medians, shape.flops / 1e9, {"jax.nn": 0.5}))
+        measurements.append(Measurement("first", work, medians, shape.flops / 1e9, {"jax.nn": 2.0}))
     return measurements
 
 
@@ -215,15 +250,7 @@ def memory(options: Options) -> list[Measurement]:
         ("65,536 tokens, causal, fwd+bwd, one head", ["causal 65536", "--backward"]),
         ("1,000,000 tokens, window 512, fwd, one head", ["window 1000000"]),
     ):
-        done = subprocess.run(
-            [sys.executable, "-m", "experiments.bench.memory", *arguments],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode:
-            raise RuntimeError(f"{work}: {done.stderr[-2000:]}")
-        measured = json.loads(done.stdout)
+        measured = _in_its_own_process("memory", *arguments)
         resident = max(0.0, measured["resident_mib"])
         note = (
             f"{measured['planned_mib']:.0f} MiB planned, {resident:.0f} MiB resident, in addition "
@@ -235,12 +262,26 @@ def memory(options: Options) -> list[Measurement]:
     return measurements
 
 
+def _in_its_own_process(module: str, *arguments: str) -> dict[str, float]:
+    """The JSON line that a module of this package prints."""
+    done = subprocess.run(
+        [sys.executable, "-m", f"experiments.bench.{module}", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise RuntimeError(f"{module} {' '.join(arguments)}: {done.stderr[-2000:]}")
+    measured: dict[str, float] = json.loads(done.stdout)
+    return measured
+
+
 def step(options: Options) -> list[Measurement]:
     """A training step of a whole decoder with AdamW."""
     measurements = []
     for T, targets in (
         (256, {"flax": 1.05, "torch": 0.9}),
-        (1024, {"flax": 2.0, "torch": 1.2}),
+        (1024, {"flax": 2.0, "torch": 1.1}),
     ):
         size = Size(T)
         contenders = {"ours": train_ours(size), "flax": train_flax(size)}
@@ -276,7 +317,7 @@ def tasks(options: Options) -> list[Measurement]:
 def generate(options: Options) -> list[Measurement]:
     """Greedy decoding with caches: short and long prompts, few and many new tokens."""
     measurements = []
-    for prompt, new in ((64, 32), (64, 256), (768, 64)):
+    for prompt, new, target in ((64, 32, 1.0), (64, 256, 2.2), (768, 64, 1.0)):
         decoding = Decoding(prompt=prompt, new=new)
         contenders = {"ours": decode_ours(decoding)}
         if have_transformers():
@@ -285,7 +326,7 @@ def generate(options: Options) -> list[Measurement]:
         note = f"{seconds['ours'] / new * 1e3:.1f} ms a token"
         work = f"generate, {decoding}"
         measurements.append(
-            Measurement("generate", work, seconds, 0.0, {"transformers": 1.0}, note)
+            Measurement("generate", work, seconds, 0.0, {"transformers": target}, note)
         )
     return measurements
 
@@ -296,19 +337,20 @@ def cache(options: Options) -> list[Measurement]:
 
 
 def short(options: Options) -> list[Measurement]:
-    """Short sequences, to find the length from which blockwise is faster than xla."""
+    """Short sequences, to find the length from which the loops are faster than one piece."""
     measurements = []
     for shape in SHORT:
         for backward in (False, True):
             contenders = {
-                "ours": ours(shape, backward=backward, implementation="blockwise"),
+                "ours": ours(shape, backward=backward),
+                "blockwise": ours(shape, backward=backward, implementation="blockwise"),
                 "xla": ours(shape, backward=backward, implementation="xla"),
                 "jax.nn": jax_nn(shape, backward=backward),
             }
             if have_torch():
                 contenders["torch sdpa"] = torch_sdpa(shape, backward=backward)
             gflops = shape.flops * (3.5 if backward else 1.0) / 1e9
-            work = f"blockwise, batch {shape.B}, {shape}" + (", fwd+bwd" if backward else "")
+            work = f"batch {shape.B}, {shape}" + (", fwd+bwd" if backward else "")
             measurements.append(
                 Measurement("short", work, in_turns(contenders, options.repeats), gflops, {})
             )
@@ -341,6 +383,7 @@ SECTIONS: dict[str, Callable[[Options], list[Measurement]]] = {
     "train": train,
     "window": window,
     "decode": decode,
+    "threads": threads,
     "vmap": vmap,
     "first": first,
     "memory": memory,

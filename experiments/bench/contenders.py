@@ -6,6 +6,7 @@ A contender is made from a ``Shape``: a function without arguments that runs to 
 from __future__ import annotations
 
 import importlib.util
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -59,7 +60,11 @@ def torch_flex(shape: Shape) -> Callable[[], Any]:
     import torch
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+    documents = torch.tensor(shape.documents())
+
     def mask(b: Any, h: Any, q: Any, k: Any) -> Any:
+        if shape.document:
+            return documents[q] == documents[k]
         in_window = q - k < shape.window if shape.window else q >= k
         return (q >= k) & in_window
 
@@ -88,19 +93,40 @@ def _torch(attend: Callable[..., Any], shape: Shape, backward: bool) -> Callable
     return both
 
 
+def product() -> Callable[[], Any]:
+    """A float32 matrix product by XLA, 2048 x 2048: a rate that dense attention can aim at."""
+    x = jax.random.normal(jax.random.key(0), (2048, 2048))
+    multiply = jax.jit(jnp.matmul)
+    return lambda: jax.block_until_ready(multiply(x, x))
+
+
+def total(size: int) -> Callable[[], Any]:
+    """XLA sums this many float32 numbers: the rate at which memory is read."""
+    x = jnp.ones(size)
+    add = jax.jit(jnp.sum)
+    return lambda: jax.block_until_ready(add(x))
+
+
 def have_torch() -> bool:
     return importlib.util.find_spec("torch") is not None
 
 
+UNTIMED, TIMED = 2, 3  # runs in one turn of a contender
+
+
 def in_turns(contenders: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median seconds of each contender. They take turns, after two runs each to warm up."""
-    for run in contenders.values():
-        run()
-        run()
+    """Median seconds of each contender, of at least ``repeats`` timed runs.
+
+    They take turns, so that other load on the machine affects all of them. A turn is two untimed
+    and three timed runs: the first run after another library's is slower, by half for torch.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(repeats):
+    for _ in range(math.ceil(repeats / TIMED)):
         for name, run in contenders.items():
-            start = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - start)
+            for _ in range(UNTIMED):
+                run()
+            for _ in range(TIMED):
+                start = time.perf_counter()
+                run()
+                seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(s) for name, s in seconds.items()}

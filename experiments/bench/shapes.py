@@ -13,6 +13,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import numpy as np
 
 import attention_jax as aj
 from attention_jax.core.axes import Sizes
@@ -32,9 +33,15 @@ class Shape:
     causal: bool = False
     window: int | None = None
     """Number of keys that a query attends to, the last being its own position."""
+    document: int | None = None
+    """Average length of the packed documents, which attend to themselves only."""
 
     def __str__(self) -> str:
-        kind = "causal" if self.causal else f"window {self.window}" if self.window else "dense"
+        kind = "causal" if self.causal else "dense"
+        if self.window:
+            kind = f"window {self.window}"
+        if self.document:
+            kind = f"documents of {self.document}"
         heads = f"{self.N}" if self.K is None else f"{self.N}/{self.K}"
         lengths = f"{self.S}" if self.T == self.S else f"{self.T} x {self.S}"
         return f"{heads} heads, {lengths}, {kind}"
@@ -45,11 +52,24 @@ class Shape:
         return 4 * self.B * self.N * self.T * self.S * self.H
 
     @property
+    def num_read(self) -> int:
+        """How many numbers the keys and values have."""
+        return 2 * self.B * self.S * (self.K or self.N) * self.H
+
+    @property
     def mask(self) -> aj.Mask | None:
         """The mask, as ours."""
         if self.window:
             return aj.masks.window(self.window - 1, 0)
+        if self.document:
+            return aj.masks.segments(self.documents())
         return aj.masks.causal() if self.causal else None
+
+    def documents(self) -> np.ndarray:
+        """``[T]``: the number of each token's document. The documents start at random."""
+        count = self.T // (self.document or self.T)
+        starts = np.random.default_rng(0).choice(np.arange(1, self.T), count - 1, replace=False)
+        return np.searchsorted(np.sort(starts), np.arange(self.T), side="right").astype(np.int32)
 
     def structs(self) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
         """Shapes of query ``[B T N H]``, key and value ``[B S K H]``, in float32."""
@@ -85,6 +105,7 @@ SHAPES: dict[str, Shape] = {
     "causal 8192": _self_attention(8192, 2, causal=True),
     "window 2048": _self_attention(2048, 8, window=WINDOW),
     "window 16384": _self_attention(16_384, 2, window=WINDOW),
+    "documents 8192": _self_attention(8192, 4, document=256),
     # One query of a model like Llama 3, its keys and values in a cache.
     "decode 2048": Shape(1, 2048, N=32, K=8, H=128),
     "decode 8192": Shape(1, 8192, N=32, K=8, H=128),

@@ -3,7 +3,7 @@
 //   for each 64 keys of a part                      keys and values straight from memory
 //     for each head whose keys lie in these rows
 //       for each TOGETHER of its rows               rows of q, out: first-level cache
-//         s = q k^T, four keys at a time
+//         s = q k^T, KEYS at a time; the values are prefetched meanwhile
 //         scores, mask, maximum, p, sum
 //         out = out * 2^(old m - m) + p v
 //
@@ -13,6 +13,8 @@
 
 constexpr int TOGETHER = 4, SUB = 64;
 constexpr int AHEAD = 8;  // keys that are prefetched ahead
+// Sums of TOGETHER x KEYS products stay in registers, beside as many keys and one query.
+constexpr int KEYS = LANES < 16 ? 2 : 4;
 
 struct FewMemory {
   float *q, *out, *sum, *top, *s, *tile;
@@ -27,29 +29,32 @@ struct FewMemory {
   }
 };
 
-// s[m][j] = q[m] . k[j] for four keys at a time.
+// s[m][j] = q[m] . k[j] for KEYS keys at a time.
 template <class X>
-INLINE void few_logits(int64_t H, const float* q, const X* k, int64_t ld, int n, float* s) {
-  const int64_t padded = round_up(H, LANES), whole = H / LANES * LANES;
-  for (int j = 0; j < n; j += 4) {
-    const X* key[4];
-    for (int i = 0; i < 4; i++) key[i] = k + least(j + i, n - 1) * ld;
-    vf sum[TOGETHER * 4];
-    for (int i = 0; i < TOGETHER * 4; i++) sum[i] = vf{};
+INLINE void few_logits(const Call& c, const float* q, const X* k, const X* v, int n, float* s) {
+  const int64_t H = c.H, padded = round_up(H, LANES), whole = H / LANES * LANES;
+  for (int j = 0; j < n; j += KEYS) {
+    const X *key[KEYS], *value[KEYS];
+    for (int i = 0; i < KEYS; i++) key[i] = k + least(j + i, n - 1) * c.k.row;
+    for (int i = 0; i < KEYS; i++) value[i] = v + least(j + i, n - 1) * c.v.row;
+    vf sum[TOGETHER * KEYS];
+    for (int i = 0; i < TOGETHER * KEYS; i++) sum[i] = vf{};
     for (int64_t h = 0; h < padded; h += LANES) {
-      vf x[4];
-      for (int i = 0; i < 4; i++) {
+      vf x[KEYS];
+      for (int i = 0; i < KEYS; i++) {
         x[i] = h < whole ? load(key[i] + h) : load_first(key[i] + h, H - h);
-        __builtin_prefetch(key[i] + h + AHEAD * ld);
+        __builtin_prefetch(key[i] + h + AHEAD * c.k.row);
+        __builtin_prefetch(value[i] + h, 0, 2);
       }
       for (int m = 0; m < TOGETHER; m++) {
         const vf y = load(q + m * padded + h);
-        for (int i = 0; i < 4; i++) sum[m * 4 + i] += y * x[i];
+        for (int i = 0; i < KEYS; i++) sum[m * KEYS + i] += y * x[i];
       }
     }
-    float logits[TOGETHER * 4];
-    for (int i = 0; i < TOGETHER * 4; i += LANES) store(logits + i, sums(sum + i));
-    for (int m = 0; m < TOGETHER; m++) memcpy(s + m * BLOCK + j, logits + 4 * m, sizeof(float) * 4);
+    float logits[TOGETHER * KEYS];
+    for (int i = 0; i < TOGETHER * KEYS; i += LANES) store(logits + i, sums(sum + i));
+    for (int m = 0; m < TOGETHER; m++)
+      memcpy(s + m * BLOCK + j, logits + KEYS * m, sizeof(float) * KEYS);
   }
 }
 
@@ -59,9 +64,6 @@ INLINE void few_values(int64_t D, const float* p, const X* v, int64_t ld, int n,
                        float* out) {
   const int64_t W = round_up(D, LANES), whole = D / LANES * LANES;
   int64_t d = 0;
-  for (int j = 0; j < n; j++)
-    for (int64_t at = 0; at < D; at += 64 / sizeof(X))
-      __builtin_prefetch(v + (j + AHEAD) * ld + at);
   for (; d + 2 * LANES <= whole; d += 2 * LANES)
     product<TOGETHER, 2, BLOCK, false>(n, p, 1, v + d, ld, tile + d, W);
   for (; d < whole; d += LANES) product<TOGETHER, 1, BLOCK, false>(n, p, 1, v + d, ld, tile + d, W);
@@ -119,7 +121,7 @@ static void few_item(const Call& c, const Item& item, char* memory, float* parti
           const KeyBlock b(h, c.S, k0, n);
           const Strip strip(c, h, b, i, 1, {0, b.units});
           if (!strip.units.end) continue;
-          if (!started) few_logits(c.H, x.q + at * HP, k, c.k.row, n, x.s);
+          if (!started) few_logits(c, x.q + at * HP, k, v, n, x.s);
           started = seen[m] = true;
           float* s = x.s + m * BLOCK;
           HeadScore scores[MOST_SCORES];
