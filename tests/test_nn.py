@@ -32,7 +32,7 @@ def by_hand(m, x, context=None, visible=None, cap=None, turn=None):
     out = reference.attention(
         *(np.asarray(a, np.float64) for a in (q, k, v)),
         mask=visible,
-        scores=[] if cap is None else [reference.Softcap(cap)],
+        score=[] if cap is None else [reference.Softcap(cap)],
         sinks=sinks,
         scale=m.scale,
     )
