@@ -332,6 +332,8 @@ def _hint(x: Any, namespace: Any, argument: str, wrapped: str) -> str:
         return f": pass it as {other}="
     if callable(x):
         return f": wrap it, {module}.{wrapped}"
+    if isinstance(x, (bool, int)) and argument == "mask":
+        return ": pass None to attend to every key, masks.causal() to attend to none that follow"
     if isinstance(x, (list, tuple)):
         return ": convert it with np.asarray" if argument == "mask" else ""
     if x is None:
@@ -349,7 +351,11 @@ def check_types(arrays: dict[str, Any], *, abstract: bool = False) -> None:
     for name, x in arrays.items():
         if x is None and name in ("sinks", "scale"):
             continue
-        if name == "scale" and is_number(x):
+        if name == "scale" and not is_array(x):
+            if not is_number(x):
+                raise TypeError(
+                    f"scale must be a number, a floating array of shape [] or None, got {kind(x)}"
+                )
             continue
         check_float_array(name, x)
         if isinstance(x, jax.ShapeDtypeStruct) and not abstract:

@@ -35,7 +35,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attention_jax.core.axes import Size, Sizes, is_array, with_sizes
+from attention_jax.core.axes import Size, Sizes, is_array, weights_hint, with_sizes
 
 T_ = TypeVar("T_")
 
@@ -336,9 +336,10 @@ def full_rank(value: T_, sizes: Sizes, argument: str) -> T_:
         )
         if not fits:
             layout = " ".join("*B" if a == "B" else a for a in leaf.axes)
+            hint = weights_hint("array", x.shape, sizes) if layout == "*B N T S" else ""
             raise ValueError(
                 f"{argument}: {leaf.name} has shape {tuple(x.shape)}, expected "
-                f"{with_sizes(f'[{layout}]', sizes.of_letters())}"
+                f"{with_sizes(f'[{layout}]', sizes.of_letters())}{hint}"
             )
         x = jnp.reshape(x, shape)
         # Counts and offsets are compared with positions, which are int32 throughout.

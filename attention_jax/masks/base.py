@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Bool
 
 from attention_jax.core.axes import is_array, kind
+from attention_jax.core.closures import conversions_explained
 from attention_jax.core.pytree import Value, children
 from attention_jax.masks.grid import Grid
 from attention_jax.masks.reach import UNBOUNDED, Reach
@@ -239,7 +240,8 @@ def _returning_bools(name: str, rule: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(rule)
     def checked(self: Mask, b: Any, n: Any, q: Any, k: Any) -> Any:
-        visible = rule(self, b, n, q, k)
+        with conversions_explained(f"the rule of {name}"):
+            visible = rule(self, b, n, q, k)
         if not (isinstance(visible, bool) or (is_array(visible) and visible.dtype == np.bool_)):
             got = f"dtype {visible.dtype}" if is_array(visible) else type(visible).__name__
             raise TypeError(f"the rule of {name} must return bools, True where visible, got {got}")

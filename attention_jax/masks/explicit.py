@@ -18,7 +18,7 @@ from attention_jax.core.axes import (
     check_function,
     int_at_least,
 )
-from attention_jax.core.closures import hoist, of_tile
+from attention_jax.core.closures import apply, hoist, of_tile
 from attention_jax.core.pytree import StaticArray, indexable
 from attention_jax.masks.base import Mask
 from attention_jax.masks.grid import Grid
@@ -237,7 +237,8 @@ class MaskFn(Mask):
 
     def rule(self, b: Any, n: Any, q: Any, k: Any) -> Any:
         # JAX arrays: traced integers cannot index a NumPy array.
-        visible = self.fn(b, n, q, k, *map(indexable, self.arrays))
+        arrays = [indexable(x) for x in self.arrays]
+        visible = apply("mask_fn", self.fn, (b, n, q, k), arrays)
         return of_tile("mask_fn", visible, jnp.broadcast_shapes(np.shape(q), np.shape(k)), bool)
 
     def block(self, grid: Grid, b: Any, n: Any) -> tuple[Any, Any]:

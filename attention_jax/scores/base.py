@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import enum
+import functools
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from attention_jax.core.axes import Size
+from attention_jax.core.closures import conversions_explained
 from attention_jax.core.pytree import Value
 
 
@@ -80,6 +83,11 @@ class Score(Value):
     MASKING: ClassVar[Masking] = Masking.UNKNOWN
     USES_POSITIONS: ClassVar[bool] = True
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "rule" in vars(cls):
+            cls.rule = _explained(cls.__name__, cls.rule)  # type: ignore[method-assign]
+
     def score(self, s: Any, b: Any, n: Any, q: Any, k: Any) -> Any:
         """The logits ``s`` of queries ``q`` and keys ``k`` in head ``n`` of example ``b``, changed.
 
@@ -111,6 +119,17 @@ class Score(Value):
         A cache says so too, and refuses a score that would count it twice.
         """
         return False
+
+
+def _explained(name: str, rule: Callable[..., Any]) -> Callable[..., Any]:
+    """``rule``, whose errors say how to write one."""
+
+    @functools.wraps(rule)
+    def explained(self: Score, s: Any, b: Any, n: Any, q: Any, k: Any) -> Any:
+        with conversions_explained(f"the rule of {name}"):
+            return rule(self, s, b, n, q, k)
+
+    return explained
 
 
 def tile_indices(shape: tuple[Size, Size], q0: Any, k0: Any) -> tuple[jax.Array, jax.Array]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attention_jax.core.axes import AnyArray, check_function
-from attention_jax.core.closures import hoist, of_tile
+from attention_jax.core.closures import apply, hoist, of_tile
 from attention_jax.core.pytree import indexable
 from attention_jax.scores.base import Score
 
@@ -28,7 +28,8 @@ class ScoreFn(Score):
 
     def rule(self, s: Any, b: Any, n: Any, q: Any, k: Any) -> Any:
         s = jnp.asarray(s)
-        changed = self.fn(s, b, n, q, k, *map(indexable, self.arrays))
+        arrays = [indexable(x) for x in self.arrays]
+        changed = apply("score_fn", self.fn, (s, b, n, q, k), arrays)
         shape = jnp.broadcast_shapes(s.shape, np.shape(q), np.shape(k))
         return jnp.asarray(of_tile("score_fn", changed, shape, s.dtype))
 
