@@ -245,8 +245,8 @@ class Explanation:
 
     Attributes:
       chosen: the implementation's name, or None if none of those asked for supports the call.
-      platform: for which platform.
-      reasons: for each implementation, the reason for or against it.
+      platform: the platform that it was chosen for.
+      reasons: for each implementation, why it was or was not chosen.
       blocks: visited, full and skipped blocks over all heads and examples, and the block size; None
         if the chosen implementation has no blocks, or the mask's arrays are known only at run time.
       flops: of the forward pass of the chosen implementation, over the visited blocks if it has
@@ -269,8 +269,9 @@ class Explanation:
         lines = [f"attention on {self.platform}"]
         for name, reason in self.reasons.items():
             mark = "->" if name == self.chosen else "  "
-            memory = _bytes(self.extra_bytes[name])
-            lines.append(f"{mark} {name:{width}}  {memory:>9} extra  {reason}")
+            cannot = reason.startswith("cannot")
+            memory = "" if cannot else f"{_bytes(self.extra_bytes[name])} extra"
+            lines.append(f"{mark} {name:{width}}  {memory:>15}  {reason}")
         if self.blocks is not None:
             b = self.blocks
             lines.append(
@@ -278,7 +279,7 @@ class Explanation:
                 f"{b['full']} of them full, {b['skipped']} skipped"
             )
         elif self.flops is not None:
-            lines.append("blocks: -")
+            lines.append(f"blocks: not counted for {self.chosen}")
         elif self.chosen is not None:
             lines.append("blocks: the mask holds arrays known only at run time")
         if self.flops is not None:

@@ -188,8 +188,8 @@ OFFSETS = np.array([1, 2], np.int32)
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"platform": "cpu"}, "for TPUs, this is a cpu"),
-        ({"platform": "gpu"}, "for TPUs, this is a gpu"),
+        ({"platform": "cpu"}, "for TPUs, the platform is cpu"),
+        ({"platform": "gpu"}, "for TPUs, the platform is gpu"),
         ({"dtype": "float16"}, "float16"),
         ({"dropout_rate": 0.1, "dropout_key": jax.random.key(0)}, "dropout"),
         ({"score": scores.alibi()}, "score Alibi"),
@@ -206,5 +206,5 @@ def test_refuses_with_a_reason(options, words):
 
 
 def test_by_name_on_another_platform_says_which_can():
-    with pytest.raises(NotImplementedError, match=r"for TPUs, this is a cpu.*blockwise, xla"):
+    with pytest.raises(NotImplementedError, match=r"for TPUs, the platform is cpu.*blockwise, xla"):
         attention(*inputs(), implementation="splash")

@@ -67,8 +67,8 @@ IMPLEMENTATIONS: dict[str, Backend] = {
 KERNELS = {
     "cpu": (("native", "our kernel in C++: linear memory, skips empty blocks"),),
     "gpu": (
-        ("cudnn", "the vendor's fused kernel, for the calls it computes exactly"),
-        ("pallas_gpu", "linear memory, any mask and score, skips empty blocks"),
+        ("cudnn", "NVIDIA's fused kernel: linear memory"),
+        ("pallas_gpu", "our GPU kernels: linear memory, skips empty blocks"),
     ),
     "tpu": (("splash", "JAX's own kernel: linear memory, skips empty blocks"),),
 }
@@ -88,6 +88,8 @@ MATERIALISE_UP_TO = 256
 # size, blockwise and in one piece: 43 and 17 with room for 1,000 tokens, 64 and 22 for 2,000, 152
 # and 45 for 6,000.
 MOST_PAIRS_OF_A_CACHE = 2**20
+
+ONLY_BY_NAME = "only if asked for by name"
 
 # A name of IMPLEMENTATIONS, or a configured value.
 Named = str | Backend
@@ -118,49 +120,41 @@ def partitioned() -> bool:
 
 
 def preference(spec: Spec) -> tuple[tuple[str, str], ...]:
-    """All implementations in the order they are tried, each with the reason for its place.
+    """All implementations in the order they are tried, each with the reason to choose it.
 
-    Those without a place come last, after what runs everywhere: they run only if asked for.
+    Those that run only if asked for come last.
     """
     kernels = KERNELS.get(spec.platform, ())
     everywhere = _everywhere(spec)
-    elsewhere = tuple(
-        (name, f"for a {place}")
-        for place, others in KERNELS.items()
-        if place != spec.platform
-        for name, _ in others
-    )
-    placed = (*kernels, *everywhere, *elsewhere)
+    placed = (*kernels, *everywhere)
     T, S = spec.sizes.T, spec.sizes.S
     if spec.platform == "cpu" and not spec.sizes.symbolic_lengths and max(T, S) < NATIVE_FROM:
-        short = ("xla", f"T and S are below {NATIVE_FROM}: faster in one piece")
+        short = ("xla", f"fastest where T and S are below {NATIVE_FROM}")
         placed = (short, *(each for each in placed if each[0] != "xla"))
     unplaced = (name for name in IMPLEMENTATIONS if name not in dict(placed))
-    return (*placed, *((name, "only if asked for by name") for name in unplaced))
+    return (*placed, *((name, ONLY_BY_NAME) for name in unplaced))
 
 
 def _everywhere(spec: Spec) -> tuple[tuple[str, str], ...]:
     """What runs on every platform."""
     T, S = spec.sizes.T, spec.sizes.S
+    in_blocks = "linear memory, skips empty blocks"
     if spec.sizes.symbolic_lengths:
         return (
-            ("xla", "symbolic lengths: it needs no block sizes"),
-            ("blockwise", "its blocks depend on lengths"),
+            ("xla", "its program does not depend on the lengths, which are symbolic"),
+            ("blockwise", in_blocks),
         )
     if max(T, S) <= MATERIALISE_UP_TO:
         return (
-            ("xla", f"T and S are at most {MATERIALISE_UP_TO}: faster in one piece"),
-            ("blockwise", f"loops pay off only for T or S above {MATERIALISE_UP_TO}"),
+            ("xla", f"faster than loops where T and S are at most {MATERIALISE_UP_TO}"),
+            ("blockwise", in_blocks),
         )
     if T <= FEW_QUERIES and leaves(spec.mask) and T * S <= MOST_PAIRS_OF_A_CACHE:
         return (
-            ("xla", "few queries and a mask of arrays, as of a cache: faster in one piece"),
-            ("blockwise", "inside a decoding loop its own loops would copy the cache"),
+            ("xla", "faster than loops for a few queries and a mask that holds arrays"),
+            ("blockwise", in_blocks),
         )
-    return (
-        ("blockwise", "linear memory, skips empty blocks"),
-        ("xla", "materialises T x S arrays: blockwise is preferred"),
-    )
+    return (("blockwise", in_blocks), ("xla", "computes all T x S pairs at once"))
 
 
 class Choice(NamedTuple):
@@ -195,11 +189,13 @@ def choose(asked: tuple[Named, ...] | None, spec: Spec) -> Choice:
     def reason(other: str) -> str:
         if (refused := why_not[other]) is not None:
             return f"cannot: {refused}"
-        if asked is None:
-            return places[other]
+        if asked is not None and other not in names:
+            return "not asked for"
         if other == name:
-            return "asked for"
-        return f"asked for after {name}" if other in names else "not asked for"
+            return places[other] if asked is None else "asked for"
+        if asked is None and places[other] == ONLY_BY_NAME:
+            return ONLY_BY_NAME
+        return f"not needed: {name} comes first"
 
     able = [other for other in (*given, *IMPLEMENTATIONS) if why_not[other] is None]
     refusal = "; ".join(f"implementation {x!r} cannot: {why_not[x]}" for x in names)

@@ -127,7 +127,7 @@ class Native(Backend):
 
     def why_unsupported(self, spec: Spec) -> str | None:
         if spec.platform != "cpu":
-            return f"its kernel is for CPUs, this is a {spec.platform}"
+            return f"its kernel is for CPUs, the platform is {spec.platform}"
         found = library.load()
         if found.why_not is not None:
             return found.why_not

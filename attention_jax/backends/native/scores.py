@@ -55,7 +55,8 @@ def why_unsupported(scores: tuple[Score, ...], T: int) -> str | None:
                 name = type(inner).__name__
                 return f"score {name} at positions: it takes at most {FEW_QUERIES} queries"
         elif not isinstance(inner, Softcap | Bias) or inner is not score:
-            return f"score {type(inner).__name__}: it has softcap, bias, alibi and relative_bias"
+            known = "softcap, bias, alibi and relative_bias"
+            return f"score {type(inner).__name__}: its kernel supports {known}"
     return None
 
 

@@ -119,7 +119,7 @@ class PallasGPU(Backend):
         if reason := symbolic_sizes_refused(z):
             return reason
         if spec.platform != "gpu" and not self.interpret:
-            return f"its kernels are for GPUs, this is a {spec.platform}"
+            return f"its kernels are for GPUs, the platform is {spec.platform}"
         if compat.triton is None:
             return "this release of JAX has no Triton, in which its kernels are written"
         dtype = jnp.dtype(spec.dtype)
