@@ -30,7 +30,7 @@ from attention_jax.backends.call import (
 from attention_jax.core import dropout
 from attention_jax.core.axes import (
     Key,
-    Normaliser,
+    Normalizer,
     Output,
     Query,
     Sizes,
@@ -72,7 +72,7 @@ def attention(
     dropout_key: Any = ...,
     implementation: Implementation = ...,
     return_lse: Literal[True],
-) -> tuple[Output, Normaliser]: ...
+) -> tuple[Output, Normalizer]: ...
 def attention(
     query: Query,
     key: Key,
@@ -86,7 +86,7 @@ def attention(
     dropout_key: Any = None,
     implementation: Implementation = None,
     return_lse: bool = False,
-) -> Output | tuple[Output, Normaliser]:
+) -> Output | tuple[Output, Normalizer]:
     """Scaled dot-product attention with masks, scores, sinks and dropout.
 
     For each query ``i`` of each head of each example::
@@ -113,7 +113,7 @@ def attention(
       dropout_key: a JAX random key. The dropout mask is a hash of it and ``(b, n, i, j)``.
       implementation: a name, a configured ``Backend`` such as ``backends.Blockwise(block_q=128)``,
         a sequence of these to try in order, or None to choose.
-      return_lse: also return the natural-log normaliser.
+      return_lse: also return the natural-log normalizer.
 
     Returns:
       The output ``[*B T N D]`` in the query's dtype; with ``return_lse`` also the lse

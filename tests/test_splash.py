@@ -56,7 +56,7 @@ def test_equals_the_oracle(name, case):
     assert_right(name, case)
 
 
-# --- Against the materialised path: options that the catalogue has only with arrays, and combined.
+# --- Against the materialized path: options that the catalogue has only with arrays, and combined.
 
 
 inputs = functools.partial(helpers.inputs, B=(2,), T=70, S=150, N=4, K=2, H=16, D=8)
@@ -89,7 +89,7 @@ TOGETHER = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TOGETHER)
-def test_equals_the_materialised_path(name):
+def test_equals_the_materialized_path(name):
     results = [
         value_and_gradients(fn, *inputs(), **TOGETHER[name])
         for fn in (interpreted, functools.partial(attention, implementation="xla"))

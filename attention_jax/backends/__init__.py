@@ -1,7 +1,7 @@
 """The backends: what each supports, and which is tried first where.
 
 =============  ====================================================================
-``xla``        materialised: the formula in plain sight, and fast for short lengths
+``xla``        materialized: the formula in plain sight, and fast for short lengths
 ``blockwise``  linear memory on every platform, any mask and score
 ``native``     our CPU kernel in C++: linear memory, most masks and scores
 ``cudnn``      NVIDIA's fused kernel, for the calls that it computes exactly
@@ -81,7 +81,7 @@ NATIVE_FROM = 33
 # Without that kernel, sequences up to this length are faster in one batched product, which XLA
 # fuses with the softmax, than in a loop over heads: `python -m experiments bench --only short`. The
 # choice must not depend on heads or batch size, which may differ between training and serving.
-MATERIALISE_UP_TO = 256
+MATERIALIZE_UP_TO = 256
 
 # The same holds for a few queries against a cache, whose mask holds positions: a decoding step is
 # itself in a loop, in which XLA copies the cache for every loop inside. ms per token of GPT-2's
@@ -144,9 +144,9 @@ def _everywhere(spec: Spec) -> tuple[tuple[str, str], ...]:
             ("xla", "its program does not depend on the lengths, which are symbolic"),
             ("blockwise", in_blocks),
         )
-    if max(T, S) <= MATERIALISE_UP_TO:
+    if max(T, S) <= MATERIALIZE_UP_TO:
         return (
-            ("xla", f"faster than loops where T and S are at most {MATERIALISE_UP_TO}"),
+            ("xla", f"faster than loops where T and S are at most {MATERIALIZE_UP_TO}"),
             ("blockwise", in_blocks),
         )
     if T <= FEW_QUERIES and leaves(spec.mask) and T * S <= MOST_PAIRS_OF_A_CACHE:

@@ -1,4 +1,4 @@
-"""Materialised attention: the formula in plain sight, and the fast path for short sequences.
+"""Materialized attention: the formula in plain sight, and the fast path for short sequences.
 
 ``attend`` is one head of one example; ``heads`` maps it over heads and examples. It makes arrays of
 ``T x S``, and JAX differentiates it as often as one likes.

@@ -43,7 +43,7 @@ Query = Float[AnyArray, "*B T N H"]
 Key = Float[AnyArray, "*B S K H"]
 Value = Float[AnyArray, "*B S K D"]
 Output = Float[Array, "*B T N D"]
-Normaliser = Float[Array, "*B T N"]
+Normalizer = Float[Array, "*B T N"]
 
 # An int, or one int per example.
 PerExample = int | Int[AnyArray, "*B"]

@@ -2,7 +2,7 @@
 
 A mask is a pytree with ``&``, ``|``, ``~`` and one method, ``mask(b, n, q, k)``: True where query
 ``q`` of head ``n`` in example ``b`` may attend to key ``k``. The indices are integers or integer
-arrays that broadcast. ``T x S`` is never materialised; ``to_dense`` does so on request, and
+arrays that broadcast. ``T x S`` is never materialized; ``to_dense`` does so on request, and
 ``print(mask)`` draws a small picture.
 
 >>> from attention_jax.masks import causal, window

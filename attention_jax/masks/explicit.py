@@ -85,7 +85,7 @@ class Neighborhood(Mask):
 
 
 def _inwards(i: Any, length: int, size: int) -> Any:
-    """``clamp(i, size // 2, length - 1 - size // 2)``: the centre of the box of query ``i``."""
+    """``clamp(i, size // 2, length - 1 - size // 2)``: the center of the box of query ``i``."""
     clip = np.clip if isinstance(i, np.ndarray) else jnp.clip
     return clip(i, size // 2, length - 1 - size // 2)
 

@@ -8,7 +8,7 @@ function                                          weights                       
 ================================================  =========================================  =======
 ``additive_attention``                            ``softmax(v . tanh(q + k))``               T S H
 ``inverted_attention``                            softmax over the queries                   T S
-``slot_attention``                                the same, normalised over the keys         T S
+``slot_attention``                                the same, normalized over the keys         T S
 ``topk_attention``                                softmax over the ``k`` largest logits      T S
 ``linear_attention``, ``performer_features``      ``f(q) . f(k)`` of feature maps            T
 ``retention``                                     ``decay^(i-j) q . k``                      T

@@ -28,7 +28,7 @@ True
 ``Embeddings``, ``ClassToken``, ``AttentionPooling`` and ``pooling`` lead from tokens to vectors and
 from many vectors to one. ``attention_jax.models`` builds transformers from them.
 
-In existing code one line changes. Every argument is honoured or refused:
+In existing code one line changes. Every argument is honored or refused:
 
 >>> layer = nnx.MultiHeadAttention(  # or flax.linen.MultiHeadDotProductAttention
 ...     num_heads=2, in_features=8, attention_fn=nn.attention_fn, decode=False, rngs=nnx.Rngs(0))

@@ -111,7 +111,7 @@ def check(
 ) -> Report:
     """Compares an attention function with the float64 oracle, forward and backward.
 
-    With ``plain`` the materialised formula in the case's own dtype, a result passes if::
+    With ``plain`` the materialized formula in the case's own dtype, a result passes if::
 
         |fn - oracle| <= f * max |plain - oracle| + eps(dtype) * max |oracle|
 

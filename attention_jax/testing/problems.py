@@ -137,7 +137,7 @@ def variants(p: Problem, number: int) -> tuple[Inputs, Order]:
 
 
 def plain(p: Problem, x: Inputs, seen: Any, keep: Any, order: Order) -> tuple[Any, ...]:
-    """The formula, materialised, all of it in the case's dtype: what tolerances are derived from.
+    """The formula, materialized, all of it in the case's dtype: what tolerances are derived from.
 
     Given what is visible and what dropout keeps, bool ``[*B N T S]``.
     """
@@ -188,7 +188,7 @@ def _keep(words: np.ndarray, shape: tuple[int, ...], batch_axes: int, rate: floa
     """``dropout.keep`` of every pair, in NumPy."""
     shift, u = np.right_shift, np.uint32
 
-    def mix(x: np.ndarray) -> np.ndarray:  # the finaliser of MurmurHash3
+    def mix(x: np.ndarray) -> np.ndarray:  # the finalizer of MurmurHash3
         x = (x ^ shift(x, u(16))) * u(0x85EBCA6B)
         x = (x ^ shift(x, u(13))) * u(0xC2B2AE35)
         return x ^ shift(x, u(16))

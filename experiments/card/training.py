@@ -119,7 +119,7 @@ class FlaxAttention(nnx.Module):
 def training_step(
     name: str, make: Callable[..., Any], size: Size, dry: bool, rate: float | None
 ) -> Iterator[Fields]:
-    """Tokens per second and model FLOP utilisation of a step of AdamW."""
+    """Tokens per second and model FLOP utilization of a step of AdamW."""
     model = make(size, dry)
     optimizer = nnx.Optimizer(model, optax.adamw(1e-4), wrt=nnx.Param)
     rng = np.random.default_rng(0)

@@ -125,7 +125,7 @@ NOTES = {
         "pretrained."
     ),
     "fewshot": (
-        "TREC's questions, of which only some are labelled; `python -m experiments fewshot` runs "
+        "TREC's questions, of which only some are labeled; `python -m experiments fewshot` runs "
         "the whole curve. Only `adapted` has a learning rate of its own, chosen between two on one "
         "draw of 100 examples; the others share one that was not tuned for each."
     ),

@@ -146,7 +146,7 @@ class PallasGPU(Backend):
         return out, lse
 
     def extra_bytes(self, spec: Spec) -> int:
-        """Output, maximum and normaliser in float32."""
+        """Output, maximum and normalizer in float32."""
         z = spec.sizes
         return 4 * math.prod(z.B) * z.N * z.T * (z.D + 2)
 
