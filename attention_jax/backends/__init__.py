@@ -1,18 +1,18 @@
-"""The backends: what each supports, and which is tried first where.
+"""The backends, and the order in which they are tried.
 
 =============  ====================================================================
-``xla``        materialized: the formula in plain sight, and fast for short lengths
+``xla``        the formula in plain JAX, with ``T x S`` arrays; fast for short lengths
 ``blockwise``  linear memory on every platform, any mask and score
 ``native``     our CPU kernel in C++: linear memory, most masks and scores
-``cudnn``      NVIDIA's fused kernel, for the calls that it computes exactly
+``cudnn``      NVIDIA's fused kernel, for the calls that it computes accurately
 ``pallas_gpu`` our GPU kernels: linear memory, most masks and scores
 ``splash``     JAX's own TPU kernel
-``fa4``        FlashAttention 4 from the package fa4-jax, where it is asked for by name
+``fa4``        FlashAttention 4 from the package fa4-jax, only if asked for by name
 =============  ====================================================================
 
-Nothing is probed at import and nothing is remembered: the choice depends on the ``Spec`` of a call
-alone. ``attention`` also takes a configured value, such as ``Blockwise(block_q=128)``, or a
-``Backend`` of your own, in place of a name.
+Nothing is probed at import and no state is kept: the choice depends only on the ``Spec`` of a call.
+In place of a name, ``attention`` also takes a configured value, such as ``Blockwise(block_q=128)``,
+or a ``Backend`` of your own.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ IMPLEMENTATIONS: dict[str, Backend] = {
     "fa4": FA4(),
 }
 
-# The kernels of each platform, in the order they are tried, before what runs everywhere.
+# The kernels of each platform in the order they are tried, with the reason to choose them.
 KERNELS = {
     "cpu": (("native", "our kernel in C++: linear memory, skips empty blocks"),),
     "gpu": (
@@ -73,20 +73,20 @@ KERNELS = {
     "tpu": (("splash", "JAX's own kernel: linear memory, skips empty blocks"),),
 }
 
-# On a CPU, shorter calls are over before a kernel has prepared its blocks. Milliseconds, native
-# and in one piece: 32 heads of 16 x 16, 0.20 and 0.11; 128 heads of 32 x 32, 0.68 and 0.78 (two
-# cores of an AMD EPYC).
+# On a CPU, xla is faster than native for shorter calls, in which preparing blocks takes most of the
+# time. Milliseconds of native and xla: 32 heads of 16 x 16, 0.20 and 0.11; 128 heads of 32 x 32,
+# 0.68 and 0.78 (two cores of an AMD EPYC).
 NATIVE_FROM = 33
 
-# Without that kernel, sequences up to this length are faster in one batched product, which XLA
-# fuses with the softmax, than in a loop over heads: `python -m experiments bench --only short`. The
-# choice must not depend on heads or batch size, which may differ between training and serving.
+# Without native, sequences up to this length are faster as one batched product, which XLA fuses
+# with the softmax, than in blockwise's loop over heads: `python -m experiments bench --only short`.
+# The choice must not depend on heads or batch size, which may differ between training and serving.
 MATERIALIZE_UP_TO = 256
 
 # The same holds for a few queries against a cache, whose mask holds positions: a decoding step is
-# itself in a loop, in which XLA copies the cache for every loop inside. ms per token of GPT-2's
-# size, blockwise and in one piece: 43 and 17 with room for 1,000 tokens, 64 and 22 for 2,000, 152
-# and 45 for 6,000.
+# part of a loop, and XLA copies the cache for every loop inside it. Milliseconds per token of a
+# model of GPT-2's size with blockwise and xla: 43 and 17 for a capacity of 1,000 tokens, 64 and 22
+# for 2,000, 152 and 45 for 6,000.
 MOST_PAIRS_OF_A_CACHE = 2**20
 
 ONLY_BY_NAME = "only if asked for by name"
@@ -96,11 +96,10 @@ Named = str | Backend
 
 
 def platform() -> str:
-    """``"cpu"``, ``"gpu"`` or ``"tpu"``: where what is being traced will run.
+    """The platform that the program being traced will run on: ``"cpu"``, ``"gpu"`` or ``"tpu"``.
 
-    The platform of the mesh in use (``jax.set_mesh``), which may be one that this machine does not
-    have: so programs are compiled ahead of time. Else that of the default device, if one is set,
-    else the default backend.
+    It is that of the mesh in use (``jax.set_mesh``), which this machine need not have when it
+    compiles ahead of time; otherwise that of the default device, if set, or of the default backend.
     """
     device = mesh_platform() or jax.config.jax_default_device  # type: ignore[attr-defined]
     if device is None:
@@ -112,8 +111,8 @@ def platform() -> str:
 def partitioned() -> bool:
     """Whether the mesh in use has Auto axes, over which the compiler partitions the program.
 
-    It cannot partition a kernel. Inside ``shard_map`` each device has a program of its own, and so
-    it has for arrays on Explicit axes, see ``heads``.
+    The compiler cannot partition a kernel. Inside ``shard_map`` every device runs its own program,
+    and so it does for arrays on Explicit axes, see ``heads``.
     """
     mesh = jax.sharding.get_abstract_mesh()
     return any(mesh.shape[name] > 1 for name in mesh.auto_axes)
@@ -136,7 +135,7 @@ def preference(spec: Spec) -> tuple[tuple[str, str], ...]:
 
 
 def _everywhere(spec: Spec) -> tuple[tuple[str, str], ...]:
-    """What runs on every platform."""
+    """The backends that run on every platform, in the order in which they are tried."""
     T, S = spec.sizes.T, spec.sizes.S
     in_blocks = "linear memory, skips empty blocks"
     if spec.sizes.symbolic_lengths:

@@ -39,11 +39,12 @@ def score_fn(fn: Callable[..., Any], *arrays: AnyArray) -> Score:
 
     Args:
       fn: takes logits ``s [t, s]``, int scalars ``b``, ``n``, int arrays ``q [t, 1]``,
-        ``k [1, s]``; returns logits that broadcast to ``s``, which are cast to its dtype. It may
-        close over arrays, traced ones too.
-      *arrays: the arrays that ``fn`` indexes. GPU kernels accept these, but only numbers that
-        ``fn`` closes over. Floating arrays of both kinds are differentiable. The gradient of an
-        array costs its size once per tile: for an array of ``T x S``, use ``bias``.
+        ``k [1, s]``; returns logits that broadcast to ``s``, which are cast to its dtype. It is
+        traced: write ``jnp.where`` for ``if``. It may close over arrays, even traced ones.
+      *arrays: arrays for ``fn`` to index. GPU kernels accept these, but no arrays that ``fn``
+        closes over, only numbers. Floating arrays of both kinds are differentiable. The gradient
+        of an array takes time in proportion to its size for every tile: for an array of
+        ``T x S``, use ``bias``.
 
     >>> import numpy as np
     >>> from attention_jax.scores import score_fn

@@ -65,7 +65,7 @@ class Size:
 
 
 def items(setting: Setting) -> Iterator[Item]:
-    """Ours and Flax's in turns, then generation."""
+    """Times ours and Flax's alternately, then generation."""
     rate = matrix_rate(setting.out)
     sizes = [Size(8, 1024), Size(1, 16_384)]
     if setting.dry:
