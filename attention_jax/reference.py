@@ -1,7 +1,6 @@
 """The reference: softmax attention in NumPy and float64, forward and backward.
 
-The whole library is tested against this definition; read it first. It is neither fast nor clever:
-each line is a formula from the papers.
+The whole library is tested against this definition, which is written for clarity, not speed.
 
     logits  = scale * query . key         how well query t matches key s              [T S]
     logits  = step(logits)                each Softcap or Bias of `score`, in order
@@ -417,7 +416,8 @@ def _check(expected: tuple[str, ...], *given: Any) -> tuple[Float, Float, Float,
     def like_weights(name: str, x: Any, dtype: Any = None) -> npt.NDArray[Any]:
         x = np.asarray(x)
         if dtype is not None and x.dtype != dtype:
-            raise ValueError(f"{name} must be bool, got {x.dtype}")
+            hint = ": convert a Mask with mask.to_dense(T, S)" if x.dtype == object else ""
+            raise ValueError(f"{name} must be bool, got {x.dtype}{hint}")
         try:
             return np.broadcast_to(x, shape)
         except ValueError:

@@ -22,7 +22,7 @@ from reference_problems import (
     inputs,
 )
 
-from attention_jax import reference
+from attention_jax import masks, reference
 from attention_jax.reference import Bias, Softcap
 
 # Empty rows, masked keys
@@ -265,6 +265,9 @@ ERRORS = {
         query=np.ones((B, T, N, 0)), key=np.ones((B, S, K, 0))
     ),
     "mask must be bool, got float64": wrong(mask=np.ones((T, S))),
+    "mask must be bool, got object: convert a Mask with mask.to_dense(T, S)": wrong(
+        mask=masks.causal()
+    ),
     "mask must broadcast to [*B N T S] = (2, 6, 5, 7), got (7, 5)": wrong(
         mask=np.ones((S, T), bool)
     ),
