@@ -105,7 +105,8 @@ def attention(
         ``n // (N // K)``.
       value: ``[*B S K D]``.
       mask: which keys each query may attend to: a ``Mask`` from ``attention_jax.masks``, or a bool
-        array broadcastable to ``[*B N T S]``, True where visible.
+        array broadcastable to ``[*B N T S]``, True where visible. An array per example needs the
+        head axis: ``[*B 1 T S]``.
       score: changes to the logits: a ``Score`` from ``attention_jax.scores``, or a sequence.
       sinks: ``[N]``, an extra logit per head that absorbs probability and contributes no value.
       scale: the factor of ``query . key``; None is ``1 / sqrt(H)``. May be traced.

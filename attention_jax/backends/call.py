@@ -332,7 +332,7 @@ def _hint(x: Any, namespace: Any, argument: str, wrapped: str) -> str:
     if callable(x):
         return f": wrap it, {module}.{wrapped}"
     if isinstance(x, (bool, int)) and argument == "mask":
-        return ": pass None to attend to every key, masks.causal() to attend to none that follow"
+        return ": pass None to attend to every key, or masks.causal() to mask those that follow"
     if isinstance(x, (list, tuple)):
         return ": convert it with np.asarray" if argument == "mask" else ""
     if x is None:
