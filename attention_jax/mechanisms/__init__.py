@@ -35,8 +35,8 @@ The recurrent ones return their state, so that a sequence can be resumed, by one
 >>> bool(np.allclose(out, whole[:, 8:], atol=1e-5))
 True
 
-``as_attention`` puts a mechanism into a module. An argument that it does not support, a score for
-example, raises by name:
+``as_attention`` lets a module use a mechanism. Arguments that it does not support, such as a score,
+raise an error that names them:
 
 >>> from flax import nnx
 >>> from attention_jax.nn import MultiHeadAttention
