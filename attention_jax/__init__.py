@@ -11,11 +11,11 @@
 
 ``attention`` computes attention, ``masks`` and ``scores`` build its options, ``reference`` defines
 it in NumPy, and ``explain`` shows which backend runs and why. ALiBi and relative biases are in
-``scores``, rotary embeddings in ``positions``, other kinds of attention in ``mechanisms``, and the
-checker, with all that it guarantees, in ``testing``.
+``scores``, rotary embeddings in ``positions``, and other kinds of attention in ``mechanisms``.
+``testing`` has the checker and lists what every backend guarantees.
 
-Flax modules and transformers need an import of their own, since Flax takes about as long to import
-as JAX: ``from attention_jax import models, nn``.
+Import the Flax modules and transformers separately, because Flax takes about as long to import as
+JAX: ``from attention_jax import models, nn``.
 """
 
 from attention_jax import cache as cache

@@ -1,4 +1,4 @@
-"""``attention``, ``attention_weights`` and ``explain``: arguments in, a backend chosen and run."""
+"""The public functions: check the arguments, choose a backend and run it, or explain the choice."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from attention_jax.backends.call import (
 from attention_jax.core import dropout
 from attention_jax.core.axes import (
     Key,
-    Normaliser,
+    Normalizer,
     Output,
     Query,
     Sizes,
@@ -72,7 +72,7 @@ def attention(
     dropout_key: Any = ...,
     implementation: Implementation = ...,
     return_lse: Literal[True],
-) -> tuple[Output, Normaliser]: ...
+) -> tuple[Output, Normalizer]: ...
 def attention(
     query: Query,
     key: Key,
@@ -86,7 +86,7 @@ def attention(
     dropout_key: Any = None,
     implementation: Implementation = None,
     return_lse: bool = False,
-) -> Output | tuple[Output, Normaliser]:
+) -> Output | tuple[Output, Normalizer]:
     """Scaled dot-product attention with masks, scores, sinks and dropout.
 
     For each query ``i`` of each head of each example::
@@ -100,32 +100,35 @@ def attention(
     hold NaN.
 
     Args:
-      query: ``[*B T N H]``, any floating dtype; sums are in at least float32.
-      key: ``[*B S K H]``; ``N`` is a multiple of ``K``, query head ``n`` reads key head
+      query: ``[*B T N H]``, any floating dtype; sums are accumulated in float32 or wider.
+      key: ``[*B S K H]``; ``N`` is a multiple of ``K``, and query head ``n`` reads key head
         ``n // (N // K)``.
       value: ``[*B S K D]``.
       mask: which keys each query may attend to: a ``Mask`` from ``attention_jax.masks``, or a bool
-        array broadcastable to ``[*B N T S]``, True where visible.
+        array broadcastable to ``[*B N T S]``, True where visible. An array per example needs the
+        head axis: ``[*B 1 T S]``.
       score: changes to the logits: a ``Score`` from ``attention_jax.scores``, or a sequence.
       sinks: ``[N]``, an extra logit per head that absorbs probability and contributes no value.
       scale: the factor of ``query . key``; None is ``1 / sqrt(H)``. May be traced.
-      dropout_rate: probability of dropping a probability, in [0, 1); the rest is scaled up.
+      dropout_rate: the fraction of attention probabilities to drop, in [0, 1); the others are
+        divided by ``1 - dropout_rate``.
       dropout_key: a JAX random key. The dropout mask is a hash of it and ``(b, n, i, j)``.
       implementation: a name, a configured ``Backend`` such as ``backends.Blockwise(block_q=128)``,
         a sequence of these to try in order, or None to choose.
-      return_lse: also return the natural-log normaliser.
+      return_lse: also return the natural-log normalizer.
 
     Returns:
       The output ``[*B T N D]`` in the query's dtype; with ``return_lse`` also the lse
-      ``[*B T N]`` in float32 or wider. Both are differentiable. Policies of ``jax.checkpoint``
-      know them as ``"attention_out"`` and ``"attention_lse"``: where both are saved, the backward
-      pass of ``blockwise``, ``native`` and ``pallas_gpu`` does not run the forward pass again.
+      ``[*B T N]`` in float32 or wider. Both are differentiable. For policies of
+      ``jax.checkpoint`` they are named ``"attention_out"`` and ``"attention_lse"``: if both are
+      saved, the backward pass of ``blockwise``, ``native`` and ``pallas_gpu`` does not repeat the
+      forward pass.
 
-    Masks' Python numbers (offsets, windows, lengths) are constants of the compiled program: another
-    value compiles again, because the blocks to compute depend on them. To compile once for many
-    values pass an array, such as ``masks.causal(offset=jnp.asarray(i))``. On a CPU ``scale``,
-    ``dropout_rate``, ``softcap`` and the offsets of scores compile once, unless ``implementation``
-    includes a configured kernel.
+    Python numbers in masks (offsets, windows, lengths) are constants of the compiled program,
+    because they determine which blocks to compute: a new value compiles again. To compile once for
+    many values, pass an array, such as ``masks.causal(offset=jnp.asarray(i))``. On a CPU, a new
+    ``scale``, ``dropout_rate``, ``softcap`` or offset of a score does not compile again, unless
+    ``implementation`` includes a configured kernel.
 
     Raises:
       TypeError, ValueError: an argument is wrong; the message names it.
@@ -170,7 +173,7 @@ def attention(
 def _attention(
     call: Call, *, asked: tuple[str | Backend, ...] | None, **known: Any
 ) -> tuple[jax.Array, jax.Array]:
-    """Chooses and runs a backend; while tracing, so once per shape."""
+    """Chooses and runs a backend. The choice is made while tracing, once per shape."""
     call, sizes = complete(call)
     spec = spec_of(call, sizes, **known)
     backend = backends.choose(asked, spec).backend
@@ -178,9 +181,9 @@ def _attention(
 
 
 def _static_numbers(asked: tuple[str | Backend, ...] | None, platform: str) -> bool:
-    """Whether numbers must be constants of the program, as kernels require.
+    """Whether Python numbers must be constants of the program, as some kernels require.
 
-    On a CPU they are not: another number does not compile again.
+    On a CPU they are arguments, so that a new value does not compile again.
     """
     kernels = (x for x in asked or () if isinstance(x, Backend) and x.STATIC_NUMBERS)
     return platform != "cpu" or any(kernels)
@@ -229,7 +232,7 @@ def _no_pairs(sizes: Sizes) -> bool:
 
 
 def _nothing_visible(call: Call, sizes: Sizes) -> tuple[jax.Array, jax.Array]:
-    """The result without queries, keys or examples: that of fully masked rows."""
+    """The result of a call without queries, keys or examples: as if every row were fully masked."""
     shape = (*sizes.B, sizes.T, sizes.N)
     dtype = accumulation_dtype(call.query.dtype)
     lse = jnp.asarray(-np.inf, dtype) if call.sinks is None else call.sinks.astype(dtype)
@@ -245,8 +248,8 @@ class Explanation:
 
     Attributes:
       chosen: the implementation's name, or None if none of those asked for supports the call.
-      platform: for which platform.
-      reasons: for each implementation, the reason for or against it.
+      platform: the platform that it was chosen for.
+      reasons: for each implementation, why it was or was not chosen.
       blocks: visited, full and skipped blocks over all heads and examples, and the block size; None
         if the chosen implementation has no blocks, or the mask's arrays are known only at run time.
       flops: of the forward pass of the chosen implementation, over the visited blocks if it has
@@ -269,8 +272,9 @@ class Explanation:
         lines = [f"attention on {self.platform}"]
         for name, reason in self.reasons.items():
             mark = "->" if name == self.chosen else "  "
-            memory = _bytes(self.extra_bytes[name])
-            lines.append(f"{mark} {name:{width}}  {memory:>9} extra  {reason}")
+            cannot = reason.startswith("cannot")
+            memory = "" if cannot else f"{_bytes(self.extra_bytes[name])} extra"
+            lines.append(f"{mark} {name:{width}}  {memory:>15}  {reason}")
         if self.blocks is not None:
             b = self.blocks
             lines.append(
@@ -278,7 +282,7 @@ class Explanation:
                 f"{b['full']} of them full, {b['skipped']} skipped"
             )
         elif self.flops is not None:
-            lines.append("blocks: -")
+            lines.append(f"blocks: not counted for {self.chosen}")
         elif self.chosen is not None:
             lines.append("blocks: the mask holds arrays known only at run time")
         if self.flops is not None:

@@ -1,25 +1,23 @@
 """The reference: softmax attention in NumPy and float64, forward and backward.
 
-The whole library is tested against this definition; read it first. It is neither fast nor clever:
-each line is a formula from the papers.
+The whole library is tested against this definition, which is written for clarity, not speed.
 
     logits  = scale * query . key         how well query t matches key s              [T S]
-    logits  = step(logits)                scores in the given order: Softcap, Bias
+    logits  = step(logits)                each Softcap or Bias of `score`, in order
     logits  = -inf where mask is False    keys the query may not attend to
     weights = softmax(logits)             probabilities over the keys; a sink takes its share
     out     = dropout(weights) . value    the values, averaged by weight              [T D]
 
-`head` is all of attention, for one head of one example. `head_gradients` is its derivative, line by
-line in reverse. `attention` and `attention_gradients` only loop over examples and heads. The
-formulas that they call follow, and last the checks of arguments.
+`head` is attention for one head of one example. `head_gradients` is its derivative, line by line in
+reverse. `attention` and `attention_gradients` only loop over examples and heads.
 
 Axes: `*B` batch (any number of axes), `T`/`S` query/key length, `N`/`K` query/key-value heads
 with `N = G * K`, `H` width of query and key, `D` width of value. `d_x` is the gradient of a
 scalar loss with respect to `x`.
 
 A pair is masked where the mask is False or the final logit is -inf. A key that no query may attend
-to, and a query that may attend to no key, may hold anything, NaN included: it never reaches a
-result. Such a query gives 0 with lse -inf (with a sink: lse = the sink).
+to never affects a result, even if it is NaN, nor does a query that may attend to no key: its out
+is 0 and its lse -inf (with a sink: lse = the sink).
 """
 
 import dataclasses
@@ -104,7 +102,7 @@ class Gradients(NamedTuple):
     query: Float
     key: Float
     value: Float
-    scores: tuple[Float | None, ...]  # one entry per step: the array's for Bias, else None
+    score: tuple[Float | None, ...]  # one entry per step: the array's for Bias, else None
     sinks: Float | None  # [N], for one head []; None without sinks
     scale: float
 
@@ -115,13 +113,13 @@ def head(
     v: npt.ArrayLike,
     *,
     mask: npt.ArrayLike | None = None,
-    scores: Sequence[Step] = (),
+    score: Step | Sequence[Step] = (),
     sink: float | None = None,
     scale: float | None = None,
     keep: npt.ArrayLike | None = None,
     dropout_rate: float = 0.0,
 ) -> Forward:
-    """One head of one example: `dropout(softmax(mask(scores(scale * q k^T)))) v`.
+    """One head of one example: `dropout(softmax(mask(score(scale * q k^T)))) v`.
 
     Args: q [T H], k [S H], v [S D]; `mask`, `keep` and bias arrays broadcastable to [T S];
         `sink` one number; the rest as in `attention`.
@@ -134,7 +132,7 @@ def head(
     >>> result.weights.tolist(), result.out.tolist()
     ([[0.5, 0.5, 0.0]], [[4.0]])
     """
-    q, k, v, o = _check(_ONE_HEAD, q, k, v, sink, mask, scores, scale, keep, dropout_rate)
+    q, k, v, o = _check(_ONE_HEAD, q, k, v, sink, mask, score, scale, keep, dropout_rate)
 
     logits, _ = _logits(q, k, o)  # [T S]
     weights, _, lse = _softmax(logits, o.sinks)  # [T S], [T]
@@ -150,7 +148,7 @@ def head_gradients(
     d_lse: npt.ArrayLike | None = None,
     *,
     mask: npt.ArrayLike | None = None,
-    scores: Sequence[Step] = (),
+    score: Step | Sequence[Step] = (),
     sink: float | None = None,
     scale: float | None = None,
     keep: npt.ArrayLike | None = None,
@@ -174,10 +172,9 @@ def head_gradients(
     >>> head_gradients([[0.0]], [[1.0], [3.0]], [[2.0], [4.0]], [[1.0]]).query.tolist()
     [[1.0]]
     """
-    q, k, v, o = _check(_ONE_HEAD, q, k, v, sink, mask, scores, scale, keep, dropout_rate)
+    q, k, v, o = _check(_ONE_HEAD, q, k, v, sink, mask, score, scale, keep, dropout_rate)
     d_out = _expect("d_out [T D]", d_out, o.sizes)
-    d_lse = np.zeros(len(q)) if d_lse is None else d_lse
-    d_lse = _expect("d_lse [T]", d_lse, o.sizes)
+    d_lse = _expect("d_lse [T]", np.zeros(len(q)) if d_lse is None else d_lse, o.sizes)
 
     logits, stages = _logits(q, k, o)
     weights, sink_share, lse = _softmax(logits, o.sinks)  # [T S], [T], [T]
@@ -190,18 +187,17 @@ def head_gradients(
     d_weights = _dropout(d_out @ v.T, o)  # [T S]
     delta = np.sum(weights * d_weights, axis=1)  # [T]
     d_s = weights * (d_weights - delta[:, None] + d_lse[:, None])  # [T S]
-    d_sink = np.sum(sink_share * (0.0 - delta + d_lse))
+    d_sink = np.asarray(np.sum(sink_share * (0.0 - delta + d_lse)))
 
-    d_scores: list[Float | None] = []
-    for step, s in zip(reversed(o.scores), reversed(stages), strict=True):
+    d_score: list[Float | None] = []
+    for step, s in zip(reversed(o.score), reversed(stages), strict=True):
         d_s, d_array = step.pullback(np.where(visible, s, 0.0), d_s)
-        d_scores.insert(0, d_array)
+        d_score.insert(0, d_array)
 
     d_q = o.scale * d_s @ k  # [T H]
     d_k = o.scale * d_s.T @ q  # [S H]
     d_scale = float(np.sum(d_s * (q @ k.T)))
-    d_sinks = None if sink is None else np.asarray(d_sink)
-    return Gradients(d_q, d_k, d_v, tuple(d_scores), d_sinks, d_scale)
+    return Gradients(d_q, d_k, d_v, tuple(d_score), None if sink is None else d_sink, d_scale)
 
 
 def attention(
@@ -210,7 +206,7 @@ def attention(
     value: npt.ArrayLike,
     *,
     mask: npt.ArrayLike | None = None,
-    scores: Sequence[Step] = (),
+    score: Step | Sequence[Step] = (),
     sinks: npt.ArrayLike | None = None,
     scale: float | None = None,
     keep: npt.ArrayLike | None = None,
@@ -223,7 +219,7 @@ def attention(
         key: [*B S K H].
         value: [*B S K D].
         mask: bool, broadcastable to [*B N T S]; True where the query may attend to the key.
-        scores: Softcap and Bias steps on the logits, applied in order, before the mask.
+        score: a Softcap or Bias step on the logits before the mask, or a sequence, in order.
         sinks: [N], one more logit in each head's denominator, without a value.
         scale: multiplies query . key; 1 / sqrt(H) if None.
         keep: the dropout mask, bool, broadcastable to [*B N T S]; False drops the probability.
@@ -245,7 +241,7 @@ def attention(
     [[0.75], [1.0]]
     """
     query, key, value, o = _check(
-        _ALL_HEADS, query, key, value, sinks, mask, scores, scale, keep, dropout_rate
+        _ALL_HEADS, query, key, value, sinks, mask, score, scale, keep, dropout_rate
     )
     out = np.zeros(query.shape[:-1] + value.shape[-1:])
     lse, weights = np.zeros(query.shape[:-1]), np.zeros(o.mask.shape)
@@ -262,7 +258,7 @@ def attention_gradients(
     d_lse: npt.ArrayLike | None = None,
     *,
     mask: npt.ArrayLike | None = None,
-    scores: Sequence[Step] = (),
+    score: Step | Sequence[Step] = (),
     sinks: npt.ArrayLike | None = None,
     scale: float | None = None,
     keep: npt.ArrayLike | None = None,
@@ -284,30 +280,28 @@ def attention_gradients(
     [[[1.0]], [[1.0]], [[1.0]]]
     """
     query, key, value, o = _check(
-        _ALL_HEADS, query, key, value, sinks, mask, scores, scale, keep, dropout_rate
+        _ALL_HEADS, query, key, value, sinks, mask, score, scale, keep, dropout_rate
     )
     d_out = _expect("d_out [*B T N D]", d_out, o.sizes)
     d_lse = np.zeros(query.shape[:-1]) if d_lse is None else d_lse
     d_lse = _expect("d_lse [*B T N]", d_lse, o.sizes)
 
     d_query, d_key, d_value = np.zeros_like(query), np.zeros_like(key), np.zeros_like(value)
-    d_stages = [np.zeros(o.mask.shape) for _ in o.scores]  # [*B N T S] each
+    d_stages = [np.zeros(o.mask.shape) for _ in o.score]  # [*B N T S] each
     d_sinks, d_scale = np.zeros_like(o.sinks), 0.0
     for q, kv, n, options in _heads(o):
         d = head_gradients(query[q], key[kv], value[kv], d_out[q], d_lse[q], **options)
         d_query[q] = d.query
         d_key[kv] += d.key
         d_value[kv] += d.value
-        for d_stage, d_array in zip(d_stages, d.scores, strict=True):
+        for d_stage, d_array in zip(d_stages, d.score, strict=True):
             d_stage[n] = 0.0 if d_array is None else d_array
         d_sinks[n[-1]] += d.sinks
         d_scale += d.scale
 
-    d_scores = tuple(
-        _sum_to(np.shape(step.array), d_stage) if isinstance(step, Bias) else None
-        for step, d_stage in zip(o.scores, d_stages, strict=True)
-    )
-    return Gradients(d_query, d_key, d_value, d_scores, None if sinks is None else d_sinks, d_scale)
+    # A bias is added, so the gradient of its array is that of the logits, summed to its shape.
+    d_score = tuple(x.pullback(d, d)[1] for x, d in zip(o.score, d_stages, strict=True))
+    return Gradients(d_query, d_key, d_value, d_score, None if sinks is None else d_sinks, d_scale)
 
 
 # The formulas, for one head.
@@ -319,7 +313,7 @@ class _Options(NamedTuple):
     sizes: dict[str, Any]  # what each axis letter stands for; a tuple for *B
     sinks: Float  # [N]; no sink is a sink of -inf, whose share of the softmax is 0
     mask: Bool  # [*B N T S]
-    scores: Sequence[Step]
+    score: Sequence[Step]
     scale: float
     keep: Bool  # [*B N T S]
     dropout_rate: float
@@ -330,7 +324,7 @@ def _logits(q: Float, k: Float, o: _Options) -> tuple[Float, list[Float]]:
     stages = []
     with np.errstate(all="ignore"):  # masked keys may hold NaN and inf
         s = o.scale * (q @ k.T)
-        for step in o.scores:
+        for step in o.score:
             stages.append(s)
             s = step(s)
     return np.where(o.mask, s, -np.inf), stages
@@ -377,9 +371,9 @@ def _heads(o: _Options) -> Iterator[tuple[Any, Any, Any, dict[str, Any]]]:
             group = o.sizes["N"] // o.sizes["K"]
             steps = [
                 Bias(np.broadcast_to(s.array, o.mask.shape)[*b, n]) if isinstance(s, Bias) else s
-                for s in o.scores
+                for s in o.score
             ]
-            options = {"mask": o.mask[*b, n], "scores": steps, "sink": o.sinks[n]}
+            options = {"mask": o.mask[*b, n], "score": steps, "sink": o.sinks[n]}
             options |= {"scale": o.scale, "keep": o.keep[*b, n], "dropout_rate": o.dropout_rate}
             yield (*b, slice(None), n), (*b, slice(None), n // group), (*b, n), options
 
@@ -390,28 +384,18 @@ _ONE_HEAD = ("q [T H]", "k [S H]", "v [S D]", "sink []", "[T S]")
 _ALL_HEADS = ("query [*B T N H]", "key [*B S K H]", "value [*B S K D]", "sinks [N]", "[*B N T S]")
 
 
-def _check(
-    expected: tuple[str, str, str, str, str],
-    query: npt.ArrayLike,
-    key: npt.ArrayLike,
-    value: npt.ArrayLike,
-    sinks: npt.ArrayLike | None,
-    mask: npt.ArrayLike | None,
-    scores: Sequence[Step],
-    scale: float | None,
-    keep: npt.ArrayLike | None,
-    dropout_rate: float,
-) -> tuple[Float, Float, Float, _Options]:
+def _check(expected: tuple[str, ...], *given: Any) -> tuple[Float, Float, Float, _Options]:
     """The arrays in float64 and the options without defaults, or a ValueError."""
-    q_axes, k_axes, v_axes, sink_axes, weight_axes = expected
+    q_axes, k_axes, v_axes, sink_axes, axes = expected
+    query, key, value, sinks, mask, score, scale, keep, dropout_rate = given
     sizes: dict[str, Any] = {}
     query = _expect(q_axes, query, sizes)
     key = _expect(k_axes, key, sizes)
     value = _expect(v_axes, value, sizes)
     n, k = sizes.get("N", 1), sizes.get("K", 1)
     if n and (k == 0 or n % k):
-        problem = f"key has {k} heads (K) but query has {n} (N): N must be a multiple of K"
-        raise ValueError(problem)
+        rule = "N must be a multiple of K" if k else "K must be at least 1"
+        raise ValueError(f"key has {k} heads (K) but query has {n} (N): {rule}")
     if sizes["H"] == 0:
         raise ValueError("query and key must have a width (H) of at least 1, got 0")
     sinks = np.full(sizes.get("N", ()), -np.inf) if sinks is None else sinks
@@ -423,18 +407,28 @@ def _check(
         raise ValueError(f"dropout_rate must be in [0, 1), got {dropout_rate}")
     if dropout_rate > 0.0 and keep is None:
         raise ValueError(f"keep must be given with a dropout_rate of {dropout_rate}, got None")
-    if not isinstance(scores, Sequence) or not all(isinstance(s, Softcap | Bias) for s in scores):
-        raise ValueError(f"scores must be a sequence of Softcap and Bias steps, got {scores!r}")
+    score = (score,) if isinstance(score, Softcap | Bias) else score
+    if not isinstance(score, Sequence) or not all(isinstance(s, Softcap | Bias) for s in score):
+        raise ValueError(f"score must be Softcap or Bias, or a sequence of them, got {score!r}")
 
-    lead = (*sizes["*B"], sizes["N"]) if "N" in sizes else ()
-    shape = (*lead, sizes["T"], sizes["S"])
-    spread = f"must broadcast to {weight_axes}"
-    for i, step in enumerate(scores):
+    shape = (*sizes.get("*B", ()), *(sizes[a] for a in ("N", "T", "S") if a in sizes))
+
+    def like_weights(name: str, x: Any, dtype: Any = None) -> npt.NDArray[Any]:
+        x = np.asarray(x)
+        if dtype is not None and x.dtype != dtype:
+            hint = ": convert a Mask with mask.to_dense(T, S)" if x.dtype == object else ""
+            raise ValueError(f"{name} must be bool, got {x.dtype}{hint}")
+        try:
+            return np.broadcast_to(x, shape)
+        except ValueError:
+            raise ValueError(f"{name} must broadcast to {axes} = {shape}, got {x.shape}") from None
+
+    for i, step in enumerate(score):
         if isinstance(step, Bias):
-            _expect_weights(f"scores[{i}].array {spread}", step.array, shape)
-    mask = _expect_weights(f"mask {spread}", True if mask is None else mask, shape, np.bool_)
-    keep = _expect_weights(f"keep {spread}", True if keep is None else keep, shape, np.bool_)
-    return query, key, value, _Options(sizes, sinks, mask, scores, float(scale), keep, dropout_rate)
+            like_weights(f"score[{i}].array", step.array)
+    mask = like_weights("mask", True if mask is None else mask, np.bool_)
+    keep = like_weights("keep", True if keep is None else keep, np.bool_)
+    return query, key, value, _Options(sizes, sinks, mask, score, float(scale), keep, dropout_rate)
 
 
 def _expect(expected: str, given: npt.ArrayLike, sizes: dict[str, Any]) -> Float:
@@ -453,17 +447,3 @@ def _expect(expected: str, given: npt.ArrayLike, sizes: dict[str, Any]) -> Float
         known = f" with {known}" if known else ""
         raise ValueError(f"{name} must have shape [{axes}]{known}, got {array.shape}")
     return array
-
-
-def _expect_weights(
-    expected: str, given: npt.ArrayLike, shape: tuple[int, ...], dtype: type[np.bool_] | None = None
-) -> npt.NDArray[Any]:
-    """`given` broadcast to the shape of the weights; raises if its shape or dtype does not fit."""
-    array = np.asarray(given)
-    if dtype is not None and array.dtype != dtype:
-        raise ValueError(f"{expected.split()[0]} must be bool, got {array.dtype}")
-    try:
-        return np.broadcast_to(array, shape)
-    except ValueError:
-        problem = f"{expected} = {shape}, got {array.shape}"
-        raise ValueError(problem) from None

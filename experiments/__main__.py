@@ -301,7 +301,7 @@ COMMANDS = {
         _compare,
     ),
     "fewshot": Command(
-        "fewshot [--option ...]", "trains with few labelled examples, plots accuracy", _fewshot
+        "fewshot [--option ...]", "trains with few labeled examples, plots accuracy", _fewshot
     ),
     "bench": Command("bench [--option ...]", "measures time and memory of attention", _bench),
     "card": Command(

@@ -106,7 +106,7 @@ CAPTIONS = {
     "head 1 of 2": "Two heads: each attends by one of the two features of every token.",
     "head 2 of 2": "The second head has its own weights; the outputs are concatenated.",
     "causal": "Causal: a token attends to itself and the tokens before it.",
-    "local": "Local: a token attends to itself and one neighbour on each side.",
+    "local": "Local: a token attends to itself and one neighbor on each side.",
     "cross": "Cross-attention: the queries are two other tokens, [1, 0] and [0, -1].",
 }
 

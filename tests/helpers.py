@@ -29,7 +29,7 @@ def inputs(seed=0, *, B, T, S, N, K, H, D, dtype=None):
     return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
 
 
-def randomised(module, seed=0):
+def randomized(module, seed=0):
     """Makes every parameter random, since zeros and ones hide mistakes."""
     state = nnx.state(module, nnx.Param)
     leaves, tree = jax.tree.flatten(state)

@@ -26,7 +26,7 @@ def every_option(seed=1, batch=(B,)):
     mask[..., np.arange(T), np.arange(T)] = True
     return {
         "mask": mask,
-        "scores": (
+        "score": (
             Bias(rng.normal(size=(N, 1, S))),
             Softcap(CAP),
             Bias(rng.normal(size=(*batch, 1, T, S))),
@@ -42,10 +42,10 @@ ONE_BY_ONE = {
     "plain": {},
     "mask": {"mask": every_option()["mask"]},
     "mask of one row": {"mask": np.arange(S) % 3 > 0},
-    "softcap": {"scores": (Softcap(CAP),)},
-    "bias": {"scores": (every_option()["scores"][0],)},
-    "softcap, then bias": {"scores": every_option()["scores"][1:]},
-    "bias, then softcap": {"scores": every_option()["scores"][:2]},
+    "softcap": {"score": (Softcap(CAP),)},
+    "bias": {"score": (every_option()["score"][0],)},
+    "softcap, then bias": {"score": every_option()["score"][1:]},
+    "bias, then softcap": {"score": every_option()["score"][:2]},
     "sinks": {"sinks": every_option()["sinks"]},
     "scale": {"scale": 0.83},
     "negative scale": {"scale": -0.83},
@@ -71,7 +71,7 @@ def literal(query, key, value, options):
         terms = []
         for s in range(s_len):
             logit = scale * sum(query[*b, t, n, h] * key[*b, s, kv, h] for h in range(width))
-            for step in options.get("scores", ()):
+            for step in options.get("score", ()):
                 if isinstance(step, Softcap):
                     logit = step.cap * math.tanh(logit / step.cap)
                 else:

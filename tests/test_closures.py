@@ -24,7 +24,7 @@ def loss(w, implementation, x=X, f=lambda s, w: s * w):
 
 
 def as_argument(w, x=X, f=lambda s, w: s * w):
-    """The same with ``w`` as an argument of the function, materialised."""
+    """The same with ``w`` as an argument of the function, materialized."""
     score = scores.score_fn(lambda s, b, n, q, k, w: f(s, w), w)
     return (aj.attention(x, x, x, score=score, implementation="xla") ** 2).sum()
 

@@ -62,10 +62,10 @@ def test_equals_the_oracle(name, calls):
     rule = {
         "mask": np.asarray(visible).reshape(*B, N, T, T),
         "scale": 0.3,
-        "scores": [reference.Bias(b) for b in wide[3:]],
+        "score": [reference.Bias(b) for b in wide[3:]],
     }
     right = reference.attention_gradients(*wide[:3], np.asarray(cotangent, np.float64), **rule)
-    right = [reference.attention(*wide[:3], **rule).out, *right[:3], *(right.scores)]
+    right = [reference.attention(*wide[:3], **rule).out, *right[:3], *(right.score)]
     assert len(ours) == len(plain) == len(right)
     for times, a, b, r in zip((2, 3, 3, 3, 3), ours, plain, right, strict=False):
         a, b = (np.asarray(y, np.float64) for y in (a, b))

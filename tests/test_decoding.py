@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import randomised
+from helpers import randomized
 from test_models import DECODERS, SEQUENCES
 
 from attention_jax import models
@@ -30,7 +30,7 @@ def padded(side, prompts=PROMPTS, width=LONGEST):
 
 
 def decoder(name="learned"):
-    return randomised(models.Decoder(DECODERS[name], rngs=nnx.Rngs(0)))
+    return randomized(models.Decoder(DECODERS[name], rngs=nnx.Rngs(0)))
 
 
 def by_hand(model, prompt, new=NEW):
@@ -73,7 +73,7 @@ def test_log_probability_of_the_generated_tokens():
 def test_a_prefix_lm_attends_to_the_whole_prompt():
     layers = dataclasses.replace(DECODERS["learned"].layers, prefix_lm=True)
     config = dataclasses.replace(DECODERS["learned"], layers=layers)
-    model = randomised(models.Decoder(config, rngs=nnx.Rngs(0)))
+    model = randomized(models.Decoder(config, rngs=nnx.Rngs(0)))
     tokens, real = padded("left")
     got = generate(model, tokens, real=real, max_new_tokens=NEW)
     for prompt, row in zip(PROMPTS, got.tokens.tolist(), strict=True):
@@ -149,7 +149,7 @@ def test_the_distribution_drawn_from(sampling, expected):
 
 @pytest.mark.slow
 def test_encoder_decoder():
-    model = randomised(models.EncoderDecoder(SEQUENCES["T5"], rngs=nnx.Rngs(0)))
+    model = randomized(models.EncoderDecoder(SEQUENCES["T5"], rngs=nnx.Rngs(0)))
     source, real = padded("right")
     got = generate(
         model, np.zeros((3, 1), int), source=source, source_real=real, max_new_tokens=NEW
@@ -221,7 +221,7 @@ def test_beams_do_not_depend_on_other_rows():
 
 @pytest.mark.slow
 def test_beams_of_an_encoder_decoder():
-    model = randomised(models.EncoderDecoder(SEQUENCES["Vaswani"], rngs=nnx.Rngs(0)))
+    model = randomized(models.EncoderDecoder(SEQUENCES["Vaswani"], rngs=nnx.Rngs(0)))
     source, real = padded("right")
     start = np.zeros((3, 1), int)
     options = {"source": source, "source_real": real, "max_new_tokens": NEW}

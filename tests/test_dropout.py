@@ -13,7 +13,7 @@ WORD = 2**32
 
 
 def mixed(x):
-    """MurmurHash3's finaliser in Python's unbounded integers."""
+    """MurmurHash3's finalizer in Python's unbounded integers."""
     x = (x ^ x >> 16) * 0x85EBCA6B % WORD
     x = (x ^ x >> 13) * 0xC2B2AE35 % WORD
     return x ^ x >> 16

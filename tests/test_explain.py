@@ -55,7 +55,21 @@ def test_small_calls_take_xla_and_large_ones_the_kernel():
     named = explain(*shapes(), implementation="blockwise")
     assert (named.chosen, named.reasons["xla"]) == ("blockwise", "not asked for")
     both = explain(*shapes(), implementation=["xla", "blockwise"])
-    assert (both.chosen, both.reasons["blockwise"]) == ("xla", "asked for after xla")
+    assert (both.chosen, both.reasons["blockwise"]) == ("xla", "not needed: xla comes first")
+
+
+def test_reasons_are_true_of_those_passed_over():
+    large, small = (explain(*shapes(n, n), platform="cpu") for n in (512, 16))
+    for explanation in (large, small, explain(*shapes(512, 512), platform="tpu")):
+        able = {n: r for n, r in explanation.reasons.items() if not r.startswith("cannot")}
+        first = able.pop(explanation.chosen)
+        assert "not needed" not in first
+        assert set(able.values()) == {f"not needed: {explanation.chosen} comes first"}
+    assert "below" in small.reasons["xla"]
+    lines = str(large).splitlines()
+    assert ["extra" in line for line in lines[1:8]] == [
+        not reason.startswith("cannot") for reason in large.reasons.values()
+    ]
 
 
 def test_the_choice_does_not_depend_on_examples_or_heads():
@@ -147,7 +161,7 @@ def test_without_blocks_all_pairs_are_counted():
     assert (explanation.chosen, explanation.blocks) == ("xla", None)
     assert explanation.flops == explanation.dense_flops
     *_, blocks, forward = str(explanation).splitlines()
-    assert blocks == "blocks: -"
+    assert blocks == "blocks: not counted for xla"
     assert forward.endswith("(100% of dense)")
     traced = masks.lengths(key=LENGTHS)
     assert explain(*shapes(), mask=traced).flops == explanation.dense_flops

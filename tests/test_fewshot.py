@@ -51,8 +51,8 @@ def test_draws_are_stratified_and_nested(seed):
     assert set(draw(labels, seed + 1)[:30]) != set(order[:30])
 
 
-def test_labelled_questions_are_a_subset_and_the_others_have_no_labels(data):
-    few, full = data.splits["train"], data.splits["unlabelled"]
+def test_labeled_questions_are_a_subset_and_the_others_have_no_labels(data):
+    few, full = data.splits["train"], data.splits["unlabeled"]
     assert len(few.rows) == len(few.labels) == len(few.lengths) == len(few.texts) == 50
     assert len(full.rows) == 200
     assert set(few.texts) <= set(full.texts)
@@ -81,7 +81,7 @@ def test_more_examples_than_the_data_has_are_rejected():
 
 @needs_files
 def test_the_plot_knows_the_size_of_trec():
-    full = load(fewshot.PRESETS["cpu"]).splits["unlabelled"]
+    full = load(fewshot.PRESETS["cpu"]).splits["unlabeled"]
     assert len(full.rows) == curve.TRAINING
 
 
@@ -100,7 +100,7 @@ def test_batches_have_one_shape_and_are_resumable_from_any_step(data):
 
 def test_targets_are_the_masked_words(data):
     config = configured(hidden=3)
-    rows = {tuple(row[: config.read]) for row in data.splits["unlabelled"].rows}
+    rows = {tuple(row[: config.read]) for row in data.splits["unlabeled"].rows}
     for batch in itertools.islice(pretraining.masked_batches(config, data), 5):
         chosen = batch.targets != text.PAD
         assert set(chosen.sum(1)) == {2}  # a third of the seven words of a sentence

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import randomised, softmax
+from helpers import randomized, softmax
 from test_models import SEQUENCES, V
 
 from attention_jax import models
@@ -24,12 +24,12 @@ REAL = np.array([[True] * 3, [False, True, True], [False, False, True]])
 def decoder():
     layers = models.Layers(features=8, num_layers=1, num_heads=2, hidden=8)
     config = models.DecoderConfig(V, layers, positions="learned", max_length=9)
-    return randomised(models.Decoder(config, rngs=nnx.Rngs(0)))
+    return randomized(models.Decoder(config, rngs=nnx.Rngs(0)))
 
 
 @functools.cache
 def both_sides():
-    return randomised(models.EncoderDecoder(SEQUENCES["Vaswani"], rngs=nnx.Rngs(0)))
+    return randomized(models.EncoderDecoder(SEQUENCES["Vaswani"], rngs=nnx.Rngs(0)))
 
 
 # --- Tokens.
@@ -151,7 +151,7 @@ def nucleus(x, p):
     return np.where(np.isin(np.arange(x.size), kept), x, -np.inf)
 
 
-def penalised(x, penalty):
+def penalized(x, penalty):
     seen = np.isin(np.arange(x.size), SO_FAR[SO_FAR >= 0])
     return np.where(seen, np.where(x < 0, x * penalty, x / penalty), x)
 
@@ -170,10 +170,10 @@ FORMULAS = {
         np.where(softmax(LOGITS) >= 0.1 * softmax(LOGITS).max(), LOGITS, -np.inf),
     ),
     "min_p of all": (sampling.min_p(0), LOGITS),
-    "repetition_penalty": (sampling.repetition_penalty(1.3), penalised(LOGITS, 1.3)),
+    "repetition_penalty": (sampling.repetition_penalty(1.3), penalized(LOGITS, 1.3)),
     "chain": (
         sampling.chain(sampling.repetition_penalty(1.3), sampling.top_p(0.6)),
-        nucleus(penalised(LOGITS, 1.3), 0.6),
+        nucleus(penalized(LOGITS, 1.3), 0.6),
     ),
 }
 

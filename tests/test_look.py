@@ -1,4 +1,4 @@
-"""The page that shows attention weights: its checks, its text, and its behaviour in a browser."""
+"""The page that shows attention weights: its checks, its text, and its behavior in a browser."""
 
 import html.parser
 import itertools
@@ -153,7 +153,7 @@ class Elements(html.parser.HTMLParser):
         return found
 
     def key_tokens(self):
-        """The elements of the keys: token, weight and colour."""
+        """The elements of the keys: token, weight and color."""
         return [x for x in self.named("token") if x["tag"] == "li"]
 
     def numbers(self):

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from helpers import close, mostly_slow, randomised, slow
+from helpers import close, mostly_slow, randomized, slow
 
 from attention_jax import masks, models, positions, scores
 from attention_jax.models import Layers, Relative
@@ -73,7 +73,7 @@ padded = nnx.jit(lambda model, x, real: model(x, real=real))
 
 
 def decoder(name):
-    return randomised(models.Decoder(DECODERS[name], rngs=nnx.Rngs(0)))
+    return randomized(models.Decoder(DECODERS[name], rngs=nnx.Rngs(0)))
 
 
 @pytest.mark.slow
@@ -136,7 +136,7 @@ def test_rollback_of_speculated_tokens(name):
 def prefix_decoder(**changes):
     options = {"prefix_lm": True, "num_layers": 2, "rotary": positions.Rotary(), "head_dim": 4}
     config = models.DecoderConfig(V, layers(**options, **changes))
-    return randomised(models.Decoder(config, rngs=nnx.Rngs(0)))
+    return randomized(models.Decoder(config, rngs=nnx.Rngs(0)))
 
 
 def test_the_prompt_of_a_prefix_lm_is_bidirectional():
@@ -185,7 +185,7 @@ def test_the_mask_of_the_layers_is_combined_with_others_and_alibi():
     i, j = np.arange(T)[:, None], np.arange(T)
     mask = masks.chunked(4)
     config = models.DecoderConfig(V, layers(num_layers=1, mask=mask, alibi=True))
-    model = randomised(models.Decoder(config, rngs=nnx.Rngs(0)))
+    model = randomized(models.Decoder(config, rngs=nnx.Rngs(0)))
     _, found = record_weights(model, tokens(0, 1, T))
     (weights,) = found.values()
     np.testing.assert_array_equal(weights[0, 0] > 0, (j <= i) & (i // 4 == j // 4))
@@ -198,9 +198,9 @@ def test_the_mask_of_the_layers_is_combined_with_others_and_alibi():
     close(weights[0], far / far.sum(-1, keepdims=True))
 
 
-def test_the_window_of_an_encoder_is_centred():
+def test_the_window_of_an_encoder_is_centered():
     config = models.EncoderConfig(V, layers(num_layers=1, windows=(4,)), max_length=T)
-    model, x = randomised(models.Encoder(config, rngs=nnx.Rngs(0))), tokens(0, 1, T)
+    model, x = randomized(models.Encoder(config, rngs=nnx.Rngs(0))), tokens(0, 1, T)
     for j in range(T):
         other = x.copy()
         other[0, j] = (other[0, j] + 1) % V
@@ -220,7 +220,7 @@ ENCODERS = {
 @pytest.mark.parametrize("name", mostly_slow(ENCODERS, {"tokens", "mean"}))
 def test_padding_does_not_change_the_result(name):
     config = models.EncoderConfig(V, layers(order="post"), max_length=T, **ENCODERS[name])
-    model = randomised(models.Encoder(config, rngs=nnx.Rngs(0)))
+    model = randomized(models.Encoder(config, rngs=nnx.Rngs(0)))
     x, lengths = tokens(0, B, T), np.array([4, T])
     got = padded(model, x, np.arange(T) < lengths[:, None])
     alone = call(model, x[:1, :4])
@@ -267,7 +267,7 @@ def beside_padding(x, side, fill=-1):
 def test_positions_start_after_the_padding(kind):
     config, changes = KINDS[kind]
     config = models.DecoderConfig(V, layers(num_layers=1, **changes), **config)
-    model, x = randomised(models.Decoder(config, rngs=nnx.Rngs(0))), tokens(0, B, T)
+    model, x = randomized(models.Decoder(config, rngs=nnx.Rngs(0))), tokens(0, B, T)
     expected = call(model, x)
     for side, part in SIDES.items():
         wide, real = beside_padding(x, side)
@@ -283,7 +283,7 @@ def test_positions_of_an_encoder_start_after_the_padding(kind):
     config = {"positions": None, **config}
     config |= {"types": 2, "head": "classes", "classes": 3}  # of the first token that is real
     config = models.EncoderConfig(V, layers(num_layers=1, **changes), **config)
-    model, x = randomised(models.Encoder(config, rngs=nnx.Rngs(0))), tokens(0, B, T)
+    model, x = randomized(models.Encoder(config, rngs=nnx.Rngs(0))), tokens(0, B, T)
     run = nnx.jit(lambda m, x, types, real: m(x, types=types, real=real))
     expected = run(model, x, x % 2, np.ones(x.shape, bool))
     for side in SIDES:
@@ -298,7 +298,7 @@ def test_positions_of_both_sequences_start_after_the_padding(kind):
     config = {"positions": None, **config}
     one = layers(num_layers=1, **changes)
     config = models.EncoderDecoderConfig(V, one, one, **config)
-    model = randomised(models.EncoderDecoder(config, rngs=nnx.Rngs(0)))
+    model = randomized(models.EncoderDecoder(config, rngs=nnx.Rngs(0)))
     source, target = tokens(0, B, T), tokens(1, B, T)
     expected = call(model, source, target)
     run = nnx.jit(lambda m, a, b, x, y: m(a, b, source_real=x, target_real=y))
@@ -339,7 +339,7 @@ SEQUENCES = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SEQUENCES)
 def test_encoder_decoder(name):
-    model = randomised(models.EncoderDecoder(SEQUENCES[name], rngs=nnx.Rngs(0)))
+    model = randomized(models.EncoderDecoder(SEQUENCES[name], rngs=nnx.Rngs(0)))
     source, target = tokens(0, B, S), tokens(1, B, T)
     real = np.arange(S) < np.array([3, S])[:, None]
     whole = nnx.jit(lambda m, a, b, real: m(a, b, source_real=real))(model, source, target, real)
@@ -356,7 +356,7 @@ def test_encoder_decoder(name):
 @pytest.mark.parametrize("pool", ["class", slow("mean"), slow("attention")])
 def test_vision(pool):
     config = models.VisionConfig((4, 6), 2, SMALL, classes=5, channels=3, pool=pool)
-    model = randomised(models.VisionTransformer(config, rngs=nnx.Rngs(0)))
+    model = randomized(models.VisionTransformer(config, rngs=nnx.Rngs(0)))
     images = np.random.default_rng(0).normal(size=(B, 4, 6, 3)).astype(np.float32)
     assert call(model, images).shape == (B, 5)
     assert model.tokens(images).shape == (B, 6 + (pool == "class"), 12)
@@ -381,7 +381,7 @@ MODELS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_every_parameter_learns(name):
-    model, x = randomised(MODELS[name](nnx.Rngs(0))), tokens(0, B, T)
+    model, x = randomized(MODELS[name](nnx.Rngs(0))), tokens(0, B, T)
 
     def loss(model):
         logits = model(x, x) if name == "encoder-decoder" else model(x, **more)

@@ -212,10 +212,10 @@ def shape(*sizes, dtype="float32"):
     [
         (
             {"score": scores.score_fn(lambda s, b, n, q, k: s)},
-            "score ScoreFn: it has softcap, bias",
+            "score ScoreFn: its kernel supports softcap, bias",
         ),
         ({"score": (scores.softcap(3.0),) * 9}, "9 scores: it takes at most 8"),
-        ({"platform": "gpu"}, "its kernel is for CPUs, this is a gpu"),
+        ({"platform": "gpu"}, "its kernel is for CPUs, the platform is gpu"),
         ({"mask": masks.mask_fn(lambda b, n, q, k: q != k)}, "would take 512 MiB as bits"),
     ],
 )

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import close, linear, mostly_slow, normal, randomised, slow
+from helpers import close, linear, mostly_slow, normal, randomized, slow
 
 from attention_jax import attention, masks, mechanisms, nn, positions, reference, scores
 
@@ -15,7 +15,7 @@ B, T, S, E = 2, 7, 5, 12
 
 
 def new(features=E, num_heads=4, **options):
-    return randomised(nn.MultiHeadAttention(features, num_heads, rngs=nnx.Rngs(0), **options))
+    return randomized(nn.MultiHeadAttention(features, num_heads, rngs=nnx.Rngs(0), **options))
 
 
 def by_hand(m, x, context=None, visible=None, cap=None, turn=None):
@@ -32,7 +32,7 @@ def by_hand(m, x, context=None, visible=None, cap=None, turn=None):
     out = reference.attention(
         *(np.asarray(a, np.float64) for a in (q, k, v)),
         mask=visible,
-        scores=[] if cap is None else [reference.Softcap(cap)],
+        score=[] if cap is None else [reference.Softcap(cap)],
         sinks=sinks,
         scale=m.scale,
     )

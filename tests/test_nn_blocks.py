@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import close, linear, normal, randomised
+from helpers import close, linear, normal, randomized
 
 from attention_jax import masks, nn, positions
 
@@ -34,7 +34,7 @@ def block(rngs, order="pre", cross=False, dropout_rate=0.0):
 def test_norm_positions_of_a_block():
     x, context = normal(0, B, T, E), normal(1, B, S, 6)
     for order in ("pre", "post", "both"):
-        module = randomised(block(nnx.Rngs(0), order, cross=True))
+        module = randomized(block(nnx.Rngs(0), order, cross=True))
         y = x
         for part in ("attention", "cross_attention", "feed_forward"):
             r = getattr(module, part)
@@ -60,7 +60,7 @@ def test_feed_forward(activation, gated):
         "silu": lambda a: a / (1 + np.exp(-a)),
     }
     x = normal(0, B, T, E)
-    m = randomised(nn.FeedForward(E, 20, activation=activation, gated=gated, rngs=nnx.Rngs(0)))
+    m = randomized(nn.FeedForward(E, 20, activation=activation, gated=gated, rngs=nnx.Rngs(0)))
     act = formulas.get(activation, np.tanh)
     up = linear(m.up, x)
     hidden = act(linear(m.gate, x)) * up if gated else act(up)
@@ -69,7 +69,7 @@ def test_feed_forward(activation, gated):
 
 def test_transformations_of_flax():
     x = normal(0, B, T, E)
-    module = randomised(block(nnx.Rngs(0)))
+    module = randomized(block(nnx.Rngs(0)))
     expected = module(x)
     close(nnx.jit(lambda m, x: m(x))(module, x), expected)
     graph, state = nnx.split(module)
@@ -140,7 +140,7 @@ def test_embeddings():
 
 def test_one_plus_rms_norm():
     x = normal(0, B, T, E)
-    m = randomised(nn.OnePlusRMSNorm(E, epsilon=1e-3, rngs=nnx.Rngs(0)))
+    m = randomized(nn.OnePlusRMSNorm(E, epsilon=1e-3, rngs=nnx.Rngs(0)))
     expected = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-3) * (1 + np.asarray(m.scale[...]))
     close(np.asarray(m(x)), expected)
     assert nn.OnePlusRMSNorm(E, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))(x).dtype == jnp.bfloat16
@@ -150,7 +150,7 @@ def test_pooling_ignores_padding():
     x, real = normal(0, B, T, E), np.arange(T) < np.array([[3], [T]])
     x = np.where(real[..., None], x, np.nan)
     close(np.asarray(nn.pooling.mean(x, real))[0], x[0, :3].mean(0))
-    pool = randomised(nn.AttentionPooling(E, 3, queries=2, rngs=nnx.Rngs(0)))
+    pool = randomized(nn.AttentionPooling(E, 3, queries=2, rngs=nnx.Rngs(0)))
     assert pool(x, real).shape == (B, 2, E)
     close(pool(x, real)[0], pool(x[0, :3]))
     assert nn.pooling.mean(x, np.zeros_like(real)).tolist() == np.zeros((B, E)).tolist()

@@ -205,8 +205,8 @@ IDS = jnp.arange(1000)
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"platform": "cpu"}, "for GPUs, this is a cpu"),
-        ({"platform": "tpu"}, "for GPUs, this is a tpu"),
+        ({"platform": "cpu"}, "for GPUs, the platform is cpu"),
+        ({"platform": "tpu"}, "for GPUs, the platform is tpu"),
         ({"dtype": "float64"}, "float64"),
         ({"H": 4096}, "shared memory"),
         (
@@ -252,7 +252,7 @@ def test_a_function_with_its_array_as_argument_is_taken():
 
 def test_by_name_on_another_platform_says_which_can():
     q, k, v = inputs()
-    with pytest.raises(NotImplementedError, match=r"for GPUs, this is a cpu.*blockwise, xla"):
+    with pytest.raises(NotImplementedError, match=r"for GPUs, the platform is cpu.*blockwise, xla"):
         attention(q, k, v, implementation="pallas_gpu")
 
 

@@ -103,7 +103,7 @@ def test_a_copy_that_differs_raises(kind, copy, original, saved):
 
 @pytest.mark.parametrize(("kind", "copy", "original"), [COPIES[0], COPIES[1], COPIES[-1]])
 def test_an_untied_head_is_used_if_the_config_says_so(kind, copy, original, saved):
-    """T5 is recognised by its tensors: its entry sets the scale of the head's input."""
+    """T5 is recognized by its tensors: its entry sets the scale of the head's input."""
     doubled = "lm_head.weight"
     folder, expected = saved(kind, lambda arrays: arrays | {doubled: 2 * arrays[original]})
     config = {} if kind == "t5" else {"tie_word_embeddings": False}

@@ -79,7 +79,7 @@ def test_a_sink_is_a_key_whose_value_is_zero():
     bias[:, 0, -1] = sinks
     extra = [(0, 0), (0, 1), (0, 0), (0, 0)]
     with_a_key = reference.attention(
-        query, np.pad(key, extra), np.pad(value, extra), scores=[Bias(bias)], scale=H**-0.5
+        query, np.pad(key, extra), np.pad(value, extra), score=[Bias(bias)], scale=H**-0.5
     )
     close(with_sinks.out, with_a_key.out)
     close(with_sinks.lse, with_a_key.lse)
@@ -91,10 +91,10 @@ def test_any_dtype_is_computed_in_float64(dtype):
     arrays = [(3 * x).astype(dtype) for x in inputs()]
     bias = np.random.default_rng(2).normal(size=(T, S)).astype(dtype)
     wide = [x.astype(np.float64) for x in arrays]
-    options, wide_options = ({"scores": [Bias(b)]} for b in (bias, bias.astype(np.float64)))
+    options, wide_options = ({"score": [Bias(b)]} for b in (bias, bias.astype(np.float64)))
     result = reference.attention(*arrays[:3], **options)
     gradients = reference.attention_gradients(*arrays, **options)
-    assert all(x.dtype == np.float64 for x in (*result, *gradients[:3], gradients.scores[0]))
+    assert all(x.dtype == np.float64 for x in (*result, *gradients[:3], gradients.score[0]))
     equal(result, reference.attention(*wide[:3], **wide_options))
     equal(gradients, reference.attention_gradients(*wide, **wide_options))
 
@@ -102,9 +102,9 @@ def test_any_dtype_is_computed_in_float64(dtype):
 def test_jax_arrays_are_computed_in_float64():
     q, k, v = (x[0, :, 0].astype(np.float32) for x in inputs()[:3])
     bias = np.random.default_rng(2).normal(size=(T, S)).astype(np.float32)
-    on_device = reference.head(*map(jnp.asarray, (q, k, v)), scores=[Bias(jnp.asarray(bias))])
+    on_device = reference.head(*map(jnp.asarray, (q, k, v)), score=[Bias(jnp.asarray(bias))])
     assert all(type(x) is np.ndarray and x.dtype == np.float64 for x in on_device)
-    equal(on_device, reference.head(q, k, v, scores=[Bias(bias)]))
+    equal(on_device, reference.head(q, k, v, score=[Bias(bias)]))
 
 
 def test_large_logits_are_exact():
@@ -123,10 +123,10 @@ def test_large_logits_are_exact():
 @pytest.mark.parametrize("shift", [1e3, -1e3])
 def test_a_shift_of_all_logits_moves_only_lse(shift):
     query, key, value, d_out, _ = inputs()
-    shifted = {"scores": [Bias(np.array(shift))]}
+    shifted = {"score": [Bias(np.array(shift))]}
     result = reference.attention(query, key, value, **shifted)
     plain = reference.attention(query, key, value)
     close(result.out, plain.out, 1e-11)
     close(result.lse, plain.lse + shift, 1e-11)
-    of_shift = reference.attention_gradients(query, key, value, d_out, **shifted).scores[0]
+    of_shift = reference.attention_gradients(query, key, value, d_out, **shifted).score[0]
     close(of_shift, 0.0, 1e-12)

@@ -22,7 +22,7 @@ from reference_problems import (
     inputs,
 )
 
-from attention_jax import reference
+from attention_jax import masks, reference
 from attention_jax.reference import Bias, Softcap
 
 # Empty rows, masked keys
@@ -44,10 +44,10 @@ def hiding(how, mask):
     bias = np.where(mask, 0.3, -np.inf)
     return {
         "mask": {"mask": mask},
-        "bias": {"scores": (Bias(bias),)},
-        "softcap, then bias": {"scores": (Softcap(CAP), Bias(bias))},
-        "bias twice": {"scores": (Bias(bias), Bias(np.full((T, S), 0.1)))},
-        "both": {"mask": mask, "scores": (Bias(bias),)},
+        "bias": {"score": (Bias(bias),)},
+        "softcap, then bias": {"score": (Softcap(CAP), Bias(bias))},
+        "bias twice": {"score": (Bias(bias), Bias(np.full((T, S), 0.1)))},
+        "both": {"mask": mask, "score": (Bias(bias),)},
     }[how]
 
 
@@ -70,20 +70,20 @@ def test_a_fully_masked_row_gives_zero(how):
     assert np.all(gradients.query[:, others] != 0.0)
     for array in gradients[:3]:
         assert np.all(np.isfinite(array))
-    for array in gradients.scores:
+    for array in gradients.score:
         if array is not None and array.shape == (B, N, T, S):
             assert np.all(array[:, :, EMPTY_ROWS] == 0.0)
 
 
 def test_if_all_rows_are_masked_everything_is_zero():
     arrays = inputs()
-    options = {"mask": np.zeros((1, 1), bool), "scores": (Softcap(CAP), Bias(np.ones((T, S))))}
+    options = {"mask": np.zeros((1, 1), bool), "score": (Softcap(CAP), Bias(np.ones((T, S))))}
     result = reference.attention(*arrays[:3], **options)
     assert np.all(result.out == 0.0)
     assert np.all(result.lse == -np.inf)
     gradients = reference.attention_gradients(*arrays, **options)
     assert gradients.scale == 0.0
-    for array in (*gradients[:3], gradients.scores[1]):
+    for array in (*gradients[:3], gradients.score[1]):
         assert np.all(array == 0.0)
 
 
@@ -137,14 +137,14 @@ def test_masked_entries_of_a_bias_may_hold_anything(poison):
     arrays, mask = inputs(), partial_mask()
     bias = np.random.default_rng(5).normal(size=(B, N, T, S))
     clean, planted = (
-        {"mask": mask, "scores": (Bias(b), Softcap(CAP), Bias(-b))}
+        {"mask": mask, "score": (Bias(b), Softcap(CAP), Bias(-b))}
         for b in (bias, np.where(mask, bias, poison))
     )
     equal(reference.attention(*arrays[:3], **planted), reference.attention(*arrays[:3], **clean))
     g = reference.attention_gradients(*arrays, **planted)
     equal(g, reference.attention_gradients(*arrays, **clean))
-    assert np.all(g.scores[0][~mask] == 0.0)
-    assert np.all(g.scores[2][~mask] == 0.0)
+    assert np.all(g.score[0][~mask] == 0.0)
+    assert np.all(g.score[2][~mask] == 0.0)
 
 
 def test_a_key_masked_in_one_head_stays_out_of_that_head_only():
@@ -169,15 +169,24 @@ def test_nan_at_a_visible_key_reaches_the_result():
 def test_a_softcap_after_a_bias_makes_masked_keys_visible():
     arrays = inputs()
     bias = np.where(np.arange(S) < 4, 0.0, -np.inf)
-    result = reference.attention(*arrays[:3], scores=(Bias(bias), Softcap(CAP)))
+    result = reference.attention(*arrays[:3], score=(Bias(bias), Softcap(CAP)))
     visible_again = np.exp(-CAP - np.moveaxis(result.lse, -1, -2))  # [B N T]
     close(result.weights[..., 4:], np.stack([visible_again] * (S - 4), axis=-1))
-    gradients = reference.attention_gradients(*arrays, scores=(Bias(bias), Softcap(CAP)))
+    gradients = reference.attention_gradients(*arrays, score=(Bias(bias), Softcap(CAP)))
     assert all(np.all(np.isfinite(x)) for x in gradients[:3])
-    assert np.all(gradients.scores[0][4:] == 0.0)
-    assert np.all(gradients.scores[0][:4] != 0.0)
+    assert np.all(gradients.score[0][4:] == 0.0)
+    assert np.all(gradients.score[0][:4] != 0.0)
     assert np.all(gradients.key[:, 4:] == 0.0)
     assert np.all(gradients.value[:, 4:] != 0.0)
+
+
+@pytest.mark.parametrize("step", [Softcap(CAP), Bias(np.ones((T, S)))], ids=["softcap", "bias"])
+def test_one_step_is_a_sequence_of_one(step):
+    *qkv, d_out, d_lse = inputs()
+    equal(reference.attention(*qkv, score=step), reference.attention(*qkv, score=[step]))
+    alone = reference.attention_gradients(*qkv, d_out, d_lse, score=step)
+    listed = reference.attention_gradients(*qkv, d_out, d_lse, score=[step])
+    equal(alone[:3], listed[:3])
 
 
 def test_examples_are_independent():
@@ -199,7 +208,7 @@ def test_no_keys_no_queries_no_examples(t, s, batch, sinks):
     )
     options = {
         "mask": np.ones((t, s), bool),
-        "scores": (Softcap(CAP), Bias(np.ones((1, s)))),
+        "score": (Softcap(CAP), Bias(np.ones((1, s)))),
         "sinks": sinks,
         "keep": np.ones((t, s), bool),
         "dropout_rate": RATE,
@@ -210,8 +219,8 @@ def test_no_keys_no_queries_no_examples(t, s, batch, sinks):
     assert np.all(result.lse == (-np.inf if sinks is None else 1.0))
     g = reference.attention_gradients(query, key, value, d_out, d_lse, **options)
     assert [x.shape for x in g[:3]] == [query.shape, key.shape, value.shape]
-    assert all(np.all(x == 0.0) for x in (*g[:3], g.scores[1], g.scale))
-    assert g.scores[1].shape == (1, s)
+    assert all(np.all(x == 0.0) for x in (*g[:3], g.score[1], g.scale))
+    assert g.score[1].shape == (1, s)
     if sinks is not None:
         equal(g.sinks, np.full(N, float(batch * t)))
 
@@ -249,13 +258,16 @@ ERRORS = {
     "key has 4 heads (K) but query has 6 (N): N must be a multiple of K": wrong(
         key=np.ones((B, S, 4, H)), value=np.ones((B, S, 4, D))
     ),
-    "key has 0 heads (K) but query has 6 (N): N must be a multiple of K": wrong(
+    "key has 0 heads (K) but query has 6 (N): K must be at least 1": wrong(
         key=np.ones((B, S, 0, H)), value=np.ones((B, S, 0, D))
     ),
     "query and key must have a width (H) of at least 1, got 0": wrong(
         query=np.ones((B, T, N, 0)), key=np.ones((B, S, K, 0))
     ),
     "mask must be bool, got float64": wrong(mask=np.ones((T, S))),
+    "mask must be bool, got object: convert a Mask with mask.to_dense(T, S)": wrong(
+        mask=masks.causal()
+    ),
     "mask must broadcast to [*B N T S] = (2, 6, 5, 7), got (7, 5)": wrong(
         mask=np.ones((S, T), bool)
     ),
@@ -269,13 +281,11 @@ ERRORS = {
     "keep must be given with a dropout_rate of 0.3, got None": wrong(dropout_rate=RATE),
     "dropout_rate must be in [0, 1), got 1.0": wrong(keep=np.True_, dropout_rate=1.0),
     "dropout_rate must be in [0, 1), got -0.1": wrong(keep=np.True_, dropout_rate=-0.1),
-    "scores[1].array must broadcast to [*B N T S] = (2, 6, 5, 7), got (7, 1)": wrong(
-        scores=(Softcap(CAP), Bias(np.ones((S, 1))))
+    "score[1].array must broadcast to [*B N T S] = (2, 6, 5, 7), got (7, 1)": wrong(
+        score=(Softcap(CAP), Bias(np.ones((S, 1))))
     ),
-    "scores must be a sequence of Softcap and Bias steps, got Softcap(cap=1.7)": wrong(
-        scores=Softcap(CAP)
-    ),
-    "scores must be a sequence of Softcap and Bias steps, got [3.0]": wrong(scores=[3.0]),
+    "score must be Softcap or Bias, or a sequence of them, got 3.0": wrong(score=3.0),
+    "score must be Softcap or Bias, or a sequence of them, got [3.0]": wrong(score=[3.0]),
     "sinks must have shape [N] with N = 6, got (3,)": wrong(sinks=np.ones(K)),
     "scale must be one number, got shape (6,)": wrong(scale=np.ones(N)),
     "cap must be a positive number, got 0.0": lambda: Softcap(0.0),

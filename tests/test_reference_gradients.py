@@ -29,10 +29,10 @@ def losses(arrays, options, use_lse=True):
     yield "scale", np.float64(options.get("scale", H**-0.5)), lambda x: loss(scale=x)
     if "sinks" in options:
         yield "sinks", options["sinks"], lambda x: loss(sinks=x)
-    steps = tuple(options.get("scores", ()))
+    steps = tuple(options.get("score", ()))
     for i, step in enumerate(steps):
         if isinstance(step, Bias):
-            yield i, step.array, lambda x, i=i: loss(scores=(*steps[:i], Bias(x), *steps[i + 1 :]))
+            yield i, step.array, lambda x, i=i: loss(score=(*steps[:i], Bias(x), *steps[i + 1 :]))
 
 
 @pytest.mark.parametrize("use_lse", [True, False], ids=["lse", "no lse"])
@@ -43,7 +43,7 @@ def test_gradients_equal_finite_differences(options, use_lse):
     gradients = reference.attention_gradients(*arrays[:4], d_lse, **options)
     rng = np.random.default_rng(3)
     for name, x, loss in losses(arrays, options, use_lse):
-        gradient = gradients.scores[name] if isinstance(name, int) else getattr(gradients, name)
+        gradient = gradients.score[name] if isinstance(name, int) else getattr(gradients, name)
         assert np.shape(gradient) == x.shape, name
         for direction in rng.normal(size=(3, *x.shape)):
             close(np.sum(gradient * direction), along(loss, x, direction), 1e-7)
@@ -70,16 +70,16 @@ def test_each_entry_of_each_gradient_equals_finite_differences():
     }
 
     def loss(q, k, v, bias, sink, scale):
-        scores = (Softcap(CAP), Bias(bias))
-        result = reference.head(q, k, v, scores=scores, sink=sink, scale=scale, **options)
+        score = (Softcap(CAP), Bias(bias))
+        result = reference.head(q, k, v, score=score, sink=sink, scale=scale, **options)
         return np.sum(result.out * d_out) + np.sum(result.lse * d_lse)
 
-    options_at_point = dict(options, scores=(Softcap(CAP), Bias(point["bias"])))
+    options_at_point = dict(options, score=(Softcap(CAP), Bias(point["bias"])))
     g = reference.head_gradients(
         q, k, v, d_out, d_lse, sink=point["sink"], scale=point["scale"], **options_at_point
     )
-    assert g.scores[0] is None
-    gradients = [g.query, g.key, g.value, g.scores[1], g.sinks, g.scale]
+    assert g.score[0] is None
+    gradients = [g.query, g.key, g.value, g.score[1], g.sinks, g.scale]
     for (name, x), gradient in zip(point.items(), gradients, strict=True):
         for i in np.ndindex(x.shape):
             unit = np.zeros(x.shape)
@@ -90,7 +90,7 @@ def test_each_entry_of_each_gradient_equals_finite_differences():
 
 def test_gradients_equal_automatic_differentiation():
     arrays, options = inputs(), every_option()
-    first, _, second = options["scores"]
+    first, _, second = options["score"]
 
     def loss(query, key, value, first, second, sinks, scale):
         key, value = jnp.repeat(key, G, axis=2), jnp.repeat(value, G, axis=2)
@@ -110,8 +110,8 @@ def test_gradients_equal_automatic_differentiation():
         expected = [np.asarray(x) for x in expected]
     assert expected[0].dtype == np.float64
     g = reference.attention_gradients(*arrays, **options)
-    assert g.scores[1] is None
-    actual = [g.query, g.key, g.value, g.scores[0], g.scores[2], g.sinks, g.scale]
+    assert g.score[1] is None
+    actual = [g.query, g.key, g.value, g.score[0], g.score[2], g.sinks, g.scale]
     for a, e in zip(actual, expected, strict=True):
         assert np.shape(a) == e.shape
         close(a, e)
@@ -132,8 +132,8 @@ def test_delta_is_the_row_sum_of_out_times_its_gradient():
 )
 def test_the_gradient_of_a_bias_has_its_shape(shape):
     arrays = inputs()
-    full = reference.attention_gradients(*arrays, scores=[Bias(np.zeros((B, N, T, S)))]).scores[0]
-    own = reference.attention_gradients(*arrays, scores=[Bias(np.zeros(shape))]).scores[0]
+    full = reference.attention_gradients(*arrays, score=[Bias(np.zeros((B, N, T, S)))]).score[0]
+    own = reference.attention_gradients(*arrays, score=[Bias(np.zeros(shape))]).score[0]
     assert own.shape == shape
     padded = (1,) * (4 - len(shape)) + shape
     axes = tuple(i for i in range(4) if padded[i] == 1)

@@ -98,7 +98,7 @@ def test_report_twice_changes_nothing_and_check_notices_a_stale_page(options, ca
 @pytest.mark.parametrize(
     ("scores", "comment"),
     [
-        ({"text_cnn": 0.9, "attention": 0.95}, "Each model is better than the one before it"),
+        ({"text_cnn": 0.9, "attention": 0.95}, "Each model is better than the one above it."),
         ({"text_cnn": 0.9, "attention": 0.9}, "(90.0) and text_cnn (90.0) are within the spread"),
         ({"text_cnn": 0.9, "attention": 0.85}, "text_cnn (90.0) is better than attention (85.0)"),
         ({"attention": 0.85}, "Only one model of the ladder"),

@@ -1,4 +1,4 @@
-"""Stacks with rematerialisation, and in one scan."""
+"""Stacks with rematerialization, and in one scan."""
 
 import jax
 import numpy as np

@@ -90,12 +90,12 @@ def test_parses_marked_nouns_and_relations():
         "Cause-Effect(e2,e1)\r\nComment: none\r\n\r\n"
         '2\t"A <e1>b</e1> <e2>c</e2>"\r\nOther\r\nComment:\r\n'
     )
-    labelled = relations.parse(content)
-    assert labelled.texts == [
+    labeled = relations.parse(content)
+    assert labeled.texts == [
         "the <e1> fire </e1> , so they say , was no <e2> spark </e2> .",
         "a <e1> b </e1> <e2> c </e2>",
     ]
-    assert [relations.CLASSES[i] for i in labelled.labels] == ["Cause-Effect(e2,e1)", "Other"]
+    assert [relations.CLASSES[i] for i in labeled.labels] == ["Cause-Effect(e2,e1)", "Other"]
 
 
 def test_macro_f1_needs_the_direction_and_leaves_other_out():

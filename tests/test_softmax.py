@@ -117,7 +117,7 @@ def test_a_sink_joins_the_denominator_once(p, sink):
         np.testing.assert_allclose(x, expected, rtol=2e-5, atol=2e-6)
 
 
-def test_dropout_does_not_change_the_normaliser(x64):
+def test_dropout_does_not_change_the_normalizer(x64):
     s, v = problem(0, 0.0, 1.0)
     keep = np.random.default_rng(0).integers(0, 2, (T, S)) * 2.0
     state = softmax.update(softmax.start(T, D, jnp.float64), *map(jnp.asarray, (s, v, keep)))

@@ -56,7 +56,7 @@ def test_equals_the_oracle(name, case):
     assert_right(name, case)
 
 
-# --- Against the materialised path: options that the catalogue has only with arrays, and combined.
+# --- Against the materialized path: options that the catalogue has only with arrays, and combined.
 
 
 inputs = functools.partial(helpers.inputs, B=(2,), T=70, S=150, N=4, K=2, H=16, D=8)
@@ -89,7 +89,7 @@ TOGETHER = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TOGETHER)
-def test_equals_the_materialised_path(name):
+def test_equals_the_materialized_path(name):
     results = [
         value_and_gradients(fn, *inputs(), **TOGETHER[name])
         for fn in (interpreted, functools.partial(attention, implementation="xla"))
@@ -188,8 +188,8 @@ OFFSETS = np.array([1, 2], np.int32)
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"platform": "cpu"}, "for TPUs, this is a cpu"),
-        ({"platform": "gpu"}, "for TPUs, this is a gpu"),
+        ({"platform": "cpu"}, "for TPUs, the platform is cpu"),
+        ({"platform": "gpu"}, "for TPUs, the platform is gpu"),
         ({"dtype": "float16"}, "float16"),
         ({"dropout_rate": 0.1, "dropout_key": jax.random.key(0)}, "dropout"),
         ({"score": scores.alibi()}, "score Alibi"),
@@ -206,5 +206,5 @@ def test_refuses_with_a_reason(options, words):
 
 
 def test_by_name_on_another_platform_says_which_can():
-    with pytest.raises(NotImplementedError, match=r"for TPUs, this is a cpu.*blockwise, xla"):
+    with pytest.raises(NotImplementedError, match=r"for TPUs, the platform is cpu.*blockwise, xla"):
         attention(*inputs(), implementation="splash")

@@ -104,7 +104,7 @@ def test_causal_from_the_wrong_corner(lengths):
     assert failing(wrong, f"causal end, {lengths}") == ALL
 
 
-def test_dropout_before_the_normaliser():
+def test_dropout_before_the_normalizer():
     wrong = functools.partial(formula, drop_logits=True)
     assert failing(wrong, "plain") == set()
     assert failing(wrong, "plain", dropout_rate=0.3) == ALL

@@ -105,7 +105,7 @@ def test_derivatives_equal_finite_differences(implementation, order):
 
 
 @each_setting
-def test_gradients_equal_the_materialised_ones(setting):
+def test_gradients_equal_the_materialized_ones(setting):
     p, f, plain = setup(setting, "blockwise", "xla")
     got, expected = (jax.jit(jax.value_and_grad(scalar(g)))(p) for g in (f, plain))
     close(got, expected)
@@ -126,7 +126,7 @@ def test_jvp_linearize_and_vjp_agree():
     close(jax.linear_transpose(push, dots)(cotangents)[0], pulled)
 
 
-def test_hessians_equal_the_materialised_ones():
+def test_hessians_equal_the_materialized_ones():
     p, f, plain = setup("everything", "blockwise", "xla")
     q = {n: p[n] for n in p if n in ("query", "scale", "bias", "slopes")}  # the rest held fixed
 

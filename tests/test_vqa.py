@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from experiments.tasks import vqa
-from experiments.tasks.vqa import COLOURS, SHAPES, SIDE
+from experiments.tasks.vqa import COLORS, SHAPES, SIDE
 
 CONFIG = vqa.PRESETS["smoke"]
 
@@ -17,12 +17,12 @@ CONFIG = vqa.PRESETS["smoke"]
 def answer(scene, kind, question):
     """The answer, worked out independently from the scene and the words of the question."""
     words = question.split()
-    things = [(colour, shape, cell % SIDE) for cell, (colour, shape) in scene.items()]
-    if kind == "colour":
-        (found,) = [colour for colour, shape, _ in things if shape == words[4]]
+    things = [(color, shape, cell % SIDE) for cell, (color, shape) in scene.items()]
+    if kind == "color":
+        (found,) = [color for color, shape, _ in things if shape == words[4]]
         return found
     if kind == "shape":
-        (found,) = [shape for colour, shape, _ in things if colour == words[3]]
+        (found,) = [shape for color, shape, _ in things if color == words[3]]
         return found
     if kind == "count":
         return vqa.COUNTS[sum(shape == words[2] for _, shape, _ in things)]
@@ -49,13 +49,13 @@ def test_answers_to_each_question_are_equally_frequent():
         _, kind, question, given = vqa.example(rng)
         counts[kind, question][given] += 1
     for (kind, question), count in counts.items():
-        expected = {"colour": 4, "shape": 3, "count": 4, "there": 2, "left": 2}[kind]
+        expected = {"color": 4, "shape": 3, "count": 4, "there": 2, "left": 2}[kind]
         assert len(count) == expected
         share = max(count.values()) / count.total()
         assert share < 1 / expected + 4 * (0.25 / count.total()) ** 0.5, question
 
 
-def test_cells_show_their_shape_in_their_colour():
+def test_cells_show_their_shape_in_their_color():
     image = vqa.render({0: ("red", "square"), 5: ("yellow", "circle")})
     cells = np.asarray(vqa.patches(image[None]))[0].reshape(9, 8, 8, 3)
     assert cells[0][..., 0].sum() == 36
@@ -64,7 +64,7 @@ def test_cells_show_their_shape_in_their_colour():
     assert not np.delete(cells, [0, 5], axis=0).any()
     looks = {shape: vqa.render({4: ("red", shape)})[..., 0].tobytes() for shape in SHAPES}
     assert len(set(looks.values())) == len(SHAPES)
-    assert len({vqa.render({4: (c, "square")}).tobytes() for c in COLOURS}) == len(COLOURS)
+    assert len({vqa.render({4: (c, "square")}).tobytes() for c in COLORS}) == len(COLORS)
 
 
 def test_batches_are_resumable_from_any_step():

@@ -1,18 +1,18 @@
-"""The backends: what each supports, and which is tried first where.
+"""The backends, and the order in which they are tried.
 
 =============  ====================================================================
-``xla``        materialised: the formula in plain sight, and fast for short lengths
+``xla``        the formula in plain JAX, with ``T x S`` arrays; fast for short lengths
 ``blockwise``  linear memory on every platform, any mask and score
 ``native``     our CPU kernel in C++: linear memory, most masks and scores
-``cudnn``      NVIDIA's fused kernel, for the calls that it computes exactly
+``cudnn``      NVIDIA's fused kernel, for the calls that it computes accurately
 ``pallas_gpu`` our GPU kernels: linear memory, most masks and scores
 ``splash``     JAX's own TPU kernel
-``fa4``        FlashAttention 4 from the package fa4-jax, where it is asked for by name
+``fa4``        FlashAttention 4 from the package fa4-jax, only if asked for by name
 =============  ====================================================================
 
-Nothing is probed at import and nothing is remembered: the choice depends on the ``Spec`` of a call
-alone. ``attention`` also takes a configured value, such as ``Blockwise(block_q=128)``, or a
-``Backend`` of your own, in place of a name.
+Nothing is probed at import and no state is kept: the choice depends only on the ``Spec`` of a call.
+In place of a name, ``attention`` also takes a configured value, such as ``Blockwise(block_q=128)``,
+or a ``Backend`` of your own.
 """
 
 from __future__ import annotations
@@ -63,42 +63,43 @@ IMPLEMENTATIONS: dict[str, Backend] = {
     "fa4": FA4(),
 }
 
-# The kernels of each platform, in the order they are tried, before what runs everywhere.
+# The kernels of each platform in the order they are tried, with the reason to choose them.
 KERNELS = {
     "cpu": (("native", "our kernel in C++: linear memory, skips empty blocks"),),
     "gpu": (
-        ("cudnn", "the vendor's fused kernel, for the calls it computes exactly"),
-        ("pallas_gpu", "linear memory, any mask and score, skips empty blocks"),
+        ("cudnn", "NVIDIA's fused kernel: linear memory"),
+        ("pallas_gpu", "our GPU kernels: linear memory, skips empty blocks"),
     ),
     "tpu": (("splash", "JAX's own kernel: linear memory, skips empty blocks"),),
 }
 
-# On a CPU, shorter calls are over before a kernel has prepared its blocks. Milliseconds, native
-# and in one piece: 32 heads of 16 x 16, 0.20 and 0.11; 128 heads of 32 x 32, 0.68 and 0.78 (two
-# cores of an AMD EPYC).
+# On a CPU, xla is faster than native for shorter calls, in which preparing blocks takes most of the
+# time. Milliseconds of native and xla: 32 heads of 16 x 16, 0.20 and 0.11; 128 heads of 32 x 32,
+# 0.68 and 0.78 (two cores of an AMD EPYC).
 NATIVE_FROM = 33
 
-# Without that kernel, sequences up to this length are faster in one batched product, which XLA
-# fuses with the softmax, than in a loop over heads: `python -m experiments bench --only short`. The
-# choice must not depend on heads or batch size, which may differ between training and serving.
-MATERIALISE_UP_TO = 256
+# Without native, sequences up to this length are faster as one batched product, which XLA fuses
+# with the softmax, than in blockwise's loop over heads: `python -m experiments bench --only short`.
+# The choice must not depend on heads or batch size, which may differ between training and serving.
+MATERIALIZE_UP_TO = 256
 
 # The same holds for a few queries against a cache, whose mask holds positions: a decoding step is
-# itself in a loop, in which XLA copies the cache for every loop inside. ms per token of GPT-2's
-# size, blockwise and in one piece: 43 and 17 with room for 1,000 tokens, 64 and 22 for 2,000, 152
-# and 45 for 6,000.
+# part of a loop, and XLA copies the cache for every loop inside it. Milliseconds per token of a
+# model of GPT-2's size with blockwise and xla: 43 and 17 for a capacity of 1,000 tokens, 64 and 22
+# for 2,000, 152 and 45 for 6,000.
 MOST_PAIRS_OF_A_CACHE = 2**20
+
+ONLY_BY_NAME = "only if asked for by name"
 
 # A name of IMPLEMENTATIONS, or a configured value.
 Named = str | Backend
 
 
 def platform() -> str:
-    """``"cpu"``, ``"gpu"`` or ``"tpu"``: where what is being traced will run.
+    """The platform that the program being traced will run on: ``"cpu"``, ``"gpu"`` or ``"tpu"``.
 
-    The platform of the mesh in use (``jax.set_mesh``), which may be one that this machine does not
-    have: so programs are compiled ahead of time. Else that of the default device, if one is set,
-    else the default backend.
+    It is that of the mesh in use (``jax.set_mesh``), which this machine need not have when it
+    compiles ahead of time; otherwise that of the default device, if set, or of the default backend.
     """
     device = mesh_platform() or jax.config.jax_default_device  # type: ignore[attr-defined]
     if device is None:
@@ -110,57 +111,49 @@ def platform() -> str:
 def partitioned() -> bool:
     """Whether the mesh in use has Auto axes, over which the compiler partitions the program.
 
-    It cannot partition a kernel. Inside ``shard_map`` each device has a program of its own, and so
-    it has for arrays on Explicit axes, see ``heads``.
+    The compiler cannot partition a kernel. Inside ``shard_map`` every device runs its own program,
+    and so it does for arrays on Explicit axes, see ``heads``.
     """
     mesh = jax.sharding.get_abstract_mesh()
     return any(mesh.shape[name] > 1 for name in mesh.auto_axes)
 
 
 def preference(spec: Spec) -> tuple[tuple[str, str], ...]:
-    """All implementations in the order they are tried, each with the reason for its place.
+    """All implementations in the order they are tried, each with the reason to choose it.
 
-    Those without a place come last, after what runs everywhere: they run only if asked for.
+    Those that run only if asked for come last.
     """
     kernels = KERNELS.get(spec.platform, ())
     everywhere = _everywhere(spec)
-    elsewhere = tuple(
-        (name, f"for a {place}")
-        for place, others in KERNELS.items()
-        if place != spec.platform
-        for name, _ in others
-    )
-    placed = (*kernels, *everywhere, *elsewhere)
+    placed = (*kernels, *everywhere)
     T, S = spec.sizes.T, spec.sizes.S
     if spec.platform == "cpu" and not spec.sizes.symbolic_lengths and max(T, S) < NATIVE_FROM:
-        short = ("xla", f"T and S are below {NATIVE_FROM}: faster in one piece")
+        short = ("xla", f"fastest where T and S are below {NATIVE_FROM}")
         placed = (short, *(each for each in placed if each[0] != "xla"))
     unplaced = (name for name in IMPLEMENTATIONS if name not in dict(placed))
-    return (*placed, *((name, "only if asked for by name") for name in unplaced))
+    return (*placed, *((name, ONLY_BY_NAME) for name in unplaced))
 
 
 def _everywhere(spec: Spec) -> tuple[tuple[str, str], ...]:
-    """What runs on every platform."""
+    """The backends that run on every platform, in the order in which they are tried."""
     T, S = spec.sizes.T, spec.sizes.S
+    in_blocks = "linear memory, skips empty blocks"
     if spec.sizes.symbolic_lengths:
         return (
-            ("xla", "symbolic lengths: it needs no block sizes"),
-            ("blockwise", "its blocks depend on lengths"),
+            ("xla", "its program does not depend on the lengths, which are symbolic"),
+            ("blockwise", in_blocks),
         )
-    if max(T, S) <= MATERIALISE_UP_TO:
+    if max(T, S) <= MATERIALIZE_UP_TO:
         return (
-            ("xla", f"T and S are at most {MATERIALISE_UP_TO}: faster in one piece"),
-            ("blockwise", f"loops pay off only for T or S above {MATERIALISE_UP_TO}"),
+            ("xla", f"faster than loops where T and S are at most {MATERIALIZE_UP_TO}"),
+            ("blockwise", in_blocks),
         )
     if T <= FEW_QUERIES and leaves(spec.mask) and T * S <= MOST_PAIRS_OF_A_CACHE:
         return (
-            ("xla", "few queries and a mask of arrays, as of a cache: faster in one piece"),
-            ("blockwise", "inside a decoding loop its own loops would copy the cache"),
+            ("xla", "faster than loops for a few queries and a mask that holds arrays"),
+            ("blockwise", in_blocks),
         )
-    return (
-        ("blockwise", "linear memory, skips empty blocks"),
-        ("xla", "materialises T x S arrays: blockwise is preferred"),
-    )
+    return (("blockwise", in_blocks), ("xla", "computes all T x S pairs at once"))
 
 
 class Choice(NamedTuple):
@@ -195,11 +188,13 @@ def choose(asked: tuple[Named, ...] | None, spec: Spec) -> Choice:
     def reason(other: str) -> str:
         if (refused := why_not[other]) is not None:
             return f"cannot: {refused}"
-        if asked is None:
-            return places[other]
+        if asked is not None and other not in names:
+            return "not asked for"
         if other == name:
-            return "asked for"
-        return f"asked for after {name}" if other in names else "not asked for"
+            return places[other] if asked is None else "asked for"
+        if asked is None and places[other] == ONLY_BY_NAME:
+            return ONLY_BY_NAME
+        return f"not needed: {name} comes first"
 
     able = [other for other in (*given, *IMPLEMENTATIONS) if why_not[other] is None]
     refusal = "; ".join(f"implementation {x!r} cannot: {why_not[x]}" for x in names)

@@ -1,8 +1,8 @@
-"""What a backend is given: one call of ``attention``, checked and in one form.
+"""The input of a backend: the checked arguments of one call of ``attention``.
 
-``bind`` is the one way from public arguments to a ``Call``; ``complete`` fills in what depends on
-shapes; ``Spec`` is all of it that does not depend on the values in the arrays, from which backends
-are chosen. A ``Backend`` is ``why_unsupported(spec)`` and ``run(call, spec)``.
+``bind`` converts public arguments to a ``Call``, ``complete`` fills in what depends on shapes, and
+``spec_of`` summarizes the call without the values of its arrays as a ``Spec``, from which a backend
+is chosen. A ``Backend`` has two methods, ``why_unsupported(spec)`` and ``run(call, spec)``.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Call(NamedTuple):
 
 
 class Head(NamedTuple):
-    """The same for one head of one example."""
+    """The arguments of one call for one head of one example."""
 
     query: Float[Array, "T H"]
     key: Float[Array, "S H"]
@@ -69,16 +69,16 @@ class Head(NamedTuple):
 
 
 class Spec(NamedTuple):
-    """What a backend is asked for: everything about a call but the values in its arrays.
+    """Everything about a call except the values of its arrays.
 
-    Mask and scores are resolved and their arrays at full rank (see ``pytree.full_rank``).
+    Mask and scores are resolved, and their arrays have full rank (see ``pytree.full_rank``).
     """
 
     sizes: Sizes
     dtype: Any
     mask: Mask | None
     score: tuple[Score, ...]
-    scale: float | None  # None: an array, whose value is not known while tracing
+    scale: float | None  # None if it is an array, whose value is not known while tracing
     sinks: bool  # whether there are sinks
     dropout: bool  # whether the dropout rate is above 0
     return_lse: bool  # whether the lse is returned
@@ -89,30 +89,29 @@ class Spec(NamedTuple):
 class Backend:
     """One way to compute attention.
 
-    A subclass is a frozen dataclass: its fields configure it (block sizes, tiles), and
-    ``attention`` takes the configured value as ``implementation``. ``backends.IMPLEMENTATIONS``
-    lists those that have a name.
+    A subclass is a frozen dataclass whose fields configure it (block sizes, tiles). ``attention``
+    takes such a value as ``implementation``; ``backends.IMPLEMENTATIONS`` gives some of them names.
     """
 
-    # The kernel needs ``scale`` and the Python numbers of scores as constants of the program.
+    # Whether the kernel needs ``scale`` and Python numbers in scores as constants of the program.
     STATIC_NUMBERS: ClassVar[bool] = False
 
     def __str__(self) -> str:
-        """The class and the fields that are not the default."""
+        """The class, with the fields that differ from their defaults."""
         fields = dataclasses.fields(self)  # type: ignore[arg-type]  # of a subclass
         given = [f.name for f in fields if getattr(self, f.name) != f.default]
         return f"{type(self).__name__}({', '.join(f'{x}={getattr(self, x)}' for x in given)})"
 
     def why_unsupported(self, spec: Spec) -> str | None:
-        """What of a call this backend cannot compute, in words; None where it can do it all."""
+        """Why this backend does not support a call, in words; None if it does."""
         raise NotImplementedError(f"{type(self).__name__} must define why_unsupported(spec)")
 
     def run(self, call: Call, spec: Spec) -> tuple[jax.Array, jax.Array]:
-        """Output ``[*B T N D]`` and lse ``[*B T N]``, whose value is arbitrary if not returned."""
+        """Output ``[*B T N D]`` and lse ``[*B T N]``, arbitrary unless ``spec.return_lse``."""
         raise NotImplementedError(f"{type(self).__name__} must define run(call, spec)")
 
     def extra_bytes(self, spec: Spec) -> int:
-        """Memory of the forward pass, not counting arguments and results."""
+        """Memory of the forward pass in bytes, not counting arguments and results."""
         raise NotImplementedError(f"{type(self).__name__} must define extra_bytes(spec)")
 
     def block(self, spec: Spec) -> tuple[int, int] | None:
@@ -121,14 +120,14 @@ class Backend:
 
 
 def symbolic_lengths_refused(sizes: Sizes) -> str | None:
-    """The refusal of a backend whose blocks depend on the lengths."""
+    """Why a backend whose blocks depend on the lengths does not support these sizes; else None."""
     if sizes.symbolic_lengths:
         return "T or S is symbolic, and its blocks depend on lengths that are known while tracing"
     return None
 
 
 def symbolic_sizes_refused(sizes: Sizes) -> str | None:
-    """The refusal of a backend whose grid also depends on the batch size."""
+    """The same for a backend whose grid also depends on the batch size."""
     if sizes.symbolic_batch:
         return "B is symbolic, and its kernel is launched for a batch size known while tracing"
     return symbolic_lengths_refused(sizes)
@@ -148,14 +147,14 @@ def bind(
     static_numbers: bool = False,
     abstract: bool = False,
 ) -> Call:
-    """Public arguments as a ``Call``: a pytree of arrays, ready to be an argument of ``jax.jit``.
+    """Public arguments as a ``Call``, a pytree of arrays that can be passed to ``jax.jit``.
 
-    A bool array becomes ``masks.dense``, a single score a tuple, a dropout rate and its key a
-    ``Dropout``; the arrays that functions close over become leaves. Nothing depends on shapes yet.
+    A bool array becomes ``masks.dense``, a single score a tuple, a dropout rate and key a
+    ``Dropout``, and arrays that functions close over become leaves. Shapes are not checked yet.
 
     Args:
       query, key, value, mask, score, sinks, scale, dropout_rate, dropout_key: as for ``attention``.
-      static_numbers: keep Python numbers of scores as constants of the program.
+      static_numbers: keep Python numbers in scores as constants of the program.
       abstract: query, key and value may be ``jax.ShapeDtypeStruct``.
 
     Raises:
@@ -185,7 +184,7 @@ def bind(
 def complete(call: Call) -> tuple[Call, Sizes]:
     """The call with its shapes checked, offsets resolved, masks and scores at full rank.
 
-    Only shapes matter, so ``attention`` runs it while tracing, once per shape.
+    It depends on shapes only, so ``attention`` runs it while tracing, once per shape.
 
     Raises:
       TypeError, ValueError: shapes or dtypes that do not fit together; the message names the
@@ -222,11 +221,11 @@ def spec_of(
     return_lse: bool = False,
     partitioned: bool = False,
 ) -> Spec:
-    """What a backend is asked for by a complete call.
+    """The ``Spec`` of a complete call.
 
     Args:
-      scale: that of the call, if it is known while tracing.
-      The rest as the fields of ``Spec``.
+      scale: the scale of the call, if it is known while tracing.
+      The rest as in ``Spec``.
     """
     return Spec(
         sizes=sizes,
@@ -259,11 +258,11 @@ def _hoisted(
     *,
     numbers: bool,
 ) -> tuple[Mask | None, tuple[Score, ...]]:
-    """Mask and scores with arrays in place of what need not be a constant of the program.
+    """Mask and scores with arrays in place of values that need not be constants of the program.
 
     Args:
       arrays: query, key and value.
-      numbers: False keeps Python numbers static, as some kernels require.
+      numbers: also replace Python numbers; False for kernels that need them as constants.
     """
     dtype = jax.dtypes.canonicalize_dtype(accumulation_dtype(arrays[0].dtype))
     mask = None if mask is None else mask.hoisted(dtype, numbers)
@@ -272,7 +271,7 @@ def _hoisted(
     return jax.tree.map(_not_folded, (mask, score)) if tracing else (mask, score)
 
 
-# A NumPy mask of 4096 x 4096 took 30 s to compile as a constant, and 0.5 s behind a barrier.
+# A NumPy mask of 4096 x 4096 takes 30 s to compile as a constant, and 0.5 s behind a barrier.
 LARGE_CONSTANT = 2**12  # entries
 
 
@@ -315,13 +314,13 @@ def as_scores(score: Any) -> tuple[Score, ...]:
 
 
 def _hint(x: Any, namespace: Any, argument: str, wrapped: str) -> str:
-    """What to do about a wrong mask or score; empty if there is nothing to suggest.
+    """A suggestion for a wrong mask or score; empty if there is none.
 
     Args:
       x: the argument.
       namespace: ``masks`` or ``scores``.
       argument: its name.
-      wrapped: how a function becomes a mask or score.
+      wrapped: how to make a mask or score of a function.
     """
     module = namespace.__name__.rpartition(".")[2]
     name = x if isinstance(x, str) else getattr(x, "__name__", "")
@@ -332,6 +331,8 @@ def _hint(x: Any, namespace: Any, argument: str, wrapped: str) -> str:
         return f": pass it as {other}="
     if callable(x):
         return f": wrap it, {module}.{wrapped}"
+    if isinstance(x, (bool, int)) and argument == "mask":
+        return ": pass None to attend to every key, or masks.causal() to mask those that follow"
     if isinstance(x, (list, tuple)):
         return ": convert it with np.asarray" if argument == "mask" else ""
     if x is None:
@@ -340,16 +341,20 @@ def _hint(x: Any, namespace: Any, argument: str, wrapped: str) -> str:
 
 
 def check_types(arrays: dict[str, Any], *, abstract: bool = False) -> None:
-    """Raises unless everything is a floating array, or a number where one will do.
+    """Raises unless all are floating arrays; ``scale`` may also be a number.
 
     Args:
       arrays: by argument name.
-      abstract: ``jax.ShapeDtypeStruct`` will do too.
+      abstract: allow ``jax.ShapeDtypeStruct``.
     """
     for name, x in arrays.items():
         if x is None and name in ("sinks", "scale"):
             continue
-        if name == "scale" and is_number(x):
+        if name == "scale" and not is_array(x):
+            if not is_number(x):
+                raise TypeError(
+                    f"scale must be a number, a floating array of shape [] or None, got {kind(x)}"
+                )
             continue
         check_float_array(name, x)
         if isinstance(x, jax.ShapeDtypeStruct) and not abstract:

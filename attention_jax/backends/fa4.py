@@ -71,8 +71,8 @@ class FA4(Backend):
             ),
             (
                 importlib.util.find_spec(PACKAGE) is None,
-                'the package fa4-jax is not installed: pip install "attention_jax[gpu]", with '
-                "Python 3.12 or later",
+                "the package fa4-jax is not installed: pip install -e '.[gpu]', with Python 3.12 "
+                "or later",
             ),
             (spec.partitioned, "the compiler cannot partition its kernel: use shard_map"),
             (

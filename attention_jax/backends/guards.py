@@ -1,6 +1,6 @@
-"""Arrays that refuse, in words, the transformations that a kernel from outside does not have.
+"""Raises clear errors for transformations that a third-party kernel does not support.
 
-Without them a user meets the error of some inner function, which does not say what to do.
+Without them a user would see an error of some inner function that does not say what to do.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ def guard(
     forward_mode: bool = True,
     batched: str | None = None,
 ) -> tuple[Any, ...]:
-    """The arrays as they are; a second derivative raises ``NotImplementedError``.
+    """The arrays unchanged, except that a second derivative raises ``NotImplementedError``.
 
     Args:
       arrays: floating arrays.
       name: of the implementation.
-      instead: how to call one that can.
+      instead: the ``implementation`` argument of one that supports it.
       forward_mode: whether the first derivative may be taken in forward mode.
-      batched: why there is no ``vmap``; None if there is.
+      batched: why ``vmap`` is not supported; None if it is.
     """
     about = f"implementation {name!r} cannot: {{}}. Ask for implementation={instead}"
     params = {

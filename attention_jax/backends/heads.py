@@ -1,4 +1,4 @@
-"""From one head of one example to all: ``vmap`` over ``*B``, ``K`` and ``G``.
+"""Maps a function of one head of one example over ``*B``, ``K`` and ``G`` with ``vmap``.
 
 A head function takes a ``Head``::
 
@@ -38,9 +38,9 @@ def over_heads_and_examples(
     """``head`` on every head of every example.
 
     Args:
-      head: from a ``Head`` to a tuple of arrays.
-      call: the arguments, masks and scores at full rank.
-      sizes: what the axis letters stand for.
+      head: a function of a ``Head`` that returns a tuple of arrays.
+      call: the arguments, with masks and scores at full rank.
+      sizes: of the axes.
       outputs: per array, its axes with ``*B`` and ``N``, such as ``"*B T N D"``.
       inputs: the axes of query, key and value.
     """

@@ -1,7 +1,7 @@
-"""Where the mapped axes of arrays are: what ``vmap`` notes and a primitive's kernel loops over.
+"""Which axes of arrays are mapped: ``vmap`` adds them, and a primitive's kernel loops over them.
 
-Batch axes and heads are mapped axes too. Each is a level, the outermost first; an array has a level
-at one of its axes, or not at all.
+Batch axes and heads are mapped axes too. Each mapped axis is a level, the outermost first; an array
+has a level at one of its axes, or lacks it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 from attention_jax.core.axes import Shape
 
-# Where each mapped axis of an array is, outermost first; None: the array does not have it.
+# The axis of an array at each level, outermost first; None if the array lacks the level.
 Dims = tuple[int | None, ...]
 
 

@@ -1,14 +1,13 @@
-"""A primitive's program under an Auto mesh: every device runs its share of the mapped axes.
+"""Partitions a primitive over a mesh with Auto axes: each device runs a part of the mapped axes.
 
-XLA cannot partition the loops of a kernel: left alone it gathers the operands and runs everything
-on every device. It need not: batch and heads are mapped axes of the primitive, and a program for
-fewer of them is the same program. So XLA is told, through ``custom_partitioning``, that the mapped
-axes may be sharded and all others may not; each device then runs the program for its own shard.
-Results that are summed over a sharded axis, as the gradient of a shared array is, are summed over
-the devices too.
+XLA cannot partition the loops of a kernel: by default it gathers the operands and runs the whole
+program on every device. But batch and heads are mapped axes of the primitive, and the same program
+works for any part of them. ``custom_partitioning`` tells XLA that the mapped axes may be sharded
+and the others may not, and each device runs the program on its shard. Results that sum over a
+sharded axis, such as the gradient of a shared array, are also summed over the devices.
 
-This is for meshes with Auto axes. Under Explicit ones ``heads.lift`` knows the shardings while
-tracing and uses ``shard_map``.
+This is for Auto axes. For Explicit axes the shardings are known while tracing, and ``heads`` uses
+``shard_map``.
 """
 
 from __future__ import annotations
@@ -35,12 +34,12 @@ from attention_jax.backends.mapped_axes import Dims, Static
 def over_devices(
     run: Callable[..., Sequence[jax.Array]], static: Static, arrays: Sequence[jax.Array]
 ) -> Sequence[jax.Array]:
-    """``run(static, *arrays)``; in a program for several devices, each runs its share.
+    """``run(static, *arrays)``, split over the devices of the program if there are several.
 
     Args:
-      run: a kernel's forward, tangent or backward.
-      static: with the sizes of the mapped axes, and where each array has them.
-      arrays: the operands. XLA gathers them along all axes but the mapped ones.
+      run: the forward, tangent or backward of a kernel.
+      static: the sizes of the mapped axes, and where each array has them.
+      arrays: the operands. XLA gathers them along all other axes.
     """
     if not static.levels:
         return run(static, *arrays)
@@ -48,7 +47,7 @@ def over_devices(
 
     @custom_partitioning
     def whole(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-        # In a program of its own, which holds the constants that custom_partitioning refuses.
+        # jit, because custom_partitioning does not allow constants in its own program.
         return jax.jit(lambda *xs: tuple(run(static, *xs)))(*arrays)
 
     def partition(_: Any, operands: Sequence[Any], results: Sequence[Any]) -> Any:
@@ -80,7 +79,7 @@ def over_devices(
 
 
 def _trace_settings() -> Callable[[], contextlib.AbstractContextManager[None]]:
-    """The settings that the caller traces under, for what XLA has traced while it compiles."""
+    """The caller's x64 and precision settings, to trace under when XLA calls back to partition."""
     x64 = jax.enable_x64.value
     precision = jax.default_matmul_precision.value
 
@@ -95,7 +94,7 @@ def _trace_settings() -> Callable[[], contextlib.AbstractContextManager[None]]:
 def sharding_rule(
     static: Static, operand_ranks: Sequence[int], result_ranks: Sequence[int]
 ) -> SdyShardingRule:
-    """Which axes may be sharded: the mapped ones, in all arrays alike.
+    """Allows the mapped axes to be sharded, in the same way in all arrays.
 
     >>> from attention_jax.backends.mapped_axes import Static
     >>> static = Static(None, None, levels=(8,), in_dims=((0,), (None,)), out_dims=((1,),))
@@ -126,7 +125,7 @@ class Split(NamedTuple):
     axes: tuple[tuple[str, ...], ...]  # of the mesh, per level
 
     def parts(self, level: int) -> int:
-        """In how many parts a level is divided."""
+        """Into how many parts a level is divided."""
         return math.prod(self.mesh.shape[name] for name in self.axes[level])
 
     def local(self, levels: Sequence[int]) -> tuple[int, ...]:
@@ -134,26 +133,25 @@ class Split(NamedTuple):
         return tuple(size // self.parts(level) for level, size in enumerate(levels))
 
     def sharding(self, rank: int, dims: Dims) -> NamedSharding:
-        """Of an array with these mapped axes: all others are whole on every device."""
+        """The sharding of an array with these mapped axes; its other axes are not sharded."""
         named = {d: names for d, names in zip(dims, self.axes, strict=True) if d is not None}
         spec = PartitionSpec(*(named.get(axis) or None for axis in range(rank)))
         return NamedSharding(self.mesh, spec)
 
     def sum_over_devices(self, x: jax.Array, dims: Dims) -> jax.Array:
-        """A result that is summed over some levels is also summed over their devices."""
+        """Sums a result over the devices of those levels that it is summed over."""
         summed = [names for names, d in zip(self.axes, dims, strict=True) if d is None]
         over = tuple(itertools.chain(*summed))
         return jax.lax.psum(x, over) if over else x
 
 
 def split_of(static: Static, operands: Sequence[jax.ShapeDtypeStruct]) -> Split:
-    """The split that the operands' shardings ask for; per level, that of the first sharded one.
+    """The split given by the shardings of the operands, for each level that of the first sharded.
 
-    A level that is not a multiple of its parts stays whole, and so does one whose devices already
-    divide another.
+    A level that does not divide evenly is not split, nor is one whose devices split another level.
     """
     devices: list[Any] = []
-    wanted: list[np.ndarray | None] = [None] * len(static.levels)  # which part each device has
+    wanted: list[np.ndarray | None] = [None] * len(static.levels)  # the part of each device
     for x, dims in zip(operands, static.in_dims, strict=True):
         if x.sharding is None:
             continue
@@ -170,7 +168,7 @@ def split_of(static: Static, operands: Sequence[jax.ShapeDtypeStruct]) -> Split:
 
 
 def _parts(slices: Sequence[slice], size: int) -> np.ndarray:
-    """Which part of an axis each device has; all 0 if the parts differ in size."""
+    """The part of an axis that each device holds; all 0 if the parts differ in size."""
     starts = np.asarray([each.start or 0 for each in slices])
     stops = np.asarray([size if each.stop is None else each.stop for each in slices])
     length = int(stops[0] - starts[0])
@@ -182,10 +180,10 @@ def _parts(slices: Sequence[slice], size: int) -> np.ndarray:
 def _as_axes(
     count: int, wanted: Sequence[np.ndarray | None]
 ) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
-    """The devices as a grid, and per level the axes of the grid that it is divided over.
+    """The devices as a grid, and for each level the axes of the grid that split it.
 
-    The grid's axes are the prime factors of the number of devices, in the order in which most
-    levels are divided over some of them: a mesh axis of 4 may be divided among two levels.
+    The axes of the grid are the prime factors of the number of devices, because two levels may
+    share a mesh axis of 4. Their order is the one that lets the most axes be used.
 
     >>> _as_axes(4, [np.array([0, 0, 1, 1]), None])
     ((2, 2), ((0,), ()))
@@ -206,7 +204,7 @@ def _as_axes(
 
 
 def _digits(part: np.ndarray, factors: tuple[int, ...]) -> tuple[int, ...]:
-    """The axes of a grid whose coordinates spell ``part``, most significant first; or none."""
+    """The axes of a grid whose coordinates are the digits of ``part``, highest first; or none."""
     grid = part.reshape(factors)
     weights = [int(grid[tuple(np.eye(len(factors), dtype=int)[i])]) for i in range(len(factors))]
     spelled = sum(w * x for w, x in zip(weights, np.indices(factors), strict=True))

@@ -16,7 +16,7 @@ recompute. ``m`` counts as a constant: only the sum ever matters.
   The kernel then loops over it and slices what it needs: nothing is moved, copied or repeated, and
   a mapped axis costs what a batch axis costs, since batch axes and heads *are* mapped axes.
 - Derivatives of tangent and backward, that is second and higher orders, are derivatives of the
-  plain materialised formulas, which JAX differentiates by itself.
+  plain materialized formulas, which JAX differentiates by itself.
 
 So ``jit``, ``grad``, ``jvp``, ``linearize``, ``hessian``, ``checkpoint``, ``scan``, ``shard_map``
 and ``vmap`` over any arguments work, in any order.
@@ -65,7 +65,7 @@ class Kernel:
     forward: Callable[..., Any]
     tangent: Callable[..., Any]
     backward: Callable[..., Any]
-    plain: Callable[..., Any]  # head -> out, m, log_l: materialised
+    plain: Callable[..., Any]  # head -> out, m, log_l: materialized
 
 
 def mesh_axes(static: Static, avals: Sequence[Any], rank: int, dims: Dims) -> tuple[Any, ...]:

@@ -63,7 +63,7 @@ class Splash(Backend):
         if reason := symbolic_sizes_refused(spec.sizes):
             return reason
         if spec.platform != "tpu" and not self.interpret:
-            return f"its kernel is for TPUs, this is a {spec.platform}"
+            return f"its kernel is for TPUs, the platform is {spec.platform}"
         if spec.partitioned:
             return "XLA cannot partition its kernel over Auto mesh axes: use Explicit or shard_map"
         if dtype not in (jnp.bfloat16, jnp.float32):

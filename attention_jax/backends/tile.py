@@ -1,7 +1,7 @@
 """One tile of query-key pairs: masks and scores cut to it, its visible pairs, its logits.
 
 Everything here is for one head of one example: masks and scores have lost their ``B``
-and ``N`` axes. All of ``T x S`` is a tile too: the materialised path uses it so.
+and ``N`` axes. All of ``T x S`` is a tile too: the materialized path uses it so.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Materialised attention: the formula in plain sight, and the fast path for short sequences.
+"""Materialized attention: the formula in plain JAX, and the fast path for short sequences.
 
-``attend`` is one head of one example; ``heads`` maps it over heads and examples. It makes arrays of
-``T x S``, and JAX differentiates it as often as one likes.
+``attend`` computes one head of one example, and ``heads`` maps it over heads and examples. It
+creates arrays of ``T x S``, and JAX can differentiate it to any order.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@
     keys, values, mask, cache = extend(cache, key, value)  append, and what to attend to
     result, cache = attend(cache, query, key, value)       append and attend
 
-A prompt in one call, in chunks or token by token gives the same results. Under ``jit``, donate the
-cache, so that it is updated in place rather than copied:
+The results are the same whether a prompt comes in one call, in chunks or token by token. Under
+``jit``, donate the cache, so that it is updated in place rather than copied:
 
 >>> import jax
 >>> from attention_jax import cache as caches
@@ -23,7 +23,7 @@ it in slot ``p % capacity``, over the oldest, for models with a sliding window.
 
 Masks and scores are rules of positions in the whole sequence, so they mean the same with a cache as
 without one: query ``t`` of a call is at position ``length + t``, whatever the slots. Their arrays
-(ids, flags, a bias) are those of the whole sequence. A cache refuses what it cannot do:
+(ids, flags, a bias) are those of the whole sequence. These restrictions raise errors:
 
 - A query may not attend to later keys, except below a fixed position: the prefix of
   ``masks.prefix(n) | masks.causal()`` attends to itself in both directions, and must come in one

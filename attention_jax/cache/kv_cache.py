@@ -176,7 +176,7 @@ class KVCache:
 
         Raises:
           ValueError: more tokens than the cache has, or (rolling) all tokens to keep are
-            overwritten. Not checked where lengths are traced: ask ``intact(window)`` afterwards.
+            overwritten. Not checked where lengths are traced: ask ``intact(window)`` afterward.
           TypeError: not integers.
 
         >>> import numpy as np

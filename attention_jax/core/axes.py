@@ -43,7 +43,7 @@ Query = Float[AnyArray, "*B T N H"]
 Key = Float[AnyArray, "*B S K H"]
 Value = Float[AnyArray, "*B S K D"]
 Output = Float[Array, "*B T N D"]
-Normaliser = Float[Array, "*B T N"]
+Normalizer = Float[Array, "*B T N"]
 
 # An int, or one int per example.
 PerExample = int | Int[AnyArray, "*B"]
@@ -209,7 +209,8 @@ def check_query_key_value(query: Any, key: Any, value: Any) -> Sizes:
     if H == 0:
         raise ValueError("query has width 0 (H): it must be at least 1")
     if K == 0 or N % K:
-        raise ValueError(f"key has {K} heads (K) but query has {N} (N): N must be a multiple of K")
+        rule = "N must be a multiple of K" if K else "K must be at least 1"
+        raise ValueError(f"key has {K} heads (K) but query has {N} (N): {rule}")
     return Sizes(B=tuple(B), T=T, S=S, K=K, G=N // K, H=H, D=D)
 
 
@@ -255,8 +256,22 @@ def check_broadcastable(name: str, shape: Shape, sizes: Sizes) -> None:
     if not broadcasts_to(shape, (*sizes.B, sizes.N, sizes.T, sizes.S)):
         raise ValueError(
             f"{name} has shape {tuple(shape)}, which does not broadcast to "
-            f"{with_sizes('[*B N T S]', sizes.of_letters())}"
+            f"{with_sizes('[*B N T S]', sizes.of_letters())}{weights_hint(name, shape, sizes)}"
         )
+
+
+def weights_hint(name: str, shape: Shape, sizes: Sizes) -> str:
+    """What to do about an array that does not broadcast to ``[*B N T S]``.
+
+    >>> from attention_jax.core.axes import Sizes, weights_hint
+    >>> weights_hint("mask", (2, 5, 7), Sizes(B=(2,), T=5, S=7, K=3, G=2, H=11, D=13))
+    ': it looks like [*B T S], add the head axis with mask[..., None, :, :]'
+    """
+    if sizes.B and broadcasts_to(shape, (*sizes.B, sizes.T, sizes.S)):
+        return f": it looks like [*B T S], add the head axis with {name}[..., None, :, :]"
+    if sizes.B and tuple(shape) == (*sizes.B, sizes.S):
+        return f": it looks like [*B S], add head and query axes with {name}[..., None, None, :]"
+    return ": give it the shape [T S], [N T S] or [*B N T S], in which any axis may have size 1"
 
 
 # --- Checks of other arguments.

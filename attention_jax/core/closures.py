@@ -12,6 +12,7 @@ as arguments::
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any
@@ -83,12 +84,12 @@ def hoist(
     """
     if isinstance(fn, Traced):
         return fn, arrays
-    letters = ("s", "b", "n", "q", "k")[-len(dtypes) :]
-    _check_arguments(name, fn, len(dtypes) + len(arrays), ", ".join(letters))
+    _check_arguments(name, fn, len(dtypes), len(arrays))
     tile = tile_arguments(dtypes)
     # Without shardings: inside a kernel an array is whole.
     kinds = [jax.ShapeDtypeStruct(x.shape, jax.typeof(x).dtype) for x in arrays]
-    whole = _jaxpr(fn, (*tile, *kinds))
+    with conversions_explained(f"{name}: fn"):
+        whole = _jaxpr(fn, (*tile, *kinds))
     if len(whole.out_avals) != 1:
         raise TypeError(
             f"{name}: fn must return one array, got {len(whole.out_avals)} (None counts as none)"
@@ -110,6 +111,61 @@ def hoist(
     closed_over = tuple(x if isinstance(x, jax.Array) else np.asarray(x) for x in pair.consts)
     run = _over_tile(_pair(pair, (*arrays, *closed_over)), dtypes)
     return Traced(fn, run, key, fingerprint(pair.jaxpr)), (*arrays, *closed_over)
+
+
+def apply(name: str, fn: Callable[..., Any], indices: Sequence[Any], arrays: Sequence[Any]) -> Any:
+    """``fn(*indices, *arrays)``, with errors that say how to write such a function.
+
+    Args:
+      name: of the function that made the mask or score, for messages.
+      fn: as it was given, or as ``hoist`` returns it.
+      indices: ``(s, b, n, q, k)`` or ``(b, n, q, k)``.
+      arrays: its arrays.
+    """
+    if not isinstance(fn, Traced):
+        _check_arguments(name, fn, len(indices), len(arrays))
+    with conversions_explained(f"{name}: fn"):
+        return fn(*indices, *arrays)
+
+
+# What NumPy and JAX say where Python needs the value of an array. Not all of JAX's errors have a
+# class of their own.
+_NEEDS_A_VALUE = (
+    "truth value of an array",
+    "only scalar arrays can be converted",
+    "only integer scalar arrays can be converted",
+)
+
+
+@contextlib.contextmanager
+def conversions_explained(name: str) -> Iterator[None]:
+    """Explains the errors of a user's function that treats an array as a Python value.
+
+    Args:
+      name: of the function, for the message.
+
+    Raises:
+      TypeError: an array is used in ``if``, ``and``, ``max`` or ``range``, or by NumPy.
+
+    >>> import jax.numpy as jnp
+    >>> from attention_jax.core.closures import conversions_explained
+    >>> with conversions_explained("mask_fn: fn"):
+    ...     jnp.arange(3) > 1 and True  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    TypeError: mask_fn: fn is traced by JAX, ... write & | ~ for and, or, not, ...
+    """
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        tracers = jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError
+        known = isinstance(error, (*tracers, jax.errors.TracerIntegerConversionError))
+        if not known and not any(x in str(error).lower() for x in _NEEDS_A_VALUE):
+            raise
+        raise TypeError(
+            f"{name} is traced by JAX, so its arrays have no Python values: write & | ~ for and, "
+            f"or, not, jnp.where for if, and jnp functions in place of Python's and NumPy's, such "
+            f"as jnp.maximum for max"
+        ) from error
 
 
 def uses_arguments(fn: Callable[..., Any], *arguments: Any) -> bool:
@@ -155,8 +211,9 @@ def _key(fn: Callable[..., Any], traced: ClosedJaxpr, arguments: Sequence[Any]) 
     )
 
 
-def _check_arguments(name: str, fn: Callable[..., Any], count: int, letters: str) -> None:
-    """Raises where a function cannot take this number of arguments."""
+def _check_arguments(name: str, fn: Callable[..., Any], indices: int, arrays: int) -> None:
+    """Raises where a function cannot take this number of indices and arrays."""
+    letters, count = ", ".join(("s", "b", "n", "q", "k")[-indices:]), indices + arrays
     try:
         signature = inspect.signature(fn)
     except ValueError:  # a function written in C may have none

@@ -4,7 +4,7 @@ So it is the same for every implementation, block size and sharding, needs no ``
 random bits, and the backward pass computes it again instead of storing it. The arithmetic is on
 32-bit unsigned integers, which wrap around, so NumPy gives the same bits.
 
-Source: the mixing steps are the finaliser of MurmurHash3 (Appleby 2011).
+Source: the mixing steps are the finalizer of MurmurHash3 (Appleby 2011).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def seed(key: Any) -> jax.Array:
 
 
 def mix(x: Any) -> Any:
-    """MurmurHash3's finaliser: every input bit flips every output bit with probability 1/2."""
+    """MurmurHash3's finalizer: every input bit flips every output bit with probability 1/2."""
     x = (x ^ (x >> np.uint32(16))) * np.uint32(0x85EBCA6B)
     x = (x ^ (x >> np.uint32(13))) * np.uint32(0xC2B2AE35)
     return x ^ (x >> np.uint32(16))

@@ -1,4 +1,4 @@
-"""Frozen values that compose: what masks and scores have in common.
+"""``Value``, the base of masks and scores: composable frozen pytrees.
 
 A ``Value`` is a frozen dataclass and a pytree. A field that holds an array is a leaf: it may be
 traced, batched and differentiated. A field that holds anything else (an int, ``None``, a function)
@@ -8,9 +8,9 @@ Array fields declare their axes, in the letters of ``axes``::
 
     AXES = {"query_ids": "*B T", "key_ids": "*B S"}
 
-From that line the rest of the library knows how to cut out the part of an array that belongs to one
-head, one example and one tile (``heads`` strips ``B`` and ``N``, tiles cut ``T`` and ``S``). So a
-formula is written once, for one tile:
+The library uses this to select the part of an array that belongs to one head, one example and one
+tile: ``heads`` maps over ``B`` and ``N``, and tiles slice ``T`` and ``S``. So a formula is written
+once, for one tile:
 
 =============  =======================================
 axes           what ``rule`` gets for ``t x s`` pairs
@@ -35,7 +35,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attention_jax.core.axes import Size, Sizes, is_array, with_sizes
+from attention_jax.core.axes import Size, Sizes, is_array, weights_hint, with_sizes
 
 T_ = TypeVar("T_")
 
@@ -65,8 +65,7 @@ class Value:
       AXES: the axes of each field that holds an array.
       BROADCAST: whether axes ``T``, ``S`` and ``N`` of these arrays may have size 1.
       NAME: what users call it, such as ``masks.lengths``; default the name of the class.
-      ARGUMENTS: for fields, the arguments of the constructor that they come from, where the names
-        differ.
+      ARGUMENTS: the constructor's arguments that fields come from, where the names differ.
       DEFAULTS: values of fields that ``repr`` leaves out.
       NEW_TOKENS: fields whose arrays along ``T`` are, with a cache, those of the new tokens. Other
         arrays are those of the whole sequence, and a cache takes the entries that it needs.
@@ -142,7 +141,7 @@ class Value:
         return self.NAME
 
     def resolve(self, T: Size, S: Size, N: int) -> Self:
-        """This value with everything filled in that depends on ``T``, ``S`` or ``N``."""
+        """This value with the fields filled in that depend on ``T``, ``S`` or ``N``."""
         changes = {
             f.name: _map_values(lambda v: v.resolve(T, S, N), getattr(self, f.name))
             for f in dataclasses.fields(self)  # type: ignore[arg-type]
@@ -150,9 +149,9 @@ class Value:
         return self._replaced(changes)
 
     def resolve_in_sequence(self, N: int) -> Self:
-        """The same where queries and keys are given by their positions in one sequence.
+        """The same, for queries and keys given by their positions in one sequence.
 
-        No length is known then, and ``align="end"`` is ``align="start"``.
+        No length is known then, and ``align="end"`` means the same as ``align="start"``.
 
         Raises:
           NotImplementedError: the class has a ``resolve`` of its own and not this.
@@ -170,10 +169,10 @@ class Value:
         return self._replaced(changes)
 
     def hoisted(self, dtype: Any, numbers: bool) -> Self:
-        """This value with arrays in place of what need not be part of the program.
+        """This value with arrays in place of what need not be a constant of the program.
 
-        Those are the arrays that functions close over and, with ``numbers``, the Python numbers
-        that no block map depends on: it is not compiled again for another value of theirs.
+        That is, the arrays that functions close over and, with ``numbers``, the Python numbers that
+        no block map depends on: new values of these do not compile again.
 
         Args:
           dtype: of the logits.
@@ -336,9 +335,10 @@ def full_rank(value: T_, sizes: Sizes, argument: str) -> T_:
         )
         if not fits:
             layout = " ".join("*B" if a == "B" else a for a in leaf.axes)
+            hint = weights_hint("array", x.shape, sizes) if layout == "*B N T S" else ""
             raise ValueError(
                 f"{argument}: {leaf.name} has shape {tuple(x.shape)}, expected "
-                f"{with_sizes(f'[{layout}]', sizes.of_letters())}"
+                f"{with_sizes(f'[{layout}]', sizes.of_letters())}{hint}"
             )
         x = jnp.reshape(x, shape)
         # Counts and offsets are compared with positions, which are int32 throughout.

@@ -213,7 +213,7 @@ def update(
       state: of the keys so far.
       logits: ``[t s]``; ``-inf`` masks a key.
       value: ``[s D]``.
-      kept: the factor by which dropout multiplies each probability; the normaliser leaves it out.
+      kept: the factor by which dropout multiplies each probability; the normalizer leaves it out.
 
     >>> import jax
     >>> import jax.numpy as jnp

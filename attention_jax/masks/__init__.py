@@ -1,8 +1,8 @@
-"""Masks: frozen values for the keys that each query may attend to. They compose.
+"""Masks: composable frozen values that say which keys each query may attend to.
 
 A mask is a pytree with ``&``, ``|``, ``~`` and one method, ``mask(b, n, q, k)``: True where query
 ``q`` of head ``n`` in example ``b`` may attend to key ``k``. The indices are integers or integer
-arrays that broadcast. ``T x S`` is never materialised; ``to_dense`` does so on request, and
+arrays that broadcast. ``T x S`` is never materialized; ``to_dense`` does so on request, and
 ``print(mask)`` draws a small picture.
 
 >>> from attention_jax.masks import causal, window
@@ -16,11 +16,12 @@ arrays that broadcast. ``T x S`` is never materialised; ``to_dense`` does so on 
 ···████·
 ····████
 
-A class declares its fields, its ``rule`` on one tile of pairs, and ``block``: for whole blocks of
-pairs, whether a pair may be visible and whether all pairs surely are. ``block`` is interval
-arithmetic, on static ints in NumPy while tracing, on arrays in JAX at run time. So a Python int is
-part of the program, which is compiled again for another int; an array is data: in a loop over
-offsets or lengths pass ``jnp.asarray(i)``. The docstring of ``Mask`` shows how to write your own.
+A mask class declares its fields, its ``rule`` on one tile of pairs, and ``block``, which bounds
+``rule`` on whole blocks: whether some pair may be visible, and whether all pairs certainly are.
+``block`` is interval arithmetic, in NumPy while tracing if the fields are Python ints, in JAX at
+run time if they are arrays. So a new Python int compiles again, and a new array does not: in a loop
+over offsets or lengths, pass ``jnp.asarray(i)``. The docstring of ``Mask`` shows how to write your
+own.
 """
 
 from attention_jax.masks.at_positions import Placed as Placed

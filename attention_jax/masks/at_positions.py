@@ -29,7 +29,7 @@ class PlacedGrid(Grid):
 
 
 class Placed(Mask):
-    """``mask`` of the positions of query and key; keys at negative ones are masked."""
+    """``mask`` applied to positions; keys at negative positions are masked."""
 
     NAME = "masks.at_positions"
     ARGUMENTS = {"mask_": "mask"}
@@ -72,18 +72,18 @@ def at_positions(
     query_positions: Int[AnyArray, "*B T"],
     key_positions: Int[AnyArray, "*B S"],
 ) -> Mask:
-    """``mask`` of the positions of queries and keys; keys at negative ones are masked.
+    """``mask`` applied to positions in place of indices; keys at negative positions are masked.
 
     Query ``i`` attends to key ``j`` where ``mask`` lets position ``query_positions[i]`` attend to
-    position ``key_positions[j]``, and the latter is not negative. They are positions in one
-    sequence, in which ``align="end"`` is ``align="start"``.
+    position ``key_positions[j]``, and the latter is not negative. Both are positions in one
+    sequence, so ``align="end"`` means the same as ``align="start"``.
 
-    For keys that do not lie in the order of their positions, as in a cache that wraps around, and
-    for queries that do not start at position 0.
+    Use it for keys that are not in the order of their positions, as in a cache that wraps around,
+    and for queries that do not start at position 0.
 
     Args:
-      mask: its rule is given positions in place of indices; its arrays stay in the order of the
-        queries and keys of the call.
+      mask: its rule gets positions in place of indices, while its arrays stay in the order of the
+        call's queries and keys.
       query_positions, key_positions: int arrays ``[*B T]`` and ``[*B S]``, of one dtype.
 
     >>> import numpy as np

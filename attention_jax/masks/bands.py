@@ -15,7 +15,7 @@ from attention_jax.masks.reach import UNBOUNDED, Reach
 
 
 class Band(Mask):
-    """``i - left <= j - offset <= i + right``; None is no bound on that side."""
+    """``i - left <= j - offset <= i + right``; None means no bound on that side."""
 
     AXES = {"offset": "*B"}
     DEFAULTS = {"offset": 0, "align": "start"}
@@ -88,9 +88,10 @@ def causal(offset: PerExample = 0, *, align: str = "start") -> Mask:
     """Query ``i`` attends to key ``j`` where ``j <= i + offset``.
 
     Args:
-      offset: an int, or an int array ``[*B]``; 0 is top-left: the first query ends at the first
-        key. Another int is compiled again, another array is not.
-      align: ``"end"`` adds ``S - T`` to the offset: the last query ends at the last key.
+      offset: an int, or an int array ``[*B]``. With 0 the mask is aligned top-left: the first
+        query attends to the first key only. A new int compiles again, a new array does not.
+      align: ``"end"`` adds ``S - T`` to the offset, which aligns the mask bottom-right: the last
+        query attends up to the last key.
 
     >>> from attention_jax.masks import causal
     >>> print(causal())
@@ -117,8 +118,9 @@ def window(
     Hugging Face ``sliding_window`` of ``W`` keys is ``window(W - 1, 0)``.
 
     Args:
-      left, right: ints >= 0, or None for no bound on that side. They are part of the program and
-        cannot be traced: for widths that change at run time use ``mask_fn``, which skips no blocks.
+      left, right: ints >= 0, or None for no bound on that side. They are constants of the program
+        and cannot be traced. For widths that change at run time use ``mask_fn``, which skips no
+        blocks.
       offset, align: as for ``causal``.
 
     >>> from attention_jax.masks import window

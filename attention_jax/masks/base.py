@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Bool
 
 from attention_jax.core.axes import is_array, kind
+from attention_jax.core.closures import conversions_explained
 from attention_jax.core.pytree import Value, children
 from attention_jax.masks.grid import Grid
 from attention_jax.masks.reach import UNBOUNDED, Reach
@@ -20,27 +21,27 @@ from attention_jax.masks.reach import UNBOUNDED, Reach
 class Mask(Value):
     """The keys that each query may attend to.
 
-    **Writing your own.** Subclass ``Mask``, annotate the fields, and give ``rule``, which says on
-    one tile of ``t x s`` pairs which are visible. The other declarations have defaults that are
-    safe and slower:
+    **Writing your own.** Subclass ``Mask``, annotate the fields, and define ``rule``, which returns
+    True for the visible pairs of a tile of ``t x s``. The other declarations have safe but slower
+    defaults:
 
-    - ``AXES``: the axes of each field that holds an array, from which follows what ``rule`` gets of
-      it: ``"N"`` a scalar, ``"*B T"`` ``[t, 1]``, ``"*B S"`` ``[1, s]``, ``"*B N T S"`` ``[t, s]``
-      (see ``core.pytree``). An array that declares no axes is passed whole to every tile.
-      With ``BROADCAST = True`` axes ``T``, ``S`` and ``N`` may have size 1.
-    - ``block``: which blocks are surely empty or surely full, so that they are skipped. By default
-      every block is partial.
-    - ``BY_INTERVALS = True`` where ``block`` only asks for the bounds ``grid.q0 .. grid.k1`` and
-      for ``grid.over_*``, and is right for any bounds of the positions in a block, also where
-      positions have gaps. By default every block is partial under ``at_positions`` and in a cache.
+    - ``AXES``: the axes of each field that holds an array. They determine the shape in which
+      ``rule`` gets it: a scalar for ``"N"``, ``[t, 1]`` for ``"*B T"``, ``[1, s]`` for ``"*B S"``,
+      ``[t, s]`` for ``"*B N T S"`` (see ``core.pytree``). An array that declares no axes is passed
+      whole to every tile. With ``BROADCAST = True`` axes ``T``, ``S`` and ``N`` may have size 1.
+    - ``block``: which blocks are certainly empty, and skipped, or certainly full. By default every
+      block is partial.
+    - ``BY_INTERVALS = True`` if ``block`` uses only the bounds ``grid.q0 .. grid.k1`` and
+      ``grid.over_*``, and stays right if these are bounds of positions with gaps. By default every
+      block is partial under ``at_positions`` and in a cache.
     - ``reach``: how far queries look ahead and back. By default nothing is known, and a cache
       refuses the mask unless it is combined, by ``&``, with ``causal()`` or a ``window``.
     - ``natural_size``: the ``T`` and ``S`` that the mask is made for.
-    - ``resolve`` and ``resolve_in_sequence``, for what depends on ``T``, ``S`` or ``N``.
+    - ``resolve`` and ``resolve_in_sequence``, for fields that depend on ``T``, ``S`` or ``N``.
 
-    A subclass may not change ``rule``, because ``block`` and kernels rely on the class. GPU kernels
-    accept every mask whose ``rule`` is elementwise arithmetic; ``explain`` shows what they do not
-    accept, and why.
+    ``rule`` cannot be overridden in a further subclass, because ``block`` and kernels rely on the
+    class. GPU kernels accept every mask whose ``rule`` is elementwise arithmetic; ``explain`` says
+    which masks they do not accept, and why.
 
     >>> import jax.numpy as jnp
     >>> import numpy as np
@@ -77,7 +78,7 @@ class Mask(Value):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "block" in vars(cls) and "BY_INTERVALS" not in vars(cls):
-            cls.BY_INTERVALS = False  # what a base says holds for its own block alone
+            cls.BY_INTERVALS = False  # a base class declares it for its own block
         if "rule" in vars(cls):
             cls.rule = _returning_bools(cls.__name__, cls.rule)  # type: ignore[method-assign]
 
@@ -102,14 +103,14 @@ class Mask(Value):
         raise NotImplementedError(f"{type(self).__name__} must define rule(b, n, q, k)")
 
     def block(self, grid: Grid, b: Any, n: Any) -> tuple[Any, Any]:
-        """``(some, every)`` for each block: may a pair be visible, are all pairs surely visible.
+        """``(some, every)`` for each block: may a pair be visible, are all pairs visible for sure.
 
-        Arrays that broadcast to ``[rows, columns]`` of the grid. ``some`` may be True and ``every``
-        False where that is not so, never the reverse.
+        Both broadcast to ``[rows, columns]`` of the grid. They are bounds: ``some`` may be True for
+        an empty block and ``every`` False for a full one, never the reverse.
 
         Args:
           grid: the blocks.
-          b, n: example and query head, whose arrays the mask is cut to.
+          b, n: example and query head. The arrays of the mask are already cut to them.
         """
         return np.True_, np.False_
 
@@ -187,7 +188,7 @@ class Mask(Value):
         )
 
     def _drawn_size(self) -> tuple[int, int]:
-        """Sizes to draw at: the natural ones, else enough for the largest int."""
+        """Sizes to draw: the natural ones, else large enough for the largest int."""
         T = S = None
         largest = 3
         for part in parts(self):
@@ -213,7 +214,7 @@ def _array_sizes(mask: Mask) -> dict[str, int]:
 
 
 def parts(mask: Mask) -> Iterator[Mask]:
-    """The mask, and all masks that it is made of."""
+    """The mask and all masks that it is composed of."""
     yield mask
     for child in children(mask):
         if isinstance(child, Mask):
@@ -239,7 +240,8 @@ def _returning_bools(name: str, rule: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(rule)
     def checked(self: Mask, b: Any, n: Any, q: Any, k: Any) -> Any:
-        visible = rule(self, b, n, q, k)
+        with conversions_explained(f"the rule of {name}"):
+            visible = rule(self, b, n, q, k)
         if not (isinstance(visible, bool) or (is_array(visible) and visible.dtype == np.bool_)):
             got = f"dtype {visible.dtype}" if is_array(visible) else type(visible).__name__
             raise TypeError(f"the rule of {name} must return bools, True where visible, got {got}")
@@ -316,12 +318,12 @@ def _in_parentheses(mask: Mask) -> str:
 
 
 def _as_array(x: Any) -> Any:
-    """A block rule of one's own may return a Python bool, of which ``~`` is an int."""
+    """A custom block rule may return a Python bool, of which ``~`` is an int."""
     return x if isinstance(x, jax.Array) else np.asarray(x)
 
 
 def conjuncts(mask: Mask | None) -> Iterator[Mask]:
-    """The masks joined by ``&``, which must all hold; none where there is no mask."""
+    """The masks joined by ``&``; none for None."""
     if isinstance(mask, And):
         yield from conjuncts(mask.left)
         yield from conjuncts(mask.right)

@@ -55,10 +55,10 @@ def block_map(
 ) -> BlockMap:
     """For each query block, which key blocks are empty, partial or full.
 
-    Built-in masks answer by interval arithmetic: in NumPy while tracing where they hold no arrays,
-    in JAX otherwise; ``&``, ``|`` and ``~`` combine the answers. An unknown function is partial
-    everywhere unless it was made with ``evaluate=True``. A block that is called empty or full is
-    so; one that is called partial may be either.
+    Built-in masks use interval arithmetic, in NumPy while tracing if they hold no arrays, in JAX
+    otherwise; ``&``, ``|`` and ``~`` combine the results. For ``mask_fn`` every block is partial,
+    unless it was created with ``evaluate=True``. Blocks reported as empty or full certainly are;
+    a block reported as partial may be empty or full.
 
     Args:
       mask: the mask, or None for no mask.
@@ -112,7 +112,7 @@ def _differs_between_heads(mask: Mask, T: int, S: int, B: int | None, N: int | N
         return True
     if not (B or N):
         return False
-    # A function, or a class of one's own, may use b and n. One block is enough to tell.
+    # A function or a custom class may use b and n. Tracing one block is enough to find out.
     whole, zero = Grid(T, S, max(T, 1), max(S, 1)), np.int32(0)
     return uses_arguments(lambda b, n: kinds(mask, whole, b, n), zero, zero)
 
@@ -125,7 +125,7 @@ class Counts(NamedTuple):
     skipped: int
 
 
-# Larger maps are counted in two steps: for 1M tokens in blocks of 64, the map has 268M blocks.
+# Larger maps are counted coarsely first: with 1M tokens in blocks of 64, a map has 268M blocks.
 LARGE_MAP = 2**20
 COARSE = 64  # blocks per side of a coarse block
 AT_ONCE = 256  # coarse blocks
@@ -134,10 +134,10 @@ AT_ONCE = 256  # coarse blocks
 def count(
     mask: Mask | None, T: int, S: int, *, block_q: int, block_k: int, B: int, N: int
 ) -> Counts:
-    """Counts the blocks of ``block_map``, fast for large maps too.
+    """Counts the blocks of ``block_map``; fast even for large maps.
 
     Args:
-      As for ``block_map``; the mask's arrays are known.
+      As for ``block_map``; the mask's arrays must not be traced.
     """
     grid = Grid(T, S, block_q, block_k)
     total = B * N * grid.rows * grid.columns
@@ -160,7 +160,7 @@ def count(
 
 
 def _count_coarsely(mask: Mask, grid: Grid) -> tuple[int, int]:
-    """Visited and full blocks: of coarse blocks first, then within those that are partial."""
+    """Visited and full blocks, counted within coarse blocks where these are partial."""
     coarse = Grid(grid.T, grid.S, COARSE * grid.block_q, COARSE * grid.block_k)
     kind = kinds(mask, coarse, 0, 0)
 
@@ -198,7 +198,7 @@ class _Blocks(Grid):
 
 
 def kinds(mask: Mask | None, grid: Grid, b: Any, n: Any) -> Any:
-    """``int8 [rows columns]`` for one head of one example, to which ``mask`` is cut."""
+    """``int8 [rows columns]``, for the mask of one head of one example."""
     shape = (grid.rows, grid.columns)
     if mask is None:
         return np.full(shape, FULL)
@@ -209,7 +209,7 @@ def kinds(mask: Mask | None, grid: Grid, b: Any, n: Any) -> Any:
 
 
 class BlockSchedule(NamedTuple):
-    """The key blocks to visit for each query block: first the full, then the partial ones.
+    """The key blocks to visit for each query block, full ones before partial ones.
 
     Query block ``i`` visits key blocks ``index[i, :visited[i]]``; the first ``full[i]`` are full.
     """
@@ -222,8 +222,8 @@ class BlockSchedule(NamedTuple):
 def schedule(kind: Any, grid: Grid) -> BlockSchedule:
     """The blocks to visit, given their kinds.
 
-    A last block that reaches beyond the arrays counts as partial: a backend moves it back to lie
-    within them, and must mask the pairs that it shares with the block before.
+    A last block that extends beyond the arrays counts as partial: a backend shifts it to lie within
+    them, and must mask the pairs that it shares with the block before.
 
     >>> import numpy as np
     >>> from attention_jax.masks.block_map import schedule

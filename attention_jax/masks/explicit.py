@@ -1,4 +1,4 @@
-"""Masks of layouts, arrays and functions: neighborhood, block-sparse, dense, any function."""
+"""Masks given by grids, layouts, arrays and functions."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from attention_jax.core.axes import (
     check_function,
     int_at_least,
 )
-from attention_jax.core.closures import hoist, of_tile
+from attention_jax.core.closures import apply, hoist, of_tile
 from attention_jax.core.pytree import StaticArray, indexable
 from attention_jax.masks.base import Mask
 from attention_jax.masks.grid import Grid
 
 
 class Neighborhood(Mask):
-    """A box around each cell of an n-d grid, shifted inwards at the borders."""
+    """A box around each cell of an n-d grid, shifted inward at the borders."""
 
     NAME = "masks.neighborhood"
     shape: tuple[int, ...]
@@ -85,7 +85,7 @@ class Neighborhood(Mask):
 
 
 def _inwards(i: Any, length: int, size: int) -> Any:
-    """``clamp(i, size // 2, length - 1 - size // 2)``: the centre of the box of query ``i``."""
+    """``clamp(i, size // 2, length - 1 - size // 2)``: the center of the box of query ``i``."""
     clip = np.clip if isinstance(i, np.ndarray) else jnp.clip
     return clip(i, size // 2, length - 1 - size // 2)
 
@@ -94,8 +94,10 @@ def neighborhood(shape: tuple[int, ...], size: int | tuple[int, ...]) -> Mask:
     """On every axis of a grid, ``|clamp(i, size//2, n-1-size//2) - j| <= size//2``.
 
     Args:
-      shape: the grid's axes; positions count its cells in row-major order, ``T == S == prod``.
-      size: odd, at most the axis; an int for all axes, or one per axis.
+      shape: the shape of the grid, whose cells are numbered in row-major order; ``T`` and ``S``
+        are the number of cells.
+      size: the width of the neighborhood, odd and at most that of the grid; an int for all axes,
+        or one per axis.
 
     >>> from attention_jax.masks import neighborhood
     >>> print(neighborhood((2, 4), (1, 3)))
@@ -153,7 +155,7 @@ class BlockSparse(Mask):
     def block(self, grid: Grid, b: Any, n: Any) -> tuple[Any, Any]:
         layout = self._layout()
         xp = np if isinstance(layout, np.ndarray) else jnp
-        # From the sums over all rectangles at the corner follows the sum over any rectangle.
+        # Prefix sums in both directions give the sum over any rectangle.
         sums = xp.pad(xp.cumsum(xp.cumsum(layout, 0, dtype=np.int32), 1), ((1, 0), (1, 0)))
         r0, r1 = grid.q0 // self.block_size, grid.q1 // self.block_size + 1
         c0, c1 = grid.k0 // self.block_size, grid.k1 // self.block_size + 1
@@ -162,12 +164,12 @@ class BlockSparse(Mask):
 
 
 def block_sparse(layout: Bool[AnyArray, "rows columns"], block: int) -> Mask:
-    """Query ``i`` attends to key ``j`` where ``layout[i // block, j // block]`` (BigBird, tiles).
+    """Query ``i`` attends to key ``j`` where ``layout[i // block, j // block]``, as in BigBird.
 
     Args:
-      layout: bool array ``[ceil(T / block), ceil(S / block)]``. A NumPy array is part of the
-        program (its blocks are known while tracing), a JAX array is data.
-      block: positions per entry.
+      layout: bool array ``[ceil(T / block), ceil(S / block)]``. A NumPy array is a constant of the
+        program, so that its blocks are known while tracing; a JAX array may be traced.
+      block: positions per entry of the layout.
 
     >>> import numpy as np
     >>> from attention_jax.masks import block_sparse
@@ -237,7 +239,8 @@ class MaskFn(Mask):
 
     def rule(self, b: Any, n: Any, q: Any, k: Any) -> Any:
         # JAX arrays: traced integers cannot index a NumPy array.
-        visible = self.fn(b, n, q, k, *map(indexable, self.arrays))
+        arrays = [indexable(x) for x in self.arrays]
+        visible = apply("mask_fn", self.fn, (b, n, q, k), arrays)
         return of_tile("mask_fn", visible, jnp.broadcast_shapes(np.shape(q), np.shape(k)), bool)
 
     def block(self, grid: Grid, b: Any, n: Any) -> tuple[Any, Any]:
@@ -262,11 +265,13 @@ def mask_fn(fn: Callable[..., Any], *arrays: AnyArray, evaluate: bool = False) -
 
     Args:
       fn: takes int scalars ``b``, ``n`` and int arrays ``q [t, 1]``, ``k [1, s]``; returns a bool
-        array that broadcasts to ``[t, s]``. It may close over arrays, traced ones too.
-      *arrays: the arrays that ``fn`` indexes; they may be traced. GPU kernels accept these, but
-        not arrays that ``fn`` closes over.
+        array that broadcasts to ``[t, s]``. It is traced: write ``&``, ``|``, ``~`` and
+        ``jnp.where`` for ``and``, ``or``, ``not`` and ``if``. It may close over arrays, even
+        traced ones.
+      *arrays: arrays for ``fn`` to index, which may be traced. GPU kernels accept these, but not
+        arrays that ``fn`` closes over.
       evaluate: evaluate ``fn`` once on all pairs, tile by tile, to find empty and full blocks.
-        Otherwise every block is partial.
+        Otherwise every block counts as partial.
 
     >>> from attention_jax.masks import mask_fn
     >>> print(mask_fn(lambda b, n, q, k: (q - k) ** 2 <= 2))

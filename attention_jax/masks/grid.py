@@ -1,4 +1,4 @@
-"""The blocks that ``T x S`` pairs are cut into, as index intervals."""
+"""The blocks that the ``T x S`` pairs are divided into, as index intervals."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class Grid:
 
 
 def _blocks(x: jax.Array, axis: int, count: int, size: int) -> jax.Array:
-    """Cuts ``axis`` into ``count`` blocks; repeats of the last entry fill up the last block."""
+    """Splits ``axis`` into ``count`` blocks; the last block is padded with its last entry."""
     pad = [(0, 0)] * x.ndim
     pad[axis] = (0, count * size - x.shape[axis])
     x = jnp.pad(x, pad, mode="edge")

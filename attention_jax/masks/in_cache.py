@@ -1,8 +1,8 @@
 """Masks and scores of a whole sequence, for the queries and keys of a call with a cache.
 
-A mask such as ``segments(ids)`` holds the ids of the whole sequence. ``of_positions`` takes the
-entries of the queries and keys of a call, which are some of its tokens in an order of their own.
-The checks refuse what a cache cannot do.
+A mask such as ``segments(ids)`` holds the ids of the whole sequence. ``of_positions`` selects the
+entries for the queries and keys of a call, which are some of the tokens in any order. The checks
+raise errors for masks and scores that a cache does not support.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def of_positions(value: V, queries: Any, keys: Any, *, in_order: bool) -> V:
 
     Args:
       value: a mask or score of a whole sequence.
-      queries, keys: their positions, int32 ``[*B T]`` and ``[*B S]``; any for missing keys.
+      queries, keys: their positions, int32 ``[*B T]`` and ``[*B S]``; arbitrary for missing keys.
       in_order: key ``j`` is at position ``j`` or missing: a slice in place of a gather.
 
     Raises:
@@ -120,7 +120,7 @@ def check_lengths(
         if traced and rolling:
             raise NotImplementedError(
                 f"{argument}: {name} has entries for {size} positions, and the length of the "
-                f"sequence in a rolling cache is not known while tracing: take a plain cache"
+                f"sequence in a rolling cache is not known while tracing: use a plain cache"
             )
         needed = capacity if traced else int(length.max(initial=0))
         if size < needed:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 
 class Reach(NamedTuple):
-    """Bounds on the keys a query may attend to, whatever the mask's arrays hold. None: no bound.
+    """Bounds on the keys a query may attend to, whatever the mask's arrays hold; None is no bound.
 
     Attributes:
       ahead: keys after a query are visible only below this position, an int or an int array
@@ -20,11 +20,11 @@ class Reach(NamedTuple):
     back: int | None
 
     def __and__(self, other: Reach) -> Reach:
-        """Of two masks that must both hold."""
+        """The reach of the intersection of two masks."""
         return Reach(_least(self.ahead, other.ahead), _least(self.back, other.back))
 
     def __or__(self, other: Reach) -> Reach:
-        """Of two masks of which one must hold."""
+        """The reach of the union of two masks."""
         return Reach(_most(self.ahead, other.ahead), _most(self.back, other.back))
 
 

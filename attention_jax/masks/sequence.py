@@ -23,7 +23,7 @@ from attention_jax.masks.reach import Reach
 
 
 class Lengths(Mask):
-    """The first ``query`` queries attend to the first ``key`` keys; None is no bound."""
+    """The first ``query`` queries attend to the first ``key`` keys; None means no bound."""
 
     NAME = "masks.lengths"
     DEFAULTS = {"query": None, "key": None}
@@ -51,7 +51,7 @@ class Lengths(Mask):
 
 
 class Prefix(Lengths):
-    """The first keys: a class of its own for messages."""
+    """The first keys. A separate class so that messages name ``masks.prefix``."""
 
     NAME = "masks.prefix"
     ARGUMENTS = {"key": "length"}
@@ -80,11 +80,11 @@ def prefix(length: PerExample) -> Mask:
 
 
 def lengths(*, query: PerExample | None = None, key: PerExample | None = None) -> Mask:
-    """Query ``i`` attends to key ``j`` where ``i < query`` and ``j < key``; None is no bound.
+    """Query ``i`` attends to key ``j`` where ``i < query`` and ``j < key``; None means no bound.
 
     Args:
       query, key: how many queries and keys are real, ints or int arrays ``[*B]``; the rest is
-        padding, whose contents never reach a result. Give each by name: ``lengths(key=n)`` masks
+        padding and never affects a result. Both are keyword arguments: ``lengths(key=n)`` masks
         padded keys.
 
     >>> from attention_jax.masks import lengths
@@ -132,7 +132,9 @@ class Segments(Mask):
 def segments(
     query_ids: Int[AnyArray, "*B T"], key_ids: Int[AnyArray, "*B S"] | None = None
 ) -> Mask:
-    """Query ``i`` attends to key ``j`` where their ids are equal, not negative (packed documents).
+    """Query ``i`` attends to key ``j`` where their ids are equal and not negative.
+
+    For several documents packed into one sequence.
 
     Args:
       query_ids: int array ``[*B T]``; a negative id is padding, masked as query and as key.
@@ -160,7 +162,7 @@ def segments(
 
 
 class Padding(Segments):
-    """One segment and padding: a class of its own for mechanisms that take padding only."""
+    """One segment and padding. A separate class for mechanisms that take padding masks only."""
 
     NAME = "masks.padding"
     ARGUMENTS = {"query_ids": "real", "key_ids": "real"}
@@ -171,7 +173,7 @@ def padding(real: Bool[AnyArray, "*B S"], *, queries: int | None = None) -> Mask
 
     Args:
       real: bool array ``[*B S]``, False for padding.
-      queries: in cross-attention the number of queries (T); None: queries and keys are the same.
+      queries: for cross-attention, the number of queries (T); None is for self-attention.
 
     >>> import numpy as np
     >>> from attention_jax.masks import padding
@@ -252,7 +254,7 @@ class GlobalTokens(Mask):
 
 
 def global_tokens(flags: Bool[AnyArray, "*B T"]) -> Mask:
-    """Query ``i`` attends to key ``j`` where ``flags[i] or flags[j]``; self-attention, ``T == S``.
+    """Query ``i`` attends to key ``j`` where ``flags[i] or flags[j]``; for ``T == S`` only.
 
     Args:
       flags: bool array ``[*B T]``.

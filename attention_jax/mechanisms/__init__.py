@@ -8,7 +8,7 @@ function                                          weights                       
 ================================================  =========================================  =======
 ``additive_attention``                            ``softmax(v . tanh(q + k))``               T S H
 ``inverted_attention``                            softmax over the queries                   T S
-``slot_attention``                                the same, normalised over the keys         T S
+``slot_attention``                                the same, normalized over the keys         T S
 ``topk_attention``                                softmax over the ``k`` largest logits      T S
 ``linear_attention``, ``performer_features``      ``f(q) . f(k)`` of feature maps            T
 ``retention``                                     ``decay^(i-j) q . k``                      T
@@ -35,8 +35,8 @@ The recurrent ones return their state, so that a sequence can be resumed, by one
 >>> bool(np.allclose(out, whole[:, 8:], atol=1e-5))
 True
 
-``as_attention`` puts a mechanism into a module. An argument that it does not support, a score for
-example, raises by name:
+``as_attention`` lets a module use a mechanism. Arguments that it does not support, such as a score,
+raise an error that names them:
 
 >>> from flax import nnx
 >>> from attention_jax.nn import MultiHeadAttention

@@ -31,7 +31,7 @@ def weights_of_one_head(
     visible: Bool[Array, "T S"],
 ) -> Float[Array, "T S"]:
     """``softmax_j(v . tanh(q_i + k_j))``, over the visible keys of each query."""
-    k = jnp.where(visible.any(axis=0)[:, None], k, 0)  # fully masked keys may hold anything
+    k = jnp.where(visible.any(axis=0)[:, None], k, 0)  # fully masked keys may be NaN
     logits = jnp.tanh(q[:, None] + k[None]) @ v
     return softmax.softmax_rows(jnp.where(visible, logits, -jnp.inf))
 
@@ -77,7 +77,7 @@ def additive_attention(
         expected = with_sizes("[*B S N D]", {"*B": tuple(batch), "S": S, "N": N})
         raise ValueError(f"value must have shape {expected}, got {value.shape}")
     dtype = jnp.asarray(query).dtype
-    # Fully masked values may hold anything, NaN included.
+    # Fully masked values may be NaN.
     visible = jnp.swapaxes((weights > 0).any(axis=-2), -1, -2)[..., None]
     values = jnp.where(visible, jnp.asarray(value, weights.dtype), 0)
     return jnp.einsum("...nts,...snd->...tnd", weights, values).astype(dtype)

@@ -2,7 +2,7 @@
 
     out_t, state_t = step(state_{t-1}, q_t, k_t, v_t)
 
-The state ``[M D]`` summarises all previous keys and values, so that time and memory are linear in
+The state ``[M D]`` summarizes all previous keys and values, so that time and memory are linear in
 the length and decoding a token costs the same at any position. A mechanism writes its step for a
 chunk of ``C`` tokens, whose ``C x C`` pairs are computed at once as matrix products; ``lax.scan``
 carries the state from chunk to chunk, and ``heads.lift`` maps over heads and examples.

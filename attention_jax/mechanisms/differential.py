@@ -23,13 +23,13 @@ def differential_attention(
     weight: Any,
     **options: Any,
 ) -> Output:
-    """The attention of one head minus ``lambda`` times that of its neighbour, to the same values.
+    """The attention of one head minus ``lambda`` times that of its neighbor, to the same values.
 
     For each output head ``n``, with ``lambda`` the weight::
 
         out = (softmax(scale * Q_2n K_2k^T) - lambda softmax(scale * Q_2n+1 K_2k+1^T)) V_k
 
-    as two calls of ``attention``. The paper then normalises each head of the output (RMSNorm with
+    as two calls of ``attention``. The paper then normalizes each head of the output (RMSNorm with
     its own scale) and multiplies it by ``1 - initial`` of ``differential_weight``.
 
     Args:
@@ -120,7 +120,7 @@ def _check(query: Any, key: Any, value: Any, weight: Any, options: dict[str, Any
             f"{key.shape} and {value.shape}"
         )
     if options.get("return_lse"):
-        raise NotImplementedError("return_lse: a difference of two softmaxes has no normaliser")
+        raise NotImplementedError("return_lse: a difference of two softmaxes has no normalizer")
     N = query.shape[-2] // 2
     if jnp.shape(weight) not in ((), (N,)):
         raise ValueError(f"weight must be a number or [N] = ({N},), got shape {jnp.shape(weight)}")

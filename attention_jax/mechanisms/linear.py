@@ -74,7 +74,7 @@ def linear_head(
         return k[:, :0], S + product(features.key(k), jnp.concatenate(v, axis=1), 0, 0)
 
     def read(S: jax.Array, q: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return _normalised(product(features.query(q), S, 1, 0)), S
+        return _normalized(product(features.query(q), S, 1, 0)), S
 
     S = jnp.zeros((M, value.shape[1] + 1), value.dtype)
     _, S = scan_chunks(add, S, (k, value, ones), CHUNK_OF_ALL)
@@ -93,7 +93,7 @@ def causal_linear_chunk(
     q, k, v = features.query(q), features.key(k), jnp.concatenate([value, ones], axis=1)
     pairs = jnp.tril(product(q, k, 1, 1))
     out = product(pairs, v, 1, 0) + product(q, state, 1, 0)
-    return _normalised(out), state + product(k, v, 0, 0)
+    return _normalized(out), state + product(k, v, 0, 0)
 
 
 def packed_linear_chunk(
@@ -111,10 +111,10 @@ def packed_linear_chunk(
     pairs = jnp.tril(jnp.where(documents.same, product(q, k, 1, 1), 0))
     out = product(pairs, v, 1, 0) + product(keep_rows(documents.first, q), state, 1, 0)
     state = documents.carry(state) + product(keep_rows(documents.last, k), v, 0, 0)
-    return _normalised(out), state
+    return _normalized(out), state
 
 
-def _normalised(sums: Float[Array, "t D1"]) -> Float[Array, "t D"]:
+def _normalized(sums: Float[Array, "t D1"]) -> Float[Array, "t D"]:
     """The weighted sums divided by that of the weights, the last column; 0 where that is 0."""
     total = sums[:, -1:]
     return jnp.where(total == 0, 0, sums[:, :-1] / jnp.where(total == 0, 1, total))

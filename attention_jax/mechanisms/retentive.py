@@ -45,13 +45,13 @@ def retention(
         out_i = scale * sum_{j<=i} decay^(i-j) (q_i . k_j) v_j
 
     This is ``gated_linear_attention`` with the same gate for all tokens. The paper rotates queries
-    and keys by their positions (``positions.rotary``) and normalises each head of the output.
+    and keys by their positions (``positions.rotary``) and normalizes each head of the output.
 
     Args:
       query, key, value, segments, scale, state, return_state: as for ``gated_linear_attention``.
       decay: one for each key-value head, in (0, 1]; default ``1 - 2^-5 .. 1 - 2^-12``, evenly in
         the exponent.
-      mask: as for ``gated_linear_attention``; padding does not count towards the distance.
+      mask: as for ``gated_linear_attention``; padding does not count toward the distance.
 
     Returns:
       As ``gated_linear_attention``.

@@ -135,7 +135,7 @@ def update_centroids(
 
         centroid_c' = decay centroid_c + (1 - decay) (mean of queries of c + mean of keys of c) / 2
 
-    A cluster without queries moves towards the mean of its keys, and the other way round; one with
+    A cluster without queries moves toward the mean of its keys, and the other way round; one with
     neither stays.
 
     Args:

@@ -1,4 +1,4 @@
-"""Slot attention: inverted attention, normalised to a mean over the keys of each slot::
+"""Slot attention: inverted attention, normalized to a mean over the keys of each slot::
 
 A_ij  = exp(s_ij) / sum_i' exp(s_i'j)        s: the logits of ``attention``
 out_i = sum_j A_ij v_j / sum_j A_ij

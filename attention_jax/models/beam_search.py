@@ -99,7 +99,7 @@ def beam_search(
       model, prompt, max_new_tokens, real, stop, pad_token, source, source_real, capacity: as for
         ``generate``.
       beams: number of continuations to keep.
-      length_penalty: 0 compares log-probabilities, 1 their means over tokens; more favours longer
+      length_penalty: 0 compares log-probabilities, 1 their means over tokens; more favors longer
         continuations.
       early_stopping: None for the first search above; True, False or ``"never"`` for those of
         Hugging Face.
@@ -178,7 +178,7 @@ def _run(
     memory = repeated(memory)
     V = logits.shape[-1]
 
-    def normalised(log_p: jax.Array, length: Any) -> jax.Array:
+    def normalized(log_p: jax.Array, length: Any) -> jax.Array:
         return log_p / jnp.asarray(length, log_p.dtype) ** settings.length_penalty
 
     def extend(search: _Search, logits: jax.Array) -> _Search:
@@ -196,7 +196,7 @@ def _run(
         if hugging_face:
             ends = ends | (length == new)
             counted = ends & (jnp.arange(wide) < K)
-        score = jnp.where(counted, normalised(log_p, length), -jnp.inf)
+        score = jnp.where(counted, normalized(log_p, length), -jnp.inf)
         finished = _best(search.finished, Beams(tokens, jnp.full_like(token, length), score), K)
         log_p, kept = jax.lax.top_k(jnp.where(ends, -jnp.inf, log_p), K)
         rows = jnp.arange(B)[:, None] * K + jnp.take_along_axis(beam, kept, axis=1)
@@ -211,7 +211,7 @@ def _run(
 
     def settled(search: _Search) -> jax.Array:
         # Log-probabilities only decrease; the penalty divides them by at most new ** penalty.
-        attainable = normalised(search.log_p.max(axis=1), new if until_longest else search.step)
+        attainable = normalized(search.log_p.max(axis=1), new if until_longest else search.step)
         worst = search.finished.score.min(axis=1)
         done = worst >= attainable
         return done | (worst > -jnp.inf) if settings.early_stopping is True else done
@@ -252,7 +252,7 @@ def _run(
     search = extend(start, jnp.repeat(logits, K, axis=0))
     search = search._replace(settled=settled(search))
     search = jax.lax.while_loop(unfinished, step, search)
-    score = normalised(search.log_p, search.step)
+    score = normalized(search.log_p, search.step)
     score = jnp.where(search.settled[:, None], -jnp.inf, score)
     lengths = jnp.full((B, K), search.step, jnp.int32)
     found = _best(search.finished, Beams(search.open, lengths, score), K)

@@ -40,7 +40,7 @@ class EncoderConfig:
       max_length: rows of learned positions.
       embedding_scale: of the token vectors, before positions are added.
       types: number of token types (segments), 0 for none.
-      embedding_norm: whether the embeddings are normalised.
+      embedding_norm: whether the embeddings are normalized.
       pooler: whether the pooled vector goes through a projection and tanh.
       pool: ``"first"``, the first real token (the class token), or ``"mean"`` of the real tokens.
       head: ``"tokens"``, logits of each token; ``"classes"``, logits of the sequence; or None.

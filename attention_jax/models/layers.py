@@ -79,11 +79,11 @@ class Layers:
         attend to previous ones only. A call gives the length of the prompt (``prefix``); with
         caches, the default is the tokens of the first call.
       windows: how many tokens a token attends to, itself included, for each layer, repeated if
-        there are more layers. A decoder's window ends at the token, an encoder's is centred on it.
+        there are more layers. A decoder's window ends at the token, an encoder's is centered on it.
         None: no window.
       scale: of the logits of attention; default ``1 / sqrt(H)``.
       softcap: of the logits of attention.
-      query_key_norm: normalise queries and keys per head.
+      query_key_norm: normalize queries and keys per head.
       sinks: give each head a learned logit in the denominator of its softmax.
       gate: gate the heads; see ``nn.MultiHeadAttention``.
       dropout_rate: of the output of each sublayer.

@@ -1,4 +1,4 @@
-"""Running the blocks of a stack: with rematerialisation, or in one ``lax.scan``."""
+"""Running the blocks of a stack: with rematerialization, or in one ``lax.scan``."""
 
 from __future__ import annotations
 

@@ -208,8 +208,8 @@ def _repetition_penalty(penalty: float, tokens: Any, logits: Float[Array, " V"])
     V = logits.shape[-1]
     at = jnp.where(tokens < 0, V, tokens)  # out of range: dropped
     present = jnp.zeros(V, bool).at[at].set(True, mode="drop")
-    penalised = jnp.where(logits < 0, logits * penalty, logits / penalty)
-    return jnp.where(present, penalised, logits)
+    penalized = jnp.where(logits < 0, logits * penalty, logits / penalty)
+    return jnp.where(present, penalized, logits)
 
 
 # Processors that do not depend on the order of the logits.

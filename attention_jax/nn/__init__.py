@@ -1,7 +1,7 @@
 """Flax NNX modules around ``attention``, and drop-in functions for existing code.
 
-A module holds parameters and passes them to the pure functions of this library, where the maths is.
-A variant is a mask or a score, not a class. Local attention, and local with global tokens:
+A module holds parameters and passes them to the pure functions of this library, which do the
+computation. A variant is a mask or a score, not a class. Local attention, then with global tokens:
 
 >>> import numpy as np
 >>> from flax import nnx
@@ -11,7 +11,7 @@ A variant is a mask or a score, not a class. Local attention, and local with glo
 >>> module = nn.MultiHeadAttention(8, num_heads=2, mask=local, rngs=nnx.Rngs(0))
 >>> module(tokens).shape
 (2, 12, 8)
->>> flags = np.arange(12) < 4  # the first four tokens attend to, and are attended to by, all
+>>> flags = np.arange(12) < 4  # the first four tokens attend to all tokens, and all to them
 >>> mask = local | masks.global_tokens(flags)
 >>> module = nn.MultiHeadAttention(8, num_heads=2, mask=mask, rngs=nnx.Rngs(0))
 >>> module(tokens).shape
@@ -25,10 +25,10 @@ Cross-attention takes a context; ``keys_values`` projects it once for many calls
 True
 
 ``Block`` combines self-attention, cross-attention and ``FeedForward``, each in a ``Residual``.
-``Embeddings``, ``ClassToken``, ``AttentionPooling`` and ``pooling`` lead from tokens to vectors and
-from many vectors to one. ``attention_jax.models`` builds transformers from them.
+``Embeddings`` and ``ClassToken`` turn tokens into vectors, and ``AttentionPooling`` and ``pooling``
+turn many vectors into one. ``attention_jax.models`` builds transformers from them.
 
-In existing code one line changes. Every argument is honoured or refused:
+In existing code, change one line. Arguments that are not supported raise an error:
 
 >>> layer = nnx.MultiHeadAttention(  # or flax.linen.MultiHeadDotProductAttention
 ...     num_heads=2, in_features=8, attention_fn=nn.attention_fn, decode=False, rngs=nnx.Rngs(0))

@@ -60,7 +60,7 @@ class MultiHeadAttention(nnx.Module):
         out     = concat_n(attention(q_n, k_n, v_n)) W_o
 
     Variants are arguments: a mask (local, global, causal), a score, rotary positions. With
-    ``norm``, queries and keys are normalised per head before they are rotated; with ``gate``, the
+    ``norm``, queries and keys are normalized per head before they are rotated; with ``gate``, the
     heads are multiplied by ``sigmoid(x W_g)`` before the output projection; with ``sinks``, each
     head has a learned logit in the denominator of its softmax.
 
@@ -129,7 +129,7 @@ class MultiHeadAttention(nnx.Module):
           implementation: passed to ``attention`` if not None.
           dtype: of the computation; default: the promoted dtype of inputs and parameters.
           param_dtype: of the parameters.
-          kernel_init, bias_init: initialisers of the projections.
+          kernel_init, bias_init: initializers of the projections.
           rngs: for parameters and dropout.
 
         Raises:
@@ -245,7 +245,7 @@ class MultiHeadAttention(nnx.Module):
 
         Raises:
           ValueError: a context that is missing or does not suit this module; shapes that do not
-            fit; a mask or score that the cache cannot honour.
+            fit; a mask or score that the cache cannot honor.
           NotImplementedError: weights of a mechanism that has none.
         """
         T = self._check(x, context, cache)
@@ -392,7 +392,7 @@ class MultiHeadAttention(nnx.Module):
         return [heads[name] for name in wanted]
 
     def _normed_and_rotated(self, heads: jax.Array, norm: Any, positions: Any) -> jax.Array:
-        """Queries or keys, normalised and rotated."""
+        """Queries or keys, normalized and rotated."""
         heads = heads if norm is None else norm(heads)
         return heads if self.rotary is None else self.rotary(heads, positions)
 

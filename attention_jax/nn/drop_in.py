@@ -1,6 +1,6 @@
 """``attention`` with the signatures of ``jax.nn`` and Flax, so that existing code changes one line.
 
-Every argument is honoured, or refused by name. One result differs: a query with no visible key
+Every argument is honored, or refused by name. One result differs: a query with no visible key
 gives 0 here, where they give the mean of all values.
 """
 
@@ -235,7 +235,7 @@ def dot_product_attention(
         values mean all.
       local_window_size: how many keys to the left and right of its own position a query attends
         to; an int for both.
-      implementation: any name that ``attention`` takes (``"xla"`` is the materialised formula);
+      implementation: any name that ``attention`` takes (``"xla"`` is the materialized formula);
         default: as ``attention`` chooses.
       return_residual: also return the logsumexp ``[B T N]``, in the query's dtype and without a
         gradient, as ``jax.nn``. For a precise and differentiable one, call ``attention`` with

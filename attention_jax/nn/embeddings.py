@@ -69,7 +69,7 @@ class Embeddings(nnx.Module):
           norm: constructor of a norm, applied to the sum.
           dropout_rate: of the result.
           dtype, param_dtype: of the result and of the tables.
-          embedding_init: initialiser of the tables.
+          embedding_init: initializer of the tables.
           rngs: for parameters and dropout.
 
         Raises:

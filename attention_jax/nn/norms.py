@@ -15,7 +15,7 @@ from attention_jax.core.axes import AnyArray, accumulation_dtype, check_tokens, 
 class OnePlusRMSNorm(nnx.Module):
     """``x / sqrt(mean(x^2) + epsilon) * (1 + scale)``, in float32 or wider; ``scale`` starts at 0.
 
-    With the 1, weight decay pulls the factor towards 1 instead of 0.
+    With the 1, weight decay pulls the factor toward 1 instead of 0.
 
     >>> import numpy as np
     >>> from flax import nnx
@@ -45,17 +45,17 @@ class OnePlusRMSNorm(nnx.Module):
           param_dtype: of the scale.
           rngs: not used; norms are constructed with it.
         """
-        self.normalise = nnx.RMSNorm(num_features, epsilon=epsilon, use_scale=False, rngs=rngs)
+        self.normalize = nnx.RMSNorm(num_features, epsilon=epsilon, use_scale=False, rngs=rngs)
         self.scale = nnx.Param(jnp.zeros(num_features, param_dtype))
         self.dtype = dtype
 
     def __call__(self, x: Float[AnyArray, "... E"]) -> jax.Array:
-        """Normalised over the last axis."""
+        """Normalized over the last axis."""
         x = jnp.asarray(x)
         check_tokens("x", x, "[... E]", self.scale[...].shape[-1])
         scale = self.scale[...]
         dtype = self.dtype or jnp.promote_types(x.dtype, scale.dtype)
         wide = accumulation_dtype(dtype)
-        normalised = self.normalise(x.astype(wide))
-        normalised, factor = same_rank(normalised, 1 + scale.astype(wide))
-        return (normalised * factor).astype(dtype)
+        normalized = self.normalize(x.astype(wide))
+        normalized, factor = same_rank(normalized, 1 + scale.astype(wide))
+        return (normalized * factor).astype(dtype)

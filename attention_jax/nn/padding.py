@@ -32,7 +32,7 @@ def as_real(real: Any, shape: Shape, *, name: str = "real", of: str = "the token
 
 
 def filled(x: Any, real: Any) -> Any:
-    """``x`` with padding, which may hold anything, replaced by 0."""
+    """``x`` with padding replaced by 0, whatever it holds, NaN included."""
     if real is None:
         return x
     # NumPy integers keep their width, so that range checks see the original values.

@@ -27,7 +27,7 @@ def mean(
     """The mean of the real tokens; 0 if there are none.
 
     Args:
-      x: tokens ``[*B T E]``; padding may hold anything.
+      x: tokens ``[*B T E]``; padding is ignored, even NaN.
       real: bool ``[*B T]``, False for padding; default: all are real.
 
     >>> import numpy as np

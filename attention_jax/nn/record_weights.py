@@ -47,7 +47,7 @@ def record_weights(model: nnx.Module, *args: Any, **options: Any) -> tuple[Any, 
     """
     copy = nnx.merge(*nnx.split(model))
     copy.eval()
-    # Weights recorded inside a rematerialised or scanned layer would be leaked tracers.
+    # Weights recorded inside a rematerialized or scanned layer would be leaked tracers.
     copy.set_attributes(remat=False, scan=False, raise_if_not_found=False)
     found: dict[str, Any] = {}
 

@@ -37,7 +37,7 @@ def rotary(
       positions: integers that broadcast to ``[*B T]``.
       theta: ``f_i = theta ** (-2 i / width)``.
       width: how many features to rotate, even; the others stay. Default: all (H).
-      interleaved: pairs are neighbours ``(0, 1), (2, 3), ...``; else features ``i`` and
+      interleaved: pairs are neighbors ``(0, 1), (2, 3), ...``; else features ``i`` and
         ``i + width / 2``, as in most published checkpoints.
       scaling, length: see ``frequencies``.
 

@@ -1,4 +1,4 @@
-"""Scores: frozen values that change a logit before the softmax, applied one after the other.
+"""Scores: frozen values that change the logits before the softmax, applied in the given order.
 
 A score is a pytree with one method, ``score(s, b, n, q, k) -> s``: the new logit of query ``q`` and
 key ``k`` in head ``n`` of example ``b``. Its arrays may be traced, batched over ``*B`` and

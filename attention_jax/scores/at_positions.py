@@ -12,7 +12,7 @@ from attention_jax.scores.base import Score
 
 
 class Wrapped(Score):
-    """A score whose rule is given other positions."""
+    """A score whose rule gets other positions."""
 
     ARGUMENTS = {"score_": "score"}
     score_: Score
@@ -30,7 +30,7 @@ class Wrapped(Score):
 
 
 class Placed(Wrapped):
-    """``score`` of the positions of query and key."""
+    """``score`` applied to positions."""
 
     NAME = "scores.at_positions"
     AXES = {"query_positions": "*B T", "key_positions": "*B S"}
@@ -42,7 +42,7 @@ class Placed(Wrapped):
 
 
 class Later(Wrapped):
-    """``score`` of queries that begin at position ``start``, and keys that begin at 0."""
+    """``score`` with queries at positions from ``start`` and keys at positions from 0."""
 
     NAME = "scores.at_positions"
     AXES = {"start": "*B"}
@@ -60,16 +60,17 @@ def at_positions(
     query_positions: Int[AnyArray, "*B T"],
     key_positions: Int[AnyArray, "*B S"],
 ) -> Score:
-    """``score`` of the positions of queries and keys, as ``masks.at_positions`` for masks.
+    """``score`` applied to positions in place of indices, as ``masks.at_positions`` for masks.
 
-    Query ``i`` and key ``j`` get what ``score`` gives positions ``query_positions[i]`` and
-    ``key_positions[j]`` of one sequence, in which ``align="end"`` is ``align="start"``.
+    The logit of query ``i`` and key ``j`` changes as ``score`` changes that of positions
+    ``query_positions[i]`` and ``key_positions[j]`` of one sequence, so ``align="end"`` means the
+    same as ``align="start"``.
 
     Args:
-      score: its rule is given positions in place of indices; its arrays stay in the order of the
-        queries and keys of the call.
-      query_positions, key_positions: int arrays ``[*B T]`` and ``[*B S]``, of one dtype. Keys at
-        negative positions must be masked by the mask.
+      score: its rule gets positions in place of indices, while its arrays stay in the order of the
+        call's queries and keys.
+      query_positions, key_positions: int arrays ``[*B T]`` and ``[*B S]``, of one dtype. The mask
+        must mask keys at negative positions.
 
     >>> import numpy as np
     >>> from attention_jax.scores import alibi, at_positions
@@ -84,8 +85,8 @@ def at_positions(
 
 
 def later(score: Score, start: Int[AnyArray, "*B"]) -> Score:
-    """``score`` of queries at positions ``start [*B]`` and on, and keys at positions from 0.
+    """``score`` with queries at positions from ``start [*B]`` and keys at positions from 0.
 
-    The same as ``at_positions`` with contiguous positions, by the faster ``tile`` of the score.
+    The same as ``at_positions`` with contiguous positions, but uses the faster ``tile``.
     """
     return Later(score, start) if score.USES_POSITIONS else score

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import enum
+import functools
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from attention_jax.core.axes import Size
+from attention_jax.core.closures import conversions_explained
 from attention_jax.core.pytree import Value
 
 
 class Masking(enum.Enum):
-    """Which of the logits that a score returns may be ``-inf``, which masks the pair."""
+    """Which of the logits that a score returns may be ``-inf``, and so mask the pair."""
 
     NEVER = "where the given logit is -inf, and nowhere else"
     VISIBLE = "where the given logit is -inf or `visible()` is False, and nowhere else"
@@ -22,36 +25,36 @@ class Masking(enum.Enum):
 
     @property
     def adds(self) -> bool:
-        """Whether a pair that was visible may be masked."""
+        """Whether a visible pair may become masked."""
         return self in (Masking.VISIBLE, Masking.UNKNOWN)
 
     @property
     def keeps(self) -> bool:
-        """Whether a pair that was masked stays so."""
+        """Whether a masked pair stays masked."""
         return self in (Masking.NEVER, Masking.VISIBLE)
 
 
 class Score(Value):
     """A change of the logits before the softmax.
 
-    **Writing your own.** Subclass ``Score``, annotate the fields, and give ``rule``, the formula on
-    one tile of ``t x s`` pairs. The other declarations have defaults that are safe and slower:
+    **Writing your own.** Subclass ``Score``, annotate the fields, and define ``rule``, the formula
+    on a tile of ``t x s`` pairs. The other declarations have safe but slower defaults:
 
-    - ``AXES``: the axes of each field that holds an array, from which follows what ``rule`` gets of
-      it: ``"N"`` a scalar, ``"*B T"`` ``[t, 1]``, ``"*B S"`` ``[1, s]``, ``"*B N T S"`` ``[t, s]``
-      (see ``core.pytree``). An array that declares no axes is passed whole to every tile.
-      With ``BROADCAST = True`` axes ``T``, ``S`` and ``N`` may have size 1.
-    - ``MASKING``: which results may be ``-inf``. The default promises nothing: every logit is
-      then inspected, to keep what masked keys hold out of the result.
+    - ``AXES``: the axes of each field that holds an array. They determine the shape in which
+      ``rule`` gets it: a scalar for ``"N"``, ``[t, 1]`` for ``"*B T"``, ``[1, s]`` for ``"*B S"``,
+      ``[t, s]`` for ``"*B N T S"`` (see ``core.pytree``). An array that declares no axes is passed
+      whole to every tile. With ``BROADCAST = True`` axes ``T``, ``S`` and ``N`` may have size 1.
+    - ``MASKING``: which results may be ``-inf``. By default nothing is known, and every logit is
+      inspected so that masked keys do not affect the result.
     - ``visible()``, with ``MASKING = Masking.VISIBLE``: the pairs that the score does not mask.
-    - ``USES_POSITIONS = False`` where ``rule`` uses neither ``q`` nor ``k``.
-    - ``tile``: the same as ``rule``, faster, given that a tile's indices are contiguous.
-    - ``resolve`` and ``resolve_in_sequence``, for what depends on ``T``, ``S`` or ``N``.
-    - ``NEW_TOKENS``: arrays along ``T`` that are, with a cache, of the new tokens alone.
+    - ``USES_POSITIONS = False`` if ``rule`` uses neither ``q`` nor ``k``.
+    - ``tile``: a faster equivalent of ``rule`` for tiles of contiguous indices.
+    - ``resolve`` and ``resolve_in_sequence``, for fields that depend on ``T``, ``S`` or ``N``.
+    - ``NEW_TOKENS``: arrays along ``T`` that, with a cache, cover the new tokens only.
 
-    A subclass may not change ``rule``, because kernels and ``tile`` rely on the class.
-    Kernels accept every score whose ``rule`` is elementwise arithmetic; ``explain`` shows what they
-    do not accept, and why.
+    ``rule`` cannot be overridden in a further subclass, because kernels and ``tile`` rely on the
+    class. Kernels accept every score whose ``rule`` is elementwise arithmetic; ``explain`` says
+    which scores they do not accept, and why.
 
     >>> from typing import Any
     >>> import jax.numpy as jnp
@@ -80,6 +83,11 @@ class Score(Value):
     MASKING: ClassVar[Masking] = Masking.UNKNOWN
     USES_POSITIONS: ClassVar[bool] = True
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "rule" in vars(cls):
+            cls.rule = _explained(cls.__name__, cls.rule)  # type: ignore[method-assign]
+
     def score(self, s: Any, b: Any, n: Any, q: Any, k: Any) -> Any:
         """The logits ``s`` of queries ``q`` and keys ``k`` in head ``n`` of example ``b``, changed.
 
@@ -95,7 +103,7 @@ class Score(Value):
         raise NotImplementedError(f"{type(self).__name__} must define rule(s, b, n, q, k)")
 
     def visible(self) -> Any:
-        """bool, broadcasts to the tile: False where ``rule`` masks the pair whatever its logit is.
+        """False where ``rule`` masks the pair whatever its logit is; bool, broadcasts to the tile.
 
         The arrays of the score are already cut to the tile. Called for ``Masking.VISIBLE`` only.
         """
@@ -106,11 +114,22 @@ class Score(Value):
         return self.rule(s, b, n, *tile_indices(s.shape, q0, k0))
 
     def offset_per_example(self) -> bool:
-        """Whether an array says, example by example, at which position the queries begin.
+        """Whether an array gives the position of the first query for each example.
 
-        A cache says so too, and refuses a score that would count it twice.
+        A cache adds an offset of its own, and raises an error for a score that has one already.
         """
         return False
+
+
+def _explained(name: str, rule: Callable[..., Any]) -> Callable[..., Any]:
+    """``rule`` with errors that say how to write it."""
+
+    @functools.wraps(rule)
+    def explained(self: Score, s: Any, b: Any, n: Any, q: Any, k: Any) -> Any:
+        with conversions_explained(f"the rule of {name}"):
+            return rule(self, s, b, n, q, k)
+
+    return explained
 
 
 def tile_indices(shape: tuple[Size, Size], q0: Any, k0: Any) -> tuple[jax.Array, jax.Array]:

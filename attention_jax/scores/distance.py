@@ -41,7 +41,7 @@ class Relative(Score):
         return dataclasses.replace(self, align="start")
 
     def hoisted(self, dtype: Any, numbers: bool) -> Self:
-        # No block map depends on the offset, so it need not be part of the program.
+        # No block map depends on the offset, so it need not be a constant of the program.
         if not numbers or is_array(self.offset):
             return self
         return dataclasses.replace(self, offset=np.asarray(self.offset, np.int32))
@@ -115,7 +115,9 @@ def alibi(
 
 
 def alibi_slopes(num_heads: int, dtype: Any = np.float32) -> np.ndarray:
-    """The geometric sequence ``2 ** (-8 i / N)``; between powers of two, every other of the next.
+    """The geometric sequence ``2 ** (-8 i / N)``, for ``N`` a power of two.
+
+    For other ``N``, that of the power below, then every other slope of the power above.
 
     >>> from attention_jax.scores import alibi_slopes
     >>> alibi_slopes(4).tolist()
@@ -155,8 +157,8 @@ class RelativeBias(Relative):
         return s + self.table[self._buckets(k - q - self.offset)].astype(s.dtype)
 
     def tile(self, s: Any, b: Any, n: Any, q0: Any, k0: Any) -> Any:
-        # A tile has only t + s - 1 distances. Their values are a product with one-hot rows, whose
-        # transpose is a product too: that of a gather would be a slow scatter.
+        # A tile has only t + s - 1 distances. Their values are looked up by a product with one-hot
+        # rows, whose transpose is a product too; the transpose of a gather is a slow scatter.
         t, width = s.shape
         distances = k0 - q0 - self.offset - (t - 1) + jnp.arange(t + width - 1, dtype=jnp.int32)
         one_hot = jax.nn.one_hot(self._buckets(distances), self.table.shape[0], dtype=s.dtype)
@@ -175,8 +177,8 @@ def relative_bias(
 
     Args:
       table: ``[R N]``, ``R`` buckets, differentiable.
-      bidirectional: half the buckets are for keys after the query; else these share bucket 0.
-      max_distance: all larger distances share the last bucket.
+      bidirectional: half the buckets are for keys after the query; if False, these share bucket 0.
+      max_distance: larger distances share the last bucket.
       offset, align: as for ``alibi``.
 
     >>> import numpy as np
@@ -252,7 +254,7 @@ class RelativeEmbedding(Relative):
         return s + (self.query.astype(s.dtype) * rows.astype(s.dtype)).sum(-1)
 
     def tile(self, s: Any, b: Any, n: Any, q0: Any, k0: Any) -> Any:
-        # Every query with all t + s - 1 distances of the tile; then each row is shifted to its own.
+        # All t + s - 1 distances of the tile for every query, then each row shifted into place.
         t, width = s.shape
         distances = k0 - q0 - self.offset - (t - 1) + jnp.arange(t + width - 1, dtype=jnp.int32)
         one_hot = jax.nn.one_hot(self._rows(distances), self.table.shape[0], dtype=s.dtype)
@@ -310,7 +312,7 @@ def relative_embedding(
 def skew(x: jax.Array) -> jax.Array:
     """``y[i, j] = x[i, j + t - 1 - i]`` for ``x [t, t + s - 1]``: diagonals become columns.
 
-    A pad and two reshapes, and so is the transpose.
+    It is a pad and two reshapes, as is its transpose.
 
     >>> import jax.numpy as jnp
     >>> from attention_jax.scores.distance import skew
@@ -319,6 +321,6 @@ def skew(x: jax.Array) -> jax.Array:
     """
     t, width = x.shape
     s = width - t + 1
-    # Row i starts t - 1 - i entries late: one entry more per row, read in rows one entry shorter.
+    # Row i starts at entry t - 1 - i: pad each row by one entry, then read rows one entry shorter.
     flat = jnp.pad(x, ((0, 0), (0, 1))).reshape(-1)
     return flat[t - 1 : t - 1 + t * width].reshape(t, width)[:, :s]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attention_jax.core.axes import AnyArray, check_function
-from attention_jax.core.closures import hoist, of_tile
+from attention_jax.core.closures import apply, hoist, of_tile
 from attention_jax.core.pytree import indexable
 from attention_jax.scores.base import Score
 
@@ -28,7 +28,8 @@ class ScoreFn(Score):
 
     def rule(self, s: Any, b: Any, n: Any, q: Any, k: Any) -> Any:
         s = jnp.asarray(s)
-        changed = self.fn(s, b, n, q, k, *map(indexable, self.arrays))
+        arrays = [indexable(x) for x in self.arrays]
+        changed = apply("score_fn", self.fn, (s, b, n, q, k), arrays)
         shape = jnp.broadcast_shapes(s.shape, np.shape(q), np.shape(k))
         return jnp.asarray(of_tile("score_fn", changed, shape, s.dtype))
 
@@ -38,11 +39,12 @@ def score_fn(fn: Callable[..., Any], *arrays: AnyArray) -> Score:
 
     Args:
       fn: takes logits ``s [t, s]``, int scalars ``b``, ``n``, int arrays ``q [t, 1]``,
-        ``k [1, s]``; returns logits that broadcast to ``s``, which are cast to its dtype. It may
-        close over arrays, traced ones too.
-      *arrays: the arrays that ``fn`` indexes. GPU kernels accept these, but only numbers that
-        ``fn`` closes over. Floating arrays of both kinds are differentiable. The gradient of an
-        array costs its size once per tile: for an array of ``T x S``, use ``bias``.
+        ``k [1, s]``; returns logits that broadcast to ``s``, which are cast to its dtype. It is
+        traced: write ``jnp.where`` for ``if``. It may close over arrays, even traced ones.
+      *arrays: arrays for ``fn`` to index. GPU kernels accept these, but no arrays that ``fn``
+        closes over, only numbers. Floating arrays of both kinds are differentiable. The gradient
+        of an array takes time in proportion to its size for every tile: for an array of
+        ``T x S``, use ``bias``.
 
     >>> import numpy as np
     >>> from attention_jax.scores import score_fn

@@ -11,27 +11,26 @@ causal end, T < S   ...  ok
 2 cases: 2 right, 0 refused, 0 failed
 
 Without ``cases``, ``check`` runs the whole catalogue: every option paired with every other, and
-these promises, which every backend keeps:
+these guarantees, which hold for every backend:
 
 - Order of operations: ``scale * q.k``, the scores in the given order, the mask, sinks join the
   denominator, softmax, dropout on the probabilities, times ``value``.
 - A query without a visible key (masked, a bias of ``-inf``, ``S == 0``, length 0) gives output 0,
   lse ``-inf`` and zero gradients, never NaN. With sinks its lse is the sink.
 - ``T == 0`` or an empty batch gives an empty result and zero gradients.
-- Keys that no query may attend to can hold anything, NaN and inf included, without effect on
-  results or gradients.
+- Keys that no query may attend to do not affect results or gradients, even if they are NaN or inf.
 - The output has the dtype of the query. Softmax, lse and sums are in float32 or wider, and float64
   stays float64 throughout.
 - Large logits neither overflow nor lose accuracy, whatever the dtype.
 - The lse is float32 or wider, and differentiable.
 - Where ``T != S``, ``causal()`` is aligned top-left, ``causal(align="end")`` bottom-right, and
   ``causal(offset)`` anywhere, per example too.
-- Whether dropout keeps pair ``(b, n, i, j)`` is a hash of the key and the four indices: the same
-  for every backend, block size and sharding.
-- The result for an example does not depend on the rest of the batch: the same bits for the same
-  shapes.
+- Whether dropout keeps pair ``(b, n, i, j)`` depends on a hash of the random key and the four
+  indices: it is the same for every backend, block size and sharding.
+- The result for an example does not depend on the rest of the batch: for equal shapes it is bitwise
+  the same.
 
-In short:
+For example, with NaN in the padding:
 
 >>> import jax, jax.numpy as jnp
 >>> x = jax.random.normal(jax.random.key(0), (2, 5, 1, 8))  # B T N H

@@ -54,7 +54,7 @@ class Case:
       sinks: is there a sink per head.
       scale: None for the default, else a number, passed as an array and differentiated.
       dropout_rate: the probability of dropping a probability.
-      lse: is the normaliser returned, and does the loss depend on it.
+      lse: is the normalizer returned, and does the loss depend on it.
       magnitude: a factor of the query: 300 gives logits up to a thousand.
       planted: NaN and inf in every number that must not be read: masked keys and values, queries
         that attend to no key and their cotangents, bias entries of masked pairs.
@@ -78,7 +78,7 @@ class Case:
 
     @property
     def wide(self) -> str:
-        """The dtype of the normaliser: at least float32."""
+        """The dtype of the normalizer: at least float32."""
         return "float64" if self.dtype == "float64" else "float32"
 
     def __str__(self) -> str:

@@ -111,7 +111,7 @@ def check(
 ) -> Report:
     """Compares an attention function with the float64 oracle, forward and backward.
 
-    With ``plain`` the materialised formula in the case's own dtype, a result passes if::
+    With ``plain`` the materialized formula in the case's own dtype, a result passes if::
 
         |fn - oracle| <= f * max |plain - oracle| + eps(dtype) * max |oracle|
 
@@ -199,7 +199,7 @@ def _judge(
     p, case = t.problem, t.problem.case
 
     def call(x: Inputs, mask: Mask | None, key: Any) -> tuple[Any, ...]:
-        score = tuple(term.build(**a) for term, a in zip(p.terms, x.scores, strict=True))
+        score = tuple(term.build(**a) for term, a in zip(p.terms, x.score, strict=True))
         results = fn(
             x.query,
             x.key,
@@ -306,6 +306,6 @@ def _named(p: Problem, evaluated: tuple[tuple[Any, ...], Inputs | None]) -> dict
     if g is None:
         return named
     named |= {f"d {n}": getattr(g, n) for n in ("query", "key", "value", "sinks", "scale")}
-    for term, arrays in zip(p.terms, g.scores, strict=True):
+    for term, arrays in zip(p.terms, g.score, strict=True):
         named |= {f"d {term.name}.{name}": x for name, x in arrays.items()}
     return {name: x for name, x in named.items() if x is not None}

@@ -24,7 +24,7 @@ class Inputs(NamedTuple):
     value: Any  # [*B S K D]
     sinks: Any  # [N] or None
     scale: Any  # scalar or None
-    scores: tuple[Arrays, ...]  # what each score holds
+    score: tuple[Arrays, ...]  # what each score holds
     d_out: Any  # [*B T N D]
     d_lse: Any  # [*B T N]
 
@@ -59,7 +59,7 @@ def problem(case: Case) -> Problem:
         value=normal(*z.B, z.S, z.K, z.D),
         sinks=normal(z.N) if case.sinks else None,
         scale=None if case.scale is None else np.asarray(case.scale, wide),
-        scores=tuple(term.arrays for term in terms),
+        score=tuple(term.arrays for term in terms),
         d_out=normal(*z.B, z.T, z.N, z.D),
         d_lse=normal(*z.B, z.T, z.N, dtype=wide),
     )
@@ -82,7 +82,7 @@ def oracle(p: Problem, gradients: bool) -> dict[str, np.ndarray]:
     }
     options: dict[str, Any] = {
         "mask": p.seen,
-        "scores": [_step(t, a) for t, a in zip(p.terms, x.scores, strict=True)],
+        "score": [_step(t, a) for t, a in zip(p.terms, x.score, strict=True)],
         "sinks": x.sinks,
         "scale": x.scale,
         "keep": p.keep,
@@ -97,7 +97,7 @@ def oracle(p: Problem, gradients: bool) -> dict[str, np.ndarray]:
     right |= {"d query": g.query, "d key": g.key, "d value": g.value}
     right |= {} if x.sinks is None else {"d sinks": np.asarray(g.sinks)}
     right |= {} if x.scale is None else {"d scale": np.asarray(g.scale)}
-    for term, arrays, d in zip(p.terms, x.scores, g.scores, strict=True):
+    for term, arrays, d in zip(p.terms, x.score, g.score, strict=True):
         if term.pull is not None:
             pulled = term.pull(d, **_exact(arrays))
             right |= {f"d {term.name}.{name}": a for name, a in pulled.items()}
@@ -137,7 +137,7 @@ def variants(p: Problem, number: int) -> tuple[Inputs, Order]:
 
 
 def plain(p: Problem, x: Inputs, seen: Any, keep: Any, order: Order) -> tuple[Any, ...]:
-    """The formula, materialised, all of it in the case's dtype: what tolerances are derived from.
+    """The formula, materialized, all of it in the case's dtype: what tolerances are derived from.
 
     Given what is visible and what dropout keeps, bool ``[*B N T S]``.
     """
@@ -149,7 +149,7 @@ def plain(p: Problem, x: Inputs, seen: Any, keep: Any, order: Order) -> tuple[An
     scale = jnp.asarray(p.case.sizes.H**-0.5 if x.scale is None else x.scale, dtype)
     q = q * jnp.where(order.first, scale, 1)
     s = jnp.einsum("...tnh,...snh->...nts", q, k) * jnp.where(order.first, 1, scale)
-    for term, arrays in zip(p.terms, x.scores, strict=True):
+    for term, arrays in zip(p.terms, x.score, strict=True):
         if term.add is None:
             s = term.cap * jnp.tanh(s / term.cap)
         else:
@@ -188,7 +188,7 @@ def _keep(words: np.ndarray, shape: tuple[int, ...], batch_axes: int, rate: floa
     """``dropout.keep`` of every pair, in NumPy."""
     shift, u = np.right_shift, np.uint32
 
-    def mix(x: np.ndarray) -> np.ndarray:  # the finaliser of MurmurHash3
+    def mix(x: np.ndarray) -> np.ndarray:  # the finalizer of MurmurHash3
         x = (x ^ shift(x, u(16))) * u(0x85EBCA6B)
         x = (x ^ shift(x, u(13))) * u(0xC2B2AE35)
         return x ^ shift(x, u(16))
@@ -218,8 +218,8 @@ def _plant(x: Inputs, seen: np.ndarray, case: Case, rng: np.random.Generator) ->
     rows = np.moveaxis(np.any(seen, -1), -2, -1)  # [*B T N]
     groups = seen.reshape(*z.B, z.K, z.G, z.T, z.S)
     keys = np.moveaxis(np.any(groups, (-3, -2)), -2, -1)  # [*B S K]
-    planted_scores = []
-    for arrays in x.scores:
+    planted_score = []
+    for arrays in x.score:
         arrays = dict(arrays)
         if "query" in arrays:
             arrays["query"] = plant(arrays["query"], rows)
@@ -229,7 +229,7 @@ def _plant(x: Inputs, seen: np.ndarray, case: Case, rng: np.random.Generator) ->
             used = np.any(seen, along, keepdims=True).reshape(arrays["array"].shape)
             # What is -inf hides a pair and must stay.
             arrays["array"] = plant(arrays["array"], used | (arrays["array"] == -np.inf))
-        planted_scores.append(arrays)
+        planted_score.append(arrays)
     return x._replace(
         query=plant(x.query, rows),
         key=plant(x.key, keys),
@@ -237,5 +237,5 @@ def _plant(x: Inputs, seen: np.ndarray, case: Case, rng: np.random.Generator) ->
         d_out=plant(x.d_out, rows),
         # With sinks the lse of an empty row is the sink: its cotangent counts.
         d_lse=x.d_lse if case.sinks else plant(x.d_lse, rows),
-        scores=tuple(planted_scores),
+        score=tuple(planted_score),
     )

@@ -59,8 +59,8 @@ def neighbors(i: Any, j: Any, shape: tuple[int, ...], size: tuple[int, ...]) -> 
     visible = np.True_
     cells = np.unravel_index(i, shape), np.unravel_index(j, shape)
     for a, b, n, w in zip(*cells, shape, size, strict=True):
-        centre = np.minimum(np.maximum(a, w // 2), n - 1 - w // 2)
-        visible = visible & (abs(centre - b) <= w // 2)
+        center = np.minimum(np.maximum(a, w // 2), n - 1 - w // 2)
+        visible = visible & (abs(center - b) <= w // 2)
     return visible
 
 

@@ -119,7 +119,7 @@ SHAPES: dict[str, Shape] = {
     "window 1000000": _self_attention(1_000_000, 1, window=512),
 }
 
-# Around the length below which materialising the logits is faster.
+# Around the length below which materializing the logits is faster.
 SHORT = tuple(_self_attention(T, 8, B=max(1, 2048 // T)) for T in (16, 32, 64, 96, 128, 192, 256))
 
 # Prime sizes that every library can compute: as many key-value heads as query heads, one width.

@@ -65,7 +65,7 @@ class Size:
 
 
 def items(setting: Setting) -> Iterator[Item]:
-    """Ours and Flax's in turns, then generation."""
+    """Times ours and Flax's alternately, then generation."""
     rate = matrix_rate(setting.out)
     sizes = [Size(8, 1024), Size(1, 16_384)]
     if setting.dry:
@@ -119,7 +119,7 @@ class FlaxAttention(nnx.Module):
 def training_step(
     name: str, make: Callable[..., Any], size: Size, dry: bool, rate: float | None
 ) -> Iterator[Fields]:
-    """Tokens per second and model FLOP utilisation of a step of AdamW."""
+    """Tokens per second and model FLOP utilization of a step of AdamW."""
     model = make(size, dry)
     optimizer = nnx.Optimizer(model, optax.adamw(1e-4), wrt=nnx.Param)
     rng = np.random.default_rng(0)

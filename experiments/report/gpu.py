@@ -16,7 +16,7 @@ FILES = "card*.jsonl"
 PICTURE = "card.png"
 NOT_MEASURED = "not measured"
 
-# Colours and order of the bars, ours first.
+# Colors and order of the bars, ours first.
 COLORS = {
     "ours, auto": "#d1495b",
     "ours, pallas_gpu": "#e07a5f",

@@ -6,7 +6,7 @@ import statistics
 from pathlib import Path
 
 from experiments.report.ladders import PERCENT, metric_label
-from experiments.training.task import COLOURS, Rung
+from experiments.training.task import COLORS, Rung
 
 
 def file_name(name: str, part: str) -> str:
@@ -29,15 +29,15 @@ def draw(ladder: list[Rung], file: Path) -> None:
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     axes = figure.subplots(1, 2)
     for number, rung in enumerate(ladder):
-        colour = COLOURS[number % len(COLOURS)]
-        line = "-" if number < len(COLOURS) else ":"
+        color = COLORS[number % len(COLORS)]
+        line = "-" if number < len(COLORS) else ":"
         label: str | None = rung.name
         if not any(run["curve"] for run in rung.runs):
             known = [run["validation"] for run in rung.runs if run["validation"] is not None]
             if not known:  # old records of fitted models
                 known, label = [run["test"] for run in rung.runs], f"{label} (test)"
             score = factor * statistics.fmean(scores[metric] for scores in known)
-            axes[1].axhline(score, color=colour, linestyle="--", linewidth=1.2, label=label)
+            axes[1].axhline(score, color=color, linestyle="--", linewidth=1.2, label=label)
             continue
         for run in rung.runs:
             minutes = [point["seconds"] / 60 for point in run["curve"]]
@@ -46,7 +46,7 @@ def draw(ladder: list[Rung], file: Path) -> None:
                 axis.plot(
                     minutes,
                     values,
-                    color=colour,
+                    color=color,
                     linestyle=line,
                     linewidth=1,
                     marker=".",

@@ -31,9 +31,9 @@ python -m experiments bench
 python -m experiments bench --scaling
 ```
 
-Contenders run in turns in one process; times are medians. A ratio says how many times faster ours
-is, and is bold where it reaches its aim. Ratios vary by a quarter from run to run, and with the
-processor. {elsewhere}
+All implementations are timed in alternation in one process, and times are medians. A ratio says
+how many times faster ours is, and is bold where it reaches its target. Ratios vary by a quarter
+from run to run, and with the processor. {elsewhere}
 
 This page is written by `python -m experiments report` from the records in this folder; edit those,
 not the page. The scores of trained models are in [README.md](README.md)."""

@@ -125,7 +125,7 @@ NOTES = {
         "pretrained."
     ),
     "fewshot": (
-        "TREC's questions, of which only some are labelled; `python -m experiments fewshot` runs "
+        "TREC's questions, of which only some are labeled; `python -m experiments fewshot` runs "
         "the whole curve. Only `adapted` has a learning rate of its own, chosen between two on one "
         "draw of 100 examples; the others share one that was not tuned for each."
     ),
@@ -221,7 +221,7 @@ def table(ladder: list[Rung]) -> list[str]:
 
 
 def comment(ladder: list[Rung]) -> str:
-    """Whether each model is better than the one before it. The first row of a model counts."""
+    """Where a model is no better than the one above it. The first row of a model counts."""
     ladder = [next(rows) for _, rows in itertools.groupby(ladder, key=lambda rung: rung.model)]
     first = ladder[0].runs[0]
     metric, larger = first["metric"], first["larger"]
@@ -241,8 +241,9 @@ def comment(ladder: list[Rung]) -> str:
     if len(ladder) < 2:
         return f"Only one model of the ladder.{single}"
     if not exceptions:
-        return f"Each model is better than the one before it.{single}"
-    return f"Not every model is better than the one before it: {'; '.join(exceptions)}.{single}"
+        return f"Each model is better than the one above it.{single}"
+    listed = "; ".join(exceptions)
+    return f"Each model is better than the one above it, with exceptions: {listed}.{single}"
 
 
 def _has_curves(ladder: list[Rung]) -> bool:

@@ -48,11 +48,11 @@ TASKS: dict[str, Summary] = {
         score="90 % test accuracy",
     ),
     "fewshot": Summary(
-        about="accuracy by number of labelled examples, with and without pretraining and LoRA",
+        about="accuracy by number of labeled examples, with and without pretraining and LoRA",
         data="TREC, with labels for only some of the training questions",
         models="naive_bayes, text_cnn, transformer, finetuned, adapted",
         time="2 minutes on 2 CPU cores; 50 minutes for the whole curve",
-        score="60 % test accuracy with 100 labelled examples, 88 % with all",
+        score="60 % test accuracy with 100 labeled examples, 88 % with all",
     ),
     "sst2": Summary(
         about="sentiment classification of film reviews",
@@ -76,7 +76,7 @@ TASKS: dict[str, Summary] = {
         score="74 test F1 on NCBI",
     ),
     "shakespeare": Summary(
-        about="character-level language modelling with n-grams, recurrence and attention",
+        about="character-level language modeling with n-grams, recurrence and attention",
         data="tiny_shakespeare, 1.1 million characters",
         models="ngram, gru, gru_attention, transformer",
         time="10 minutes on 2 CPU cores",
@@ -91,7 +91,7 @@ TASKS: dict[str, Summary] = {
     ),
     "vqa": Summary(
         about="visual question answering with words and image patches as tokens of one encoder",
-        data="generated 3 x 3 grids of coloured shapes, each with a question in words",
+        data="generated 3 x 3 grids of colored shapes, each with a question in words",
         models="question, image, joint, cross",
         time="10 minutes on 2 CPU cores",
         score="100 % test accuracy",
@@ -118,7 +118,7 @@ TASKS: dict[str, Summary] = {
         score="36 test F1",
     ),
     "summarise": Summary(
-        about="summarisation: news headlines and one-sentence paper summaries, with copying",
+        about="summarization: news headlines and one-sentence paper summaries, with copying",
         data="AG News, 7,600 articles with titles; SciTLDR, 3,229 abstracts with summaries",
         models="lead, best_sentence, gru, gru_attention, transformer, copier",
         time="10 minutes on 2 CPU cores",

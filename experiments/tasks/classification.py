@@ -84,21 +84,21 @@ ACCELERATOR = Config(
 )
 
 
-class Labelled(NamedTuple):
+class Labeled(NamedTuple):
     """Sentences of words separated by spaces, and their classes ``[n]``."""
 
     texts: list[str]
     labels: np.ndarray
 
-    def take(self, index: np.ndarray) -> Labelled:
+    def take(self, index: np.ndarray) -> Labeled:
         """The sentences at these indices."""
-        return Labelled([self.texts[i] for i in index], self.labels[index])
+        return Labeled([self.texts[i] for i in index], self.labels[index])
 
 
-def labelled(lines: list[str]) -> Labelled:
+def labeled(lines: list[str]) -> Labeled:
     """Parses lines that start with the index of the class."""
     pairs = [line.split(" ", 1) for line in lines if line.strip()]
-    return Labelled([t.lower() for _, t in pairs], np.array([int(x) for x, _ in pairs], np.int32))
+    return Labeled([t.lower() for _, t in pairs], np.array([int(x) for x, _ in pairs], np.int32))
 
 
 class Split(NamedTuple):
@@ -125,23 +125,23 @@ class Batch(NamedTuple):
     labels: Array
 
 
-def synthetic(classes: int) -> dict[str, Labelled]:
+def synthetic(classes: int) -> dict[str, Labeled]:
     """Generated sentences whose first word gives the class away; needs no files."""
     rng = np.random.default_rng(0)
 
-    def sentences_of(n: int) -> Labelled:
+    def sentences_of(n: int) -> Labeled:
         labels = rng.integers(0, classes, n).astype(np.int32)
         words = rng.integers(0, 20, (n, 6))
         texts = [
             " ".join([f"class{label}", *(f"word{i}" for i in row)])
             for label, row in zip(labels, words, strict=True)
         ]
-        return Labelled(texts, labels)
+        return Labeled(texts, labels)
 
     return {"train": sentences_of(200), "validation": sentences_of(40), "test": sentences_of(40)}
 
 
-def load(classes: tuple[str, ...], read: Callable[[], dict[str, Labelled]], config: Config) -> Data:
+def load(classes: tuple[str, ...], read: Callable[[], dict[str, Labeled]], config: Config) -> Data:
     """The splits, encoded with the vocabulary of the training split."""
     raw = synthetic(len(classes)) if config.synthetic else read()
     words = text.Words.of(raw["train"].texts, config.least)
@@ -240,7 +240,7 @@ def look(config: Config, model: Model, data: Data, sentence: str | None) -> list
 def task(
     name: str,
     classes: tuple[str, ...],
-    read: Callable[[], dict[str, Labelled]],
+    read: Callable[[], dict[str, Labeled]],
     presets: Mapping[str, Config],
     *,
     score: Score = scores,

@@ -105,7 +105,7 @@ MEAN, DEVIATION = 0.3, 0.35
 
 
 class Logistic(nnx.Module):
-    """Logistic regression on standardised pixels; without standardising it learns slowly."""
+    """Logistic regression on standardized pixels; without standardizing it learns slowly."""
 
     def __init__(self, side: int, rngs: nnx.Rngs) -> None:
         self.classify = nnx.Linear(side * side, CLASSES, rngs=rngs)

@@ -223,7 +223,7 @@ class Scorer(nnx.Module):
         given = jnp.asarray(given)
         table = self.entities[...]
         head, relation = table[given[:, 0]], self.relations[...][given[:, 1]]
-        scale = table.shape[1] ** 0.5  # embeddings are initialised with norm 1
+        scale = table.shape[1] ** 0.5  # embeddings are initialized with norm 1
         if self.stack is None:
             x = self.dropout(head * relation * scale)
         else:

@@ -15,7 +15,7 @@ of both languages, trained on the training split; case and punctuation are kept.
 Data: Multi30k, task 1, D. Elliott et al. 2016, "Multi30K: Multilingual English-German Image
 Descriptions": 29,000 training and 1,014 validation pairs, and the 1,000 of test_2016_flickr. No
 license is stated; its authors provide it for non-commercial research and education. The score is
-sacrebleu's BLEU on untokenised text; its signature is in the record.
+sacrebleu's BLEU on untokenized text; its signature is in the record.
 """
 
 from __future__ import annotations

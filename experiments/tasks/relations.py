@@ -28,7 +28,7 @@ import numpy as np
 
 from experiments.datasets.files import path
 from experiments.tasks import classification
-from experiments.tasks.classification import Config, Labelled
+from experiments.tasks.classification import Config, Labeled
 from experiments.training.losses import scores
 from experiments.training.task import Metrics
 
@@ -80,7 +80,7 @@ def words(sentence: str) -> str:
     return " ".join(WORD.findall(sentence))
 
 
-def parse(content: str) -> Labelled:
+def parse(content: str) -> Labeled:
     """Parses the task's format: a number and a sentence, a relation, a comment, an empty line."""
     lines = [line.strip() for line in content.split("\n")]
     texts, labels = [], []
@@ -88,10 +88,10 @@ def parse(content: str) -> Labelled:
         if re.match(r'\d+\t"', sentence):
             texts.append(words(sentence.split("\t", 1)[1][1:-1]).lower())
             labels.append(CLASSES.index(relation))
-    return Labelled(texts, np.array(labels, np.int32))
+    return Labeled(texts, np.array(labels, np.int32))
 
 
-def read() -> dict[str, Labelled]:
+def read() -> dict[str, Labeled]:
     """The splits, the same for every seed so that runs can be compared."""
     from sklearn.model_selection import train_test_split
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from experiments.datasets.files import lines
 from experiments.tasks import classification
-from experiments.tasks.classification import Config, Labelled
+from experiments.tasks.classification import Config, Labeled
 
 CLASSES = ("negative", "positive")
 
@@ -42,11 +42,11 @@ PRESETS = {
 }
 
 
-def read() -> dict[str, Labelled]:
+def read() -> dict[str, Labeled]:
     """The published splits."""
     files = {"train": "train", "validation": "dev", "test": "test"}
     return {
-        split: classification.labelled(lines(f"{FOLDER}/stsa.binary.{name}", encoding="latin-1"))
+        split: classification.labeled(lines(f"{FOLDER}/stsa.binary.{name}", encoding="latin-1"))
         for split, name in files.items()
     }
 

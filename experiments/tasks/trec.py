@@ -21,7 +21,7 @@ import numpy as np
 
 from experiments.datasets.files import lines
 from experiments.tasks import classification
-from experiments.tasks.classification import Config, Labelled
+from experiments.tasks.classification import Config, Labeled
 
 CLASSES = ("description", "entity", "abbreviation", "human", "location", "number")
 
@@ -43,12 +43,12 @@ PRESETS = {
 }
 
 
-def read() -> dict[str, Labelled]:
+def read() -> dict[str, Labeled]:
     """The splits, the same for every seed so that runs can be compared."""
     from sklearn.model_selection import train_test_split
 
-    rest = classification.labelled(lines(f"{FOLDER}/TREC.train.all", encoding="latin-1"))
-    test = classification.labelled(lines(f"{FOLDER}/TREC.test.all", encoding="latin-1"))
+    rest = classification.labeled(lines(f"{FOLDER}/TREC.train.all", encoding="latin-1"))
+    test = classification.labeled(lines(f"{FOLDER}/TREC.test.all", encoding="latin-1"))
     index = np.arange(len(rest.texts))
     train, validation = train_test_split(index, test_size=545, stratify=rest.labels, random_state=0)
     return {"train": rest.take(train), "validation": rest.take(validation), "test": test}

@@ -1,4 +1,4 @@
-"""Visual question answering on grids of coloured shapes: patches and words as tokens.
+"""Visual question answering on grids of colored shapes: patches and words as tokens.
 
 ::
 
@@ -7,8 +7,8 @@
     python -m experiments train vqa --model question              # without the image
     python -m experiments look runs/vqa/joint-cpu-seed0
 
-An image has nine cells, some with a square, a circle or a triangle in one of four colours. There
-are five kinds of question: what colour is the circle, what shape is red, how many squares are
+An image has nine cells, some with a square, a circle or a triangle in one of four colors. There
+are five kinds of question: what color is the circle, what shape is red, how many squares are
 there, is there a red circle, is the circle left of the square. The answers to each question are
 equally frequent, so a model that reads only the question, or only the image, can only guess.
 
@@ -53,17 +53,17 @@ from experiments.training.task import (
 from experiments.training.text_config import TextConfig
 
 SHAPES = ("square", "circle", "triangle")
-COLOURS = ("red", "green", "blue", "yellow")
+COLORS = ("red", "green", "blue", "yellow")
 COUNTS = ("zero", "one", "two", "three")
-ANSWERS = (*SHAPES, *COLOURS, *COUNTS, "yes", "no")
+ANSWERS = (*SHAPES, *COLORS, *COUNTS, "yes", "no")
 SIDE, CELL = 3, 8  # cells per row, pixels per side of a cell
-KINDS = ("colour", "shape", "count", "there", "left")
+KINDS = ("color", "shape", "count", "there", "left")
 WORDS = text.Words(
     (
         *text.SPECIAL,
         *SHAPES,
-        *COLOURS,
-        *["what", "colour", "is", "the", "shape", "how", "many", "a", "there", "left", "of", "?"],
+        *COLORS,
+        *["what", "color", "is", "the", "shape", "how", "many", "a", "there", "left", "of", "?"],
     )
 )
 LONGEST = 10  # tokens of a question, the start token included
@@ -130,7 +130,7 @@ class Data(NamedTuple):
 
 # --- Images and questions.
 
-Scene = dict[int, tuple[str, str]]  # colour and shape by cell
+Scene = dict[int, tuple[str, str]]  # color and shape by cell
 
 
 def example(rng: random.Random) -> tuple[Scene, str, str, str]:
@@ -140,36 +140,36 @@ def example(rng: random.Random) -> tuple[Scene, str, str, str]:
     """
     kind = rng.choice(KINDS)
     cells = rng.sample(range(SIDE * SIDE), 6)
-    shape, colour = rng.choice(SHAPES), rng.choice(COLOURS)
+    shape, color = rng.choice(SHAPES), rng.choice(COLORS)
     other_shapes = [x for x in SHAPES if x != shape]
-    other_colours = [x for x in COLOURS if x != colour]
+    other_colors = [x for x in COLORS if x != color]
 
-    def thing(colours: Any = COLOURS, shapes: Any = SHAPES) -> tuple[str, str]:
-        return rng.choice(colours), rng.choice(shapes)
+    def thing(colors: Any = COLORS, shapes: Any = SHAPES) -> tuple[str, str]:
+        return rng.choice(colors), rng.choice(shapes)
 
-    if kind == "colour":
+    if kind == "color":
         rest = [thing(shapes=other_shapes) for _ in range(rng.randint(1, 4))]
-        things, question = [(colour, shape), *rest], f"what colour is the {shape} ?"
-        answer = colour
+        things, question = [(color, shape), *rest], f"what color is the {shape} ?"
+        answer = color
     elif kind == "shape":
-        rest = [thing(colours=other_colours) for _ in range(rng.randint(1, 4))]
-        things, question, answer = [(colour, shape), *rest], f"what shape is {colour} ?", shape
+        rest = [thing(colors=other_colors) for _ in range(rng.randint(1, 4))]
+        things, question, answer = [(color, shape), *rest], f"what shape is {color} ?", shape
     elif kind == "count":
         n = rng.randrange(len(COUNTS))
         counted = [thing(shapes=[shape]) for _ in range(n)]
         rest = [thing(shapes=other_shapes) for _ in range(rng.randint(1, 6 - n))]
         things, question, answer = [*counted, *rest], f"how many {shape} ?", COUNTS[n]
     elif kind == "there":
-        # If the answer is no, its colour and its shape occur on different things.
-        rest = [thing(other_colours, other_shapes) for _ in range(rng.randint(0, 2))]
-        apart = [(colour, rng.choice(other_shapes)), (rng.choice(other_colours), shape)]
+        # If the answer is no, its color and its shape occur on different things.
+        rest = [thing(other_colors, other_shapes) for _ in range(rng.randint(0, 2))]
+        apart = [(color, rng.choice(other_shapes)), (rng.choice(other_colors), shape)]
         answer = rng.choice(("yes", "no"))
         things = (
-            [(colour, shape), *apart[: rng.randint(0, 2)], *rest]
+            [(color, shape), *apart[: rng.randint(0, 2)], *rest]
             if answer == "yes"
             else [*apart, *rest]
         )
-        question = f"is there a {colour} {shape} ?"
+        question = f"is there a {color} {shape} ?"
     else:
         other = rng.choice(other_shapes)
         third = [x for x in other_shapes if x != other]
@@ -194,10 +194,10 @@ def render(scene: Scene) -> np.ndarray:
     }
     rgb = {"red": (1, 0, 0), "green": (0, 1, 0), "blue": (0, 0, 1), "yellow": (1, 1, 0)}
     image = np.zeros((SIDE * CELL, SIDE * CELL, 3), np.float32)
-    for cell, (colour, shape) in scene.items():
+    for cell, (color, shape) in scene.items():
         row, column = CELL * (cell // SIDE), CELL * (cell % SIDE)
         place = image[row : row + CELL, column : column + CELL]
-        place[inside[shape]] = rgb[colour]
+        place[inside[shape]] = rgb[color]
     return image
 
 

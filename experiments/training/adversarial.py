@@ -7,7 +7,7 @@ For one example with token embeddings ``x``, and a perturbation of relative size
     loss  = loss(x) + loss(x + r),    r held constant
 
 The perturbation is relative to the norm of the embeddings, so that they cannot escape it by
-growing; the paper normalises them to that end. A model with several embedding look-ups has one
+growing; the paper normalizes them to that end. A model with several embedding look-ups has one
 ``g``, over all of them. Embeddings without a gradient, those of padding, count in neither norm.
 
 Source: Miyato et al. 2017, "Adversarial Training Methods for Semi-Supervised Text Classification".

@@ -28,7 +28,7 @@ Metrics = dict[str, float]
 
 
 class Loss(NamedTuple):
-    """What ``Task.loss`` returns: a sum, and the number of terms. Training minimises the mean."""
+    """What ``Task.loss`` returns: a sum, and the number of terms. Training minimizes the mean."""
 
     total: jax.Array
     number: jax.Array
@@ -92,7 +92,7 @@ def encoder_and_decoder(
 
 Record = dict[str, Any]  # the result of a run: a line of TASK.jsonl, see `runs.record`
 
-COLOURS = ("#7a7a7a", "#1b9e77", "#d95f02", "#4a5fc1", "#b0307a", "#8a6d00")
+COLORS = ("#7a7a7a", "#1b9e77", "#d95f02", "#4a5fc1", "#b0307a", "#8a6d00")
 
 
 class Rung(NamedTuple):

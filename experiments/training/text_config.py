@@ -17,7 +17,7 @@ from attention_jax.positions import Rotary
 from attention_jax.scores import Score
 from experiments.training.config import FLAX, TrainConfig, at_least_1, below_1, heads_divide
 
-# Embeddings are initialised with a standard deviation of 0.02; scaled by this, tokens weigh as much
+# Embeddings are initialized with a standard deviation of 0.02; scaled by this, tokens weigh as much
 # as their positions.
 EMBEDDING_SCALE = 25.0
 

@@ -12,6 +12,29 @@ FULL = "[*B N T S] with *B = (2,), N = 4, T = 5, S = 7"
 BATCH = "[*B] with *B = (2,)"
 
 
+WRITE = ("write & | ~", "jnp.where for if", "jnp.maximum for max")
+
+
+def own_mask():
+    from attention_jax import masks
+
+    class Near(masks.Mask):
+        def rule(self, b, n, q, k):
+            return (k <= q) and (q - k < 3)
+
+    return Near()
+
+
+def own_score():
+    from attention_jax import scores
+
+    class Clipped(scores.Score):
+        def rule(self, s, b, n, q, k):
+            return max(s, 0.0)
+
+    return Clipped()
+
+
 def wrong_arguments():
     """Of ``attention``: what is wrong, the error, and what its message says."""
     from attention_jax import masks, scores
@@ -34,7 +57,17 @@ def wrong_arguments():
             "key has 3 heads (K)",
             "query has 4 (N): N must be a multiple of K",
         ),
-        ({"key": f(B, S, 0, H), "value": f(B, S, 0, D)}, value, "key has 0 heads (K)", "4 (N)"),
+        (
+            {"key": f(B, S, 0, H), "value": f(B, S, 0, D)},
+            value,
+            "key has 0 heads (K)",
+            "4 (N): K must",
+        ),
+        (
+            {"query": f(B, T, 0, H), "key": f(B, S, 0, H), "value": f(B, S, 0, D)},
+            value,
+            "key has 0 heads (K) but query has 0 (N): K must be at least 1",
+        ),
         ({"query": f(B, T, N, 0), "key": f(B, S, K, 0)}, value, "query has width 0 (H)"),
         ({"query": i(B, T, N, H)}, type_, "query", "floating dtype", "int32"),
         ({"key": i(B, S, K, H)}, type_, "key", "floating dtype", "int32"),
@@ -60,7 +93,42 @@ def wrong_arguments():
             "Mask",
             "scores.softcap(...): pass it as score=",
         ),
-        ({"mask": b(3)}, value, "mask", "(3,)", FULL),
+        ({"mask": True}, type_, "mask must be a Mask", "bool True", "pass None", "masks.causal()"),
+        ({"mask": 1}, type_, "mask must be a Mask", "int 1: pass None", "masks.causal()"),
+        ({"mask": b(3)}, value, "mask", "(3,)", FULL, "[T S], [N T S] or [*B N T S]"),
+        ({"mask": b(B, T, S)}, value, "mask", "(2, 5, 7)", FULL, "mask[..., None, :, :]"),
+        ({"mask": b(B, S)}, value, "mask", "(2, 7)", FULL, "mask[..., None, None, :]"),
+        (
+            {"mask": masks.causal() & masks.dense(b(B, T, S))},
+            value,
+            "array of masks.dense",
+            "(2, 5, 7)",
+            "array[..., None, :, :]",
+        ),
+        *(
+            ({"mask": masks.mask_fn(fn)}, type_, "mask_fn: fn is traced by JAX", *WRITE)
+            for fn in (
+                lambda b, n, q, k: (k <= q) and (k > 2),
+                lambda b, n, q, k: (k <= q) or (k > 2),
+                lambda b, n, q, k: not (k <= q),
+                lambda b, n, q, k: 0 <= q - k < 3,
+                lambda b, n, q, k: (k <= q) if n > 1 else (k > q),
+                lambda b, n, q, k: max(q, k) > 3,
+                lambda b, n, q, k: np.abs(q - k) < 3,
+                lambda b, n, q, k: k <= q + int(n),
+                lambda b, n, q, k: k <= sum(range(n)),
+                lambda b, n, q, k: [True, False][k],
+            )
+        ),
+        *(
+            ({"score": scores.score_fn(fn)}, type_, "score_fn: fn is traced by JAX", *WRITE)
+            for fn in (
+                lambda s, b, n, q, k: s if k <= q else -s,
+                lambda s, b, n, q, k: max(s, 0.0),
+                lambda s, b, n, q, k: np.tanh(s),
+                lambda s, b, n, q, k: s * ((k <= q) and (k > 2)),
+            )
+        ),
         ({"mask": b(1, B, N, T, S)}, value, "mask", "(1, 2, 4, 5, 7)", FULL),
         ({"mask": masks.causal() & masks.dense(b(3, S))}, value, "mask", "(3, 7)", FULL),
         ({"mask": masks.lengths(key=i(3))}, value, "mask: key of masks.lengths", "(3,)", BATCH),
@@ -92,6 +160,14 @@ def wrong_arguments():
         ),
         ({"score": masks.causal()}, type_, "score", "Score", "masks.causal(...): pass it as mask="),
         ({"score": scores.bias(f(T, 6))}, value, "score", "bias", "(5, 6)", FULL),
+        (
+            {"score": scores.bias(f(B, T, S))},
+            value,
+            "score: array of scores.bias",
+            "(2, 5, 7)",
+            FULL,
+            "array[..., None, :, :]",
+        ),
         ({"score": scores.alibi(f(3))}, value, "slopes of scores.alibi", "(3,)", "[N] with N = 4"),
         ({"score": scores.alibi(offset=i(3))}, value, "offset of scores.alibi", "(3,)", BATCH),
         (
@@ -113,7 +189,9 @@ def wrong_arguments():
         ({"sinks": i(N)}, type_, "sinks", "floating", "int32"),
         ({"sinks": [0.0] * N}, type_, "sinks", "array", "list"),
         ({"scale": f(N)}, value, "scale", "number", "(4,)"),
-        ({"scale": "big"}, type_, "scale", "str"),
+        ({"scale": "big"}, type_, "scale must be a number, a floating array of shape []", "'big'"),
+        ({"scale": [1.0]}, type_, "scale must be a number", "shape [] or None, got list"),
+        ({"scale": 1j}, type_, "scale must be a number", "got complex"),
         ({"scale": True}, type_, "scale", "bool"),
         ({"scale": i()}, type_, "scale", "floating", "int32"),
         ({"dropout_rate": 1.0, "dropout_key": key}, value, "dropout_rate", "[0, 1)", "1.0"),
@@ -140,12 +218,19 @@ def wrong_arguments():
 
 
 def wrong_constructions():
-    from attention_jax import block_map, explain, masks, scores
+    from attention_jax import attention, block_map, explain, masks, scores
     from attention_jax.backends import Blockwise, PallasGPU
 
     value, type_ = "ValueError", "TypeError"
     explain = functools.partial(explain, **good())
+    attend = functools.partial(attention, **good())
+    either = masks.mask_fn(lambda b, n, q, k: (k <= q) or (k > 2))
     return [
+        (lambda: attend(mask=own_mask()), type_, "the rule of Near is traced by JAX", *WRITE),
+        (lambda: attend(score=own_score()), type_, "the rule of Clipped is traced by JAX", *WRITE),
+        (lambda: str(either), type_, "mask_fn: fn is traced by JAX", *WRITE),
+        (lambda: either.to_dense(T, S), type_, "mask_fn: fn is traced by JAX", *WRITE),
+        (lambda: str(masks.mask_fn(lambda q, k: k <= q)), type_, "fn(b, n, q, k, *arrays)"),
         (lambda: masks.causal(1.5), type_, "offset", "integer", "float"),
         (lambda: masks.causal(True), type_, "offset", "integer", "bool"),
         (lambda: masks.causal(f(B)), type_, "offset", "integer", "float32"),

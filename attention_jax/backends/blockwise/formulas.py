@@ -68,7 +68,7 @@ def _write(p: OneHead, row: QueryBlock, buffers: list[Any], results: Any) -> lis
     ]
 
 
-def _normaliser(p: OneHead, row: QueryBlock) -> tuple[jax.Array, jax.Array]:
+def _normalizer(p: OneHead, row: QueryBlock) -> tuple[jax.Array, jax.Array]:
     """``m [t]`` and ``log l [t]`` of the forward pass, both finite."""
     _, m, log_l = (p.rows(view, row.q0, p.grid.block_q) for view in p.rest[:RESULTS])
     return m, finite(log_l)
@@ -119,7 +119,7 @@ def tangent(static: Static, *arrays: Any) -> tuple[Any, ...]:
             dq = dq + p.scale * p.rows(view, row.q0, t)
         if view := dot(p, index.scale):
             dq = dq + view.cut({}).astype(p.dtype) * row.raw_q
-        lse = _normaliser(p, row)
+        lse = _normalizer(p, row)
         return dq, lse, jnp.zeros((t,), p.dtype), jnp.zeros((t, p.D), p.dtype)
 
     def dscores(p: OneHead, row: QueryBlock, tile: Tile) -> list[Any]:
@@ -196,7 +196,7 @@ def backward(static: Static, *arrays: Any) -> tuple[Any, ...]:
         dlse = jnp.where(log_l == -jnp.inf, jnp.zeros_like(dlse), dlse)
         delta = jnp.where(out == 0, jnp.zeros_like(out), do * out).sum(-1)
         dq, dscale = jnp.zeros_like(row.raw_q), jnp.zeros((), p.dtype)
-        return do, _normaliser(p, row), dlse - delta, dq, dscale
+        return do, _normalizer(p, row), dlse - delta, dq, dscale
 
     def step(p: OneHead, row: QueryBlock, tile: Tile, state: Any, buffers: list[Any]) -> Any:
         do, lse, shift, dq, dscale = state

@@ -1,7 +1,7 @@
-"""The compiled kernels: found, loaded and registered with XLA the first time they are asked for.
+"""Loads the compiled kernels and registers them with XLA on first use.
 
-They are an optional extension of the package: it installs without a compiler too, and then this
-says why there is nothing to load. ``ctypes`` loads them, so they need none of Python's headers.
+They are an optional extension of the package, which also installs without a compiler; ``load`` then
+says why there are none. ``ctypes`` loads them, so the build does not need Python's headers.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import jax
 
 # In the order of ``kernels`` in ffi.cpp, from 1.
 INSTRUCTIONS = ("avx512", "avx2", "neon")
-# Those that have run the contract suite; the others run only if they are named.
+# Those that have passed the contract suite; the others run only if asked for by name.
 TESTED = ("avx2",)
 TARGETS = ("attention_forward", "attention_backward")
 
@@ -25,7 +25,7 @@ class Library(NamedTuple):
     """The kernels that this processor can run.
 
     Attributes:
-      why_not: why there are none, in words; None where there are.
+      why_not: why there are none, in words; else None.
       instructions: the instruction sets that the processor has.
       handle: keeps the library loaded.
     """
@@ -36,7 +36,7 @@ class Library(NamedTuple):
 
 
 def path() -> pathlib.Path:
-    """Where the build puts the extension."""
+    """The path of the built extension."""
     return pathlib.Path(__file__).with_name(f"_kernel{sysconfig.get_config_var('EXT_SUFFIX')}")
 
 

@@ -1,8 +1,8 @@
-"""From the primitive's operands to the kernel's: what each array is, and where its mapped axes are.
+"""Converts the primitive's operands to the kernel's: the role of each array and its mapped axes.
 
-Arrays go to the kernel as they are, with a row of numbers each: its role, and for each mapped axis
-of the call which axis of the array that is, or -1. The kernel takes strides from them, so ``vmap``
-copies nothing. Only an array whose mapped axes come after its own last axis is transposed first.
+Arrays go to the kernel unchanged, each with a row of numbers: its role, and for each mapped axis of
+the call the axis of the array, or -1. The kernel derives strides from these, so ``vmap`` copies
+nothing. Only arrays whose mapped axes come after their own last axis are transposed first.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Config:
 
 
 class Schedule(NamedTuple):
-    """The visible pairs for the kernel, and the blocks that blockwise visits."""
+    """The visible pairs in the kernel's form, and the blocks that ``blockwise`` visits."""
 
     visible: Visible
     loops: BlockSchedule
@@ -58,7 +58,7 @@ class Operand(NamedTuple):
     role: Role
     array: Any
     dims: Dims
-    score: int = -1  # whose gradient it is
+    score: int = -1  # for a gradient of a score's array: which score
 
 
 class Result(NamedTuple):
@@ -66,9 +66,9 @@ class Result(NamedTuple):
 
     Attributes:
       core: its shape without mapped axes.
-      levels: the mapped axes that the kernel writes apart.
-      dims: where they are in what is returned; None: summed.
-      dtype: of what is returned.
+      levels: which mapped axes the kernel keeps; it sums over the others.
+      dims: where the mapped axes are in the returned array; None if summed.
+      dtype: of the returned array.
     """
 
     role: Role
@@ -80,13 +80,13 @@ class Result(NamedTuple):
 
 
 def numbered(static: Static) -> tuple[Head, Schedule]:
-    """The head and schedule with the index of each array in its place."""
+    """The head and schedule with each array replaced by its index among the operands."""
     count = static.structure.num_leaves
     return primitive.as_head(jax.tree.unflatten(static.structure, range(count)))
 
 
 def of_forward(static: Static, arrays: Sequence[Any]) -> list[Operand]:
-    """All that a head is, for the kernel."""
+    """The arrays of a head, as operands of the forward pass."""
     head, schedule = numbered(static)
     found: list[Operand] = []
 
@@ -114,7 +114,7 @@ def of_forward(static: Static, arrays: Sequence[Any]) -> list[Operand]:
 
 
 def of_results(static: Static, arrays: Sequence[Any]) -> list[Operand]:
-    """What the backward pass is given besides: the results and their cotangents."""
+    """The further operands of the backward pass: the results and their cotangents."""
     count = static.structure.num_leaves
     roles = (Role.OUT, Role.M, Role.LOG_L, Role.D_OUT, Role.D_LSE)
     rest = zip(roles, arrays[count:], static.in_dims[count:], strict=True)
@@ -122,7 +122,7 @@ def of_results(static: Static, arrays: Sequence[Any]) -> list[Operand]:
 
 
 def _contiguous(operand: Operand) -> Operand:
-    """The same with its own last axis last."""
+    """The same operand, transposed if necessary so that its own last axis comes last."""
     x, dims = operand.array, operand.dims
     mapped = [d for d in dims if d is not None]
     if len(mapped) == x.ndim or x.ndim - 1 not in mapped:
@@ -133,7 +133,7 @@ def _contiguous(operand: Operand) -> Operand:
 
 
 def groups(static: Static) -> tuple[bool, ...]:
-    """Which mapped axes query heads that share their keys have alone."""
+    """Which mapped axes keys and values lack, such as that of query heads that share them."""
     key, value = static.in_dims[1:3]
     return tuple(k is None and v is None for k, v in zip(key, value, strict=True))
 
@@ -167,7 +167,7 @@ def _row(role: Role, score: int, dims: Dims) -> list[int]:
 
 
 def _laid_out(x: Result, levels: Shape) -> tuple[Shape, Dims]:
-    """The shape that the kernel writes, and where the mapped axes are: as returned if it can be."""
+    """The shape that the kernel writes and its mapped axes, in the returned layout if possible."""
     here = tuple(d if kept else None for d, kept in zip(x.dims, x.levels, strict=True))
     places = [d for d in here if d is not None]
     rank = len(places) + len(x.core)
@@ -179,7 +179,7 @@ def _laid_out(x: Result, levels: Shape) -> tuple[Shape, Dims]:
 
 
 def _returned(x: Any, want: Result, dims: Dims) -> Any:
-    """A result in the layout that is wanted."""
+    """A result in the layout that ``want`` asks for."""
     summed = [d for d, w in zip(dims, want.dims, strict=True) if d is not None and w is None]
     kept = [
         (d - sum(s < d for s in summed), w)
@@ -194,7 +194,7 @@ def _returned(x: Any, want: Result, dims: Dims) -> Any:
 
 
 def as_loops(static: Static, arrays: Sequence[Any]) -> tuple[Static, tuple[Any, ...]]:
-    """The same operands with the blocks that ``blockwise`` visits."""
+    """The operands of ``blockwise``, taken from those of the kernel."""
     count = static.structure.num_leaves
     head, schedule = numbered(static)
     order, structure = jax.tree.flatten(primitive.operands(head, schedule.loops))
@@ -206,7 +206,7 @@ def as_loops(static: Static, arrays: Sequence[Any]) -> tuple[Static, tuple[Any, 
 
 
 def looped(run: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of blockwise's operands as one of the kernel's."""
+    """Adapts a function of blockwise's operands to the kernel's operands."""
 
     def wrapped(static: Static, *arrays: Any) -> Any:
         static, arrays = as_loops(static, arrays)

@@ -1,9 +1,9 @@
-"""Attention on a CPU in C++: the fastest where it can do the call, forward and backward.
+"""Attention on a CPU in C++, forward and backward: the fastest backend where it supports the call.
 
-The kernel holds a tile of logits in the processor's registers and caches and runs on XLA's own
-threads; ``kernel/`` has the sources, each with its loops and what lives in which cache. It computes
-in float32, and in one order of summation whatever the number of threads or the rest of the batch.
-Tangents, and programs that are exported, are left to ``blockwise``.
+The kernel keeps a tile of logits in registers and caches and runs on XLA's own threads. The sources
+are in ``kernel/``; each describes its loops and what it keeps in which cache. The kernel computes
+in float32 and always sums in the same order, whatever the number of threads or the rest of the
+batch. ``blockwise`` computes tangents and runs in exported programs.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from attention_jax.backends.primitive import Static, core_shape
 from attention_jax.core.axes import int_at_least
 
 BLOCK_K = 384  # keys in a block, as BLOCK in kernels.h
-# At most so many queries per key-value head read each key where it lies, without packing it.
+# With at most this many queries per key-value head, keys are read in place, without packing.
 FEW_QUERIES = 16
 
 
@@ -63,7 +63,7 @@ def backward(static: Static, *arrays: Any) -> tuple[Any, ...]:
         return Result(role, _core(static, arrays, i), levels, dims, arrays[i].dtype, score)
 
     wanted = [result(i, dims) for i, dims in zip(static.wrt, static.out_dims, strict=True)]
-    # The kernel always computes these three.
+    # The kernel always computes the gradients of query, key and value.
     unused = [
         Result(role, _core(static, arrays, i), levels, _front(levels), jnp.float32)
         for i in (index.query, index.key, index.value)
@@ -80,7 +80,7 @@ def _core(static: Static, arrays: Any, i: int) -> Any:
 
 
 def _front(levels: tuple[bool, ...]) -> Any:
-    """The mapped axes first, in their order."""
+    """The layout with the mapped axes first, in order."""
     return tuple(sum(levels[:i]) if kept else None for i, kept in enumerate(levels))
 
 
@@ -104,8 +104,8 @@ class Native(Backend):
     Attributes:
       block_k: keys per block, a multiple of 96 up to 384.
       instructions: ``"avx512"``, ``"avx2"`` or ``"neon"``; None takes one that has been tested,
-        which is AVX2 so far.
-      few_queries: at most so many queries per key-value head read keys without packing them.
+        so far only AVX2.
+      few_queries: up to this many queries per key-value head, keys are read without packing.
     """
 
     block_k: int = BLOCK_K
@@ -127,7 +127,7 @@ class Native(Backend):
 
     def why_unsupported(self, spec: Spec) -> str | None:
         if spec.platform != "cpu":
-            return f"its kernel is for CPUs, this is a {spec.platform}"
+            return f"its kernel is for CPUs, the platform is {spec.platform}"
         found = library.load()
         if found.why_not is not None:
             return found.why_not
@@ -163,14 +163,14 @@ class Native(Backend):
         return out, lse
 
     def _instructions(self) -> str | None:
-        """The instruction set asked for, or one that is tested; None if this processor has none."""
+        """The instruction set asked for, or a tested one; None if this processor has none."""
         if self.instructions is not None:
             return self.instructions
         found = library.load().instructions
         return next((x for x in library.TESTED if x in found), None)
 
     def extra_bytes(self, spec: Spec) -> int:
-        """Packed keys, values and rows of one thread (each has its own), and the mask's bits."""
+        """Packed keys, values and rows of one thread, and the bits of the mask."""
         z = spec.sizes
         rows = min(z.T * z.G, 768)
         one = BLOCK_K * (z.H + z.D + 16) + rows * (z.H + z.D + 16)
@@ -181,9 +181,9 @@ class Native(Backend):
 
 
 def plan(head: Head, options: tuple[int, int, int]) -> tuple[Schedule, Config]:
-    """What the kernel is told of the mask, and the blocks of what is left to ``blockwise``."""
+    """The mask in the kernel's form, and the blocks for what ``blockwise`` computes."""
     T, S = head.query.shape[0], head.key.shape[0]
-    # Of one size: trying several would take longer than everything else here.
+    # Blocks of a fixed size: choosing among several would take most of the time spent here.
     block = min(T, blockwise.UNKNOWN[0]), min(S, blockwise.UNKNOWN[1])
     loops_schedule, loops = blockwise.plan(head, block)
     return Schedule(visible.visible(head), loops_schedule), Config(options, loops)

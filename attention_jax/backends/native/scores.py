@@ -1,4 +1,4 @@
-"""Scores in the forms that the kernel has: softcap, bias, and a bias by distance."""
+"""Scores in the forms that the kernel supports: softcap, bias, and a bias by distance."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from attention_jax.scores import (
 from attention_jax.scores.at_positions import Later, Placed
 from attention_jax.scores.distance import skew
 
-MOST_SCORES = 8  # of one call, as in call.h
-# Scores of arbitrary positions become a bias of T x S where there are few queries.
+MOST_SCORES = 8  # per call, as in call.h
+# With at most this many queries, scores at arbitrary positions become a bias of T x S.
 FEW_QUERIES = 16
 
 
@@ -45,7 +45,7 @@ class Diagonal(Score):
 
 
 def why_unsupported(scores: tuple[Score, ...], T: int) -> str | None:
-    """What of the scores the kernel does not have, in words; None where it has them all."""
+    """Why the kernel does not support these scores, in words; None if it does."""
     if len(scores) > MOST_SCORES:
         return f"{len(scores)} scores: it takes at most {MOST_SCORES}"
     for score in scores:
@@ -55,7 +55,8 @@ def why_unsupported(scores: tuple[Score, ...], T: int) -> str | None:
                 name = type(inner).__name__
                 return f"score {name} at positions: it takes at most {FEW_QUERIES} queries"
         elif not isinstance(inner, Softcap | Bias) or inner is not score:
-            return f"score {type(inner).__name__}: it has softcap, bias, alibi and relative_bias"
+            known = "softcap, bias, alibi and relative_bias"
+            return f"score {type(inner).__name__}: its kernel supports {known}"
     return None
 
 

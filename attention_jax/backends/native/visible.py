@@ -1,10 +1,10 @@
-"""Masks in the forms that the kernel has: bounds of each row, positions, ids, or a table and bits.
+"""Masks in the forms that the kernel supports: row bounds, positions, ids, or a table and bits.
 
-Causal masks, windows, lengths, prefixes and chunks let a query attend to an interval of keys; so a
-row has two bounds. With ``at_positions``, as of a cache, they are bounds on the positions of the
-keys. Segments compare ids. All of these joined by ``&`` cost nothing of the size ``T x S``. For any
-other mask the library's own ``block_map`` says which units of 48 x 32 pairs are empty or full, and
-its own rule is evaluated for the others, whose pairs become bits.
+With causal masks, windows, lengths, prefixes and chunks a query attends to an interval of keys, so
+each row has two bounds. With ``at_positions``, as in a cache, they bound the positions of the keys.
+Segments compare ids. Any of these joined by ``&`` need no memory in ``T x S``. For other masks,
+``block_map`` finds the units of 48 x 32 pairs that are empty or full, and the mask's rule is
+evaluated on the others and packed into bits.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ FAR = 2**30  # beyond any key
 
 
 class Visible(NamedTuple):
-    """What the kernel is told of one head's mask; None for what does not restrict it.
+    """The mask of one head in the kernel's form; None for a field that restricts nothing.
 
     Attributes:
-      bounds: int32 ``[T 2]``: the first position a query attends to, and the first beyond.
-      positions: int32 ``[S]``: of the keys; negative ones are masked; None is 0 to S - 1.
-      query_ids, key_ids: int32 ``[T]`` and ``[S]``: must be equal, and not negative.
+      bounds: int32 ``[T 2]``: the first position that a query attends to, and the end, exclusive.
+      positions: int32 ``[S]``: positions of the keys, masked if negative; None is 0 to S - 1.
+      query_ids, key_ids: int32 ``[T]`` and ``[S]``: visible if equal and not negative.
       kinds: int32 ``[T/48 S/32]``: 0 empty, 1 full, or 2 + the index of the unit's first bits.
       bits: uint32 ``[rows words]``: a unit has a word for each query, from row to row.
     """
@@ -71,7 +71,7 @@ def visible(head: Head) -> Visible:
 
 
 def why_unsupported(spec: Spec) -> str | None:
-    """Why the bits of a mask would take too much memory; None where they do not."""
+    """Why the bits of a mask take too much memory, in words; None if they do not."""
     size = bits_bytes(spec)
     if size <= MOST_BITS:
         return None
@@ -79,7 +79,7 @@ def why_unsupported(spec: Spec) -> str | None:
 
 
 def bits_bytes(spec: Spec) -> int:
-    """How much memory the bits of a mask take, at most."""
+    """An upper bound on the memory of a mask's bits, in bytes."""
     z, mask = spec.sizes, spec.mask
     if mask is None or is_direct(mask):
         return 0
@@ -94,7 +94,7 @@ def bits_bytes(spec: Spec) -> int:
 
 
 def is_direct(mask: Mask) -> bool:
-    """Whether the kernel has the mask without bits."""
+    """Whether the kernel supports the mask without bits."""
     inner = mask.mask_ if isinstance(mask, Placed) else mask
     segments = [x for x in conjuncts(inner) if isinstance(x, Segments)]
     others = (x for x in conjuncts(inner) if not isinstance(x, Segments))
@@ -103,7 +103,7 @@ def is_direct(mask: Mask) -> bool:
 
 
 def _is_interval(mask: Mask) -> bool:
-    """Whether a query attends to an interval of keys."""
+    """Whether each query attends to an interval of keys."""
     if isinstance(mask, And):
         return _is_interval(mask.left) and _is_interval(mask.right)
     if isinstance(mask, Or):
@@ -161,7 +161,7 @@ def _interval(mask: Mask, q: Any) -> Interval:
 
 
 def _both(reduce: Any, a: Any, b: Any) -> Any:
-    """``np.maximum`` or ``np.minimum`` of two bounds; None is no bound."""
+    """``np.maximum`` or ``np.minimum`` of two bounds; None means no bound."""
     if a is None or b is None:
         return b if a is None else a
     return getattr(_numpy_of(a, b), reduce.__name__)(a, b)
@@ -177,7 +177,7 @@ def _stacked(lo: Any, hi: Any, T: int) -> Any:
 
 
 def _numpy_of(*arrays: Any) -> Any:
-    """``jnp`` where one of them is JAX's; NumPy's are computed while tracing."""
+    """``jnp`` if one of them is a JAX array; NumPy arrays are computed while tracing."""
     return jnp if any(isinstance(x, jax.Array) for x in arrays) else np
 
 
@@ -201,7 +201,7 @@ def _by_bits(mask: Mask, T: int, S: int, b: Any, n: Any) -> Visible:
 
 
 def _of_partial_units(mask: Mask, kind: np.ndarray, b: Any, n: Any) -> Visible:
-    """The mask holds no arrays: its partial units are known, and only their bits are computed."""
+    """For masks without arrays, whose partial units are known: only these get bits."""
     rows, columns = np.nonzero(kind == block_map.PARTIAL)
     kinds = np.where(kind == block_map.FULL, FULL, 0).astype(np.int32)
     kinds[rows, columns] = FIRST_BITS + UNIT_Q * np.arange(len(rows), dtype=np.int32)
@@ -224,7 +224,7 @@ def _dense(mask: Mask, T: int, S: int, b: Any, n: Any) -> Any:
 
 
 def _packed(pairs: Any) -> Any:
-    """bool ``[t s]`` as uint32 ``[t s/32]``, the first pair in the lowest bit."""
+    """bool ``[t s]`` as uint32 ``[t s/32]``, with the first pair in the lowest bit."""
     t, s = pairs.shape
     pairs = jnp.pad(pairs, ((0, 0), (0, -s % UNIT_K))).reshape(t, -1, UNIT_K)
     weights = np.uint32(1) << np.arange(UNIT_K, dtype=np.uint32)

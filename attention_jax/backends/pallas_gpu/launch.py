@@ -278,7 +278,7 @@ def _looped(
         return {}
     out_dims = tuple(static.out_dims[static.wrt.index(i)] for i in wanted)
     static, arrays = _as_loops(dataclasses.replace(static, wrt=wanted, out_dims=out_dims), arrays)
-    # The loops round logits in another order, so their probabilities need a normaliser of theirs.
+    # The loops round logits in another order, so their probabilities need a normalizer of theirs.
     count = static.structure.num_leaves
     again = dataclasses.replace(
         static,

@@ -119,7 +119,7 @@ class PallasGPU(Backend):
         if reason := symbolic_sizes_refused(z):
             return reason
         if spec.platform != "gpu" and not self.interpret:
-            return f"its kernels are for GPUs, this is a {spec.platform}"
+            return f"its kernels are for GPUs, the platform is {spec.platform}"
         if compat.triton is None:
             return "this release of JAX has no Triton, in which its kernels are written"
         dtype = jnp.dtype(spec.dtype)
@@ -146,7 +146,7 @@ class PallasGPU(Backend):
         return out, lse
 
     def extra_bytes(self, spec: Spec) -> int:
-        """Output, maximum and normaliser in float32."""
+        """Output, maximum and normalizer in float32."""
         z = spec.sizes
         return 4 * math.prod(z.B) * z.N * z.T * (z.D + 2)
 

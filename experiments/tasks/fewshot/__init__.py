@@ -6,11 +6,11 @@
     python -m experiments fewshot                     # every model, size and seed, and a plot
 
 Models: ``naive_bayes`` and ``text_cnn`` as for ``trec``; ``transformer``, an encoder with mean
-pooling; ``finetuned``, the same after masked language modelling on all training questions without
+pooling; ``finetuned``, the same after masked language modeling on all training questions without
 their labels (Devlin et al. 2019, "BERT"); ``adapted``, pretrained likewise, of which training only
 updates the classifier and low-rank changes of some projections (Hu et al. 2022, "LoRA").
 
-The labelled questions are drawn with the seed, so five seeds are five draws. A draw has at least
+The labeled questions are drawn with the seed, so five seeds are five draws. A draw has at least
 one question of every class, then the class proportions of the data, and is a subset of every larger
 draw with the same seed. The weights of the last step are scored: choosing by the validation split
 would use more labels than most draws have. The vocabulary is that of all training questions.

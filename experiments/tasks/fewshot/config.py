@@ -8,7 +8,7 @@ from typing import Literal
 from experiments.tasks import classification, trec
 from experiments.training.config import at_least_1
 
-ALL = 0  # as the number of labelled examples
+ALL = 0  # as the number of labeled examples
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,13 +18,13 @@ class Config(classification.Config):
     model: Literal["naive_bayes", "text_cnn", "transformer", "finetuned", "adapted"] = "adapted"  # type: ignore[assignment]
     """The model to train."""
     examples: int = 100
-    """Labelled questions, drawn with the seed; 0 uses all."""
+    """Labeled questions, drawn with the seed; 0 uses all."""
     read: int = 24
     """Words read of each training question; the rest of the few longer ones is cut."""
     rank: int = 8
     """adapted: rank of the LoRA updates."""
     pretraining_steps: int = 500
-    """finetuned and adapted: steps of masked language modelling before any label is used."""
+    """finetuned and adapted: steps of masked language modeling before any label is used."""
     pretraining_batch_size: int = 64
     """finetuned and adapted: questions per pretraining step."""
     pretraining_rate: float = 2e-3

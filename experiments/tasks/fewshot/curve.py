@@ -1,4 +1,4 @@
-"""A table and a plot of ``fewshot`` runs: accuracy against the number of labelled examples."""
+"""A table and a plot of ``fewshot`` runs: accuracy against the number of labeled examples."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from experiments.tasks.fewshot.config import ALL
-from experiments.training.task import COLOURS, LadderReport, Rung
+from experiments.training.task import COLORS, LadderReport, Rung
 
 TRAINING = 4907  # questions in the training split of trec
 
@@ -32,7 +32,7 @@ def table(ladder: list[Rung]) -> list[str]:
     }
     heads = ["all" if size == ALL else f"{size}" for size in sizes]
     lines = [
-        f"| accuracy, %, of labelled examples: | {' | '.join(heads)} | parameters |",
+        f"| accuracy, %, of labeled examples: | {' | '.join(heads)} | parameters |",
         f"| --- |{' ---: |' * (len(sizes) + 1)}",
     ]
     for model, row in rows.items():
@@ -61,23 +61,23 @@ def comment(ladder: list[Rung]) -> str:
 
 def caption(title: str) -> str:
     """The caption of the plot."""
-    return f"Accuracy of {title} against the number of labelled examples"
+    return f"Accuracy of {title} against the number of labeled examples"
 
 
 def draw(ladder: list[Rung], file: Path) -> None:
-    """Plots test accuracy against the number of labelled examples."""
+    """Plots test accuracy against the number of labeled examples."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axis = figure.subplots()
     rows = cells(ladder)
-    for colour, (model, row) in zip(itertools.cycle(COLOURS), rows.items(), strict=False):
+    for color, (model, row) in zip(itertools.cycle(COLORS), rows.items(), strict=False):
         sizes = sorted(row, key=_place)
         x = [_place(size) for size in sizes]
         mean = np.array([100 * row[size].mean("accuracy") for size in sizes])
         spread = np.array([100 * row[size].spread("accuracy") for size in sizes])
-        axis.plot(x, mean, color=colour, marker="o", markersize=4, linewidth=1.4, label=model)
-        axis.fill_between(x, mean - spread, mean + spread, color=colour, alpha=0.12, linewidth=0)
+        axis.plot(x, mean, color=color, marker="o", markersize=4, linewidth=1.4, label=model)
+        axis.fill_between(x, mean - spread, mean + spread, color=color, alpha=0.12, linewidth=0)
     ticks = sorted({size for row in rows.values() for size in row}, key=_place)
     axis.set_xscale("log")
     axis.set_xticks([_place(size) for size in ticks])
@@ -86,7 +86,7 @@ def draw(ladder: list[Rung], file: Path) -> None:
     axis.set_title(
         "test accuracy, %; mean and standard deviation over draws", fontsize=10, loc="left"
     )
-    axis.set_xlabel("labelled examples", fontsize=9)
+    axis.set_xlabel("labeled examples", fontsize=9)
     axis.tick_params(labelsize=8)
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(axis="y", color="#dddddd", linewidth=0.6)

@@ -1,4 +1,4 @@
-"""TREC with few labels: stratified draws of labelled questions, batches of a fixed shape."""
+"""TREC with few labels: stratified draws of labeled questions, batches of a fixed shape."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from experiments.tasks.fewshot.config import Config
 
 
 def load(config: Config) -> Data:
-    """The splits of ``trec``, with few training questions, and all of them as ``"unlabelled"``.
+    """The splits of ``trec``, with few training questions, and all of them as ``"unlabeled"``.
 
     Raises:
       ValueError: there are fewer training questions than ``examples``.
@@ -33,8 +33,8 @@ def load(config: Config) -> Data:
         full.labels[index],
         [full.texts[i] for i in index],
     )
-    unlabelled = full._replace(labels=np.full_like(full.labels, -1))
-    return data._replace(splits=data.splits | {"train": few, "unlabelled": unlabelled})
+    unlabeled = full._replace(labels=np.full_like(full.labels, -1))
+    return data._replace(splits=data.splits | {"train": few, "unlabeled": unlabeled})
 
 
 def draw(labels: np.ndarray, seed: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Masked language modelling on all training questions, without their labels.
+"""Masked language modeling on all training questions, without their labels.
 
 Source: Devlin et al. 2019, "BERT: Pre-training of Deep Bidirectional Transformers for Language
 Understanding", section 3.1.
@@ -63,7 +63,7 @@ class WordModel(nnx.Module):
 
 def masked_batches(config: Config, data: Data) -> Iterator[MaskedBatch]:
     """Batches of all training questions, with other words masked each time."""
-    split, M = data.splits["unlabelled"], config.hidden
+    split, M = data.splits["unlabeled"], config.hidden
     indices = cycle(len(split.rows), config.pretraining_batch_size, config.seed, 0)
     for step, index in enumerate(indices):
         rng = np.random.default_rng([config.seed, step, M])
@@ -95,7 +95,7 @@ class Pretrained(NamedTuple):
 
 
 def pretrain(config: Config, data: Data) -> Pretrained:
-    """Pretrains a fresh encoder; depends on the seed but not on which questions are labelled."""
+    """Pretrains a fresh encoder; depends on the seed but not on which questions are labeled."""
     fresh: Any = classification.init(config, data, nnx.Rngs(config.seed))
     options = dataclasses.replace(
         config,

@@ -1,4 +1,4 @@
-"""Runs ``fewshot`` for every model, number of labelled examples and seed, and plots the curve.
+"""Runs ``fewshot`` for every model, number of labeled examples and seed, and plots the curve.
 
 ::
 
@@ -43,7 +43,7 @@ class Options:
     models: tuple[str, ...] = MODELS
     """The models to train."""
     sizes: tuple[int, ...] = (10, 30, 100, 300, 1000, ALL)
-    """Numbers of labelled examples; 0 is all."""
+    """Numbers of labeled examples; 0 is all."""
     seeds: int = 5
     """Draws of each size."""
     out: Path = Path("runs")
@@ -83,7 +83,7 @@ def main(options: Options) -> int:
 
 
 def rungs(records: list[Record]) -> list[Rung]:
-    """A rung for each model, in the order of the ladder, and number of labelled examples."""
+    """A rung for each model, in the order of the ladder, and number of labeled examples."""
     groups: dict[tuple[str, int], list[Record]] = {}
     for record in sorted(records, key=lambda record: MODELS.index(record["model"])):
         groups.setdefault((record["model"], record["config"]["examples"]), []).append(record)
@@ -91,7 +91,7 @@ def rungs(records: list[Record]) -> list[Rung]:
 
 
 class _PretrainOnce:
-    """``pretrain``, cached by seed: it depends on neither the model nor the labelled examples."""
+    """``pretrain``, cached by seed: it depends on neither the model nor the labeled examples."""
 
     def __init__(self) -> None:
         self.cache: dict[Config, Pretrained] = {}

@@ -1,4 +1,4 @@
-"""Character-level language modelling of Shakespeare's plays.
+"""Character-level language modeling of Shakespeare's plays.
 
 ::
 

@@ -1,4 +1,4 @@
-"""Summarisation: titles of news articles, and papers in one sentence.
+"""Summarization: titles of news articles, and papers in one sentence.
 
 ::
 

@@ -13,7 +13,7 @@ BUCKETS = (32, 48, 64, 128, 192, 256)  # lengths to pad sources to
 
 @dataclasses.dataclass(frozen=True)
 class Config(TextConfig):
-    """Options of a summariser."""
+    """Options of a summarizer."""
 
     model: Literal["lead", "best_sentence", "gru", "gru_attention", "transformer", "copier"] = (
         "copier"

@@ -80,7 +80,7 @@ struct Call {
   HeadScore score(int which, int64_t e, int64_t g) const;
 };
 
-// The murmur3 finaliser, and what spreads the four indices: as core/dropout.py.
+// The murmur3 finalizer, and what spreads the four indices: as core/dropout.py.
 inline uint32_t mix(uint32_t x) {
   x = (x ^ (x >> 16)) * 0x85EBCA6Bu;
   x = (x ^ (x >> 13)) * 0xC2B2AE35u;
