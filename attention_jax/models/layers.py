@@ -25,12 +25,16 @@ from attention_jax.nn.attention import default_head_dim
 from attention_jax.nn.blocks import ORDERS
 from attention_jax.nn.embeddings import POSITIONS
 from attention_jax.nn.feed_forward import ACTIVATIONS
+from attention_jax.nn.logical import logical
 from attention_jax.positions import Rotary
 
+_VECTOR = logical("norm")
 NORMS: dict[str, Callable[..., nnx.Module]] = {
     # Flax's fast variance, E[x^2] - E[x]^2, loses digits where the mean is large.
-    "layer": functools.partial(nnx.LayerNorm, use_fast_variance=False),
-    "rms": nnx.RMSNorm,
+    "layer": functools.partial(
+        nnx.LayerNorm, use_fast_variance=False, scale_metadata=_VECTOR, bias_metadata=_VECTOR
+    ),
+    "rms": functools.partial(nnx.RMSNorm, scale_metadata=_VECTOR),
     "one_plus_rms": OnePlusRMSNorm,
 }
 
@@ -231,7 +235,9 @@ class Stack(nnx.Module):
             self.max_distance = config.relative.max_distance
             shape = config.relative.buckets, config.num_heads
             init = nnx.initializers.normal(config.features**-0.5)
-            self.relative = nnx.data(nnx.Param(init(rngs.params(), shape, config.param_dtype)))
+            self.relative = nnx.data(
+                nnx.Param(init(rngs.params(), shape, config.param_dtype), **logical(None, "heads"))
+            )
 
     def __call__(
         self,
