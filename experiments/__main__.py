@@ -42,6 +42,7 @@ EXTRA = (
     "tyro",
 )
 INTERRUPTED = 130  # the exit code of a program that Ctrl-C ended
+LOST = 3  # of a process whose peers have ended
 
 
 class Command(NamedTuple):
@@ -83,6 +84,17 @@ def interrupted(state: str, advice: str, arguments: Sequence[str]) -> int:
     return INTERRUPTED
 
 
+def lost(problem: Exception, folder: Path) -> int:
+    """Prints that other processes of a run are gone; returns the exit code."""
+    first = (str(problem).splitlines() or [""])[0]
+    print(
+        f"error: another process of this run has ended: {first[:200]}; start all of them again "
+        f"with --resume, from what is saved in {folder}",
+        file=sys.stderr,
+    )
+    return LOST
+
+
 def listing() -> str:
     """All commands and all tasks, as text."""
     lines = [__doc__.splitlines()[0].replace("``", ""), ""] if __doc__ else []
@@ -110,6 +122,9 @@ def _train(arguments: Sequence[str]) -> int:
     if name not in TASKS:
         raise ValueError(unknown("task", name, TASKS))
 
+    from jax.errors import JaxRuntimeError
+
+    from experiments.training.layout import connect
     from experiments.training.runs import Flags, folder_of
     from experiments.training.train import run
 
@@ -126,8 +141,13 @@ def _train(arguments: Sequence[str]) -> int:
     flags = Flags(**{key: value for key, value in values.items() if key in hints(Flags)})
     changes = {key: value for key, value in values.items() if key not in hints(Flags)}
     config = dataclasses.replace(task.presets[preset], **changes)
+    connect(flags.coordinator, flags.processes, flags.process)
     try:
         run(task, config, preset=preset, flags=flags)
+    except JaxRuntimeError as problem:
+        if flags.coordinator is None:
+            raise
+        return lost(problem, folder_of(task, config, preset=preset, flags=flags))
     except KeyboardInterrupt:
         state, resumable = _what_is_saved(folder_of(task, config, preset=preset, flags=flags))
         again = [argument for argument in arguments if argument not in ("--overwrite", "--resume")]
@@ -315,8 +335,9 @@ COMMANDS = {
 
 if __name__ == "__main__":
     code = main(sys.argv[1:])
-    if code == INTERRUPTED:
-        # JAX may still be computing in other threads: shutting Python down under them can crash.
+    if code in (INTERRUPTED, LOST):
+        # JAX may still be computing in other threads, or wait for processes that have ended:
+        # shutting Python down under them can crash or hang.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -61,5 +61,15 @@ def gathered(x: jax.Array, axis: int) -> jax.Array:
     return x
 
 
+def split_along(x: Any, axis: int, name: str | None) -> Any:
+    """The array with one axis sharded over an Auto axis of the mesh in use, if that divides it."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if name is None or name not in mesh.auto_axes or x.shape[axis] % mesh.shape[name]:
+        return x
+    free: list[Any] = [PartitionSpec.UNCONSTRAINED] * x.ndim
+    free[axis] = name
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*free))
+
+
 def _names(entry: Any) -> tuple[str, ...]:
     return () if entry is None else entry if isinstance(entry, tuple) else (entry,)

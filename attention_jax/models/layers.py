@@ -18,6 +18,7 @@ from attention_jax.backends.call import as_mask
 from attention_jax.cache import KVCache
 from attention_jax.core.axes import AnyArray, int_at_least, kind, same_rank
 from attention_jax.core.dropout import check_rate
+from attention_jax.core.shards import split_along
 from attention_jax.masks import Mask
 from attention_jax.models.running import Remat, period, run, scan
 from attention_jax.nn import Block, FeedForward, MultiHeadAttention, OnePlusRMSNorm
@@ -222,6 +223,7 @@ class Stack(nnx.Module):
         self.causal, self.alibi = causal, config.alibi
         self.windows, self.prefix_lm = config.windows, config.prefix_lm
         self.remat, self.scan = config.remat, config.scan
+        self.sequence_axis: str | None = None  # an Auto mesh axis, to split the tokens over
         if config.prefix_lm and not causal:
             raise ValueError("prefix_lm must be False in an encoder, which is bidirectional")
         layer_masks = [both(_window_mask(window, causal), config.mask) for window in self.windows]
@@ -285,6 +287,7 @@ class Stack(nnx.Module):
         if contexts is not None:
             options["context_mask"] = context_mask
             each = [{"context": context} for context in contexts]
+        x = split_along(x, -2, self.sequence_axis)
         new_caches = []
         if caches is not None:
             for block, own, cache in zip(self.blocks, each, caches, strict=True):
