@@ -303,6 +303,12 @@ def _bench(arguments: Sequence[str]) -> int:
     return int(attention.main(parse(attention.Options, arguments, "bench")) or 0)
 
 
+def _plan(arguments: Sequence[str]) -> int:
+    from experiments.plan import command, estimate
+
+    return command.main(parse(estimate.Options, arguments, "plan"))
+
+
 COMMANDS = {
     "train": Command(
         "train TASK [--preset NAME] [--option ...]", "trains a model on a task", _train
@@ -322,6 +328,11 @@ COMMANDS = {
         "fewshot [--option ...]", "trains with few labelled examples, plots accuracy", _fewshot
     ),
     "bench": Command("bench [--option ...]", "measures time and memory of attention", _bench),
+    "plan": Command(
+        "plan --size 8B --mesh data=16 [--fsdp]",
+        "says whether a training step fits devices that are not here",
+        _plan,
+    ),
     "card": Command(
         "card --out FOLDER --minutes M [--dry]",
         "checks, measures and tunes the GPU kernels on an NVIDIA card",

@@ -38,7 +38,7 @@ EXPERIMENTS_RANKS = [
     {"training"},
     {"models"},
     {"tasks"},
-    {"bench", "card"},
+    {"bench", "card", "plan"},
     {"report"},
     {"walkthrough"},
     {"__main__", ""},

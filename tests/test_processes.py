@@ -62,7 +62,7 @@ def test_a_run_resumes_on_another_mesh(tmp_path):
 )
 def test_a_decoder_is_trained_over_a_mesh(tmp_path, mesh):
     def losses(*options):
-        name = "-".join(options).replace("=", "")
+        name = "".join(options).strip("-").replace("=", "").replace(",", "-")
         arguments = ["--out", str(tmp_path), "--name", name or "one", "--evaluations", "1"]
         arguments += ["--steps", "2", *options]
         assert main(["train", "shakespeare", "--preset", "smoke", *arguments]) == 0

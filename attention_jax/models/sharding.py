@@ -48,7 +48,7 @@ from typing import Any, TypeVar
 
 import jax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 M = TypeVar("M", bound=nnx.Module)
 MeshAxes = str | tuple[str, ...] | None
@@ -108,7 +108,7 @@ def of_batch(mesh: Mesh, rules: Rules) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*spec))
 
 
-def shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
+def shardings(tree: Any, mesh: Mesh | AbstractMesh, rules: Rules) -> Any:
     """The sharding of every array of a tree, such as a model's state or an optimizer's.
 
     An axis that a mesh axis does not divide stays whole, and so do heads of which there are fewer
@@ -117,7 +117,7 @@ def shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
     Args:
       tree: a pytree with ``nnx.Variable`` of arrays or ``jax.ShapeDtypeStruct``. Other arrays, and
         variables that do not name their axes, stay whole.
-      mesh: the devices.
+      mesh: the devices, or an ``AbstractMesh`` of devices that are not there.
       rules: see ``rules``.
 
     Returns:
@@ -183,7 +183,7 @@ def create(make: Callable[[], M], mesh: Mesh, rules: Rules) -> M:
     return nnx.merge(graph, jax.jit(lambda: nnx.state(make()), out_shardings=placed)())
 
 
-def _spec(x: Any, mesh: Mesh, rules: Rules) -> PartitionSpec:
+def _spec(x: Any, mesh: Mesh | AbstractMesh, rules: Rules) -> PartitionSpec:
     """The spec of a variable; see ``shardings`` for what stays whole."""
     metadata, shape = x.get_metadata(), x.get_value().shape
     names = tuple(metadata.get("out_sharding") or ())
@@ -204,7 +204,7 @@ def _spec(x: Any, mesh: Mesh, rules: Rules) -> PartitionSpec:
     return PartitionSpec(*spec)
 
 
-def _check(mesh: Mesh, rules: Rules) -> None:
+def _check(mesh: Mesh | AbstractMesh, rules: Rules) -> None:
     for name, axes in rules:
         if missing := [axis for axis in _names(axes) if axis not in mesh.shape]:
             raise ValueError(

@@ -1,26 +1,17 @@
-"""Whether a training step fits devices that are not here, and about how long it takes.
-
-::
-
-    python -m experiments plan --size 8B --length 8k --device v5e --mesh data=16,model=16 --fsdp
-    python -m experiments plan --size 1.3B --mesh data=16 --fsdp --compile   # needs libtpu
-
-Parameters and optimizer state are counted exactly, shard by shard, from the model and its sharding
-rules. Activations, collectives, FLOPs and time are arithmetic, see ``estimate``: a step recomputes
-each layer in the backward pass (``remat``), and nothing overlaps, so that time is an upper bound
-at peak rates. ``--compile`` also compiles the step ahead of time for TPUs, and reports what the
-compiler says.
-"""
+"""Bytes, FLOPs and seconds of a training step, by arithmetic."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-RESULTS = Path(__file__).parent / "results" / "PLAN.md"
-COMMAND = "python -m experiments plan --table"
+import jax
+from flax import nnx
+
+from attention_jax.models import Decoder, DecoderConfig, Layers, sharding
+from attention_jax.positions import Rotary
+from experiments.training.layout import parse
 
 GB = 1e9
 LENGTHS = {"8k": 8192, "128k": 131072, "1M": 1048576}
@@ -82,7 +73,7 @@ class Options:
     batch: int | None = None
     """Sequences in a batch; default one for each part along data."""
     compile: bool = False
-    """Also compile the step ahead of time for TPU v5e; needs libtpu, and minutes for large models."""
+    """Also compile the step ahead of time for TPU v5e; needs libtpu, and minutes."""
     table: bool = False
     """Write the published table of plans, experiments/results/PLAN.md, instead."""
     check: bool = False
@@ -117,25 +108,12 @@ class Plan(NamedTuple):
         return self.compute_seconds + self.send_seconds
 
 
-def main(options: Options) -> int:
-    """Prints a plan, or writes the table; returns the exit code."""
-    if options.table:
-        return _table(check=options.check)
-    if options.check:
-        raise ValueError("check needs --table, the page to check")
-    for line in lines(options):
-        print(line)
-    if options.compile:
-        for line in compiled(options):
-            print(line)
-    return 0
-
-
-# --- Arithmetic.
-
-
-def estimate(options: Options) -> Plan:
+def estimate(options: Options, state: Any = None) -> Plan:
     """The plan of a training step: AdamW in float32, the forward and backward pass in bfloat16.
+
+    Args:
+      options: what is planned.
+      state: the parameters as shapes; default those of ``options.size``.
 
     With ``b`` sequences and ``t`` tokens of each on a device, ``L`` layers, width ``E`` and ``m``
     parts along model::
@@ -144,8 +122,6 @@ def estimate(options: Options) -> Plan:
         temporary     one layer's intermediates, its gathered kernels, and the logits in float32
         FLOPs         8 P tokens + 8 L T E tokens    with recomputation; causal attention is half
     """
-    from experiments.training.layout import parse
-
     z, axes, device = SIZES[options.size], parse(options.mesh), DEVICES[options.device]
     T = LENGTHS[options.length]
     data, m, c = (axes.get(name, 1) for name in ("data", "model", "context"))
@@ -153,13 +129,10 @@ def estimate(options: Options) -> Plan:
     for name, size, parts in (("batch", batch, data), ("length", T, c), ("heads", z.heads, m)):
         if size % parts:
             raise ValueError(f"mesh {options.mesh} does not divide {name}, {size}")
-    state, placed = abstract(options)
-    import jax
-
-    pairs = list(zip(jax.tree.leaves(state), jax.tree.leaves(placed), strict=True))
-    total = sum(x.size for x, _ in pairs)
-    here = sum(math.prod(s.shard_shape(x.shape)) for x, s in pairs)
-    whole = here if not options.fsdp else _parameters_in_use(options)
+    state = abstract(options.size) if state is None else state
+    total = sum(x.size for x in jax.tree.leaves(state))
+    here = _on_a_device(options, state)
+    whole = _on_a_device(dataclasses.replace(options, fsdp=False), state)  # once gathered
 
     tokens = batch // data * T // c  # of this device
     E, kv, hidden = z.features, z.kv_heads * z.features // z.heads, z.hidden
@@ -182,7 +155,8 @@ def estimate(options: Options) -> Plan:
         once = gathered_keys * (c - 1) / c * z.layers
         sends["all-gather of keys and values"] = 2 * once
         sends["reduce-scatter of their gradients"] = 2 * once
-    flops = (8 * total + 8 * z.layers * T * E) * batch * T / (data * m * c)
+    multiplied = total - (0 if options.size == "124M" else z.vocabulary * E)  # look-ups are not
+    flops = (8 * multiplied + 8 * z.layers * T * E) * batch * T / (data * m * c)
     return Plan(
         total=total,
         parameters=4.0 * here,
@@ -197,14 +171,9 @@ def estimate(options: Options) -> Plan:
     )
 
 
-def model_of(options: Options) -> Any:
+def model_of(size: str) -> Any:
     """The decoder, abstract: no memory is allocated."""
-    from flax import nnx
-
-    from attention_jax.models import Decoder, DecoderConfig, Layers
-    from attention_jax.positions import Rotary
-
-    z = SIZES[options.size]
+    z = SIZES[size]
     layers = Layers(
         features=z.features,
         num_layers=z.layers,
@@ -221,30 +190,21 @@ def model_of(options: Options) -> Any:
         remat=True,
         scan=True,
     )
-    config = DecoderConfig(z.vocabulary, layers, tied=options.size == "124M")
+    config = DecoderConfig(z.vocabulary, layers, tied=size == "124M")
     return nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
 
 
-def abstract(options: Options, mesh: Any = None) -> tuple[Any, Any]:
-    """The parameters as shapes, and their shardings over a mesh; default one without devices."""
-    import jax
-    from flax import nnx
+def abstract(size: str) -> Any:
+    """The parameters as shapes."""
+    return nnx.state(model_of(size), nnx.Param)
 
-    from attention_jax.models import sharding
-    from experiments.training.layout import parse
 
+def _on_a_device(options: Options, state: Any) -> int:
+    """The number of parameters on each device."""
     axes = parse(options.mesh)
-    mesh = jax.sharding.AbstractMesh(tuple(axes.values()), tuple(axes)) if mesh is None else mesh
-    state = nnx.state(model_of(options), nnx.Param)
+    mesh = jax.sharding.AbstractMesh(tuple(axes.values()), tuple(axes))
     rules = sharding.rules(**{name: name for name in axes}, fsdp=options.fsdp)
-    return state, sharding.shardings(state, mesh, rules)
-
-
-def _parameters_in_use(options: Options) -> int:
-    """Parameters on one device once all of its kernels are gathered along data and context."""
-    import jax
-
-    state, placed = abstract(dataclasses.replace(options, fsdp=False))
+    placed = sharding.shardings(state, mesh, rules)
     pairs = zip(jax.tree.leaves(state), jax.tree.leaves(placed), strict=True)
     return sum(math.prod(s.shard_shape(x.shape)) for x, s in pairs)
 
@@ -266,6 +226,7 @@ def lines(options: Options) -> list[str]:
     rows.append(f"FLOPs per device: {plan.flops:.3g}")
     rows.append(
         f"step: {plan.seconds:.3g} s = {plan.compute_seconds:.3g} s at {device.flops / 1e12:.0f} "
-        f"TFLOP/s + {plan.send_seconds:.3g} s at {device.link / GB:.0f} GB/s (peak rates, {device.source})"
+        f"TFLOP/s + {plan.send_seconds:.3g} s at {device.link / GB:.0f} GB/s "
+        f"(peak rates, {device.source})"
     )
     return rows
