@@ -38,7 +38,7 @@ PUBLISHED = (
     Options("8B", "128k", "v5e", "data=16,context=16", fsdp=True),
     Options("8B", "1M", "v5e", "data=1,context=256", fsdp=True),
     Options("8B", "8k", "h100", "data=8", fsdp=True),
-    Options("8B", "128k", "h100", "data=8,context=8", fsdp=True),
+    Options("8B", "128k", "h100", "data=1,context=8", fsdp=True),
 )
 
 
@@ -54,7 +54,8 @@ def table() -> str:
         "AdamW in float32, computation in bfloat16, every layer recomputed in the backward pass,",
         "one sequence for each part along `data`. GB per device; *acts* are the inputs of all",
         "layers and the intermediates of one. Time is computation plus communication, without",
-        "overlap.",
+        "overlap. Rows with `context` assume that each device attends from its own queries to gathered",
+        "keys and values; `train` does not do that yet, but gathers queries too.",
         "",
         "| model | tokens | device | mesh | params | optimizer | gradients | acts | sent | TFLOP "
         "| step | fits |",
