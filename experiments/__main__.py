@@ -5,6 +5,7 @@ Modules are imported by the command that needs them, so that listing and errors 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import shlex
@@ -143,7 +144,11 @@ def _train(arguments: Sequence[str]) -> int:
     config = dataclasses.replace(task.presets[preset], **changes)
     connect(flags.coordinator, flags.processes, flags.process)
     try:
-        run(task, config, preset=preset, flags=flags)
+        with contextlib.ExitStack() as stack:
+            if flags.process:  # process 0 prints
+                devnull = stack.enter_context(open(os.devnull, "w"))
+                stack.enter_context(contextlib.redirect_stdout(devnull))
+            run(task, config, preset=preset, flags=flags)
     except JaxRuntimeError as problem:
         if flags.coordinator is None:
             raise

@@ -2,7 +2,8 @@
 
 ``python tests/line.py FOLDER STEPS`` trains in ``FOLDER`` with a checkpoint after every step,
 resuming from the last one, and writes the parameters to ``FOLDER/parameters.npz``. With
-``HOST:PORT PROCESSES PROCESS PAUSE`` it is one of several processes.
+``HOST:PORT PROCESSES PROCESS PAUSE`` it is one of several processes; with ``plain`` there is no
+dropout.
 """
 
 import dataclasses
@@ -100,9 +101,12 @@ def equal(one, other):
 if __name__ == "__main__":
     folder, steps = Path(sys.argv[1]), int(sys.argv[2])
     flags, task = Flags(resume=True, save_every=1), LINE
+    if "plain" in sys.argv:
+        sys.argv.remove("plain")
+        task = PLAIN
     if sys.argv[3:]:
         connect(sys.argv[3], int(sys.argv[4]), int(sys.argv[5]))
-        task = dataclasses.replace(LINE, batches=slowly(float(sys.argv[6])))
+        task = dataclasses.replace(task, batches=slowly(float(sys.argv[6])))
     print("ready", flush=True)
     try:
         trained = train_line(folder, task, flags=flags, steps=steps, evaluations=4, ema=0.9)

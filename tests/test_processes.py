@@ -114,7 +114,7 @@ def environment():
     return os.environ | {"XLA_FLAGS": " ".join(flags), "JAX_PLATFORMS": "cpu"}
 
 
-def start(folder, steps, *, processes=2, pause=0.0):
+def start(folder, steps, *more, processes=2, pause=0.0):
     """The processes of ``line.py``; each writes what it prints to ``folder/I.txt``."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -125,12 +125,13 @@ def start(folder, steps, *, processes=2, pause=0.0):
         command = [sys.executable, "tests/line.py", str(folder), str(steps)]
         if processes > 1:
             command += [f"127.0.0.1:{port}", str(processes), str(i), str(pause)]
-        output = (folder / f"{i}.txt").open("w")
-        running.append(
-            subprocess.Popen(
-                command, cwd=ROOT, env=environment(), stdout=output, stderr=subprocess.STDOUT
+        command += more
+        with (folder / f"{i}.txt").open("w") as output:
+            running.append(
+                subprocess.Popen(
+                    command, cwd=ROOT, env=environment(), stdout=output, stderr=subprocess.STDOUT
+                )
             )
-        )
     return running
 
 
@@ -142,15 +143,15 @@ def finish(folder, running, timeout=240):
 
 @pytest.mark.slow
 def test_two_processes_train_as_one_and_resume_as_one(tmp_path):
-    two = finish(tmp_path / "two", start(tmp_path / "two", 8))
-    one = finish(tmp_path / "one", start(tmp_path / "one", 8, processes=1))
+    two = finish(tmp_path / "two", start(tmp_path / "two", 8, "plain"))
+    one = finish(tmp_path / "one", start(tmp_path / "one", 8, "plain", processes=1))
     for name, x in one.items():
         np.testing.assert_allclose(x, two[name], rtol=1e-4, atol=1e-6)
     assert not (tmp_path / "two" / "1.txt").read_text().count("step 4")  # only process 0 prints
     lines = (tmp_path / "two" / "log.jsonl").read_text().splitlines()
     assert len({line["step"] for line in map(json.loads, lines) if "loss" in line}) == 8
-    longer = finish(tmp_path / "two", start(tmp_path / "two", 10, processes=1))
-    expected = finish(tmp_path / "one", start(tmp_path / "one", 10, processes=1))
+    longer = finish(tmp_path / "two", start(tmp_path / "two", 10, "plain", processes=1))
+    expected = finish(tmp_path / "one", start(tmp_path / "one", 10, "plain", processes=1))
     for name, x in expected.items():
         np.testing.assert_allclose(x, longer[name], rtol=1e-4, atol=1e-6)
 
@@ -164,6 +165,7 @@ def test_a_killed_process_ends_the_others_and_the_run_resumes_with_the_same_bits
         assert all(process.poll() is None for process in running)
         time.sleep(0.1)
     running[killed].send_signal(signal.SIGKILL)
+    running[killed].wait()
     at = time.monotonic()
     assert running[1 - killed].wait(60) != 0
     assert time.monotonic() - at < 60

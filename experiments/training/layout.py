@@ -8,6 +8,7 @@ assembles the batch, a function of seed and step, and puts only its own part on 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import socket
 import time
 from typing import Any, TypeVar
@@ -44,6 +45,18 @@ class Layout:
     def parts(self) -> int:
         """In how many parts a batch is split."""
         return int(self.mesh.shape.get("data", 1))
+
+    @property
+    def by_process(self) -> bool:
+        """Whether each device computes a gradient of its own, to be summed as one vector.
+
+        That is for processes on CPUs that split nothing but the batch. Their collectives take
+        milliseconds for each array, however small: the program of one device, partitioned, would
+        spend most of a step on them. Each device then has dropout of its own.
+        """
+        plain = set(self.mesh.shape) == {"data"} and dict(self.rules)["embed"] is None
+        on_cpus = self.mesh.devices.flat[0].platform == "cpu"
+        return plain and on_cpus and jax.process_count() > 1
 
     def shardings(self, tree: Any) -> Any:
         """The sharding of every array of a state."""
@@ -233,6 +246,23 @@ def agreed(value: T) -> T:
     """The number, or dict of numbers, of process 0, in every process."""
     if jax.process_count() == 1:
         return value
-    with jax.enable_x64(True):
-        found = multihost_utils.broadcast_one_to_all(jax.tree.map(np.float64, value))
-    return jax.tree.map(lambda old, new: type(old)(new), value, jax.device_get(found))
+    leaves, structure = jax.tree.flatten(value)
+    words = np.array(leaves, np.float64).view(np.uint32)  # exact without 64-bit arrays
+    firsts = [next(d for d in jax.devices() if d.process_index == i) for i in _processes()]
+    mesh = Mesh(np.array(firsts), ("process",))
+    sent = words[None] if jax.process_index() == 0 else np.zeros_like(words[None])
+    split = NamedSharding(mesh, PartitionSpec("process"))
+    rows = jax.make_array_from_process_local_data(split, sent)
+    found = np.asarray(_sum(rows, NamedSharding(mesh, PartitionSpec()))).view(np.float64)
+    same = [type(old)(new) for old, new in zip(leaves, found, strict=True)]
+    return jax.tree.unflatten(structure, same)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _sum(rows: jax.Array, everywhere: NamedSharding) -> jax.Array:
+    total = rows.sum(axis=0, dtype=rows.dtype)
+    return jax.lax.with_sharding_constraint(total, everywhere)
+
+
+def _processes() -> range:
+    return range(jax.process_count())

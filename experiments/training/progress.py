@@ -184,9 +184,9 @@ class RunLog:
         self._write(progress, {f"validation_{name}": x for name, x in scores.items()})
         self._scores = f", {progress.metric} {scores[progress.metric]:.3f}"
         mark = " (best)" if better else ""
-        self.bar.write(
-            f"step {progress.step}: loss {progress.loss:.3f}, validation {one_line(scores)}{mark}"
-        )
+        if not self.bar.disable:
+            said = f"loss {progress.loss:.3f}, validation {one_line(scores)}{mark}"
+            self.bar.write(f"step {progress.step}: {said}")
         self._since += time.perf_counter() - now
         return progress, better
 

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax  # type: ignore[import-untyped]
 from flax import nnx
+from jax.flatten_util import ravel_pytree
 from jax.sharding import NamedSharding, PartitionSpec
 
 from attention_jax.core.shards import split_along
@@ -127,6 +128,8 @@ def _update(
     ) -> tuple[Any, Any, Any]:
         """The sums over the microbatches, computed one after the other."""
         position = step
+        if by_process:
+            position = jnp.stack([step, jax.lax.axis_index("data")])
         if config.accumulate == 1:
             return sums(parameters, batch, position, rest)
         A = config.accumulate
@@ -146,13 +149,25 @@ def _update(
         numbers = jnp.arange(A, dtype=jnp.int32)
         return jax.lax.scan(add, zero, (numbers, microbatches))[0]
 
+    by_process = layout.by_process
+    gradient_of = over_microbatches
+    if by_process:
+        split, same = PartitionSpec("data"), PartitionSpec()
+        gradient_of = jax.shard_map(
+            lambda *arguments: _summed(over_microbatches(*arguments)),
+            mesh=layout.mesh,
+            in_specs=(same, split, same, same),
+            out_specs=same,
+            check_vma=False,
+        )
+
     everywhere = NamedSharding(layout.mesh, PartitionSpec())
     placed = layout.shardings(initial)
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=(placed, *[everywhere] * 3))
     def update(state: State, batch: Batch, step: Any, rest: Any) -> Any:
         step = jnp.asarray(step, jnp.int32)
-        total, count, gradient = over_microbatches(state.parameters, batch, step, rest)
+        total, count, gradient = gradient_of(state.parameters, batch, step, rest)
         with jax.numpy_dtype_promotion("standard"):  # Optax raises floats to the power of an int
             gradient = jax.tree.map(lambda x: x / count, gradient)
             updates, after = optimizer.update(gradient, state.optimizer, state.parameters)
@@ -164,6 +179,12 @@ def _update(
         return new, total / count, count, optax.tree.norm(gradient)
 
     return update
+
+
+def _summed(sums: Any) -> Any:
+    """Sums over all devices, sent as one vector."""
+    vector, unravel = ravel_pytree(sums)
+    return unravel(jax.lax.psum(vector, "data"))
 
 
 def _streams(rest: Any, position: jax.Array) -> Any:

@@ -30,6 +30,9 @@ from experiments.training.runs import Flags
 from experiments.training.steps import State, trainer
 from experiments.training.task import Batch, C, D, Model, Record, Task
 
+# Steps after which several processes agree on whether the time is up.
+CLOCK = 10
+
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
@@ -88,7 +91,8 @@ def train(
     state, checkpoints = training.put(training.initial), Checkpoints(folder / "checkpoints")
     if flags.resume and (saved := checkpoints.restore(LAST, state)) is not None:
         state, progress = saved.state, Progress.from_notes(progress, saved.notes)
-        print(f"{folder}: resumed from step {saved.step}")
+        if jax.process_index() == 0:
+            print(f"{folder}: resumed from step {saved.step}")
         state = training.put(state)
     limit = math.inf if config.minutes is None else 60 * config.minutes
     evaluate_at = {round(x) for x in np.linspace(0, config.steps, config.evaluations + 1)[1:]}
@@ -114,8 +118,8 @@ def train(
                 )
             progress = log.step(progress, loss, number, norm)
             late = progress.seconds > limit
-            if limit < math.inf:  # the processes have clocks of their own
-                late = bool(agreed(int(late)))
+            if jax.process_count() > 1 and limit < math.inf:  # they have clocks of their own
+                late = progress.step % CLOCK == 0 and bool(agreed(int(late)))
             if progress.step in evaluate_at or late:
                 model = training.model(state.weights)
                 scores = agreed(task.evaluate(config, model, data, "validation"))
