@@ -125,7 +125,6 @@ def _train(arguments: Sequence[str]) -> int:
 
     from jax.errors import JaxRuntimeError
 
-    from experiments.training.layout import connect
     from experiments.training.runs import Flags, folder_of
     from experiments.training.train import run
 
@@ -142,7 +141,6 @@ def _train(arguments: Sequence[str]) -> int:
     flags = Flags(**{key: value for key, value in values.items() if key in hints(Flags)})
     changes = {key: value for key, value in values.items() if key not in hints(Flags)}
     config = dataclasses.replace(task.presets[preset], **changes)
-    connect(flags.coordinator, flags.processes, flags.process)
     try:
         with contextlib.ExitStack() as stack:
             if flags.process:  # process 0 prints

@@ -202,8 +202,10 @@ def _named(state: Any) -> dict[str, Any]:
 def _differing(folder: Path, expected: dict[str, Any]) -> list[tuple[str, Any]]:
     """Names and shapes that only a saved state or only ``expected`` has."""
     with ocp.StandardCheckpointer() as checkpointer:
-        stored = checkpointer.metadata(folder).item_metadata.tree
-    there = {(name, tuple(x.shape)) for name, x in stored.items()}
+        metadata = checkpointer.metadata(folder).item_metadata
+    if metadata is None:
+        raise ValueError(f"{folder} does not say which arrays it holds")
+    there = {(name, tuple(x.shape)) for name, x in metadata.tree.items()}
     return sorted(there ^ {(name, np.shape(x)) for name, x in expected.items()})
 
 

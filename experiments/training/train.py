@@ -24,7 +24,7 @@ from flax import nnx
 
 from experiments.training import runs
 from experiments.training.checkpoints import BEST, LAST, Checkpoints
-from experiments.training.layout import agreed, layout
+from experiments.training.layout import agreed, connect, layout
 from experiments.training.progress import Progress, one_line
 from experiments.training.runs import Flags
 from experiments.training.steps import State, trainer
@@ -47,6 +47,7 @@ class Trained:
 
 def run(task: Task[C, D], config: C, *, preset: str, flags: Flags) -> Record:
     """Trains, scores the test split and writes the record; returns it (in process 0)."""
+    connect(flags.coordinator, flags.processes, flags.process)
     folder = runs.start_together(task, config, preset=preset, flags=flags)
     data = task.data(config)
     trained = train(task, config, data, folder, flags)
