@@ -6,8 +6,8 @@
 >>> mask = aj.masks.causal() & aj.masks.window(63, 0)
 >>> aj.attention(x, x, x, mask=mask, score=aj.scores.softcap(30.0)).shape
 (2, 300, 4, 16)
->>> aj.explain(x, x, x, mask=mask, platform="cpu").chosen
-'blockwise'
+>>> aj.explain(x, x, x, mask=mask, platform="gpu").chosen
+'pallas_gpu'
 
 ``attention`` computes attention, ``masks`` and ``scores`` build its options, ``reference`` defines
 it in NumPy, and ``explain`` shows which backend runs and why. ALiBi and relative biases are in

@@ -119,7 +119,7 @@ def attention(
       The output ``[*B T N D]`` in the query's dtype; with ``return_lse`` also the lse
       ``[*B T N]`` in float32 or wider. Both are differentiable. Policies of ``jax.checkpoint``
       know them as ``"attention_out"`` and ``"attention_lse"``: where both are saved, the backward
-      pass of ``blockwise`` and ``pallas_gpu`` does not run the forward pass again.
+      pass of ``blockwise``, ``native`` and ``pallas_gpu`` does not run the forward pass again.
 
     Masks' Python numbers (offsets, windows, lengths) are constants of the compiled program: another
     value compiles again, because the blocks to compute depend on them. To compile once for many
@@ -326,8 +326,8 @@ def explain(
 
     >>> import jax, attention_jax as aj
     >>> x = jax.ShapeDtypeStruct((1, 2048, 8, 64), "float32")
-    >>> print(aj.explain(x, x, x, mask=aj.masks.window(255, 0)).chosen)
-    blockwise
+    >>> print(aj.explain(x, x, x, mask=aj.masks.window(255, 0), platform="tpu").chosen)
+    splash
     """
     check_flag("return_lse", return_lse)
     platform = platform or backends.platform()

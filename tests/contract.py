@@ -1,8 +1,8 @@
 """The suite that every implementation must pass: the checker's catalogue, and the implementations.
 
 ``IMPLEMENTATIONS`` are functions with the signature of ``attention``; add a new backend
-there, and the cases it must pass to ``CHECKS``. The blockwise backend also runs with small blocks:
-with its own, a small case is a single tile.
+there, and the cases it must pass to ``CHECKS``. The blockwise and native backends also run with
+small blocks: with their own, a small case is a single tile.
 """
 
 import functools
@@ -12,7 +12,8 @@ from compiling import default_options
 
 import attention_jax
 from attention_jax import testing
-from attention_jax.backends import Blockwise, PallasGPU, Splash
+from attention_jax.backends import Blockwise, Native, PallasGPU, Splash
+from attention_jax.backends.native import library
 from attention_jax.backends.pallas_gpu.launch import Tiles
 
 
@@ -30,11 +31,26 @@ IMPLEMENTATIONS = {
     "blockwise": implementation("blockwise"),
     "blockwise 16x32": implementation(Blockwise(16, 32)),
     "blockwise 7x5": implementation(Blockwise(7, 5)),
+    "native": implementation("native"),
+    "native 96": implementation(Native(block_k=96, few_queries=0)),
     "auto": implementation(None),
 }
 
 PROMISES = testing.cases(tag="promise")
 PAIRS = testing.cases(tag="pair")
+
+
+def by_native(cases):
+    """Those that the native kernel supports; test_native.py has what it refuses."""
+    refused = ("score_fn", "relative_embedding")
+    return [
+        case
+        for case in cases
+        if case.dtype != "float64"
+        and not any(score in case.score for score in refused)
+        and case.mask != "nothing"  # which comes with relative_embedding
+    ]
+
 
 # Every implementation is checked on every promise. Each pair of options is checked on at least one
 # of them, since masks, scores and dropout are shared; ``testing.check(fn)`` checks them all.
@@ -43,9 +59,17 @@ CHECKS = {
     "blockwise": testing.cases(tag="numerics") + testing.cases(tag="padded"),
     "blockwise 16x32": PROMISES + testing.cases(tag="long"),
     "blockwise 7x5": [case for case in testing.cases(tag="small") if "core" in case.tags],
+    "native": by_native(PROMISES + testing.cases(tag="small")),
+    "native 96": by_native(
+        testing.cases(tag="long") + tuple(case for case in PROMISES if "core" in case.tags)
+    ),
     # Compiled with XLA's default options; all other tests are compiled fast.
     "auto": testing.cases(tag="numerics"),
 }
+
+
+# Without a compiler the package installs without the native kernel.
+needs_native = pytest.mark.skipif(library.load().why_not is not None, reason="no native kernel")
 
 
 def by_default(name, case):
@@ -54,7 +78,7 @@ def by_default(name, case):
     The blockwise backend in small blocks runs all core cases. ``xla``, the plain formula, runs the
     core cases that are pairs, empty rows or smoke tests. The others share code with these two.
     """
-    if name in ("blockwise", "blockwise 7x5", "auto"):
+    if name in ("blockwise", "blockwise 7x5", "native 96", "auto"):
         return "smoke" in case.tags and case.name != "everything"
     if name == "xla" and not case.tags & {"pair", "empty", "smoke"}:
         return False
@@ -63,8 +87,14 @@ def by_default(name, case):
 
 def parameters(name, cases, tag=None):
     """``(name, case)`` as parameters of a test; ``tag`` selects those of a default run."""
+    needs = [needs_native] if name.startswith("native") else []
     return [
-        pytest.param(name, c, id=f"{c.name}-{name}", marks=[] if quick else [pytest.mark.slow])
+        pytest.param(
+            name,
+            c,
+            id=f"{c.name}-{name}",
+            marks=needs if quick else [*needs, pytest.mark.slow],
+        )
         for c in cases
         for quick in [tag in c.tags if tag else by_default(name, c)]
     ]

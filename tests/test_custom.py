@@ -262,7 +262,7 @@ def test_a_cache_refuses_a_mask_that_does_not_declare_its_reach():
     with pytest.raises(ValueError, match="mask may look back further"):
         cache.extend(rolling, *inputs(T, T)[1:], mask=Checkers() & masks.causal())
     mask = Kinds(np.zeros(3), np.zeros(3)) & masks.causal()
-    with pytest.raises(ValueError, match="query_kinds of kinds has entries for 3 positions"):
+    with pytest.raises(ValueError, match="query_kinds of Kinds has entries for 3 positions"):
         cache.extend(kept, *inputs(T, T)[1:], mask=mask)
 
 

@@ -244,7 +244,7 @@ def test_equals_the_formula(name, S, calls):
 def test_visible_rows_are_found_block_by_block(calls, monkeypatch):
     from attention_jax.backends import fa4
 
-    mask = masks.window(2, 0, offset=-4) & masks.lengths(lengths, lengths)
+    mask = masks.window(2, 0, offset=-4) & masks.lengths(query=lengths, key=lengths)
     whole = output(*inputs(), mask=mask)
     monkeypatch.setattr(fa4, "PAIRS", 4 * 60)  # four queries at a time
     np.testing.assert_array_equal(output(*inputs(), mask=mask), whole)
@@ -320,7 +320,7 @@ def test_it_is_never_chosen_unasked(calls):
         explanation = explain(x, x, x, platform="gpu", **options)
         assert explanation.chosen != "fa4"
         assert list(explanation.reasons)[-1] == "fa4"
-        assert explanation.reasons["fa4"].startswith("only where it is asked for")
+        assert explanation.reasons["fa4"].startswith("only if asked for")
         named = explain(x, x, x, platform="gpu", implementation="fa4", **options)
         assert named.chosen == "fa4"
     _, spec = prepared(*inputs(), score=scores.softcap(2.0))

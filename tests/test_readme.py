@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import pytest
 
+from attention_jax.backends.native import library
 from experiments.__main__ import main
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -91,6 +92,8 @@ def test_python_runs_and_prints_what_is_shown(block, after):
         return
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         exec(compile(block.code, block.name, "exec"), names)
+    if "native" in (after.code if after else "") and library.load().why_not is not None:
+        pytest.skip("shows the native kernel, which is not there")
     if after and after.file == block.file and after.language == "text":
         assert printed.getvalue() == after.code
 

@@ -3,6 +3,7 @@
 =============  ====================================================================
 ``xla``        materialised: the formula in plain sight, and fast for short lengths
 ``blockwise``  linear memory on every platform, any mask and score
+``native``     our CPU kernel in C++: linear memory, most masks and scores
 ``cudnn``      NVIDIA's fused kernel, for the calls that it computes exactly
 ``pallas_gpu`` our GPU kernels: linear memory, most masks and scores
 ``splash``     JAX's own TPU kernel
@@ -26,6 +27,7 @@ from attention_jax.backends.blockwise.run import FEW_QUERIES, Blockwise
 from attention_jax.backends.call import Backend, Spec
 from attention_jax.backends.cudnn import CuDNN
 from attention_jax.backends.fa4 import FA4
+from attention_jax.backends.native.run import Native
 from attention_jax.backends.pallas_gpu.run import PallasGPU
 from attention_jax.backends.splash import Splash
 from attention_jax.backends.xla import XLA
@@ -40,6 +42,7 @@ __all__ = [
     "Blockwise",
     "Choice",
     "CuDNN",
+    "Native",
     "PallasGPU",
     "Spec",
     "Splash",
@@ -53,6 +56,7 @@ __all__ = [
 IMPLEMENTATIONS: dict[str, Backend] = {
     "blockwise": Blockwise(),
     "xla": XLA(),
+    "native": Native(),
     "cudnn": CuDNN(),
     "pallas_gpu": PallasGPU(),
     "splash": Splash(),
@@ -61,7 +65,7 @@ IMPLEMENTATIONS: dict[str, Backend] = {
 
 # The kernels of each platform, in the order they are tried, before what runs everywhere.
 KERNELS = {
-    "cpu": (),
+    "cpu": (("native", "our kernel in C++: linear memory, skips empty blocks"),),
     "gpu": (
         ("cudnn", "the vendor's fused kernel, for the calls it computes exactly"),
         ("pallas_gpu", "linear memory, any mask and score, skips empty blocks"),
@@ -69,12 +73,14 @@ KERNELS = {
     "tpu": (("splash", "JAX's own kernel: linear memory, skips empty blocks"),),
 }
 
-# After all others, so that they are not chosen.
-BY_NAME = (("fa4", "only where it is asked for: not measured on a card yet"),)
+# On a CPU, shorter calls are over before a kernel has prepared its blocks. Milliseconds, native
+# and in one piece: 32 heads of 16 x 16, 0.20 and 0.11; 128 heads of 32 x 32, 0.68 and 0.78 (two
+# cores of an AMD EPYC).
+NATIVE_FROM = 33
 
-# On a CPU, sequences up to this length are faster in one batched product, which XLA fuses with the
-# softmax, than in a loop over heads: `python -m experiments bench --only short`. The choice must
-# not depend on heads or batch size, which may differ between training and serving.
+# Without that kernel, sequences up to this length are faster in one batched product, which XLA
+# fuses with the softmax, than in a loop over heads: `python -m experiments bench --only short`. The
+# choice must not depend on heads or batch size, which may differ between training and serving.
 MATERIALISE_UP_TO = 256
 
 # The same holds for a few queries against a cache, whose mask holds positions: a decoding step is
@@ -102,26 +108,35 @@ def platform() -> str:
 
 
 def partitioned() -> bool:
-    """Whether the mesh in use has axes over which the compiler partitions the program.
+    """Whether the mesh in use has Auto axes, over which the compiler partitions the program.
 
-    It cannot partition a kernel. Inside ``shard_map`` each device has a program of its own.
+    It cannot partition a kernel. Inside ``shard_map`` each device has a program of its own, and so
+    it has for arrays on Explicit axes, see ``heads``.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    manual = jax.sharding.AxisType.Manual
-    sizes = zip(mesh.axis_types, mesh.axis_sizes, strict=True)
-    return any(kind != manual and size > 1 for kind, size in sizes)
+    return any(mesh.shape[name] > 1 for name in mesh.auto_axes)
 
 
 def preference(spec: Spec) -> tuple[tuple[str, str], ...]:
-    """All implementations in the order they are tried, each with the reason for its place."""
+    """All implementations in the order they are tried, each with the reason for its place.
+
+    Those without a place come last, after what runs everywhere: they run only if asked for.
+    """
     kernels = KERNELS.get(spec.platform, ())
+    everywhere = _everywhere(spec)
     elsewhere = tuple(
         (name, f"for a {place}")
         for place, others in KERNELS.items()
         if place != spec.platform
         for name, _ in others
     )
-    return (*kernels, *_everywhere(spec), *elsewhere, *BY_NAME)
+    placed = (*kernels, *everywhere, *elsewhere)
+    T, S = spec.sizes.T, spec.sizes.S
+    if spec.platform == "cpu" and not spec.sizes.symbolic_lengths and max(T, S) < NATIVE_FROM:
+        short = ("xla", f"T and S are below {NATIVE_FROM}: faster in one piece")
+        placed = (short, *(each for each in placed if each[0] != "xla"))
+    unplaced = (name for name in IMPLEMENTATIONS if name not in dict(placed))
+    return (*placed, *((name, "only if asked for by name") for name in unplaced))
 
 
 def _everywhere(spec: Spec) -> tuple[tuple[str, str], ...]:

@@ -47,15 +47,8 @@ def over_heads_and_examples(
     xp = jnp if sizes.symbolic_batch else np
     b = xp.arange(math.prod(sizes.B), dtype=np.int32).reshape(sizes.B)
     n = np.arange(sizes.N, dtype=np.int32)
-    arguments = Head(*call, b=b, n=n)
-    axes = Head(*inputs, None, None, "N", "", "", "*B", "N")  # type: ignore[arg-type]
-    flat, structure = jax.tree.flatten(arguments)
-    flat_axes: list[Any] = []
-    for argument, letters in zip(arguments, axes, strict=True):
-        if letters is None:  # masks and scores: each array declares its own axes
-            flat_axes += [leaf.axes for leaf in leaves(argument)]
-        elif argument is not None:
-            flat_axes += [letters] * len(jax.tree.leaves(argument))
+    flat, structure = jax.tree.flatten(Head(*call, b=b, n=n))
+    flat_axes = [*_axes_of(call, inputs), "*B", "N"]
 
     def one(*xs: Any) -> Any:
         given: Head = jax.tree.unflatten(structure, xs)
@@ -66,6 +59,17 @@ def over_heads_and_examples(
         return head(given)
 
     return lift(one, flat, sizes, flat_axes, outputs)
+
+
+def _axes_of(call: Call, inputs: tuple[str, str, str]) -> list[str | tuple[str, ...]]:
+    """The axes of each array of a call."""
+    found: list[Any] = []
+    for argument, letters in zip(call, (*inputs, None, None, "N", "", ""), strict=True):
+        if letters is None:  # masks and scores: each array declares its own axes
+            found += [leaf.axes for leaf in leaves(argument)]
+        elif argument is not None:
+            found += [letters] * len(jax.tree.leaves(argument))
+    return found
 
 
 def lift(
@@ -93,7 +97,11 @@ def lift(
     (2, 4, 3, 5)
     """
     if mesh := _explicit_mesh(arrays):
-        return _on_each_device(head, arrays, sizes, inputs, outputs, mesh)
+
+        def on_shard(local: Sizes, *xs: Any) -> Any:
+            return lift(head, xs, local, inputs, outputs)
+
+        return _on_each_device(on_shard, arrays, sizes, inputs, outputs, mesh)
     batch = [f"B{i}" for i in range(len(sizes.B))]
     levels = [*batch, "K", "G"]
 
@@ -185,17 +193,42 @@ def _explicit_mesh(arrays: Sequence[Any]) -> AbstractMesh | None:
     return None
 
 
+def kernel_on_each_device(
+    run: Callable[[Call, Sizes], tuple[jax.Array, jax.Array]], call: Call, sizes: Sizes
+) -> tuple[jax.Array, jax.Array]:
+    """A kernel for all heads and examples of a call, on each device's shard of them.
+
+    XLA cannot partition a kernel, not even where all arrays are whole on every device.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if not any(mesh.shape[name] > 1 for name in mesh.explicit_axes):
+        return run(call, sizes)
+    flat, structure = jax.tree.flatten(call)
+    inputs = _axes_of(call, ("*B T N H", "*B S K H", "*B S K D"))
+
+    def on_shard(local: Sizes, *xs: Any) -> Any:
+        return run(jax.tree.unflatten(structure, xs), local)
+
+    out, lse = _on_each_device(
+        on_shard, flat, sizes, inputs, ("*B T N D", "*B T N"), mesh, kernel=True
+    )
+    return out, lse
+
+
 def _on_each_device(
-    head: Callable[..., Any],
+    run: Callable[..., Any],
     arrays: Sequence[Any],
     sizes: Sizes,
     inputs: Sequence[str | tuple[str, ...]],
     outputs: Sequence[str],
     mesh: AbstractMesh,
+    *,
+    kernel: bool = False,
 ) -> tuple[jax.Array, ...]:
-    """``lift`` under ``shard_map``: batch and heads stay sharded, all other axes are gathered.
+    """``run(local sizes, *shards)``: batch and heads stay sharded, all other axes are gathered.
 
-    If two arrays disagree the first one decides, and the others are resharded.
+    If two arrays disagree the first one decides, and the others are resharded. A kernel's results
+    have no types of the mesh axes along which they vary, and it needs all of the mesh.
     """
     arrays = [jnp.asarray(x) for x in arrays]
     batch = [f"B{i}" for i in range(len(sizes.B))]
@@ -236,15 +269,17 @@ def _on_each_device(
         K=K,
         G=sizes.N // parts("N") // K,
     )
-    run = jax.shard_map(
-        lambda *xs: lift(head, xs, local, inputs, outputs),
+    # Other axes may be mapped over by a vmap around this.
+    used = {name for names in mesh_axes.values() for name in names}
+    mapped = jax.shard_map(
+        lambda *xs: run(local, *xs),
         mesh=mesh,
         in_specs=in_specs,
         out_specs=tuple(spec(axes) for axes in outputs),
-        # Other axes may be mapped over by a vmap around this.
-        axis_names={name for names in mesh_axes.values() for name in names},
+        axis_names=set(mesh.explicit_axes) if kernel else used,
+        check_vma=not kernel,
     )
-    return run(*arrays)
+    return mapped(*arrays)
 
 
 def _spec(x: jax.Array) -> tuple[tuple[str, ...], ...]:

@@ -13,11 +13,12 @@ tracing and uses ``shard_map``.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -28,8 +29,7 @@ from jax.experimental.custom_partitioning import (
 )
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-if TYPE_CHECKING:
-    from attention_jax.backends.primitive import Dims, Static
+from attention_jax.backends.mapped_axes import Dims, Static
 
 
 def over_devices(
@@ -44,6 +44,7 @@ def over_devices(
     """
     if not static.levels:
         return run(static, *arrays)
+    settings = _trace_settings()
 
     @custom_partitioning
     def whole(*arrays: jax.Array) -> tuple[jax.Array, ...]:
@@ -55,10 +56,11 @@ def over_devices(
         local = dataclasses.replace(static, levels=split.local(static.levels))
 
         def on_each_device(*shards: jax.Array) -> tuple[jax.Array, ...]:
-            return tuple(
-                split.sum_over_devices(x, dims)
-                for x, dims in zip(run(local, *shards), static.out_dims, strict=True)
-            )
+            with settings():
+                return tuple(
+                    split.sum_over_devices(x, dims)
+                    for x, dims in zip(run(local, *shards), static.out_dims, strict=True)
+                )
 
         def placed(arrays: Sequence[Any], all_dims: Sequence[Dims]) -> tuple[NamedSharding, ...]:
             pairs = zip(arrays, all_dims, strict=True)
@@ -77,12 +79,25 @@ def over_devices(
     return whole(*arrays)
 
 
+def _trace_settings() -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """The settings that the caller traces under, for what XLA has traced while it compiles."""
+    x64 = jax.enable_x64.value
+    precision = jax.default_matmul_precision.value
+
+    @contextlib.contextmanager
+    def settings() -> Iterator[None]:
+        with jax.enable_x64(x64), jax.default_matmul_precision(precision):
+            yield
+
+    return settings
+
+
 def sharding_rule(
     static: Static, operand_ranks: Sequence[int], result_ranks: Sequence[int]
 ) -> SdyShardingRule:
     """Which axes may be sharded: the mapped ones, in all arrays alike.
 
-    >>> from attention_jax.backends.primitive import Static
+    >>> from attention_jax.backends.mapped_axes import Static
     >>> static = Static(None, None, levels=(8,), in_dims=((0,), (None,)), out_dims=((1,),))
     >>> rule = sharding_rule(static, [2, 1], [2])
     >>> rule.operand_mappings, rule.result_mappings

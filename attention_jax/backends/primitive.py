@@ -34,6 +34,10 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from attention_jax.backends.call import Head
+from attention_jax.backends.mapped_axes import Dims as Dims
+from attention_jax.backends.mapped_axes import Static as Static
+from attention_jax.backends.mapped_axes import core_shape as core_shape
+from attention_jax.backends.mapped_axes import mapped_shape as mapped_shape
 from attention_jax.backends.partition import over_devices
 from attention_jax.core.axes import LSE_NAME, OUT_NAME, Shape, accumulation_dtype
 from attention_jax.core.closures import varying_together
@@ -41,31 +45,17 @@ from attention_jax.core.compat import (
     Primitive,
     ad,
     batching,
+    for_export,
     like,
-    lower_with_devices,
     mlir,
     no_axes,
-    partitioned_by_compiler,
+    num_devices,
     sharded_over,
+    with_devices,
 )
 
 # out, m and log_l.
 RESULTS = 3
-
-# Where each mapped axis of an array is, outermost first; None: the array does not have it.
-Dims = tuple[int | None, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Static:
-    """What a primitive's program depends on, besides shapes."""
-
-    structure: Any  # of the operands, a pytree (Head, schedule)
-    config: Any  # the kernel's own
-    levels: Shape = ()  # sizes of the mapped axes, outermost first
-    in_dims: tuple[Dims, ...] = ()  # one per array
-    out_dims: tuple[Dims, ...] = ()  # one per result; None: summed over that axis
-    wrt: tuple[int, ...] = ()  # tangent and backward: the operands that vary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,19 +66,6 @@ class Kernel:
     tangent: Callable[..., Any]
     backward: Callable[..., Any]
     plain: Callable[..., Any]  # head -> out, m, log_l: materialised
-
-
-def core_shape(shape: Shape, dims: Dims) -> tuple[int, ...]:
-    """The shape without the mapped axes."""
-    return tuple(n for axis, n in enumerate(shape) if axis not in dims)
-
-
-def mapped_shape(core: Shape, dims: Dims, levels: Shape) -> Shape:
-    """The shape with the mapped axes."""
-    rank = len(core) + sum(d is not None for d in dims)
-    at = {d: n for d, n in zip(dims, levels, strict=True) if d is not None}
-    rest = iter(core)
-    return tuple(at[axis] if axis in at else next(rest) for axis in range(rank))
 
 
 def mesh_axes(static: Static, avals: Sequence[Any], rank: int, dims: Dims) -> tuple[Any, ...]:
@@ -113,12 +90,20 @@ class Primitives(NamedTuple):
     backward: Primitive
 
 
-def make(name: str, kernel: Kernel) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """The three primitives on a kernel, as a function ``(head, schedule, config) -> out, lse``."""
+def make(
+    name: str, kernel: Kernel, elsewhere: Kernel | None = None
+) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """The three primitives on a kernel, as a function ``(head, schedule, config) -> out, lse``.
+
+    Args:
+      elsewhere: of the same operands, where ``kernel`` is code of this machine's CPU: for other
+        platforms, and for programs that are exported.
+    """
     p = Primitives(*(Primitive(f"{name}_{part}") for part in Primitives._fields))
-    _register(p.forward, kernel.forward, _results)
-    _register(p.tangent, kernel.tangent, _results)
-    _register(p.backward, kernel.backward, _cotangents)
+    other = kernel if elsewhere is None else elsewhere
+    _register(p.forward, kernel.forward, other.forward, _results)
+    _register(p.tangent, kernel.tangent, other.tangent, _results)
+    _register(p.backward, kernel.backward, other.backward, _cotangents)
 
     batching.primitive_batchers[p.forward] = functools.partial(_batch_results, p.forward)
     batching.primitive_batchers[p.tangent] = functools.partial(_batch_results, p.tangent)
@@ -166,17 +151,19 @@ def num_differentiable(structure: Any) -> int:
 # --- Shapes and lowering.
 
 
-def _register(primitive: Primitive, run: Callable[..., Any], shapes: Callable[..., Any]) -> None:
-    """What a primitive computes, and the shapes of its results."""
-
-    def implementation(*arrays: Any, static: Static) -> list[Any]:
-        return list(run(static, *arrays))
-
+def _register(
+    primitive: Primitive,
+    run: Callable[..., Any],
+    elsewhere: Callable[..., Any],
+    shapes: Callable[..., Any],
+) -> None:
+    """What a primitive computes, here and elsewhere, and the shapes of its results."""
     primitive.multiple_results = True
-    primitive.def_impl(implementation)
+    primitive.def_impl(lambda *arrays, static: list(run(static, *arrays)))
     primitive.def_abstract_eval(lambda *avals, static: shapes(static, avals))
-    mlir.register_lowering(primitive, _lowering(run))
-    lower_with_devices(primitive)
+    mlir.register_lowering(primitive, _lowering(elsewhere, elsewhere))
+    if elsewhere is not run:
+        mlir.register_lowering(primitive, _lowering(run, elsewhere), platform="cpu")
 
 
 def _results(static: Static, avals: Sequence[Any]) -> list[Any]:
@@ -205,27 +192,53 @@ def _result(static: Static, avals: Sequence[Any], core: Shape, dims: Dims, dtype
     return like(avals[0], shape, dtype, mesh_axes(static, avals, len(shape), dims))
 
 
-def _lowering(run: Callable[..., Any]) -> Callable[..., Any]:
+def _lowering(run: Callable[..., Any], elsewhere: Callable[..., Any]) -> Callable[..., Any]:
     """Lowers a kernel without the mesh axes in its types: its loops run on one device.
 
-    In a program for several devices, each runs its share of the mapped axes.
+    In a program that XLA divides among several devices, each runs the heads and examples it has.
+    Programs that are exported hold nothing of this machine or process.
     """
 
-    def on_one_device(*arrays: Any, static: Static) -> Any:
-        with no_axes():
-            return run(static, *arrays)
+    def lower(ctx: Any, args: Any, fn: Callable[..., Any]) -> Any:
+        def without_axes(*arrays: Any) -> Any:
+            with no_axes():
+                return list(fn(*arrays))
 
-    def on_several_devices(*arrays: Any, static: Static) -> Any:
-        with no_axes():
-            return over_devices(run, static, arrays)
+        plain = [jax.core.ShapedArray(aval.shape, aval.dtype) for aval in ctx.avals_in]
+        rule = mlir.lower_fun(without_axes, multiple_results=True)
+        return rule(ctx.replace(avals_in=plain), *args)
 
     def rule(ctx: Any, *args: Any, static: Static) -> Any:
-        plain = [jax.core.ShapedArray(aval.shape, aval.dtype) for aval in ctx.avals_in]
-        fn = on_several_devices if partitioned_by_compiler(ctx) else on_one_device
-        lower = mlir.lower_fun(fn, multiple_results=True)
-        return lower(ctx.replace(avals_in=plain), *args, static=static)
+        exported = for_export(ctx)
+        if num_devices(ctx) == 1:
+            own = elsewhere if exported else run
+            return lower(ctx, args, lambda *xs: own(static, *xs))
+        tpu = "tpu" in ctx.module_context.platforms
+        several = None if exported or tpu else with_devices(ctx)
+        if several is None:
+            return lower(ctx, args, lambda *xs: _all_heads(elsewhere, static, xs))
+        return lower(several, args, lambda *xs: over_devices(run, static, xs))
 
     return rule
+
+
+def _all_heads(run: Callable[..., Any], static: Static, arrays: Sequence[Any]) -> Any:
+    """A kernel under ``vmap`` over all heads and examples, which XLA partitions by itself.
+
+    Where ``custom_partitioning`` cannot be used: programs with it do not compile for TPUs ("Custom
+    emitter for CustomSPMDPartitioning not found"), and it is a callback of this process.
+    """
+
+    def one_head(static: Static, *xs: Any) -> Any:
+        none = dataclasses.replace(
+            static,
+            levels=(),
+            in_dims=((),) * len(static.in_dims),
+            out_dims=((),) * len(static.out_dims),
+        )
+        return run(none, *xs)
+
+    return _vmapped(one_head, static)(*arrays)
 
 
 # --- Derivatives.

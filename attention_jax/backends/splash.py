@@ -21,6 +21,7 @@ import numpy as np
 
 from attention_jax import masks
 from attention_jax.backends.call import Backend, Call, Spec, symbolic_sizes_refused
+from attention_jax.backends.heads import kernel_on_each_device
 from attention_jax.core.axes import Sizes
 from attention_jax.core.closures import uses_arguments
 from attention_jax.core.softmax import zero_rows
@@ -64,7 +65,7 @@ class Splash(Backend):
         if spec.platform != "tpu" and not self.interpret:
             return f"its kernel is for TPUs, this is a {spec.platform}"
         if spec.partitioned:
-            return "the compiler cannot partition its kernel over the mesh: use shard_map"
+            return "XLA cannot partition its kernel over Auto mesh axes: use Explicit or shard_map"
         if dtype not in (jnp.bfloat16, jnp.float32):
             return f"{dtype.name}: its products are of bfloat16 or float32"
         if spec.dropout:
@@ -80,6 +81,12 @@ class Splash(Backend):
         return plan if isinstance(plan, str) else None
 
     def run(self, call: Call, spec: Spec) -> tuple[jax.Array, jax.Array]:
+        def on_shard(call: Call, sizes: Sizes) -> tuple[jax.Array, jax.Array]:
+            return self._run(call, spec._replace(sizes=sizes))
+
+        return kernel_on_each_device(on_shard, call, spec.sizes)
+
+    def _run(self, call: Call, spec: Spec) -> tuple[jax.Array, jax.Array]:
         z, plan = spec.sizes, _plan(call.mask)
         if isinstance(plan, str):
             raise NotImplementedError(f"implementation 'splash' cannot: {plan}")

@@ -6,11 +6,11 @@ says what each of them must do, and passes with every release in use, from 0.10 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax._src import dispatch
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import NamedSharding, PartitionSpec
@@ -27,18 +27,19 @@ __all__ = [
     "Primitive",
     "ad",
     "batching",
+    "for_export",
     "jaxpr_as_fun",
     "like",
-    "lower_with_devices",
     "mesh_platform",
     "mlir",
     "no_axes",
     "no_mesh",
-    "partitioned_by_compiler",
+    "num_devices",
     "run_again",
     "sharded_over",
     "triton",
     "varies",
+    "with_devices",
 ]
 
 
@@ -69,6 +70,11 @@ def sharded_over(aval: Any, axis: Any) -> Any:
     return spec[axis] if axis < len(spec) else None
 
 
+def for_export(ctx: Any) -> bool:
+    """Whether a lowering rule runs for ``jax.export``, whose programs may run on other machines."""
+    return bool(ctx.module_context.lowering_parameters.for_export)
+
+
 def mesh_platform() -> str | None:
     """The platform of the mesh in use, even one of devices that are not there; None without."""
     device = jax.sharding.get_abstract_mesh().abstract_device
@@ -86,15 +92,27 @@ def no_mesh() -> Any:
     return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ()))
 
 
-def lower_with_devices(primitive: Primitive) -> None:
-    """Programs with this primitive are lowered for their devices, not for their number alone."""
-    dispatch.prim_requires_devices_during_lowering.add(primitive)
+def num_devices(context: Any) -> int:
+    """For how many devices a program is lowered among which XLA divides it.
 
-
-def partitioned_by_compiler(context: Any) -> bool:
-    """Whether what is being lowered is for several devices, among which XLA divides it.
-
-    Not inside ``shard_map``, where each device has a program of its own.
+    One inside ``shard_map``, where each device has a program of its own.
     """
-    devices = getattr(context.module_context.axis_context, "device_assignment", None)
-    return devices is not None and len(devices) > 1
+    return int(getattr(context.module_context.axis_context, "num_devices", 1))
+
+
+def with_devices(context: Any) -> Any:
+    """The context of a lowering that ``custom_partitioning`` takes; None if there can be none.
+
+    It asks for the devices although the program depends on their number alone: the first ones of
+    the platform will do. There are too few if a program is for a machine other than this one.
+    """
+    module = context.module_context
+    axes = module.axis_context
+    try:
+        devices = tuple(jax.devices(module.platforms[0])[: axes.num_devices])
+    except RuntimeError:  # none of this platform
+        return None
+    if len(devices) < axes.num_devices:
+        return None
+    axes = dataclasses.replace(axes, device_assignment=devices, abstract_mesh=None)
+    return context.replace(module_context=module.replace(axis_context=axes))

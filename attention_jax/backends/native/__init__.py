@@ -1,0 +1,1 @@
+"""Attention on a CPU in C++, called through ``jax.ffi``. See ``run``."""

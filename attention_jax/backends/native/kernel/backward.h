@@ -1,0 +1,249 @@
+// The backward pass: five products for each block of keys and block of queries.
+//
+//   item: a block of keys of one key-value head            K, V as columns, K as panels, dK, dV
+//     for each step: query head and QUERIES of its rows    q, dout, p and ds of the step
+//       for each strip of ROWS queries
+//         s = q k^T, p = 2^(s - lse)                       all of this in the second-level cache,
+//         dp = dout v^T, ds = p (dp - delta)               a strip in the first
+//         dq += ds k
+//       dv += p^T dout, dk += ds^T q                       ROWS keys at a time
+//
+// An item owns its dk and dv. dq is shared by all key blocks of a head, which take turns: an item
+// does a step once the item of the block before has passed it. Sums are so in a fixed order,
+// whatever the number of threads, and need no copies. Items are handed out in the order of their
+// numbers, so the item that is waited for has always begun. The gradient of a bias that several
+// heads share is summed in turns likewise. The first block clears dq and computes delta, the
+// last scales dq.
+
+constexpr int QUERIES = 96;  // a step: a multiple of ROWS and TABLE_ROWS
+
+struct BackwardMemory {
+  float *k_columns, *v_columns, *k_panels, *dk, *dv, *q, *dout, *p, *ds, *slope, *tile;
+  float *shift, *rest;
+  BackwardMemory(Arena& a, const Call& c) {
+    const int64_t HW = round_up(c.H, PANEL), DW = round_up(c.D, PANEL);
+    k_columns = a.floats(BLOCK * c.H);
+    v_columns = a.floats(BLOCK * c.D);
+    k_panels = a.floats(BLOCK * HW);
+    dk = a.floats(BLOCK * HW);
+    dv = a.floats(BLOCK * DW);
+    q = a.floats(QUERIES * HW);
+    dout = a.floats(QUERIES * DW);
+    p = a.floats(QUERIES * BLOCK);
+    ds = a.floats(QUERIES * BLOCK);
+    slope = a.floats(int64_t(c.softcap_count) * ROWS * BLOCK);
+    tile = a.floats(ROWS * PANEL);
+    shift = a.floats(QUERIES);
+    rest = a.floats(QUERIES);
+  }
+};
+
+// What the rows of a step need of the forward pass: p = 2^((s - shift) - rest). The lse of large
+// logits does not fit into one float: `rest` has the digits that `shift` lacks.
+INLINE void rows_of_step(const Head& h, int64_t i0, int64_t rows, const BackwardMemory& x) {
+  for (int64_t i = 0; i < rows; i++) {
+    const double lse = h.m[i0 + i] * LOG2E_EXACT;
+    const bool empty = h.log_l[i0 + i] == -INFINITY;
+    x.shift[i] = empty ? -MASKED : float(lse);
+    x.rest[i] = empty ? 0 : float((lse - x.shift[i]) + h.log_l[i0 + i] * LOG2E_EXACT);
+  }
+}
+
+// delta - dlse of some rows, delta_i = dout_i . out_i. The first key block computes it for the
+// others.
+INLINE void deltas_of_step(const Call& c, const Head& h, int64_t i0, int64_t rows, float* delta) {
+  for (int64_t i = 0; i < rows; i++) {
+    const float *out = h.out + (i0 + i) * c.out.row, *dout = h.dout + (i0 + i) * c.dout.row;
+    vf sum = vf{};
+    int64_t d = 0;
+    for (; d + LANES <= c.D; d += LANES) {
+      const vf y = load(out + d);
+      sum += y == 0.0f ? vf{} : y * load(dout + d);
+    }
+    float total = horizontal_sum(sum);
+    for (; d < c.D; d++) total += out[d] == 0 ? 0 : out[d] * dout[d];
+    delta[i] = total - (h.log_l[i0 + i] == -INFINITY ? 0 : h.dlse[i0 + i]);
+  }
+}
+
+// Logits and dp of a strip become probabilities, as dropout leaves them, and the gradient of
+// logits.
+INLINE void gradient_strip(const Head& h, const KeyBlock& b, const Strip& strip, const float* shift,
+                           const float* rest, const float* delta, float* p, float* ds) {
+  const int begin = strip.begin(), end = strip.end();
+  for (int m = 0; m < strip.rows; m++) {
+    const vf high = splat(shift[m]), low = splat(rest[m]), minus = splat(delta[m]);
+    const uint32_t hash = row_hash(h, strip.i0 + m);
+    for (int j = begin; j < end; j += LANES) {
+      float *at = p + m * BLOCK + j, *to = ds + m * BLOCK + j;
+      const vf prob = exp2v((load(at) - high) - low);
+      vf dp = load(to), dropped = prob;
+      if (h.kept != 0) {
+        const vf factor = dropout_factor(h, hash, b.k0 + j);
+        dp *= factor;
+        dropped *= factor;
+      }
+      store(at, dropped);
+      store(to, prob != 0.0f ? prob * (dp - minus) : vf{});  // dp of a masked pair may be NaN
+    }
+  }
+}
+
+// Zeros where the products of the step read and the strip did not write.
+INLINE void clear_unseen(const Strip& strip, int first, int last, float* x) {
+  for (int u = first; u < last; u++)
+    for (int m = 0; m < ROWS; m++)
+      if (u < strip.units.first || u >= strip.units.end || m >= strip.rows)
+        memset(x + m * BLOCK + u * UNIT, 0, sizeof(float) * UNIT);
+}
+
+// dq of the last key block's step is complete: times the scale; and what scale and sink get of it.
+template <class X>
+static void finish_rows(const Call& c, const Head& h, int64_t i0, int64_t rows, const X* q,
+                        const float* delta, double* dscale, double* dsink) {
+  for (int64_t i = 0; i < rows; i++, q += c.q.row) {
+    float* dq = h.dq + (i0 + i) * c.dq.row;
+    for (int64_t k = 0; k < c.H; k++) {
+      if (h.dscale && dq[k] != 0) *dscale += double(dq[k]) * load_one(q + k);
+      dq[k] *= h.scale;
+    }
+    if (h.dsink) {
+      const double lse = double(h.m[i0 + i]) + h.log_l[i0 + i];
+      if (h.sink > MASKED && h.log_l[i0 + i] != -INFINITY) *dsink -= exp(h.sink - lse) * delta[i];
+    }
+  }
+}
+
+template <class X>
+static void backward_item(const Call& c, const Item& item, char* memory, Progress* progress) {
+  Arena arena(memory);
+  const BackwardMemory x(arena, c);
+  const int64_t HW = round_up(c.H, PANEL), DW = round_up(c.D, PANEL);
+  const int64_t k0 = item.begin, have = item.end - k0, to = round_up(have, UNIT);
+  const bool last = item.end == c.S;
+  const Head owner = c.head(item.e, 0);
+  const X* k = static_cast<const X*>(owner.k) + k0 * c.k.row;
+  const X* v = static_cast<const X*>(owner.v) + k0 * c.v.row;
+  bool packed = false;
+  BadRows bad_k, bad_q, bad_dout;
+  memset(x.dk, 0, sizeof(float) * BLOCK * HW);
+  memset(x.dv, 0, sizeof(float) * BLOCK * DW);
+  int64_t step = 0;
+  for (int64_t g = 0; g < c.G; g++) {
+    const Head h = c.head(item.e, g);
+    const KeyBlock b(h, c.S, k0, have);
+    HeadScore scores[MOST_SCORES];
+    for (int i = 0; i < c.score_count; i++) scores[i] = c.score(i, item.e, g);
+    const Scored scored = {c, h, scores};
+    double dscale = 0, dsink = 0;
+    for (int64_t t0 = 0; t0 < c.T; t0 += QUERIES, step++) {
+      const int64_t rows = least<int64_t>(QUERIES, c.T - t0), strips = (rows + ROWS - 1) / ROWS;
+      const UnitRange visited = visited_units(c, h, b, Rows(h, t0, t0 + rows), t0, t0 + rows);
+      if (!visited.end && k0 > 0 && !last) {
+        progress->wait(item.number, step, c.E);
+        progress->pass(item.number, step, c.E);
+        continue;
+      }
+      const X* q = static_cast<const X*>(h.q) + t0 * c.q.row;
+      const float* dout = h.dout + t0 * c.dout.row;
+      rows_of_step(h, t0, rows, x);
+      bad_q.count = bad_dout.count = 0;
+      if (pack_rows(q, c.q.row, rows, strips * ROWS, c.H, HW, h.scale * LOG2E, x.q))
+        bad_q.take_out(x.q, rows, rows, c.H, HW);
+      progress->wait(item.number, step, c.E);
+      float* delta = c.delta + (item.e * c.G + g) * c.T + t0;
+      if (k0 == 0) {
+        deltas_of_step(c, h, t0, rows, delta);
+        for (int64_t i = 0; i < rows; i++)
+          memset(h.dq + (t0 + i) * c.dq.row, 0, sizeof(float) * c.H);
+      }
+      if (visited.end) {
+        if (!packed) {
+          pack_columns(k, c.k.row, have, to, c.H, x.k_columns);
+          pack_columns(v, c.v.row, have, to, c.D, x.v_columns);
+          if (pack_rows(k, c.k.row, have, to, c.H, PANEL, 1, x.k_panels))
+            bad_k.take_out(x.k_panels, have, to, c.H, PANEL);
+          packed = true;
+        }
+        if (pack_rows(dout, c.dout.row, rows, strips * ROWS, c.D, DW, 1, x.dout))
+          bad_dout.take_out(x.dout, rows, rows, c.D, DW);
+        const int first = most(0, visited.first - 1), end = least(UNITS, visited.end + 1);
+        int16_t from[UNITS], until[UNITS];  // of each unit, the rows that see it
+        for (int u = first; u < end; u++) from[u] = QUERIES, until[u] = 0;
+        for (int64_t t = 0; t < strips; t++) {
+          const int64_t i0 = t0 + t * ROWS;
+          float *p = x.p + t * ROWS * BLOCK, *ds = x.ds + t * ROWS * BLOCK;
+          const Strip strip(c, h, b, i0, least<int64_t>(ROWS, t0 + rows - i0), visited);
+          if (strip.units.end) {
+            for (int j = strip.begin(); j < strip.end(); j += PANEL) {
+              product<ROWS, 2, 0, false>(c.H, x.q + t * ROWS * HW, HW, x.k_columns + j * c.H, PANEL,
+                                         p + j, BLOCK);
+              product<ROWS, 2, 0, false>(c.D, x.dout + t * ROWS * DW, DW, x.v_columns + j * c.D,
+                                         PANEL, ds + j, BLOCK);
+            }
+            scored.apply(b, strip, p, c.softcap_count ? x.slope : nullptr);
+            gradient_strip(h, b, strip, x.shift + t * ROWS, x.rest + t * ROWS, delta + t * ROWS, p,
+                           ds);
+            if (c.score_count) scored.pull(b, strip, ds, x.slope);
+          }
+          clear_unseen(strip, first, end, p);
+          clear_unseen(strip, first, end, ds);
+          if (!strip.units.end) continue;
+          for (int u = strip.units.first; u < strip.units.end; u++) {
+            from[u] = least<int16_t>(from[u], t * ROWS);
+            until[u] = t * ROWS + ROWS;
+          }
+          for (int64_t d = 0; d < HW; d += PANEL) {
+            product<ROWS, 2, BLOCK, false>(strip.end() - strip.begin(), ds + strip.begin(), 1,
+                                           x.k_panels + d * to + strip.begin() * PANEL, PANEL,
+                                           x.tile, PANEL);
+            for (int m = 0; m < strip.rows; m++) {
+              float* row = h.dq + (i0 + m) * c.dq.row + d;
+              if (d + PANEL <= c.H)
+                for (int y = 0; y < PANEL; y += LANES)
+                  store(row + y, load(row + y) + load(x.tile + m * PANEL + y));
+              else
+                for (int y = 0; y < c.H - d; y++) row[y] += x.tile[m * PANEL + y];
+            }
+          }
+          if (bad_k.count)
+            add_rows(bad_k, strip.begin(), strip.end(), strip.rows, ds, BLOCK, 1, k, c.k.row, c.H,
+                     1, h.dq + i0 * c.dq.row, c.dq.row);
+        }
+        for (int j = first * UNIT / ROWS * ROWS; j < end * UNIT && j + ROWS <= BLOCK; j += ROWS) {
+          const int u = most(first, j / UNIT), w = least(end - 1, (j + ROWS - 1) / UNIT);
+          const int64_t r0 = least(from[u], from[w]), r1 = most(until[u], until[w]);
+          if (r0 >= r1) continue;
+          for (int64_t d = 0; d < DW; d += PANEL)
+            product<ROWS, 2, 1, true>(r1 - r0, x.p + r0 * BLOCK + j, BLOCK, x.dout + r0 * DW + d,
+                                      DW, x.dv + j * DW + d, DW);
+          for (int64_t d = 0; d < HW; d += PANEL)
+            product<ROWS, 2, 1, true>(r1 - r0, x.ds + r0 * BLOCK + j, BLOCK, x.q + r0 * HW + d, HW,
+                                      x.dk + j * HW + d, HW);
+        }
+        const int64_t j = visited.first * UNIT, n = visited.end * UNIT - j;
+        if (bad_dout.count)
+          add_rows(bad_dout, 0, rows, n, x.p + j, 1, BLOCK, dout, c.dout.row, c.D, 1, x.dv + j * DW,
+                   DW);
+        if (bad_q.count)
+          add_rows(bad_q, 0, rows, n, x.ds + j, 1, BLOCK, q, c.q.row, c.H, h.scale * LOG2E,
+                   x.dk + j * HW, HW);
+      }
+      if (last) finish_rows(c, h, t0, rows, q, delta, &dscale, &dsink);
+      progress->pass(item.number, step, c.E);
+    }
+    if (last && h.dscale) *h.dscale = float(dscale);
+    if (last && h.dsink) *h.dsink = float(dsink);
+  }
+  for (int64_t j = 0; j < have; j++) {
+    for (int64_t d = 0; d < c.H; d++)
+      owner.dk[(k0 + j) * c.dk.row + d] = x.dk[j * HW + d] * float(LN2_EXACT);
+    for (int64_t d = 0; d < c.D; d++) owner.dv[(k0 + j) * c.dv.row + d] = x.dv[j * DW + d];
+  }
+}
+
+static size_t backward_bytes(const Call& c) {
+  Arena arena;
+  BackwardMemory(arena, c);
+  return arena.used();
+}

@@ -1,0 +1,125 @@
+// Copies of rows in the order in which products read them, as float32.
+//
+// Columns: panels of PANEL rows each, in which column h is contiguous: the right operand of q k^T.
+// Rows: panels of some width, in which row i is contiguous: the right operand of p v. With the full
+// width as one panel they are plain rows: the left operand.
+//
+// A block is packed once and read by every register tile of an item. Zeros fill up the last panel.
+
+// Transposes LANES vectors: interleaving halves log2(LANES) times is a perfect shuffle.
+#if LANES == 16
+#define LOW(a, b) \
+  __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23)
+#define HIGH(a, b) \
+  __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)
+#elif LANES == 8
+#define LOW(a, b) __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11)
+#define HIGH(a, b) __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15)
+#else
+#define LOW(a, b) __builtin_shufflevector(a, b, 0, 4, 1, 5)
+#define HIGH(a, b) __builtin_shufflevector(a, b, 2, 6, 3, 7)
+#endif
+
+INLINE void transpose(vf* x) {
+  vf y[LANES];
+  for (int n = 1; n < LANES; n *= 2) {
+    for (int i = 0; i < LANES / 2; i++) {
+      y[2 * i] = LOW(x[i], x[i + LANES / 2]);
+      y[2 * i + 1] = HIGH(x[i], x[i + LANES / 2]);
+    }
+    for (int i = 0; i < LANES; i++) x[i] = y[i];
+  }
+}
+
+// The sums of LANES vectors, as one.
+INLINE vf sums(vf* x) {
+  transpose(x);
+  for (int n = LANES / 2; n > 0; n /= 2)
+    for (int i = 0; i < n; i++) x[i] += x[i + n];
+  return x[0];
+}
+
+// Rows [0, n) of x, H wide, as columns; zeros up to row `to`.
+template <class X>
+static void pack_columns(const X* x, int64_t ld, int64_t n, int64_t to, int64_t H, float* out) {
+  for (int64_t p = 0; p < to; p += PANEL, out += H * PANEL)
+    for (int half = 0; half < PANEL; half += LANES) {
+      const int64_t rows = most<int64_t>(0, least<int64_t>(LANES, n - p - half));
+      const X* first = x + (p + half) * ld;
+      for (int64_t h = 0; h < H; h += LANES) {
+        const int width = least<int64_t>(LANES, H - h);
+        vf block[LANES];
+        for (int64_t i = 0; i < LANES; i++)
+          block[i] = i >= rows        ? vf{}
+                     : width == LANES ? load(first + i * ld + h)
+                                      : load_first(first + i * ld + h, width);
+        transpose(block);
+        for (int i = 0; i < width; i++) store(out + (h + i) * PANEL + half, block[i]);
+      }
+    }
+}
+
+// Rows [0, n) of x, `width` wide, times `factor`, as panels of `panel` columns and `to` rows each;
+// the panels cover round_up(width, panel) columns. Whether some number is NaN or infinite.
+template <class X>
+static bool pack_rows(const X* x, int64_t ld, int64_t n, int64_t to, int64_t width, int64_t panel,
+                      float factor, float* out) {
+  vf zero = vf{};  // stays 0 while all is finite
+  for (int64_t h0 = 0; h0 < width; h0 += panel) {
+    const int64_t end = least(panel, width - h0);
+    for (int64_t i = 0; i < n; i++, out += panel) {
+      const X* row = x + i * ld + h0;
+      int64_t h = 0;
+      for (; h + LANES <= end; h += LANES) {
+        const vf y = load(row + h) * factor;
+        zero += y * 0.0f;
+        store(out + h, y);
+      }
+      for (; h < panel; h += LANES) {
+        const vf y = h < end ? load_first(row + h, end - h) * factor : vf{};
+        zero += y * 0.0f;
+        store(out + h, y);
+      }
+    }
+    memset(out, 0, sizeof(float) * panel * (to - n));
+    out += panel * (to - n);
+  }
+  return !(horizontal_sum(zero) == 0.0f);
+}
+
+// Rows that hold NaN or infinity. What is masked must not reach a sum, and 0 * NaN is NaN: these
+// rows are zero in the packed copy, and `add_rows` adds them where their factor is not 0.
+struct BadRows {
+  int count = 0;
+  int16_t row[BLOCK];
+
+  void take_out(float* packed, int64_t n, int64_t to, int64_t width, int64_t panel) {
+    for (int64_t i = 0; i < n; i++) {
+      float zero = 0;
+      for (int64_t h = 0; h < width; h++)
+        zero += packed[h / panel * panel * to + i * panel + h % panel] * 0.0f;
+      if (zero == 0.0f) continue;
+      row[count++] = i;
+      for (int64_t h = 0; h < width; h++)
+        packed[h / panel * panel * to + i * panel + h % panel] = 0;
+    }
+  }
+};
+
+// c[m] += a(m, i) * factor * x[i] for the bad rows i in [begin, end), where a(m, i) is not 0.
+// Element (m, i) of a is at a[m * am + i * ai].
+template <class X>
+static void add_rows(const BadRows& bad, int64_t begin, int64_t end, int M, const float* a,
+                     int64_t am, int64_t ai, const X* x, int64_t ld, int64_t width, float factor,
+                     float* c, int64_t ldc) {
+  for (int b = 0; b < bad.count; b++) {
+    const int64_t i = bad.row[b];
+    if (i < begin || i >= end) continue;
+    for (int m = 0; m < M; m++) {
+      const float weight = a[m * am + i * ai];
+      if (weight == 0.0f) continue;
+      for (int64_t h = 0; h < width; h++)
+        c[m * ldc + h] += weight * (load_one(x + i * ld + h) * factor);
+    }
+  }
+}

@@ -1,0 +1,189 @@
+"""Attention on a CPU in C++: the fastest where it can do the call, forward and backward.
+
+The kernel holds a tile of logits in the processor's registers and caches and runs on XLA's own
+threads; ``kernel/`` has the sources, each with its loops and what lives in which cache. It computes
+in float32, and in one order of summation whatever the number of threads or the rest of the batch.
+Tangents, and programs that are exported, are left to ``blockwise``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from attention_jax.backends import primitive, xla
+from attention_jax.backends.blockwise import formulas
+from attention_jax.backends.blockwise import run as blockwise
+from attention_jax.backends.call import Backend, Call, Head, Spec, symbolic_sizes_refused
+from attention_jax.backends.heads import over_heads_and_examples
+from attention_jax.backends.native import library, operands, scores, visible
+from attention_jax.backends.native.operands import Config, Operand, Result, Role, Schedule
+from attention_jax.backends.primitive import Static, core_shape
+from attention_jax.core.axes import int_at_least
+
+BLOCK_K = 384  # keys in a block, as BLOCK in kernels.h
+# At most so many queries per key-value head read each key where it lies, without packing it.
+FEW_QUERIES = 16
+
+
+def forward(static: Static, *arrays: Any) -> tuple[Any, ...]:
+    """Output ``[T D]``, ``m [T]`` and ``log l [T]``."""
+    (T, _), D = _core(static, arrays, 0), _core(static, arrays, 2)[1]
+    every = (True,) * len(static.levels)
+    cores = ((Role.OUT, (T, D)), (Role.M, (T,)), (Role.LOG_L, (T,)))
+    results = [
+        Result(role, core, every, dims, jnp.float32)
+        for (role, core), dims in zip(cores, static.out_dims, strict=True)
+    ]
+    given = operands.of_forward(static, arrays)
+    return operands.run("attention_forward_jax", static, given, results)
+
+
+def backward(static: Static, *arrays: Any) -> tuple[Any, ...]:
+    """Cotangents of the operands in ``static.wrt``."""
+    index = formulas.operand_index(static)
+    every = (True,) * len(static.levels)
+    apart = tuple(not shared for shared in operands.groups(static))
+    roles = {
+        index.query: (Role.D_QUERY, every, -1),
+        index.key: (Role.D_KEY, apart, -1),
+        index.value: (Role.D_VALUE, apart, -1),
+        index.sink: (Role.D_SINK, every, -1),
+        index.scale: (Role.D_SCALE, every, -1),
+    }
+    for number, i in enumerate(index.score):
+        own = tuple(d is not None for d in static.in_dims[i])
+        roles[i] = (Role.D_SCORE, own, number)
+
+    def result(i: int, dims: Any) -> Result:
+        role, levels, score = roles[i]
+        return Result(role, _core(static, arrays, i), levels, dims, arrays[i].dtype, score)
+
+    wanted = [result(i, dims) for i, dims in zip(static.wrt, static.out_dims, strict=True)]
+    # The kernel always computes these three.
+    unused = [
+        Result(role, _core(static, arrays, i), levels, _front(levels), jnp.float32)
+        for i in (index.query, index.key, index.value)
+        if i not in static.wrt
+        for role, levels, _ in (roles[i],)
+    ]
+    given: list[Operand] = operands.of_forward(static, arrays) + operands.of_results(static, arrays)
+    found = operands.run("attention_backward_jax", static, given, wanted + unused)
+    return found[: len(wanted)]
+
+
+def _core(static: Static, arrays: Any, i: int) -> Any:
+    return core_shape(arrays[i].shape, static.in_dims[i])
+
+
+def _front(levels: tuple[bool, ...]) -> Any:
+    """The mapped axes first, in their order."""
+    return tuple(sum(levels[:i]) if kept else None for i, kept in enumerate(levels))
+
+
+_LOOPS = primitive.Kernel(
+    operands.looped(blockwise.KERNEL.forward),
+    operands.looped(blockwise.KERNEL.tangent),
+    operands.looped(blockwise.KERNEL.backward),
+    xla.attend,
+)
+_bind = primitive.make(
+    "attention_native",
+    primitive.Kernel(forward, _LOOPS.tangent, backward, xla.attend),
+    elsewhere=_LOOPS,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Native(Backend):
+    """The kernel in C++.
+
+    Attributes:
+      block_k: keys per block, a multiple of 96 up to 384.
+      instructions: ``"avx512"``, ``"avx2"`` or ``"neon"``; None takes one that has been tested,
+        which is AVX2 so far.
+      few_queries: at most so many queries per key-value head read keys without packing them.
+    """
+
+    block_k: int = BLOCK_K
+    instructions: str | None = None
+    few_queries: int = FEW_QUERIES
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "block_k", int_at_least("block_k", self.block_k, 96))
+        object.__setattr__(self, "few_queries", int_at_least("few_queries", self.few_queries, 0))
+        if self.block_k % 96 or self.block_k > BLOCK_K:
+            raise ValueError(
+                f"block_k must be a multiple of 96 up to {BLOCK_K}, got {self.block_k}"
+            )
+        if self.instructions not in (None, *library.INSTRUCTIONS):
+            raise ValueError(
+                f"instructions must be one of {', '.join(library.INSTRUCTIONS)} or None, got "
+                f"{self.instructions!r}"
+            )
+
+    def why_unsupported(self, spec: Spec) -> str | None:
+        if spec.platform != "cpu":
+            return f"its kernel is for CPUs, this is a {spec.platform}"
+        found = library.load()
+        if found.why_not is not None:
+            return found.why_not
+        if self.instructions is not None and self.instructions not in found.instructions:
+            return f"this processor has {', '.join(found.instructions)}, not {self.instructions}"
+        if self._instructions() is None:
+            return (
+                f"its kernel for this processor is not tested yet: ask for "
+                f"Native(instructions={found.instructions[0]!r})"
+            )
+        if reason := symbolic_sizes_refused(spec.sizes):
+            return reason
+        if spec.sizes.D == 0:
+            return "value has width 0"
+        dtype = jnp.dtype(spec.dtype)
+        if dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+            return f"{dtype.name}: it takes float32, bfloat16 and float16, and computes in float32"
+        return scores.why_unsupported(spec.score, spec.sizes.T) or visible.why_unsupported(spec)
+
+    def run(self, call: Call, spec: Spec) -> tuple[jax.Array, jax.Array]:
+        instructions = self._instructions()
+        if instructions is None:
+            raise NotImplementedError(f"native cannot: {self.why_unsupported(spec)}")
+        number = 1 + library.INSTRUCTIONS.index(instructions)
+        options = (self.block_k, number, self.few_queries)
+
+        def head(one: Head) -> tuple[jax.Array, jax.Array]:
+            schedule, config = plan(one, options)
+            out, lse = _bind(one._replace(score=scores.native(one)), schedule, config)
+            return out.astype(one.query.dtype), lse
+
+        out, lse = over_heads_and_examples(head, call, spec.sizes, ("*B T N D", "*B T N"))
+        return out, lse
+
+    def _instructions(self) -> str | None:
+        """The instruction set asked for, or one that is tested; None if this processor has none."""
+        if self.instructions is not None:
+            return self.instructions
+        found = library.load().instructions
+        return next((x for x in library.TESTED if x in found), None)
+
+    def extra_bytes(self, spec: Spec) -> int:
+        """Packed keys, values and rows of one thread (each has its own), and the mask's bits."""
+        z = spec.sizes
+        rows = min(z.T * z.G, 768)
+        one = BLOCK_K * (z.H + z.D + 16) + rows * (z.H + z.D + 16)
+        return 4 * one + visible.bits_bytes(spec)
+
+    def block(self, spec: Spec) -> tuple[int, int]:
+        return visible.UNIT_Q, visible.UNIT_K
+
+
+def plan(head: Head, options: tuple[int, int, int]) -> tuple[Schedule, Config]:
+    """What the kernel is told of the mask, and the blocks of what is left to ``blockwise``."""
+    T, S = head.query.shape[0], head.key.shape[0]
+    # Of one size: trying several would take longer than everything else here.
+    block = min(T, blockwise.UNKNOWN[0]), min(S, blockwise.UNKNOWN[1])
+    loops_schedule, loops = blockwise.plan(head, block)
+    return Schedule(visible.visible(head), loops_schedule), Config(options, loops)
