@@ -45,7 +45,7 @@ EXTRA = (
     "tyro",
 )
 INTERRUPTED = 130  # the exit code of a program that Ctrl-C ended
-LOST = 3  # of a process whose peers have ended
+LOST = 3  # the exit code of a process that lost the others
 
 
 class Command(NamedTuple):
@@ -88,11 +88,11 @@ def interrupted(state: str, advice: str, arguments: Sequence[str]) -> int:
 
 
 def lost(problem: Exception, folder: Path) -> int:
-    """Prints that other processes of a run are gone; returns the exit code."""
+    """Prints that a run of several processes cannot go on; returns the exit code."""
     first = (str(problem).splitlines() or [""])[0]
     print(
-        f"error: another process of this run has ended: {first[:200]}; start all of them again "
-        f"with --resume, from what is saved in {folder}",
+        f"error: this process cannot go on, most likely because another one has ended: "
+        f"{first[:200]}; start all processes again with --resume ({folder})",
         file=sys.stderr,
     )
     return LOST
@@ -335,7 +335,7 @@ COMMANDS = {
     "bench": Command("bench [--option ...]", "measures time and memory of attention", _bench),
     "plan": Command(
         "plan --size 8B --mesh data=16 [--fsdp]",
-        "says whether a training step fits devices that are not here",
+        "estimates memory, communication and time of a training step",
         _plan,
     ),
     "card": Command(

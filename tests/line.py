@@ -2,8 +2,8 @@
 
 ``python tests/line.py FOLDER STEPS`` trains in ``FOLDER`` with a checkpoint after every step,
 resuming from the last one, and writes the parameters to ``FOLDER/parameters.npz``. With
-``HOST:PORT PROCESSES PROCESS PAUSE`` it is one of several processes; with ``plain`` there is no
-dropout.
+``HOST:PORT PROCESSES PROCESS PAUSE`` it is one of several processes, which pause before each step;
+followed by ``plain``, there is no dropout.
 """
 
 import dataclasses
@@ -101,18 +101,15 @@ def equal(one, other):
 if __name__ == "__main__":
     folder, steps = Path(sys.argv[1]), int(sys.argv[2])
     flags, task = Flags(resume=True, save_every=1), LINE
-    if "plain" in sys.argv:
-        sys.argv.remove("plain")
-        task = PLAIN
     if sys.argv[3:]:
-        connect(sys.argv[3], int(sys.argv[4]), int(sys.argv[5]))
-        task = dataclasses.replace(task, batches=slowly(float(sys.argv[6])))
+        coordinator, processes, process, pause, *plain = sys.argv[3:]
+        connect(coordinator, int(processes), int(process))
+        task = dataclasses.replace(PLAIN if plain else LINE, batches=slowly(float(pause)))
     print("ready", flush=True)
     try:
         trained = train_line(folder, task, flags=flags, steps=steps, evaluations=4, ema=0.9)
     except jax.errors.JaxRuntimeError as problem:
         print(problem, flush=True)
         os._exit(3)  # as the command does: a clean shutdown would wait for the others
-    arrays = {name: np.asarray(x) for name, x in parameters(trained).items()}
     if jax.process_index() == 0:
-        np.savez(folder / "parameters.npz", **arrays)
+        np.savez(folder / "parameters.npz", **parameters(trained))

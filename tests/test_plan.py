@@ -1,4 +1,4 @@
-"""Plans of training steps for devices that are not here."""
+"""Estimates of training steps on other devices."""
 
 import dataclasses
 
@@ -59,7 +59,7 @@ def test_a_plan_is_printed(capsys):
         (["--size", "70B"], "--size must be one of 124M, 1.3B, 8B"),
     ],
 )
-def test_plans_that_cannot_be_are_refused(capsys, options, said):
+def test_impossible_plans_raise_errors(capsys, options, said):
     assert main(["plan", *options]) == 2
     assert said in capsys.readouterr().err
 

@@ -1,9 +1,9 @@
 """Training over a mesh and over several processes, on loopback addresses."""
 
+import contextlib
 import json
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -13,31 +13,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers import slow
-from line import equal, parameters, train_line
+from line import PLAIN, equal, parameters, train_line
 
 from experiments.__main__ import main
 from experiments.training import layout
 from experiments.training.runs import Flags
 
 ROOT = Path(__file__).parents[1]
+TIMEOUT = 120  # seconds for anything that processes do
 
 # --- Meshes in one process.
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        Flags(mesh="data=4,model=2", fsdp=True),
-        slow(Flags(mesh="data=2,model=2")),
-        slow(Flags(mesh="data=8", fsdp=True)),
-    ],
-)
-def test_losses_over_a_mesh_are_those_of_one_device(tmp_path, flags):
+@pytest.mark.slow
+def test_losses_over_a_mesh_are_those_of_one_device(tmp_path):
     """With dropout: the masks are those of one device too."""
     options = {"batch_size": 16, "steps": 12, "accumulate": 2, "evaluations": 3}
     one, other = (
         train_line(tmp_path / name, flags=f, **options)
-        for name, f in (("one", Flags()), ("other", flags))
+        for name, f in (("one", Flags()), ("other", Flags(mesh="data=4")))
     )
     losses = [[point["loss"] for point in run.progress.curve] for run in (one, other)]
     np.testing.assert_allclose(*losses, rtol=1e-5)
@@ -45,31 +39,37 @@ def test_losses_over_a_mesh_are_those_of_one_device(tmp_path, flags):
         np.testing.assert_allclose(x, parameters(other)[name], rtol=1e-4, atol=1e-6)
 
 
-def test_a_run_resumes_on_another_mesh(tmp_path):
-    options = {"batch_size": 16, "steps": 8, "evaluations": 2, "ema": 0.9}
-    whole = train_line(tmp_path / "whole", **options)
-    first = Flags(mesh="data=8", fsdp=True)
-    train_line(tmp_path / "parts", flags=first, **options | {"minutes": 1e-9})
-    resumed = train_line(
-        tmp_path / "parts", flags=Flags(mesh="data=2,model=2", resume=True), **options
-    )
-    for name, x in parameters(whole).items():
-        np.testing.assert_allclose(x, parameters(resumed)[name], rtol=1e-4, atol=1e-6)
+def losses(folder, *options):
+    """The losses of a small decoder, by step."""
+    arguments = ["--out", str(folder.parent), "--name", folder.name, "--evaluations", "1"]
+    assert main(["train", "shakespeare", "--preset", "smoke", *arguments, *options]) == 0
+    lines = (folder.parent / "shakespeare" / folder.name / "log.jsonl").read_text().splitlines()
+    return [x["loss"] for x in map(json.loads, lines) if "loss" in x]
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory):
+    """The losses on one device."""
+    return losses(tmp_path_factory.mktemp("runs") / "one", "--steps", "2")
 
 
 @pytest.mark.parametrize(
-    "mesh", [slow("data=2,model=2,context=2"), slow("context=4"), "data=2,context=2"]
+    "mesh",
+    [slow("data=2,model=2,context=2"), slow("context=4"), slow("model=2"), "data=2,context=2"],
 )
-def test_a_decoder_is_trained_over_a_mesh(tmp_path, mesh):
-    def losses(*options):
-        name = "".join(options).strip("-").replace("=", "").replace(",", "-")
-        arguments = ["--out", str(tmp_path), "--name", name or "one", "--evaluations", "1"]
-        arguments += ["--steps", "2", *options]
-        assert main(["train", "shakespeare", "--preset", "smoke", *arguments]) == 0
-        lines = (tmp_path / "shakespeare" / (name or "one") / "log.jsonl").read_text().splitlines()
-        return [x["loss"] for x in map(json.loads, lines) if "loss" in x]
+def test_a_decoder_is_trained_over_a_mesh(tmp_path, expected, mesh):
+    fsdp = () if mesh == "model=2" else ("--fsdp",)
+    found = losses(tmp_path / "run", "--steps", "2", "--mesh", mesh, *fsdp)
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
 
-    np.testing.assert_allclose(losses("--mesh", mesh, "--fsdp"), losses(), rtol=1e-4)
+
+@pytest.mark.slow
+def test_a_run_resumes_on_another_mesh(tmp_path, expected):
+    first = ("--minutes", "1e-9", "--mesh", "data=4", "--fsdp")  # stops after one step
+    assert len(losses(tmp_path / "run", "--steps", "2", *first)) == 1
+    second = ("--resume", "--mesh", "data=2,model=2")
+    found = losses(tmp_path / "run", "--steps", "2", *second)
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -79,6 +79,14 @@ def test_a_decoder_is_trained_over_a_mesh(tmp_path, mesh):
         (["--mesh", "modle=2"], r"unknown axis 'modle'; did you mean model\? Axes: data, model"),
         (["--mesh", "data=x"], r"size of at least 1 for data, got 'x'"),
         (["--mesh", "data=2,data=2"], r"axis data twice"),
+        (
+            ["--mesh", "context=5"],
+            r"length of sequences must be a multiple of the 5 devices along",
+        ),
+        (
+            ["--mesh", "model=7"],
+            r"mesh has model=7, which divides no heads, hidden units or",
+        ),
         (["--mesh", "data=8"], r"batch_size must be a multiple of accumulate x data, 8, got 4"),
         (["--mesh", "model=2", "--fsdp"], r"fsdp needs an axis data or context"),
         (["--mesh", "context=2", "--model", "gru"], r"axis context, but Recurrent has no transf"),
@@ -95,9 +103,7 @@ def test_a_decoder_is_trained_over_a_mesh(tmp_path, mesh):
         ),
     ],
 )
-def test_layouts_that_cannot_be_are_refused_in_one_line(
-    tmp_path, capfd, monkeypatch, options, said
-):
+def test_invalid_layouts_are_errors_of_one_line(tmp_path, capfd, monkeypatch, options, said):
     monkeypatch.setattr(layout, "REACHABLE", 1)
     arguments = ["train", "shakespeare", "--preset", "smoke", "--out", str(tmp_path), *options]
     assert main(arguments) == 2
@@ -114,61 +120,82 @@ def environment():
     return os.environ | {"XLA_FLAGS": " ".join(flags), "JAX_PLATFORMS": "cpu"}
 
 
-def start(folder, steps, *more, processes=2, pause=0.0):
+@contextlib.contextmanager
+def started(folder, steps, *, processes=2, pause=0.0, plain=False):
     """The processes of ``line.py``; each writes what it prints to ``folder/I.txt``."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     folder.mkdir(exist_ok=True)
     running = []
-    for i in range(processes):
-        command = [sys.executable, "tests/line.py", str(folder), str(steps)]
-        if processes > 1:
+    try:
+        for i in range(processes):
+            command = [sys.executable, "tests/line.py", str(folder), str(steps)]
             command += [f"127.0.0.1:{port}", str(processes), str(i), str(pause)]
-        command += more
-        with (folder / f"{i}.txt").open("w") as output:
-            running.append(
-                subprocess.Popen(
-                    command, cwd=ROOT, env=environment(), stdout=output, stderr=subprocess.STDOUT
+            with (folder / f"{i}.txt").open("w") as output:
+                running.append(
+                    subprocess.Popen(
+                        [*command, *(["plain"] if plain else [])],
+                        cwd=ROOT,
+                        env=environment(),
+                        stdout=output,
+                        stderr=subprocess.STDOUT,
+                    )
                 )
-            )
-    return running
+        yield running
+    finally:
+        for process in running:
+            process.kill()
+            process.wait(TIMEOUT)
 
 
-def finish(folder, running, timeout=240):
-    for i, process in enumerate(running):
-        assert process.wait(timeout) == 0, (folder / f"{i}.txt").read_text()[-2000:]
+def finished(folder, steps, **options):
+    """The parameters after processes have trained until the end."""
+    with started(folder, steps, **options) as running:
+        for i, process in enumerate(running):
+            assert process.wait(TIMEOUT) == 0, (folder / f"{i}.txt").read_text()[-2000:]
     return dict(np.load(folder / "parameters.npz"))
 
 
 @pytest.mark.slow
 def test_two_processes_train_as_one_and_resume_as_one(tmp_path):
-    two = finish(tmp_path / "two", start(tmp_path / "two", 8, "plain"))
-    one = finish(tmp_path / "one", start(tmp_path / "one", 8, "plain", processes=1))
-    for name, x in one.items():
-        np.testing.assert_allclose(x, two[name], rtol=1e-4, atol=1e-6)
-    assert not (tmp_path / "two" / "1.txt").read_text().count("step 4")  # only process 0 prints
+    def alone(name, steps):
+        flags = Flags(resume=True, save_every=1)
+        options = {"steps": steps, "evaluations": 4, "ema": 0.9}
+        return parameters(train_line(tmp_path / name, PLAIN, flags=flags, **options))
+
+    def compare(found, expected):
+        for name, x in expected.items():
+            np.testing.assert_allclose(found[name], x, rtol=1e-4, atol=1e-6)
+
+    compare(finished(tmp_path / "two", 8, plain=True), alone("one", 8))
+    assert "step 4" in (tmp_path / "two" / "0.txt").read_text()
+    assert "step 4" not in (tmp_path / "two" / "1.txt").read_text()
     lines = (tmp_path / "two" / "log.jsonl").read_text().splitlines()
     assert len({line["step"] for line in map(json.loads, lines) if "loss" in line}) == 8
-    longer = finish(tmp_path / "two", start(tmp_path / "two", 10, "plain", processes=1))
-    expected = finish(tmp_path / "one", start(tmp_path / "one", 10, "plain", processes=1))
-    for name, x in expected.items():
-        np.testing.assert_allclose(x, longer[name], rtol=1e-4, atol=1e-6)
+    compare(alone("two", 10), alone("one", 10))
+
+
+def train_until_killed(folder, steps, killed):
+    """Kills one process after the next checkpoint; the other must end within a minute."""
+
+    def last():
+        return max((int(x.name) for x in saved.glob("[1-9]*") if x.name.isdigit()), default=0)
+
+    saved, until = folder / "checkpoints" / "last", time.monotonic() + TIMEOUT
+    before = last()
+    with started(folder, steps, pause=1.0) as running:
+        while last() == before:
+            assert all(process.poll() is None for process in running)
+            assert time.monotonic() < until
+            time.sleep(0.1)
+        running[killed].kill()  # SIGKILL
+        assert running[1 - killed].wait(60) != 0
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("killed", [0, 1])
-def test_a_killed_process_ends_the_others_and_the_run_resumes_with_the_same_bits(tmp_path, killed):
-    folder = tmp_path / "killed"
-    running = start(folder, 60, pause=0.2)
-    while not list((folder / "checkpoints" / "last").glob("[1-9]*")):
-        assert all(process.poll() is None for process in running)
-        time.sleep(0.1)
-    running[killed].send_signal(signal.SIGKILL)
-    running[killed].wait()
-    at = time.monotonic()
-    assert running[1 - killed].wait(60) != 0
-    assert time.monotonic() - at < 60
-    resumed = finish(folder, start(folder, 60))
-    whole = finish(tmp_path / "whole", start(tmp_path / "whole", 60))
-    assert equal(resumed, whole)
+def test_a_killed_process_ends_the_others_and_the_run_resumes_with_the_same_bits(tmp_path):
+    for killed in (1, 0):  # 0 is the coordinator
+        train_until_killed(tmp_path, 10, killed)
+        assert not (tmp_path / "parameters.npz").exists()
+    assert equal(finished(tmp_path, 10), finished(tmp_path / "whole", 10))

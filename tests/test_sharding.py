@@ -1,7 +1,10 @@
 """Models whose parameters are sharded: by which rules, what devices send, and what is computed."""
 
 import collections
+import functools
+import itertools
 import re
+import tracemalloc
 
 import chex
 import jax
@@ -29,8 +32,9 @@ from attention_jax.models import (
     pretrained,
     sharding,
 )
-from attention_jax.nn import low_rank
+from attention_jax.nn import FeedForward, low_rank
 from attention_jax.positions import Rotary
+from experiments.training.checkpoints import LAST, Checkpoints
 
 V, T, B = 64, 16, 8
 COLLECTIVES = r" (all-gather|all-reduce|reduce-scatter|collective-permute|all-to-all)(?:-start)?\("
@@ -56,13 +60,14 @@ def loss(graph, state, tokens):
     return -(log_p * jax.nn.one_hot(tokens[:, 1:], V)).sum(-1).mean()
 
 
-# A decoder of two layers with six kernels each, tied table and learned positions. A collective of
-# several arrays counts as one. XLA on a CPU has no reduce-scatter: it reduces, then slices.
+# The ideal number of collectives for a decoder of two layers with six kernels each, a tied table
+# and learned positions. A collective of several arrays counts as one. XLA on a CPU has no
+# reduce-scatter: it reduces, then slices.
 #   data    the gradients, all at once
 #   fsdp    each kernel and the positions once, the table as table and as head; the gradients
 #   model   each layer two forward and two backward; the look-up; the head's maximum, sum and
 #           gradient
-# A product of ways needs what each of them needs.
+# A combination needs the collectives of each.
 WAYS = {
     "data": ({"data": 8}, {}, {"all-reduce": 1}),
     "fsdp": ({"data": 8}, {"fsdp": True}, {"all-gather": 15, "all-reduce": 1}),
@@ -76,10 +81,8 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("name", mostly_slow(WAYS, {"data", "fsdp", "model"}))
-def test_a_training_step_sends_no_more_than_it_must(name):
-    axes, options, expected = WAYS[name]
-    mesh, rules = mesh_of(**axes), sharding.rules(**{axis: axis for axis in axes}, **options)
+def collectives(mesh, rules):
+    """The collectives in the compiled training step of a decoder."""
     graph, state = nnx.split(sharding.create(decoder, mesh, rules))
     placed = sharding.shardings(state, mesh, rules)
 
@@ -94,12 +97,27 @@ def test_a_training_step_sends_no_more_than_it_must(name):
     tokens = jax.device_put(TOKENS, sharding.of_batch(mesh, rules))
     with jax.set_mesh(mesh):
         text = jax.jit(step).lower(state, tokens).compile().as_text()
-    assert collections.Counter(re.findall(COLLECTIVES, text)) == expected
+    return collections.Counter(re.findall(COLLECTIVES, text))
+
+
+@pytest.mark.parametrize("name", mostly_slow(WAYS, {"fsdp and model"}))
+def test_a_training_step_has_the_ideal_number_of_collectives(name):
+    axes, options, expected = WAYS[name]
+    rules = sharding.rules(**{axis: axis for axis in axes}, **options)
+    assert collectives(mesh_of(**axes), rules) == expected
+
+
+@pytest.mark.slow
+def test_without_a_split_vocabulary_only_layers_have_collectives():
+    """Two forward and two backward in each of the two layers."""
+    rules = dict(sharding.rules(model="model")) | {"vocab": None}
+    assert collectives(mesh_of(model=8), tuple(rules.items())) == {"all-reduce": 8}
 
 
 MODELS = {
-    "plain": {},
+    "plain": {"num_layers": 1},
     "grouped, gated, rotary": {
+        "num_layers": 1,
         "num_kv_heads": 2,
         "gated": True,
         "rotary": Rotary(),
@@ -109,70 +127,79 @@ MODELS = {
         "query_key_norm": True,
     },
     "fused, scan, remat": {"fused": True, "scan": True, "remat": True, "norm": "one_plus_rms"},
-    "relative": {"relative": Relative(4, 8), "dropout_rate": 0.2, "attention_dropout_rate": 0.2},
+    "relative": {
+        "num_layers": 1,
+        "relative": Relative(4, 8),
+        "dropout_rate": 0.2,
+        "attention_dropout_rate": 0.2,
+    },
 }
-FAST = {
-    ("plain", "fsdp and model", "Explicit"),
-    ("grouped, gated, rotary", "fsdp and model", "Auto"),
-}
+FAST = {("grouped, gated, rotary", "fsdp and model", "Auto")}
+
+
+def loss_and_gradient(graph, state, rest, tokens):
+    def total(state):
+        return loss(graph, nnx.merge_state(state, jax.tree.map(lambda x: x, rest)), tokens)
+
+    return jax.value_and_grad(total)(state)
+
+
+@functools.cache
+def on_one_device(model):
+    """A model in parts, its loss and gradient."""
+    graph, state, rest = nnx.split(decoder(**MODELS[model]), nnx.Param, ...)
+    return (
+        graph,
+        state,
+        rest,
+        jax.jit(loss_and_gradient, static_argnums=0)(graph, state, rest, TOKENS),
+    )
 
 
 @pytest.mark.parametrize(
     ("model", "name", "kind"),
     [
         pytest.param(m, n, k, marks=[] if (m, n, k) in FAST else [pytest.mark.slow])
-        for m in MODELS
-        for n in WAYS
-        for k in KINDS
+        for (i, m), (j, n) in itertools.product(enumerate(MODELS), enumerate(WAYS))
+        for k in [list(KINDS)[(i + j + 1) % 2]]  # every pair of the three
     ],
 )
 def test_loss_and_gradient_equal_those_of_one_device(model, name, kind):
     axes, options, _ = WAYS[name]
     mesh, rules = mesh_of(kind, **axes), sharding.rules(**{axis: axis for axis in axes}, **options)
-    graph, state, rest = nnx.split(decoder(**MODELS[model]), nnx.Param, ...)
-
-    def both(state, rest, tokens):
-        def total(state):
-            whole = nnx.merge_state(state, jax.tree.map(lambda x: x, rest))
-            return loss(graph, whole, tokens)
-
-        return jax.value_and_grad(total)(state)
-
-    expected = jax.jit(both)(state, rest, TOKENS)
+    graph, state, rest, expected = on_one_device(model)
     placed = sharding.shardings(state, mesh, rules)
     sharded = jax.device_put(state, placed)
     rest = jax.device_put(rest, sharding.shardings(rest, mesh, rules))
     tokens = jax.device_put(TOKENS, sharding.of_batch(mesh, rules))
     with jax.set_mesh(mesh):
-        value, gradient = jax.jit(both)(sharded, rest, tokens)
+        step = jax.jit(loss_and_gradient, static_argnums=0)
+        value, gradient = step(graph, sharded, rest, tokens)
     chex.assert_trees_all_close(float(value), float(expected[0]), rtol=1e-5)
     chex.assert_trees_all_close(
         jax.device_get(gradient), jax.device_get(expected[1]), atol=1e-5, rtol=1e-3
     )
 
 
-def models():
-    plain = layers(num_layers=1)
-    vision = VisionConfig(image=(4, 4), patch=2, channels=1, classes=3, layers=plain)
-    relative = layers(num_layers=1, relative=Relative(4, 8), sinks=True, gate=True, norm="rms")
-    return {
-        "decoder": decoder(num_layers=1),
-        "untied": Decoder(DecoderConfig(V, relative, tied=False), rngs=nnx.Rngs(0)),
-        "encoder": Encoder(
-            EncoderConfig(V, plain, max_length=T, types=2, head="tokens"), rngs=nnx.Rngs(0)
-        ),
-        "translator": EncoderDecoder(
-            EncoderDecoderConfig(V, relative, relative, positions=None), rngs=nnx.Rngs(0)
-        ),
-        "vision": VisionTransformer(vision, rngs=nnx.Rngs(0)),
-        "adapted": low_rank(decoder(num_layers=1), rank=2, rngs=nnx.Rngs(1)),
-    }
+ONE = layers(num_layers=1)
+RELATIVE = layers(num_layers=1, relative=Relative(4, 8), sinks=True, gate=True, norm="rms")
+VISION = VisionConfig(image=(4, 4), patch=2, channels=1, classes=3, layers=ONE)
+ENCODER = EncoderConfig(V, ONE, max_length=T, types=2, head="tokens")
+TRANSLATOR = EncoderDecoderConfig(V, RELATIVE, RELATIVE, positions=None)
+EACH = {
+    "decoder": lambda rngs: decoder(num_layers=1),
+    "untied": lambda rngs: Decoder(DecoderConfig(V, RELATIVE, tied=False), rngs=rngs),
+    "encoder": lambda rngs: Encoder(ENCODER, rngs=rngs),
+    "translator": lambda rngs: EncoderDecoder(TRANSLATOR, rngs=rngs),
+    "vision": lambda rngs: VisionTransformer(VISION, rngs=rngs),
+    "adapted": lambda rngs: low_rank(decoder(num_layers=1), rank=2, rngs=rngs),
+}
 
 
-@pytest.mark.parametrize("name", list(models()))
+@pytest.mark.parametrize("name", EACH)
 def test_every_parameter_names_its_axes(name):
     known = dict(sharding.rules())
-    state = nnx.state(models()[name])
+    state = nnx.eval_shape(lambda: nnx.state(EACH[name](nnx.Rngs(0))))
     for path, x in nnx.to_flat_state(state):
         if not isinstance(x, nnx.RngState):
             names = x.get_metadata()["out_sharding"]
@@ -183,7 +210,7 @@ def test_every_parameter_names_its_axes(name):
 def test_specs_are_those_of_flax():
     mesh = mesh_of(data=4, model=2)
     rules = sharding.rules(data="data", model="model", fsdp=True)
-    state = nnx.state(decoder(), nnx.Param)
+    state = nnx.state(nnx.eval_shape(decoder), nnx.Param)
     with spmd.logical_axis_rules(rules):
         theirs = nnx.get_partition_spec(state)
     ours = jax.tree.map(lambda x: x.spec, sharding.shardings(state, mesh, rules))
@@ -194,34 +221,32 @@ def test_specs_are_those_of_flax():
 
 def test_a_module_created_under_a_mesh_is_not_sharded():
     with jax.set_mesh(mesh_of(data=8)):
-        table = decoder().embed.tokens[...]
-    assert table.sharding.is_fully_replicated
+        kernel = FeedForward(8, 16, rngs=nnx.Rngs(0)).up.kernel[...]
+    assert kernel.sharding.is_fully_replicated
 
 
 def test_what_does_not_divide_stays_whole():
     mesh, rules = mesh_of(data=2, model=4), sharding.rules(data="data", model="model", fsdp=True)
-    model = sharding.create(lambda: decoder(num_kv_heads=2, hidden=30), mesh, rules)
-    attention = model.stack.blocks[0].attention.sublayer
-    assert attention.query.kernel[...].sharding.spec == P("data", "model")
+    state = nnx.state(nnx.eval_shape(lambda: decoder(num_kv_heads=2, hidden=30)))
+    block = sharding.shardings(state, mesh, rules).stack.blocks[0]
+    attention = block.attention.sublayer
+    assert attention.query.kernel.get_value().spec == P("data", "model")
     # 2 heads over 4 shards, though each has a width of 4
-    assert attention.key.kernel[...].sharding.spec == P("data", None)
-    assert model.stack.blocks[0].feed_forward.sublayer.up.kernel[...].sharding.spec == P(
-        "data", None
-    )
+    assert attention.key.kernel.get_value().spec == P("data", None)
+    assert block.feed_forward.sublayer.up.kernel.get_value().spec == P("data", None)
 
 
 def test_fused_projections_are_not_split_by_heads():
-    model = sharding.create(
-        lambda: decoder(fused=True), mesh_of(model=8), sharding.rules(model="model")
-    )
-    attention = model.stack.blocks[0].attention.sublayer
-    assert attention.query_key_value.kernel[...].sharding.spec == P(None, None)
-    assert attention.out.kernel[...].sharding.spec == P("model", None)
+    state = nnx.state(nnx.eval_shape(lambda: decoder(fused=True)))
+    placed = sharding.shardings(state, mesh_of(model=8), sharding.rules(model="model"))
+    attention = placed.stack.blocks[0].attention.sublayer
+    assert attention.query_key_value.kernel.get_value().spec == P(None, None)
+    assert attention.out.kernel.get_value().spec == P("model", None)
 
 
 def test_an_optimizer_is_sharded_as_its_parameters():
     mesh, rules = mesh_of(data=8), sharding.rules(data="data", fsdp=True)
-    state = nnx.state(sharding.create(decoder, mesh, rules), nnx.Param)
+    state = nnx.state(nnx.eval_shape(decoder), nnx.Param)
     moments = jax.eval_shape(optax.adamw(1e-3).init, state)
     placed = sharding.shardings(moments, mesh, rules)
     assert placed[0].mu.embed.tokens.get_value().spec == P(None, "data")
@@ -230,8 +255,8 @@ def test_an_optimizer_is_sharded_as_its_parameters():
 
 def test_created_in_shards_equals_created_whole():
     mesh, rules = mesh_of(data=4, model=2), sharding.rules(data="data", model="model", fsdp=True)
-    created = nnx.state(sharding.create(decoder, mesh, rules))
-    sharded = nnx.state(sharding.shard(decoder(), mesh, rules))
+    created = nnx.state(sharding.create(lambda: decoder(num_layers=1), mesh, rules))
+    sharded = nnx.state(sharding.shard(decoder(num_layers=1), mesh, rules))
     assert jax.tree.map(lambda x: x.sharding, created) == jax.tree.map(
         lambda x: x.sharding, sharded
     )
@@ -270,7 +295,7 @@ def test_a_checkpoint_is_loaded_into_shards_and_saved_from_them(tmp_path, kind):
 
 
 def test_loading_never_holds_a_whole_tensor_on_a_device(tmp_path, monkeypatch):
-    pretrained.save(decoder(activation="gelu_tanh", fused=True), tmp_path)
+    pretrained.save(decoder(activation="gelu_tanh", fused=True, num_layers=1), tmp_path)
     sizes = []
     make = jax.make_array_from_callback
 
@@ -282,10 +307,48 @@ def test_loading_never_holds_a_whole_tensor_on_a_device(tmp_path, monkeypatch):
         return make(shape, placed, shard)
 
     monkeypatch.setattr(jax, "make_array_from_callback", recorded)
-    monkeypatch.setattr(jnp, "asarray", lambda x, *_: pytest.fail("placed whole"))
+    for name in ("asarray", "isfinite"):
+        monkeypatch.setattr(jnp, name, lambda x, *_: pytest.fail("placed whole"))
     mesh, rules = mesh_of(data=8), sharding.rules(data="data", fsdp=True)
-    pretrained.load(tmp_path, mesh=mesh, rules=rules)
-    assert all(part == whole // 8 for whole, part in sizes if whole >= 32 * 32)
+    pretrained.load(tmp_path, param_dtype=jnp.bfloat16, mesh=mesh, rules=rules)
+    large = [(whole, part) for whole, part in sizes if whole >= 32 * 32]
+    assert len(large) == 5 * 8  # tensors, each on every device
+    assert all(part == whole // 8 for whole, part in large)
+
+
+@pytest.mark.slow
+def test_saving_holds_one_whole_tensor_at_a_time(tmp_path):
+    """tracemalloc counts the arrays of NumPy, though not JAX's."""
+    large = {"activation": "gelu_tanh", "fused": True, "num_layers": 4, "features": 256}
+    graph, state = nnx.split(nnx.eval_shape(lambda: decoder(**large)))
+    placed = sharding.shardings(state, mesh_of(data=8), sharding.rules(data="data", fsdp=True))
+    zeros = jax.tree.map(lambda x, s: jnp.zeros(x.shape, x.dtype, device=s), state, placed)
+    sizes = [x.nbytes for x in jax.tree.leaves(zeros)]
+    model = nnx.merge(graph, zeros)
+    tracemalloc.start()
+    pretrained.save(model, tmp_path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert max(sizes) < peak < max(sizes) + sum(sizes) / 3
+
+
+def test_a_sharded_run_is_saved_and_restored_in_shards(tmp_path, monkeypatch):
+    mesh, rules = mesh_of(data=8), sharding.rules(data="data", fsdp=True)
+    state = nnx.state(sharding.create(lambda: decoder(num_layers=1), mesh, rules), nnx.Param)
+    get, sizes = jax.device_get, []
+
+    def recorded(x):
+        sizes.extend(leaf.size for leaf in jax.tree.leaves(x))
+        return get(x)
+
+    monkeypatch.setattr(jax, "device_get", recorded)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(LAST, 1, state, {})
+    restored = checkpoints.restore(LAST, state).state
+    assert max(sizes) < 32 * 8  # the norms and biases, which are not sharded
+    for x, y in zip(jax.tree.leaves(restored), jax.tree.leaves(state), strict=True):
+        assert y.is_fully_replicated or x.sharding == y.sharding
+        np.testing.assert_array_equal(get(x), get(y))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Shardings while tracing: those over explicit mesh axes are known, for others there are hints."""
+"""Shardings while tracing: read from types over explicit mesh axes, constraints over Auto ones."""
 
 from __future__ import annotations
 
@@ -61,11 +61,26 @@ def gathered(x: jax.Array, axis: int) -> jax.Array:
     return x
 
 
-def split_along(x: Any, axis: int, name: str | None) -> Any:
-    """The array with one axis sharded over an Auto axis of the mesh in use, if that divides it."""
+def split_along(x: Any, axis: int, name: str | None, what: str) -> Any:
+    """The array with one axis sharded over an Auto axis of the mesh in use.
+
+    Args:
+      x: the array.
+      axis: which of its axes.
+      name: of the mesh axis. The array is returned as it is for None, and without such a mesh.
+      what: the axis in words, for the error.
+
+    Raises:
+      ValueError: a mesh axis that does not divide the axis.
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    if name is None or name not in mesh.auto_axes or x.shape[axis] % mesh.shape[name]:
+    if name is None or name not in mesh.auto_axes:
         return x
+    if x.shape[axis] % mesh.shape[name]:
+        raise ValueError(
+            f"{what} must be a multiple of the {mesh.shape[name]} devices along mesh axis "
+            f"{name!r}, got {x.shape[axis]}"
+        )
     free: list[Any] = [PartitionSpec.UNCONSTRAINED] * x.ndim
     free[axis] = name
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*free))

@@ -223,7 +223,7 @@ class Stack(nnx.Module):
         self.causal, self.alibi = causal, config.alibi
         self.windows, self.prefix_lm = config.windows, config.prefix_lm
         self.remat, self.scan = config.remat, config.scan
-        self.sequence_axis: str | None = None  # an Auto mesh axis, to split the tokens over
+        self.sequence_axis: str | None = None  # the Auto mesh axis that splits sequences
         if config.prefix_lm and not causal:
             raise ValueError("prefix_lm must be False in an encoder, which is bidirectional")
         layer_masks = [both(_window_mask(window, causal), config.mask) for window in self.windows]
@@ -287,7 +287,7 @@ class Stack(nnx.Module):
         if contexts is not None:
             options["context_mask"] = context_mask
             each = [{"context": context} for context in contexts]
-        x = split_along(x, -2, self.sequence_axis)
+        x = split_along(x, -2, self.sequence_axis, "the length of sequences")
         new_caches = []
         if caches is not None:
             for block, own, cache in zip(self.blocks, each, caches, strict=True):

@@ -1,4 +1,4 @@
-"""Whether a training step fits devices that are not here, and about how long it takes.
+"""Estimates the memory, communication and time of a training step on other devices.
 
 ::
 
@@ -8,6 +8,6 @@
 Parameters and optimizer state are counted exactly, shard by shard, from the model and its sharding
 rules. Activations, collectives, FLOPs and time are arithmetic, see ``estimate``: a step recomputes
 each layer in the backward pass (``remat``), and nothing overlaps, so that time is an upper bound
-at peak rates. ``--compile`` also compiles the step ahead of time for TPUs, and reports what the
-compiler says.
+at peak rates. ``--compile`` also compiles the step ahead of time for TPUs, and reports the
+compiler's own figures.
 """

@@ -1,4 +1,4 @@
-"""Compiling a training step ahead of time, for TPUs that are not here."""
+"""Compiling a training step ahead of time, for TPUs that this machine does not have."""
 
 from __future__ import annotations
 
@@ -16,9 +16,8 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
 from attention_jax.models import sharding
-from attention_jax.models.layers import Stack
 from experiments.plan.estimate import GB, LENGTHS, Options, model_of
-from experiments.training.layout import parse
+from experiments.training.layout import parse, split_sequences
 
 TOPOLOGIES = {4: "v5e:2x2", 16: "v5e:4x4", 64: "v5e:8x8", 256: "v5e:16x16"}
 KINDS = "all-gather|all-reduce|reduce-scatter|collective-permute|all-to-all"
@@ -27,7 +26,7 @@ BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "
 
 
 def compiled(options: Options) -> list[str]:
-    """What the compiler for TPU v5e says of the step, as text.
+    """What the compiler for TPU v5e reports for the step, as text.
 
     Bytes and FLOPs inside a loop over layers are those of one iteration, as XLA counts them.
 
@@ -83,9 +82,7 @@ def _program(options: Options, mesh: Any) -> Any:
     rules = sharding.rules(**{name: name for name in axes}, fsdp=options.fsdp)
     model = model_of(options.size)
     if axes.get("context", 1) > 1:
-        for _, module in nnx.iter_modules(model):
-            if isinstance(module, Stack):
-                module.sequence_axis = "context"
+        split_sequences(model)
     graph, state = nnx.split(model)
     optimizer = optax.adamw(1e-4)
 

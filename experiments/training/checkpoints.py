@@ -186,14 +186,15 @@ def _check_sums(folder: Path) -> None:
 
 
 def _named(state: Any) -> dict[str, Any]:
-    """Every array, as NumPy, under its path; sharded over processes, as it is.
+    """Every array under its path: as it is if it is sharded or shared by processes, else as NumPy.
 
-    Not as JAX arrays: for a damaged one of those Orbax raises a bare ``Exception``.
+    Orbax reads and writes shards where they are, so that no process holds the whole of them. It
+    raises a bare ``Exception`` for a damaged JAX array, hence NumPy for the others.
     """
 
     def host(x: Any) -> Any:
-        over_processes = isinstance(x, jax.Array) and not x.is_fully_addressable
-        return x if over_processes else jax.device_get(x)
+        local = not isinstance(x, jax.Array) or (x.is_fully_addressable and x.is_fully_replicated)
+        return jax.device_get(x) if local else x
 
     leaves, _ = jax.tree.flatten_with_path(state)
     return {jax.tree_util.keystr(path, simple=True, separator="."): host(x) for path, x in leaves}

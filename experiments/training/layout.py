@@ -75,18 +75,21 @@ class Layout:
         """The model, with its sequences split if the mesh has an axis ``context``.
 
         Raises:
-          ValueError: the model has no layers whose sequences can be split.
+          ValueError: an axis of the mesh that splits nothing of the model.
         """
-        if self.mesh.shape.get("context", 1) == 1:
-            return model
-        stacks = [x for _, x in nnx.iter_modules(model) if isinstance(x, Stack)]
-        if not stacks:
+        name = type(model).__name__
+        if (size := self.mesh.shape.get("model", 1)) > 1:
+            specs = jax.tree.leaves(self.shardings(nnx.state(model, nnx.Param)))
+            if not any("model" in x.spec for x in specs):
+                raise ValueError(
+                    f"mesh has model={size}, which divides no heads, hidden units or vocabulary "
+                    f"of {name}: use another size, or the axis data"
+                )
+        if self.mesh.shape.get("context", 1) > 1 and not split_sequences(model):
             raise ValueError(
-                f"mesh has the axis context, but {type(model).__name__} has no transformer layers, "
-                f"whose sequences it splits: use data or model"
+                f"mesh has the axis context, but {name} has no transformer layers, whose "
+                f"sequences it splits: use data or model"
             )
-        for stack in stacks:
-            stack.sequence_axis = "context"
         return model
 
 
@@ -113,7 +116,7 @@ def layout(mesh: str | None, *, fsdp: bool, devices: int = 1) -> Layout:
     option = "devices" if mesh is None else f"the devices of mesh {mesh}"
     if needed > given:
         raise ValueError(
-            f"{option} must be at most {given}, what JAX sees, got {needed}; on a CPU, "
+            f"{option} must be at most {given}, all that JAX has, got {needed}; on a CPU, "
             f"XLA_FLAGS=--xla_force_host_platform_device_count={needed} makes more"
         )
     if jax.process_count() > 1 and needed != given:
@@ -126,6 +129,14 @@ def layout(mesh: str | None, *, fsdp: bool, devices: int = 1) -> Layout:
     grid = np.array(jax.devices()[:needed]).reshape(tuple(sizes.values()))
     made = Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
     return Layout(made, sharding.rules(**{name: name for name in sizes}, fsdp=fsdp))
+
+
+def split_sequences(model: nnx.Module) -> int:
+    """Splits sequences along the mesh axis ``context``, in place; returns in how many stacks."""
+    stacks = [x for _, x in nnx.iter_modules(model) if isinstance(x, Stack)]
+    for stack in stacks:
+        stack.sequence_axis = "context"
+    return len(stacks)
 
 
 def parse(mesh: str) -> dict[str, int]:

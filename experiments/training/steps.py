@@ -136,7 +136,7 @@ def _update(
 
         def divided(x: jax.Array) -> jax.Array:  # each microbatch over all devices
             x = x.reshape(A, x.shape[0] // A, *x.shape[1:])
-            return split_along(x, 1, "data")
+            return split_along(x, 1, "data", "a microbatch")
 
         microbatches = jax.tree.map(divided, batch)
 

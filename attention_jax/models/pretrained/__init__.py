@@ -278,7 +278,8 @@ def _converted(name: str, x: np.ndarray, dtype: Any, placed: Any = None) -> jax.
     with np.errstate(over="ignore"):  # reported below, with the name
         result: Any = jnp.asarray(x, dtype) if placed is None else x.astype(dtype)
     narrow = jnp.finfo(dtype).bits < 32 and x.dtype != result.dtype
-    if narrow and np.isfinite(x).all() and not jnp.isfinite(result).all():
+    library = jnp if placed is None else np  # a tensor to be sharded never goes to one device
+    if narrow and np.isfinite(x).all() and not library.isfinite(result).all():
         raise ValueError(f"{name} overflows param_dtype = {result.dtype}")
     if placed is None:
         return result
@@ -289,6 +290,8 @@ def _on_host(x: Any) -> np.ndarray:
     """The whole array in NumPy, gathered from its shards, those of other processes included."""
     if isinstance(x, jax.Array) and not x.is_fully_addressable:
         return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+    if isinstance(x, jax.Array) and not x.is_fully_replicated:
+        x = jnp.copy(x)  # a sharded array keeps the NumPy array that was made of it
     return np.asarray(x)
 
 
