@@ -93,6 +93,7 @@ def test_a_run_resumes_on_another_mesh(tmp_path, expected):
         (["--mesh", "data=2", "--devices", "2"], r"devices must be 1 with mesh"),
         (["--processes", "2"], r"processes and process need coordinator"),
         (["--coordinator", "127.0.0.1:1"], r"coordinator needs processes"),
+        (["--coordinator", "auto"], r"coordinator auto found no processes to join"),
         (
             ["--coordinator", "here", "--processes", "2", "--process", "1"],
             r"coordinator must be HOST:PORT or auto, got 'here'",
@@ -147,6 +148,23 @@ def started(folder, steps, *, processes=2, pause=0.0, plain=False):
         for process in running:
             process.kill()
             process.wait(TIMEOUT)
+
+
+@pytest.mark.slow
+def test_processes_that_do_not_meet_end_with_the_address():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    program = "from experiments.training import layout; layout.REACHABLE = 2; "
+    program += f"layout.connect('{address}', 2, 0)"
+    command = [sys.executable, "-c", program]
+    ended = subprocess.run(
+        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=TIMEOUT
+    )
+    assert ended.returncode == 2
+    assert re.search(
+        f"^error: the 2 processes could not meet at coordinator {address} within 2 s", ended.stderr
+    )
 
 
 def finished(folder, steps, **options):

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import socket
+import sys
+import threading
 import time
 from typing import Any, TypeVar
 
@@ -36,14 +39,14 @@ REACHABLE = 60  # seconds within which the coordinator and all processes must ha
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """The devices of a run and how its arrays are split among them."""
+    """The devices of a run, and how its arrays are split among them."""
 
     mesh: Mesh
     rules: sharding.Rules
 
     @property
     def parts(self) -> int:
-        """In how many parts a batch is split."""
+        """The number of parts a batch is split into."""
         return int(self.mesh.shape.get("data", 1))
 
     @property
@@ -209,13 +212,19 @@ def connect(coordinator: str | None, processes: int | None, process: int | None)
         if processes is not None or process is not None:
             raise ValueError("processes and process need coordinator, HOST:PORT of process 0")
         return
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
     options: dict[str, Any] = {
-        "initialization_timeout": REACHABLE,
+        "initialization_timeout": 2 * REACHABLE,  # a clearer error comes first
         "heartbeat_timeout_seconds": HEARTBEAT,
     }
     if coordinator == "auto":
-        jax.distributed.initialize(**options)
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        try:
+            jax.distributed.initialize(**options)
+        except (RuntimeError, ValueError) as problem:
+            raise ValueError(
+                f"coordinator auto found no processes to join: {str(problem).splitlines()[0]}; "
+                f"give HOST:PORT, processes and process"
+            ) from None
         return
     if processes is None or process is None:
         raise ValueError("coordinator needs processes, how many there are, and process, from 0")
@@ -226,15 +235,27 @@ def connect(coordinator: str | None, processes: int | None, process: int | None)
         raise ValueError(f"coordinator must be HOST:PORT or auto, got {coordinator!r}")
     if process > 0:
         _wait_for(host, int(port))
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    missing = (
+        f"the {processes} processes could not meet at coordinator {coordinator} within "
+        f"{REACHABLE} s: start all of them, with this address"
+    )
+    late = threading.Timer(REACHABLE, _give_up, [missing])
+    late.start()
     try:
         jax.distributed.initialize(
             coordinator, processes, process, coordinator_bind_address=coordinator, **options
         )
     except RuntimeError as problem:
-        raise ValueError(
-            f"the {processes} processes did not all reach the coordinator {coordinator} within "
-            f"{REACHABLE} s: {str(problem).splitlines()[0]}"
-        ) from None
+        raise ValueError(f"{missing} ({str(problem).splitlines()[0]})") from None
+    finally:
+        late.cancel()
+
+
+def _give_up(message: str) -> None:
+    """Ends this process with an error; JAX's own timeout aborts with a stack trace."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    os._exit(2)
 
 
 def _wait_for(host: str, port: int) -> None:
