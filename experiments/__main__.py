@@ -6,6 +6,7 @@ Modules are imported by the command that needs them, so that listing and errors 
 from __future__ import annotations
 
 import _thread
+import contextlib
 import dataclasses
 import os
 import shlex
@@ -44,6 +45,7 @@ EXTRA = (
     "tyro",
 )
 INTERRUPTED = 130  # the exit code of a program that Ctrl-C ended
+LOST = 3  # the exit code of a process that lost the others
 
 
 class Command(NamedTuple):
@@ -85,6 +87,17 @@ def interrupted(state: str, advice: str, arguments: Sequence[str]) -> int:
     return INTERRUPTED
 
 
+def lost(problem: Exception, folder: Path) -> int:
+    """Prints that a run of several processes cannot go on; returns the exit code."""
+    first = (str(problem).splitlines() or [""])[0]
+    print(
+        f"error: this process cannot go on, most likely because another one has ended: "
+        f"{first[:200]}; start all processes again with --resume ({folder})",
+        file=sys.stderr,
+    )
+    return LOST
+
+
 def listing() -> str:
     """All commands and all tasks, as text."""
     lines = [__doc__.splitlines()[0].replace("``", ""), ""] if __doc__ else []
@@ -112,6 +125,8 @@ def _train(arguments: Sequence[str]) -> int:
     if name not in TASKS:
         raise ValueError(unknown("task", name, TASKS))
 
+    from jax.errors import JaxRuntimeError
+
     from experiments.training.runs import Flags, folder_of
     from experiments.training.train import run
 
@@ -129,7 +144,15 @@ def _train(arguments: Sequence[str]) -> int:
     changes = {key: value for key, value in values.items() if key not in hints(Flags)}
     config = dataclasses.replace(task.presets[preset], **changes)
     try:
-        run(task, config, preset=preset, flags=flags)
+        with contextlib.ExitStack() as stack:
+            if flags.process:  # process 0 prints
+                devnull = stack.enter_context(open(os.devnull, "w"))
+                stack.enter_context(contextlib.redirect_stdout(devnull))
+            run(task, config, preset=preset, flags=flags)
+    except JaxRuntimeError as problem:
+        if flags.coordinator is None:
+            raise
+        return lost(problem, folder_of(task, config, preset=preset, flags=flags))
     except KeyboardInterrupt:
         state, resumable = _what_is_saved(folder_of(task, config, preset=preset, flags=flags))
         again = [argument for argument in arguments if argument not in ("--overwrite", "--resume")]
@@ -285,6 +308,12 @@ def _bench(arguments: Sequence[str]) -> int:
     return int(attention.main(parse(attention.Options, arguments, "bench")) or 0)
 
 
+def _plan(arguments: Sequence[str]) -> int:
+    from experiments.plan import command, estimate
+
+    return command.main(parse(estimate.Options, arguments, "plan"))
+
+
 COMMANDS = {
     "train": Command(
         "train TASK [--preset NAME] [--option ...]", "trains a model on a task", _train
@@ -304,6 +333,11 @@ COMMANDS = {
         "fewshot [--option ...]", "trains with few labeled examples, plots accuracy", _fewshot
     ),
     "bench": Command("bench [--option ...]", "measures time and memory of attention", _bench),
+    "plan": Command(
+        "plan --size 8B --mesh data=16 [--fsdp]",
+        "estimates memory, communication and time of a training step",
+        _plan,
+    ),
     "card": Command(
         "card --out FOLDER --minutes M [--dry]",
         "checks, measures and tunes the GPU kernels on an NVIDIA card",
@@ -326,8 +360,9 @@ def _raise_later(problem: sys.UnraisableHookArgs) -> None:
 if __name__ == "__main__":
     sys.unraisablehook = _raise_later
     code = main(sys.argv[1:])
-    if code == INTERRUPTED:
-        # JAX may still be computing in other threads: shutting Python down under them can crash.
+    if code in (INTERRUPTED, LOST):
+        # JAX may still be computing in other threads, or wait for processes that have ended:
+        # shutting Python down under them can crash or hang.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -1,11 +1,15 @@
 """A task that trains in an instant: the line ``y = 2 x - 1``. Also a program, to be killed.
 
 ``python tests/line.py FOLDER STEPS`` trains in ``FOLDER`` with a checkpoint after every step,
-resuming from the last one, and writes the parameters to ``FOLDER/parameters.npz``.
+resuming from the last one, and writes the parameters to ``FOLDER/parameters.npz``. With
+``HOST:PORT PROCESSES PROCESS PAUSE`` it is one of several processes, which pause before each step;
+followed by ``plain``, there is no dropout.
 """
 
 import dataclasses
+import os
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -14,6 +18,7 @@ import numpy as np
 from flax import nnx
 
 from experiments.training.config import TrainConfig
+from experiments.training.layout import connect
 from experiments.training.runs import Flags
 from experiments.training.task import Loss, Task
 from experiments.training.train import train
@@ -36,6 +41,17 @@ def batches(config, data, step):
         x = x.astype(np.float32)
         yield x, data[0] * x + data[1]
         step += 1
+
+
+def slowly(pause):
+    """Batches with a pause before each."""
+
+    def wait(config, data, step):
+        for batch in batches(config, data, step):
+            time.sleep(pause)
+            yield batch
+
+    return wait
 
 
 def loss(config, model, batch):
@@ -84,8 +100,16 @@ def equal(one, other):
 
 if __name__ == "__main__":
     folder, steps = Path(sys.argv[1]), int(sys.argv[2])
+    flags, task = Flags(resume=True, save_every=1), LINE
+    if sys.argv[3:]:
+        coordinator, processes, process, pause, *plain = sys.argv[3:]
+        connect(coordinator, int(processes), int(process))
+        task = dataclasses.replace(PLAIN if plain else LINE, batches=slowly(float(pause)))
     print("ready", flush=True)
-    trained = train_line(
-        folder, flags=Flags(resume=True, save_every=1), steps=steps, evaluations=4, ema=0.9
-    )
-    np.savez(folder / "parameters.npz", **parameters(trained))
+    try:
+        trained = train_line(folder, task, flags=flags, steps=steps, evaluations=4, ema=0.9)
+    except jax.errors.JaxRuntimeError as problem:
+        print(problem, flush=True)
+        os._exit(3)  # as the command does: a clean shutdown would wait for the others
+    if jax.process_index() == 0:
+        np.savez(folder / "parameters.npz", **parameters(trained))

@@ -39,7 +39,7 @@ EXPERIMENTS_RANKS = [
     {"training"},
     {"models"},
     {"tasks"},
-    {"bench", "card"},
+    {"bench", "card", "plan"},
     {"report"},
     {"walkthrough"},
     {"__main__", ""},
@@ -55,7 +55,13 @@ RANK = {
 PUBLIC = ["", "masks", "mechanisms", "models", "models.pretrained", "nn", "positions", "scores"]
 PUBLIC += ["cache", "testing"]
 # Public modules without a list of names.
-PUBLIC_MODULES = ["masks.block_map", "models.sampling", "nn.pooling", "reference"]
+PUBLIC_MODULES = [
+    "masks.block_map",
+    "models.sampling",
+    "models.sharding",
+    "nn.pooling",
+    "reference",
+]
 
 
 def module_name(path):

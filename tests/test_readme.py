@@ -36,6 +36,7 @@ WORK = (
     "experiments.bench.attention.main",
     "experiments.tasks.fewshot.sweep.main",
     "experiments.walkthrough.main",
+    "experiments.plan.command.main",
 )
 BUILTINS = {".", "cd", "export", "source"}
 INSTALL_AND_TEST = re.compile(r"^python -m pip install .* && python -m pytest( -n \S+)?$", re.M)

@@ -52,11 +52,12 @@ An encoder-decoder, and a vision transformer:
 (2, 3)
 
 ``models.pretrained`` loads and saves checkpoints in Hugging Face's format; ``nn.low_rank``
-fine-tunes any of these models with few parameters.
+fine-tunes any of these models with few parameters; ``models.sharding`` splits them over devices.
 """
 
 from attention_jax.models import pretrained as pretrained
 from attention_jax.models import sampling as sampling
+from attention_jax.models import sharding as sharding
 from attention_jax.models.beam_search import Beams as Beams
 from attention_jax.models.beam_search import beam_search as beam_search
 from attention_jax.models.decoder import Decoder as Decoder
@@ -92,5 +93,6 @@ __all__ = [
     "generate",
     "pretrained",
     "sampling",
+    "sharding",
     "stream",
 ]

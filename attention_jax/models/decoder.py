@@ -15,7 +15,7 @@ from attention_jax.core.axes import AnyArray, Shape, accumulation_dtype, check_p
 from attention_jax.masks import Mask
 from attention_jax.models.layers import Layers, Stack, check_embeddings, positions_after
 from attention_jax.nn import Embeddings
-from attention_jax.nn.linear import Linear
+from attention_jax.nn.linear import linear
 from attention_jax.nn.padding import as_real, places
 from attention_jax.nn.rngs import check_rngs
 
@@ -84,8 +84,13 @@ class Decoder(nnx.Module):
         self.stack = Stack(layers, causal=True, rngs=rngs)
         self.head = nnx.data(None)
         if not config.tied:
-            self.head = Linear(
-                layers.features, config.vocabulary, use_bias=False, **layers.dtypes, rngs=rngs
+            self.head = linear(
+                layers.features,
+                config.vocabulary,
+                axes=("embed", "vocab"),
+                use_bias=False,
+                **layers.dtypes,
+                rngs=rngs,
             )
 
     def __call__(

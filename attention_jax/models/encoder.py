@@ -21,7 +21,8 @@ from attention_jax.masks import Mask
 from attention_jax.models.layers import Layers, Stack, check_embeddings
 from attention_jax.nn import Embeddings, pooling
 from attention_jax.nn.feed_forward import ACTIVATIONS
-from attention_jax.nn.linear import Linear
+from attention_jax.nn.linear import linear
+from attention_jax.nn.logical import logical
 from attention_jax.nn.padding import as_real, places
 from attention_jax.nn.rngs import check_rngs
 
@@ -111,16 +112,20 @@ class Encoder(nnx.Module):
         self.pooler = self.classify = self.transform = self.transform_norm = nnx.data(None)
         self.token_bias = nnx.data(None)
         if config.pooler:
-            self.pooler = Linear(E, E, **layers.dtypes, rngs=rngs)
+            self.pooler = linear(E, E, axes=("embed", None), **layers.dtypes, rngs=rngs)
         if config.classes is not None:
-            self.classify = Linear(E, config.classes, **layers.dtypes, rngs=rngs)
+            self.classify = linear(
+                E, config.classes, axes=("embed", None), **layers.dtypes, rngs=rngs
+            )
             self.dropout = nnx.Dropout(
                 config.dropout_rate, rngs=rngs if config.dropout_rate else None
             )
         if config.head == "tokens":
-            self.transform = Linear(E, E, **layers.dtypes, rngs=rngs)
+            self.transform = linear(E, E, axes=("embed", None), **layers.dtypes, rngs=rngs)
             self.transform_norm = norm()
-            self.token_bias = nnx.Param(jnp.zeros(config.vocabulary, layers.param_dtype))
+            self.token_bias = nnx.Param(
+                jnp.zeros(config.vocabulary, layers.param_dtype), **logical("vocab")
+            )
 
     def __call__(
         self,

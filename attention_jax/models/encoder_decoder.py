@@ -15,7 +15,7 @@ from attention_jax.core.axes import AnyArray, accumulation_dtype, brief_fields, 
 from attention_jax.models.decoder import check_capacity, first_tokens
 from attention_jax.models.layers import Layers, Stack, check_embeddings, padding, positions_after
 from attention_jax.nn import Embeddings, FeedForward, Residual
-from attention_jax.nn.linear import Linear
+from attention_jax.nn.linear import linear
 from attention_jax.nn.padding import as_real, places
 from attention_jax.nn.rngs import check_rngs
 
@@ -111,7 +111,10 @@ class EncoderDecoder(nnx.Module):
         self.dropout = nnx.Dropout(config.dropout_rate, rngs=rngs if config.dropout_rate else None)
         self.head = nnx.data(None)
         if not config.tied:
-            self.head = Linear(E, config.vocabulary, use_bias=False, **dtypes, rngs=rngs)
+            vocab = "embed", "vocab"
+            self.head = linear(
+                E, config.vocabulary, axes=vocab, use_bias=False, **dtypes, rngs=rngs
+            )
 
     def __call__(
         self,

@@ -18,6 +18,7 @@ from attention_jax.backends.call import as_mask
 from attention_jax.cache import KVCache
 from attention_jax.core.axes import AnyArray, int_at_least, kind, same_rank
 from attention_jax.core.dropout import check_rate
+from attention_jax.core.shards import split_along
 from attention_jax.masks import Mask
 from attention_jax.models.running import Remat, period, run, scan
 from attention_jax.nn import Block, FeedForward, MultiHeadAttention, OnePlusRMSNorm
@@ -25,12 +26,16 @@ from attention_jax.nn.attention import default_head_dim
 from attention_jax.nn.blocks import ORDERS
 from attention_jax.nn.embeddings import POSITIONS
 from attention_jax.nn.feed_forward import ACTIVATIONS
+from attention_jax.nn.logical import logical
 from attention_jax.positions import Rotary
 
+_VECTOR = logical("norm")
 NORMS: dict[str, Callable[..., nnx.Module]] = {
     # Flax's fast variance, E[x^2] - E[x]^2, loses digits where the mean is large.
-    "layer": functools.partial(nnx.LayerNorm, use_fast_variance=False),
-    "rms": nnx.RMSNorm,
+    "layer": functools.partial(
+        nnx.LayerNorm, use_fast_variance=False, scale_metadata=_VECTOR, bias_metadata=_VECTOR
+    ),
+    "rms": functools.partial(nnx.RMSNorm, scale_metadata=_VECTOR),
     "one_plus_rms": OnePlusRMSNorm,
 }
 
@@ -218,6 +223,7 @@ class Stack(nnx.Module):
         self.causal, self.alibi = causal, config.alibi
         self.windows, self.prefix_lm = config.windows, config.prefix_lm
         self.remat, self.scan = config.remat, config.scan
+        self.sequence_axis: str | None = None  # the Auto mesh axis that splits sequences
         if config.prefix_lm and not causal:
             raise ValueError("prefix_lm must be False in an encoder, which is bidirectional")
         layer_masks = [both(_window_mask(window, causal), config.mask) for window in self.windows]
@@ -231,7 +237,9 @@ class Stack(nnx.Module):
             self.max_distance = config.relative.max_distance
             shape = config.relative.buckets, config.num_heads
             init = nnx.initializers.normal(config.features**-0.5)
-            self.relative = nnx.data(nnx.Param(init(rngs.params(), shape, config.param_dtype)))
+            self.relative = nnx.data(
+                nnx.Param(init(rngs.params(), shape, config.param_dtype), **logical(None, "heads"))
+            )
 
     def __call__(
         self,
@@ -279,6 +287,7 @@ class Stack(nnx.Module):
         if contexts is not None:
             options["context_mask"] = context_mask
             each = [{"context": context} for context in contexts]
+        x = split_along(x, -2, self.sequence_axis, "the length of sequences")
         new_caches = []
         if caches is not None:
             for block, own, cache in zip(self.blocks, each, caches, strict=True):

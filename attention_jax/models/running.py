@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from attention_jax.core.shards import explicit_mesh
+
 Remat = bool | Callable[..., bool]
 
 
@@ -127,8 +129,9 @@ def _checkpoint(call: Callable[..., Any], remat: Remat, *, prevent_cse: bool = T
 
 
 def _stack(xs: Sequence[Any]) -> jax.Array:
-    """``jnp.stack`` in two operations, whatever the number of arrays."""
-    if jnp.ndim(xs[0]) == 0:
+    """``jnp.stack``, without a mesh in two operations, whatever the number of arrays."""
+    # Over a mesh, joining arrays along an axis that is sharded would gather them.
+    if jnp.ndim(xs[0]) == 0 or not jax.sharding.get_abstract_mesh().empty or explicit_mesh(*xs):
         return jnp.stack(xs)
     joined = jnp.concatenate(xs)
     return joined.reshape(len(xs), *jnp.shape(xs[0]))

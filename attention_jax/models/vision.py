@@ -12,10 +12,12 @@ from jaxtyping import Float
 
 from attention_jax.core.axes import AnyArray, accumulation_dtype, int_at_least, same_rank
 from attention_jax.core.dropout import check_rate
+from attention_jax.core.shards import gathered
 from attention_jax.models.layers import Layers, Stack
 from attention_jax.nn import AttentionPooling, ClassToken, pooling
 from attention_jax.nn.embeddings import EMBED_INIT
-from attention_jax.nn.linear import Linear
+from attention_jax.nn.linear import linear
+from attention_jax.nn.logical import logical
 from attention_jax.nn.rngs import check_rngs
 
 POOLS = ("class", "mean", "attention")
@@ -77,19 +79,25 @@ class VisionTransformer(nnx.Module):
         layers = config.layers
         E, param_dtype = layers.features, layers.param_dtype
         self.config = config
-        self.embed = Linear(config.patch**2 * config.channels, E, **layers.dtypes, rngs=rngs)
+        self.embed = linear(
+            config.patch**2 * config.channels, E, axes=(None, "embed"), **layers.dtypes, rngs=rngs
+        )
         self.class_token = nnx.data(None)
         if config.pool == "class":
             self.class_token = ClassToken(E, param_dtype=param_dtype, rngs=rngs)
         tokens = config.patches + (config.pool == "class")
-        self.positions = nnx.Param(EMBED_INIT(rngs.params(), (tokens, E), param_dtype))
+        self.positions = nnx.Param(
+            EMBED_INIT(rngs.params(), (tokens, E), param_dtype), **logical(None, "embed")
+        )
         self.dropout = nnx.Dropout(config.dropout_rate, rngs=rngs if config.dropout_rate else None)
         self.stack = Stack(layers, causal=False, rngs=rngs)
         self.pooling = self.classify = nnx.data(None)
         if config.pool == "attention":
             self.pooling = AttentionPooling(E, layers.num_heads, **layers.dtypes, rngs=rngs)
         if config.classes is not None:
-            self.classify = Linear(E, config.classes, **layers.dtypes, rngs=rngs)
+            self.classify = linear(
+                E, config.classes, axes=("embed", None), **layers.dtypes, rngs=rngs
+            )
 
     def __call__(self, images: Float[AnyArray, "*B rows columns channels"]) -> jax.Array:
         """The logits ``[*B C]``, in float32 or wider; without classes the tokens ``[*B T E]``."""
@@ -110,7 +118,7 @@ class VisionTransformer(nnx.Module):
         x = self.embed(patches(images, self.config.patch))
         if self.class_token is not None:
             x = self.class_token(x)
-        x, positions = same_rank(x, self.positions[...].astype(x.dtype))
+        x, positions = same_rank(x, gathered(self.positions[...], 1).astype(x.dtype))
         return self.dropout(x + positions)
 
     def hidden(self, images: Float[AnyArray, "*B rows columns channels"]) -> jax.Array:

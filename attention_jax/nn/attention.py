@@ -30,12 +30,20 @@ from attention_jax.core.axes import (
 from attention_jax.core.dropout import check_rate
 from attention_jax.masks import Mask
 from attention_jax.mechanisms.as_attention import check_attention, check_weights
-from attention_jax.nn.linear import BIAS_INIT, KERNEL_INIT, Linear, names_with_bias
+from attention_jax.nn.linear import BIAS_INIT, KERNEL_INIT, linear, names_with_bias
+from attention_jax.nn.logical import logical
 from attention_jax.nn.rngs import check_rngs, dropout_key
 from attention_jax.positions import DynamicNTK, Rotary
 from attention_jax.scores import Score
 
 Scores = Score | tuple[Score, ...]
+
+# The logical axis of each projection's width; that of fused ones mixes heads of several kinds.
+SHARDED: dict[tuple[str, ...], str] = {
+    ("query",): "heads",
+    ("key",): "kv_heads",
+    ("value",): "kv_heads",
+}
 
 
 class KeysValues(NamedTuple):
@@ -175,8 +183,8 @@ class MultiHeadAttention(nnx.Module):
         self.attention, self.implementation = attention, implementation
         self.dtype, self.param_dtype = dtype, param_dtype
 
-        linear = functools.partial(
-            Linear,
+        project = functools.partial(
+            linear,
             dtype=dtype,
             param_dtype=param_dtype,
             kernel_init=kernel_init,
@@ -198,13 +206,22 @@ class MultiHeadAttention(nnx.Module):
             if context_features is not None and names != ["query"]:
                 source = context_features
             width = sum(widths[name] for name in names)
-            setattr(self, "_".join(names), linear(source, width, use_bias=biases.pop()))
+            axis, heads = SHARDED.get(tuple(names), "qkv"), K if names != ["query"] else N
+            projection = project(
+                source, width, axes=("embed", axis), units=heads, use_bias=biases.pop()
+            )
+            setattr(self, "_".join(names), projection)
         self.together = tuple(tuple(names) for names in together)
         self.query_norm = nnx.data(None if norm is None else norm(H, rngs=rngs))
         self.key_norm = nnx.data(None if norm is None else norm(H, rngs=rngs))
-        self.sinks = nnx.data(nnx.Param(jnp.zeros(N, param_dtype)) if sinks else None)
-        self.gate = nnx.data(linear(features, N * D, use_bias=has_bias("gate")) if gate else None)
-        self.out = linear(N * D, out_features, use_bias=has_bias("out"))
+        self.sinks = nnx.data(
+            nnx.Param(jnp.zeros(N, param_dtype), **logical("heads")) if sinks else None
+        )
+        gating = functools.partial(project, axes=("embed", "heads"), units=N)
+        self.gate = nnx.data(gating(features, N * D, use_bias=has_bias("gate")) if gate else None)
+        self.out = project(
+            N * D, out_features, axes=("heads", "embed"), units=N, use_bias=has_bias("out")
+        )
         self.rngs = nnx.data(rngs.dropout.fork() if dropout_rate else None)
 
     # --- Calls.

@@ -19,6 +19,9 @@ from attention_jax.core.axes import (
     same_rank,
 )
 from attention_jax.core.dropout import check_rate
+from attention_jax.core.shards import gathered
+from attention_jax.nn.linear import Product
+from attention_jax.nn.logical import logical
 from attention_jax.nn.padding import as_real, filled, places
 from attention_jax.nn.rngs import check_rngs
 from attention_jax.positions import learned, sinusoidal
@@ -83,16 +86,19 @@ class Embeddings(nnx.Module):
         if positions not in POSITIONS:
             raise ValueError(f"positions must be one of {POSITIONS}, got {positions!r}")
 
-        def table(rows: int) -> nnx.Param[jax.Array]:
-            return nnx.Param(embedding_init(rngs.params(), (rows, features), param_dtype))
+        def table(rows: int, name: str | None) -> nnx.Param[jax.Array]:
+            init = embedding_init(rngs.params(), (rows, features), param_dtype)
+            return nnx.Param(init, **logical(name, "embed"))
 
-        self.tokens = table(vocabulary)
+        self.tokens = table(vocabulary, "vocab")
         if positions == "learned" and max_length is None:
             raise ValueError("max_length must be given with learned positions")
         if max_length is not None:
             int_at_least("max_length", max_length, 1)
-        self.positions = nnx.data(table(max_length) if positions == "learned" else None)  # type: ignore[arg-type]
-        self.types = nnx.data(table(types) if types else None)
+        self.positions = nnx.data(
+            table(max_length, None) if positions == "learned" else None  # type: ignore[arg-type]
+        )
+        self.types = nnx.data(table(types, None) if types else None)
         self.norm = nnx.data(None if norm is None else norm())
         self.dropout = nnx.Dropout(dropout_rate, rngs=rngs if dropout_rate else None)
         self.sinusoidal = positions == "sinusoidal"
@@ -125,13 +131,15 @@ class Embeddings(nnx.Module):
             positions = jnp.arange(x.shape[-2], dtype=jnp.int32)
         check_broadcasts("positions", check_positions(positions), x.shape[:-1])
         if self.positions is not None:
-            x = _sum(x, self._cast(learned(self.positions[...], positions)))
+            x = _sum(x, self._cast(learned(gathered(self.positions[...], 1), positions)))
         if self.sinusoidal:
             x = _sum(x, sinusoidal(positions, x.shape[-1], dtype=x.dtype))
         if self.types is not None:
             types = jnp.zeros((), jnp.int32) if types is None else types
             check_broadcasts("types", check_positions(types, "types"), x.shape[:-1])
-            x = _sum(x, self._cast(rows(self.types[...], filled(types, real), "types")))
+            x = _sum(
+                x, self._cast(rows(gathered(self.types[...], 1), filled(types, real), "types"))
+            )
         elif types is not None:
             raise ValueError("types must be None: these embeddings have no types (types=0)")
         x = x if self.norm is None else self.norm(x)
@@ -146,7 +154,7 @@ class Embeddings(nnx.Module):
         tokens = check_positions(tokens, "tokens")
         if tokens.ndim < 1:
             raise ValueError("tokens must have shape [*B T], got ()")
-        x = self._cast(rows(self.tokens[...], tokens, "tokens"))
+        x = self._cast(rows(gathered(self.tokens[...], 1), tokens, "tokens"))
         if self.scale != 1.0:
             x = x * jnp.asarray(self.scale, x.dtype)
         return x if self.moved is None else self.moved(x)
@@ -156,8 +164,8 @@ class Embeddings(nnx.Module):
         table = self.tokens[...]
         check_tokens("x", x, "[... E]", table.shape[-1])
         dtype = self.dtype or jnp.promote_types(x.dtype, table.dtype)
-        flat = jnp.asarray(x, dtype).reshape(-1, x.shape[-1])  # see nn.linear
-        return (flat @ table.astype(dtype).T).reshape(*x.shape[:-1], table.shape[0])
+        x, contract = jnp.asarray(x, dtype), (((x.ndim - 1,), (0,)), ((), ()))
+        return Product(embed=0)(x, table.astype(dtype).T, contract)
 
     def _cast(self, x: jax.Array) -> jax.Array:
         return x if self.dtype is None else x.astype(self.dtype)

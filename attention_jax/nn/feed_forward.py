@@ -13,7 +13,7 @@ from jaxtyping import Float
 
 from attention_jax.core.axes import AnyArray, check_tokens, int_at_least
 from attention_jax.core.dropout import check_rate
-from attention_jax.nn.linear import BIAS_INIT, KERNEL_INIT, Linear
+from attention_jax.nn.linear import BIAS_INIT, KERNEL_INIT, linear
 from attention_jax.nn.rngs import check_rngs
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -81,8 +81,8 @@ class FeedForward(nnx.Module):
             raise TypeError(f"activation must be a name or a function, got {activation!r}")
         check_rngs(rngs)
         check_rate(dropout_rate)
-        linear = functools.partial(
-            Linear,
+        project = functools.partial(
+            linear,
             use_bias=bias,
             dtype=dtype,
             param_dtype=param_dtype,
@@ -91,9 +91,9 @@ class FeedForward(nnx.Module):
             rngs=rngs,
         )
         self.activation = activation
-        self.gate = nnx.data(linear(features, hidden) if gated else None)
-        self.up = linear(features, hidden)
-        self.down = linear(hidden, features)
+        self.gate = nnx.data(project(features, hidden, axes=("embed", "mlp")) if gated else None)
+        self.up = project(features, hidden, axes=("embed", "mlp"))
+        self.down = project(hidden, features, axes=("mlp", "embed"))
         self.dropout = nnx.Dropout(dropout_rate, rngs=rngs if dropout_rate else None)
 
     def __call__(

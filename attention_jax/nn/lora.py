@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from attention_jax.core.axes import accumulation_dtype, int_at_least
+from attention_jax.nn.logical import logical
 
 
 class Frozen(nnx.Variable[Any]):
@@ -208,7 +209,7 @@ def _added(model: nnx.Module) -> dict[Any, Any]:
 
 
 def _adapter(linear: nnx.Linear, rank: int, rngs: nnx.Rngs) -> nnx.LoRA:
-    return nnx.LoRA(
+    adapter = nnx.LoRA(
         linear.in_features,
         rank,
         linear.out_features,
@@ -217,6 +218,16 @@ def _adapter(linear: nnx.Linear, rank: int, rngs: nnx.Rngs) -> nnx.LoRA:
         param_dtype=linear.kernel[...].dtype,
         rngs=rngs,
     )
+    metadata = linear.kernel.get_metadata()
+    rows, columns = metadata.get("out_sharding") or (None, None)
+    of_rows, of_columns = metadata.get("units") or (None, None)
+    a, b = (
+        logical(rows, None, units=(of_rows, None)),
+        logical(None, columns, units=(None, of_columns)),
+    )
+    adapter.lora_a = nnx.LoRAParam(adapter.lora_a[...], **a)
+    adapter.lora_b = nnx.LoRAParam(adapter.lora_b[...], **b)
+    return adapter
 
 
 def _folded(adapter: nnx.LoRA, linear: nnx.Linear) -> nnx.Linear:

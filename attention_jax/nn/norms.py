@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Float
 
 from attention_jax.core.axes import AnyArray, accumulation_dtype, check_tokens, same_rank
+from attention_jax.nn.logical import logical
 
 
 class OnePlusRMSNorm(nnx.Module):
@@ -46,7 +47,7 @@ class OnePlusRMSNorm(nnx.Module):
           rngs: not used; norms are constructed with it.
         """
         self.normalize = nnx.RMSNorm(num_features, epsilon=epsilon, use_scale=False, rngs=rngs)
-        self.scale = nnx.Param(jnp.zeros(num_features, param_dtype))
+        self.scale = nnx.Param(jnp.zeros(num_features, param_dtype), **logical("norm"))
         self.dtype = dtype
 
     def __call__(self, x: Float[AnyArray, "... E"]) -> jax.Array:

@@ -16,8 +16,10 @@ from attention_jax.core.axes import (
     check_tokens,
     int_at_least,
 )
+from attention_jax.core.shards import gathered
 from attention_jax.nn.attention import MultiHeadAttention
 from attention_jax.nn.embeddings import EMBED_INIT
+from attention_jax.nn.logical import logical
 from attention_jax.nn.rngs import check_rngs
 
 
@@ -97,12 +99,14 @@ class ClassToken(nnx.Module):
           rngs: for the token.
         """
         check_rngs(rngs)
-        self.token = nnx.Param(init(rngs.params(), (1, features), param_dtype))
+        self.token = nnx.Param(
+            init(rngs.params(), (1, features), param_dtype), **logical(None, "embed")
+        )
 
     def __call__(self, x: Float[AnyArray, "*B T E"]) -> Float[Array, "*B T1 E"]:
         """``[*B T E]`` to ``[*B 1+T E]``."""
         check_tokens("x", x, "[*B T E]", self.token[...].shape[-1])
-        token = self.token[...].astype(x.dtype)
+        token = gathered(self.token[...], 1).astype(x.dtype)
         return jnp.concatenate(
             [jnp.broadcast_to(token, (*x.shape[:-2], 1, x.shape[-1])), x], axis=-2
         )
@@ -144,7 +148,8 @@ class AttentionPooling(nnx.Module):
         """
         check_rngs(rngs)
         int_at_least("queries", queries, 1)
-        self.queries = nnx.Param(init(rngs.params(), (queries, features), param_dtype))
+        learned = init(rngs.params(), (queries, features), param_dtype)
+        self.queries = nnx.Param(learned, **logical(None, "embed"))
         self.attention = MultiHeadAttention(
             features,
             num_heads,
@@ -166,7 +171,7 @@ class AttentionPooling(nnx.Module):
         check_tokens("x", x, "[*B T E]", self.attention.features)
         if real is not None:
             check_real(real, x.shape[:-1])
-        queries = self.queries[...].astype(x.dtype)
+        queries = gathered(self.queries[...], 1).astype(x.dtype)
         mask = None if real is None else real[..., None, None, :]
         batch = x.shape[:-2]
         queries = jnp.broadcast_to(queries, (*batch, *queries.shape))

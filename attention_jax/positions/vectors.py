@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from attention_jax.core.axes import AnyArray, accumulation_dtype, check_positions
+from attention_jax.core.shards import explicit_mesh, placed, resharded, spec_of, without
 from attention_jax.positions.scalings import angles, frequencies
 
 
@@ -89,4 +90,10 @@ def rows(table: Any, index: Any, name: str) -> jax.Array:
             )
     # take() reads -1 as the last row; here it is out of range.
     index = jnp.where(jnp.asarray(index) < 0, table.shape[0], index)
-    return jnp.take(jnp.asarray(table), index, axis=0, mode="fill", fill_value=jnp.nan)
+    table = jnp.asarray(table)
+    if (mesh := explicit_mesh(table, index)) is None:
+        return jnp.take(table, index, axis=0, mode="fill", fill_value=jnp.nan)
+    used = spec_of(index)
+    kept = tuple(without(axes, used) for axes in spec_of(table))
+    table, out = resharded(table, mesh, kept), placed(mesh, (*used, *kept[1:]))
+    return table.at[index].get(mode="fill", fill_value=jnp.nan, out_sharding=out)

@@ -71,7 +71,8 @@ class Checkpoints:
                     ),
                 )
                 manager.wait_until_finished()
-            _write_sums(self.folder / kind / str(step))
+            if jax.process_index() == 0:
+                _write_sums(self.folder / kind / str(step))
         except DAMAGE as problem:
             self._clean(kind)
             warnings.warn(
@@ -103,46 +104,44 @@ class Checkpoints:
         """
         if not (self.folder / kind).exists():
             return None
-        damaged = []
+        damaged, expected = [], _named(like)
         with self._manager(kind) as manager:
             for step in sorted(manager.all_steps(), reverse=True):
+                at = self.folder / kind / str(step)
                 try:
-                    _check_sums(self.folder / kind / str(step))
-                    found = manager.restore(
-                        step,
-                        args=ocp.args.Composite(
-                            state=ocp.args.StandardRestore(), notes=ocp.args.JsonRestore()
-                        ),
-                    )
-                    arrays, notes = found["state"], found["notes"]
+                    _check_sums(at)
+                    different = _differing(at / "state", expected)
+                    if not different:
+                        found = manager.restore(
+                            step,
+                            args=ocp.args.Composite(
+                                state=ocp.args.StandardRestore(expected),
+                                notes=ocp.args.JsonRestore(),
+                            ),
+                        )
                 except DAMAGE as problem:
                     damaged.append(f"step {step} is damaged: {_first_line(problem)}")
                     continue
+                if different:
+                    raise ValueError(
+                        f"{self.folder} holds another model: {len(different)} arrays differ, the "
+                        f"first is {different[0][0]} {different[0][1]}"
+                    )
                 if damaged:
                     warnings.warn(
                         f"{self.folder / kind}: {'; '.join(damaged)}; using step {step}",
                         RuntimeWarning,
                         stacklevel=2,
                     )
-                return Saved(step, self._like(like, arrays), notes)
+                leaves = [jax.numpy.asarray(found["state"][name]) for name in expected]
+                state = jax.tree.unflatten(jax.tree.structure(like), leaves)
+                return Saved(step, state, found["notes"])
         if damaged:
             raise ValueError(
                 f"{self.folder / kind}: no checkpoint is intact ({'; '.join(damaged)}); remove the "
                 f"folder to start from step 0"
             )
         return None
-
-    def _like(self, like: T, arrays: dict[str, Any]) -> T:
-        expected = _named(like)
-        shapes = {name: np.shape(x) for name, x in expected.items()}
-        if (found := {name: np.shape(x) for name, x in arrays.items()}) != shapes:
-            differing = sorted(set(found.items()) ^ set(shapes.items()))
-            raise ValueError(
-                f"{self.folder} holds another model: {len(differing)} arrays differ, the first is "
-                f"{differing[0][0]} {differing[0][1]}"
-            )
-        leaves = [jax.numpy.asarray(arrays[name]) for name in expected]
-        return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
     def _manager(self, kind: str) -> ocp.CheckpointManager:
         return ocp.CheckpointManager(
@@ -187,12 +186,28 @@ def _check_sums(folder: Path) -> None:
 
 
 def _named(state: Any) -> dict[str, Any]:
-    """Every array, as NumPy, under its path.
+    """Every array under its path: as it is if it is sharded or shared by processes, else as NumPy.
 
-    Not as JAX arrays: for a damaged one of those Orbax raises a bare ``Exception``.
+    Orbax reads and writes shards where they are, so that no process holds the whole of them. It
+    raises a bare ``Exception`` for a damaged JAX array, hence NumPy for the others.
     """
-    leaves, _ = jax.tree.flatten_with_path(jax.device_get(state))
-    return {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in leaves}
+
+    def host(x: Any) -> Any:
+        local = not isinstance(x, jax.Array) or (x.is_fully_addressable and x.is_fully_replicated)
+        return jax.device_get(x) if local else x
+
+    leaves, _ = jax.tree.flatten_with_path(state)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): host(x) for path, x in leaves}
+
+
+def _differing(folder: Path, expected: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Names and shapes that only a saved state or only ``expected`` has."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        metadata = checkpointer.metadata(folder).item_metadata
+    if metadata is None:
+        raise ValueError(f"{folder} does not say which arrays it holds")
+    there = {(name, tuple(x.shape)) for name, x in metadata.tree.items()}
+    return sorted(there ^ {(name, np.shape(x)) for name, x in expected.items()})
 
 
 def _first_line(problem: BaseException) -> str:

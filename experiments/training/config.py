@@ -26,7 +26,7 @@ class TrainConfig:
     accumulate: int = 1
     """Microbatches that a batch is split into, to save memory; the gradient is the same."""
     devices: int = 1
-    """Devices that a batch is split over; the gradient is the same, except for dropout."""
+    """Devices that a batch is split over; the same as ``--mesh data=N``."""
     learning_rate: float = 1e-3
     """Peak learning rate, after the warm-up."""
     schedule: Literal["cosine", "inverse_sqrt"] = "cosine"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -105,13 +106,15 @@ class Progress(NamedTuple):
           tensorboard: also write for TensorBoard.
           profile: trace the steps of ``PROFILED``.
         """
+        first = jax.process_index() == 0
         folder.mkdir(parents=True, exist_ok=True)
-        log = folder / "log.jsonl"
-        _drop_after(log, self.step)
+        log = folder / "log.jsonl" if first else Path(os.devnull)
+        if first:
+            _drop_after(log, self.step)
         with contextlib.ExitStack() as stack:
             lines = stack.enter_context(log.open("a"))
             board = None
-            if tensorboard:
+            if tensorboard and first:
                 from tensorboardX import SummaryWriter
 
                 board = stack.enter_context(SummaryWriter(str(folder / "tensorboard")))
@@ -122,6 +125,7 @@ class Progress(NamedTuple):
                     desc=name,
                     unit="step",
                     dynamic_ncols=True,
+                    disable=not first,
                 )
             )
             opened = RunLog(
@@ -131,7 +135,7 @@ class Progress(NamedTuple):
                 unit=unit,
                 every=max(1, steps // LINES),
                 start=time.perf_counter() - self.seconds,
-                profile=folder / "profile" if profile else None,
+                profile=folder / "profile" if profile and first else None,
             )
             yield opened
             opened.stop_profile()
@@ -180,9 +184,9 @@ class RunLog:
         self._write(progress, {f"validation_{name}": x for name, x in scores.items()})
         self._scores = f", {progress.metric} {scores[progress.metric]:.3f}"
         mark = " (best)" if better else ""
-        self.bar.write(
-            f"step {progress.step}: loss {progress.loss:.3f}, validation {one_line(scores)}{mark}"
-        )
+        if not self.bar.disable:
+            said = f"loss {progress.loss:.3f}, validation {one_line(scores)}{mark}"
+            self.bar.write(f"step {progress.step}: {said}")
         self._since += time.perf_counter() - now
         return progress, better
 

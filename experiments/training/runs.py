@@ -31,6 +31,7 @@ from experiments.options import nearest
 from experiments.training import config as configs
 from experiments.training.checkpoints import BEST, Checkpoints
 from experiments.training.config import TrainConfig
+from experiments.training.layout import agreed
 from experiments.training.progress import Progress
 from experiments.training.task import Metrics, Record, Task
 
@@ -57,6 +58,17 @@ class Flags:
     """Also log losses and scores for TensorBoard (needs tensorboardX)."""
     profile: bool = False
     """Trace ten steps with JAX's profiler, into the folder of the run."""
+    mesh: str | None = None
+    """The devices, and what is split among them: the batch, heads and hidden units, the length of
+    sequences; for example data=2,model=2,context=2."""
+    fsdp: bool = False
+    """Also shard parameters and optimizer state over data and context."""
+    coordinator: str | None = None
+    """HOST:PORT of process 0, to train with several processes; auto finds it in a cluster."""
+    processes: int | None = None
+    """How many processes there are."""
+    process: int | None = None
+    """Which of them this is, from 0. Process 0 prints and records."""
 
 
 def folder_of(task: Task[Any, Any], config: TrainConfig, *, preset: str, flags: Flags) -> Path:
@@ -64,6 +76,26 @@ def folder_of(task: Task[Any, Any], config: TrainConfig, *, preset: str, flags: 
     model = getattr(config, "model", None)
     default = "-".join(filter(None, (model, preset, f"seed{config.seed}")))
     return flags.out / task.name / (flags.name or default)
+
+
+def start_together(task: Task[Any, Any], config: TrainConfig, *, preset: str, flags: Flags) -> Path:
+    """``start`` in the first process, while the others wait.
+
+    Raises:
+      ValueError: in all processes, if it raises in the first.
+    """
+    problem = None
+    if jax.process_index() == 0:
+        try:
+            start(task, config, preset=preset, flags=flags)
+        except ValueError as raised:
+            problem = raised
+    failed = agreed(int(problem is not None))
+    if problem is not None:
+        raise problem
+    if failed:
+        raise ValueError("process 0 could not start the run: its message says why")
+    return folder_of(task, config, preset=preset, flags=flags)
 
 
 def start(task: Task[Any, Any], config: TrainConfig, *, preset: str, flags: Flags) -> Path:

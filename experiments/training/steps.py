@@ -1,26 +1,30 @@
 """One training step: the gradient of a batch, over microbatches and devices, and the update.
 
-Each microbatch on each device gives the gradient of its summed loss. These are added up and divided
-by the number of loss terms, so that however a batch is split, the result is the gradient of its
-mean loss.
+Each microbatch gives the gradient of its summed loss. These are added up and divided by the number
+of loss terms, so that however a batch is split, the result is the gradient of its mean loss. Over a
+mesh, the program is that of one device, which XLA partitions by the shardings of its arguments.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax  # type: ignore[import-untyped]
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.flatten_util import ravel_pytree
+from jax.sharding import NamedSharding, PartitionSpec
 
+from attention_jax.core.shards import split_along
 from attention_jax.nn import moved_embeddings
 from experiments.training import adversarial, optimizers
 from experiments.training.config import TrainConfig
+from experiments.training.layout import Layout, whole
+from experiments.training.layout import layout as make_layout
 from experiments.training.task import Batch, Loss, Model
 
 
@@ -53,29 +57,44 @@ class Trainer(NamedTuple):
 
 
 def trainer(
-    loss: Callable[[Any, Model, Batch], Loss], config: TrainConfig, model: nnx.Module
+    loss: Callable[[Any, Model, Batch], Loss],
+    config: TrainConfig,
+    model: nnx.Module,
+    layout: Layout | None = None,
 ) -> Trainer:
-    """The trainer of a fresh model, for a loss of configuration, model and batch."""
-    graph, parameters, *others = nnx.split(model, nnx.Param, ...)
+    """The trainer of a fresh model, for a loss of configuration, model and batch.
+
+    Args:
+      loss, config, model: what is trained.
+      layout: how it is split; default ``config.devices`` along the batch.
+
+    Raises:
+      ValueError: a batch that cannot be split in this way.
+    """
+    layout = make_layout(None, fsdp=False, devices=config.devices) if layout is None else layout
+    parts = config.accumulate * layout.parts
+    if config.batch_size % parts:
+        raise ValueError(
+            f"batch_size must be a multiple of accumulate x data, {parts}, got {config.batch_size}"
+        )
+    graph, parameters, *others = nnx.split(layout.prepared(model), nnx.Param, ...)
     (rest,) = others
-    optimizer, mesh = optimizers.make(config), _mesh(config.devices)
+    optimizer = optimizers.make(config)
     average = jax.tree.map(jnp.copy, parameters) if config.ema else None
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    split = NamedSharding(mesh, PartitionSpec("data"))
-    update = _update(loss, config, graph, optimizer, mesh)
-    rest = jax.device_put(rest, everywhere)
+    initial = State(parameters, optimizer.init(parameters), average)
+    update = _update(loss, config, graph, optimizer, layout, initial)
+    on_devices = layout.put(rest)
 
     def evaluated(weights: Any) -> Model:
-        model = nnx.merge(graph, weights, rest)
+        model = nnx.merge(graph, whole(weights), rest)
         model.eval()
         return model
 
-    return Trainer(
-        initial=State(parameters, optimizer.init(parameters), average),
-        put=lambda state: jax.device_put(state, everywhere),
-        update=lambda state, batch, step: update(state, jax.device_put(batch, split), step, rest),
-        model=evaluated,
-    )
+    def step(state: State, batch: Batch, step: int) -> Any:
+        with jax.set_mesh(layout.mesh) if layout.mesh.size > 1 else contextlib.nullcontext():
+            return update(state, layout.put_batch(batch), step, on_devices)
+
+    return Trainer(initial=initial, put=layout.put, update=step, model=evaluated)
 
 
 def _update(
@@ -83,7 +102,8 @@ def _update(
     config: TrainConfig,
     graph: Any,
     optimizer: optax.GradientTransformation,
-    mesh: Mesh,
+    layout: Layout,
+    initial: State,
 ) -> Callable[[State, Batch, Any, Any], tuple[State, jax.Array, jax.Array, jax.Array]]:
     """``Trainer.update``; its last argument is the part of the model that is not trained."""
 
@@ -106,12 +126,19 @@ def _update(
     def over_microbatches(
         parameters: Any, batch: Batch, step: Any, rest: Any
     ) -> tuple[Any, Any, Any]:
-        """The sums over the microbatches of one device, computed one after the other."""
-        position = step if mesh.size == 1 else jnp.stack([step, jax.lax.axis_index("data")])
+        """The sums over the microbatches, computed one after the other."""
+        position = step
+        if by_process:
+            position = jnp.stack([step, jax.lax.axis_index("data")])
         if config.accumulate == 1:
             return sums(parameters, batch, position, rest)
         A = config.accumulate
-        microbatches = jax.tree.map(lambda x: x.reshape(A, x.shape[0] // A, *x.shape[1:]), batch)
+
+        def divided(x: jax.Array) -> jax.Array:  # each microbatch over all devices
+            x = x.reshape(A, x.shape[0] // A, *x.shape[1:])
+            return split_along(x, 1, "data", "a microbatch")
+
+        microbatches = jax.tree.map(divided, batch)
 
         def add(so_far: Any, numbered: Any) -> tuple[Any, None]:
             i, batch = numbered
@@ -122,21 +149,22 @@ def _update(
         numbers = jnp.arange(A, dtype=jnp.int32)
         return jax.lax.scan(add, zero, (numbers, microbatches))[0]
 
-    def over_devices(parameters: Any, batch: Batch, step: Any, rest: Any) -> tuple[Any, Any, Any]:
-        return jax.lax.psum(over_microbatches(parameters, batch, step, rest), "data")
-
+    by_process = layout.by_process
     gradient_of = over_microbatches
-    if mesh.size > 1:
-        everywhere, split = PartitionSpec(), PartitionSpec("data")
+    if by_process:
+        split, same = PartitionSpec("data"), PartitionSpec()
         gradient_of = jax.shard_map(
-            over_devices,
-            mesh=mesh,
-            in_specs=(everywhere, split, everywhere, everywhere),
-            out_specs=everywhere,
+            lambda *arguments: _summed(over_microbatches(*arguments)),
+            mesh=layout.mesh,
+            in_specs=(same, split, same, same),
+            out_specs=same,
             check_vma=False,
         )
 
-    @functools.partial(jax.jit, donate_argnums=0)
+    everywhere = NamedSharding(layout.mesh, PartitionSpec())
+    placed = layout.shardings(initial)
+
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=(placed, *[everywhere] * 3))
     def update(state: State, batch: Batch, step: Any, rest: Any) -> Any:
         step = jnp.asarray(step, jnp.int32)
         total, count, gradient = gradient_of(state.parameters, batch, step, rest)
@@ -153,8 +181,14 @@ def _update(
     return update
 
 
+def _summed(sums: Any) -> Any:
+    """Sums over all devices, sent as one vector."""
+    vector, unravel = ravel_pytree(sums)
+    return unravel(jax.lax.psum(vector, "data"))
+
+
 def _streams(rest: Any, position: jax.Array) -> Any:
-    """The model's random keys, folded with the step and the number of device and microbatch."""
+    """The model's random keys, folded with the step and the number of the microbatch."""
     numbers = jnp.atleast_1d(position)
 
     def folded(x: Any) -> Any:
@@ -174,17 +208,3 @@ def _cast(tree: Any, dtype: str) -> Any:
         return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
     return jax.tree.map(cast, tree)
-
-
-def _mesh(devices: int) -> Mesh:
-    """A mesh of the first devices, with the axis ``data``.
-
-    Raises:
-      ValueError: JAX sees fewer devices.
-    """
-    if devices > jax.device_count():
-        raise ValueError(
-            f"devices must be at most {jax.device_count()}, what JAX sees, got {devices}; "
-            f"on a CPU, XLA_FLAGS=--xla_force_host_platform_device_count={devices} makes more"
-        )
-    return Mesh(np.array(jax.devices()[:devices]), ("data",))

@@ -24,10 +24,14 @@ from flax import nnx
 
 from experiments.training import runs
 from experiments.training.checkpoints import BEST, LAST, Checkpoints
+from experiments.training.layout import agreed, connect, layout
 from experiments.training.progress import Progress, one_line
 from experiments.training.runs import Flags
 from experiments.training.steps import State, trainer
 from experiments.training.task import Batch, C, D, Model, Record, Task
+
+# Steps after which several processes agree on whether the time is up.
+CLOCK = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,12 +46,15 @@ class Trained:
 
 
 def run(task: Task[C, D], config: C, *, preset: str, flags: Flags) -> Record:
-    """Trains, scores the test split and writes the record; returns it."""
-    folder = runs.start(task, config, preset=preset, flags=flags)
+    """Trains, scores the test split and writes the record; returns it (in process 0)."""
+    connect(flags.coordinator, flags.processes, flags.process)
+    folder = runs.start_together(task, config, preset=preset, flags=flags)
     data = task.data(config)
     trained = train(task, config, data, folder, flags)
     progress = trained.progress
     test = task.evaluate(config, trained.model, data, "test")
+    if jax.process_index() > 0:
+        return {}
     files = [] if task.pictures is None else task.pictures(config, trained.model, data, folder)
     record = runs.record(
         task,
@@ -80,12 +87,14 @@ def train(
     if not count_parameters(model):
         scores = task.evaluate(config, model, data, "validation")
         return Trained(model, None, progress.closed(scores))
-    training = trainer(task.loss, config, model)
-    state, checkpoints = training.initial, Checkpoints(folder / "checkpoints")
+    split = layout(flags.mesh, fsdp=flags.fsdp, devices=config.devices)
+    training = trainer(task.loss, config, model, split)
+    state, checkpoints = training.put(training.initial), Checkpoints(folder / "checkpoints")
     if flags.resume and (saved := checkpoints.restore(LAST, state)) is not None:
         state, progress = saved.state, Progress.from_notes(progress, saved.notes)
-        print(f"{folder}: resumed from step {saved.step}")
-    state = training.put(state)
+        if jax.process_index() == 0:
+            print(f"{folder}: resumed from step {saved.step}")
+        state = training.put(state)
     limit = math.inf if config.minutes is None else 60 * config.minutes
     evaluate_at = {round(x) for x in np.linspace(0, config.steps, config.evaluations + 1)[1:]}
     with progress.logged(
@@ -110,8 +119,11 @@ def train(
                 )
             progress = log.step(progress, loss, number, norm)
             late = progress.seconds > limit
+            if jax.process_count() > 1 and limit < math.inf:  # they have clocks of their own
+                late = progress.step % CLOCK == 0 and bool(agreed(int(late)))
             if progress.step in evaluate_at or late:
-                scores = task.evaluate(config, training.model(state.weights), data, "validation")
+                model = training.model(state.weights)
+                scores = agreed(task.evaluate(config, model, data, "validation"))
                 progress, better = log.scores(progress, scores)
                 if better:
                     checkpoints.save(BEST, progress.step, state.weights, progress.notes())

@@ -44,6 +44,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 from attention_jax.models.decoder import DecoderConfig
 from attention_jax.models.layers import Layers
@@ -61,6 +63,7 @@ from attention_jax.models.pretrained.family import Family
 from attention_jax.models.pretrained.hf_config import HFConfig
 from attention_jax.models.pretrained.lora import load_adapters, save_adapters
 from attention_jax.models.pretrained.tensors import Tensor
+from attention_jax.models.sharding import Rules, shardings
 from attention_jax.nn import Embeddings
 
 __all__ = ["load", "load_adapters", "save", "save_adapters"]
@@ -77,6 +80,8 @@ def load(
     param_dtype: Any = jnp.float32,
     implementation: str | tuple[str, ...] | None = None,
     seed: int = 0,
+    mesh: Mesh | None = None,
+    rules: Rules = (),
 ) -> Any:
     """Loads a checkpoint as a model in evaluation mode; ``model.train()`` enables dropout.
 
@@ -89,6 +94,9 @@ def load(
       param_dtype: of the parameters, whatever the dtype in the file.
       implementation: of attention.
       seed: for dropout.
+      mesh: load straight into shards on these devices, one tensor at a time: neither the host nor a
+        device ever holds the whole model. With several processes, each calls this function.
+      rules: how to shard, from ``sharding.rules``.
 
     Returns:
       An ``Encoder`` (BERT), ``Decoder`` (GPT-2, Llama, Mistral, Gemma 2), ``EncoderDecoder`` (T5)
@@ -123,6 +131,8 @@ def load(
     folder = Path(folder)
     if not jnp.issubdtype(param_dtype, jnp.floating):
         raise ValueError(f"param_dtype must be a floating one, got {param_dtype}")
+    if rules and mesh is None:
+        raise ValueError("mesh must be given with rules: the devices to shard over")
     if isinstance(ignore, str):
         raise ValueError(f"ignore must be a list of regular expressions, got {ignore!r}")
     entries = folders.read_config(folder) | dict(config or {})
@@ -147,9 +157,17 @@ def load(
     if errors := errors + matching.mismatches(used, tensors, leaves):
         raise ValueError(f"the tensors do not fit this {model_type}: " + "; ".join(errors))
     arrays = _random_state(leaves, seed)
+    placements = None
+    if mesh is not None:
+        placements = dict(nnx.to_flat_state(shardings(state, mesh, rules)))
     for name, (file, theirs) in used.items():
         tensor = tensors[name]
-        arrays[tensor.path] = _converted(theirs, tensor.form.into(file[theirs]), param_dtype)
+        placed = None if placements is None else placements[tensor.path].get_value()
+        x = tensor.form.into(file[theirs])
+        arrays[tensor.path] = _converted(theirs, x, param_dtype, placed)
+    if placements is not None:
+        for path in leaves.keys() - {tensors[name].path for name in used}:
+            arrays[path] = jax.device_put(arrays[path], placements[path].get_value())
     values = {path: x.replace(arrays[path]) for path, x in leaves.items()}
     model = nnx.merge(graph, nnx.from_flat_state(values))
     model.eval()
@@ -174,7 +192,9 @@ def save(
     save to it, at the same time.
 
     Args:
-      model: of a class that ``load`` returns, with a configuration that a family can express.
+      model: of a class that ``load`` returns, with a configuration that a family can express. It
+        may be sharded, over several processes too: then all of them call this function, and the
+        first one writes.
       folder: created if it does not exist.
       config: more entries for ``config.json``, ``eos_token_id`` for example.
 
@@ -202,16 +222,24 @@ def save(
     leaves = _checked_leaves(model, family)
     tensors = list(family.tensors(model.config))
 
-    def array(tensor: Tensor) -> Any:
-        return tensor.form.back(leaves[tensor.path].get_value())
+    def array(tensor: Tensor) -> Any:  # gathered from its shards, one tensor at a time
+        return tensor.form.back(_on_host(leaves[tensor.path].get_value()))
 
-    shapes = {tensor.name: jax.eval_shape(lambda t=tensor: array(t)) for tensor in tensors}
+    def shape(tensor: Tensor) -> jax.ShapeDtypeStruct:
+        x = leaves[tensor.path].get_value()
+        return jax.eval_shape(tensor.form.back, jax.ShapeDtypeStruct(x.shape, x.dtype))
+
+    shapes = {tensor.name: shape(tensor) for tensor in tensors}
     dtypes = {np.dtype(x.dtype).name for x in shapes.values()}
     entries = {"dtype": dtypes.pop() if len(dtypes) == 1 else "float32"} | entries
 
     def write_weights(path: Path) -> None:
-        safetensors.write(path, shapes, (np.asarray(array(t)) for t in tensors))
+        safetensors.write(path, shapes, map(array, tensors))
 
+    if jax.process_index() > 0:  # the first process writes, the others send it their shards
+        for tensor in tensors:
+            array(tensor)
+        return
     folders.replace(Path(folder), entries, write_weights)
 
 
@@ -245,13 +273,26 @@ def _parameters(model: Any) -> list[tuple[Any, Any]]:
     return [(p, x) for p, x in nnx.to_flat_state(nnx.state(model)) if not isinstance(x, others)]
 
 
-def _converted(name: str, x: np.ndarray, dtype: Any) -> jax.Array:
+def _converted(name: str, x: np.ndarray, dtype: Any, placed: Any = None) -> jax.Array:
+    """A tensor as an array of the model; ``placed`` is its sharding, None for one device."""
     with np.errstate(over="ignore"):  # reported below, with the name
-        result = jnp.asarray(x, dtype)
+        result: Any = jnp.asarray(x, dtype) if placed is None else x.astype(dtype)
     narrow = jnp.finfo(dtype).bits < 32 and x.dtype != result.dtype
-    if narrow and np.isfinite(x).all() and not jnp.isfinite(result).all():
+    library = jnp if placed is None else np  # a tensor to be sharded never goes to one device
+    if narrow and np.isfinite(x).all() and not library.isfinite(result).all():
         raise ValueError(f"{name} overflows param_dtype = {result.dtype}")
-    return result
+    if placed is None:
+        return result
+    return jax.make_array_from_callback(x.shape, placed, lambda index: result[index])
+
+
+def _on_host(x: Any) -> np.ndarray:
+    """The whole array in NumPy, gathered from its shards, those of other processes included."""
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+    if isinstance(x, jax.Array) and not x.is_fully_replicated:
+        x = jnp.copy(x)  # a sharded array keeps the NumPy array that was made of it
+    return np.asarray(x)
 
 
 # --- Configurations.

@@ -1,0 +1,90 @@
+"""Shardings while tracing: read from types over explicit mesh axes, constraints over Auto ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+
+
+def explicit_mesh(*arrays: Any) -> Any:
+    """The mesh over whose explicit axes some array is sharded; None if there is none."""
+    for x in arrays:
+        sharding = jax.typeof(x).sharding
+        if sharding.mesh.explicit_axes and any(axis is not None for axis in sharding.spec):
+            in_use = jax.sharding.get_abstract_mesh()  # under vmap without the axes it maps over
+            return sharding.mesh if in_use.empty else in_use
+    return None
+
+
+def spec_of(x: Any) -> tuple[Any, ...]:
+    """The explicit mesh axes that each axis is sharded over: None, a name or several."""
+    spec = tuple(jax.typeof(x).sharding.spec)
+    return (*spec, *[None] * (x.ndim - len(spec)))
+
+
+def without(axes: Any, used: Iterable[Any]) -> Any:
+    """The mesh axes of one array axis, without those that other array axes use.
+
+    >>> without(("data", "model"), ["data", None])
+    'model'
+    """
+    taken = {name for entry in used for name in _names(entry)}
+    left = tuple(name for name in _names(axes) if name not in taken)
+    return left if len(left) > 1 else left[0] if left else None
+
+
+def placed(mesh: Any, spec: Iterable[Any]) -> NamedSharding:
+    """The sharding of an array with these mesh axes."""
+    return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def resharded(x: jax.Array, mesh: Any, spec: tuple[Any, ...]) -> jax.Array:
+    """The array under another sharding; itself if it has that already."""
+    return x if spec_of(x) == spec else jax.sharding.reshard(x, placed(mesh, spec))
+
+
+def gathered(x: jax.Array, axis: int) -> jax.Array:
+    """The array, whole along one axis on every device; the other axes stay as they are.
+
+    For parameters that are stored in shards along that axis. The gradient is split again.
+    """
+    if (mesh := explicit_mesh(x)) is not None:
+        spec = spec_of(x)
+        return resharded(x, mesh, (*spec[:axis], None, *spec[axis + 1 :]))
+    if isinstance(x, jax.core.Tracer) and jax.sharding.get_abstract_mesh().auto_axes:
+        free: list[Any] = [PartitionSpec.UNCONSTRAINED] * x.ndim
+        free[axis] = None
+        return jax.lax.with_sharding_constraint(x, PartitionSpec(*free))
+    return x
+
+
+def split_along(x: Any, axis: int, name: str | None, what: str) -> Any:
+    """The array with one axis sharded over an Auto axis of the mesh in use.
+
+    Args:
+      x: the array.
+      axis: which of its axes.
+      name: of the mesh axis. The array is returned as it is for None, and without such a mesh.
+      what: the axis in words, for the error.
+
+    Raises:
+      ValueError: a mesh axis that does not divide the axis.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if name is None or name not in mesh.auto_axes:
+        return x
+    if x.shape[axis] % mesh.shape[name]:
+        raise ValueError(
+            f"{what} must be a multiple of the {mesh.shape[name]} devices along mesh axis "
+            f"{name!r}, got {x.shape[axis]}"
+        )
+    free: list[Any] = [PartitionSpec.UNCONSTRAINED] * x.ndim
+    free[axis] = name
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*free))
+
+
+def _names(entry: Any) -> tuple[str, ...]:
+    return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
