@@ -11,7 +11,7 @@ from typing import Any, Literal, overload
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from attention_jax import backends
 from attention_jax.backends import Backend, xla
@@ -29,6 +29,7 @@ from attention_jax.backends.call import (
 )
 from attention_jax.core import dropout
 from attention_jax.core.axes import (
+    AnyArray,
     Key,
     Normaliser,
     Output,
@@ -38,9 +39,11 @@ from attention_jax.core.axes import (
     accumulation_dtype,
 )
 from attention_jax.core.compat import no_mesh
+from attention_jax.core.positions import Contiguous
 from attention_jax.masks import block_map
 
 Implementation = str | Backend | Sequence[str | Backend] | None
+Positions = Int[AnyArray, "..."] | Contiguous | None
 
 
 @overload
@@ -55,6 +58,8 @@ def attention(
     scale: Scale = ...,
     dropout_rate: float = ...,
     dropout_key: Any = ...,
+    query_positions: Positions = ...,
+    key_positions: Positions = ...,
     implementation: Implementation = ...,
     return_lse: Literal[False] = ...,
 ) -> Output: ...
@@ -70,6 +75,8 @@ def attention(
     scale: Scale = ...,
     dropout_rate: float = ...,
     dropout_key: Any = ...,
+    query_positions: Positions = ...,
+    key_positions: Positions = ...,
     implementation: Implementation = ...,
     return_lse: Literal[True],
 ) -> tuple[Output, Normaliser]: ...
@@ -84,6 +91,8 @@ def attention(
     scale: Scale = None,
     dropout_rate: float = 0.0,
     dropout_key: Any = None,
+    query_positions: Positions = None,
+    key_positions: Positions = None,
     implementation: Implementation = None,
     return_lse: bool = False,
 ) -> Output | tuple[Output, Normaliser]:
@@ -111,6 +120,11 @@ def attention(
       scale: the factor of ``query . key``; None is ``1 / sqrt(H)``. May be traced.
       dropout_rate: probability of dropping a probability, in [0, 1); the rest is scaled up.
       dropout_key: a JAX random key. The dropout mask is a hash of it and ``(b, n, i, j)``.
+      query_positions, key_positions: int32 ``[*B T]`` or ``[T]``, ``[*B S]`` or ``[S]``: what the
+        rules of masks, scores and dropout take for ``i`` and ``j``; None: 0, 1, 2, ... For queries
+        and keys that are some of a sequence's, in any order. Keys at negative positions are masked.
+        Arrays of masks and scores stay in the order of the call's queries and keys, and
+        ``align="end"`` is ``align="start"``: the positions are those of one sequence.
       implementation: a name, a configured ``Backend`` such as ``backends.Blockwise(block_q=128)``,
         a sequence of these to try in order, or None to choose.
       return_lse: also return the natural-log normaliser.
@@ -151,6 +165,8 @@ def attention(
         scale=scale,
         dropout_rate=dropout_rate,
         dropout_key=dropout_key,
+        query_positions=query_positions,
+        key_positions=key_positions,
         static_numbers=static_numbers,
     )
     out, lse = _attention(
@@ -194,11 +210,13 @@ def attention_weights(
     score: ScoreLike = (),
     sinks: Sinks = None,
     scale: Scale = None,
+    query_positions: Positions = None,
+    key_positions: Positions = None,
 ) -> Float[Array, "*B N T S"]:
     """The attention probabilities, for inspection: ``p_ij = exp(s_ij - lse_i)``.
 
     Args:
-      query, key, mask, score, sinks, scale: as for ``attention``.
+      query, key, mask, score, sinks, scale, query_positions, key_positions: as for ``attention``.
 
     Returns:
       ``[*B N T S]`` in float32 or wider; fully masked rows are 0, and with sinks a row sums to less
@@ -212,7 +230,18 @@ def attention_weights(
     >>> aj.attention_weights(q, q, mask=aj.masks.causal())[0, 1].tolist()
     [0.5, 0.5, 0.0]
     """
-    return _weights(bind(query, key, key, mask=mask, score=score, sinks=sinks, scale=scale))
+    call = bind(
+        query,
+        key,
+        key,
+        mask=mask,
+        score=score,
+        sinks=sinks,
+        scale=scale,
+        query_positions=query_positions,
+        key_positions=key_positions,
+    )
+    return _weights(call)
 
 
 @jax.jit
@@ -307,6 +336,8 @@ def explain(
     scale: Any = None,
     dropout_rate: float = 0.0,
     dropout_key: Any = None,
+    query_positions: Positions = None,
+    key_positions: Positions = None,
     implementation: Implementation = None,
     return_lse: bool = False,
     platform: str | None = None,
@@ -344,6 +375,8 @@ def explain(
         score=score,
         sinks=sinks,
         scale=scale,
+        query_positions=query_positions,
+        key_positions=key_positions,
         static_numbers=static_numbers,
         abstract=True,
     )

@@ -22,6 +22,7 @@ from attention_jax import scores as all_scores
 from attention_jax.core import dropout
 from attention_jax.core.axes import (
     AnyArray,
+    Shape,
     Sizes,
     accumulation_dtype,
     check_broadcastable,
@@ -30,9 +31,12 @@ from attention_jax.core.axes import (
     is_array,
     kind,
 )
+from attention_jax.core.positions import Positioned, checked_positions
 from attention_jax.core.pytree import full_rank
 from attention_jax.masks import Mask
+from attention_jax.masks.at_positions import placed as placed_mask
 from attention_jax.scores import Score
+from attention_jax.scores.at_positions import placed as placed_score
 
 MaskLike = Mask | Bool[AnyArray, "..."] | None
 ScoreLike = Score | Sequence[Score]
@@ -145,16 +149,20 @@ def bind(
     scale: Scale = None,
     dropout_rate: float = 0.0,
     dropout_key: Any = None,
+    query_positions: Any = None,
+    key_positions: Any = None,
     static_numbers: bool = False,
     abstract: bool = False,
 ) -> Call:
     """Public arguments as a ``Call``: a pytree of arrays, ready to be an argument of ``jax.jit``.
 
     A bool array becomes ``masks.dense``, a single score a tuple, a dropout rate and its key a
-    ``Dropout``; the arrays that functions close over become leaves. Nothing depends on shapes yet.
+    ``Dropout``; the arrays that functions close over become leaves. Positions become part of the
+    mask, the scores and the dropout. Nothing depends on shapes yet.
 
     Args:
       query, key, value, mask, score, sinks, scale, dropout_rate, dropout_key: as for ``attention``.
+      query_positions, key_positions: as for ``attention``, or ``Contiguous``.
       static_numbers: keep Python numbers of scores as constants of the program.
       abstract: query, key and value may be ``jax.ShapeDtypeStruct``.
 
@@ -170,6 +178,13 @@ def bind(
     if scale is None:
         scale = 1.0 / math.sqrt(query.shape[-1] or 1) if query.shape else 1.0
     mask, score = _hoisted(mask, score, (query, key, value), numbers=not static_numbers)
+    queries = checked_positions("query_positions", query_positions, _row_shape(query))
+    keys = checked_positions("key_positions", key_positions, _row_shape(key))
+    if queries is not None or keys is not None:
+        if mask is None and is_array(keys):  # some may be negative
+            mask = masks.window(None, None)
+        mask = None if mask is None else placed_mask(mask, queries, keys)
+        score = tuple(placed_score(x, queries, keys) for x in score)
     return Call(
         query=query,
         key=key,
@@ -178,8 +193,23 @@ def bind(
         score=score,
         sinks=sinks,  # type: ignore[arg-type]  # the arrays of JAX once complete
         scale=float(scale) if is_number(scale) else scale,  # type: ignore[arg-type]
-        dropout=dropout.of_rate(dropout_rate, dropout_key, accumulation_dtype(query.dtype)),
+        dropout=dropout.of_rate(
+            dropout_rate, dropout_key, accumulation_dtype(query.dtype), queries, keys
+        ),
     )
+
+
+def _row_shape(x: Any) -> Shape | None:
+    """``(*B, T)`` of a query ``[*B T N H]``; None if it has too few axes, which is found later."""
+    return tuple(x.shape[:-2]) if len(x.shape) >= 3 else None
+
+
+def positions_refused(spec: Spec) -> str | None:
+    """The refusal of a kernel that counts queries and keys from 0."""
+    values = spec.score if spec.mask is None else (spec.mask, *spec.score)
+    if any(isinstance(x, Positioned) for x in values):
+        return "query_positions or key_positions: its kernel counts queries and keys from 0"
+    return None
 
 
 def complete(call: Call) -> tuple[Call, Sizes]:
@@ -196,8 +226,9 @@ def complete(call: Call) -> tuple[Call, Sizes]:
     _check_sinks(call.sinks, sizes)
     _check_scale(call.scale)
     mask, score = call.mask, call.score
-    if isinstance(mask, masks.Dense):
-        check_broadcastable("mask", mask.array.shape, sizes)
+    plain = mask.mask_ if isinstance(mask, masks.Placed) else mask
+    if isinstance(plain, masks.Dense):
+        check_broadcastable("mask", plain.array.shape, sizes)
     if mask is not None:
         mask = full_rank(mask.resolve(T, S, N), sizes, "mask")
     return (
@@ -208,6 +239,7 @@ def complete(call: Call) -> tuple[Call, Sizes]:
             mask=mask,
             score=tuple(full_rank(x.resolve(T, S, N), sizes, "score") for x in score),
             scale=_as_scale(call),
+            dropout=full_rank(call.dropout, sizes, "dropout"),
         ),
         sizes,
     )

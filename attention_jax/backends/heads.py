@@ -48,11 +48,11 @@ def over_heads_and_examples(
     b = xp.arange(math.prod(sizes.B), dtype=np.int32).reshape(sizes.B)
     n = np.arange(sizes.N, dtype=np.int32)
     arguments = Head(*call, b=b, n=n)
-    axes = Head(*inputs, None, None, "N", "", "", "*B", "N")  # type: ignore[arg-type]
+    axes = Head(*inputs, None, None, "N", "", None, "*B", "N")  # type: ignore[arg-type]
     flat, structure = jax.tree.flatten(arguments)
     flat_axes: list[Any] = []
     for argument, letters in zip(arguments, axes, strict=True):
-        if letters is None:  # masks and scores: each array declares its own axes
+        if letters is None:  # masks, scores, dropout: each array declares its own axes
             flat_axes += [leaf.axes for leaf in leaves(argument)]
         elif argument is not None:
             flat_axes += [letters] * len(jax.tree.leaves(argument))

@@ -38,7 +38,7 @@ def attend(head: Head) -> tuple[Float[Array, "T D"], Float[Array, " T"], Float[A
     s, v, rows = logits(head)
     kept = None
     if head.dropout is not None:
-        kept = dropout.keep_pairs(head.dropout, head.b, head.n, s.shape)
+        kept = dropout.keep_pairs(whole(head.dropout), head.b, head.n, s.shape)
         v = v / head.dropout.keep_probability
     out, m, log_l = softmax.average(s, v, visible_rows=rows, sink=head.sink, kept=kept)
     return zero_rows(rows, out), m, log_l
