@@ -153,8 +153,7 @@ def attention(
     Source: Vaswani et al. 2017, "Attention Is All You Need", section 3.2.
     """
     check_flag("return_lse", return_lse)
-    asked, platform = backends.as_backends(implementation), backends.platform()
-    static_numbers = _static_numbers(asked, platform)
+    asked = backends.as_backends(implementation)
     call = bind(
         query,
         key,
@@ -167,17 +166,27 @@ def attention(
         dropout_key=dropout_key,
         query_positions=query_positions,
         key_positions=key_positions,
-        static_numbers=static_numbers,
+        static_numbers=static_numbers(asked, backends.platform()),
     )
-    out, lse = _attention(
+    out, lse = run(call, asked, return_lse=return_lse)
+    return (out, lse) if return_lse else out
+
+
+def run(
+    call: Call, asked: tuple[str | Backend, ...] | None, *, return_lse: bool
+) -> tuple[jax.Array, jax.Array]:
+    """Output and lse of a call from ``bind``."""
+    platform = backends.platform()
+    constant = static_numbers(asked, platform) and isinstance(call.scale, float)
+    found: tuple[jax.Array, jax.Array] = _attention(
         call,
-        scale=call.scale if static_numbers and isinstance(call.scale, float) else None,
+        scale=call.scale if constant else None,
         asked=asked,
         return_lse=return_lse,
         platform=platform,
         partitioned=backends.partitioned(),
     )
-    return (out, lse) if return_lse else out
+    return found
 
 
 @functools.partial(
@@ -193,7 +202,7 @@ def _attention(
     return _nothing_visible(call, sizes) if _no_pairs(sizes) else backend.run(call, spec)
 
 
-def _static_numbers(asked: tuple[str | Backend, ...] | None, platform: str) -> bool:
+def static_numbers(asked: tuple[str | Backend, ...] | None, platform: str) -> bool:
     """Whether numbers must be constants of the program, as kernels require.
 
     On a CPU they are not: another number does not compile again.
@@ -365,7 +374,7 @@ def explain(
     if platform not in ("cpu", "gpu", "tpu"):
         raise ValueError(f'platform must be "cpu", "gpu" or "tpu", got {platform!r}')
     asked = backends.as_backends(implementation)
-    static_numbers = _static_numbers(asked, platform)
+    constants = static_numbers(asked, platform)
     dropout.check(dropout_rate, dropout_key)
     call = bind(
         query,
@@ -377,10 +386,10 @@ def explain(
         scale=scale,
         query_positions=query_positions,
         key_positions=key_positions,
-        static_numbers=static_numbers,
+        static_numbers=constants,
         abstract=True,
     )
-    known_scale = call.scale if static_numbers and isinstance(call.scale, float) else None
+    known_scale = call.scale if constants and isinstance(call.scale, float) else None
     query, key, value = (
         jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype)) for x in call[:3]
     )

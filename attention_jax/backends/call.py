@@ -31,7 +31,7 @@ from attention_jax.core.axes import (
     is_array,
     kind,
 )
-from attention_jax.core.positions import Positioned, checked_positions
+from attention_jax.core.positions import Positioned, checked_positions, positioned
 from attention_jax.core.pytree import full_rank
 from attention_jax.masks import Mask
 from attention_jax.masks.at_positions import placed as placed_mask
@@ -72,6 +72,17 @@ class Head(NamedTuple):
     n: Int[AnyArray, ""]  # the query head
 
 
+class Results(NamedTuple):
+    """Output and normaliser, which are those of the visible keys only: ``lse = m + log_l``.
+
+    The two parts of the lse stay apart, because their sum rounds ``log_l`` where logits are large.
+    """
+
+    out: Float[Array, "*B T N D"]
+    m: Float[Array, "*B T N"]  # finite, also without visible keys
+    log_l: Float[Array, "*B T N"]  # -inf without visible keys
+
+
 class Spec(NamedTuple):
     """What a backend is asked for: everything about a call but the values in its arrays.
 
@@ -100,6 +111,8 @@ class Backend:
 
     # The kernel needs ``scale`` and the Python numbers of scores as constants of the program.
     STATIC_NUMBERS: ClassVar[bool] = False
+    # ``chunk`` and ``chunk_cotangents`` compute with some of the keys at a time.
+    CHUNKS: ClassVar[bool] = False
 
     def __str__(self) -> str:
         """The class and the fields that are not the default."""
@@ -114,6 +127,23 @@ class Backend:
     def run(self, call: Call, spec: Spec) -> tuple[jax.Array, jax.Array]:
         """Output ``[*B T N D]`` and lse ``[*B T N]``, whose value is arbitrary if not returned."""
         raise NotImplementedError(f"{type(self).__name__} must define run(call, spec)")
+
+    def chunk(self, call: Call, spec: Spec) -> Results:
+        """``Results`` of a chunk of the keys, in at least float32, for ``parallel``'s ring."""
+        raise NotImplementedError(f"{type(self).__name__} has no chunk(call, spec)")
+
+    def chunk_cotangents(
+        self, call: Call, spec: Spec, results: Results, wrt: Sequence[int], cotangents: Any
+    ) -> list[jax.Array]:
+        """What a chunk of the keys contributes to the cotangents of operands.
+
+        Args:
+          call, spec: of the chunk, without sinks.
+          results: of all keys.
+          wrt: which operands, by number: query, key, value, the arrays of the scores, the scale.
+          cotangents: of the output and the lse, of all keys.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no chunk_cotangents(call, ...)")
 
     def extra_bytes(self, spec: Spec) -> int:
         """Memory of the forward pass, not counting arguments and results."""
@@ -180,12 +210,7 @@ def bind(
     mask, score = _hoisted(mask, score, (query, key, value), numbers=not static_numbers)
     queries = checked_positions("query_positions", query_positions, _row_shape(query))
     keys = checked_positions("key_positions", key_positions, _row_shape(key))
-    if queries is not None or keys is not None:
-        if mask is None and is_array(keys):  # some may be negative
-            mask = masks.window(None, None)
-        mask = None if mask is None else placed_mask(mask, queries, keys)
-        score = tuple(placed_score(x, queries, keys) for x in score)
-    return Call(
+    call = Call(
         query=query,
         key=key,
         value=value,
@@ -193,9 +218,33 @@ def bind(
         score=score,
         sinks=sinks,  # type: ignore[arg-type]  # the arrays of JAX once complete
         scale=float(scale) if is_number(scale) else scale,  # type: ignore[arg-type]
-        dropout=dropout.of_rate(
-            dropout_rate, dropout_key, accumulation_dtype(query.dtype), queries, keys
-        ),
+        dropout=dropout.of_rate(dropout_rate, dropout_key, accumulation_dtype(query.dtype)),
+    )
+    return call if queries is None and keys is None else place(call, queries, keys)
+
+
+def place(
+    call: Call, queries: Any, keys: Any, *, first_head: Any = 0, resolved: bool = False
+) -> Call:
+    """The call with these positions of queries and keys, and numbers of heads.
+
+    Args:
+      call: from ``bind``.
+      queries, keys: int32 arrays, ``Contiguous``, or None: 0, 1, 2, ...
+      first_head: the number of its first query head.
+      resolved: mask and scores are resolved for the whole sequence, with all its heads.
+    """
+    mask = call.mask
+    if mask is None and is_array(keys):  # some may be negative
+        mask = masks.window(None, None)
+    options: dict[str, Any] = {"first_head": first_head, "resolved": resolved}
+    drop = call.dropout
+    if drop is not None:
+        drop = dataclasses.replace(drop, **positioned(queries, keys, first_head))
+    return call._replace(
+        mask=None if mask is None else placed_mask(mask, queries, keys, **options),
+        score=tuple(placed_score(x, queries, keys, **options) for x in call.score),
+        dropout=drop,
     )
 
 

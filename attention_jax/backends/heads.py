@@ -44,6 +44,29 @@ def over_heads_and_examples(
       outputs: per array, its axes with ``*B`` and ``N``, such as ``"*B T N D"``.
       inputs: the axes of query, key and value.
     """
+    flat, flat_axes, structure = as_arrays(call, sizes, inputs)
+
+    def one(*xs: Any) -> Any:
+        given: Head = jax.tree.unflatten(structure, xs)
+        chex.assert_shape(given.query, (sizes.T, sizes.H))
+        chex.assert_shape(given.key, (sizes.S, sizes.H))
+        chex.assert_shape(given.value, (sizes.S, sizes.D))
+        chex.assert_rank([given.scale, given.b, given.n], 0)
+        return head(given)
+
+    return lift(one, flat, sizes, flat_axes, outputs)
+
+
+def as_arrays(
+    call: Call,
+    sizes: Sizes,
+    inputs: tuple[str, str, str] = ("*B T N H", "*B S K H", "*B S K D"),
+) -> tuple[list[Any], list[str | tuple[str, ...]], Any]:
+    """A call as arrays, the axes of each, and the structure of a ``Head`` of them.
+
+    Args:
+      As for ``over_heads_and_examples``.
+    """
     xp = jnp if sizes.symbolic_batch else np
     b = xp.arange(math.prod(sizes.B), dtype=np.int32).reshape(sizes.B)
     n = np.arange(sizes.N, dtype=np.int32)
@@ -56,16 +79,7 @@ def over_heads_and_examples(
             flat_axes += [leaf.axes for leaf in leaves(argument)]
         elif argument is not None:
             flat_axes += [letters] * len(jax.tree.leaves(argument))
-
-    def one(*xs: Any) -> Any:
-        given: Head = jax.tree.unflatten(structure, xs)
-        chex.assert_shape(given.query, (sizes.T, sizes.H))
-        chex.assert_shape(given.key, (sizes.S, sizes.H))
-        chex.assert_shape(given.value, (sizes.S, sizes.D))
-        chex.assert_rank([given.scale, given.b, given.n], 0)
-        return head(given)
-
-    return lift(one, flat, sizes, flat_axes, outputs)
+    return flat, flat_axes, structure
 
 
 def lift(

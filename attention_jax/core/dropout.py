@@ -71,17 +71,15 @@ class Dropout(Positioned):
         return keep(self.seed, b, *at, threshold=self.threshold)
 
 
-def of_rate(
-    rate: float, key: Any, dtype: Any, queries: Any = None, keys: Any = None
-) -> Dropout | None:
-    """Dropout at ``rate``, of these positions; None for a rate of 0."""
+def of_rate(rate: float, key: Any, dtype: Any) -> Dropout | None:
+    """Dropout at ``rate``; None for a rate of 0."""
     if rate == 0.0:
         return None
     return Dropout(
         seed=seed(key),
         threshold=threshold(rate),
         keep_probability=np.asarray(1.0 - rate, dtype),
-        **positioned(queries, keys),
+        **positioned(None, None),
     )
 
 
