@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from attention_jax import backends
-from attention_jax.backends import Backend, xla
+from attention_jax.backends import Backend, sequence, xla
 from attention_jax.backends.call import (
     Call,
     MaskLike,
@@ -196,6 +196,15 @@ def _attention(
     call: Call, *, asked: tuple[str | Backend, ...] | None, **known: Any
 ) -> tuple[jax.Array, jax.Array]:
     """Chooses and runs a backend; while tracing, so once per shape."""
+    run = functools.partial(_on_one_device, asked, known)
+    if names := sequence.axes_of_queries(call):
+        return sequence.over_queries(run, *complete(call), names)
+    return run(call)
+
+
+def _on_one_device(
+    asked: tuple[str | Backend, ...] | None, known: dict[str, Any], call: Call
+) -> tuple[jax.Array, jax.Array]:
     call, sizes = complete(call)
     spec = spec_of(call, sizes, **known)
     backend = backends.choose(asked, spec).backend

@@ -223,24 +223,22 @@ def bind(
     return call if queries is None and keys is None else place(call, queries, keys)
 
 
-def place(
-    call: Call, queries: Any, keys: Any, *, first_head: Any = 0, resolved: bool = False
-) -> Call:
-    """The call with these positions of queries and keys, and numbers of heads.
+def place(call: Call, queries: Any, keys: Any, *, resolved: bool = False, **numbers: Any) -> Call:
+    """The call with these positions of queries and keys, and numbers of examples and heads.
 
     Args:
       call: from ``bind``.
       queries, keys: int32 arrays, ``Contiguous``, or None: 0, 1, 2, ...
-      first_head: the number of its first query head.
       resolved: mask and scores are resolved for the whole sequence, with all its heads.
+      **numbers: ``examples`` and ``head_numbers``, see ``positioned``.
     """
     mask = call.mask
     if mask is None and is_array(keys):  # some may be negative
         mask = masks.window(None, None)
-    options: dict[str, Any] = {"first_head": first_head, "resolved": resolved}
+    options: dict[str, Any] = {"resolved": resolved, **numbers}
     drop = call.dropout
     if drop is not None:
-        drop = dataclasses.replace(drop, **positioned(queries, keys, first_head))
+        drop = dataclasses.replace(drop, **positioned(queries, keys, **numbers))
     return call._replace(
         mask=None if mask is None else placed_mask(mask, queries, keys, **options),
         score=tuple(placed_score(x, queries, keys, **options) for x in call.score),

@@ -106,7 +106,7 @@ def lift(
     >>> lift(lambda q, k: (q @ k.T,), (query, key), sizes, inputs, ["*B N T S"])[0].shape
     (2, 4, 3, 5)
     """
-    if mesh := _explicit_mesh(arrays):
+    if mesh := explicit_mesh(arrays):
         return _on_each_device(head, arrays, sizes, inputs, outputs, mesh)
     batch = [f"B{i}" for i in range(len(sizes.B))]
     levels = [*batch, "K", "G"]
@@ -189,7 +189,7 @@ def _expand(fn: Callable[..., Any], axes: tuple[int | None, ...]) -> Callable[..
 # --- Arrays sharded over the explicit axes of a mesh: each device maps its own shard.
 
 
-def _explicit_mesh(arrays: Sequence[Any]) -> AbstractMesh | None:
+def explicit_mesh(arrays: Sequence[Any]) -> AbstractMesh | None:
     """The mesh that an array is explicitly sharded over; None if there is none."""
     for x in arrays:
         sharding = jax.typeof(x).sharding
@@ -219,13 +219,7 @@ def _on_each_device(
         split = axes.split() if isinstance(axes, str) else axes
         return [letter for a in split for letter in (batch if a in ("*B", "B") else [a])]
 
-    mesh_axes: dict[str, tuple[str, ...]] = {}  # of each letter
-    for x, axes in zip(arrays, inputs, strict=True):
-        for letter, length, names in zip(letters(axes), x.shape, _spec(x), strict=False):
-            taken = {name for group in mesh_axes.values() for name in group}
-            if names and length == full.get(letter) and not taken & set(names):
-                mesh_axes.setdefault(letter, names)
-    _align_heads(mesh_axes, sizes, mesh)
+    mesh_axes = axes_of_mapped(arrays, [letters(axes) for axes in inputs], sizes, mesh)
 
     def parts(letter: str) -> int:
         return math.prod(mesh.shape[name] for name in mesh_axes.get(letter, ()))
@@ -261,7 +255,34 @@ def _on_each_device(
     return run(*arrays)
 
 
-def _spec(x: jax.Array) -> tuple[tuple[str, ...], ...]:
+def axes_of_mapped(
+    arrays: Sequence[Any],
+    letters: Sequence[Sequence[str]],
+    sizes: Sizes,
+    mesh: AbstractMesh,
+    taken: tuple[str, ...] = (),
+) -> dict[str, tuple[str, ...]]:
+    """The mesh axes over which ``B0``, ``B1``, ..., ``N`` and ``K`` are sharded.
+
+    Args:
+      arrays: the first that is sharded along an axis decides.
+      letters: one for each axis of each array.
+      sizes: what the letters stand for.
+      mesh: the mesh.
+      taken: mesh axes that are used otherwise.
+    """
+    full = {f"B{i}": size for i, size in enumerate(sizes.B)} | {"N": sizes.N, "K": sizes.K}
+    found: dict[str, tuple[str, ...]] = {}
+    for x, axes in zip(arrays, letters, strict=True):
+        for letter, length, names in zip(axes, x.shape, spec_of_array(x), strict=False):
+            used = {*taken, *(name for group in found.values() for name in group)}
+            if names and length == full.get(letter) and not used & set(names):
+                found.setdefault(letter, names)
+    _align_heads(found, sizes, mesh)
+    return found
+
+
+def spec_of_array(x: jax.Array) -> tuple[tuple[str, ...], ...]:
     """The mesh axes along which each axis of ``x`` is sharded."""
     spec = (sharded_over(jax.typeof(x), axis) for axis in range(x.ndim))
     return tuple(() if s is None else s if isinstance(s, tuple) else (s,) for s in spec)

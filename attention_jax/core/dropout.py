@@ -67,8 +67,8 @@ class Dropout(Positioned):
 
     def keep(self, b: Any, n: Any, q: Any, k: Any) -> Any:
         """The dropout mask of a tile, given indices: True where a probability is kept."""
-        at = self.heads(n), self.queries(q), self.keys(k)
-        return keep(self.seed, b, *at, threshold=self.threshold)
+        at = self.example(b), self.head(n), self.queries(q), self.keys(k)
+        return keep(self.seed, *at, threshold=self.threshold)
 
 
 def of_rate(rate: float, key: Any, dtype: Any) -> Dropout | None:

@@ -36,7 +36,8 @@ class Positioned(Value):
     Attributes:
       query_positions, key_positions: ``[*B T]`` and ``[*B S]``; None: they count from a start.
       query_start, key_start: the position of the first query and key, an int or ``[*B]``.
-      first_head: the number of the first query head, an int or a scalar.
+      examples, head_numbers: ``[*B]`` and ``[N]``, the numbers of the examples and query heads;
+        None: they are their indices.
     """
 
     AXES = {
@@ -44,12 +45,15 @@ class Positioned(Value):
         "key_positions": "*B S",
         "query_start": "*B",
         "key_start": "*B",
+        "examples": "*B",
+        "head_numbers": "N",
     }
     query_positions: Any
     key_positions: Any
     query_start: Any
     key_start: Any
-    first_head: Any
+    examples: Any
+    head_numbers: Any
 
     @property
     def contiguous(self) -> bool:
@@ -64,9 +68,13 @@ class Positioned(Value):
         """The positions of the keys of a tile, given their indices."""
         return _counted(self.key_positions, k, self.key_start)
 
-    def heads(self, n: Any) -> Any:
+    def example(self, b: Any) -> Any:
+        """The number of an example, given its index."""
+        return b if self.examples is None else self.examples
+
+    def head(self, n: Any) -> Any:
         """The number of a query head, given its index."""
-        return _counted(None, n, self.first_head)
+        return n if self.head_numbers is None else self.head_numbers
 
 
 def _counted(positions: Any, index: Any, start: Any) -> Any:
@@ -75,14 +83,16 @@ def _counted(positions: Any, index: Any, start: Any) -> Any:
     return index if isinstance(start, int) and start == 0 else index + start
 
 
-def positioned(queries: Any, keys: Any, first_head: Any = 0) -> dict[str, Any]:
+def positioned(
+    queries: Any, keys: Any, examples: Any = None, head_numbers: Any = None
+) -> dict[str, Any]:
     """The fields of a ``Positioned`` value.
 
     Args:
       queries, keys: arrays, ``Contiguous``, or None for 0, 1, 2, ...
-      first_head: the number of the first query head.
+      examples, head_numbers: int32 ``[*B]`` and ``[N]``, or None for their indices.
     """
-    fields: dict[str, Any] = {"first_head": first_head}
+    fields: dict[str, Any] = {"examples": examples, "head_numbers": head_numbers}
     for side, x in (("query", queries), ("key", keys)):
         counted = isinstance(x, Contiguous) or x is None
         fields[f"{side}_positions"] = None if counted else x

@@ -47,7 +47,7 @@ class Placed(Positioned, Mask):
         return dataclasses.replace(self, mask_=self.mask_.resolve_in_sequence(N), resolved=True)
 
     def rule(self, b: Any, n: Any, q: Any, k: Any) -> Any:
-        visible = self.mask_.rule(b, self.heads(n), self.queries(q), self.keys(k))
+        visible = self.mask_.rule(self.example(b), self.head(n), self.queries(q), self.keys(k))
         return visible if self.key_positions is None else visible & (self.key_positions >= 0)
 
     def block(self, grid: Grid, b: Any, n: Any) -> tuple[Any, Any]:
@@ -65,7 +65,7 @@ class Placed(Positioned, Mask):
         )
         by_intervals = all(part.BY_INTERVALS for part in parts(self.mask_))
         block = self.mask_.block if by_intervals else super().block
-        some, every = block(placed, b, self.heads(n))
+        some, every = block(placed, self.example(b), self.head(n))
         if k is None:
             return some, every
         return some & (placed.k1 >= 0), every & grid.over_keys(jnp.all, k >= 0)
@@ -82,9 +82,7 @@ def _bound(
     return counted(index) if positions is None else over(reduce, jnp.asarray(positions))
 
 
-def placed(
-    mask: Mask, queries: Any, keys: Any, *, first_head: Any = 0, resolved: bool = False
-) -> Mask:
+def placed(mask: Mask, queries: Any, keys: Any, *, resolved: bool = False, **numbers: Any) -> Mask:
     """``mask`` of the positions of queries and keys; keys at negative ones are masked.
 
     Query ``i`` attends to key ``j`` where ``mask`` lets the position of ``i`` attend to that of
@@ -94,8 +92,8 @@ def placed(
     Args:
       mask: its rule is given positions in place of indices.
       queries, keys: int32 arrays ``[*B T]`` and ``[*B S]``, ``Contiguous``, or None: 0, 1, 2, ...
-      first_head: the number of the first query head.
       resolved: the mask is resolved already; else ``align="end"`` is ``align="start"``.
+      **numbers: of examples and heads, see ``positioned``.
 
     >>> import numpy as np
     >>> from attention_jax.masks import window
@@ -104,4 +102,4 @@ def placed(
     █··█
     ██·█
     """
-    return Placed(mask_=mask, resolved=resolved, **positioned(queries, keys, first_head))
+    return Placed(mask_=mask, resolved=resolved, **positioned(queries, keys, **numbers))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from attention_jax.backends.call import Call, place
 from attention_jax.core.positions import Contiguous
@@ -88,7 +89,8 @@ def with_own_heads(shard: Shard) -> Call:
         else jax.lax.dynamic_slice_in_dim(call.sinks, shard.index * share, share),
     )
     queries, keys = (_positions_of_all(shard, x) for x in (shard.queries, shard.keys))
-    return place(call, queries, keys, first_head=shard.index * share, resolved=True)
+    numbers = shard.index * share + jnp.arange(share, dtype=jnp.int32)
+    return place(call, queries, keys, head_numbers=numbers, resolved=True)
 
 
 def own_queries(shard: Shard, out: jax.Array, lse: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -32,16 +32,16 @@ class Placed(Positioned, Score):
         return dataclasses.replace(self, score_=self.score_.resolve_in_sequence(N), resolved=True)
 
     def rule(self, s: Any, b: Any, n: Any, q: Any, k: Any) -> Any:
-        return self.score_.rule(s, b, self.heads(n), self.queries(q), self.keys(k))
+        return self.score_.rule(s, self.example(b), self.head(n), self.queries(q), self.keys(k))
 
     def tile(self, s: Any, b: Any, n: Any, q0: Any, k0: Any) -> Any:
         if not self.contiguous:
             return super().tile(s, b, n, q0, k0)
-        return self.score_.tile(s, b, self.heads(n), self.queries(q0), self.keys(k0))
+        return self.score_.tile(s, self.example(b), self.head(n), self.queries(q0), self.keys(k0))
 
 
 def placed(
-    score: Score, queries: Any, keys: Any, *, first_head: Any = 0, resolved: bool = False
+    score: Score, queries: Any, keys: Any, *, resolved: bool = False, **numbers: Any
 ) -> Score:
     """``score`` of the positions of queries and keys, as ``masks.at_positions.placed`` for masks.
 
@@ -52,6 +52,6 @@ def placed(
     >>> score.score(np.zeros((1, 3), np.float32), 0, 0, np.array([[0]]), np.arange(3)).tolist()
     [[0.0, -0.5, -0.5]]
     """
-    if not score.USES_POSITIONS and isinstance(first_head, int) and first_head == 0:
+    if not score.USES_POSITIONS and not numbers:
         return score
-    return Placed(score_=score, resolved=resolved, **positioned(queries, keys, first_head))
+    return Placed(score_=score, resolved=resolved, **positioned(queries, keys, **numbers))
