@@ -161,6 +161,20 @@ def wrong_positions():
         (lambda: cache.attend(empty(), x, k, v), value, "query has 5 tokens", "key has 3"),
         (lambda: empty(capacity=0), value, "capacity must be at least 1", "0"),
         (lambda: empty(head_dim=1.5), type_, "head_dim must be an int", "1.5"),
+        (
+            lambda: parallel.attention(**good(), axis_name="x", strategy="rings"),
+            value,
+            'strategy must be one of "gather", "ring", "heads"',
+            "'rings'",
+        ),
+        (
+            lambda: parallel.attention(**good(), axis_name="x"),
+            value,
+            "axis_name is 'x'",
+            "its axes are none",
+        ),
+        (lambda: parallel.zigzag(8.0, 2), type_, "T must be an int", "8.0"),
+        (lambda: parallel.striped(9, 2), value, "T must be a multiple of n = 2", "9"),
     ]
 
 
