@@ -124,13 +124,12 @@ class HeadAttention:
         out, m, log_l = self.forward(head, schedule, config)
         return out, m + log_l
 
-    def forward(self, head: Head, schedule: Any, config: Any) -> Sequence[jax.Array]:
+    def forward(self, head: Head, schedule: Any, config: Any) -> tuple[jax.Array, ...]:
         """Output, m and log l."""
         leaves, structure = jax.tree.flatten(operands(head, schedule))
         static = Static(structure, config, (), ((),) * len(leaves), ((),) * RESULTS)
         leaves = varying_together(map(jnp.asarray, leaves))
-        found: Sequence[jax.Array] = self.primitives.forward.bind(*leaves, static=static)
-        return found
+        return tuple(self.primitives.forward.bind(*leaves, static=static))
 
     def tangent(
         self,
@@ -139,7 +138,7 @@ class HeadAttention:
         config: Any,
         results: Sequence[jax.Array],
         tangents: dict[int, jax.Array],
-    ) -> Sequence[jax.Array]:
+    ) -> tuple[jax.Array, ...]:
         """Tangents of output and log l, linear in those of the operands; see ``blockwise``.
 
         Args:
@@ -152,8 +151,7 @@ class HeadAttention:
         dims: tuple[Dims, ...] = ((),) * len(arrays)
         static = Static(structure, config, (), dims, ((),) * 2, tuple(tangents))
         arrays = varying_together(map(jnp.asarray, arrays))
-        found: Sequence[jax.Array] = self.primitives.tangent.bind(*arrays, static=static)
-        return found
+        return tuple(self.primitives.tangent.bind(*arrays, static=static))
 
 
 def make(name: str, kernel: Kernel) -> HeadAttention:

@@ -107,7 +107,7 @@ def wrong_drop_ins():
 
 def wrong_positions():
     """Of positions and caches, likewise."""
-    from attention_jax import cache, positions
+    from attention_jax import cache, parallel, positions
 
     value, type_ = "ValueError", "TypeError"
     x, at = f(B, T, N, H), np.arange(T)
