@@ -172,10 +172,9 @@ class Ring:
           d_out, d_lse: cotangents, in the dtype of the results.
         """
         n = self.shard.devices
-        wide = accumulation_dtype(x.query.dtype)
         flat, structure = jax.tree.flatten(x)
         chosen = [i for i, moves in enumerate(jax.tree.leaves(varies)) if moves]
-        sums = [jnp.zeros(flat[i].shape, jnp.promote_types(flat[i].dtype, wide)) for i in chosen]
+        sums = [jnp.zeros(flat[i].shape, _wide(flat[i].dtype)) for i in chosen]
         sums = _varying_like(sums, x.query)
         # Which of the sums travel with the keys.
         kinds = Arrays(
@@ -321,6 +320,12 @@ def _with_gradient(ring: Ring) -> Callable[[Arrays], tuple[jax.Array, jax.Array]
 
     fn.defvjp(forward, backward, symbolic_zeros=True)
     return fn
+
+
+def _wide(dtype: Any) -> Any:
+    """The dtype of a sum of cotangents; a function may have complex arrays."""
+    is_complex = jnp.issubdtype(dtype, jnp.complexfloating)
+    return dtype if is_complex else accumulation_dtype(dtype)
 
 
 def _is_float(x: Any) -> bool:
