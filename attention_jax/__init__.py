@@ -11,8 +11,9 @@
 
 ``attention`` computes attention, ``masks`` and ``scores`` build its options, ``reference`` defines
 it in NumPy, and ``explain`` shows which backend runs and why. ALiBi and relative biases are in
-``scores``, rotary embeddings in ``positions``, other kinds of attention in ``mechanisms``, and the
-checker, with all that it guarantees, in ``testing``.
+``scores``, rotary embeddings in ``positions``, other kinds of attention in ``mechanisms``,
+sequences split over devices in ``parallel``, and the checker, with all that it guarantees, in
+``testing``.
 
 Flax modules and transformers need an import of their own, since Flax takes about as long to import
 as JAX: ``from attention_jax import models, nn``.
@@ -21,6 +22,7 @@ as JAX: ``from attention_jax import models, nn``.
 from attention_jax import cache as cache
 from attention_jax import masks as masks
 from attention_jax import mechanisms as mechanisms
+from attention_jax import parallel as parallel
 from attention_jax import positions as positions
 from attention_jax import reference as reference
 from attention_jax import scores as scores
@@ -50,6 +52,7 @@ __all__ = [
     "explain",
     "masks",
     "mechanisms",
+    "parallel",
     "positions",
     "reference",
     "scores",

@@ -11,10 +11,10 @@ from typing import Any, Literal, overload
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from attention_jax import backends
-from attention_jax.backends import Backend, xla
+from attention_jax.backends import Backend, sequence, xla
 from attention_jax.backends.call import (
     Call,
     MaskLike,
@@ -29,6 +29,7 @@ from attention_jax.backends.call import (
 )
 from attention_jax.core import dropout
 from attention_jax.core.axes import (
+    AnyArray,
     Key,
     Normaliser,
     Output,
@@ -38,9 +39,11 @@ from attention_jax.core.axes import (
     accumulation_dtype,
 )
 from attention_jax.core.compat import no_mesh
+from attention_jax.core.positions import Contiguous
 from attention_jax.masks import block_map
 
 Implementation = str | Backend | Sequence[str | Backend] | None
+Positions = Int[AnyArray, "..."] | Contiguous | None
 
 
 @overload
@@ -55,6 +58,8 @@ def attention(
     scale: Scale = ...,
     dropout_rate: float = ...,
     dropout_key: Any = ...,
+    query_positions: Positions = ...,
+    key_positions: Positions = ...,
     implementation: Implementation = ...,
     return_lse: Literal[False] = ...,
 ) -> Output: ...
@@ -70,6 +75,8 @@ def attention(
     scale: Scale = ...,
     dropout_rate: float = ...,
     dropout_key: Any = ...,
+    query_positions: Positions = ...,
+    key_positions: Positions = ...,
     implementation: Implementation = ...,
     return_lse: Literal[True],
 ) -> tuple[Output, Normaliser]: ...
@@ -84,6 +91,8 @@ def attention(
     scale: Scale = None,
     dropout_rate: float = 0.0,
     dropout_key: Any = None,
+    query_positions: Positions = None,
+    key_positions: Positions = None,
     implementation: Implementation = None,
     return_lse: bool = False,
 ) -> Output | tuple[Output, Normaliser]:
@@ -111,6 +120,11 @@ def attention(
       scale: the factor of ``query . key``; None is ``1 / sqrt(H)``. May be traced.
       dropout_rate: probability of dropping a probability, in [0, 1); the rest is scaled up.
       dropout_key: a JAX random key. The dropout mask is a hash of it and ``(b, n, i, j)``.
+      query_positions, key_positions: int32 ``[*B T]`` or ``[T]``, ``[*B S]`` or ``[S]``: what the
+        rules of masks, scores and dropout take for ``i`` and ``j``; None: 0, 1, 2, ... For queries
+        and keys that are some of a sequence's, in any order. Keys at negative positions are masked.
+        Arrays of masks and scores stay in the order of the call's queries and keys, and
+        ``align="end"`` is ``align="start"``: the positions are those of one sequence.
       implementation: a name, a configured ``Backend`` such as ``backends.Blockwise(block_q=128)``,
         a sequence of these to try in order, or None to choose.
       return_lse: also return the natural-log normaliser.
@@ -139,8 +153,7 @@ def attention(
     Source: Vaswani et al. 2017, "Attention Is All You Need", section 3.2.
     """
     check_flag("return_lse", return_lse)
-    asked, platform = backends.as_backends(implementation), backends.platform()
-    static_numbers = _static_numbers(asked, platform)
+    asked = backends.as_backends(implementation)
     call = bind(
         query,
         key,
@@ -151,17 +164,29 @@ def attention(
         scale=scale,
         dropout_rate=dropout_rate,
         dropout_key=dropout_key,
-        static_numbers=static_numbers,
+        query_positions=query_positions,
+        key_positions=key_positions,
+        static_numbers=static_numbers(asked, backends.platform()),
     )
-    out, lse = _attention(
+    out, lse = run(call, asked, return_lse=return_lse)
+    return (out, lse) if return_lse else out
+
+
+def run(
+    call: Call, asked: tuple[str | Backend, ...] | None, *, return_lse: bool
+) -> tuple[jax.Array, jax.Array]:
+    """Output and lse of a call from ``bind``."""
+    platform = backends.platform()
+    constant = static_numbers(asked, platform) and isinstance(call.scale, float)
+    found: tuple[jax.Array, jax.Array] = _attention(
         call,
-        scale=call.scale if static_numbers and isinstance(call.scale, float) else None,
+        scale=call.scale if constant else None,
         asked=asked,
         return_lse=return_lse,
         platform=platform,
         partitioned=backends.partitioned(),
     )
-    return (out, lse) if return_lse else out
+    return found
 
 
 @functools.partial(
@@ -171,13 +196,22 @@ def _attention(
     call: Call, *, asked: tuple[str | Backend, ...] | None, **known: Any
 ) -> tuple[jax.Array, jax.Array]:
     """Chooses and runs a backend; while tracing, so once per shape."""
+    run = functools.partial(_on_one_device, asked, known)
+    if names := sequence.axes_of_queries(call):
+        return sequence.over_queries(run, *complete(call), names)
+    return run(call)
+
+
+def _on_one_device(
+    asked: tuple[str | Backend, ...] | None, known: dict[str, Any], call: Call
+) -> tuple[jax.Array, jax.Array]:
     call, sizes = complete(call)
     spec = spec_of(call, sizes, **known)
     backend = backends.choose(asked, spec).backend
     return _nothing_visible(call, sizes) if _no_pairs(sizes) else backend.run(call, spec)
 
 
-def _static_numbers(asked: tuple[str | Backend, ...] | None, platform: str) -> bool:
+def static_numbers(asked: tuple[str | Backend, ...] | None, platform: str) -> bool:
     """Whether numbers must be constants of the program, as kernels require.
 
     On a CPU they are not: another number does not compile again.
@@ -194,11 +228,13 @@ def attention_weights(
     score: ScoreLike = (),
     sinks: Sinks = None,
     scale: Scale = None,
+    query_positions: Positions = None,
+    key_positions: Positions = None,
 ) -> Float[Array, "*B N T S"]:
     """The attention probabilities, for inspection: ``p_ij = exp(s_ij - lse_i)``.
 
     Args:
-      query, key, mask, score, sinks, scale: as for ``attention``.
+      query, key, mask, score, sinks, scale, query_positions, key_positions: as for ``attention``.
 
     Returns:
       ``[*B N T S]`` in float32 or wider; fully masked rows are 0, and with sinks a row sums to less
@@ -212,7 +248,18 @@ def attention_weights(
     >>> aj.attention_weights(q, q, mask=aj.masks.causal())[0, 1].tolist()
     [0.5, 0.5, 0.0]
     """
-    return _weights(bind(query, key, key, mask=mask, score=score, sinks=sinks, scale=scale))
+    call = bind(
+        query,
+        key,
+        key,
+        mask=mask,
+        score=score,
+        sinks=sinks,
+        scale=scale,
+        query_positions=query_positions,
+        key_positions=key_positions,
+    )
+    return _weights(call)
 
 
 @jax.jit
@@ -307,6 +354,8 @@ def explain(
     scale: Any = None,
     dropout_rate: float = 0.0,
     dropout_key: Any = None,
+    query_positions: Positions = None,
+    key_positions: Positions = None,
     implementation: Implementation = None,
     return_lse: bool = False,
     platform: str | None = None,
@@ -334,7 +383,7 @@ def explain(
     if platform not in ("cpu", "gpu", "tpu"):
         raise ValueError(f'platform must be "cpu", "gpu" or "tpu", got {platform!r}')
     asked = backends.as_backends(implementation)
-    static_numbers = _static_numbers(asked, platform)
+    constants = static_numbers(asked, platform)
     dropout.check(dropout_rate, dropout_key)
     call = bind(
         query,
@@ -344,10 +393,12 @@ def explain(
         score=score,
         sinks=sinks,
         scale=scale,
-        static_numbers=static_numbers,
+        query_positions=query_positions,
+        key_positions=key_positions,
+        static_numbers=constants,
         abstract=True,
     )
-    known_scale = call.scale if static_numbers and isinstance(call.scale, float) else None
+    known_scale = call.scale if constants and isinstance(call.scale, float) else None
     query, key, value = (
         jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype)) for x in call[:3]
     )

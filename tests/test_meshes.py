@@ -50,7 +50,7 @@ OUT = {
     "batch and heads": ("data", None, "model", None),
     "batch": ("data", None, None, None),
     "heads": (None, None, "model", None),
-    "length": (None, None, None, None),
+    "length": (None, "data", None, None),
     "more shards than heads": (None, None, None, None),
     "keys alone": ("data", None, None, None),
     "in conflict": ("data", None, "model", None),

@@ -24,7 +24,6 @@ offsets or lengths pass ``jnp.asarray(i)``. The docstring of ``Mask`` shows how 
 """
 
 from attention_jax.masks.at_positions import Placed as Placed
-from attention_jax.masks.at_positions import at_positions as at_positions
 from attention_jax.masks.bands import Band as Band
 from attention_jax.masks.bands import Dilated as Dilated
 from attention_jax.masks.bands import causal as causal
@@ -58,7 +57,6 @@ from attention_jax.masks.sequence import segments as segments
 __all__ = [
     "Mask",
     "Reach",
-    "at_positions",
     "block_sparse",
     "causal",
     "chunked",

@@ -32,7 +32,8 @@ class Mask(Value):
       every block is partial.
     - ``BY_INTERVALS = True`` where ``block`` only asks for the bounds ``grid.q0 .. grid.k1`` and
       for ``grid.over_*``, and is right for any bounds of the positions in a block, also where
-      positions have gaps. By default every block is partial under ``at_positions`` and in a cache.
+      positions have gaps. By default every block is partial with ``query_positions`` or
+      ``key_positions`` and in a cache.
     - ``reach``: how far queries look ahead and back. By default nothing is known, and a cache
       refuses the mask unless it is combined, by ``&``, with ``causal()`` or a ``window``.
     - ``natural_size``: the ``T`` and ``S`` that the mask is made for.

@@ -107,7 +107,7 @@ def wrong_drop_ins():
 
 def wrong_positions():
     """Of positions and caches, likewise."""
-    from attention_jax import cache, masks, positions
+    from attention_jax import cache, parallel, positions
 
     value, type_ = "ValueError", "TypeError"
     x, at = f(B, T, N, H), np.arange(T)
@@ -161,19 +161,20 @@ def wrong_positions():
         (lambda: cache.attend(empty(), x, k, v), value, "query has 5 tokens", "key has 3"),
         (lambda: empty(capacity=0), value, "capacity must be at least 1", "0"),
         (lambda: empty(head_dim=1.5), type_, "head_dim must be an int", "1.5"),
-        (lambda: masks.at_positions(None, at, at), type_, "mask must be a Mask", "NoneType"),
         (
-            lambda: masks.at_positions(masks.causal(), f(T), i(S)),
-            type_,
-            "query_positions must be a signed integer array",
-            "float32",
+            lambda: parallel.attention(**good(), axis_name="x", strategy="rings"),
+            value,
+            'strategy must be one of "gather", "ring", "heads"',
+            "'rings'",
         ),
         (
-            lambda: masks.at_positions(masks.causal(), at, i(S)),
-            type_,
-            "one dtype",
-            "int64 and int32",
+            lambda: parallel.attention(**good(), axis_name="x"),
+            value,
+            "axis_name is 'x'",
+            "its axes are none",
         ),
+        (lambda: parallel.zigzag(8.0, 2), type_, "T must be an int", "8.0"),
+        (lambda: parallel.striped(9, 2), value, "T must be a multiple of n = 2", "9"),
     ]
 
 

@@ -17,7 +17,14 @@ import jax.numpy as jnp
 from attention_jax.backends import primitive, xla
 from attention_jax.backends.blockwise import formulas
 from attention_jax.backends.blockwise import run as blockwise
-from attention_jax.backends.call import Backend, Call, Head, Spec, symbolic_sizes_refused
+from attention_jax.backends.call import (
+    Backend,
+    Call,
+    Head,
+    Spec,
+    has_positions,
+    symbolic_sizes_refused,
+)
 from attention_jax.backends.heads import over_heads_and_examples
 from attention_jax.backends.native import library, operands, scores, visible
 from attention_jax.backends.native.operands import Config, Operand, Result, Role, Schedule
@@ -90,7 +97,7 @@ _LOOPS = primitive.Kernel(
     operands.looped(blockwise.KERNEL.backward),
     xla.attend,
 )
-_bind = primitive.make(
+_attend = primitive.make(
     "attention_native",
     primitive.Kernel(forward, _LOOPS.tangent, backward, xla.attend),
     elsewhere=_LOOPS,
@@ -137,6 +144,8 @@ class Native(Backend):
         dtype = jnp.dtype(spec.dtype)
         if dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
             return f"{dtype.name}: it takes float32, bfloat16 and float16, and computes in float32"
+        if spec.dropout and has_positions(spec):
+            return "dropout with query_positions or key_positions: it hashes indices"
         return scores.why_unsupported(spec.score, spec.sizes.T) or visible.why_unsupported(spec)
 
     def run(self, call: Call, spec: Spec) -> tuple[jax.Array, jax.Array]:
@@ -147,7 +156,7 @@ class Native(Backend):
 
         def head(one: Head) -> tuple[jax.Array, jax.Array]:
             schedule, config = plan(one, options)
-            out, lse = _bind(one._replace(score=scores.native(one)), schedule, config)
+            out, lse = _attend(one._replace(score=scores.native(one)), schedule, config)
             return out.astype(one.query.dtype), lse
 
         out, lse = over_heads_and_examples(head, call, spec.sizes, ("*B T N D", "*B T N"))

@@ -1,7 +1,7 @@
 """Masks in the forms that the kernel has: bounds of each row, positions, ids, or a table and bits.
 
 Causal masks, windows, lengths, prefixes and chunks let a query attend to an interval of keys; so a
-row has two bounds. With ``at_positions``, as of a cache, they are bounds on the positions of the
+row has two bounds. With ``key_positions``, as of a cache, they are bounds on the positions of the
 keys. Segments compare ids. All of these joined by ``&`` cost nothing of the size ``T x S``. For any
 other mask the library's own ``block_map`` says which units of 48 x 32 pairs are empty or full, and
 its own rule is evaluated for the others, whose pairs become bits.
@@ -121,8 +121,10 @@ def _from_first(mask: Mask) -> bool:
 def _direct(mask: Mask, T: int) -> Visible:
     q: Any = np.arange(T, dtype=np.int32)
     positions = query_ids = key_ids = lo = hi = None
+    first: Any = 0  # position of the first key, where they count up one by one
     if isinstance(mask, Placed):
-        q, positions, mask = mask.query_positions, mask.key_positions, mask.mask_
+        q, positions, first = mask.queries(q), mask.key_positions, mask.key_start
+        mask = mask.mask_
     for each in conjuncts(mask):
         if isinstance(each, Segments):
             query_ids, key_ids = each.query_ids, each.key_ids
@@ -131,7 +133,7 @@ def _direct(mask: Mask, T: int) -> Visible:
             lo, hi = _both(np.maximum, lo, interval.lo), _both(np.minimum, hi, interval.hi)
     bounds = None
     if lo is not None or hi is not None:
-        bounds = _stacked(0 if lo is None else lo, FAR if hi is None else hi, T)
+        bounds = _stacked(0 if lo is None else lo - first, FAR if hi is None else hi - first, T)
     return Visible(bounds, *map(_int32, (positions, query_ids, key_ids)))
 
 
