@@ -5,10 +5,12 @@ Modules are imported by the command that needs them, so that listing and errors 
 
 from __future__ import annotations
 
+import _thread
 import dataclasses
 import os
 import shlex
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -313,7 +315,16 @@ COMMANDS = {
 }
 
 
+def _raise_later(problem: sys.UnraisableHookArgs) -> None:
+    """Ctrl-C while a callback runs (of garbage collection, say) is not lost: it is sent again."""
+    if problem.exc_type is KeyboardInterrupt:
+        threading.Timer(0.05, _thread.interrupt_main).start()
+    else:
+        sys.__unraisablehook__(problem)
+
+
 if __name__ == "__main__":
+    sys.unraisablehook = _raise_later
     code = main(sys.argv[1:])
     if code == INTERRUPTED:
         # JAX may still be computing in other threads: shutting Python down under them can crash.

@@ -22,7 +22,7 @@ import numpy as np
 import optax
 from flax import nnx
 from jax.experimental import topologies
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import attention_jax as aj
 from attention_jax import masks, scores
@@ -84,6 +84,21 @@ CALLS = {
 }
 
 
+def sharded(fn):
+    """``fn`` of arrays sharded over batch and heads of an Explicit mesh, without ``shard_map``."""
+    explicit = (AxisType.Explicit,) * 2
+    mesh = jax.sharding.Mesh(MESH.devices.reshape(2, 2), ("data", "model"), axis_types=explicit)
+    sharding = NamedSharding(mesh, PartitionSpec("data", None, "model"))
+    xs = [jax.ShapeDtypeStruct((4, T, n, H), "bfloat16", sharding=sharding) for n in (N, K, K)]
+    with jax.set_mesh(mesh):
+        text = jax.jit(lambda *xs: fn(*xs, mask=masks.causal())).lower(*xs).compile().as_text()
+    names = ("all-gather", "all-reduce", "all-to-all", "reduce-scatter", "collective-permute")
+    return {
+        "kernels": text.count('custom_call_target="tpu_custom_call"'),
+        "collectives": sum(text.count(f" {name}") for name in names),
+    }
+
+
 def decoder():
     """A training step of a small decoder, every chip with a batch of its own."""
     layers = Layers(features=512, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=H)
@@ -132,6 +147,8 @@ def main():
             over_the_batch(lambda *xs: grads(*xs, mask=masks.causal())), *shapes(4, "float32")
         )
         found["training step"] = decoder()
+    for fn in (attend, grads):
+        found[f"sharded {fn.__name__}"] = sharded(fn)
     print(json.dumps(found, indent=1))
 
 

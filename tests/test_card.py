@@ -307,7 +307,7 @@ def test_queued_calls_are_waited_for_once_a_round():
     assert log[4:] == (["call"] * timed.calls + ["wait"]) * 2
     assert timed.calls >= 2
     assert timed.each >= 0.002
-    assert timed.queued > 0.9 * timed.each
+    assert timed.queued >= 0.002
 
 
 # --- Tiles.

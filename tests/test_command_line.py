@@ -228,3 +228,32 @@ def test_interrupted_process_prints_no_traceback(arguments, tmp_path):
     start = time.monotonic()
     words = arguments.format(out=tmp_path).split()
     assert interrupt(words, lambda: time.monotonic() > start + 8)[-1].startswith("interrupted: ")
+
+
+def test_an_interrupt_during_a_callback_is_sent_again(tmp_path):
+    """Python drops what a callback of the garbage collector raises."""
+    program = """
+import gc, runpy, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
+def wait():
+    def callback(*_):
+        gc.callbacks.remove(callback)
+        signal.raise_signal(signal.SIGINT)
+    gc.callbacks.append(callback)
+    gc.collect()
+    while True:
+        time.sleep(0.01)
+import experiments.options
+experiments.options.asks_for_help = lambda _: wait()
+sys.argv = ["experiments", "train", "trec"]
+runpy.run_module("experiments", run_name="__main__")
+"""
+    process = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[1],
+        timeout=50,
+    )
+    assert process.returncode == 130, process.stderr
+    assert process.stderr.startswith("interrupted: ")

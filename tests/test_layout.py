@@ -11,6 +11,7 @@ import sys
 import tomllib
 
 import pytest
+from helpers import mostly_slow
 
 import attention_jax
 
@@ -185,7 +186,8 @@ def examples():
 ALONE = {test.name: test for test in examples() if test.examples}
 
 
-@pytest.mark.parametrize("name", ALONE)
+# Slow, but for one: doctest runs them too, with the names of their module.
+@pytest.mark.parametrize("name", mostly_slow(ALONE, {"attention_jax"}))
 def test_examples_run_when_pasted_alone(name):
     said = []
     ALONE[name].globs = {}

@@ -253,6 +253,9 @@ def test_repr_shows_fields():
 def test_masks_are_combined_by_operators_alone():
     with pytest.raises(TypeError, match="a mask has no truth value: combine masks with"):
         masks.causal() and masks.prefix(2)
+    for combine in (lambda: masks.causal & masks.prefix(2), lambda: masks.prefix(2) | masks.causal):
+        with pytest.raises(TypeError, match=r"call masks.causal\(\.\.\.\)"):
+            combine()
     array = np.ones((3, 3), bool)
     for combine in (lambda: array & masks.causal(), lambda: jnp.asarray(array) | masks.causal()):
         with pytest.raises(TypeError, match=r"wrap a bool array in masks.dense\(array\)"):

@@ -243,6 +243,13 @@ def test_wrong_values_are_refused(make, message):
         make()
 
 
+@needs_native
+def test_values_of_width_0_are_left_to_others():
+    x = inputs(B=(), T=64, S=64, N=1, K=1, H=4, D=4)
+    out = attention(*x[:2], x[2][..., :0])
+    assert out.shape == (64, 1, 0)
+
+
 def test_instructions_that_the_processor_lacks_are_refused():
     missing = sorted({*library.INSTRUCTIONS} - {*library.load().instructions})[0]
     with pytest.raises(NotImplementedError, match=f"this processor has .*, not {missing}"):

@@ -56,3 +56,8 @@ def test_a_training_step_compiles_with_the_kernels_of_every_layer(found):
     assert step["kernels"] == 2 * 3
     assert step["pairs"] == 0
     assert step["flops"] > 1e10
+
+
+def test_each_device_of_an_explicit_mesh_has_its_own_kernel_and_sends_nothing(found):
+    assert found["sharded attend"] == {"kernels": 1, "collectives": 0}
+    assert found["sharded grads"] == {"kernels": 3, "collectives": 0}

@@ -13,6 +13,7 @@ tracing and uses ``shard_map``.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -43,6 +44,7 @@ def over_devices(
     """
     if not static.levels:
         return run(static, *arrays)
+    settings = _trace_settings()
 
     @custom_partitioning
     def whole(*arrays: jax.Array) -> tuple[jax.Array, ...]:
@@ -54,10 +56,11 @@ def over_devices(
         local = dataclasses.replace(static, levels=split.local(static.levels))
 
         def on_each_device(*shards: jax.Array) -> tuple[jax.Array, ...]:
-            return tuple(
-                split.sum_over_devices(x, dims)
-                for x, dims in zip(run(local, *shards), static.out_dims, strict=True)
-            )
+            with settings():
+                return tuple(
+                    split.sum_over_devices(x, dims)
+                    for x, dims in zip(run(local, *shards), static.out_dims, strict=True)
+                )
 
         def placed(arrays: Sequence[Any], all_dims: Sequence[Dims]) -> tuple[NamedSharding, ...]:
             pairs = zip(arrays, all_dims, strict=True)
@@ -74,6 +77,19 @@ def over_devices(
 
     whole.def_partition(partition, sharding_rule=rule, decode_shardings=False)
     return whole(*arrays)
+
+
+def _trace_settings() -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """The settings that the caller traces under, for what XLA has traced while it compiles."""
+    x64 = jax.enable_x64.value
+    precision = jax.default_matmul_precision.value
+
+    @contextlib.contextmanager
+    def settings() -> Iterator[None]:
+        with jax.enable_x64(x64), jax.default_matmul_precision(precision):
+            yield
+
+    return settings
 
 
 def sharding_rule(

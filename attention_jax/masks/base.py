@@ -224,9 +224,11 @@ def parts(mask: Mask) -> Iterator[Mask]:
 def _as_mask(x: Any, operator: str) -> Mask:
     if isinstance(x, Mask):
         return x
+    hint = "wrap a bool array in masks.dense(array), a function in masks.mask_fn(fn)"
+    if callable(x) and getattr(x, "__module__", "").startswith("attention_jax.masks"):
+        hint = f"call masks.{x.__name__}(...)"
     raise TypeError(
-        f"a mask can be combined by {operator} with another mask, got {kind(x)}: wrap a bool "
-        f"array in masks.dense(array), a function in masks.mask_fn(fn)"
+        f"a mask can be combined by {operator} with another mask, got {kind(x)}: {hint}"
     )
 
 

@@ -110,7 +110,8 @@ class Native(Backend):
 
     Attributes:
       block_k: keys per block, a multiple of 96 up to 384.
-      instructions: ``"avx512"``, ``"avx2"`` or ``"neon"``; None takes the best the processor has.
+      instructions: ``"avx512"``, ``"avx2"`` or ``"neon"``; None takes one that has been tested,
+        which is AVX2 so far.
       few_queries: at most so many queries per key-value head read keys without packing them.
     """
 
@@ -139,8 +140,15 @@ class Native(Backend):
             return found.why_not
         if self.instructions is not None and self.instructions not in found.instructions:
             return f"this processor has {', '.join(found.instructions)}, not {self.instructions}"
+        if self._instructions() is None:
+            return (
+                f"its kernel for this processor is not tested yet: ask for "
+                f"Native(instructions={found.instructions[0]!r})"
+            )
         if reason := symbolic_sizes_refused(spec.sizes):
             return reason
+        if spec.sizes.D == 0:
+            return "value has width 0"
         dtype = jnp.dtype(spec.dtype)
         if dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
             return f"{dtype.name}: it takes float32, bfloat16 and float16, and computes in float32"
@@ -149,10 +157,11 @@ class Native(Backend):
         return scores.why_unsupported(spec.score, spec.sizes.T) or visible.why_unsupported(spec)
 
     def run(self, call: Call, spec: Spec) -> tuple[jax.Array, jax.Array]:
-        which = 0
-        if self.instructions is not None:
-            which = 1 + library.INSTRUCTIONS.index(self.instructions)
-        options = (self.block_k, which, self.few_queries)
+        instructions = self._instructions()
+        if instructions is None:
+            raise NotImplementedError(f"native cannot: {self.why_unsupported(spec)}")
+        number = 1 + library.INSTRUCTIONS.index(instructions)
+        options = (self.block_k, number, self.few_queries)
 
         def head(one: Head) -> tuple[jax.Array, jax.Array]:
             schedule, config = plan(one, options)
@@ -161,6 +170,13 @@ class Native(Backend):
 
         out, lse = over_heads_and_examples(head, call, spec.sizes, ("*B T N D", "*B T N"))
         return out, lse
+
+    def _instructions(self) -> str | None:
+        """The instruction set asked for, or one that is tested; None if this processor has none."""
+        if self.instructions is not None:
+            return self.instructions
+        found = library.load().instructions
+        return next((x for x in library.TESTED if x in found), None)
 
     def extra_bytes(self, spec: Spec) -> int:
         """Packed keys, values and rows of one thread (each has its own), and the mask's bits."""
