@@ -27,10 +27,10 @@ from attention_jax import positions as positions
 from attention_jax import reference as reference
 from attention_jax import scores as scores
 from attention_jax import testing as testing
-from attention_jax.api import Explanation as Explanation
 from attention_jax.api import attention as attention
 from attention_jax.api import attention_weights as attention_weights
 from attention_jax.api import explain as explain
+from attention_jax.backends.explanation import Explanation as Explanation
 from attention_jax.cache import KVCache as KVCache
 from attention_jax.masks import Mask as Mask
 from attention_jax.masks.block_map import BlockMap as BlockMap

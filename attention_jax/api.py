@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections.abc import Sequence
@@ -27,6 +26,7 @@ from attention_jax.backends.call import (
     complete,
     spec_of,
 )
+from attention_jax.backends.explanation import Explanation
 from attention_jax.core import dropout
 from attention_jax.core.axes import (
     AnyArray,
@@ -283,66 +283,6 @@ def _nothing_visible(call: Call, sizes: Sizes) -> tuple[jax.Array, jax.Array]:
     return jnp.zeros((*shape, sizes.D), call.query.dtype), jnp.broadcast_to(lse, shape)
 
 
-# --- explain
-
-
-@dataclasses.dataclass(frozen=True)
-class Explanation:
-    """Which implementation runs, why, and what it costs.
-
-    Attributes:
-      chosen: the implementation's name, or None if none of those asked for supports the call.
-      platform: for which platform.
-      reasons: for each implementation, the reason for or against it.
-      blocks: visited, full and skipped blocks over all heads and examples, and the block size; None
-        if the chosen implementation has no blocks, or the mask's arrays are known only at run time.
-      flops: of the forward pass of the chosen implementation, over the visited blocks if it has
-        blocks, else over all pairs; None if nothing is chosen, or the mask's arrays are known only
-        at run time.
-      dense_flops: of the forward pass over all pairs, ``2 * B * N * T * S * (H + D)``.
-      extra_bytes: of each implementation's forward pass, not counting arguments and results.
-    """
-
-    chosen: str | None
-    platform: str
-    reasons: dict[str, str]
-    blocks: dict[str, Any] | None
-    flops: int | None
-    dense_flops: int
-    extra_bytes: dict[str, int]
-
-    def __str__(self) -> str:
-        width = max(len(name) for name in self.reasons)
-        lines = [f"attention on {self.platform}"]
-        for name, reason in self.reasons.items():
-            mark = "->" if name == self.chosen else "  "
-            memory = _bytes(self.extra_bytes[name])
-            lines.append(f"{mark} {name:{width}}  {memory:>9} extra  {reason}")
-        if self.blocks is not None:
-            b = self.blocks
-            lines.append(
-                f"blocks of {b['block_q']} x {b['block_k']}: {b['visited']} visited, "
-                f"{b['full']} of them full, {b['skipped']} skipped"
-            )
-        elif self.flops is not None:
-            lines.append("blocks: -")
-        elif self.chosen is not None:
-            lines.append("blocks: the mask holds arrays known only at run time")
-        if self.flops is not None:
-            share = self.flops / self.dense_flops if self.dense_flops else 1.0
-            lines.append(f"forward: {self.flops / 1e9:.3g} GFLOP ({share:.0%} of dense)")
-        elif self.chosen is not None:
-            lines.append(f"forward: at most {self.dense_flops / 1e9:.3g} GFLOP")
-        return "\n".join(lines)
-
-
-def _bytes(n: int) -> str:
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
-        if n >= size:
-            return f"{n / size:.1f} {unit}"
-    return f"{n / 2**10:.1f} KiB"
-
-
 def explain(
     query: Any,
     key: Any,
@@ -363,7 +303,8 @@ def explain(
     """Which implementation a call of ``attention`` runs, why, and what it costs.
 
     Args:
-      query, key, value: arrays or ``jax.ShapeDtypeStruct``: only shapes and dtypes matter.
+      query, key, value: arrays or ``jax.ShapeDtypeStruct``: only shapes, dtypes and explicit
+        shardings matter.
       mask, score, ...: as for ``attention``.
       platform: ``"cpu"``, ``"gpu"`` or ``"tpu"``; None is the one in use.
 
@@ -400,7 +341,10 @@ def explain(
     )
     known_scale = call.scale if constants and isinstance(call.scale, float) else None
     query, key, value = (
-        jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype)) for x in call[:3]
+        jax.ShapeDtypeStruct(
+            x.shape, jax.dtypes.canonicalize_dtype(x.dtype), sharding=_explicit_sharding(x)
+        )
+        for x in call[:3]
     )
     call, sizes = complete(call._replace(query=query, key=key, value=value))
     if sizes.symbolic_batch or sizes.symbolic_lengths:
@@ -422,8 +366,14 @@ def explain(
             name: 0 if _no_pairs(sizes) else backend.extra_bytes(spec)
             for name, backend in choice.backends.items()
         },
+        split=sequence.split(call, sizes),
         **_cost(None if choice.name is None else choice.backend, spec),
     )
+
+
+def _explicit_sharding(x: Any) -> Any:
+    sharding = jax.typeof(x).sharding
+    return sharding if sharding.mesh.explicit_axes else None
 
 
 def _cost(chosen: Backend | None, spec: Spec) -> dict[str, Any]:

@@ -314,8 +314,8 @@ def axes_of_mapped(
     return found
 
 
-def spec_of_array(x: jax.Array) -> tuple[tuple[str, ...], ...]:
-    """The mesh axes along which each axis of ``x`` is sharded."""
+def spec_of_array(x: Any) -> tuple[tuple[str, ...], ...]:
+    """The mesh axes along which each axis of ``x``, an array or its shape, is sharded."""
     spec = (sharded_over(jax.typeof(x), axis) for axis in range(x.ndim))
     return tuple(() if s is None else s if isinstance(s, tuple) else (s,) for s in spec)
 

@@ -33,6 +33,53 @@ def axes_of_queries(call: Call) -> Axes:
     return spec_of_array(call.query)[-3]
 
 
+def split(call: Call, sizes: Sizes) -> str | None:
+    """How a complete call is split over explicit mesh axes, in words; None if it is not.
+
+    >>> import jax
+    >>> from attention_jax import explain
+    >>> from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+    >>> mesh = jax.make_mesh((jax.device_count(),), ("seq",), axis_types=(AxisType.Explicit,))
+    >>> sharding = NamedSharding(mesh, P(None, "seq"))
+    >>> x = jax.ShapeDtypeStruct((2, 64, 4, 8), "float32", sharding=sharding)
+    >>> explain(x, x, x).split
+    'T over seq; gathers S of key and value'
+    """
+    flat = [np.asarray(x) if isinstance(x, float) else x for x in jax.tree.leaves(call)]
+    mesh = explicit_mesh(flat)
+    if mesh is None:
+        return None
+    letters = _letters(call, len(sizes.B))
+    names = axes_of_queries(call)
+    mesh_axes = axes_of_mapped(flat, letters, sizes, mesh, taken=names)
+    mesh_axes |= {"T": names} if names else {}
+    sharded: dict[str, list[str]] = {}  # axis letters by mesh axes
+    for letter, over in mesh_axes.items():
+        sharded.setdefault(", ".join(over), []).append(letter)
+    moved: dict[str, list[str]] = {}  # arguments by what happens to their axes
+    for name, x, axes in zip(_names(call), flat, letters, strict=True):
+        for letter, over in zip(axes, spec_of_array(x), strict=False):
+            if over and over != mesh_axes.get(letter):
+                verb = "reshards" if letter in mesh_axes else "gathers"
+                moved.setdefault(f"{verb} {letter}", []).append(name)
+    said = [f"{_listed(axes)} over {over}" for over, axes in sharded.items()]
+    said += [f"{what} of {_listed(of)}" for what, of in moved.items()]
+    text = "; ".join(said)
+    return text.replace("B0", "B") if len(sizes.B) == 1 else text
+
+
+def _names(call: Call) -> list[str]:
+    """What each array of a call is called in messages."""
+    names = ["query", "key", "value", *(leaf.name for leaf in leaves((call.mask, call.score)))]
+    names += [] if call.sinks is None else ["sinks"]
+    return [*names, "scale", *(leaf.name for leaf in leaves(call.dropout))]
+
+
+def _listed(words: list[str]) -> str:
+    *most, last = words
+    return f"{', '.join(most)} and {last}" if most else last
+
+
 def over_queries(
     run: Callable[[Call], tuple[jax.Array, jax.Array]], call: Call, sizes: Sizes, names: Axes
 ) -> tuple[jax.Array, jax.Array]:

@@ -35,7 +35,8 @@ where a device's queries and keys are, and masks, scores and dropout follow them
 >>> mesh = jax.make_mesh((n,), ("seq",), axis_types=(AxisType.Auto,))
 >>> q, k, v = (jax.random.normal(jax.random.key(i), (1, 32 * n, 2, 8)) for i in range(3))
 >>> order = parallel.zigzag(32 * n, n)
->>> @functools.partial(
+>>> @jax.jit
+... @functools.partial(
 ...     jax.shard_map, mesh=mesh, in_specs=(P("seq"), *(P(None, "seq"),) * 3),
 ...     out_specs=P(None, "seq"),
 ... )

@@ -117,7 +117,8 @@ def attention(
     ...     aj.parallel.attention, axis_name="seq", strategy="ring", mask=aj.masks.causal()
     ... )
     >>> split = P(None, "seq")
-    >>> out = jax.shard_map(ring, mesh=mesh, in_specs=split, out_specs=split)(q, k, v)
+    >>> attend = jax.jit(jax.shard_map(ring, mesh=mesh, in_specs=split, out_specs=split))
+    >>> out = attend(q, k, v)
     >>> whole = aj.attention(q, k, v, mask=aj.masks.causal())
     >>> bool(jnp.allclose(out, whole, atol=1e-5))
     True

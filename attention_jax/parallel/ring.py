@@ -148,11 +148,8 @@ class Ring:
             return (visit(state, x._replace(**moving), step), following), None
 
         state = softmax.State(*_varying_like(softmax.start(count, z.D, dtype), x.query))
-        carry = state, _moving(x)
-        if n > 1:
-            carry, _ = lax.scan(body, carry, jnp.arange(n - 1, dtype=jnp.int32))
-        state, moving = carry
-        state = visit(state, x._replace(**moving), jnp.int32(n - 1))
+        # One rotation more than is needed, during the last step: half the program to compile.
+        (state, _), _ = lax.scan(body, (state, _moving(x)), jnp.arange(n, dtype=jnp.int32))
         sinks = None
         if x.sinks is not None:
             sinks = jnp.broadcast_to(x.sinks.astype(dtype), rows).reshape(count)
@@ -208,12 +205,8 @@ class Ring:
             sums = add(x._replace(**moving), step, sums)
             return (following, self._rotated(sums, travel)), None
 
-        carry = _moving(x), sums
-        if n > 1:
-            carry, _ = lax.scan(body, carry, jnp.arange(n - 1, dtype=jnp.int32))
-        moving, sums = carry
-        sums = add(x._replace(**moving), jnp.int32(n - 1), sums)
-        sums = self._rotated(sums, travel)
+        # After n rotations the sums are back at the device whose keys they belong to.
+        (_, sums), _ = lax.scan(body, (_moving(x), sums), jnp.arange(n, dtype=jnp.int32))
         result: list[Any] = [None] * len(flat)
         for i, total in zip(chosen, sums, strict=True):
             result[i] = total.astype(flat[i].dtype)
@@ -288,7 +281,10 @@ def attend(
     )
     for i, x in zip(floats, guarded, strict=True):
         flat[i] = x
-    return _with_gradient(ring)(jax.tree.unflatten(structure, flat))
+    # Eager shard_map cannot run a custom_vjp that asks which cotangents are zero; under jit it can.
+    run = jax.jit(_with_gradient(ring), inline=True)
+    found: tuple[jax.Array, jax.Array] = run(jax.tree.unflatten(structure, flat))
+    return found
 
 
 def _with_gradient(ring: Ring) -> Callable[[Arrays], tuple[jax.Array, jax.Array]]:
