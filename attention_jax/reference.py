@@ -24,7 +24,7 @@ result. Such a query gives 0 with lse -inf (with a sink: lse = the sink).
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -32,6 +32,7 @@ import numpy.typing as npt
 
 Float: TypeAlias = npt.NDArray[np.float64]
 Bool: TypeAlias = npt.NDArray[np.bool_]
+Rule: TypeAlias = Callable[[npt.NDArray[Any], npt.NDArray[Any]], npt.ArrayLike]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,12 +210,14 @@ def attention(
     key: npt.ArrayLike,
     value: npt.ArrayLike,
     *,
-    mask: npt.ArrayLike | None = None,
+    mask: npt.ArrayLike | Rule | None = None,
     scores: Sequence[Step] = (),
     sinks: npt.ArrayLike | None = None,
     scale: float | None = None,
     keep: npt.ArrayLike | None = None,
     dropout_rate: float = 0.0,
+    query_positions: npt.ArrayLike | None = None,
+    key_positions: npt.ArrayLike | None = None,
 ) -> Forward:
     """Softmax attention: `head` for every example and head; query head n reads key head n // G.
 
@@ -222,12 +225,15 @@ def attention(
         query: [*B T N H].
         key: [*B S K H].
         value: [*B S K D].
-        mask: bool, broadcastable to [*B N T S]; True where the query may attend to the key.
+        mask: bool, broadcastable to [*B N T S]; True where the query may attend to the key. Or its
+            rule, a function of the positions i [*B 1 T 1] of queries and j [*B 1 1 S] of keys.
         scores: Softcap and Bias steps on the logits, applied in order, before the mask.
         sinks: [N], one more logit in each head's denominator, without a value.
         scale: multiplies query . key; 1 / sqrt(H) if None.
         keep: the dropout mask, bool, broadcastable to [*B N T S]; False drops the probability.
         dropout_rate: in [0, 1); probabilities that are kept are divided by 1 - dropout_rate.
+        query_positions, key_positions: integers, [*B T] or [T], [*B S] or [S]; 0, 1, 2, ... if
+            None. Keys at negative positions are masked.
     Returns: Forward, with out [*B T N D], lse [*B T N] and weights [*B N T S], all float64.
     Raises: ValueError; the message names the argument, what was expected and what was given.
 
@@ -243,9 +249,13 @@ def attention(
     [[[6.0], [6.0]]]
     >>> attention(query, key, value, sinks=[0.0, -np.inf]).weights.sum(axis=-1).tolist()
     [[0.75], [1.0]]
+    >>> at = {"query_positions": [5], "key_positions": [6, 4, -1]}
+    >>> attention(query, key, value, mask=lambda i, j: j <= i, **at).out.tolist()
+    [[[6.0], [6.0]]]
     """
+    positions = query_positions, key_positions
     query, key, value, o = _check(
-        _ALL_HEADS, query, key, value, sinks, mask, scores, scale, keep, dropout_rate
+        _ALL_HEADS, query, key, value, sinks, mask, scores, scale, keep, dropout_rate, positions
     )
     out = np.zeros(query.shape[:-1] + value.shape[-1:])
     lse, weights = np.zeros(query.shape[:-1]), np.zeros(o.mask.shape)
@@ -261,12 +271,14 @@ def attention_gradients(
     d_out: npt.ArrayLike,
     d_lse: npt.ArrayLike | None = None,
     *,
-    mask: npt.ArrayLike | None = None,
+    mask: npt.ArrayLike | Rule | None = None,
     scores: Sequence[Step] = (),
     sinks: npt.ArrayLike | None = None,
     scale: float | None = None,
     keep: npt.ArrayLike | None = None,
     dropout_rate: float = 0.0,
+    query_positions: npt.ArrayLike | None = None,
+    key_positions: npt.ArrayLike | None = None,
 ) -> Gradients:
     """The derivative of `attention`: `head_gradients` of every head, summed over what they share.
 
@@ -283,8 +295,9 @@ def attention_gradients(
     >>> attention_gradients(query, key, value, d_out=np.full((1, 2, 1), 1.5)).value.tolist()
     [[[1.0]], [[1.0]], [[1.0]]]
     """
+    positions = query_positions, key_positions
     query, key, value, o = _check(
-        _ALL_HEADS, query, key, value, sinks, mask, scores, scale, keep, dropout_rate
+        _ALL_HEADS, query, key, value, sinks, mask, scores, scale, keep, dropout_rate, positions
     )
     d_out = _expect("d_out [*B T N D]", d_out, o.sizes)
     d_lse = np.zeros(query.shape[:-1]) if d_lse is None else d_lse
@@ -396,11 +409,12 @@ def _check(
     key: npt.ArrayLike,
     value: npt.ArrayLike,
     sinks: npt.ArrayLike | None,
-    mask: npt.ArrayLike | None,
+    mask: npt.ArrayLike | Rule | None,
     scores: Sequence[Step],
     scale: float | None,
     keep: npt.ArrayLike | None,
     dropout_rate: float,
+    positions: tuple[npt.ArrayLike | None, npt.ArrayLike | None] = (None, None),
 ) -> tuple[Float, Float, Float, _Options]:
     """The arrays in float64 and the options without defaults, or a ValueError."""
     q_axes, k_axes, v_axes, sink_axes, weight_axes = expected
@@ -429,10 +443,15 @@ def _check(
     lead = (*sizes["*B"], sizes["N"]) if "N" in sizes else ()
     shape = (*lead, sizes["T"], sizes["S"])
     spread = f"must broadcast to {weight_axes}"
-    for i, step in enumerate(scores):
+    for number, step in enumerate(scores):
         if isinstance(step, Bias):
-            _expect_weights(f"scores[{i}].array {spread}", step.array, shape)
-    mask = _expect_weights(f"mask {spread}", True if mask is None else mask, shape, np.bool_)
+            _expect_weights(f"scores[{number}].array {spread}", step.array, shape)
+    i = _expect_positions("query_positions", positions[0], "T", sizes)[..., :, None]
+    j = _expect_positions("key_positions", positions[1], "S", sizes)[..., None, :]
+    if lead:  # the axis N
+        i, j = np.expand_dims(i, -3), np.expand_dims(j, -3)
+    seen = True if mask is None else mask(i, j) if callable(mask) else mask
+    mask = _expect_weights(f"mask {spread}", seen, shape, np.bool_) & (j >= 0)
     keep = _expect_weights(f"keep {spread}", True if keep is None else keep, shape, np.bool_)
     return query, key, value, _Options(sizes, sinks, mask, scores, float(scale), keep, dropout_rate)
 
@@ -453,6 +472,20 @@ def _expect(expected: str, given: npt.ArrayLike, sizes: dict[str, Any]) -> Float
         known = f" with {known}" if known else ""
         raise ValueError(f"{name} must have shape [{axes}]{known}, got {array.shape}")
     return array
+
+
+def _expect_positions(
+    name: str, given: npt.ArrayLike | None, letter: str, sizes: dict[str, Any]
+) -> npt.NDArray[Any]:
+    """Positions as integers [*B T] or [*B S]; raises if their shape or dtype does not fit."""
+    batch, length = sizes.get("*B", ()), sizes[letter]
+    array = np.arange(length) if given is None else np.asarray(given)
+    if not np.issubdtype(array.dtype, np.integer):
+        raise ValueError(f"{name} must be integers, got {array.dtype}")
+    if array.shape not in ((length,), (*batch, length)):
+        problem = f"{name} must have shape [{letter}] or [*B {letter}] with {letter} = {length}"
+        raise ValueError(f"{problem} and *B = {batch}, got {array.shape}")
+    return np.broadcast_to(array, (*batch, length))
 
 
 def _expect_weights(
