@@ -1,8 +1,9 @@
 """Ring attention over 8 forced host devices against one device: time, memory, collectives.
 
-    python -m experiments.bench.ring [--length 32768]
+    python -m experiments.bench.ring [--length 32768] [--pass gradient]
 
-The devices share this machine's cores, so that the ring's wall time is that of its total work.
+The devices share this machine's cores, so that the ring's wall time is that of its total work. The
+ring computes with ``blockwise``: this is the implementation on one device to compare it with.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ DEVICES = 8
 COLLECTIVES = r" (all-gather|all-reduce|reduce-scatter|collective-permute|all-to-all)(?:-start)?\("
 
 
-def measure(name: str, fn: Callable[..., Any], arrays: Any, repeats: int) -> float:
-    """Prints and returns the median seconds of a compiled call."""
+def measure(name: str, fn: Callable[..., Any], arrays: Any, repeats: int) -> tuple[float, float]:
+    """Prints and returns the median seconds of a compiled call, and MiB per device."""
     import jax
 
     compiled = jax.jit(fn).lower(*arrays).compile()
@@ -36,7 +37,7 @@ def measure(name: str, fn: Callable[..., Any], arrays: Any, repeats: int) -> flo
     memory = analysis.temp_size_in_bytes / 2**20
     sent = dict(collections.Counter(re.findall(COLLECTIVES, compiled.as_text() or "")))
     print(f"{name:24} {statistics.median(seconds):7.2f} s  {memory:7.1f} MiB temporary  {sent}")
-    return statistics.median(seconds)
+    return statistics.median(seconds), memory
 
 
 def main() -> None:
@@ -45,6 +46,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=32768)
     parser.add_argument("--heads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--pass", dest="which", choices=("forward", "gradient"), default="forward")
     options = parser.parse_args()
     os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={DEVICES}"
 
@@ -57,7 +59,12 @@ def main() -> None:
     split = PartitionSpec(None, "seq")
     T, N = options.length, options.heads
     arrays = [jax.random.normal(jax.random.key(i), (1, T, N, 64)) for i in range(3)]
-    one = functools.partial(attention, mask=masks.causal())
+    ones = {
+        implementation: functools.partial(
+            attention, mask=masks.causal(), implementation=implementation
+        )
+        for implementation in ("native", "blockwise")
+    }
     order = parallel.zigzag(T, DEVICES)
 
     def ring(query: Any, key: Any, value: Any, positions: Any) -> Any:
@@ -82,11 +89,16 @@ def main() -> None:
     shards = [shard(x, split) for x in arrays]
     mixed = [shard(x[:, order.permutation], split) for x in arrays]
     mixed.append(shard(order.permutation, placed))
-    for name, of in (("forward", lambda fn: fn), ("gradient", gradient)):
-        whole = measure(f"{name}, one device", of(one), arrays, options.repeats)
-        for label, fn, given in (("ring", in_order, shards), ("ring, zigzag", zigzag, mixed)):
-            seconds = measure(f"{name}, {label}", of(fn), given, options.repeats)
-            print(f"{'':24} {seconds / whole:7.2f} of one device")
+    of = gradient if options.which == "gradient" else lambda fn: fn
+    print(f"{options.which}, T = {T}, N = {N}")
+    whole = {}
+    for name, one in ones.items():
+        whole[name] = measure(f"one device, {name}", of(one), arrays, options.repeats)
+    for name, fn, given in (("ring", in_order, shards), ("ring, zigzag", zigzag, mixed)):
+        seconds, memory = measure(name, of(fn), given, options.repeats)
+        for against, (its_seconds, its_memory) in whole.items():
+            times, share = seconds / its_seconds, memory / its_memory
+            print(f"{'':24} of {against}: {times:.2f} of its time, {share:.2f} of its memory")
 
 
 if __name__ == "__main__":
