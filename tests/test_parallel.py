@@ -10,12 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from contract import needs_native
 from helpers import jax_normal, mostly_slow, slow
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import attention_jax as aj
 from attention_jax import masks, parallel, scores, testing
+from attention_jax.core.axes import Sizes
 from attention_jax.core.pytree import leaves
 from attention_jax.masks import block_map
 from attention_jax.masks.at_positions import placed
@@ -168,6 +170,26 @@ def test_what_attention_promises(strategy, name):
         case = dataclasses.replace(case, sizes=dataclasses.replace(case.sizes, B=(2,)))
     implementation = "blockwise" if strategy == "ring" else "xla"
     report = testing.check(sharded(strategy, implementation=implementation), cases=[even(case)])
+    assert report.ok, str(report)
+    assert "refused" not in str(report.rows[0].verdict)
+
+
+SHARDS = Sizes(B=(2,), T=80, S=144, K=2, G=3, H=11, D=7)
+OF_NATIVE = [
+    testing.Case("T5", SHARDS, mask="causal", score="relative_bias"),
+    testing.Case("softcap, sinks", SHARDS, mask="segments", score="bias, softcap", sinks=True),
+    testing.Case("alibi", SHARDS, mask="window offset", score="softcap, alibi", dtype="bfloat16"),
+    testing.Case("planted", SHARDS, mask="lengths", score="bias", planted=True),
+    testing.Case("bits", SHARDS, mask="dilated & causal", magnitude=30.0, scale=0.4),
+]
+
+
+@needs_native
+@pytest.mark.parametrize(
+    "case", [each if each.name == "T5" else slow(each) for each in OF_NATIVE], ids=str
+)
+def test_a_ring_of_the_native_kernel(case):
+    report = testing.check(sharded("ring", implementation="native"), cases=[case])
     assert report.ok, str(report)
     assert "refused" not in str(report.rows[0].verdict)
 

@@ -23,6 +23,7 @@ from attention_jax.core import dropout
 from attention_jax.core.axes import Sizes
 from attention_jax.core.pytree import leaves
 from attention_jax.core.softmax import finite, product, zero_rows
+from attention_jax.scores import Score
 
 OUTPUTS = ("*B T N D", "*B T N", "*B T N")
 Plan = Callable[[Head], tuple[Head, Any, Any]]  # -> what the primitives take
@@ -55,8 +56,13 @@ def cotangents_by_primitive(
     results: Results,
     wrt: Sequence[int],
     cotangents: Any,
+    planned: Callable[[Head, Score], Score] | None = None,
 ) -> list[jax.Array]:
-    """The transpose of the primitive ``tangent``, mapped over all heads of all examples."""
+    """The transpose of the primitive ``tangent``, mapped over all heads of all examples.
+
+    Args:
+      planned: what the plan makes of each score of a head; None: it keeps them.
+    """
     flat, axes, structure = as_arrays(call, sizes)
     every, every_axes = operands(call), operand_axes(call)
 
@@ -64,6 +70,8 @@ def cotangents_by_primitive(
         head: Head = jax.tree.unflatten(structure, xs[: len(flat)])
         rest = xs[len(flat) :]
         moving = dict(zip(wrt, rest[len(OUTPUTS) :], strict=True))
+        if planned is not None:
+            moving = _of_planned_scores(planned, head, moving)
         return attend.tangent(*plan(head), rest[: len(OUTPUTS)], moving)
 
     def tangents(*moving: Any) -> Any:
@@ -71,6 +79,38 @@ def cotangents_by_primitive(
         return lift(one, [*flat, *results, *moving], sizes, letters, OUTPUTS[:2])
 
     return list(jax.linear_transpose(tangents, *(every[i] for i in wrt))(tuple(cotangents)))
+
+
+def _of_planned_scores(
+    planned: Callable[[Head, Score], Score], head: Head, moving: dict[int, Any]
+) -> dict[int, Any]:
+    """Tangents of operands after ``planned``, given those before it, by the number of the operand.
+
+    A score none of whose arrays moves has no tangents: a kernel may lack some of its derivatives.
+    """
+    before = after = 3  # query, key and value come first
+    result = {i: x for i, x in moving.items() if i < before}
+    for score in head.score:
+        given, structure = jax.tree.flatten(score)
+        inner = [i for i in range(len(given)) if before + i in moving]
+
+        def arrays(
+            *changed: Any, given: Any = given, structure: Any = structure, inner: Any = inner
+        ) -> list[Any]:
+            every = list(given)
+            for i, x in zip(inner, changed, strict=True):
+                every[i] = x
+            return jax.tree.leaves(planned(head, jax.tree.unflatten(structure, every)))
+
+        primals = [given[i] for i in inner]
+        found = jax.eval_shape(arrays, *primals)
+        if inner:
+            _, tangents = jax.jvp(arrays, primals, [moving[before + i] for i in inner])
+            floats = (i for i, x in enumerate(found) if jnp.issubdtype(x.dtype, jnp.inexact))
+            result |= {after + i: tangents[i] for i in floats}
+        before += len(given)
+        after += len(found)
+    return result | {after + i - before: x for i, x in moving.items() if i >= before}
 
 
 def materialised(

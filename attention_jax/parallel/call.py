@@ -93,8 +93,8 @@ def attention(
       query_positions, key_positions: int32 ``[*B T]`` or ``[T]``, ``[*B S]`` or ``[S]``, the
         positions of this device's queries and keys; None: one device's follow those of the device
         before it. Any order is right, ``zigzag`` balances causal work.
-      implementation: as for ``attention``; ``"ring"`` takes ``blockwise``, ``pallas_gpu`` and
-        ``xla``.
+      implementation: as for ``attention``; ``"ring"`` takes ``blockwise``, ``native``,
+        ``pallas_gpu`` and ``xla``.
       return_lse: also return the natural-log normaliser.
 
     Returns:

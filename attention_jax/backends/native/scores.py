@@ -62,21 +62,22 @@ def why_unsupported(scores: tuple[Score, ...], T: int) -> str | None:
 
 def native(head: Head) -> tuple[Score, ...]:
     """The scores of one head as ``Softcap``, ``Bias`` and ``Diagonal``, which hold float32."""
+    return tuple(as_native(head, score) for score in head.score)
+
+
+def as_native(head: Head, score: Score) -> Score:
+    """One of a head's scores in a form that the kernel has."""
     T, S = head.query.shape[0], head.key.shape[0]
-
-    def convert(score: Score) -> Score:
-        if isinstance(score, Softcap):
-            return Softcap(jnp.asarray(score.cap, jnp.float32))
-        if isinstance(score, Bias):
-            return Bias(jnp.asarray(score.array).astype(jnp.float32))
-        if isinstance(score, Placed) and not score.contiguous:
-            zeros = jnp.zeros((T, S), jnp.float32)
-            at = tile_indices((T, S), 0, 0)
-            return Bias(whole(score).rule(zeros, head.b, head.n, *at))
-        # Query 0 has all distances to keys at 1 - T and on.
-        distances = np.arange(1 - T, S, dtype=np.int32)[None, :]
-        zeros = jnp.zeros(distances.shape, jnp.float32)
-        array = score.rule(zeros, head.b, head.n, np.zeros((1, 1), np.int32), distances)
-        return Diagonal(array[0], T)
-
-    return tuple(map(convert, head.score))
+    if isinstance(score, Softcap):
+        return Softcap(jnp.asarray(score.cap, jnp.float32))
+    if isinstance(score, Bias):
+        return Bias(jnp.asarray(score.array).astype(jnp.float32))
+    if isinstance(score, Placed) and not score.contiguous:
+        zeros = jnp.zeros((T, S), jnp.float32)
+        at = tile_indices((T, S), 0, 0)
+        return Bias(whole(score).rule(zeros, head.b, head.n, *at))
+    # Query 0 has all distances to keys at 1 - T and on.
+    distances = np.arange(1 - T, S, dtype=np.int32)[None, :]
+    zeros = jnp.zeros(distances.shape, jnp.float32)
+    array = score.rule(zeros, head.b, head.n, np.zeros((1, 1), np.int32), distances)
+    return Diagonal(array[0], T)
