@@ -1,9 +1,8 @@
 """Ring attention over 8 forced host devices against one device: time, memory, collectives.
 
-    python -m experiments.bench.ring [--length 32768] [--pass gradient]
+    python -m experiments.bench.ring [--length 32768] [--implementation blockwise]
 
-The devices share this machine's cores, so that the ring's wall time is that of its total work. The
-ring computes with ``blockwise``: this is the implementation on one device to compare it with.
+The devices share this machine's cores, so that the ring's wall time is that of its total work.
 """
 
 from __future__ import annotations
@@ -22,8 +21,11 @@ DEVICES = 8
 COLLECTIVES = r" (all-gather|all-reduce|reduce-scatter|collective-permute|all-to-all)(?:-start)?\("
 
 
-def measure(name: str, fn: Callable[..., Any], arrays: Any, repeats: int) -> tuple[float, float]:
-    """Prints and returns the median seconds of a compiled call, and MiB per device."""
+def measure(name: str, fn: Callable[..., Any], arrays: Any, repeats: int) -> tuple[float, ...]:
+    """Prints and returns the median seconds of a compiled call, and MiB per device.
+
+    First all of them, with arguments and results, then the temporary ones.
+    """
     import jax
 
     compiled = jax.jit(fn).lower(*arrays).compile()
@@ -34,10 +36,12 @@ def measure(name: str, fn: Callable[..., Any], arrays: Any, repeats: int) -> tup
         jax.block_until_ready(compiled(*arrays))
         seconds.append(time.perf_counter() - start)
     analysis: Any = compiled.memory_analysis()
-    memory = analysis.temp_size_in_bytes / 2**20
+    temporary = analysis.temp_size_in_bytes / 2**20
+    memory = temporary + (analysis.argument_size_in_bytes + analysis.output_size_in_bytes) / 2**20
     sent = dict(collections.Counter(re.findall(COLLECTIVES, compiled.as_text() or "")))
-    print(f"{name:24} {statistics.median(seconds):7.2f} s  {memory:7.1f} MiB temporary  {sent}")
-    return statistics.median(seconds), memory
+    took = statistics.median(seconds)
+    print(f"{name:24} {took:7.2f} s  {memory:7.1f} MiB, {temporary:7.1f} temporary  {sent}")
+    return took, memory, temporary
 
 
 def main() -> None:
@@ -46,7 +50,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=32768)
     parser.add_argument("--heads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--pass", dest="which", choices=("forward", "gradient"), default="forward")
+    parser.add_argument("--implementation", default="native")
     options = parser.parse_args()
     os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={DEVICES}"
 
@@ -59,17 +63,13 @@ def main() -> None:
     split = PartitionSpec(None, "seq")
     T, N = options.length, options.heads
     arrays = [jax.random.normal(jax.random.key(i), (1, T, N, 64)) for i in range(3)]
-    ones = {
-        implementation: functools.partial(
-            attention, mask=masks.causal(), implementation=implementation
-        )
-        for implementation in ("native", "blockwise")
-    }
+    options_of_both = {"mask": masks.causal(), "implementation": options.implementation}
+    one = functools.partial(attention, **options_of_both)
     order = parallel.zigzag(T, DEVICES)
 
     def ring(query: Any, key: Any, value: Any, positions: Any) -> Any:
         call = functools.partial(
-            parallel.attention, axis_name="seq", strategy="ring", mask=masks.causal()
+            parallel.attention, axis_name="seq", strategy="ring", **options_of_both
         )
         return call(query, key, value, query_positions=positions, key_positions=positions)
 
@@ -89,16 +89,16 @@ def main() -> None:
     shards = [shard(x, split) for x in arrays]
     mixed = [shard(x[:, order.permutation], split) for x in arrays]
     mixed.append(shard(order.permutation, placed))
-    of = gradient if options.which == "gradient" else lambda fn: fn
-    print(f"{options.which}, T = {T}, N = {N}")
-    whole = {}
-    for name, one in ones.items():
-        whole[name] = measure(f"one device, {name}", of(one), arrays, options.repeats)
-    for name, fn, given in (("ring", in_order, shards), ("ring, zigzag", zigzag, mixed)):
-        seconds, memory = measure(name, of(fn), given, options.repeats)
-        for against, (its_seconds, its_memory) in whole.items():
-            times, share = seconds / its_seconds, memory / its_memory
-            print(f"{'':24} of {against}: {times:.2f} of its time, {share:.2f} of its memory")
+    print(f"{options.implementation}, T = {T}, N = {N}")
+    for name, of in (("forward", lambda fn: fn), ("gradient", gradient)):
+        whole = measure(f"{name}, one device", of(one), arrays, options.repeats)
+        for label, fn, given in (("ring", in_order, shards), ("ring, zigzag", zigzag, mixed)):
+            found = measure(f"{name}, {label}", of(fn), given, options.repeats)
+            time_, memory, temporary = (a / b for a, b in zip(found, whole, strict=True))
+            print(
+                f"{'':24} of one device: {time_:.2f} of the time, {memory:.2f} of the memory, "
+                f"{temporary:.2f} of the temporary memory"
+            )
 
 
 if __name__ == "__main__":
