@@ -11,8 +11,9 @@
 
 ``attention`` computes attention, ``masks`` and ``scores`` build its options, ``reference`` defines
 it in NumPy, and ``explain`` shows which backend runs and why. ALiBi and relative biases are in
-``scores``, rotary embeddings in ``positions``, and other kinds of attention in ``mechanisms``.
-``testing`` has the checker and lists what every backend guarantees.
+``scores``, rotary embeddings in ``positions``, other kinds of attention in ``mechanisms``,
+sequences split over devices in ``parallel``, and the checker, with all that it guarantees, in
+``testing``.
 
 Import the Flax modules and transformers separately, because Flax takes about as long to import as
 JAX: ``from attention_jax import models, nn``.
@@ -21,14 +22,15 @@ JAX: ``from attention_jax import models, nn``.
 from attention_jax import cache as cache
 from attention_jax import masks as masks
 from attention_jax import mechanisms as mechanisms
+from attention_jax import parallel as parallel
 from attention_jax import positions as positions
 from attention_jax import reference as reference
 from attention_jax import scores as scores
 from attention_jax import testing as testing
-from attention_jax.api import Explanation as Explanation
 from attention_jax.api import attention as attention
 from attention_jax.api import attention_weights as attention_weights
 from attention_jax.api import explain as explain
+from attention_jax.backends.explanation import Explanation as Explanation
 from attention_jax.cache import KVCache as KVCache
 from attention_jax.masks import Mask as Mask
 from attention_jax.masks.block_map import BlockMap as BlockMap
@@ -50,6 +52,7 @@ __all__ = [
     "explain",
     "masks",
     "mechanisms",
+    "parallel",
     "positions",
     "reference",
     "scores",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections.abc import Sequence
@@ -11,10 +10,10 @@ from typing import Any, Literal, overload
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from attention_jax import backends
-from attention_jax.backends import Backend, xla
+from attention_jax.backends import Backend, sequence, xla
 from attention_jax.backends.call import (
     Call,
     MaskLike,
@@ -27,8 +26,10 @@ from attention_jax.backends.call import (
     complete,
     spec_of,
 )
+from attention_jax.backends.explanation import Explanation
 from attention_jax.core import dropout
 from attention_jax.core.axes import (
+    AnyArray,
     Key,
     Normalizer,
     Output,
@@ -38,9 +39,11 @@ from attention_jax.core.axes import (
     accumulation_dtype,
 )
 from attention_jax.core.compat import no_mesh
+from attention_jax.core.positions import Contiguous
 from attention_jax.masks import block_map
 
 Implementation = str | Backend | Sequence[str | Backend] | None
+Positions = Int[AnyArray, "..."] | Contiguous | None
 
 
 @overload
@@ -55,6 +58,8 @@ def attention(
     scale: Scale = ...,
     dropout_rate: float = ...,
     dropout_key: Any = ...,
+    query_positions: Positions = ...,
+    key_positions: Positions = ...,
     implementation: Implementation = ...,
     return_lse: Literal[False] = ...,
 ) -> Output: ...
@@ -70,6 +75,8 @@ def attention(
     scale: Scale = ...,
     dropout_rate: float = ...,
     dropout_key: Any = ...,
+    query_positions: Positions = ...,
+    key_positions: Positions = ...,
     implementation: Implementation = ...,
     return_lse: Literal[True],
 ) -> tuple[Output, Normalizer]: ...
@@ -84,6 +91,8 @@ def attention(
     scale: Scale = None,
     dropout_rate: float = 0.0,
     dropout_key: Any = None,
+    query_positions: Positions = None,
+    key_positions: Positions = None,
     implementation: Implementation = None,
     return_lse: bool = False,
 ) -> Output | tuple[Output, Normalizer]:
@@ -113,6 +122,11 @@ def attention(
       dropout_rate: the fraction of attention probabilities to drop, in [0, 1); the others are
         divided by ``1 - dropout_rate``.
       dropout_key: a JAX random key. The dropout mask is a hash of it and ``(b, n, i, j)``.
+      query_positions, key_positions: int32 ``[*B T]`` or ``[T]``, ``[*B S]`` or ``[S]``: what the
+        rules of masks, scores and dropout take for ``i`` and ``j``; None: 0, 1, 2, ... For queries
+        and keys that are some of a sequence's, in any order. Keys at negative positions are masked.
+        Arrays of masks and scores stay in the order of the call's queries and keys, and
+        ``align="end"`` is ``align="start"``: the positions are those of one sequence.
       implementation: a name, a configured ``Backend`` such as ``backends.Blockwise(block_q=128)``,
         a sequence of these to try in order, or None to choose.
       return_lse: also return the natural-log normalizer.
@@ -142,8 +156,7 @@ def attention(
     Source: Vaswani et al. 2017, "Attention Is All You Need", section 3.2.
     """
     check_flag("return_lse", return_lse)
-    asked, platform = backends.as_backends(implementation), backends.platform()
-    static_numbers = _static_numbers(asked, platform)
+    asked = backends.as_backends(implementation)
     call = bind(
         query,
         key,
@@ -154,17 +167,29 @@ def attention(
         scale=scale,
         dropout_rate=dropout_rate,
         dropout_key=dropout_key,
-        static_numbers=static_numbers,
+        query_positions=query_positions,
+        key_positions=key_positions,
+        static_numbers=static_numbers(asked, backends.platform()),
     )
-    out, lse = _attention(
+    out, lse = run(call, asked, return_lse=return_lse)
+    return (out, lse) if return_lse else out
+
+
+def run(
+    call: Call, asked: tuple[str | Backend, ...] | None, *, return_lse: bool
+) -> tuple[jax.Array, jax.Array]:
+    """Output and lse of a call from ``bind``."""
+    platform = backends.platform()
+    constant = static_numbers(asked, platform) and isinstance(call.scale, float)
+    found: tuple[jax.Array, jax.Array] = _attention(
         call,
-        scale=call.scale if static_numbers and isinstance(call.scale, float) else None,
+        scale=call.scale if constant else None,
         asked=asked,
         return_lse=return_lse,
         platform=platform,
         partitioned=backends.partitioned(),
     )
-    return (out, lse) if return_lse else out
+    return found
 
 
 @functools.partial(
@@ -174,13 +199,22 @@ def _attention(
     call: Call, *, asked: tuple[str | Backend, ...] | None, **known: Any
 ) -> tuple[jax.Array, jax.Array]:
     """Chooses and runs a backend. The choice is made while tracing, once per shape."""
+    run = functools.partial(_on_one_device, asked, known)
+    if names := sequence.axes_of_queries(call):
+        return sequence.over_queries(run, *complete(call), names)
+    return run(call)
+
+
+def _on_one_device(
+    asked: tuple[str | Backend, ...] | None, known: dict[str, Any], call: Call
+) -> tuple[jax.Array, jax.Array]:
     call, sizes = complete(call)
     spec = spec_of(call, sizes, **known)
     backend = backends.choose(asked, spec).backend
     return _nothing_visible(call, sizes) if _no_pairs(sizes) else backend.run(call, spec)
 
 
-def _static_numbers(asked: tuple[str | Backend, ...] | None, platform: str) -> bool:
+def static_numbers(asked: tuple[str | Backend, ...] | None, platform: str) -> bool:
     """Whether Python numbers must be constants of the program, as some kernels require.
 
     On a CPU they are arguments, so that a new value does not compile again.
@@ -197,11 +231,13 @@ def attention_weights(
     score: ScoreLike = (),
     sinks: Sinks = None,
     scale: Scale = None,
+    query_positions: Positions = None,
+    key_positions: Positions = None,
 ) -> Float[Array, "*B N T S"]:
     """The attention probabilities, for inspection: ``p_ij = exp(s_ij - lse_i)``.
 
     Args:
-      query, key, mask, score, sinks, scale: as for ``attention``.
+      query, key, mask, score, sinks, scale, query_positions, key_positions: as for ``attention``.
 
     Returns:
       ``[*B N T S]`` in float32 or wider; fully masked rows are 0, and with sinks a row sums to less
@@ -215,7 +251,18 @@ def attention_weights(
     >>> aj.attention_weights(q, q, mask=aj.masks.causal())[0, 1].tolist()
     [0.5, 0.5, 0.0]
     """
-    return _weights(bind(query, key, key, mask=mask, score=score, sinks=sinks, scale=scale))
+    call = bind(
+        query,
+        key,
+        key,
+        mask=mask,
+        score=score,
+        sinks=sinks,
+        scale=scale,
+        query_positions=query_positions,
+        key_positions=key_positions,
+    )
+    return _weights(call)
 
 
 @jax.jit
@@ -239,67 +286,6 @@ def _nothing_visible(call: Call, sizes: Sizes) -> tuple[jax.Array, jax.Array]:
     return jnp.zeros((*shape, sizes.D), call.query.dtype), jnp.broadcast_to(lse, shape)
 
 
-# --- explain
-
-
-@dataclasses.dataclass(frozen=True)
-class Explanation:
-    """Which implementation runs, why, and what it costs.
-
-    Attributes:
-      chosen: the implementation's name, or None if none of those asked for supports the call.
-      platform: the platform that it was chosen for.
-      reasons: for each implementation, why it was or was not chosen.
-      blocks: visited, full and skipped blocks over all heads and examples, and the block size; None
-        if the chosen implementation has no blocks, or the mask's arrays are known only at run time.
-      flops: of the forward pass of the chosen implementation, over the visited blocks if it has
-        blocks, else over all pairs; None if nothing is chosen, or the mask's arrays are known only
-        at run time.
-      dense_flops: of the forward pass over all pairs, ``2 * B * N * T * S * (H + D)``.
-      extra_bytes: of each implementation's forward pass, not counting arguments and results.
-    """
-
-    chosen: str | None
-    platform: str
-    reasons: dict[str, str]
-    blocks: dict[str, Any] | None
-    flops: int | None
-    dense_flops: int
-    extra_bytes: dict[str, int]
-
-    def __str__(self) -> str:
-        width = max(len(name) for name in self.reasons)
-        lines = [f"attention on {self.platform}"]
-        for name, reason in self.reasons.items():
-            mark = "->" if name == self.chosen else "  "
-            cannot = reason.startswith("cannot")
-            memory = "" if cannot else f"{_bytes(self.extra_bytes[name])} extra"
-            lines.append(f"{mark} {name:{width}}  {memory:>15}  {reason}")
-        if self.blocks is not None:
-            b = self.blocks
-            lines.append(
-                f"blocks of {b['block_q']} x {b['block_k']}: {b['visited']} visited, "
-                f"{b['full']} of them full, {b['skipped']} skipped"
-            )
-        elif self.flops is not None:
-            lines.append(f"blocks: not counted for {self.chosen}")
-        elif self.chosen is not None:
-            lines.append("blocks: the mask holds arrays known only at run time")
-        if self.flops is not None:
-            share = self.flops / self.dense_flops if self.dense_flops else 1.0
-            lines.append(f"forward: {self.flops / 1e9:.3g} GFLOP ({share:.0%} of dense)")
-        elif self.chosen is not None:
-            lines.append(f"forward: at most {self.dense_flops / 1e9:.3g} GFLOP")
-        return "\n".join(lines)
-
-
-def _bytes(n: int) -> str:
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
-        if n >= size:
-            return f"{n / size:.1f} {unit}"
-    return f"{n / 2**10:.1f} KiB"
-
-
 def explain(
     query: Any,
     key: Any,
@@ -311,6 +297,8 @@ def explain(
     scale: Any = None,
     dropout_rate: float = 0.0,
     dropout_key: Any = None,
+    query_positions: Positions = None,
+    key_positions: Positions = None,
     implementation: Implementation = None,
     return_lse: bool = False,
     platform: str | None = None,
@@ -318,7 +306,8 @@ def explain(
     """Which implementation a call of ``attention`` runs, why, and what it costs.
 
     Args:
-      query, key, value: arrays or ``jax.ShapeDtypeStruct``: only shapes and dtypes matter.
+      query, key, value: arrays or ``jax.ShapeDtypeStruct``: only shapes, dtypes and explicit
+        shardings matter.
       mask, score, ...: as for ``attention``.
       platform: ``"cpu"``, ``"gpu"`` or ``"tpu"``; None is the one in use.
 
@@ -338,7 +327,7 @@ def explain(
     if platform not in ("cpu", "gpu", "tpu"):
         raise ValueError(f'platform must be "cpu", "gpu" or "tpu", got {platform!r}')
     asked = backends.as_backends(implementation)
-    static_numbers = _static_numbers(asked, platform)
+    constants = static_numbers(asked, platform)
     dropout.check(dropout_rate, dropout_key)
     call = bind(
         query,
@@ -348,12 +337,17 @@ def explain(
         score=score,
         sinks=sinks,
         scale=scale,
-        static_numbers=static_numbers,
+        query_positions=query_positions,
+        key_positions=key_positions,
+        static_numbers=constants,
         abstract=True,
     )
-    known_scale = call.scale if static_numbers and isinstance(call.scale, float) else None
+    known_scale = call.scale if constants and isinstance(call.scale, float) else None
     query, key, value = (
-        jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype)) for x in call[:3]
+        jax.ShapeDtypeStruct(
+            x.shape, jax.dtypes.canonicalize_dtype(x.dtype), sharding=_explicit_sharding(x)
+        )
+        for x in call[:3]
     )
     call, sizes = complete(call._replace(query=query, key=key, value=value))
     if sizes.symbolic_batch or sizes.symbolic_lengths:
@@ -375,8 +369,14 @@ def explain(
             name: 0 if _no_pairs(sizes) else backend.extra_bytes(spec)
             for name, backend in choice.backends.items()
         },
+        split=sequence.split(call, sizes),
         **_cost(None if choice.name is None else choice.backend, spec),
     )
+
+
+def _explicit_sharding(x: Any) -> Any:
+    sharding = jax.typeof(x).sharding
+    return sharding if sharding.mesh.explicit_axes else None
 
 
 def _cost(chosen: Backend | None, spec: Spec) -> dict[str, Any]:

@@ -22,7 +22,7 @@ is 0 and its lse -inf (with a sink: lse = the sink).
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -30,6 +30,7 @@ import numpy.typing as npt
 
 Float: TypeAlias = npt.NDArray[np.float64]
 Bool: TypeAlias = npt.NDArray[np.bool_]
+Rule: TypeAlias = Callable[[npt.NDArray[Any], npt.NDArray[Any]], npt.ArrayLike]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,12 +206,14 @@ def attention(
     key: npt.ArrayLike,
     value: npt.ArrayLike,
     *,
-    mask: npt.ArrayLike | None = None,
+    mask: npt.ArrayLike | Rule | None = None,
     score: Step | Sequence[Step] = (),
     sinks: npt.ArrayLike | None = None,
     scale: float | None = None,
     keep: npt.ArrayLike | None = None,
     dropout_rate: float = 0.0,
+    query_positions: npt.ArrayLike | None = None,
+    key_positions: npt.ArrayLike | None = None,
 ) -> Forward:
     """Softmax attention: `head` for every example and head; query head n reads key head n // G.
 
@@ -218,12 +221,15 @@ def attention(
         query: [*B T N H].
         key: [*B S K H].
         value: [*B S K D].
-        mask: bool, broadcastable to [*B N T S]; True where the query may attend to the key.
+        mask: bool, broadcastable to [*B N T S]; True where the query may attend to the key. Or its
+            rule, a function of the positions i [*B 1 T 1] of queries and j [*B 1 1 S] of keys.
         score: a Softcap or Bias step on the logits before the mask, or a sequence, in order.
         sinks: [N], one more logit in each head's denominator, without a value.
         scale: multiplies query . key; 1 / sqrt(H) if None.
         keep: the dropout mask, bool, broadcastable to [*B N T S]; False drops the probability.
         dropout_rate: in [0, 1); probabilities that are kept are divided by 1 - dropout_rate.
+        query_positions, key_positions: integers, [*B T] or [T], [*B S] or [S]; 0, 1, 2, ... if
+            None. Keys at negative positions are masked.
     Returns: Forward, with out [*B T N D], lse [*B T N] and weights [*B N T S], all float64.
     Raises: ValueError; the message names the argument, what was expected and what was given.
 
@@ -239,10 +245,12 @@ def attention(
     [[[6.0], [6.0]]]
     >>> attention(query, key, value, sinks=[0.0, -np.inf]).weights.sum(axis=-1).tolist()
     [[0.75], [1.0]]
+    >>> at = {"query_positions": [5], "key_positions": [6, 4, -1]}
+    >>> attention(query, key, value, mask=lambda i, j: j <= i, **at).out.tolist()
+    [[[6.0], [6.0]]]
     """
-    query, key, value, o = _check(
-        _ALL_HEADS, query, key, value, sinks, mask, score, scale, keep, dropout_rate
-    )
+    given = mask, score, scale, keep, dropout_rate, query_positions, key_positions
+    query, key, value, o = _check(_ALL_HEADS, query, key, value, sinks, *given)
     out = np.zeros(query.shape[:-1] + value.shape[-1:])
     lse, weights = np.zeros(query.shape[:-1]), np.zeros(o.mask.shape)
     for q, kv, n, options in _heads(o):
@@ -257,12 +265,14 @@ def attention_gradients(
     d_out: npt.ArrayLike,
     d_lse: npt.ArrayLike | None = None,
     *,
-    mask: npt.ArrayLike | None = None,
+    mask: npt.ArrayLike | Rule | None = None,
     score: Step | Sequence[Step] = (),
     sinks: npt.ArrayLike | None = None,
     scale: float | None = None,
     keep: npt.ArrayLike | None = None,
     dropout_rate: float = 0.0,
+    query_positions: npt.ArrayLike | None = None,
+    key_positions: npt.ArrayLike | None = None,
 ) -> Gradients:
     """The derivative of `attention`: `head_gradients` of every head, summed over what they share.
 
@@ -279,9 +289,8 @@ def attention_gradients(
     >>> attention_gradients(query, key, value, d_out=np.full((1, 2, 1), 1.5)).value.tolist()
     [[[1.0]], [[1.0]], [[1.0]]]
     """
-    query, key, value, o = _check(
-        _ALL_HEADS, query, key, value, sinks, mask, score, scale, keep, dropout_rate
-    )
+    given = mask, score, scale, keep, dropout_rate, query_positions, key_positions
+    query, key, value, o = _check(_ALL_HEADS, query, key, value, sinks, *given)
     d_out = _expect("d_out [*B T N D]", d_out, o.sizes)
     d_lse = np.zeros(query.shape[:-1]) if d_lse is None else d_lse
     d_lse = _expect("d_lse [*B T N]", d_lse, o.sizes)
@@ -387,7 +396,8 @@ _ALL_HEADS = ("query [*B T N H]", "key [*B S K H]", "value [*B S K D]", "sinks [
 def _check(expected: tuple[str, ...], *given: Any) -> tuple[Float, Float, Float, _Options]:
     """The arrays in float64 and the options without defaults, or a ValueError."""
     q_axes, k_axes, v_axes, sink_axes, axes = expected
-    query, key, value, sinks, mask, score, scale, keep, dropout_rate = given
+    query, key, value, sinks, mask, score, scale, keep, dropout_rate, *positions = given
+    query_positions, key_positions = positions or (None, None)
     sizes: dict[str, Any] = {}
     query = _expect(q_axes, query, sizes)
     key = _expect(k_axes, key, sizes)
@@ -411,7 +421,8 @@ def _check(expected: tuple[str, ...], *given: Any) -> tuple[Float, Float, Float,
     if not isinstance(score, Sequence) or not all(isinstance(s, Softcap | Bias) for s in score):
         raise ValueError(f"score must be Softcap or Bias, or a sequence of them, got {score!r}")
 
-    shape = (*sizes.get("*B", ()), *(sizes[a] for a in ("N", "T", "S") if a in sizes))
+    lead = (*sizes["*B"], sizes["N"]) if "N" in sizes else ()
+    shape = (*lead, sizes["T"], sizes["S"])
 
     def like_weights(name: str, x: Any, dtype: Any = None) -> npt.NDArray[Any]:
         x = np.asarray(x)
@@ -423,10 +434,15 @@ def _check(expected: tuple[str, ...], *given: Any) -> tuple[Float, Float, Float,
         except ValueError:
             raise ValueError(f"{name} must broadcast to {axes} = {shape}, got {x.shape}") from None
 
-    for i, step in enumerate(score):
+    for n, step in enumerate(score):
         if isinstance(step, Bias):
-            like_weights(f"score[{i}].array", step.array)
-    mask = like_weights("mask", True if mask is None else mask, np.bool_)
+            like_weights(f"score[{n}].array", step.array)
+    i = _expect_positions("query_positions", query_positions, "T", sizes)[..., :, None]
+    j = _expect_positions("key_positions", key_positions, "S", sizes)[..., None, :]
+    if lead:  # the axis N
+        i, j = np.expand_dims(i, -3), np.expand_dims(j, -3)
+    mask = mask(i, j) if callable(mask) else mask
+    mask = like_weights("mask", True if mask is None else mask, np.bool_) & (j >= 0)
     keep = like_weights("keep", True if keep is None else keep, np.bool_)
     return query, key, value, _Options(sizes, sinks, mask, score, float(scale), keep, dropout_rate)
 
@@ -447,3 +463,17 @@ def _expect(expected: str, given: npt.ArrayLike, sizes: dict[str, Any]) -> Float
         known = f" with {known}" if known else ""
         raise ValueError(f"{name} must have shape [{axes}]{known}, got {array.shape}")
     return array
+
+
+def _expect_positions(
+    name: str, given: npt.ArrayLike | None, letter: str, sizes: dict[str, Any]
+) -> npt.NDArray[Any]:
+    """Positions as integers [*B T] or [*B S]; raises if their shape or dtype does not fit."""
+    batch, length = sizes.get("*B", ()), sizes[letter]
+    array = np.arange(length) if given is None else np.asarray(given)
+    if not np.issubdtype(array.dtype, np.integer):
+        raise ValueError(f"{name} must be integers, got {array.dtype}")
+    if array.shape not in ((length,), (*batch, length)):
+        problem = f"{name} must have shape [{letter}] or [*B {letter}] with {letter} = {length}"
+        raise ValueError(f"{problem} and *B = {batch}, got {array.shape}")
+    return np.broadcast_to(array, (*batch, length))

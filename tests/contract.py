@@ -50,6 +50,7 @@ def by_native(cases):
         if case.dtype != "float64"
         and not any(score in case.score for score in refused)
         and case.mask != "nothing"  # which comes with relative_embedding
+        and not (case.positions and case.dropout_rate)
     ]
 
 

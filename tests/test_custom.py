@@ -7,8 +7,10 @@ import pytest
 from contract import IMPLEMENTATIONS
 
 from attention_jax import Mask, Score, attention, block_map, cache, explain, masks, scores
+from attention_jax.masks.at_positions import placed as placed_mask
 from attention_jax.masks.block_map import EMPTY, FULL, PARTIAL
 from attention_jax.scores import Masking
+from attention_jax.scores.at_positions import placed as placed_score
 
 T, S, N, H = 6, 12, 2, 4
 RNG = np.random.default_rng(0)
@@ -141,7 +143,7 @@ def test_blocks_are_right_at_indices_and_at_positions(name):
     mask = COMPOSITIONS[name]
     kinds = blocks_of(mask, 12, 12)
     assert name not in ("alone", "not") or set(kinds.flat) == {EMPTY, FULL}
-    placed = masks.at_positions(mask, QUERY_POSITIONS, KEY_POSITIONS)
+    placed = placed_mask(mask, QUERY_POSITIONS, KEY_POSITIONS)
     whole = np.asarray(mask.to_dense(12, 12))
     expected = whole[QUERY_POSITIONS][:, KEY_POSITIONS] & (KEY_POSITIONS >= 0)
     np.testing.assert_array_equal(placed.to_dense(T, S), expected)
@@ -153,7 +155,7 @@ def test_blocks_are_right_at_indices_and_at_positions(name):
 def test_a_block_rule_of_arrays_holds_at_positions():
     kinds = np.repeat([0, 1, 2, 2], 3)
     mask = Kinds(kinds[:T], kinds) & masks.causal()
-    placed = masks.at_positions(mask, QUERY_POSITIONS, np.arange(S, dtype=np.int32))
+    placed = placed_mask(mask, QUERY_POSITIONS, np.arange(S, dtype=np.int32))
     assert (blocks_of(placed, T, S) == EMPTY).any()
 
 
@@ -174,7 +176,7 @@ def test_a_subclass_cannot_change_the_rule(of):
 
 def test_at_positions_a_mask_of_lengths_must_define_resolve_in_sequence():
     np.testing.assert_array_equal(LastThird().to_dense(2, 6)[0], [0, 0, 0, 0, 1, 1])
-    placed = masks.at_positions(LastThird(), QUERY_POSITIONS, KEY_POSITIONS)
+    placed = placed_mask(LastThird(), QUERY_POSITIONS, KEY_POSITIONS)
     with pytest.raises(NotImplementedError, match=r"LastThird .* define resolve_in_sequence\(N\)"):
         placed.to_dense(T, S)
 
@@ -182,7 +184,7 @@ def test_at_positions_a_mask_of_lengths_must_define_resolve_in_sequence():
         def resolve_in_sequence(self, N):
             return OfTwelve(12)
 
-    placed = masks.at_positions(OfTwelve(), QUERY_POSITIONS, KEY_POSITIONS)
+    placed = placed_mask(OfTwelve(), QUERY_POSITIONS, KEY_POSITIONS)
     np.testing.assert_array_equal(placed.to_dense(T, S)[0], KEY_POSITIONS >= 8)
 
 
@@ -314,7 +316,7 @@ KINDS = np.zeros(1000, np.int32)
         ({"mask": AnyOf((masks.causal(), Sorted()))}, "mask Sorted uses sort"),
         ({"score": Closed()}, "score Closed holds an array from outside"),
         ({"score": Summed(np.ones(4, np.float32))}, "score Summed does more with its arrays"),
-        ({"score": scores.at_positions(Summed(np.ones(4)), KINDS, KINDS)}, "score Summed"),
+        ({"score": placed_score(Summed(np.ones(4)), KINDS, KINDS)}, "score Summed"),
     ],
 )
 def test_a_gpu_kernel_takes_arithmetic_on_single_entries(options, words):

@@ -26,6 +26,7 @@ LIBRARY_RANKS = [
     {"positions"},
     {"backends"},
     {"api"},
+    {"parallel"},
     {"cache"},
     {"mechanisms"},
     {"nn"},
@@ -53,7 +54,7 @@ RANK = {
 
 # Packages and modules that users import from.
 PUBLIC = ["", "masks", "mechanisms", "models", "models.pretrained", "nn", "positions", "scores"]
-PUBLIC += ["cache", "testing"]
+PUBLIC += ["cache", "parallel", "testing"]
 # Public modules without a list of names.
 PUBLIC_MODULES = [
     "masks.block_map",

@@ -1,6 +1,7 @@
 """Arrays that are sharded over explicit mesh axes: what comes out, and how it is sharded."""
 
 import functools
+import re
 
 import chex
 import jax
@@ -50,7 +51,7 @@ OUT = {
     "batch and heads": ("data", None, "model", None),
     "batch": ("data", None, None, None),
     "heads": (None, None, "model", None),
-    "length": (None, None, None, None),
+    "length": (None, "data", None, None),
     "more shards than heads": (None, None, None, None),
     "keys alone": ("data", None, None, None),
     "in conflict": ("data", None, "model", None),
@@ -129,6 +130,44 @@ def test_batch_and_heads_need_no_collective(mesh):
         run = functools.partial(aj.attention, mask=masks.causal(), implementation=implementation)
         text = jax.jit(run).lower(*arrays).compile().as_text()
         assert not any(x in text for x in ("all-gather", "all-reduce", "all-to-all", "permute"))
+
+
+SPLIT = {
+    "batch and heads": "B over data; N and K over model",
+    "length": "T over data; gathers S of key and value",
+    "more shards than heads": "gathers N of query",
+    "in conflict": "B over data; N and K over model; reshards B of value",
+}
+
+
+@pytest.mark.parametrize("name", SPLIT)
+def test_explain_says_how_a_call_is_split(mesh, name):
+    given = {x: put(mesh, SPECS[name].get(x, ()), inputs()[x]) for x in ("query", "key", "value")}
+    explanation = aj.explain(**given)
+    assert explanation.split == SPLIT[name]
+    assert str(explanation).splitlines()[-1] == f"split: {SPLIT[name]}"
+    abstract = {
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+        for name, x in given.items()
+    }
+    assert aj.explain(**abstract).split == SPLIT[name]
+    # The compiled program communicates where it says so.
+    said = []
+
+    def attend(arrays):
+        said.append(aj.explain(**arrays).split)
+        return aj.attention(**arrays)
+
+    text = jax.jit(attend).lower(given).compile().as_text()
+    assert said == [SPLIT[name]]
+    collectives = re.findall(r" (all-\w+|collective-permute)(?:-start)?\(", text)
+    assert (" of " in SPLIT[name]) == bool(collectives)
+
+
+def test_explain_says_nothing_of_arrays_that_are_not_split(mesh):
+    x = jax.ShapeDtypeStruct((B, T, N, H), "float32")
+    assert aj.explain(x, x, x).split is None
+    assert "split" not in str(aj.explain(x, x, x))
 
 
 @pytest.mark.parametrize("implementation", ["blockwise", slow("xla")])

@@ -217,6 +217,14 @@ def shape(*sizes, dtype="float32"):
         ({"score": (scores.softcap(3.0),) * 9}, "9 scores: it takes at most 8"),
         ({"platform": "gpu"}, "its kernel is for CPUs, the platform is gpu"),
         ({"mask": masks.mask_fn(lambda b, n, q, k: q != k)}, "would take 512 MiB as bits"),
+        (
+            {
+                "query_positions": np.arange(2**14, dtype=np.int32),
+                "dropout_rate": 0.1,
+                "dropout_key": jax.random.key(0),
+            },
+            "dropout with query_positions or key_positions",
+        ),
     ],
 )
 def test_explain_says_what_it_cannot_do(options, message):

@@ -12,6 +12,9 @@ from jax.experimental.pallas import triton
 
 from attention_jax import attention, explain, masks, scores
 from attention_jax.backends.pallas_gpu import support
+from attention_jax.core.positions import Contiguous
+from attention_jax.masks.at_positions import placed as placed_mask
+from attention_jax.scores.at_positions import placed as placed_score
 
 NAME = "pallas_gpu interpreted"
 interpreted = IMPLEMENTATIONS[NAME]
@@ -52,7 +55,7 @@ LOWERED = {
     "places, global tokens, bias": (
         "bfloat16",
         {
-            "mask": masks.at_positions(masks.causal(), np.arange(500)[None], np.arange(500)[None])
+            "mask": placed_mask(masks.causal(), np.arange(500)[None], np.arange(500)[None])
             | masks.global_tokens(np.arange(500) < 3),
             "score": scores.bias(np.zeros((500, 500), np.float32)),
         },
@@ -61,8 +64,12 @@ LOWERED = {
         "bfloat16",
         {
             "score": [
-                scores.at_positions(scores.alibi(), np.arange(500)[None], np.arange(500)[None]),
-                scores.later(scores.relative_bias(np.zeros((32, 8), np.float32)), np.array([7])),
+                placed_score(scores.alibi(), np.arange(500)[None], np.arange(500)[None]),
+                placed_score(
+                    scores.relative_bias(np.zeros((32, 8), np.float32)),
+                    Contiguous(np.array([7])),
+                    None,
+                ),
             ]
         },
     ),

@@ -25,7 +25,7 @@ from reference_problems import (
     literal,
 )
 
-from attention_jax import reference
+from attention_jax import attention, masks, reference
 from attention_jax.reference import Bias
 
 
@@ -53,6 +53,39 @@ def test_query_head_n_reads_key_head_n_over_g():
     shared = reference.attention(query, key, value)
     copied = reference.attention(query, np.repeat(key, G, axis=-2), np.repeat(value, G, axis=-2))
     equal(shared, copied)
+
+
+@pytest.mark.parametrize("batch", [(), (B,)])
+def test_a_rule_of_positions_is_a_mask(batch):
+    """As an array of it, with keys at negative positions masked; forward and backward."""
+    query, key, value, d_out, d_lse = inputs()
+    rng = np.random.default_rng(3)
+    i, j = rng.integers(0, 9, (*batch, T)), rng.integers(-2, 9, (*batch, S))
+    at = {"query_positions": i, "key_positions": j}
+    i, j = i[..., None, :, None], j[..., None, None, :]
+    mask = np.broadcast_to((j <= i + 2) & (j >= 0), (*batch, 1, T, S))
+    assert 0 < mask.mean() < 1
+
+    def rule(i, j):
+        return j <= i + 2
+
+    found = reference.attention(query, key, value, mask=rule, **at)
+    for x, y in zip(found, reference.attention(query, key, value, mask=mask), strict=True):
+        equal(x, y)
+    found = reference.attention_gradients(query, key, value, d_out, d_lse, mask=rule, **at)
+    gradients = reference.attention_gradients(query, key, value, d_out, d_lse, mask=mask)
+    for x, y in zip(found[:3], gradients[:3], strict=True):
+        equal(x, y)
+
+
+def test_positions_are_those_of_attention():
+    query, key, value, *_ = inputs()
+    i, j = np.array([8, 0, 3, 5, 6], np.int32), np.array([4, -1, 0, 9, 2, 7, 5], np.int32)
+    at = {"query_positions": i, "key_positions": j}
+    right = reference.attention(query, key, value, mask=lambda i, j: (i - 4 <= j) & (j <= i), **at)
+    arrays = [jnp.asarray(x, jnp.float32) for x in (query, key, value)]
+    out = attention(*arrays, mask=masks.window(4, 0), **at)
+    np.testing.assert_allclose(out, right.out, atol=1e-5)
 
 
 def test_default_scale_is_one_over_root_of_width():

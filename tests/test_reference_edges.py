@@ -274,6 +274,13 @@ ERRORS = {
     "mask must broadcast to [*B N T S] = (2, 6, 5, 7), got (1, 2, 6, 5, 7)": wrong(
         mask=np.ones((1, B, N, T, S), bool)
     ),
+    "query_positions must be integers, got float64": wrong(query_positions=np.ones(T)),
+    "query_positions must have shape [T] or [*B T] with T = 5 and *B = (2,), got (7,)": wrong(
+        query_positions=np.arange(S)
+    ),
+    "key_positions must have shape [S] or [*B S] with S = 7 and *B = (2,), got (3, 7)": wrong(
+        key_positions=np.ones((3, S), int)
+    ),
     "keep must be bool, got int64": wrong(keep=np.ones((T, S), np.int64)),
     "keep must broadcast to [*B N T S] = (2, 6, 5, 7), got (3, 1, 1)": wrong(
         keep=np.ones((K, 1, 1), bool)

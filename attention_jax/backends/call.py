@@ -22,6 +22,7 @@ from attention_jax import scores as all_scores
 from attention_jax.core import dropout
 from attention_jax.core.axes import (
     AnyArray,
+    Shape,
     Sizes,
     accumulation_dtype,
     check_broadcastable,
@@ -30,9 +31,12 @@ from attention_jax.core.axes import (
     is_array,
     kind,
 )
+from attention_jax.core.positions import Positioned, checked_positions, positioned
 from attention_jax.core.pytree import full_rank
 from attention_jax.masks import Mask
+from attention_jax.masks.at_positions import placed as placed_mask
 from attention_jax.scores import Score
+from attention_jax.scores.at_positions import placed as placed_score
 
 MaskLike = Mask | Bool[AnyArray, "..."] | None
 ScoreLike = Score | Sequence[Score]
@@ -68,6 +72,17 @@ class Head(NamedTuple):
     n: Int[AnyArray, ""]  # the query head
 
 
+class Results(NamedTuple):
+    """Output and normalizer, which are those of the visible keys only: ``lse = m + log_l``.
+
+    The two parts of the lse stay apart, because their sum rounds ``log_l`` where logits are large.
+    """
+
+    out: Float[Array, "*B T N D"]
+    m: Float[Array, "*B T N"]  # finite, also without visible keys
+    log_l: Float[Array, "*B T N"]  # -inf without visible keys
+
+
 class Spec(NamedTuple):
     """Everything about a call except the values of its arrays.
 
@@ -95,6 +110,8 @@ class Backend:
 
     # Whether the kernel needs ``scale`` and Python numbers in scores as constants of the program.
     STATIC_NUMBERS: ClassVar[bool] = False
+    # ``chunk`` and ``chunk_cotangents`` compute with some of the keys at a time.
+    CHUNKS: ClassVar[bool] = False
 
     def __str__(self) -> str:
         """The class, with the fields that differ from their defaults."""
@@ -109,6 +126,23 @@ class Backend:
     def run(self, call: Call, spec: Spec) -> tuple[jax.Array, jax.Array]:
         """Output ``[*B T N D]`` and lse ``[*B T N]``, arbitrary unless ``spec.return_lse``."""
         raise NotImplementedError(f"{type(self).__name__} must define run(call, spec)")
+
+    def chunk(self, call: Call, spec: Spec) -> Results:
+        """``Results`` of a chunk of the keys, in at least float32, for ``parallel``'s ring."""
+        raise NotImplementedError(f"{type(self).__name__} has no chunk(call, spec)")
+
+    def chunk_cotangents(
+        self, call: Call, spec: Spec, results: Results, wrt: Sequence[int], cotangents: Any
+    ) -> list[jax.Array]:
+        """What a chunk of the keys contributes to the cotangents of operands.
+
+        Args:
+          call, spec: of the chunk, without sinks.
+          results: of all keys.
+          wrt: which operands, by number: query, key, value, the arrays of the scores, the scale.
+          cotangents: of the output and the lse, of all keys.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no chunk_cotangents(call, ...)")
 
     def extra_bytes(self, spec: Spec) -> int:
         """Memory of the forward pass in bytes, not counting arguments and results."""
@@ -144,17 +178,21 @@ def bind(
     scale: Scale = None,
     dropout_rate: float = 0.0,
     dropout_key: Any = None,
+    query_positions: Any = None,
+    key_positions: Any = None,
     static_numbers: bool = False,
     abstract: bool = False,
 ) -> Call:
     """Public arguments as a ``Call``, a pytree of arrays that can be passed to ``jax.jit``.
 
     A bool array becomes ``masks.dense``, a single score a tuple, a dropout rate and key a
-    ``Dropout``, and arrays that functions close over become leaves. Shapes are not checked yet.
+    ``Dropout``, and arrays that functions close over become leaves. Positions become part of the
+    mask, the scores and the dropout. Shapes are not checked yet.
 
     Args:
       query, key, value, mask, score, sinks, scale, dropout_rate, dropout_key: as for ``attention``.
-      static_numbers: keep Python numbers in scores as constants of the program.
+      query_positions, key_positions: as for ``attention``, or ``Contiguous``.
+      static_numbers: keep Python numbers of scores as constants of the program.
       abstract: query, key and value may be ``jax.ShapeDtypeStruct``.
 
     Raises:
@@ -169,7 +207,9 @@ def bind(
     if scale is None:
         scale = 1.0 / math.sqrt(query.shape[-1] or 1) if query.shape else 1.0
     mask, score = _hoisted(mask, score, (query, key, value), numbers=not static_numbers)
-    return Call(
+    queries = checked_positions("query_positions", query_positions, _row_shape(query))
+    keys = checked_positions("key_positions", key_positions, _row_shape(key))
+    call = Call(
         query=query,
         key=key,
         value=value,
@@ -179,6 +219,49 @@ def bind(
         scale=float(scale) if is_number(scale) else scale,  # type: ignore[arg-type]
         dropout=dropout.of_rate(dropout_rate, dropout_key, accumulation_dtype(query.dtype)),
     )
+    return call if queries is None and keys is None else place(call, queries, keys)
+
+
+def place(call: Call, queries: Any, keys: Any, *, resolved: bool = False, **numbers: Any) -> Call:
+    """The call with these positions of queries and keys, and numbers of examples and heads.
+
+    Args:
+      call: from ``bind``.
+      queries, keys: int32 arrays, ``Contiguous``, or None: 0, 1, 2, ...
+      resolved: mask and scores are resolved for the whole sequence, with all its heads.
+      **numbers: ``examples`` and ``head_numbers``, see ``positioned``.
+    """
+    mask = call.mask
+    if mask is None and (is_array(queries) or is_array(keys) or call.dropout is not None):
+        # Negative keys are masked, and a kernel sees from the mask that there are positions.
+        mask = masks.window(None, None)
+    options: dict[str, Any] = {"resolved": resolved, **numbers}
+    drop = call.dropout
+    if drop is not None:
+        drop = dataclasses.replace(drop, **positioned(queries, keys, **numbers))
+    return call._replace(
+        mask=None if mask is None else placed_mask(mask, queries, keys, **options),
+        score=tuple(placed_score(x, queries, keys, **options) for x in call.score),
+        dropout=drop,
+    )
+
+
+def _row_shape(x: Any) -> Shape | None:
+    """``(*B, T)`` of a query ``[*B T N H]``; None if it has too few axes, which is found later."""
+    return tuple(x.shape[:-2]) if len(x.shape) >= 3 else None
+
+
+def has_positions(spec: Spec) -> bool:
+    """Whether queries or keys have positions that are not their indices."""
+    values = spec.score if spec.mask is None else (spec.mask, *spec.score)
+    return any(isinstance(x, Positioned) for x in values)
+
+
+def positions_refused(spec: Spec) -> str | None:
+    """The refusal of a kernel that counts queries and keys from 0."""
+    if has_positions(spec):
+        return "query_positions or key_positions: its kernel counts queries and keys from 0"
+    return None
 
 
 def complete(call: Call) -> tuple[Call, Sizes]:
@@ -195,8 +278,9 @@ def complete(call: Call) -> tuple[Call, Sizes]:
     _check_sinks(call.sinks, sizes)
     _check_scale(call.scale)
     mask, score = call.mask, call.score
-    if isinstance(mask, masks.Dense):
-        check_broadcastable("mask", mask.array.shape, sizes)
+    plain = mask.mask_ if isinstance(mask, masks.Placed) else mask
+    if isinstance(plain, masks.Dense):
+        check_broadcastable("mask", plain.array.shape, sizes)
     if mask is not None:
         mask = full_rank(mask.resolve(T, S, N), sizes, "mask")
     return (
@@ -207,6 +291,7 @@ def complete(call: Call) -> tuple[Call, Sizes]:
             mask=mask,
             score=tuple(full_rank(x.resolve(T, S, N), sizes, "score") for x in score),
             scale=_as_scale(call),
+            dropout=full_rank(call.dropout, sizes, "dropout"),
         ),
         sizes,
     )

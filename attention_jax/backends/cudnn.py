@@ -19,7 +19,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from attention_jax.backends.call import Backend, Call, Spec, symbolic_sizes_refused
+from attention_jax.backends.call import (
+    Backend,
+    Call,
+    Spec,
+    positions_refused,
+    symbolic_sizes_refused,
+)
 from attention_jax.backends.guards import guard
 from attention_jax.core.axes import Sizes
 from attention_jax.core.softmax import zero_rows
@@ -97,7 +103,7 @@ class CuDNN(Backend):
                 f"scale is {scale}, which must be positive and finite: kernels may scale a maximum",
             ),
         )
-        if reason := symbolic_sizes_refused(z):
+        if reason := symbolic_sizes_refused(z) or positions_refused(spec):
             return reason
         for refused, reason in refusals:
             if refused:

@@ -21,7 +21,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from attention_jax.backends.call import Backend, Call, Spec, symbolic_sizes_refused
+from attention_jax.backends.call import (
+    Backend,
+    Call,
+    Spec,
+    positions_refused,
+    symbolic_sizes_refused,
+)
 from attention_jax.backends.guards import guard
 from attention_jax.core.axes import Sizes
 from attention_jax.core.softmax import zero_rows
@@ -62,7 +68,7 @@ class FA4(Backend):
     def why_unsupported(self, spec: Spec) -> str | None:
         """What of a call the kernel does not do, in words; or None."""
         z, dtype, scale = spec.sizes, jnp.dtype(spec.dtype), spec.scale
-        if reason := symbolic_sizes_refused(z):
+        if reason := symbolic_sizes_refused(z) or positions_refused(spec):
             return reason
         refusals = (
             (

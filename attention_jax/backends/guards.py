@@ -15,6 +15,7 @@ def guard(
     name: str,
     instead: str,
     *,
+    argument: str = "implementation",
     forward_mode: bool = True,
     batched: str | None = None,
 ) -> tuple[Any, ...]:
@@ -23,11 +24,12 @@ def guard(
     Args:
       arrays: floating arrays.
       name: of the implementation.
-      instead: the ``implementation`` argument of one that supports it.
+      argument: that chose it.
+      instead: how to call one that can.
       forward_mode: whether the first derivative may be taken in forward mode.
       batched: why ``vmap`` is not supported; None if it is.
     """
-    about = f"implementation {name!r} cannot: {{}}. Ask for implementation={instead}"
+    about = f"{argument} {name!r} cannot: {{}}. Ask for {argument}={instead}"
     params = {
         "second": about.format("it can be differentiated only once"),
         "forward": None

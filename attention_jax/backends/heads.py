@@ -44,11 +44,7 @@ def over_heads_and_examples(
       outputs: per array, its axes with ``*B`` and ``N``, such as ``"*B T N D"``.
       inputs: the axes of query, key and value.
     """
-    xp = jnp if sizes.symbolic_batch else np
-    b = xp.arange(math.prod(sizes.B), dtype=np.int32).reshape(sizes.B)
-    n = np.arange(sizes.N, dtype=np.int32)
-    flat, structure = jax.tree.flatten(Head(*call, b=b, n=n))
-    flat_axes = [*_axes_of(call, inputs), "*B", "N"]
+    flat, flat_axes, structure = as_arrays(call, sizes, inputs)
 
     def one(*xs: Any) -> Any:
         given: Head = jax.tree.unflatten(structure, xs)
@@ -61,15 +57,29 @@ def over_heads_and_examples(
     return lift(one, flat, sizes, flat_axes, outputs)
 
 
-def _axes_of(call: Call, inputs: tuple[str, str, str]) -> list[str | tuple[str, ...]]:
-    """The axes of each array of a call."""
-    found: list[Any] = []
-    for argument, letters in zip(call, (*inputs, None, None, "N", "", ""), strict=True):
-        if letters is None:  # masks and scores: each array declares its own axes
-            found += [leaf.axes for leaf in leaves(argument)]
+def as_arrays(
+    call: Call,
+    sizes: Sizes,
+    inputs: tuple[str, str, str] = ("*B T N H", "*B S K H", "*B S K D"),
+) -> tuple[list[Any], list[str | tuple[str, ...]], Any]:
+    """A call as arrays, the axes of each, and the structure of a ``Head`` of them.
+
+    Args:
+      As for ``over_heads_and_examples``.
+    """
+    xp = jnp if sizes.symbolic_batch else np
+    b = xp.arange(math.prod(sizes.B), dtype=np.int32).reshape(sizes.B)
+    n = np.arange(sizes.N, dtype=np.int32)
+    arguments = Head(*call, b=b, n=n)
+    axes = Head(*inputs, None, None, "N", "", None, "*B", "N")  # type: ignore[arg-type]
+    flat, structure = jax.tree.flatten(arguments)
+    flat_axes: list[Any] = []
+    for argument, letters in zip(arguments, axes, strict=True):
+        if letters is None:  # masks, scores, dropout: each array declares its own axes
+            flat_axes += [leaf.axes for leaf in leaves(argument)]
         elif argument is not None:
-            found += [letters] * len(jax.tree.leaves(argument))
-    return found
+            flat_axes += [letters] * len(jax.tree.leaves(argument))
+    return flat, flat_axes, structure
 
 
 def lift(
@@ -96,7 +106,7 @@ def lift(
     >>> lift(lambda q, k: (q @ k.T,), (query, key), sizes, inputs, ["*B N T S"])[0].shape
     (2, 4, 3, 5)
     """
-    if mesh := _explicit_mesh(arrays):
+    if mesh := explicit_mesh(arrays):
 
         def on_shard(local: Sizes, *xs: Any) -> Any:
             return lift(head, xs, local, inputs, outputs)
@@ -183,7 +193,7 @@ def _expand(fn: Callable[..., Any], axes: tuple[int | None, ...]) -> Callable[..
 # --- Arrays sharded over the explicit axes of a mesh: each device maps its own shard.
 
 
-def _explicit_mesh(arrays: Sequence[Any]) -> AbstractMesh | None:
+def explicit_mesh(arrays: Sequence[Any]) -> AbstractMesh | None:
     """The mesh that an array is explicitly sharded over; None if there is none."""
     for x in arrays:
         sharding = jax.typeof(x).sharding
@@ -203,11 +213,12 @@ def kernel_on_each_device(
     mesh = jax.sharding.get_abstract_mesh()
     if not any(mesh.shape[name] > 1 for name in mesh.explicit_axes):
         return run(call, sizes)
-    flat, structure = jax.tree.flatten(call)
-    inputs = _axes_of(call, ("*B T N H", "*B S K H", "*B S K D"))
+    flat, inputs, structure = as_arrays(call, sizes)
 
     def on_shard(local: Sizes, *xs: Any) -> Any:
-        return run(jax.tree.unflatten(structure, xs), local)
+        head = jax.tree.unflatten(structure, xs)
+        query, key, value, mask, score, sinks, scale, dropout, _, _ = head
+        return run(Call(query, key, value, mask, score, sinks, scale, dropout), local)
 
     out, lse = _on_each_device(
         on_shard, flat, sizes, inputs, ("*B T N D", "*B T N"), mesh, kernel=True
@@ -238,13 +249,7 @@ def _on_each_device(
         split = axes.split() if isinstance(axes, str) else axes
         return [letter for a in split for letter in (batch if a in ("*B", "B") else [a])]
 
-    mesh_axes: dict[str, tuple[str, ...]] = {}  # of each letter
-    for x, axes in zip(arrays, inputs, strict=True):
-        for letter, length, names in zip(letters(axes), x.shape, _spec(x), strict=False):
-            taken = {name for group in mesh_axes.values() for name in group}
-            if names and length == full.get(letter) and not taken & set(names):
-                mesh_axes.setdefault(letter, names)
-    _align_heads(mesh_axes, sizes, mesh)
+    mesh_axes = axes_of_mapped(arrays, [letters(axes) for axes in inputs], sizes, mesh)
 
     def parts(letter: str) -> int:
         return math.prod(mesh.shape[name] for name in mesh_axes.get(letter, ()))
@@ -282,8 +287,35 @@ def _on_each_device(
     return mapped(*arrays)
 
 
-def _spec(x: jax.Array) -> tuple[tuple[str, ...], ...]:
-    """The mesh axes along which each axis of ``x`` is sharded."""
+def axes_of_mapped(
+    arrays: Sequence[Any],
+    letters: Sequence[Sequence[str]],
+    sizes: Sizes,
+    mesh: AbstractMesh,
+    taken: tuple[str, ...] = (),
+) -> dict[str, tuple[str, ...]]:
+    """The mesh axes over which ``B0``, ``B1``, ..., ``N`` and ``K`` are sharded.
+
+    Args:
+      arrays: the first that is sharded along an axis decides.
+      letters: one for each axis of each array.
+      sizes: what the letters stand for.
+      mesh: the mesh.
+      taken: mesh axes that are used otherwise.
+    """
+    full = {f"B{i}": size for i, size in enumerate(sizes.B)} | {"N": sizes.N, "K": sizes.K}
+    found: dict[str, tuple[str, ...]] = {}
+    for x, axes in zip(arrays, letters, strict=True):
+        for letter, length, names in zip(axes, x.shape, spec_of_array(x), strict=False):
+            used = {*taken, *(name for group in found.values() for name in group)}
+            if names and length == full.get(letter) and not used & set(names):
+                found.setdefault(letter, names)
+    _align_heads(found, sizes, mesh)
+    return found
+
+
+def spec_of_array(x: Any) -> tuple[tuple[str, ...], ...]:
+    """The mesh axes along which each axis of ``x``, an array or its shape, is sharded."""
     spec = (sharded_over(jax.typeof(x), axis) for axis in range(x.ndim))
     return tuple(() if s is None else s if isinstance(s, tuple) else (s,) for s in spec)
 

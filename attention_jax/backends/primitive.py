@@ -90,10 +90,49 @@ class Primitives(NamedTuple):
     backward: Primitive
 
 
-def make(
-    name: str, kernel: Kernel, elsewhere: Kernel | None = None
-) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """The three primitives on a kernel, as a function ``(head, schedule, config) -> out, lse``.
+@dataclasses.dataclass(frozen=True)
+class HeadAttention:
+    """The three primitives as functions of one head, which ``vmap`` maps over the others."""
+
+    primitives: Primitives
+
+    def __call__(self, head: Head, schedule: Any, config: Any) -> tuple[jax.Array, jax.Array]:
+        """Output and lse."""
+        out, m, log_l = self.forward(head, schedule, config)
+        return out, m + log_l
+
+    def forward(self, head: Head, schedule: Any, config: Any) -> tuple[jax.Array, ...]:
+        """Output, m and log l."""
+        leaves, structure = jax.tree.flatten(operands(head, schedule))
+        static = Static(structure, config, (), ((),) * len(leaves), ((),) * RESULTS)
+        leaves = varying_together(map(jnp.asarray, leaves))
+        return tuple(self.primitives.forward.bind(*leaves, static=static))
+
+    def tangent(
+        self,
+        head: Head,
+        schedule: Any,
+        config: Any,
+        results: Sequence[jax.Array],
+        tangents: dict[int, jax.Array],
+    ) -> tuple[jax.Array, ...]:
+        """Tangents of output and log l, linear in those of the operands; see ``blockwise``.
+
+        Args:
+          results: output, m and log l. They may be those of more keys than the head has: this is
+            then what its keys contribute.
+          tangents: by the number of the operand among the differentiable ones.
+        """
+        leaves, structure = jax.tree.flatten(operands(head, schedule))
+        arrays = [*leaves, *results, *tangents.values()]
+        dims: tuple[Dims, ...] = ((),) * len(arrays)
+        static = Static(structure, config, (), dims, ((),) * 2, tuple(tangents))
+        arrays = varying_together(map(jnp.asarray, arrays))
+        return tuple(self.primitives.tangent.bind(*arrays, static=static))
+
+
+def make(name: str, kernel: Kernel, elsewhere: Kernel | None = None) -> HeadAttention:
+    """The three primitives on a kernel.
 
     Args:
       elsewhere: of the same operands, where ``kernel`` is code of this machine's CPU: for other
@@ -118,13 +157,7 @@ def make(
         _higher_jvp, p.backward, functools.partial(_plain_backward, kernel)
     )
 
-    def bind(head: Head, schedule: Any, config: Any) -> tuple[jax.Array, jax.Array]:
-        leaves, structure = jax.tree.flatten(operands(head, schedule))
-        static = Static(structure, config, (), ((),) * len(leaves), ((),) * RESULTS)
-        out, m, log_l = p.forward.bind(*varying_together(map(jnp.asarray, leaves)), static=static)
-        return out, m + log_l
-
-    return bind
+    return HeadAttention(p)
 
 
 # --- Operands: a head and a schedule as a flat list of arrays.

@@ -20,7 +20,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from attention_jax import masks
-from attention_jax.backends.call import Backend, Call, Spec, symbolic_sizes_refused
+from attention_jax.backends.call import (
+    Backend,
+    Call,
+    Spec,
+    positions_refused,
+    symbolic_sizes_refused,
+)
 from attention_jax.backends.heads import kernel_on_each_device
 from attention_jax.core.axes import Sizes
 from attention_jax.core.closures import uses_arguments
@@ -70,6 +76,8 @@ class Splash(Backend):
             return f"{dtype.name}: its products are of bfloat16 or float32"
         if spec.dropout:
             return "dropout has no place in its kernel"
+        if reason := positions_refused(spec):
+            return reason
         for score in spec.score:
             if not isinstance(score, Softcap):
                 return f"score {type(score).__name__}: its kernel supports only softcap"

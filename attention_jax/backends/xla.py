@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from attention_jax.backends.call import Backend, Call, Head, Spec
+from attention_jax.backends import chunks
+from attention_jax.backends.call import Backend, Call, Head, Results, Spec
 from attention_jax.backends.heads import over_heads_and_examples
 from attention_jax.backends.tile import (
     Visible,
@@ -38,7 +41,7 @@ def attend(head: Head) -> tuple[Float[Array, "T D"], Float[Array, " T"], Float[A
     s, v, rows = logits(head)
     kept = None
     if head.dropout is not None:
-        kept = dropout.keep_pairs(head.dropout, head.b, head.n, s.shape)
+        kept = dropout.keep_pairs(whole(head.dropout), head.b, head.n, s.shape)
         v = v / head.dropout.keep_probability
     out, m, log_l = softmax.average(s, v, visible_rows=rows, sink=head.sink, kept=kept)
     return zero_rows(rows, out), m, log_l
@@ -75,6 +78,8 @@ def _rows(s: jax.Array, visible: Visible | None, head: Head) -> jax.Array | None
 class XLA(Backend):
     """``attend`` on every head of every example, for any mask and score."""
 
+    CHUNKS = True
+
     def why_unsupported(self, spec: Spec) -> str | None:
         return None
 
@@ -94,6 +99,14 @@ class XLA(Backend):
         )
         out = checkpoint_name(jnp.swapaxes(out, -2, -3), OUT_NAME)
         return out, checkpoint_name(lse, LSE_NAME)
+
+    def chunk(self, call: Call, spec: Spec) -> Results:
+        return Results(*over_heads_and_examples(attend, call, spec.sizes, chunks.OUTPUTS))
+
+    def chunk_cotangents(
+        self, call: Call, spec: Spec, results: Results, wrt: Sequence[int], cotangents: Any
+    ) -> list[jax.Array]:
+        return chunks.cotangents_materialized(logits, call, spec, results, wrt, cotangents)
 
     def extra_bytes(self, spec: Spec) -> int:
         """Logits and probabilities."""

@@ -32,7 +32,7 @@ without one: query ``t`` of a call is at position ``length + t``, whatever the s
 - In a rolling cache a query must look back less than ``capacity``. The default is that window.
 
 What depends on lengths (a prefix in one call, arrays long enough) is checked unless lengths are
-traced. Dropout masks depend on the indices of queries and keys within a call.
+traced. Under ``attend``, dropout masks depend on positions too.
 """
 
 from attention_jax.cache.calls import attend as attend

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from attention_jax import scores
 from attention_jax.api import attention
 from attention_jax.backends.call import ScoreLike, as_scores
 from attention_jax.cache.kv_cache import KVCache
 from attention_jax.core.axes import AnyArray, check_float_array, kind
-from attention_jax.masks import Mask, at_positions, window
+from attention_jax.core.positions import Contiguous
+from attention_jax.masks import Mask, lengths, window
+from attention_jax.masks.at_positions import placed as placed_mask
 from attention_jax.masks.in_cache import check_ahead, check_back, check_lengths, of_positions
 from attention_jax.scores import Score
+from attention_jax.scores.at_positions import placed as placed_score
 
 
 def extend(
@@ -51,6 +53,21 @@ def extend(
     █··
     ██·
     """
+    keys, values, mask, at, after = _extended(cache, key, value, mask, count)
+    return keys, values, placed_mask(mask, *at), after
+
+
+class At(NamedTuple):
+    """The positions of the queries and keys of a call: ``query_positions``, ``key_positions``."""
+
+    queries: Any
+    keys: Any
+
+
+def _extended(
+    cache: KVCache, key: Any, value: Any, mask: Mask | None, count: Any
+) -> tuple[Any, Any, Mask, At, KVCache]:
+    """Keys, values, the mask, the positions to give ``attention`` with it, and the cache."""
     if mask is not None and not isinstance(mask, Mask):
         raise TypeError(
             f"mask must be a Mask of positions with a cache, got {kind(mask)}: use masks.mask_fn, "
@@ -71,7 +88,7 @@ def extend(
         # The last tokens overwrite keys of the first queries: take old and new ones.
         keys = jnp.concatenate([cache.key, jnp.asarray(key)], axis=-3)
         values = jnp.concatenate([cache.value, jnp.asarray(value)], axis=-3)
-    return keys, values, at_positions(mask, queries, at), after
+    return keys, values, mask, At(queries, at), after
 
 
 def placed_scores(
@@ -99,9 +116,13 @@ def placed_scores(
     >>> score.score(np.zeros(4, np.float32), 0, 0, 0, np.arange(4)).tolist()  # 5 to 4, 5, 2, 3
     [-1.0, 0.0, -3.0, -2.0]
     """
-    given, placed = as_scores(score), []
-    if not given:
-        return ()
+    scores, at = _scores(cache, score, T, count)
+    return tuple(placed_score(each, *at) for each in scores)
+
+
+def _scores(cache: KVCache, score: ScoreLike, T: int, count: Any) -> tuple[tuple[Score, ...], At]:
+    """The scores as ``attention`` takes them with these positions, and the positions."""
+    given, found = as_scores(score), []
     after = cache._longer(T if count is None else count)
     queries, keys = _positions(cache, T, after)
     for each in given:
@@ -111,12 +132,13 @@ def placed_scores(
                 f"where the queries begin: leave out offset=cache.length"
             )
         check_lengths("score", each, after.length, cache.capacity, rolling=cache.rolling)
-        each = of_positions(each, queries, keys, in_order=not cache.rolling)
-        if cache.rolling:
-            placed.append(scores.at_positions(each, queries, keys))
-        else:
-            placed.append(scores.later(each, cache.length))
-    return tuple(placed)
+        found.append(of_positions(each, queries, keys, in_order=not cache.rolling))
+    return tuple(found), _at(cache, queries, keys)
+
+
+def _at(cache: KVCache, queries: Any, keys: Any) -> At:
+    """Positions as ``attention`` takes them: in a plain cache they count up one by one."""
+    return At(queries, keys) if cache.rolling else At(Contiguous(cache.length), Contiguous(0))
 
 
 def attend(
@@ -174,9 +196,12 @@ def attend(
         raise ValueError(
             f"query has {T} tokens (T) but key has {key.shape[-3]}: both hold the new tokens"
         )
-    keys, values, mask, after = extend(cache, key, value, mask=mask, count=count)
-    placed = placed_scores(cache, score, T, count=count)
-    return attention(query, keys, values, mask=mask, score=placed, **options), after
+    keys, values, mask, at, after = _extended(cache, key, value, mask, count)
+    scores, _ = _scores(cache, score, T, count)
+    if not cache.rolling:  # positions count up, and the slots from the length on are empty
+        mask, at = mask & lengths(key=after.length), _at(cache, *at)
+    options |= {"query_positions": at.queries, "key_positions": at.keys}
+    return attention(query, keys, values, mask=mask, score=scores, **options), after
 
 
 def _positions(cache: KVCache, T: int, after: KVCache) -> tuple[jax.Array, jax.Array]:

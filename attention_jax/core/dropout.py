@@ -9,13 +9,14 @@ Source: the mixing steps are the finalizer of MurmurHash3 (Appleby 2011).
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from attention_jax.core.axes import Shape, is_array, kind
+from attention_jax.core.positions import Positioned, positioned
 
 # Odd constants that spread an index over 32 bits, one per index, so that (q, k) and (k, q) differ.
 _SPREAD = {
@@ -51,19 +52,35 @@ def mix(x: Any) -> Any:
     return x ^ (x >> np.uint32(16))
 
 
-class Dropout(NamedTuple):
-    """Dropout as three scalars, so that another rate is not compiled again."""
+class Dropout(Positioned):
+    """Dropout as three scalars, so that another rate is not compiled again.
 
-    seed: Any  # uint32
-    threshold: Any  # uint32: hashes below it are kept
-    keep_probability: Any  # 1 - rate, in the dtype of the logits
+    Attributes:
+      seed: uint32.
+      threshold: uint32; hashes below it are kept.
+      keep_probability: ``1 - rate``, in the dtype of the logits.
+    """
+
+    seed: Any
+    threshold: Any
+    keep_probability: Any
+
+    def keep(self, b: Any, n: Any, q: Any, k: Any) -> Any:
+        """The dropout mask of a tile, given indices: True where a probability is kept."""
+        at = self.example(b), self.head(n), self.queries(q), self.keys(k)
+        return keep(self.seed, *at, threshold=self.threshold)
 
 
 def of_rate(rate: float, key: Any, dtype: Any) -> Dropout | None:
     """Dropout at ``rate``; None for a rate of 0."""
     if rate == 0.0:
         return None
-    return Dropout(seed(key), threshold(rate), np.asarray(1.0 - rate, dtype))
+    return Dropout(
+        seed=seed(key),
+        threshold=threshold(rate),
+        keep_probability=np.asarray(1.0 - rate, dtype),
+        **positioned(None, None),
+    )
 
 
 def threshold(rate: float) -> np.uint32:
@@ -95,9 +112,13 @@ def keep(seed: Any, b: Any, n: Any, q: Any, k: Any, *, threshold: Any) -> Any:
 
 
 def keep_pairs(dropout: Dropout, b: Any, n: Any, shape: Shape) -> jax.Array:
-    """The dropout mask of one head, bool ``[T S]``: True where a probability is kept."""
+    """The dropout mask of one head, bool ``[T S]``: True where a probability is kept.
+
+    Args:
+      dropout: its positions as a tile, ``[T 1]`` and ``[1 S]``.
+    """
     q, k = jnp.arange(shape[0])[:, None], jnp.arange(shape[1])[None, :]
-    return keep(dropout.seed, b, n, q, k, threshold=dropout.threshold)
+    return dropout.keep(b, n, q, k)
 
 
 def check_rate(rate: Any, name: str = "dropout_rate") -> None:

@@ -159,8 +159,8 @@ class Value:
         if type(self).resolve is not Value.resolve:
             raise NotImplementedError(
                 f"{self.public_name} depends on T, S or N, and must define resolve_in_sequence(N) "
-                f"to be used with at_positions or with a cache, where T and S are not the "
-                f"sequence's length"
+                f"to be used with query_positions, key_positions or a cache, where T and S are not "
+                f"the sequence's length"
             )
         changes = {
             f.name: _map_values(lambda v: v.resolve_in_sequence(N), getattr(self, f.name))

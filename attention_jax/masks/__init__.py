@@ -25,7 +25,6 @@ own.
 """
 
 from attention_jax.masks.at_positions import Placed as Placed
-from attention_jax.masks.at_positions import at_positions as at_positions
 from attention_jax.masks.bands import Band as Band
 from attention_jax.masks.bands import Dilated as Dilated
 from attention_jax.masks.bands import causal as causal
@@ -59,7 +58,6 @@ from attention_jax.masks.sequence import segments as segments
 __all__ = [
     "Mask",
     "Reach",
-    "at_positions",
     "block_sparse",
     "causal",
     "chunked",

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Self
 
 import jax.numpy as jnp
-from jaxtyping import Int
 
-from attention_jax.core.axes import AnyArray, Size, check_position_arrays, kind
+from attention_jax.core.axes import Size
+from attention_jax.core.positions import Positioned, positioned
 from attention_jax.masks.base import Mask, parts
 from attention_jax.masks.grid import Grid
 
@@ -28,71 +29,77 @@ class PlacedGrid(Grid):
     k1 = property(lambda self: self.key_high)
 
 
-class Placed(Mask):
-    """``mask`` applied to positions; keys at negative positions are masked."""
+class Placed(Positioned, Mask):
+    """``mask`` of the positions of query and key; keys at negative ones are masked."""
 
-    NAME = "masks.at_positions"
+    NAME = "a mask of positions"
     ARGUMENTS = {"mask_": "mask"}
-    AXES = {"query_positions": "*B T", "key_positions": "*B S"}
     BY_INTERVALS = True
     mask_: Mask
-    query_positions: Any
-    key_positions: Any
+    resolved: bool  # the mask is resolved for the lengths of the whole sequence
 
     def resolve(self, T: Size, S: Size, N: int) -> Self:
         return self.resolve_in_sequence(N)
 
     def resolve_in_sequence(self, N: int) -> Self:
-        return dataclasses.replace(self, mask_=self.mask_.resolve_in_sequence(N))
+        if self.resolved:
+            return self
+        return dataclasses.replace(self, mask_=self.mask_.resolve_in_sequence(N), resolved=True)
 
     def rule(self, b: Any, n: Any, q: Any, k: Any) -> Any:
-        visible = self.mask_.rule(b, n, self.query_positions, self.key_positions)
-        return visible & (self.key_positions >= 0)
+        visible = self.mask_.rule(self.example(b), self.head(n), self.queries(q), self.keys(k))
+        return visible if self.key_positions is None else visible & (self.key_positions >= 0)
 
     def block(self, grid: Grid, b: Any, n: Any) -> tuple[Any, Any]:
-        q, k = jnp.asarray(self.query_positions), jnp.asarray(self.key_positions)
+        k = None if self.key_positions is None else jnp.asarray(self.key_positions)
+        real = None if k is None else jnp.where(k < 0, jnp.iinfo(k.dtype).max, k)
         placed = PlacedGrid(
             grid.T,
             grid.S,
             grid.block_q,
             grid.block_k,
-            grid.over_queries(jnp.min, q),
-            grid.over_queries(jnp.max, q),
-            grid.over_keys(jnp.min, jnp.where(k < 0, jnp.iinfo(k.dtype).max, k)),
-            grid.over_keys(jnp.max, k),
+            _bound(grid.over_queries, jnp.min, self.query_positions, self.queries, grid.q0),
+            _bound(grid.over_queries, jnp.max, self.query_positions, self.queries, grid.q1),
+            _bound(grid.over_keys, jnp.min, real, self.keys, grid.k0),
+            _bound(grid.over_keys, jnp.max, k, self.keys, grid.k1),
         )
         by_intervals = all(part.BY_INTERVALS for part in parts(self.mask_))
         block = self.mask_.block if by_intervals else super().block
-        some, every = block(placed, b, n)
+        some, every = block(placed, self.example(b), self.head(n))
+        if k is None:
+            return some, every
         return some & (placed.k1 >= 0), every & grid.over_keys(jnp.all, k >= 0)
 
 
-def at_positions(
-    mask: Mask,
-    query_positions: Int[AnyArray, "*B T"],
-    key_positions: Int[AnyArray, "*B S"],
-) -> Mask:
-    """``mask`` applied to positions in place of indices; keys at negative positions are masked.
+def _bound(
+    over: Callable[..., Any],
+    reduce: Callable[..., Any],
+    positions: Any,
+    counted: Callable[[Any], Any],
+    index: Any,
+) -> Any:
+    """The least or largest position of each block."""
+    return counted(index) if positions is None else over(reduce, jnp.asarray(positions))
 
-    Query ``i`` attends to key ``j`` where ``mask`` lets position ``query_positions[i]`` attend to
-    position ``key_positions[j]``, and the latter is not negative. Both are positions in one
-    sequence, so ``align="end"`` means the same as ``align="start"``.
 
-    Use it for keys that are not in the order of their positions, as in a cache that wraps around,
-    and for queries that do not start at position 0.
+def placed(mask: Mask, queries: Any, keys: Any, *, resolved: bool = False, **numbers: Any) -> Mask:
+    """``mask`` of the positions of queries and keys; keys at negative ones are masked.
+
+    Query ``i`` attends to key ``j`` where ``mask`` lets the position of ``i`` attend to that of
+    ``j``, and the latter is not negative. The mask's own arrays stay in the order of the queries
+    and keys of the call.
 
     Args:
-      mask: its rule gets positions in place of indices, while its arrays stay in the order of the
-        call's queries and keys.
-      query_positions, key_positions: int arrays ``[*B T]`` and ``[*B S]``, of one dtype.
+      mask: its rule is given positions in place of indices.
+      queries, keys: int32 arrays ``[*B T]`` and ``[*B S]``, ``Contiguous``, or None: 0, 1, 2, ...
+      resolved: the mask is resolved already; else ``align="end"`` is ``align="start"``.
+      **numbers: of examples and heads, see ``positioned``.
 
     >>> import numpy as np
-    >>> from attention_jax.masks import at_positions, window
-    >>> print(at_positions(window(2, 0), np.array([4, 5]), np.array([4, 5, -1, 3])))
+    >>> from attention_jax.masks import window
+    >>> from attention_jax.masks.at_positions import placed
+    >>> print(placed(window(2, 0), np.array([4, 5]), np.array([4, 5, -1, 3])))
     █··█
     ██·█
     """
-    if not isinstance(mask, Mask):
-        raise TypeError(f"mask must be a Mask, got {kind(mask)}")
-    check_position_arrays(query_positions, key_positions)
-    return Placed(mask, query_positions, key_positions)
+    return Placed(mask_=mask, resolved=resolved, **positioned(queries, keys, **numbers))

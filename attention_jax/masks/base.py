@@ -33,7 +33,7 @@ class Mask(Value):
       block is partial.
     - ``BY_INTERVALS = True`` if ``block`` uses only the bounds ``grid.q0 .. grid.k1`` and
       ``grid.over_*``, and stays right if these are bounds of positions with gaps. By default every
-      block is partial under ``at_positions`` and in a cache.
+      block is partial with ``query_positions`` or ``key_positions``, and in a cache.
     - ``reach``: how far queries look ahead and back. By default nothing is known, and a cache
       refuses the mask unless it is combined, by ``&``, with ``causal()`` or a ``window``.
     - ``natural_size``: the ``T`` and ``S`` that the mask is made for.

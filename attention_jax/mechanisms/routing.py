@@ -109,15 +109,15 @@ def routing_attention(
     same_cluster = masks.segments(
         jnp.take_along_axis(q_ids, q_order, axis=-1), jnp.take_along_axis(k_ids, k_order, axis=-1)
     )
-    if padding.causal:
-        same_cluster = same_cluster & masks.at_positions(masks.causal(), q_order, k_order)
     out = attention(
         sort(query, q_order),
         sort(key, k_order),
         sort(value, k_order),
-        mask=same_cluster,
+        mask=same_cluster & masks.causal() if padding.causal else same_cluster,
         scale=scale,
         implementation=implementation,
+        query_positions=q_order if padding.causal else None,
+        key_positions=k_order if padding.causal else None,
     )[..., 0, :]
     inverse = jnp.argsort(q_order, axis=-1)
     return jnp.swapaxes(jnp.take_along_axis(out, inverse[..., None], axis=-2), -2, -3)

@@ -25,8 +25,7 @@ constructor              the new logit                                          
 The docstring of ``Score`` shows how to write your own.
 """
 
-from attention_jax.scores.at_positions import at_positions as at_positions
-from attention_jax.scores.at_positions import later as later
+from attention_jax.scores.at_positions import Placed as Placed
 from attention_jax.scores.base import Masking as Masking
 from attention_jax.scores.base import Score as Score
 from attention_jax.scores.base import tile_indices as tile_indices
@@ -50,7 +49,6 @@ __all__ = [
     "Score",
     "alibi",
     "alibi_slopes",
-    "at_positions",
     "bias",
     "relative_bias",
     "relative_buckets",

@@ -15,6 +15,7 @@ padded   a promise with NaN and inf planted in padding
 empty    a promise with no keys, no queries, no examples or queries that attend to no key
 kernel   core promises that reach most of a kernel, for interpreters, which are slow
 narrow   a promise within the reach of the narrowest functions: one width, no grouped heads
+placed   a promise with positions of queries and keys
 ======== ===========================================================================================
 """
 
@@ -56,6 +57,8 @@ class Case:
       dropout_rate: the probability of dropping a probability.
       lse: is the normalizer returned, and does the loss depend on it.
       magnitude: a factor of the query: 300 gives logits up to a thousand.
+      positions: of queries and keys: ``"shuffled"``, with gaps and negative ones among the keys, or
+        ``"per example"``, from another start in each; empty for none.
       planted: NaN and inf in every number that must not be read: masked keys and values, queries
         that attend to no key and their cotangents, bias entries of masked pairs.
       tags: what ``cases(tag=...)`` selects by.
@@ -73,6 +76,7 @@ class Case:
     dropout_rate: float = 0.0
     lse: bool = True
     magnitude: float = 1.0
+    positions: str = ""
     planted: bool = False
     tags: frozenset[str] = frozenset()
 
@@ -286,6 +290,8 @@ PROMISE_TAGS = {
         "traced layout",
         "complement",
         "evaluated mask_fn",
+        "positions, dropout",
+        "positions per example",
     },
 }
 
@@ -340,6 +346,7 @@ def _promises() -> list[Case]:
         "traced layout": Case("", LONG, mask="block_sparse traced"),
         "complement": Case("", LONG, mask="~chunked & causal", dropout_rate=0.3),
         "evaluated mask_fn": Case("", mask="mask_fn evaluated"),
+        "positions per example": Case("", mask="prefix | causal", positions="per example"),
         "everything": Case(
             "",
             _sized(LONG, B=(2, 3)),
@@ -350,6 +357,12 @@ def _promises() -> list[Case]:
             scale=-0.4,
             dropout_rate=0.3,
         ),
+    }
+    placed = {
+        "positions, dropout": Case("", mask="causal", score="relative_bias", dropout_rate=0.3),
+        "positions, functions": Case("", mask="mask_fn", score="score_fn", sinks=True),
+        "positions, planted": Case("", score="bias, softcap", planted=True),
+        "positions, long": Case("", LONG, mask="dilated & causal", dtype="bfloat16"),
     }
     narrow = {
         "plain, narrow": Case(""),
@@ -368,6 +381,9 @@ def _promises() -> list[Case]:
             {f"{n}, sinks": dataclasses.replace(c, sinks=True) for n, c in nothing.items()}, "empty"
         ),
         **_tagged({n: dataclasses.replace(c, planted=True) for n, c in planted.items()}, "padded"),
+        **_tagged(
+            {n: dataclasses.replace(c, positions="shuffled") for n, c in placed.items()}, "placed"
+        ),
         **_tagged(others),
         **_tagged(
             {

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ from attention_jax.masks import Mask
 from attention_jax.testing.cases import Case
 from attention_jax.testing.cases import cases as catalogue
 from attention_jax.testing.problems import Inputs, Problem, oracle, plain, problem, variants
+from attention_jax.testing.rules import positions
 
 # How often the plain formula is tried. The worst error counts, or four standard deviations if that
 # is more: an array of thousands of numbers has one that far off, but all eight tries of a single
@@ -121,8 +123,9 @@ def check(
 
     Args:
       fn: called as ``fn(query, key, value, *, mask, score, sinks, scale, dropout_rate,
-        dropout_key, return_lse)``, with the meaning these have in ``attention``: ``mask`` a
-        ``Mask`` or None, ``score`` a tuple of ``Score``. It is traced by ``jax.jit`` and
+        dropout_key, return_lse)``, and in a few cases with ``query_positions, key_positions``, with
+        the meaning these have in ``attention``: ``mask`` a ``Mask`` or None, ``score`` a tuple of
+        ``Score``. It is traced by ``jax.jit`` and
         ``jax.vjp``. What it cannot do it should refuse with ``NotImplementedError``.
       cases: what to try; None is the whole catalogue. A ``Trial`` is a case that has been
         prepared, for checking several functions.
@@ -211,9 +214,17 @@ def _judge(
             dropout_rate=case.dropout_rate,
             dropout_key=key,
             return_lse=case.lse,
+            **placed,
         )
         return tuple(results) if case.lse else (results,)
 
+    placed = {}
+    if case.positions:
+        placed = dict(zip(("query_positions", "key_positions"), positions(case), strict=True))
+        if not _takes(fn, *placed):
+            refusal = "refused: it takes no query_positions and key_positions"
+            yield Row(case.name, "all", math.nan, math.nan, refusal)
+            return
     key = None
     if case.dropout_rate:
         key = jax.random.wrap_key_data(jnp.asarray(p.dropout_key), impl="threefry2x32")
@@ -237,6 +248,15 @@ def _judge(
             yield Row(case.name, name, off, allowed, verdict)
     if raised:
         yield Row(case.name, "gradients", math.nan, math.nan, raised)
+
+
+def _takes(fn: Callable[..., Any], *names: str) -> bool:
+    """Whether a function has these arguments, as far as it tells."""
+    try:
+        known = inspect.signature(fn).parameters
+    except ValueError:  # a function written in C may have no signature
+        return True
+    return {*names} <= {*known} or any(p.kind is p.VAR_KEYWORD for p in known.values())
 
 
 def _verdict(name: str, found: Any, right: Any, case: Case, near: bool) -> str:

@@ -118,10 +118,13 @@ def _flax(
     scale: Any = None,
     dropout_rate: float = 0.0,
     dropout_key: Any = None,
+    query_positions: Any = None,
+    key_positions: Any = None,
     return_lse: bool = False,
 ) -> Any:
     _refuse(
         name,
+        positions=query_positions is not None or key_positions is not None,
         sinks=sinks is not None,
         scale=scale is not None,
         dropout=dropout_rate > 0,

@@ -13,7 +13,7 @@ import numpy as np
 from attention_jax import reference
 from attention_jax.masks import Mask
 from attention_jax.testing.cases import Case
-from attention_jax.testing.rules import MASKS, SCORES, Arrays, Term
+from attention_jax.testing.rules import MASKS, SCORES, Arrays, Term, positions
 
 
 class Inputs(NamedTuple):
@@ -67,9 +67,11 @@ def problem(case: Case) -> Problem:
     hidden = np.zeros(shape)
     for term in terms:  # a softcap after a bias of -inf makes it finite again
         hidden = _step(term, term.arrays)(hidden)
-    seen = np.broadcast_to(visible, shape) & (hidden != -np.inf)
+    _, j = positions(case)
+    real = (j >= 0)[..., None, None, :]  # keys at negative positions are masked
+    seen = np.broadcast_to(visible & real, shape) & (hidden != -np.inf)
     words = rng.integers(2**32, size=2, dtype=np.uint32)
-    keep = _keep(words, shape, len(z.B), case.dropout_rate) if case.dropout_rate else None
+    keep = _keep(words, case) if case.dropout_rate else None
     planted = _plant(clean, seen, case, rng) if case.planted else clean
     return Problem(case, mask, terms, words, keep, seen, clean, planted)
 
@@ -184,8 +186,9 @@ def _exact(arrays: Arrays) -> Arrays:
     return {name: np.asarray(a, np.float64) for name, a in arrays.items()}
 
 
-def _keep(words: np.ndarray, shape: tuple[int, ...], batch_axes: int, rate: float) -> np.ndarray:
-    """``dropout.keep`` of every pair, in NumPy."""
+def _keep(words: np.ndarray, case: Case) -> np.ndarray:
+    """``dropout.keep`` of every pair, in NumPy: bool ``[*B N T S]``."""
+    z, rate = case.sizes, case.dropout_rate
     shift, u = np.right_shift, np.uint32
 
     def mix(x: np.ndarray) -> np.ndarray:  # the finalizer of MurmurHash3
@@ -196,13 +199,14 @@ def _keep(words: np.ndarray, shape: tuple[int, ...], batch_axes: int, rate: floa
     seed = np.zeros(1, u)
     for word in words:
         seed = mix(seed ^ word) + u(0x27D4EB2F)
-    examples = math.prod(shape[:batch_axes])
-    flat = (examples, *shape[batch_axes:])
+    query, key = positions(case)
+    b = np.arange(math.prod(z.B)).reshape(*z.B, 1, 1, 1)
+    indices = b, np.arange(z.N)[:, None, None], query[..., None, :, None], key[..., None, None, :]
     h = seed
     odd_numbers = (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F)
-    for index, odd in zip(np.indices(flat, u), odd_numbers, strict=True):
-        h = mix(h ^ index * u(odd))
-    return np.reshape(h < u(round((1.0 - rate) * 2.0**32)), shape)
+    for index, odd in zip(indices, odd_numbers, strict=True):
+        h = mix(h ^ index.astype(u) * u(odd))
+    return np.asarray(h < u(round((1.0 - rate) * 2.0**32)))
 
 
 def _plant(x: Inputs, seen: np.ndarray, case: Case, rng: np.random.Generator) -> Inputs:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -109,8 +110,24 @@ def _per_example(case: Case, rng: np.random.Generator, low: int, high: int) -> t
     return x, x[..., None, None, None]
 
 
+def positions(case: Case) -> tuple[np.ndarray, np.ndarray]:
+    """Of queries and keys, int32 ``[T]`` and ``[S]``, or ``[*B T]`` and ``[*B S]``."""
+    z, rng = case.sizes, np.random.default_rng(zlib.crc32(case.positions.encode()))
+    query, key = (np.arange(n, dtype=np.int32) for n in (z.T, z.S))
+    if case.positions == "shuffled":
+        query, key = (rng.permutation(z.T + z.S)[:n].astype(np.int32) for n in (z.T, z.S))
+        key[rng.random(z.S) < 0.2] = -1
+    elif case.positions == "per example":
+        query = query + np.asarray(rng.integers(0, z.S, size=(*z.B, 1)), np.int32)
+        key = key + np.asarray(rng.integers(0, z.T, size=(*z.B, 1)), np.int32)
+    return query, key
+
+
 def _ij(case: Case) -> tuple[np.ndarray, np.ndarray]:
-    return np.arange(case.sizes.T)[:, None], np.arange(case.sizes.S)[None, :]
+    """Positions as ``[T 1]`` and ``[1 S]``, or ``[*B 1 T 1]`` and ``[*B 1 1 S]``."""
+    query, key = positions(case)
+    i, j = query[..., :, None], key[..., None, :]
+    return (i, j) if query.ndim == 1 else (i[..., None, :, :], j[..., None, :, :])
 
 
 def _none(case: Case, rng: np.random.Generator) -> tuple[Mask | None, Any]:

@@ -107,9 +107,9 @@ def wrong_drop_ins():
 
 def wrong_positions():
     """Of positions and caches, likewise."""
-    from attention_jax import cache, masks, positions
+    from attention_jax import cache, parallel, positions
 
-    value, type_ = "ValueError", "TypeError"
+    value, type_, cannot = "ValueError", "TypeError", "NotImplementedError"
     x, at = f(B, T, N, H), np.arange(T)
     rotary = functools.partial(positions.rotary, f(B, T, N, 12), at)
     k, v = f(B, 3, K, H), f(B, 3, K, D)
@@ -117,6 +117,15 @@ def wrong_positions():
     def empty(batch=(B,), capacity=8, **sizes):
         sizes = {"num_kv_heads": K, "head_dim": H, "value_dim": D, **sizes}
         return cache.init(batch, capacity=capacity, **sizes)
+
+    def local(**options):
+        """Inside ``shard_map`` over an axis ``x``."""
+        mesh = jax.make_mesh((1,), ("x",), devices=jax.devices()[:1])
+        call = functools.partial(parallel.attention, **({"axis_name": "x"} | options))
+        p = jax.sharding.PartitionSpec()
+        return functools.partial(
+            jax.shard_map(call, mesh=mesh, in_specs=p, out_specs=p), *good().values()
+        )
 
     return [
         (lambda: rotary(width=3), value, "width must be even", "3"),
@@ -161,19 +170,34 @@ def wrong_positions():
         (lambda: cache.attend(empty(), x, k, v), value, "query has 5 tokens", "key has 3"),
         (lambda: empty(capacity=0), value, "capacity must be at least 1", "0"),
         (lambda: empty(head_dim=1.5), type_, "head_dim must be an int", "1.5"),
-        (lambda: masks.at_positions(None, at, at), type_, "mask must be a Mask", "NoneType"),
         (
-            lambda: masks.at_positions(masks.causal(), f(T), i(S)),
-            type_,
-            "query_positions must be a signed integer array",
-            "float32",
+            lambda: parallel.attention(**good(), axis_name="x", strategy="rings"),
+            value,
+            'strategy must be one of "gather", "ring", "heads"',
+            "'rings'",
         ),
         (
-            lambda: masks.at_positions(masks.causal(), at, i(S)),
-            type_,
-            "one dtype",
-            "int64 and int32",
+            lambda: parallel.attention(**good(), axis_name="x"),
+            value,
+            "axis_name is 'x'",
+            "its axes are none",
         ),
+        (local(axis_name="y"), value, "axis_name is 'y'", "its axes are 'x'"),
+        (local(axis_name=("x", "y")), value, "axis_name is ('x', 'y')", "its axes are 'x'"),
+        (local(query_positions=f(T)), type_, "query_positions", "int32 array", "float32"),
+        (local(key_positions=[0] * S), type_, "key_positions", "int32 array", "list"),
+        (local(key_positions=i(T)), value, "key_positions has shape (5,)", "[S] or [*B S]"),
+        (local(strategy=None), value, "strategy must be one of", "None"),
+        (local(strategy="ring", mask=f(T, S)), type_, "mask", "bool array", "float32"),
+        (local(strategy="ring", return_lse=1), type_, "return_lse must be True or False", "1"),
+        (
+            local(strategy="ring", implementation=["cudnn", "splash"]),
+            cannot,
+            'strategy "ring" needs an implementation',
+            "cudnn, splash cannot",
+        ),
+        (lambda: parallel.zigzag(8.0, 2), type_, "T must be an int", "8.0"),
+        (lambda: parallel.striped(9, 2), value, "T must be a multiple of n = 2", "9"),
     ]
 
 

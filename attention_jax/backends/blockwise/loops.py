@@ -30,7 +30,6 @@ from attention_jax.backends.tile import (
     unmasked_values,
     visible_pairs,
 )
-from attention_jax.core import dropout
 from attention_jax.core.axes import Shape, accumulation_dtype
 from attention_jax.core.dropout import Dropout
 from attention_jax.core.pytree import Leaf, leaves
@@ -142,14 +141,14 @@ class OneHead:
         self.grid = Grid(T, S, self.config.block_q, self.config.block_k)
         scalar = lambda v: v.cut({})  # noqa: E731
         self.b, self.n = scalar(head.b), scalar(head.n)
-        # Not `tree.map`: a view is no leaf of JAX's.
-        self.dropout = None if head.dropout is None else Dropout(*map(scalar, head.dropout))
         self.scale = scalar(head.scale).astype(self.dtype)
         self.sink = None if head.sink is None else scalar(head.sink).astype(self.dtype)
         self.mask_leaves, self.mask_structure = jax.tree.flatten(head.mask)
         self.score_leaves, self.score_structure = jax.tree.flatten(head.score)
         # A leaf's axes are a matter of its class, so they can be read off the structure.
         self.mask_axes, self.score_axes = leaves(head.mask), leaves(head.score)
+        self.dropout_leaves, self.dropout_structure = jax.tree.flatten(head.dropout)
+        self.dropout_axes = leaves(head.dropout)
 
     def core(self, view: MappedArray) -> tuple[int, ...]:
         """The shape of one head of one example."""
@@ -196,11 +195,13 @@ class OneHead:
             q, k, v = visible.zero_rows(q, k, v)
         chex.assert_shape([q, k, v], [(t, self.H), (s, self.H), (s, self.D)])
         kept = None
-        if self.dropout is not None:
-            seed, threshold, keep_probability = self.dropout
-            at = tile_indices((t, s), row.q0, k0)
-            keep = dropout.keep(seed, self.b, self.n, *at, threshold=threshold)
-            kept = jnp.where(keep, 1 / keep_probability, jnp.zeros_like(keep_probability))
+        if self.dropout_leaves:
+            dropout: Dropout = jax.tree.unflatten(
+                self.dropout_structure, local(self.dropout_leaves, self.dropout_axes)
+            )
+            keep = dropout.keep(self.b, self.n, *tile_indices((t, s), row.q0, k0))
+            probability = dropout.keep_probability
+            kept = jnp.where(keep, 1 / probability, jnp.zeros_like(probability))
 
         def apply(logits: jax.Array, arrays: Any) -> jax.Array:
             scores = jax.tree.unflatten(self.score_structure, arrays)

@@ -9,15 +9,24 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
-from attention_jax.backends import primitive, xla
+from attention_jax.backends import chunks, primitive, xla
 from attention_jax.backends.blockwise import formulas
 from attention_jax.backends.blockwise.batching import batched
 from attention_jax.backends.blockwise.loops import Loops
-from attention_jax.backends.call import Backend, Call, Head, Spec, symbolic_lengths_refused
+from attention_jax.backends.call import (
+    Backend,
+    Call,
+    Head,
+    Results,
+    Spec,
+    symbolic_lengths_refused,
+)
 from attention_jax.backends.heads import over_heads_and_examples
 from attention_jax.core.axes import accumulation_dtype, int_at_least
 from attention_jax.core.pytree import leaves
@@ -30,7 +39,7 @@ KERNEL = primitive.Kernel(
     batched(formulas.backward),
     xla.attend,
 )
-_bind = primitive.make("attention_blockwise", KERNEL)
+_attend = primitive.make("attention_blockwise", KERNEL)
 
 
 # --- Block sizes.
@@ -102,6 +111,7 @@ class Blockwise(Backend):
       batch_pairs: heads are batched until a product covers this many pairs.
     """
 
+    CHUNKS = True
     block_q: int | None = None
     block_k: int | None = None
     batch_pairs: int = BATCH_PAIRS
@@ -116,16 +126,27 @@ class Blockwise(Backend):
         return symbolic_lengths_refused(spec.sizes)
 
     def run(self, call: Call, spec: Spec) -> tuple[jax.Array, jax.Array]:
-        block = self.block(spec)
-
         def head(one: Head) -> tuple[jax.Array, jax.Array]:
-            schedule, loops = plan(one, block, self.batch_pairs)
-            out, lse = _bind(one, schedule, loops)
+            out, lse = _attend(*self._plan(spec)(one))
             return out.astype(one.query.dtype), lse
 
         outputs = ("*B T N D", "*B T N")
         out, lse = over_heads_and_examples(head, call, spec.sizes, outputs)
         return out, lse
+
+    def chunk(self, call: Call, spec: Spec) -> Results:
+        return chunks.by_primitive(_attend, self._plan(spec), call, spec.sizes)
+
+    def chunk_cotangents(
+        self, call: Call, spec: Spec, results: Results, wrt: Sequence[int], cotangents: Any
+    ) -> list[jax.Array]:
+        return chunks.cotangents_by_primitive(
+            _attend, self._plan(spec), call, spec.sizes, results, wrt, cotangents
+        )
+
+    def _plan(self, spec: Spec) -> chunks.Plan:
+        block = self.block(spec)
+        return lambda one: (one, *plan(one, block, self.batch_pairs))
 
     def extra_bytes(self, spec: Spec) -> int:
         """Logits, probabilities and a copy of the tiles computed together, and the block lists."""

@@ -9,15 +9,24 @@ batch. ``blockwise`` computes tangents and runs in exported programs.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from attention_jax.backends import primitive, xla
+from attention_jax.backends import chunks, primitive, xla
 from attention_jax.backends.blockwise import formulas
 from attention_jax.backends.blockwise import run as blockwise
-from attention_jax.backends.call import Backend, Call, Head, Spec, symbolic_sizes_refused
+from attention_jax.backends.call import (
+    Backend,
+    Call,
+    Head,
+    Results,
+    Spec,
+    has_positions,
+    symbolic_sizes_refused,
+)
 from attention_jax.backends.heads import over_heads_and_examples
 from attention_jax.backends.native import library, operands, scores, visible
 from attention_jax.backends.native.operands import Config, Operand, Result, Role, Schedule
@@ -90,7 +99,7 @@ _LOOPS = primitive.Kernel(
     operands.looped(blockwise.KERNEL.backward),
     xla.attend,
 )
-_bind = primitive.make(
+_attend = primitive.make(
     "attention_native",
     primitive.Kernel(forward, _LOOPS.tangent, backward, xla.attend),
     elsewhere=_LOOPS,
@@ -111,6 +120,7 @@ class Native(Backend):
     block_k: int = BLOCK_K
     instructions: str | None = None
     few_queries: int = FEW_QUERIES
+    CHUNKS = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "block_k", int_at_least("block_k", self.block_k, 96))
@@ -145,22 +155,37 @@ class Native(Backend):
         dtype = jnp.dtype(spec.dtype)
         if dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
             return f"{dtype.name}: it takes float32, bfloat16 and float16, and computes in float32"
+        if spec.dropout and has_positions(spec):
+            return "dropout with query_positions or key_positions: it hashes indices"
         return scores.why_unsupported(spec.score, spec.sizes.T) or visible.why_unsupported(spec)
 
     def run(self, call: Call, spec: Spec) -> tuple[jax.Array, jax.Array]:
-        instructions = self._instructions()
-        if instructions is None:
-            raise NotImplementedError(f"native cannot: {self.why_unsupported(spec)}")
-        number = 1 + library.INSTRUCTIONS.index(instructions)
-        options = (self.block_k, number, self.few_queries)
-
         def head(one: Head) -> tuple[jax.Array, jax.Array]:
-            schedule, config = plan(one, options)
-            out, lse = _bind(one._replace(score=scores.native(one)), schedule, config)
+            planned, schedule, config = self._plan(one)
+            out, lse = _attend(planned, schedule, config)
             return out.astype(one.query.dtype), lse
 
         out, lse = over_heads_and_examples(head, call, spec.sizes, ("*B T N D", "*B T N"))
         return out, lse
+
+    def chunk(self, call: Call, spec: Spec) -> Results:
+        return chunks.by_primitive(_attend, self._plan, call, spec.sizes)
+
+    def chunk_cotangents(
+        self, call: Call, spec: Spec, results: Results, wrt: Sequence[int], cotangents: Any
+    ) -> list[jax.Array]:
+        return chunks.cotangents_by_primitive(
+            _attend, self._plan, call, spec.sizes, results, wrt, cotangents, scores.as_native
+        )
+
+    def _plan(self, one: Head) -> tuple[Head, Schedule, Config]:
+        """A head with the kernel's scores, and what the kernel is told of the mask."""
+        instructions = self._instructions()
+        if instructions is None:
+            raise RuntimeError("a call runs where its backend supports it: see why_unsupported")
+        number = 1 + library.INSTRUCTIONS.index(instructions)
+        schedule, config = plan(one, (self.block_k, number, self.few_queries))
+        return one._replace(score=scores.native(one)), schedule, config
 
     def _instructions(self) -> str | None:
         """The instruction set asked for, or a tested one; None if this processor has none."""

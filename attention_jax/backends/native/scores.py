@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attention_jax.backends.call import Head
+from attention_jax.backends.tile import whole
 from attention_jax.scores import (
     Alibi,
     Bias,
@@ -18,7 +19,7 @@ from attention_jax.scores import (
     Softcap,
     tile_indices,
 )
-from attention_jax.scores.at_positions import Later, Placed
+from attention_jax.scores.at_positions import Placed
 from attention_jax.scores.distance import skew
 
 MOST_SCORES = 8  # per call, as in call.h
@@ -49,9 +50,9 @@ def why_unsupported(scores: tuple[Score, ...], T: int) -> str | None:
     if len(scores) > MOST_SCORES:
         return f"{len(scores)} scores: it takes at most {MOST_SCORES}"
     for score in scores:
-        inner = score.score_ if isinstance(score, Later | Placed) else score
+        inner = score.score_ if isinstance(score, Placed) else score
         if isinstance(inner, Alibi | RelativeBias):
-            if isinstance(score, Placed) and T > FEW_QUERIES:
+            if isinstance(score, Placed) and not score.contiguous and T > FEW_QUERIES:
                 name = type(inner).__name__
                 return f"score {name} at positions: it takes at most {FEW_QUERIES} queries"
         elif not isinstance(inner, Softcap | Bias) or inner is not score:
@@ -62,25 +63,22 @@ def why_unsupported(scores: tuple[Score, ...], T: int) -> str | None:
 
 def native(head: Head) -> tuple[Score, ...]:
     """The scores of one head as ``Softcap``, ``Bias`` and ``Diagonal``, which hold float32."""
+    return tuple(as_native(head, score) for score in head.score)
+
+
+def as_native(head: Head, score: Score) -> Score:
+    """One of a head's scores in a form that the kernel has."""
     T, S = head.query.shape[0], head.key.shape[0]
-
-    def convert(score: Score) -> Score:
-        if isinstance(score, Softcap):
-            return Softcap(jnp.asarray(score.cap, jnp.float32))
-        if isinstance(score, Bias):
-            return Bias(jnp.asarray(score.array).astype(jnp.float32))
-        if isinstance(score, Placed):
-            placed = Placed(
-                score.score_,
-                jnp.asarray(score.query_positions)[:, None],
-                jnp.asarray(score.key_positions)[None, :],
-            )
-            zeros = jnp.zeros((T, S), jnp.float32)
-            return Bias(placed.rule(zeros, head.b, head.n, *tile_indices((T, S), 0, 0)))
-        # Query 0 has all distances to keys at 1 - T and on.
-        distances = np.arange(1 - T, S, dtype=np.int32)[None, :]
-        zeros = jnp.zeros(distances.shape, jnp.float32)
-        array = score.rule(zeros, head.b, head.n, np.zeros((1, 1), np.int32), distances)
-        return Diagonal(array[0], T)
-
-    return tuple(map(convert, head.score))
+    if isinstance(score, Softcap):
+        return Softcap(jnp.asarray(score.cap, jnp.float32))
+    if isinstance(score, Bias):
+        return Bias(jnp.asarray(score.array).astype(jnp.float32))
+    if isinstance(score, Placed) and not score.contiguous:
+        zeros = jnp.zeros((T, S), jnp.float32)
+        at = tile_indices((T, S), 0, 0)
+        return Bias(whole(score).rule(zeros, head.b, head.n, *at))
+    # Query 0 has all distances to keys at 1 - T and on.
+    distances = np.arange(1 - T, S, dtype=np.int32)[None, :]
+    zeros = jnp.zeros(distances.shape, jnp.float32)
+    array = score.rule(zeros, head.b, head.n, np.zeros((1, 1), np.int32), distances)
+    return Diagonal(array[0], T)

@@ -1,9 +1,9 @@
 """Masks in the forms that the kernel supports: row bounds, positions, ids, or a table and bits.
 
 With causal masks, windows, lengths, prefixes and chunks a query attends to an interval of keys, so
-each row has two bounds. With ``at_positions``, as in a cache, they bound the positions of the keys.
-Segments compare ids. Any of these joined by ``&`` need no memory in ``T x S``. For other masks,
-``block_map`` finds the units of 48 x 32 pairs that are empty or full, and the mask's rule is
+each row has two bounds. With ``key_positions``, as in a cache, they bound the positions of the
+keys. Segments compare ids. Any of these joined by ``&`` need no memory in ``T x S``. For other
+masks, ``block_map`` finds the units of 48 x 32 pairs that are empty or full, and the mask's rule is
 evaluated on the others and packed into bits.
 """
 
@@ -121,8 +121,10 @@ def _from_first(mask: Mask) -> bool:
 def _direct(mask: Mask, T: int) -> Visible:
     q: Any = np.arange(T, dtype=np.int32)
     positions = query_ids = key_ids = lo = hi = None
+    first: Any = 0  # position of the first key, where they count up one by one
     if isinstance(mask, Placed):
-        q, positions, mask = mask.query_positions, mask.key_positions, mask.mask_
+        q, positions, first = mask.queries(q), mask.key_positions, mask.key_start
+        mask = mask.mask_
     for each in conjuncts(mask):
         if isinstance(each, Segments):
             query_ids, key_ids = each.query_ids, each.key_ids
@@ -131,7 +133,7 @@ def _direct(mask: Mask, T: int) -> Visible:
             lo, hi = _both(np.maximum, lo, interval.lo), _both(np.minimum, hi, interval.hi)
     bounds = None
     if lo is not None or hi is not None:
-        bounds = _stacked(0 if lo is None else lo, FAR if hi is None else hi, T)
+        bounds = _stacked(0 if lo is None else lo - first, FAR if hi is None else hi - first, T)
     return Visible(bounds, *map(_int32, (positions, query_ids, key_ids)))
 
 

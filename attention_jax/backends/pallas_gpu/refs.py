@@ -18,7 +18,6 @@ from jax.experimental import pallas as pl
 from attention_jax.backends import primitive
 from attention_jax.backends.primitive import Dims
 from attention_jax.backends.tile import Visible, local_axes
-from attention_jax.core import dropout
 from attention_jax.core.compat import triton
 from attention_jax.core.pytree import Leaf, Lookup, leaves
 from attention_jax.scores import tile_indices
@@ -150,9 +149,6 @@ class Refs:
         self.b, self.n = head.b.entry(), head.n.entry()
         self.scale = head.scale.entry().astype(jnp.float32)
         self.sink = None if head.sink is None else head.sink.entry().astype(jnp.float32)
-        self.dropout = (
-            None if head.dropout is None else dropout.Dropout(*(x.entry() for x in head.dropout))
-        )
         self.hiding = any(score.MASKING.adds for score in head.score)
 
     def rows(self, view: MappedRef, start: Any, size: int, *, inside: bool = False) -> jax.Array:
@@ -244,10 +240,10 @@ class Refs:
             pairs = s != -jnp.inf
         visible = None if pairs is None else Visible(pairs, some(pairs, 1), some(pairs, 0))
         kept = None
-        if self.dropout is not None:
-            seed, threshold, keep_probability = self.dropout
-            keep = dropout.keep(seed, self.b, self.n, *at, threshold=threshold)
-            kept = jnp.where(keep, 1 / keep_probability, jnp.float32(0.0))
+        if self.head.dropout is not None:
+            dropout = self._local(self.head.dropout, shape, q0, k0)
+            keep = dropout.keep(self.b, self.n, *at)
+            kept = jnp.where(keep, 1 / dropout.keep_probability, jnp.float32(0.0))
         return PairTile(dot, s, change, visible, kept)
 
 

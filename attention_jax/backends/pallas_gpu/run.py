@@ -9,14 +9,22 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from attention_jax.backends import primitive, xla
+from attention_jax.backends import chunks, primitive, xla
 from attention_jax.backends.blockwise import run as blockwise
-from attention_jax.backends.call import Backend, Call, Head, Spec, symbolic_sizes_refused
+from attention_jax.backends.call import (
+    Backend,
+    Call,
+    Head,
+    Results,
+    Spec,
+    symbolic_sizes_refused,
+)
 from attention_jax.backends.heads import over_heads_and_examples
 from attention_jax.backends.pallas_gpu import launch, support
 from attention_jax.backends.pallas_gpu.launch import Launches, Schedules, Tiles
@@ -86,7 +94,7 @@ def choose_tiles(
     return None
 
 
-_bind = primitive.make(
+_attend = primitive.make(
     "attention_pallas_gpu",
     primitive.Kernel(launch.forward, launch.tangent, launch.backward, xla.attend),
 )
@@ -102,6 +110,7 @@ class PallasGPU(Backend):
     """
 
     STATIC_NUMBERS = True
+    CHUNKS = True
     forward: Tiles | None = None
     backward: Tiles | None = None
     interpret: bool = False
@@ -133,17 +142,35 @@ class PallasGPU(Backend):
         return support.why_unsupported(spec.mask, spec.score)
 
     def run(self, call: Call, spec: Spec) -> tuple[jax.Array, jax.Array]:
-        forward, backward = self._tiles(spec)
-        if forward is None or backward is None:
-            raise NotImplementedError(f"pallas_gpu cannot: {self.why_unsupported(spec)}")
+        planned = self._plan(spec)
 
         def head(one: Head) -> tuple[jax.Array, jax.Array]:
-            schedules, launches = plan(one, forward, backward, interpret=self.interpret)
-            out, lse = _bind(one._replace(mask=as_operands(one.mask)), schedules, launches)
+            out, lse = _attend(*planned(one))
             return out.astype(one.query.dtype), lse
 
         out, lse = over_heads_and_examples(head, call, spec.sizes, ("*B T N D", "*B T N"))
         return out, lse
+
+    def chunk(self, call: Call, spec: Spec) -> Results:
+        return chunks.by_primitive(_attend, self._plan(spec), call, spec.sizes)
+
+    def chunk_cotangents(
+        self, call: Call, spec: Spec, results: Results, wrt: Sequence[int], cotangents: Any
+    ) -> list[jax.Array]:
+        return chunks.cotangents_by_primitive(
+            _attend, self._plan(spec), call, spec.sizes, results, wrt, cotangents
+        )
+
+    def _plan(self, spec: Spec) -> chunks.Plan:
+        forward, backward = self._tiles(spec)
+        if forward is None or backward is None:
+            raise NotImplementedError(f"pallas_gpu cannot: {self.why_unsupported(spec)}")
+
+        def planned(one: Head) -> tuple[Head, Schedules, Launches]:
+            schedules, launches = plan(one, forward, backward, interpret=self.interpret)
+            return one._replace(mask=as_operands(one.mask)), schedules, launches
+
+        return planned
 
     def extra_bytes(self, spec: Spec) -> int:
         """Output, maximum and normalizer in float32."""

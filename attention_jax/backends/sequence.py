@@ -1,0 +1,175 @@
+"""Queries sharded along the sequence over explicit mesh axes: each device computes its own.
+
+It gathers the keys and values, whose gradients are then reduce-scattered, and its results stay
+sharded. ``parallel`` has other ways, inside ``shard_map``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from attention_jax.backends.call import Call, place
+from attention_jax.backends.heads import axes_of_mapped, explicit_mesh, spec_of_array
+from attention_jax.core.axes import Sizes
+from attention_jax.core.positions import Positioned
+from attention_jax.core.pytree import leaves
+
+V = TypeVar("V")
+Axes = tuple[str, ...]
+
+
+def axes_of_queries(call: Call) -> Axes:
+    """The explicit mesh axes over which the query's axis ``T`` is sharded."""
+    if call.query.ndim < 3 or explicit_mesh([call.query]) is None:  # the rank is checked later
+        return ()
+    return spec_of_array(call.query)[-3]
+
+
+def split(call: Call, sizes: Sizes) -> str | None:
+    """How a complete call is split over explicit mesh axes, in words; None if it is not.
+
+    >>> import jax
+    >>> from attention_jax import explain
+    >>> from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+    >>> mesh = jax.make_mesh((jax.device_count(),), ("seq",), axis_types=(AxisType.Explicit,))
+    >>> sharding = NamedSharding(mesh, P(None, "seq"))
+    >>> x = jax.ShapeDtypeStruct((2, 64, 4, 8), "float32", sharding=sharding)
+    >>> explain(x, x, x).split
+    'T over seq; gathers S of key and value'
+    """
+    flat = [np.asarray(x) if isinstance(x, float) else x for x in jax.tree.leaves(call)]
+    mesh = explicit_mesh(flat)
+    if mesh is None:
+        return None
+    letters = _letters(call, len(sizes.B))
+    names = axes_of_queries(call)
+    mesh_axes = axes_of_mapped(flat, letters, sizes, mesh, taken=names)
+    mesh_axes |= {"T": names} if names else {}
+    sharded: dict[str, list[str]] = {}  # axis letters by mesh axes
+    for letter, over in mesh_axes.items():
+        sharded.setdefault(", ".join(over), []).append(letter)
+    moved: dict[str, list[str]] = {}  # arguments by what happens to their axes
+    for name, x, axes in zip(_names(call), flat, letters, strict=True):
+        for letter, over in zip(axes, spec_of_array(x), strict=False):
+            if over and over != mesh_axes.get(letter):
+                verb = "reshards" if letter in mesh_axes else "gathers"
+                moved.setdefault(f"{verb} {letter}", []).append(name)
+    said = [f"{_listed(axes)} over {over}" for over, axes in sharded.items()]
+    said += [f"{what} of {_listed(of)}" for what, of in moved.items()]
+    text = "; ".join(said)
+    return text.replace("B0", "B") if len(sizes.B) == 1 else text
+
+
+def _names(call: Call) -> list[str]:
+    """What each array of a call is called in messages."""
+    names = ["query", "key", "value", *(leaf.name for leaf in leaves((call.mask, call.score)))]
+    names += [] if call.sinks is None else ["sinks"]
+    return [*names, "scale", *(leaf.name for leaf in leaves(call.dropout))]
+
+
+def _listed(words: list[str]) -> str:
+    *most, last = words
+    return f"{', '.join(most)} and {last}" if most else last
+
+
+def over_queries(
+    run: Callable[[Call], tuple[jax.Array, jax.Array]], call: Call, sizes: Sizes, names: Axes
+) -> tuple[jax.Array, jax.Array]:
+    """Output and lse, sharded along ``T`` like the query.
+
+    Args:
+      run: from a call of some queries and all keys to their output and lse.
+      call: complete.
+      sizes: of all devices.
+      names: from ``axes_of_queries``.
+    """
+    mesh = explicit_mesh([call.query])
+    if mesh is None:
+        raise RuntimeError("a sequence is split over a mesh")
+    call = _numbered(call, sizes)
+    flat, structure = jax.tree.flatten(call)
+    flat = [jnp.asarray(x) for x in flat]
+    letters = _letters(call, len(sizes.B))
+    mesh_axes = axes_of_mapped(flat, letters, sizes, mesh, taken=names) | {"T": names}
+    full = {f"B{i}": size for i, size in enumerate(sizes.B)} | sizes.of_letters()
+    keys_split = all(spec_of_array(x)[-3] == names for x in (call.key, call.value))
+
+    def spec(axes: tuple[str, ...], shape: tuple[int, ...], is_key: bool) -> PartitionSpec:
+        """Axes of size 1 are replicated, and those of a function's arrays."""
+        named = mesh_axes | ({"S": names} if is_key and keys_split else {})
+        split = (
+            named.get(a) if n == full.get(a) else None for a, n in zip(axes, shape, strict=False)
+        )
+        return PartitionSpec(*split)
+
+    specs = tuple(
+        spec(axes, x.shape, i in (1, 2))
+        for i, (x, axes) in enumerate(zip(flat, letters, strict=True))
+    )
+    arrays = [
+        jax.sharding.reshard(x, NamedSharding(mesh, s)) for x, s in zip(flat, specs, strict=True)
+    ]
+    T = sizes.T // math.prod(mesh.shape[name] for name in names)
+
+    def on_each_device(*arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
+        mine: Call = jax.tree.unflatten(structure, arrays)
+        if keys_split:
+            key, value = (
+                jax.lax.all_gather(x, names, axis=x.ndim - 3, tiled=True) for x in mine[1:3]
+            )
+            mine = mine._replace(key=key, value=value)
+        start = jax.lax.axis_index(names) * T
+        return run(
+            mine._replace(
+                mask=None if mine.mask is None else _moved(mine.mask, start),
+                score=tuple(_moved(x, start) for x in mine.score),
+                dropout=None if mine.dropout is None else _moved(mine.dropout, start),
+            )
+        )
+
+    batch = [f"B{i}" for i in range(len(sizes.B))]
+    lse = PartitionSpec(*(mesh_axes.get(a) for a in (*batch, "T", "N")))
+    return jax.shard_map(
+        on_each_device,
+        mesh=mesh,
+        in_specs=specs,
+        out_specs=(lse, lse),
+        axis_names={name for group in mesh_axes.values() for name in group},
+    )(*arrays)
+
+
+def _numbered(call: Call, sizes: Sizes) -> Call:
+    """The call with the numbers of examples and heads as arrays, which are sharded as these are."""
+    numbers = {
+        "examples": np.arange(math.prod(sizes.B), dtype=np.int32).reshape(sizes.B),
+        "head_numbers": np.arange(sizes.N, dtype=np.int32),
+    }
+    drop = call.dropout
+    return place(call._replace(dropout=None), None, None, resolved=True, **numbers)._replace(
+        dropout=None if drop is None else dataclasses.replace(drop, **numbers)
+    )
+
+
+def _letters(call: Call, batch: int) -> list[tuple[str, ...]]:
+    """The axes of each array of a complete call, one letter for each."""
+    axes: list[Any] = [("B", "T", "N", "H"), ("B", "S", "K", "H"), ("B", "S", "K", "D")]
+    axes += [leaf.axes for leaf in leaves((call.mask, call.score))]
+    axes += [] if call.sinks is None else [("N",)]
+    axes += [(), *(leaf.axes for leaf in leaves(call.dropout))]
+    names = tuple(f"B{i}" for i in range(batch))
+    return [tuple(x for a in each for x in (names if a == "B" else (a,))) for each in axes]
+
+
+def _moved(value: V, start: Any) -> V:
+    """``value`` of queries from ``start`` on, unless they have positions of their own."""
+    if not isinstance(value, Positioned) or value.query_positions is not None:
+        return value
+    return dataclasses.replace(value, query_start=value.query_start + start)
