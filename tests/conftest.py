@@ -24,6 +24,7 @@ import hypothesis
 import jax
 import jaxtyping
 import pytest
+from _pytest import doctest
 
 # A separate program, without doctests to collect.
 collect_ignore = ["ahead_for_tpu.py"]
@@ -58,6 +59,13 @@ def pytest_collection_finish():
     """Freezes all imported objects, so that the garbage collector does not scan them again."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_itemcollected(item):
+    """Examples in docstrings run as pasted, without the names of their module."""
+    if isinstance(item, doctest.DoctestItem):
+        item.dtest.globs.clear()
+        item.dtest.globs["__name__"] = "__main__"
 
 
 @pytest.fixture

@@ -127,6 +127,7 @@ def test_nothing_stops_at_a_failure(fake):
     assert len(by_item["last"]) == 1
 
 
+@pytest.mark.slow
 def test_a_part_stops_at_its_time_in_the_middle_and_the_next_one_runs(fake):
     start = time.monotonic()
     found = fake(8.0, endless=ENDLESS, stuck=STUCK, other=ENDLESS)

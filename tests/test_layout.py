@@ -11,7 +11,6 @@ import sys
 import tomllib
 
 import pytest
-from helpers import mostly_slow
 
 import attention_jax
 
@@ -55,14 +54,6 @@ RANK = {
 # Packages and modules that users import from.
 PUBLIC = ["", "masks", "mechanisms", "models", "models.pretrained", "nn", "positions", "scores"]
 PUBLIC += ["cache", "parallel", "testing"]
-# Public modules without a list of names.
-PUBLIC_MODULES = [
-    "masks.block_map",
-    "models.sampling",
-    "models.sharding",
-    "nn.pooling",
-    "reference",
-]
 
 
 def module_name(path):
@@ -172,33 +163,6 @@ def test_public_functions_have_docstrings_and_examples_that_run(module, name):
     assert doc.splitlines()[0].endswith((".", ":"))
     if inspect.isfunction(thing):
         assert doctest.DocTestParser().get_examples(doc), f"{name} has no example"
-
-
-def examples():
-    """The docstrings of public modules, functions, classes and their public methods."""
-    finder = doctest.DocTestFinder()
-    for module in [*PUBLIC, *PUBLIC_MODULES]:
-        documented = public(module)
-        yield doctest.DocTestParser().get_doctest(
-            documented.__doc__, {}, documented.__name__, None, None
-        )
-        for name in getattr(documented, "__all__", vars(documented)):
-            thing = getattr(documented, name)
-            mine = getattr(thing, "__module__", None) in MODULES and not inspect.ismodule(thing)
-            if mine and callable(thing):
-                yield from finder.find(thing, name, module=False, globs={})
-
-
-ALONE = {test.name: test for test in examples() if test.examples}
-
-
-# Slow, but for one: doctest runs them too, with the names of their module.
-@pytest.mark.parametrize("name", mostly_slow(ALONE, {"attention_jax"}))
-def test_examples_run_when_pasted_alone(name):
-    said = []
-    ALONE[name].globs = {}
-    runner = doctest.DocTestRunner(verbose=False)
-    assert runner.run(ALONE[name], out=said.append).failed == 0, "".join(said)
 
 
 def test_nothing_else_stands_at_the_top():

@@ -1,7 +1,9 @@
 """The native kernel beyond the contract: layouts, orders of summation, and what it refuses."""
 
+import functools
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -9,11 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiling import default_options
 from contract import needs_native
 from helpers import close, inputs, normal, slow, value_and_gradients
 from jax import export
 
-from attention_jax import attention, explain, masks, scores
+from attention_jax import attention, cache, explain, masks, scores
 from attention_jax.backends import Native
 from attention_jax.backends.native import library
 
@@ -277,3 +280,23 @@ def test_without_the_library_another_backend_runs(monkeypatch):
     finally:
         monkeypatch.undo()
         library.load.cache_clear()
+
+
+@pytest.mark.parametrize("K", [4, slow(1)])
+def test_decoding_updates_the_cache_in_place(K):
+    """A loop that appends to a cache and attends to it copies the cache nowhere."""
+    x = jnp.ones((1, 1, 4, 8))
+    start = cache.init((1,), capacity=300, num_kv_heads=K, head_dim=8)
+
+    def step(state, _):
+        out, state = cache.attend(state, x, x[:, :, :K], x[:, :, :K], implementation="native")
+        return state, out
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def decode(state):
+        return jax.lax.scan(step, state, length=300)
+
+    text = decode.lower(start).compile(default_options()).as_text()
+    assert "attention_forward" in text
+    copies = re.findall(r"= f32\[(?:1,)?300,\S* copy\(", text)
+    assert not copies

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import slow
 from line import PLAIN, equal, parameters, train_line
 
 from experiments.__main__ import main
@@ -53,9 +52,9 @@ def expected(tmp_path_factory):
     return losses(tmp_path_factory.mktemp("runs") / "one", "--steps", "2")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "mesh",
-    [slow("data=2,model=2,context=2"), slow("context=4"), slow("model=2"), "data=2,context=2"],
+    "mesh", ["data=2,model=2,context=2", "context=4", "model=2", "data=2,context=2"]
 )
 def test_a_decoder_is_trained_over_a_mesh(tmp_path, expected, mesh):
     fsdp = () if mesh == "model=2" else ("--fsdp",)

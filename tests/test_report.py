@@ -259,7 +259,7 @@ def test_speed_page_has_the_measurements_and_remarks_of_the_records(tmp_path):
     (tmp_path / "bench.json").write_text(json.dumps(record))
     (tmp_path / "bench-models.json").write_text(json.dumps(record | {"rows": [model]}))
     page = speed.page(tmp_path)
-    assert "| forward, a call | 500.0 ms | **2.00x** (aim 1.5x) |  |  |  | noted |" in page
+    assert "| forward, a call | 500.0 ms |  | **2.00x** (aim 1.5x) |  |  |  | noted |" in page
     assert "| a step | 2,000 ms |  | 0.50x (aim 0.9x) |  |  |" in page
     assert "2026-11-25, 2 cores of a processor, float32, jax 0.10.2, medians of 7 runs." in page
     assert page.count("\nRemark.\n") == 2

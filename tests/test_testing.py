@@ -397,11 +397,13 @@ def test_scores_and_their_formulas_agree(kind):
 def test_the_dropout_hash_and_its_copy_agree():
     words = np.array([123456789, 4000000000], np.uint32)
     ours = dropout.seed(jax.random.wrap_key_data(jnp.asarray(words), impl="threefry2x32"))
-    shape = (2, 3, 5, 7, 11)
-    copy = problems._keep(words, shape, 2, 0.3)
-    indices = np.indices((6, 5, 7, 11))
+    (case,) = testing.cases(name="plain")
+    sizes = dataclasses.replace(case.sizes, B=(2, 3), T=7, S=11)
+    case = dataclasses.replace(case, sizes=sizes, dropout_rate=0.3)
+    copy = problems._keep(words, case)
+    indices = np.indices((6, sizes.N, 7, 11))
     keep = dropout.keep(ours, *indices, threshold=dropout.threshold(0.3))
-    np.testing.assert_array_equal(keep.reshape(shape), copy)
+    np.testing.assert_array_equal(keep.reshape(2, 3, sizes.N, 7, 11), copy)
 
 
 @each_score

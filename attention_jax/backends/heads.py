@@ -34,6 +34,8 @@ def over_heads_and_examples(
     sizes: Sizes,
     outputs: tuple[str, ...],
     inputs: tuple[str, str, str] = ("*B T N H", "*B S K H", "*B S K D"),
+    *,
+    reshape: bool = True,
 ) -> tuple[jax.Array, ...]:
     """``head`` on every head of every example.
 
@@ -43,6 +45,7 @@ def over_heads_and_examples(
       sizes: of the axes.
       outputs: per array, its axes with ``*B`` and ``N``, such as ``"*B T N D"``.
       inputs: the axes of query, key and value.
+      reshape: see ``lift``.
     """
     flat, flat_axes, structure = as_arrays(call, sizes, inputs)
 
@@ -54,7 +57,7 @@ def over_heads_and_examples(
         chex.assert_rank([given.scale, given.b, given.n], 0)
         return head(given)
 
-    return lift(one, flat, sizes, flat_axes, outputs)
+    return lift(one, flat, sizes, flat_axes, outputs, reshape=reshape)
 
 
 def as_arrays(
@@ -88,6 +91,8 @@ def lift(
     sizes: Sizes,
     inputs: Sequence[str | tuple[str, ...]],
     outputs: Sequence[str],
+    *,
+    reshape: bool = True,
 ) -> tuple[jax.Array, ...]:
     """``head`` on every head of every example of some arrays.
 
@@ -99,6 +104,8 @@ def lift(
         ``K`` are passed on to ``head``.
       outputs: the axes of each result: ``*B``, and ``N``, or ``K`` for results that do not depend
         on the query heads.
+      reshape: reshape arrays to leave out the axes of a single example or head; else map over these
+        too. XLA does not update a cache in place whose reshaped array goes to a kernel.
 
     >>> sizes = Sizes(B=(2,), T=3, S=5, K=2, G=2, H=7, D=7)
     >>> query, key = np.ones((2, 3, 4, 7)), np.ones((2, 5, 2, 7))
@@ -109,11 +116,11 @@ def lift(
     if mesh := explicit_mesh(arrays):
 
         def on_shard(local: Sizes, *xs: Any) -> Any:
-            return lift(head, xs, local, inputs, outputs)
+            return lift(head, xs, local, inputs, outputs, reshape=reshape)
 
         return _on_each_device(on_shard, arrays, sizes, inputs, outputs, mesh)
     batch = [f"B{i}" for i in range(len(sizes.B))]
-    levels = [*batch, "K", "G"]
+    levels = dict(zip([*batch, "K", "G"], [*sizes.B, sizes.K, sizes.G], strict=True))
 
     def named(axes: str | tuple[str, ...]) -> list[str]:
         letters = axes.split() if isinstance(axes, str) else axes
@@ -139,7 +146,11 @@ def lift(
                 shape.append(x.shape[d])
                 d += 1
         names = named(axes)
-        drop = [i for i, name in enumerate(names) if name in levels and shape[i] == 1]
+        drop = [
+            i
+            for i, name in enumerate(names)
+            if name in levels and shape[i] == 1 and (reshape or levels[name] != 1)
+        ]
         x = x.reshape(*[size for i, size in enumerate(shape) if i not in drop])
         return x, [name for i, name in enumerate(names) if i not in drop]
 

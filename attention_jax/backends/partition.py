@@ -97,6 +97,7 @@ def sharding_rule(
     """Allows the mapped axes to be sharded, in the same way in all arrays.
 
     >>> from attention_jax.backends.mapped_axes import Static
+    >>> from attention_jax.backends.partition import sharding_rule
     >>> static = Static(None, None, levels=(8,), in_dims=((0,), (None,)), out_dims=((1,),))
     >>> rule = sharding_rule(static, [2, 1], [2])
     >>> rule.operand_mappings, rule.result_mappings
@@ -185,6 +186,8 @@ def _as_axes(
     The axes of the grid are the prime factors of the number of devices, because two levels may
     share a mesh axis of 4. Their order is the one that lets the most axes be used.
 
+    >>> import numpy as np
+    >>> from attention_jax.backends.partition import _as_axes
     >>> _as_axes(4, [np.array([0, 0, 1, 1]), None])
     ((2, 2), ((0,), ()))
     >>> _as_axes(6, [np.array([0, 1, 0, 1, 0, 1]), np.array([0, 0, 1, 1, 2, 2])])
@@ -226,6 +229,7 @@ def _prime_factors(n: int) -> list[int]:
 def _orders(factors: Sequence[int]) -> Iterator[tuple[int, ...]]:
     """All distinct orders.
 
+    >>> from attention_jax.backends.partition import _orders
     >>> list(_orders([2, 2, 3]))
     [(2, 2, 3), (2, 3, 2), (3, 2, 2)]
     """

@@ -307,7 +307,7 @@ def tasks(options: Options) -> list[Measurement]:
             "ours": training_step(name, **changes),
             "flax": training_step(name, attention=FLAX, **changes),
         }
-        seconds = in_turns(contenders, max(5, options.repeats))
+        seconds = in_turns(contenders, max(3, options.repeats // 2))
         changed = [f"{option} {x}" for option, x in changes.items()]
         work = ", ".join([f"training step of {name}", *changed])
         measurements.append(Measurement("tasks", work, seconds, 0.0, {"flax": target}))

@@ -58,6 +58,9 @@ def one_head_forward(
     Raises:
       TypeError, ValueError: as ``attention``.
 
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from attention_jax.backends.blockwise.one_head import one_head_forward
     >>> q = jnp.eye(4)
     >>> with jax.disable_jit():  # a breakpoint in formulas.forward stops at every tile
     ...     out, lse = one_head_forward(q, q, q, block=(2, 2))
@@ -97,6 +100,9 @@ def one_head_backward(
     Raises:
       TypeError, ValueError: as ``attention``.
 
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from attention_jax.backends.blockwise.one_head import one_head_backward
     >>> q = jnp.eye(4)
     >>> def loss(v):
     ...     return (jax.nn.softmax(q / 2) @ v).sum()

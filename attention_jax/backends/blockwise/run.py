@@ -73,6 +73,7 @@ BATCH_PAIRS = 2**20
 def block_sizes(T: int, S: int, mask: Mask | None) -> tuple[int, int]:
     """Queries and keys per block.
 
+    >>> from attention_jax.backends.blockwise.run import block_sizes
     >>> block_sizes(4096, 4096, None), block_sizes(1, 10_000, None)
     ((1024, 512), (1, 2000))
     """

@@ -165,7 +165,8 @@ class Native(Backend):
             out, lse = _attend(planned, schedule, config)
             return out.astype(one.query.dtype), lse
 
-        out, lse = over_heads_and_examples(head, call, spec.sizes, ("*B T N D", "*B T N"))
+        outputs = "*B T N D", "*B T N"
+        out, lse = over_heads_and_examples(head, call, spec.sizes, outputs, reshape=False)
         return out, lse
 
     def chunk(self, call: Call, spec: Spec) -> Results:

@@ -28,6 +28,7 @@ LEAST = 16  # rows and columns of a product's tiles, at least
 def padded(n: int) -> int:
     """The power of two that a tile needs for ``n`` rows or columns.
 
+    >>> from attention_jax.backends.pallas_gpu.refs import padded
     >>> padded(11), padded(64), padded(65)
     (16, 64, 128)
     """

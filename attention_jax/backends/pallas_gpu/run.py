@@ -77,6 +77,7 @@ def choose_tiles(
 
     Tiles that were measured to be fastest for the width come before the candidates.
 
+    >>> from attention_jax.backends.pallas_gpu.run import FORWARD, choose_tiles
     >>> choose_tiles(FORWARD, 4096, 4096, 128, 128, itemsize=2)
     Tiles(block_q=128, block_k=64, warps=8, stages=2)
     >>> choose_tiles(FORWARD, 1, 4096, 256, 256, itemsize=4)
