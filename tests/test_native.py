@@ -1,5 +1,6 @@
 """The native kernel beyond the contract: layouts, orders of summation, and what it refuses."""
 
+import concurrent.futures
 import functools
 import os
 import pathlib
@@ -201,6 +202,16 @@ def test_results_do_not_depend_on_the_number_of_threads():
         return done.stdout
 
     assert run(1) == run(2)
+
+
+def test_sixteen_python_threads_do_not_wait_for_one_another():
+    arrays = inputs(B=(2,), T=200, S=200, N=4, K=2, H=8, D=8)
+    step = jax.jit(jax.grad(lambda q, k, v: attention(q, k, v, implementation="native").sum()))
+    expected = step(*arrays)
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        runs = [pool.submit(step, *arrays) for _ in range(64)]
+        for run in runs:
+            equal(run.result(timeout=60), expected)
 
 
 # --- What it refuses.
