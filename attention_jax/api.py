@@ -27,7 +27,6 @@ from attention_jax.backends.call import (
     spec_of,
 )
 from attention_jax.backends.explanation import Explanation
-from attention_jax.core import dropout
 from attention_jax.core.axes import (
     AnyArray,
     Key,
@@ -328,7 +327,6 @@ def explain(
         raise ValueError(f'platform must be "cpu", "gpu" or "tpu", got {platform!r}')
     asked = backends.as_backends(implementation)
     constants = static_numbers(asked, platform)
-    dropout.check(dropout_rate, dropout_key)
     call = bind(
         query,
         key,
@@ -337,6 +335,8 @@ def explain(
         score=score,
         sinks=sinks,
         scale=scale,
+        dropout_rate=dropout_rate,
+        dropout_key=dropout_key,
         query_positions=query_positions,
         key_positions=key_positions,
         static_numbers=constants,
@@ -359,8 +359,8 @@ def explain(
         return_lse=return_lse,
         platform=platform,
         partitioned=backends.partitioned(),
-    )._replace(dropout=dropout_rate > 0.0)
-    choice = backends.choose(asked, spec)
+    )
+    choice = backends.choose(asked, sequence.spec_of_one_device(spec, call))
     return Explanation(
         chosen=choice.name,
         platform=platform,

@@ -80,3 +80,13 @@ def test_attention_with_positions_per_example(implementation):
 
 def expected_window(queries, keys):
     return rules.band(queries[:, None], keys, 4, 0) & (keys >= 0)
+
+
+def test_numbers_of_heads_are_added_to_positions():
+
+    at = np.arange(4, dtype=np.int32)
+    once = placed_mask(masks.causal(), at, at)
+    twice = placed_mask(once, None, None, head_numbers=np.arange(2))
+    assert twice.mask_ is once.mask_
+    assert twice.query_positions is at
+    assert twice.head_numbers is not None

@@ -142,6 +142,16 @@ def test_sharded_over_is_what_the_type_says():
     assert [compat.sharded_over(jax.typeof(array), axis) for axis in (0, 1)] == ["x", None]
 
 
+def test_trace_settings_are_those_of_the_caller():
+    with jax.enable_x64(True), jax.default_matmul_precision("highest"):
+        settings = compat.trace_settings()
+    with settings():
+        assert jnp.zeros(1).dtype == jnp.float64
+        product = jax.make_jaxpr(jnp.dot)(jnp.ones((2, 2)), jnp.ones((2, 2)))
+    assert "HIGHEST" in str(product)
+    assert jnp.zeros(1).dtype == jnp.float32
+
+
 def private(path):
     """What a file imports of JAX that is not documented."""
     for node in ast.walk(ast.parse(path.read_text())):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from contract import needs_native
 from flax import nnx
 from helpers import jax_normal, mostly_slow, slow
 from jax.sharding import AxisType, NamedSharding
@@ -162,6 +163,22 @@ def test_explain_says_how_a_call_is_split(mesh, name):
     assert said == [SPLIT[name]]
     collectives = re.findall(r" (all-\w+|collective-permute)(?:-start)?\(", text)
     assert (" of " in SPLIT[name]) == bool(collectives)
+
+
+@pytest.mark.parametrize(
+    ("platform", "dtype", "score", "chosen"),
+    [
+        ("tpu", "bfloat16", (), "blockwise"),  # splash counts queries from 0
+        pytest.param("cpu", "float32", scores.softcap(2.0), "native", marks=needs_native),
+        pytest.param("cpu", "float32", scores.bias(np.zeros(1024)), "native", marks=needs_native),
+    ],
+)
+def test_explain_chooses_what_each_device_runs(mesh, platform, dtype, score, chosen):
+    x = jnp.zeros((B, 1024, N, H), dtype)
+    split, options = put(mesh, (None, "data"), x), {"mask": masks.causal(), "score": score}
+    assert aj.explain(split, x, x, platform=platform, **options).chosen == chosen
+    if platform == "cpu":
+        aj.attention(split, x, x, implementation=chosen, **options)
 
 
 def test_explain_says_nothing_of_arrays_that_are_not_split(mesh):

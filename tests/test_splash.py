@@ -29,6 +29,7 @@ def possible(case):
         and case.score in ("none", "softcap")
         and not (case.score == "softcap" and case.lse)
         and not case.dropout_rate
+        and not case.positions
         and case.mask
         not in (
             "dense",

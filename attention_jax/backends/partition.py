@@ -12,7 +12,6 @@ This is for Auto axes. For Explicit axes the shardings are known while tracing, 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 import math
@@ -29,6 +28,7 @@ from jax.experimental.custom_partitioning import (
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from attention_jax.backends.mapped_axes import Dims, Static
+from attention_jax.core.compat import trace_settings
 
 
 def over_devices(
@@ -43,7 +43,7 @@ def over_devices(
     """
     if not static.levels:
         return run(static, *arrays)
-    settings = _trace_settings()
+    settings = trace_settings()
 
     @custom_partitioning
     def whole(*arrays: jax.Array) -> tuple[jax.Array, ...]:
@@ -76,19 +76,6 @@ def over_devices(
 
     whole.def_partition(partition, sharding_rule=rule, decode_shardings=False)
     return whole(*arrays)
-
-
-def _trace_settings() -> Callable[[], contextlib.AbstractContextManager[None]]:
-    """The caller's x64 and precision settings, to trace under when XLA calls back to partition."""
-    x64 = jax.enable_x64.value
-    precision = jax.default_matmul_precision.value
-
-    @contextlib.contextmanager
-    def settings() -> Iterator[None]:
-        with jax.enable_x64(x64), jax.default_matmul_precision(precision):
-            yield
-
-    return settings
 
 
 def sharding_rule(
@@ -160,7 +147,7 @@ def split_of(static: Static, operands: Sequence[jax.ShapeDtypeStruct]) -> Split:
         devices = devices or list(slices)
         for level, axis in enumerate(dims):
             if axis is not None and wanted[level] is None:
-                part = _parts([index[axis] for index in slices.values()], static.levels[level])
+                part = _parts([slices[d][axis] for d in devices], static.levels[level])
                 wanted[level] = part if part.any() else None
     factors, axes = _as_axes(len(devices), wanted)
     names = [f"axis{i}" for i in range(len(factors))]

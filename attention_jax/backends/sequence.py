@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from attention_jax.backends.call import Call, place
+from attention_jax.backends.call import Call, Spec, place
 from attention_jax.backends.heads import axes_of_mapped, explicit_mesh, spec_of_array
 from attention_jax.core.axes import Sizes
 from attention_jax.core.positions import Positioned
@@ -31,6 +31,22 @@ def axes_of_queries(call: Call) -> Axes:
     if call.query.ndim < 3 or explicit_mesh([call.query]) is None:  # the rank is checked later
         return ()
     return spec_of_array(call.query)[-3]
+
+
+def spec_of_one_device(spec: Spec, call: Call) -> Spec:
+    """What each device asks a backend for: its own queries, at their positions.
+
+    Args:
+      spec: of all devices.
+      call: complete.
+    """
+    names, mesh = axes_of_queries(call), explicit_mesh([call.query])
+    if not names or mesh is None:
+        return spec
+    call = _numbered(call, spec.sizes)
+    T = spec.sizes.T // math.prod(mesh.shape[name] for name in names)
+    sizes = dataclasses.replace(spec.sizes, T=T)
+    return spec._replace(sizes=sizes, mask=call.mask, score=call.score)
 
 
 def split(call: Call, sizes: Sizes) -> str | None:
@@ -93,7 +109,7 @@ def over_queries(
     """
     mesh = explicit_mesh([call.query])
     if mesh is None:
-        raise RuntimeError("a sequence is split over a mesh")
+        raise RuntimeError("over_queries needs a query that is sharded over explicit axes")
     call = _numbered(call, sizes)
     flat, structure = jax.tree.flatten(call)
     flat = [jnp.asarray(x) for x in flat]

@@ -165,7 +165,7 @@ def attend(
         cache a window of ``capacity``.
       score: of positions; see ``placed_scores``.
       count: how many of them are real, an int or int array ``[*B]``; default T.
-      **options: of ``attention``.
+      **options: of ``attention``, except positions, which the cache knows.
 
     Returns:
       What ``attention`` returns, and the cache with the new tokens.
@@ -186,6 +186,9 @@ def attend(
     >>> bool(jnp.allclose(jnp.concatenate([first, second]), whole, atol=1e-6))
     True
     """
+    for name in ("query_positions", "key_positions"):
+        if name in options:
+            raise TypeError(f"{name} is not an option of attend: the cache knows the positions")
     for name, x in (("query", query), ("key", key)):
         check_float_array(name, x)
         if x.ndim < 3:

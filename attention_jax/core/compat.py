@@ -6,8 +6,9 @@ says what each of them must do, and passes with every release in use, from 0.10 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -37,6 +38,7 @@ __all__ = [
     "num_devices",
     "run_again",
     "sharded_over",
+    "trace_settings",
     "triton",
     "varies",
     "with_devices",
@@ -116,3 +118,16 @@ def with_devices(context: Any) -> Any:
         return None
     axes = dataclasses.replace(axes, device_assignment=devices, abstract_mesh=None)
     return context.replace(module_context=module.replace(axis_context=axes))
+
+
+def trace_settings() -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """The caller's x64 and precision settings, to trace under when XLA calls back to partition."""
+    x64 = jax.enable_x64.value
+    precision = jax.default_matmul_precision.value
+
+    @contextlib.contextmanager
+    def settings() -> Iterator[None]:
+        with jax.enable_x64(x64), jax.default_matmul_precision(precision):
+            yield
+
+    return settings

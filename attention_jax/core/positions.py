@@ -17,6 +17,8 @@ import numpy as np
 from attention_jax.core.axes import Shape, is_array, kind, with_sizes
 from attention_jax.core.pytree import Value
 
+MOST = np.iinfo(np.int32).max
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -106,13 +108,17 @@ def checked_positions(name: str, x: Any, shape: Shape | None) -> Any:
     Args:
       name: of the argument.
       x: an array, ``Contiguous`` or None, which are returned as they are.
-      shape: ``(*B, length)``, which an array has, or the length alone; None: not known yet.
+      shape: the expected ``(*B, length)``; ``(length,)`` is accepted too. None: not known yet.
 
     Raises:
       TypeError: not a signed integer array.
-      ValueError: another shape.
+      ValueError: another shape, or a number beyond int32.
     """
-    if x is None or isinstance(x, Contiguous):
+    if x is None:
+        return x
+    if isinstance(x, Contiguous):
+        if not isinstance(x.start, int) and not is_array(x.start):
+            raise TypeError(f"{name} must start at an int or an int array, got {kind(x.start)}")
         return x
     if not is_array(x) or not jnp.issubdtype(x.dtype, jnp.signedinteger):
         raise TypeError(
@@ -126,4 +132,6 @@ def checked_positions(name: str, x: Any, shape: Shape | None) -> Any:
             f"{name} has shape {tuple(x.shape)}, expected [{letter}] or "
             f"{with_sizes(f'[*B {letter}]', sizes)}"
         )
+    if isinstance(x, np.ndarray) and x.size and not (x.max() <= MOST and x.min() >= -MOST):
+        raise ValueError(f"{name} must be within int32, got {x.min()} to {x.max()}")
     return x.astype(np.int32)

@@ -102,4 +102,6 @@ def placed(mask: Mask, queries: Any, keys: Any, *, resolved: bool = False, **num
     █··█
     ██·█
     """
+    if isinstance(mask, Placed) and queries is None and keys is None:
+        return dataclasses.replace(mask, **numbers)
     return Placed(mask_=mask, resolved=resolved, **positioned(queries, keys, **numbers))

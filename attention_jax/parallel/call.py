@@ -150,6 +150,7 @@ def attention(
             "platform": platform,
             "scale": call.scale if constants and isinstance(call.scale, float) else None,
             "return_lse": True,
+            "partitioned": backends.partitioned(),
         }
         out, lse = ring.attend(shard, asked, spec)
     elif strategy == "heads":

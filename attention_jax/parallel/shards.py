@@ -71,6 +71,9 @@ def shard_of(call: Call, query_positions: Any, key_positions: Any, *, axis_name:
     devices = axis_size(axis_name)
     sizes = check_query_key_value(call.query, call.key, call.value)
     T, S, N = sizes.T, sizes.S, sizes.N
+    for name, x in (("query_positions", query_positions), ("key_positions", key_positions)):
+        if isinstance(x, Contiguous):
+            raise TypeError(f"{name} must be an int32 array here, got {x}: use jnp.arange")
     queries = checked_positions("query_positions", query_positions, (*sizes.B, T))
     keys = checked_positions("key_positions", key_positions, (*sizes.B, S))
     if queries is None and keys is None:

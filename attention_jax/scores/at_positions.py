@@ -54,4 +54,6 @@ def placed(
     """
     if not score.USES_POSITIONS and not numbers:
         return score
+    if isinstance(score, Placed) and queries is None and keys is None:
+        return dataclasses.replace(score, **numbers)
     return Placed(score_=score, resolved=resolved, **positioned(queries, keys, **numbers))

@@ -107,7 +107,8 @@ def wrong_drop_ins():
 
 def wrong_positions():
     """Of positions and caches, likewise."""
-    from attention_jax import cache, parallel, positions
+    from attention_jax import attention, cache, parallel, positions
+    from attention_jax.core.positions import Contiguous
 
     value, type_, cannot = "ValueError", "TypeError", "NotImplementedError"
     x, at = f(B, T, N, H), np.arange(T)
@@ -168,6 +169,18 @@ def wrong_positions():
         (lambda: empty().append(k, v, 4), value, "count must be from 0 to T = 3", "4"),
         (lambda: empty().append(k, v, 1.5), type_, "count must be integers", "float64"),
         (lambda: cache.attend(empty(), x, k, v), value, "query has 5 tokens", "key has 3"),
+        (
+            lambda: attention(**good(), key_positions=np.full(S, 2**40)),  # not seen under jit
+            value,
+            "key_positions must be within int32",
+            "1099511627776",
+        ),
+        (
+            lambda: cache.attend(empty(), k, k, v, query_positions=i(3)),
+            type_,
+            "query_positions is not an option of attend",
+            "the cache knows",
+        ),
         (lambda: empty(capacity=0), value, "capacity must be at least 1", "0"),
         (lambda: empty(head_dim=1.5), type_, "head_dim must be an int", "1.5"),
         (
@@ -185,6 +198,12 @@ def wrong_positions():
         (local(axis_name="y"), value, "axis_name is 'y'", "its axes are 'x'"),
         (local(axis_name=("x", "y")), value, "axis_name is ('x', 'y')", "its axes are 'x'"),
         (local(query_positions=f(T)), type_, "query_positions", "int32 array", "float32"),
+        (
+            local(query_positions=Contiguous(3)),
+            type_,
+            "query_positions must be an int32 array here",
+            "jnp.arange",
+        ),
         (local(key_positions=[0] * S), type_, "key_positions", "int32 array", "list"),
         (local(key_positions=i(T)), value, "key_positions has shape (5,)", "[S] or [*B S]"),
         (local(strategy=None), value, "strategy must be one of", "None"),

@@ -55,7 +55,7 @@ def why_unsupported(scores: tuple[Score, ...], T: int) -> str | None:
             if isinstance(score, Placed) and not score.contiguous and T > FEW_QUERIES:
                 name = type(inner).__name__
                 return f"score {name} at positions: it takes at most {FEW_QUERIES} queries"
-        elif not isinstance(inner, Softcap | Bias) or inner is not score:
+        elif not isinstance(inner, Softcap | Bias):
             known = "softcap, bias, alibi and relative_bias"
             return f"score {type(inner).__name__}: its kernel supports {known}"
     return None
@@ -69,6 +69,8 @@ def native(head: Head) -> tuple[Score, ...]:
 def as_native(head: Head, score: Score) -> Score:
     """One of a head's scores in a form that the kernel has."""
     T, S = head.query.shape[0], head.key.shape[0]
+    if isinstance(score, Placed) and isinstance(score.score_, Softcap | Bias):
+        score = score.score_  # whose rules do not use positions
     if isinstance(score, Softcap):
         return Softcap(jnp.asarray(score.cap, jnp.float32))
     if isinstance(score, Bias):
