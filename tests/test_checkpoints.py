@@ -59,7 +59,9 @@ def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path):
 
 
 def program(folder, steps):
-    environment = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(Path(__file__).parents[1])}
+    one_device = " ".join(x for x in os.environ["XLA_FLAGS"].split() if "device_count" not in x)
+    root = str(Path(__file__).parents[1])
+    environment = os.environ | {"XLA_FLAGS": one_device, "PYTHONPATH": root}
     return subprocess.Popen(
         [sys.executable, str(Path(__file__).with_name("line.py")), str(folder), str(steps)],
         stdout=subprocess.PIPE,

@@ -135,11 +135,12 @@ runpy.run_module("experiments", run_name="__main__", alter_sys=True)
 def interrupt(arguments, when):
     """Sends SIGINT once ``when()`` is true; returns what the process printed as errors."""
     root = str(Path(__file__).parents[1])
+    one_device = " ".join(x for x in os.environ["XLA_FLAGS"].split() if "device_count" not in x)
     process = subprocess.Popen(
         [sys.executable, "-c", PROGRAM, *arguments],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
-        env=os.environ | {"XLA_FLAGS": "", "PYTHONPATH": root},
+        env=os.environ | {"XLA_FLAGS": one_device, "PYTHONPATH": root},
         text=True,
     )
     with process:
