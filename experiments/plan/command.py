@@ -67,8 +67,8 @@ def table() -> str:
         "one sequence for each part along `data`. GB per device; *acts* are the inputs of all",
         "layers and the intermediates of one. Time is computation plus communication: it assumes",
         "peak rates and no overlap. Rows with `context` assume that each device attends from its",
-        "own queries to gathered keys and values; `train` does not do that yet, but gathers queries",
-        "too.",
+        "own queries to gathered keys and values; `train` does not do that yet, but gathers",
+        "queries too.",
         "",
         "| model | tokens | device | mesh | params | optimizer | gradients | acts | sent | TFLOP "
         "| step | fits |",
