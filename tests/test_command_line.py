@@ -64,6 +64,7 @@ def test_listing_imports_nothing_heavy():
         ("compare --nope", ["unknown option '--nope' of compare", "--quick", "--out"]),
         ("compare --only blockwize", ["did you mean blockwise?", "jax.nn"]),
         ("bench --only memry", ["--only must be one of forward", "did you mean memory?"]),
+        ("bench --scaling --only decode", ["scaling measures every kind", "only decode"]),
         ("fewshot --models gru", ["models must be one of naive_bayes", "got 'gru'"]),
         ("fewshot --sizes 10 x", ["--sizes must be an integer, got 'x'"]),
     ],

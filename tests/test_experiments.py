@@ -1,5 +1,6 @@
 """``python -m experiments``: every model of every task, runs, and benchmarks."""
 
+import functools
 import json
 import warnings
 
@@ -10,9 +11,9 @@ from helpers import mostly_slow, slow
 
 from attention_jax import explain
 from experiments.__main__ import main
-from experiments.bench import compare, contenders, tables
+from experiments.bench import attention, compare, contenders, tables
 from experiments.bench.attention import SECTIONS, Options
-from experiments.bench.shapes import SHAPES, SHORT
+from experiments.bench.shapes import SHAPES, SHORT, Shape
 from experiments.tasks import TASKS, load
 from experiments.training import config
 
@@ -270,6 +271,27 @@ def test_ours_and_jax_nn_compute_the_same_on_a_named_shape():
     shape = SHAPES["first causal 1024"]
     one, other = (contender(shape)() for contender in (contenders.ours, contenders.jax_nn))
     np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_contenders_take_turns_until_there_are_enough_timed_runs():
+    calls = []
+    both = {name: functools.partial(calls.append, name) for name in ("one", "other")}
+    assert contenders.in_turns(both, 4).keys() == both.keys()
+    assert contenders.timed_runs(4) == 6
+    a_turn = contenders.UNTIMED + contenders.TIMED
+    assert calls == 2 * (["one"] * a_turn + ["other"] * a_turn)
+
+
+def test_bench_goes_on_without_flex_attention_if_it_fails(monkeypatch):
+    def fails(shape):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(attention, "have_torch", lambda: True)
+    monkeypatch.setattr(attention, "torch_flex", fails)
+    monkeypatch.setitem(SHAPES, "small", Shape(16, 16, 1, window=4))
+    measured = attention.measure("window", "small", Options(repeats=1), {})
+    assert measured.seconds.keys() == {"ours", "jax.nn"}
+    assert measured.note == "torch flex: RuntimeError"
 
 
 def test_bench_measures_prints_and_writes_a_section(tmp_path, capsys):

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from experiments.__main__ import main
+from experiments.plan.ahead import collectives
 from experiments.plan.command import RESULTS, table
 from experiments.plan.estimate import Options, abstract, estimate
 
@@ -56,12 +57,29 @@ def test_a_plan_is_printed(capsys):
         (["--mesh", "model=5"], "does not divide heads, 16"),
         (["--mesh", "rows=2"], "unknown axis 'rows'"),
         (["--check"], "check needs --table"),
+        (["--table", "--size", "8B", "--compile"], "takes only check, got also size, compile"),
+        (["--mesh", "model=4", "--fsdp"], "fsdp needs an axis data or context in mesh"),
         (["--size", "70B"], "--size must be one of 124M, 1.3B, 8B"),
     ],
 )
 def test_impossible_plans_raise_errors(capsys, options, said):
     assert main(["plan", *options]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_only_results_of_collectives_are_counted():
+    program = """
+      %a = (bf16[2,8]{1,0:T(8,128)}, bf16[16,8]{1,0:T(8,128)}) all-gather-start(%p), dimensions={0}
+      %b = bf16[16,8]{1,0} all-gather-done(%a)
+      %c = ((f32[4]{0}, f32[8]{0}), (f32[2]{0}, f32[4]{0}), u32[]) reduce-scatter-start(%p, %q)
+      %d = (f32[4]{0}, f32[8]{0}) all-reduce-start(%p, %q), to_apply=%add
+      %e = f32[3]{0} all-reduce(%p), to_apply=%add
+    """
+    assert collectives(program) == {
+        "all-gather": [2 * 16 * 8],
+        "reduce-scatter": [4 * (2 + 4)],
+        "all-reduce": [4 * (4 + 8), 4 * 3],
+    }
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ import pytest
 from line import PLAIN, equal, parameters, train_line
 
 from experiments.__main__ import main
-from experiments.training import layout
+from experiments.training import layout, runs
 from experiments.training.runs import Flags
 
 ROOT = Path(__file__).parents[1]
@@ -109,6 +109,18 @@ def test_invalid_layouts_are_errors_of_one_line(tmp_path, capfd, monkeypatch, op
     assert main(arguments) == 2
     (line,) = [x for x in capfd.readouterr().err.splitlines() if x.startswith("error:")]
     assert re.search(said, line), line
+
+
+def test_other_processes_learn_that_the_first_could_not_start(monkeypatch):
+    def full(*arguments, **options):
+        raise OSError("No space left on device")
+
+    sent = []
+    monkeypatch.setattr(runs, "start", full)
+    monkeypatch.setattr(runs, "agreed", sent.append)
+    with pytest.raises(OSError, match="No space left"):
+        runs.start_together(None, None, preset="cpu", flags=Flags())
+    assert sent == [1]
 
 
 # --- Several processes.

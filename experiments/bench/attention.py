@@ -33,12 +33,14 @@ from attention_jax.backends import Blockwise
 from attention_jax.backends.blockwise.run import SPEED
 from experiments.bench import scaling
 from experiments.bench.contenders import (
+    TIMED,
     have_torch,
     in_turns,
     jax_nn,
     jitted,
     ours,
     product,
+    timed_runs,
     torch_flex,
     torch_sdpa,
     total,
@@ -87,8 +89,9 @@ class Options:
 
     only: Section | None = None
     """One section; default all except ``short`` and ``blocks``, which tune the library's tables."""
-    repeats: int = 7
-    """Timed runs of each contender, after two runs to warm up."""
+    repeats: int = 9
+    """At least this many timed runs of each contender, three after every two untimed ones; slow
+    calls take a third as many."""
     flex: bool = True
     """Compile torch's flex_attention for the window section (needs a C++ compiler)."""
     scaling: bool = False
@@ -116,22 +119,27 @@ def measure(
             contenders["torch flex"] = torch_flex(shape)
             contenders["torch flex"]()
         except (RuntimeError, ImportError) as error:  # no C++ compiler, say
-            del contenders["torch flex"]
+            contenders.pop("torch flex", None)
             note = f"torch flex: {type(error).__name__}"
     if section == "forward" and not (shape.causal or sparse):
         contenders["product"] = product()
     if section == "decode":
-        contenders["total"] = total(shape.num_read)
+        contenders["total"] = total(shape.num_key_value_numbers)
     seconds = in_turns(contenders, options.repeats)
-    gflops = shape.flops * (3.5 if backward else 1.0) / 1e9
+    gflops = shape.gflops(backward=backward)
     if "product" in seconds:
         rate = PRODUCT_GFLOPS / seconds.pop("product")
         note = f"{gflops / seconds['ours'] / rate:.2f} of the rate of a product of 2048 x 2048"
     if "total" in seconds:
         share = seconds.pop("total") / seconds["ours"]
-        gigabytes = 4 * shape.num_read / 1e9
+        gigabytes = 4 * shape.num_key_value_numbers / 1e9
         note = f"{gigabytes / seconds['ours']:.1f} GB/s, {share:.2f} of the rate of a sum"
     return Measurement(section, str(shape), seconds, gflops, targets, note)
+
+
+def _fewer(options: Options) -> int:
+    """Timed runs of calls that take long."""
+    return max(TIMED, options.repeats // 3)
 
 
 def forward(options: Options) -> list[Measurement]:
@@ -161,7 +169,7 @@ def train(options: Options) -> list[Measurement]:
 
 def window(options: Options) -> list[Measurement]:
     """A sliding window of 256 keys, and packed documents."""
-    fewer = dataclasses.replace(options, repeats=max(3, options.repeats // 2))
+    fewer = dataclasses.replace(options, repeats=_fewer(options))
     return [
         measure("window", "window 2048", options, {}),
         measure("window", "window 16384", fewer, {"torch flex": 2.0}),
@@ -178,7 +186,7 @@ def decode(options: Options) -> list[Measurement]:
 
 
 def threads(options: Options) -> list[Measurement]:
-    """The same calls on 1, 2, 4, ... cores, each number in a process of its own."""
+    """The same calls on 1, 2, 4, ... cores, each row in its own process."""
     measurements = []
     for work, arguments in (
         ("8 heads, 2048, causal", ["causal 2048"]),
@@ -218,9 +226,7 @@ def vmap(options: Options) -> list[Measurement]:
         }
         seconds = in_turns(contenders, options.repeats)
         work = f"vmap over {shape.B}, {shape}"
-        measurements.append(
-            Measurement("vmap", work, seconds, shape.flops / 1e9, {"batch axis": 0.9})
-        )
+        measurements.append(Measurement("vmap", work, seconds, shape.gflops(), {"batch axis": 0.9}))
     return measurements
 
 
@@ -239,7 +245,8 @@ def first(options: Options) -> list[Measurement]:
                 seconds[name].append(time.perf_counter() - start)
         medians = {name: statistics.median(s) for name, s in seconds.items()}
         work = f"first call, {shape}" + (", fwd+bwd" if backward else "")
-        measurements.append(Measurement("first", work, medians, shape.flops / 1e9, {"jax.nn": 2.0}))
+        gflops = shape.gflops(backward=backward)
+        measurements.append(Measurement("first", work, medians, gflops, {"jax.nn": 2.0}))
     return measurements
 
 
@@ -287,7 +294,7 @@ def step(options: Options) -> list[Measurement]:
         contenders = {"ours": train_ours(size), "flax": train_flax(size)}
         if have_torch():
             contenders["torch"] = train_torch(size)
-        seconds = in_turns(contenders, max(3, options.repeats // 2))
+        seconds = in_turns(contenders, _fewer(options))
         note = f"{size.B * T / seconds['ours']:,.0f} tokens/s"
         measurements.append(
             Measurement("step", f"training step, {size}", seconds, 0.0, targets, note)
@@ -307,7 +314,7 @@ def tasks(options: Options) -> list[Measurement]:
             "ours": training_step(name, **changes),
             "flax": training_step(name, attention=FLAX, **changes),
         }
-        seconds = in_turns(contenders, max(3, options.repeats // 2))
+        seconds = in_turns(contenders, _fewer(options))
         changed = [f"{option} {x}" for option, x in changes.items()]
         work = ", ".join([f"training step of {name}", *changed])
         measurements.append(Measurement("tasks", work, seconds, 0.0, {"flax": target}))
@@ -322,7 +329,7 @@ def generate(options: Options) -> list[Measurement]:
         contenders = {"ours": decode_ours(decoding)}
         if have_transformers():
             contenders["transformers"] = decode_hugging_face(decoding)
-        seconds = in_turns(contenders, 3)
+        seconds = in_turns(contenders, _fewer(options))
         note = f"{seconds['ours'] / new * 1e3:.1f} ms a token"
         work = f"generate, {decoding}"
         measurements.append(
@@ -337,7 +344,7 @@ def cache(options: Options) -> list[Measurement]:
 
 
 def short(options: Options) -> list[Measurement]:
-    """Short sequences, to find the length from which the loops are faster than one piece."""
+    """Short sequences, to find the length from which the loops are faster than the full logits."""
     measurements = []
     for shape in SHORT:
         for backward in (False, True):
@@ -349,7 +356,7 @@ def short(options: Options) -> list[Measurement]:
             }
             if have_torch():
                 contenders["torch sdpa"] = torch_sdpa(shape, backward=backward)
-            gflops = shape.flops * (3.5 if backward else 1.0) / 1e9
+            gflops = shape.gflops(backward=backward)
             work = f"batch {shape.B}, {shape}" + (", fwd+bwd" if backward else "")
             measurements.append(
                 Measurement("short", work, in_turns(contenders, options.repeats), gflops, {})
@@ -365,7 +372,7 @@ def blocks(options: Options) -> list[Measurement]:
             for backward in (False, True):
                 run = jitted(_with_blocks(shape, size), shape, backward)
                 seconds = in_turns({"ours": run}, options.repeats)
-                gflops = shape.flops * (3.5 if backward else 1.0) / 1e9
+                gflops = shape.gflops(backward=backward)
                 work = f"blocks of {size}, {shape}" + (", fwd+bwd" if backward else "")
                 measurements.append(Measurement("blocks", work, seconds, gflops, {}))
     return measurements
@@ -398,7 +405,11 @@ SECTIONS: dict[str, Callable[[Options], list[Measurement]]] = {
 
 def main(options: Options) -> int:
     if options.scaling:
-        return scaling.main(options.out, max(3, options.repeats // 2))
+        if options.only is not None:
+            raise ValueError(
+                f"scaling measures every kind, got only {options.only}: give one of them"
+            )
+        return scaling.main(options.out, _fewer(options))
     measurements = []
     for name, section in SECTIONS.items():
         if options.only == name or (options.only is None and name not in TUNING):
@@ -412,5 +423,5 @@ def main(options: Options) -> int:
         if name in m.ratios and m.ratios[name] < target
     ]
     print("all targets reached" if not missed else "missed:\n  " + "\n  ".join(missed))
-    write(measurements, options.out, options.repeats)
+    write(measurements, options.out, timed_runs(options.repeats))
     return 0

@@ -114,14 +114,19 @@ def have_torch() -> bool:
 UNTIMED, TIMED = 2, 3  # runs in one turn of a contender
 
 
+def timed_runs(repeats: int) -> int:
+    """The number of timed runs in as many turns as give at least ``repeats``."""
+    return TIMED * math.ceil(repeats / TIMED)
+
+
 def in_turns(contenders: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median seconds of each contender, of at least ``repeats`` timed runs.
+    """Median seconds of each contender, of ``timed_runs(repeats)``.
 
     They take turns, so that other load on the machine affects all of them. A turn is two untimed
     and three timed runs: the first run after another library's is slower, by half for torch.
     """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(math.ceil(repeats / TIMED)):
+    for _ in range(timed_runs(repeats) // TIMED):
         for name, run in contenders.items():
             for _ in range(UNTIMED):
                 run()

@@ -46,13 +46,13 @@ class Shape:
         lengths = f"{self.S}" if self.T == self.S else f"{self.T} x {self.S}"
         return f"{heads} heads, {lengths}, {kind}"
 
-    @property
-    def flops(self) -> int:
-        """FLOPs of the forward pass, counted as if dense."""
-        return 4 * self.B * self.N * self.T * self.S * self.H
+    def gflops(self, *, backward: bool = False) -> float:
+        """GFLOPs of the forward pass, or of both passes, counted as if dense."""
+        passes = 3.5 if backward else 1.0
+        return passes * 4 * self.B * self.N * self.T * self.S * self.H / 1e9
 
     @property
-    def num_read(self) -> int:
+    def num_key_value_numbers(self) -> int:
         """How many numbers the keys and values have."""
         return 2 * self.B * self.S * (self.K or self.N) * self.H
 

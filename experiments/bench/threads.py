@@ -18,7 +18,7 @@ def main() -> None:
     parser.add_argument("shape", help="a named shape")
     parser.add_argument("--cores", type=int, required=True, help="how many cores to use")
     parser.add_argument("--backward", action="store_true", help="forward and backward")
-    parser.add_argument("--repeats", type=int, default=7, help="timed runs of each contender")
+    parser.add_argument("--repeats", type=int, default=9, help="at least this many timed runs")
     options = parser.parse_args()
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.cores])
 

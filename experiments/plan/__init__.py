@@ -7,7 +7,6 @@
 
 Parameters and optimizer state are counted exactly, shard by shard, from the model and its sharding
 rules. Activations, collectives, FLOPs and time are arithmetic, see ``estimate``: a step recomputes
-each layer in the backward pass (``remat``), and nothing overlaps, so that time is an upper bound
-at peak rates. ``--compile`` also compiles the step ahead of time for TPUs, and reports the
-compiler's own figures.
+each layer in the backward pass (``remat``), and time assumes peak rates and no overlap.
+``--compile`` also compiles the step ahead of time for TPUs, and reports the compiler's own figures.
 """

@@ -17,11 +17,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from attention_jax.models import sharding
 from experiments.plan.estimate import GB, LENGTHS, Options, model_of
-from experiments.training.layout import parse, split_sequences
+from experiments.training.layout import parse, rules_of, split_sequences
 
 TOPOLOGIES = {4: "v5e:2x2", 16: "v5e:4x4", 64: "v5e:8x8", 256: "v5e:16x16"}
 KINDS = "all-gather|all-reduce|reduce-scatter|collective-permute|all-to-all"
-COLLECTIVES = rf"= (.*?) ({KINDS})(?:-start)?\("
+COLLECTIVES = rf"= (.*?) ({KINDS})(-start)?\("
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
 
 
@@ -55,9 +55,7 @@ def compiled(options: Options) -> list[str]:
     kinds = (jax.sharding.AxisType.Auto,) * len(axes)
     program = _program(options, jax.sharding.Mesh(grid, tuple(axes), axis_types=kinds))
     memory, cost = program.memory_analysis(), program.cost_analysis()
-    found: dict[str, list[int]] = {}
-    for shapes, kind in re.findall(COLLECTIVES, program.as_text()):
-        found.setdefault(kind, []).append(_size(shapes))
+    found = collectives(program.as_text())
     rows = [
         f"compiled for {TOPOLOGIES[number]}, bytes per device:",
         f"  arguments    {memory.argument_size_in_bytes / GB:10.2f} GB",
@@ -68,8 +66,31 @@ def compiled(options: Options) -> list[str]:
     return rows
 
 
+def collectives(program: str) -> dict[str, list[int]]:
+    """Bytes of the result of each collective in a program's HLO text, by kind."""
+    found: dict[str, list[int]] = {}
+    for shape, kind, start in re.findall(COLLECTIVES, program):
+        # An asynchronous start has (operand, result, ...) as its shape, but that of an all-reduce
+        # has only the result.
+        result = _elements(shape)[1] if start and kind != "all-reduce" else shape
+        found.setdefault(kind, []).append(_size(result))
+    return found
+
+
+def _elements(shape: str) -> list[str]:
+    """The elements of a tuple in HLO text, which may be tuples, with layouts in braces."""
+    elements, depth = [""], 0
+    for character in shape[1:-1]:
+        depth += (character in "([{") - (character in ")]}")
+        if character == "," and not depth:
+            elements.append("")
+        else:
+            elements[-1] += character
+    return elements
+
+
 def _size(shapes: str) -> int:
-    """Bytes of the arrays that a line of HLO describes."""
+    """Bytes of the arrays of a shape in HLO text."""
     return sum(
         BYTES.get(dtype, 4) * math.prod(int(n) for n in dims.split(",") if n)
         for dtype, dims in re.findall(r"([a-z]+[0-9]*)\[([0-9,]*)\]", shapes)
@@ -79,7 +100,7 @@ def _size(shapes: str) -> int:
 def _program(options: Options, mesh: Any) -> Any:
     """The compiled training step."""
     axes = parse(options.mesh)
-    rules = sharding.rules(**{name: name for name in axes}, fsdp=options.fsdp)
+    rules = rules_of(axes, fsdp=options.fsdp)
     model = model_of(options.size)
     if axes.get("context", 1) > 1:
         split_sequences(model)

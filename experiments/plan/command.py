@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 from experiments.plan.estimate import DEVICES, GB, SIZES, Options, abstract, estimate, lines
@@ -13,6 +14,11 @@ COMMAND = "python -m experiments plan --table"
 def main(options: Options) -> int:
     """Prints a plan, or writes the table; returns the exit code."""
     if options.table:
+        if given := _other_than_table(options):
+            raise ValueError(
+                f"table has plans of its own and takes only check, got also {', '.join(given)}: "
+                f"leave out one or the other"
+            )
         return _table(check=options.check)
     if options.check:
         raise ValueError("check needs --table, the page to check")
@@ -24,6 +30,12 @@ def main(options: Options) -> int:
         for line in compiled(options):
             print(line)
     return 0
+
+
+def _other_than_table(options: Options) -> list[str]:
+    """The names of options that change a plan and differ from their defaults."""
+    names = [x.name for x in dataclasses.fields(Options) if x.name not in ("table", "check")]
+    return [name for name in names if getattr(options, name) != getattr(Options, name)]
 
 
 PUBLISHED = (
@@ -53,9 +65,10 @@ def table() -> str:
         "",
         "AdamW in float32, computation in bfloat16, every layer recomputed in the backward pass,",
         "one sequence for each part along `data`. GB per device; *acts* are the inputs of all",
-        "layers and the intermediates of one. Time is computation plus communication, without",
-        "overlap. Rows with `context` assume that each device attends from its own queries to",
-        "gathered keys and values; `train` does not do that yet, but gathers queries too.",
+        "layers and the intermediates of one. Time is computation plus communication: it assumes",
+        "peak rates and no overlap. Rows with `context` assume that each device attends from its",
+        "own queries to gathered keys and values; `train` does not do that yet, but gathers",
+        "queries too.",
         "",
         "| model | tokens | device | mesh | params | optimizer | gradients | acts | sent | TFLOP "
         "| step | fits |",

@@ -11,7 +11,7 @@ from flax import nnx
 
 from attention_jax.models import Decoder, DecoderConfig, Layers, sharding
 from attention_jax.positions import Rotary
-from experiments.training.layout import parse
+from experiments.training.layout import parse, rules_of
 
 GB = 1e9
 LENGTHS = {"8k": 8192, "128k": 131072, "1M": 1048576}
@@ -47,10 +47,12 @@ class Size(NamedTuple):
     kv_heads: int
     hidden: int
     vocabulary: int
+    tied: bool = False
+    """Whether the logits are computed with the embedding's kernel."""
 
 
 SIZES = {
-    "124M": Size(12, 768, 12, 12, 2048, 50304),
+    "124M": Size(12, 768, 12, 12, 2048, 50304, tied=True),
     "1.3B": Size(24, 2048, 16, 16, 5632, 32000),
     "8B": Size(32, 4096, 32, 8, 14336, 128256),
 }
@@ -155,7 +157,7 @@ def estimate(options: Options, state: Any = None) -> Plan:
         once = gathered_keys * (c - 1) / c * z.layers
         sends["all-gather of keys and values"] = 2 * once
         sends["reduce-scatter of their gradients"] = 2 * once
-    multiplied = total - (0 if options.size == "124M" else z.vocabulary * E)  # look-ups are not
+    multiplied = total - (0 if z.tied else z.vocabulary * E)  # look-ups are not
     flops = (8 * multiplied + 8 * z.layers * T * E) * batch * T / (data * m * c)
     return Plan(
         total=total,
@@ -190,7 +192,7 @@ def model_of(size: str) -> Any:
         remat=True,
         scan=True,
     )
-    config = DecoderConfig(z.vocabulary, layers, tied=size == "124M")
+    config = DecoderConfig(z.vocabulary, layers, tied=z.tied)
     return nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
 
 
@@ -203,7 +205,7 @@ def _on_a_device(options: Options, state: Any) -> int:
     """The number of parameters on each device."""
     axes = parse(options.mesh)
     mesh = jax.sharding.AbstractMesh(tuple(axes.values()), tuple(axes))
-    rules = sharding.rules(**{name: name for name in axes}, fsdp=options.fsdp)
+    rules = rules_of(axes, fsdp=options.fsdp)
     placed = sharding.shardings(state, mesh, rules)
     pairs = zip(jax.tree.leaves(state), jax.tree.leaves(placed), strict=True)
     return sum(math.prod(s.shard_shape(x.shape)) for x, s in pairs)

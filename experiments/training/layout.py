@@ -14,6 +14,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import jax
@@ -50,7 +51,7 @@ class Layout:
         return int(self.mesh.shape.get("data", 1))
 
     @property
-    def by_process(self) -> bool:
+    def per_device_gradients(self) -> bool:
         """Whether each device computes a gradient of its own, to be summed as one vector.
 
         That is for processes on CPUs that split nothing but the batch. Their collectives take
@@ -127,11 +128,22 @@ def layout(mesh: str | None, *, fsdp: bool, devices: int = 1) -> Layout:
             f"{option} must be {given}, got {needed}: the {jax.process_count()} processes "
             f"must use all of theirs"
         )
-    if fsdp and not {"data", "context"} & sizes.keys():
-        raise ValueError("fsdp needs an axis data or context in mesh, got none")
+    rules = rules_of(sizes, fsdp=fsdp)
     grid = np.array(jax.devices()[:needed]).reshape(tuple(sizes.values()))
     made = Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
-    return Layout(made, sharding.rules(**{name: name for name in sizes}, fsdp=fsdp))
+    return Layout(made, rules)
+
+
+def rules_of(axes: Iterable[str], *, fsdp: bool) -> sharding.Rules:
+    """The sharding rules of a mesh with these axes.
+
+    Raises:
+      ValueError: ``fsdp`` without ``data`` and ``context``.
+    """
+    axes = set(axes)
+    if fsdp and not axes & {"data", "context"}:  # ``sharding.rules`` knows of no option mesh
+        raise ValueError("fsdp needs an axis data or context in mesh, got none")
+    return sharding.rules(**{name: name for name in axes}, fsdp=fsdp)
 
 
 def split_sequences(model: nnx.Module) -> int:

@@ -82,13 +82,13 @@ def start_together(task: Task[Any, Any], config: TrainConfig, *, preset: str, fl
     """``start`` in the first process, while the others wait.
 
     Raises:
-      ValueError: in all processes, if it raises in the first.
+      Exception: that of the first process; ValueError in the others.
     """
-    problem = None
+    problem: Exception | None = None
     if jax.process_index() == 0:
         try:
             start(task, config, preset=preset, flags=flags)
-        except ValueError as raised:
+        except Exception as raised:  # noqa: BLE001 - the others wait in any case
             problem = raised
     failed = agreed(int(problem is not None))
     if problem is not None:

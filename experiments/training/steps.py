@@ -2,7 +2,9 @@
 
 Each microbatch gives the gradient of its summed loss. These are added up and divided by the number
 of loss terms, so that however a batch is split, the result is the gradient of its mean loss. Over a
-mesh, the program is that of one device, which XLA partitions by the shardings of its arguments.
+mesh, the program is that of one device, which XLA partitions by the shardings of its arguments;
+processes on CPUs that split only the batch sum the gradients of their devices as one vector
+instead, see ``Layout.per_device_gradients``.
 """
 
 from __future__ import annotations
@@ -106,6 +108,7 @@ def _update(
     initial: State,
 ) -> Callable[[State, Batch, Any, Any], tuple[State, jax.Array, jax.Array, jax.Array]]:
     """``Trainer.update``; its last argument is the part of the model that is not trained."""
+    per_device = layout.per_device_gradients
 
     def sums(parameters: Any, batch: Batch, position: Any, rest: Any) -> tuple[Any, Any, Any]:
         """Summed loss, number of terms, and gradient of the sum, for one microbatch."""
@@ -128,7 +131,7 @@ def _update(
     ) -> tuple[Any, Any, Any]:
         """The sums over the microbatches, computed one after the other."""
         position = step
-        if by_process:
+        if per_device:
             position = jnp.stack([step, jax.lax.axis_index("data")])
         if config.accumulate == 1:
             return sums(parameters, batch, position, rest)
@@ -149,9 +152,8 @@ def _update(
         numbers = jnp.arange(A, dtype=jnp.int32)
         return jax.lax.scan(add, zero, (numbers, microbatches))[0]
 
-    by_process = layout.by_process
     gradient_of = over_microbatches
-    if by_process:
+    if per_device:
         split, same = PartitionSpec("data"), PartitionSpec()
         gradient_of = jax.shard_map(
             lambda *arguments: _summed(over_microbatches(*arguments)),
