@@ -181,6 +181,16 @@ def test_explain_chooses_what_each_device_runs(mesh, platform, dtype, score, cho
         aj.attention(split, x, x, implementation=chosen, **options)
 
 
+@pytest.mark.parametrize("implementation", [None, "xla"])
+def test_dropout_alone_over_a_sequence(mesh, implementation):
+    """Each device drops the pairs of its own queries."""
+    x = jax_normal(0, B, 64, N, H)
+    options = {"dropout_rate": 0.3, "dropout_key": jax.random.key(0)}
+    out = aj.attention(put(mesh, (None, "data"), x), x, x, implementation=implementation, **options)
+    expected = aj.attention(x, x, x, implementation="xla", **options)
+    chex.assert_trees_all_close(np.asarray(out), np.asarray(expected), atol=1e-5)
+
+
 def test_explain_says_nothing_of_arrays_that_are_not_split(mesh):
     x = jax.ShapeDtypeStruct((B, T, N, H), "float32")
     assert aj.explain(x, x, x).split is None

@@ -227,7 +227,7 @@ def place(call: Call, queries: Any, keys: Any, *, resolved: bool = False, **numb
 
     Args:
       call: from ``bind``.
-      queries, keys: int32 arrays, ``Contiguous``, or None: 0, 1, 2, ...
+      queries, keys: int32 arrays, ``Contiguous``, or None: 0, 1, 2, ... Both None: as before.
       resolved: mask and scores are resolved for the whole sequence, with all its heads.
       **numbers: ``examples`` and ``head_numbers``, see ``positioned``.
     """
@@ -238,7 +238,10 @@ def place(call: Call, queries: Any, keys: Any, *, resolved: bool = False, **numb
     options: dict[str, Any] = {"resolved": resolved, **numbers}
     drop = call.dropout
     if drop is not None:
-        drop = dataclasses.replace(drop, **positioned(queries, keys, **numbers))
+        unmoved = queries is None and keys is None
+        drop = dataclasses.replace(
+            drop, **(numbers if unmoved else positioned(queries, keys, **numbers))
+        )
     return call._replace(
         mask=None if mask is None else placed_mask(mask, queries, keys, **options),
         score=tuple(placed_score(x, queries, keys, **options) for x in call.score),
@@ -370,6 +373,8 @@ def as_mask(mask: Any) -> Mask | None:
     """A mask, with a bool array as ``masks.dense``."""
     if mask is None or isinstance(mask, Mask):
         return mask
+    if isinstance(mask, (tuple, list)) and any(isinstance(x, Mask) for x in mask):
+        raise TypeError(f"mask must be one Mask, got a {kind(mask)}: join them with & or |")
     if is_array(mask):
         if mask.dtype != np.bool_:
             raise TypeError(

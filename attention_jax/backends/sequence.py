@@ -168,10 +168,7 @@ def _numbered(call: Call, sizes: Sizes) -> Call:
         "examples": np.arange(math.prod(sizes.B), dtype=np.int32).reshape(sizes.B),
         "head_numbers": np.arange(sizes.N, dtype=np.int32),
     }
-    drop = call.dropout
-    return place(call._replace(dropout=None), None, None, resolved=True, **numbers)._replace(
-        dropout=None if drop is None else dataclasses.replace(drop, **numbers)
-    )
+    return place(call, None, None, resolved=True, **numbers)
 
 
 def _letters(call: Call, batch: int) -> list[tuple[str, ...]]:

@@ -209,6 +209,12 @@ def wrong_arguments():
             "one key",
             "(2,)",
         ),
+        (
+            {"mask": [masks.causal()]},
+            type_,
+            "mask must be one Mask, got a list",
+            "join them with & or |",
+        ),
         ({"query_positions": f(T)}, type_, "query_positions", "int32 array", "float32"),
         ({"key_positions": list(range(S))}, type_, "key_positions", "int32 array", "list"),
         ({"key_positions": np.ones(S, np.uint32)}, type_, "key_positions", "int32", "uint32"),
