@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from contract import needs_native
-from helpers import jax_normal, mostly_slow, slow
+from helpers import COLLECTIVES, jax_normal, mostly_slow, slow
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -25,7 +25,6 @@ from attention_jax.masks.at_positions import placed
 B, T, N, K, H = 2, 24, 8, 4, 8
 DEVICES = 4
 SPLIT = P(None, "seq")
-COLLECTIVES = r" (all-gather|all-reduce|reduce-scatter|collective-permute|all-to-all)(?:-start)?\("
 
 
 def auto_mesh(devices=DEVICES):
