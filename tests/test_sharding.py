@@ -346,7 +346,10 @@ def test_a_sharded_run_is_saved_and_restored_in_shards(tmp_path, monkeypatch):
     restored = checkpoints.restore(LAST, state).state
     assert max(sizes) < 32 * 8  # the norms and biases, which are not sharded
     for x, y in zip(jax.tree.leaves(restored), jax.tree.leaves(state), strict=True):
-        assert x.sharding.is_equivalent_to(y.sharding, x.ndim)
+        if y.is_fully_replicated:
+            assert not x.committed  # saved as NumPy; jit replicates it over the devices of the rest
+        else:
+            assert x.sharding.is_equivalent_to(y.sharding, x.ndim)
         np.testing.assert_array_equal(get(x), get(y))
 
 
