@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from contract import needs_native
-from helpers import jax_normal, mostly_slow, slow
+from helpers import COLLECTIVES, jax_normal, mostly_slow, slow
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -25,7 +25,6 @@ from attention_jax.masks.at_positions import placed
 B, T, N, K, H = 2, 24, 8, 4, 8
 DEVICES = 4
 SPLIT = P(None, "seq")
-COLLECTIVES = r" (all-gather|all-reduce|reduce-scatter|collective-permute|all-to-all)(?:-start)?\("
 
 
 def auto_mesh(devices=DEVICES):
@@ -197,9 +196,8 @@ def test_a_ring_of_the_native_kernel(case):
 @pytest.mark.parametrize("order", [parallel.zigzag, slow(parallel.striped)])
 @pytest.mark.parametrize("strategy", ["ring", "gather", slow("heads")])
 def test_positions_in_another_order(strategy, order):
-    arrays, order = inputs(), order(T, DEVICES)
+    order = order(T, DEVICES)
     options = {"score": scores.alibi(), "dropout_rate": 0.3, "dropout_key": jax.random.key(3)}
-    expected = aj.attention(*arrays, mask=masks.window(9, 0), **options)
 
     def local(positions, *arrays):
         return parallel.attention(
@@ -214,9 +212,21 @@ def test_positions_in_another_order(strategy, order):
 
     in_specs = (P("seq"), SPLIT, SPLIT, SPLIT)
     mapped = jax.shard_map(local, mesh=auto_mesh(), in_specs=in_specs, out_specs=SPLIT)
-    mixed = [x[:, order.permutation] for x in arrays]
-    out = jax.jit(mapped)(jnp.asarray(order.permutation), *mixed)
-    chex.assert_trees_all_close(out[:, order.inverse], expected, atol=1e-5)
+
+    def in_order(*arrays):
+        mixed = [x[:, order.permutation] for x in arrays]
+        return mapped(jnp.asarray(order.permutation), *mixed)[:, order.inverse]
+
+    def plain(*arrays):
+        return aj.attention(*arrays, mask=masks.window(9, 0), **options)
+
+    def cotangents(fn, d_out, *arrays):
+        out, pull = jax.vjp(fn, *arrays)
+        return out, pull(d_out)
+
+    arrays = jax_normal(6, B, T, N, H), *inputs()
+    got, expected = (jax.jit(functools.partial(cotangents, f))(*arrays) for f in (in_order, plain))
+    chex.assert_trees_all_close(got, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("transformed", [lambda fn: fn, slow(jax.value_and_grad)])
@@ -381,18 +391,18 @@ def test_a_ring_is_differentiated_once_in_reverse_mode():
 
 
 @pytest.mark.parametrize("implementation", ["xla", slow("blockwise")])
-def test_plain_attention_of_a_sharded_sequence(implementation):
+@pytest.mark.parametrize("positions", [None, np.arange(5, 5 + T, dtype=np.int32)])
+def test_plain_attention_of_a_sharded_sequence(positions, implementation):
     mesh = jax.make_mesh((2, 4), ("data", "seq"), axis_types=(AxisType.Explicit,) * 2)
-    positions = jnp.arange(5, 5 + T, dtype=jnp.int32)
-    d_out = jax_normal(6, B, T, N, H)
 
-    def attend(query, key, value):
+    def attend(query, key, value, bias, sinks):
         return aj.attention(
             query,
             key,
             value,
             mask=masks.window(9, 0, align="end"),
-            score=scores.alibi(),
+            score=[scores.bias(bias), scores.alibi(), scores.softcap(5.0)],
+            sinks=sinks,
             dropout_rate=0.2,
             dropout_key=jax.random.key(9),
             query_positions=positions,
@@ -403,10 +413,18 @@ def test_plain_attention_of_a_sharded_sequence(implementation):
         out, pull = jax.vjp(attend, *arrays)
         return out, pull(d_out)
 
-    expected = jax.jit(cotangents)(d_out, *inputs())
     split = NamedSharding(mesh, P("data", "seq"))
-    shards = [jax.device_put(x, split) for x in (d_out, *inputs())]
-    compiled = jax.jit(cotangents).lower(*shards).compile()
+    whole = jax_normal(6, B, T, N, H), *inputs(), jax_normal(3, N, T, T), jax_normal(4, N)
+    expected = jax.jit(cotangents)(*whole)
+    shards = [jax.device_put(x, split) for x in whole[:4]]
+    shards += [jax.device_put(x, NamedSharding(mesh, P())) for x in whole[4:]]
+
+    def of_shards(bias, sinks, d_out, *arrays):
+        """Without the gradients of bias and sinks, which are sums over all devices."""
+        _, pull = jax.vjp(lambda *xs: attend(*xs, bias, sinks), *arrays)
+        return pull(d_out)
+
+    compiled = jax.jit(of_shards).lower(*shards[4:], *shards[:4]).compile()
     assert set(re.findall(COLLECTIVES, compiled.as_text())) == {"all-gather", "reduce-scatter"}
     got = jax.jit(cotangents)(*shards)
     assert jax.typeof(got[0]).sharding.spec == P("data", "seq", None, None)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from contract import needs_native
-from helpers import jax_normal, mostly_slow
+from helpers import COLLECTIVES, jax_normal, mostly_slow
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -19,7 +19,6 @@ import attention_jax as aj
 from attention_jax import masks, scores
 
 B, T, N, K, H = 8, 40, 8, 4, 8
-COLLECTIVES = r" (all-gather|all-reduce|reduce-scatter|collective-permute|all-to-all)(?:-start)?\("
 
 
 @pytest.fixture(scope="module")

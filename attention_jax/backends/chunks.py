@@ -4,7 +4,7 @@ With ``m`` and ``log_l`` those of all keys, sinks included, the probabilities of
 
     p_ij  = exp(s_ij - m_i - log_l_i)
 
-and so are its terms of every sum of the backward pass: nothing is computed a second time.
+and so are its terms of every sum of the backward pass: the normalizer is not recomputed.
 """
 
 from __future__ import annotations
@@ -116,9 +116,9 @@ def _of_planned_scores(
 def materialized(
     logits: Callable[[Head], Any], head: Head, results: Results
 ) -> tuple[jax.Array, jax.Array]:
-    """A function of one head whose cotangents are those of the chunk, given the results of all.
+    """``sum_j p_ij v_j - (sum_j p_ij) out_i`` and ``sum_j p_ij`` over the keys of a chunk.
 
-    ``sum_j p_ij v_j - (sum_j p_ij) out_i`` and ``sum_j p_ij``, with constant results.
+    Its vjp is the chunk's contribution to the gradient. The results, of all keys, are constant.
     """
     s, v, rows = logits(head)
     out, m, log_l = results

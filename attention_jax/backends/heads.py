@@ -26,6 +26,7 @@ from attention_jax.backends.call import Call, Head
 from attention_jax.core.axes import Shape, Sizes
 from attention_jax.core.compat import sharded_over
 from attention_jax.core.pytree import leaves
+from attention_jax.core.shards import explicit_mesh as explicit_mesh
 
 
 def over_heads_and_examples(
@@ -204,16 +205,6 @@ def _expand(fn: Callable[..., Any], axes: tuple[int | None, ...]) -> Callable[..
 # --- Arrays sharded over the explicit axes of a mesh: each device maps its own shard.
 
 
-def explicit_mesh(arrays: Sequence[Any]) -> AbstractMesh | None:
-    """The mesh that an array is explicitly sharded over; None if there is none."""
-    for x in arrays:
-        sharding = jax.typeof(x).sharding
-        if sharding.mesh.explicit_axes and any(axis is not None for axis in sharding.spec):
-            in_use = jax.sharding.get_abstract_mesh()  # under vmap without the axes it maps over
-            return sharding.mesh if in_use.empty else in_use
-    return None
-
-
 def kernel_on_each_device(
     run: Callable[[Call, Sizes], tuple[jax.Array, jax.Array]], call: Call, sizes: Sizes
 ) -> tuple[jax.Array, jax.Array]:
@@ -227,9 +218,8 @@ def kernel_on_each_device(
     flat, inputs, structure = as_arrays(call, sizes)
 
     def on_shard(local: Sizes, *xs: Any) -> Any:
-        head = jax.tree.unflatten(structure, xs)
-        query, key, value, mask, score, sinks, scale, dropout, _, _ = head
-        return run(Call(query, key, value, mask, score, sinks, scale, dropout), local)
+        head: Head = jax.tree.unflatten(structure, xs)
+        return run(Call(*head[:8]), local)
 
     out, lse = _on_each_device(
         on_shard, flat, sizes, inputs, ("*B T N D", "*B T N"), mesh, kernel=True

@@ -10,8 +10,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 
 def explicit_mesh(*arrays: Any) -> Any:
-    """The mesh over whose explicit axes some array is sharded; None if there is none."""
-    for x in arrays:
+    """The mesh over whose explicit axes some array is sharded; None if there is none.
+
+    Args:
+      arrays: arrays, or sequences of them.
+    """
+    for x in jax.tree.leaves(arrays):
         sharding = jax.typeof(x).sharding
         if sharding.mesh.explicit_axes and any(axis is not None for axis in sharding.spec):
             in_use = jax.sharding.get_abstract_mesh()  # under vmap without the axes it maps over
@@ -31,8 +35,8 @@ def without(axes: Any, used: Iterable[Any]) -> Any:
     >>> without(("data", "model"), ["data", None])
     'model'
     """
-    taken = {name for entry in used for name in _names(entry)}
-    left = tuple(name for name in _names(axes) if name not in taken)
+    taken = {name for entry in used for name in mesh_axes_of(entry)}
+    left = tuple(name for name in mesh_axes_of(axes) if name not in taken)
     return left if len(left) > 1 else left[0] if left else None
 
 
@@ -86,5 +90,6 @@ def split_along(x: Any, axis: int, name: str | None, what: str) -> Any:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*free))
 
 
-def _names(entry: Any) -> tuple[str, ...]:
+def mesh_axes_of(entry: Any) -> tuple[str, ...]:
+    """The mesh axes of one entry of a spec: none, one or several."""
     return () if entry is None else entry if isinstance(entry, tuple) else (entry,)

@@ -213,7 +213,7 @@ def update(
       state: of the keys so far.
       logits: ``[t s]``; ``-inf`` masks a key.
       value: ``[s D]``.
-      kept: the factor by which dropout multiplies each probability; the normalizer leaves it out.
+      dropout_factor: what dropout multiplies each probability by; the normalizer leaves it out.
 
     >>> import jax
     >>> import jax.numpy as jnp
@@ -265,7 +265,7 @@ def finish(state: State, sink: jax.Array | None = None) -> tuple[jax.Array, jax.
 
     Args:
       state: of all keys.
-      sink: an extra logit in the denominator, a scalar.
+      sink: an extra logit in the denominator, a scalar or ``[t]``: one for each query.
     """
     m, total, weighted = state
     if sink is not None:

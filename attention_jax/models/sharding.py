@@ -50,6 +50,8 @@ import jax
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from attention_jax.core.shards import mesh_axes_of
+
 M = TypeVar("M", bound=nnx.Module)
 MeshAxes = str | tuple[str, ...] | None
 Rules = tuple[tuple[str, MeshAxes], ...]
@@ -80,10 +82,10 @@ def rules(
 
     Source: Rajbhandari et al. 2020, "ZeRO"; Shoeybi et al. 2019, "Megatron-LM".
     """
-    used = [name for axes in (data, model, context) for name in _names(axes)]
+    used = [name for axes in (data, model, context) for name in mesh_axes_of(axes)]
     if len(set(used)) < len(used):
         raise ValueError(f"data, model and context must be different mesh axes, got {used}")
-    stored = _names(data) + _names(context) if fsdp else ()
+    stored = mesh_axes_of(data) + mesh_axes_of(context) if fsdp else ()
     if fsdp and not stored:
         raise ValueError("fsdp shards parameters over data and context: give one of them")
     return (
@@ -169,7 +171,7 @@ def shard(model: M, mesh: Mesh, rules: Rules) -> M:
 
 
 def create(make: Callable[[], M], mesh: Mesh, rules: Rules) -> M:
-    """A fresh model whose parameters are created in shards: no device ever holds all of it.
+    """A fresh model whose parameters are created in shards: each device only allocates its shards.
 
     Args:
       make: creates the model, ``lambda: Decoder(config, rngs=nnx.Rngs(0))``. It is traced.
@@ -197,7 +199,7 @@ def _spec(x: Any, mesh: Mesh | AbstractMesh, rules: Rules) -> PartitionSpec:
                 f"rules must have an entry for {name!r}, an axis of a parameter of shape {shape}, "
                 f"got entries for {sorted(known)}"
             )
-        axes = _names(known.get(name, name))
+        axes = mesh_axes_of(known.get(name, name))
         parts = math.prod(mesh.shape[axis] for axis in axes)
         whole = any(n % parts for n in (size, size if number is None else number))
         spec.append(None if whole or not axes else axes if len(axes) > 1 else axes[0])
@@ -206,12 +208,8 @@ def _spec(x: Any, mesh: Mesh | AbstractMesh, rules: Rules) -> PartitionSpec:
 
 def _check(mesh: Mesh | AbstractMesh, rules: Rules) -> None:
     for name, axes in rules:
-        if missing := [axis for axis in _names(axes) if axis not in mesh.shape]:
+        if missing := [axis for axis in mesh_axes_of(axes) if axis not in mesh.shape]:
             raise ValueError(
                 f"rules shard {name!r} over {missing[0]!r}, expected axes of the mesh: "
                 f"{', '.join(map(str, mesh.axis_names))}"
             )
-
-
-def _names(axes: Any) -> tuple[str, ...]:
-    return () if axes is None else axes if isinstance(axes, tuple) else (axes,)

@@ -59,8 +59,8 @@ strategy    what is sent                    memory per device           take it
 ==========  ==============================  ==========================  ==========================
 
 With few key-value heads ``gather`` sends little. ``heads`` needs numbers of query heads and of
-key-value heads that the devices divide. ``ring`` is differentiated once, in reverse mode, by a ring
-of its own; the others as ``attention`` is.
+key-value heads that the devices divide. ``ring`` supports only first-order reverse mode; ``gather``
+and ``heads`` support what ``attention`` does.
 
 >>> auto = jax.make_mesh((n,), ("x",), axis_types=(AxisType.Auto,))
 >>> for strategy in ("gather", "ring", "heads"):

@@ -1,8 +1,8 @@
 """``ring``: keys and values travel around the devices while each computes with those it holds.
 
 Forward, a running softmax merges the chunks; sinks join at the end. Backward, keys and values go
-round again together with the gradients of theirs so far, and every chunk's share follows from the
-normalizer of all keys: the forward pass is not repeated.
+round again together with their accumulated gradients, and every chunk's share follows from the
+normalizer of all keys, which is not recomputed.
 
 Source: Liu et al. 2023, "Ring Attention with Blockwise Transformers for Near-Infinite Context".
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -55,12 +56,13 @@ class Ring:
 
     Attributes:
       shard: one device's share, of which only what is not an array is used.
-      run: the backend of a call.
+      choose: the backend for the spec of a chunk.
+      spec: arguments of ``spec_of`` for every chunk.
     """
 
     shard: Shard
     choose: Callable[[Spec], Backend]
-    spec: dict[str, Any]  # of ``spec_of``
+    spec: dict[str, Any]
 
     def arrays(self) -> Arrays:
         """The shard's arrays."""
@@ -131,7 +133,7 @@ class Ring:
         z, n = self.shard.sizes, self.shard.devices
         dtype = accumulation_dtype(x.query.dtype)
         rows = (*z.B, z.T, z.N)
-        count = x.query.size // z.H
+        count = math.prod(rows)
 
         def visit(state: softmax.State, x: Arrays, step: Any) -> softmax.State:
             call = self.call(x, step)
@@ -148,7 +150,8 @@ class Ring:
             return (visit(state, x._replace(**moving), step), following), None
 
         state = softmax.State(*_varying_like(softmax.start(count, z.D, dtype), x.query))
-        # One rotation more than is needed, during the last step: half the program to compile.
+        # The last rotation is not needed; leaving it out would take a second copy of the loop body
+        # and double the time to compile.
         (state, _), _ = lax.scan(body, (state, _moving(x)), jnp.arange(n, dtype=jnp.int32))
         sinks = None
         if x.sinks is not None:
@@ -297,13 +300,13 @@ def _with_gradient(ring: Ring) -> Callable[[Arrays], tuple[jax.Array, jax.Array]
     def fn(x: Arrays) -> tuple[jax.Array, jax.Array]:
         return finished(x, ring.forward(x))
 
-    def forward(marked: Arrays) -> Any:
+    def fwd(marked: Arrays) -> Any:
         x = jax.tree.map(lambda each: each.value, marked)
         varies = jax.tree.map(lambda each: each.perturbed and _is_float(each.value), marked)
         results = ring.forward(x)
         return finished(x, results), (x, results, _Static(varies))
 
-    def backward(residuals: Any, cotangents: Any) -> Any:
+    def bwd(residuals: Any, cotangents: Any) -> Any:
         x, results, varies = residuals
         d_out, d_lse = (
             jnp.zeros_like(like)
@@ -314,7 +317,7 @@ def _with_gradient(ring: Ring) -> Callable[[Arrays], tuple[jax.Array, jax.Array]
         d_out, d_lse, *_ = varying_together([d_out, d_lse, x.query])
         return (ring.backward(x, varies.value, results, d_out, d_lse),)
 
-    fn.defvjp(forward, backward, symbolic_zeros=True)
+    fn.defvjp(fwd, bwd, symbolic_zeros=True)
     return fn
 
 

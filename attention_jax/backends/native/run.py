@@ -183,7 +183,10 @@ class Native(Backend):
         """A head with the kernel's scores, and what the kernel is told of the mask."""
         instructions = self._instructions()
         if instructions is None:
-            raise RuntimeError("a call runs where its backend supports it: see why_unsupported")
+            raise RuntimeError(
+                "no tested instruction set on this CPU; why_unsupported should have refused "
+                "the call"
+            )
         number = 1 + library.INSTRUCTIONS.index(instructions)
         schedule, config = plan(one, (self.block_k, number, self.few_queries))
         return one._replace(score=scores.native(one)), schedule, config
