@@ -111,6 +111,12 @@ def test_invalid_layouts_are_errors_of_one_line(tmp_path, capfd, monkeypatch, op
     assert re.search(said, line), line
 
 
+def test_a_mesh_that_is_wrong_leaves_no_run_behind(tmp_path):
+    arguments = ["train", "shakespeare", "--preset", "smoke", "--out", str(tmp_path)]
+    assert main([*arguments, "--mesh", "modle=2"]) == 2
+    assert not list(tmp_path.iterdir())
+
+
 def test_other_processes_learn_that_the_first_could_not_start(monkeypatch):
     def full(*arguments, **options):
         raise OSError("No space left on device")

@@ -26,7 +26,7 @@ from attention_jax.backends.call import Call, Head
 from attention_jax.core.axes import Shape, Sizes
 from attention_jax.core.compat import sharded_over
 from attention_jax.core.pytree import leaves
-from attention_jax.core.shards import explicit_mesh as explicit_mesh
+from attention_jax.core.shards import explicit_mesh
 
 
 def over_heads_and_examples(

@@ -17,10 +17,11 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from attention_jax.backends.call import Call, Spec, place
-from attention_jax.backends.heads import axes_of_mapped, explicit_mesh, spec_of_array
+from attention_jax.backends.heads import axes_of_mapped, spec_of_array
 from attention_jax.core.axes import Sizes
 from attention_jax.core.positions import Positioned
 from attention_jax.core.pytree import leaves
+from attention_jax.core.shards import explicit_mesh
 
 V = TypeVar("V")
 Axes = tuple[str, ...]

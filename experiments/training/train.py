@@ -48,6 +48,7 @@ class Trained:
 def run(task: Task[C, D], config: C, *, preset: str, flags: Flags) -> Record:
     """Trains, scores the test split and writes the record; returns it (in process 0)."""
     connect(flags.coordinator, flags.processes, flags.process)
+    layout(flags.mesh, fsdp=flags.fsdp, devices=config.devices)  # raises before there is a folder
     folder = runs.start_together(task, config, preset=preset, flags=flags)
     data = task.data(config)
     trained = train(task, config, data, folder, flags)

@@ -156,7 +156,7 @@ class Native(Backend):
         if dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
             return f"{dtype.name}: it takes float32, bfloat16 and float16, and computes in float32"
         if spec.dropout and has_positions(spec):
-            return "dropout with query_positions or key_positions: its kernel counts from 0 for dropout"
+            return "dropout with query_positions or key_positions: its dropout counts from 0"
         return scores.why_unsupported(spec.score, spec.sizes.T) or visible.why_unsupported(spec)
 
     def run(self, call: Call, spec: Spec) -> tuple[jax.Array, jax.Array]:
