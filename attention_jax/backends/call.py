@@ -217,7 +217,9 @@ def bind(
         score=score,
         sinks=sinks,  # type: ignore[arg-type]  # the arrays of JAX once complete
         scale=float(scale) if is_number(scale) else scale,  # type: ignore[arg-type]
-        dropout=dropout.of_rate(dropout_rate, dropout_key, accumulation_dtype(query.dtype)),
+        dropout=dropout.of_rate(
+            dropout_rate, None if abstract else dropout_key, accumulation_dtype(query.dtype)
+        ),
     )
     return call if queries is None and keys is None else place(call, queries, keys)
 

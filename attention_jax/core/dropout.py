@@ -72,11 +72,11 @@ class Dropout(Positioned):
 
 
 def of_rate(rate: float, key: Any, dtype: Any) -> Dropout | None:
-    """Dropout at ``rate``; None for a rate of 0."""
+    """Dropout at ``rate``; None for a rate of 0. Without a key, for ``explain``, with any seed."""
     if rate == 0.0:
         return None
     return Dropout(
-        seed=seed(key),
+        seed=np.uint32(0) if key is None else seed(key),
         threshold=threshold(rate),
         keep_probability=np.asarray(1.0 - rate, dtype),
         **positioned(None, None),
