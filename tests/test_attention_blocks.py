@@ -39,8 +39,9 @@ BATCHED = {
 }
 
 
+@pytest.mark.slow
 @each_implementation
-@pytest.mark.parametrize("name", [slow("options"), "plain"])
+@pytest.mark.parametrize("name", ["options", "plain"])
 def test_an_example_does_not_depend_on_the_others(name, implementation):
     q, k, v = inputs(B=(B,), T=33, S=47)
     options = dict(BATCHED[name])

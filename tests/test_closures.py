@@ -241,7 +241,8 @@ def test_what_a_mask_function_may_not_return():
     np.testing.assert_allclose(everything, aj.attention(X, X, X), atol=1e-6)
 
 
-@mostly_blockwise
+@pytest.mark.slow
+@pytest.mark.parametrize("implementation", ["blockwise", "xla"])
 def test_second_derivatives_of_nested_custom_rules(implementation):
     """The derivative of sinc has a custom rule itself."""
     f = lambda s, w: s * jnp.sinc(w)  # noqa: E731

@@ -6,6 +6,7 @@ import random
 import numpy as np
 import pytest
 from flax import nnx
+from helpers import slow
 
 from experiments.tasks import listops
 from experiments.tasks.listops.data import examples, load
@@ -120,7 +121,7 @@ def test_the_values_of_all_lists_match_evaluation_of_their_words(data):
             assert of_lists[i] == 0
 
 
-@pytest.mark.parametrize("model", ["gru", "transformer"])
+@pytest.mark.parametrize("model", [slow("gru"), "transformer"])
 def test_loss_is_that_of_the_whole_plus_the_mean_over_lists(data, model):
     row = WORDS.encode("[MAX 2 9 [MIN 4 7 ] 0 ]")
     classifier = listops.init(dataclasses.replace(CONFIG, model=model), data, nnx.Rngs(0))

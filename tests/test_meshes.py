@@ -227,6 +227,7 @@ def test_a_table_sharded_along_its_index(mesh):
     chex.assert_trees_all_close(np.asarray(got), np.asarray(expected), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_weights_and_mechanisms(mesh):
     q, k, v = (inputs()[name] for name in ("query", "key", "value"))
     fns = (

@@ -154,7 +154,8 @@ def test_the_prompt_of_a_prefix_lm_is_bidirectional():
         model(x)
 
 
-@pytest.mark.parametrize("windows", [slow((None,)), (3, None)])
+@pytest.mark.slow
+@pytest.mark.parametrize("windows", [(None,), (3, None)])
 def test_caches_of_a_prefix_lm_do_not_change_the_result(windows):
     model, x = prefix_decoder(windows=windows), tokens(0, B, T)
     lengths = np.array([4, 2])

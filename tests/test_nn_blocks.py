@@ -67,6 +67,7 @@ def test_feed_forward(activation, gated):
     close(np.asarray(m(x)), linear(m.down, hidden), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_transformations_of_flax():
     x = normal(0, B, T, E)
     module = randomized(block(nnx.Rngs(0)))

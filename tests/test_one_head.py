@@ -70,6 +70,7 @@ def test_output_and_gradients_equal_attention(name):
         close(got.sink, dsink)
 
 
+@pytest.mark.slow
 def test_loops_run_in_python_without_jit(capsys):
     q, k, v, *_ = problem()
 

@@ -76,7 +76,8 @@ SPECS = {
 }
 
 
-@pytest.mark.parametrize("name", mostly_slow(SPECS, {"batch and heads"}))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SPECS)
 def test_output_and_gradient_equal_those_of_one_device(mesh, name):
     arrays, specs = inputs(), SPECS[name]
     sharded = {k: put(mesh, specs[k], x) if k in specs else x for k, x in arrays.items()}

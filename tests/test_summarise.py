@@ -133,6 +133,7 @@ SOURCE = np.array([[5, 11, 5, 7, PAD], [12, 6, 6, 13, 4]], np.int32)
 TARGET = np.array([[START, 11, 5], [START, 6, 4]], np.int32)
 
 
+@pytest.mark.slow
 def test_copier_matches_its_formula(copier):
     """The formula word by word in NumPy, with the layers of the model."""
     real = SOURCE != PAD

@@ -126,6 +126,7 @@ def test_jvp_linearize_and_vjp_agree():
     close(jax.linear_transpose(push, dots)(cotangents)[0], pulled)
 
 
+@pytest.mark.slow
 def test_hessians_equal_the_materialized_ones():
     p, f, plain = setup("everything", "blockwise", "xla")
     q = {n: p[n] for n in p if n in ("query", "scale", "bias", "slopes")}  # the rest held fixed
