@@ -77,18 +77,18 @@ def _extended(
     T = key.shape[-3]
     if mask is None:
         mask = window(cache.capacity - 1 if cache.rolling else None, 0)
-    queries, at = _positions(cache, T, after)
+    queries, slots = _positions(cache, T, after)
     check_ahead(mask, cache.length, after.length)
     if cache.rolling:
         check_back(mask, cache.capacity, cache.intact)
     check_lengths("mask", mask, after.length, cache.capacity, rolling=cache.rolling)
-    mask = of_positions(mask, queries, at, in_order=not cache.rolling)
+    mask = of_positions(mask, queries, slots, in_order=not cache.rolling)
     keys, values = after.key, after.value
     if cache.rolling and T > 1:
         # The last tokens overwrite keys of the first queries: take old and new ones.
         keys = jnp.concatenate([cache.key, jnp.asarray(key)], axis=-3)
         values = jnp.concatenate([cache.value, jnp.asarray(value)], axis=-3)
-    return keys, values, mask, At(queries, at), after
+    return keys, values, mask, At(queries, slots), after
 
 
 def placed_scores(
