@@ -26,6 +26,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import attention_jax as aj
 from attention_jax import masks, scores
+from attention_jax.core.compat import no_mesh
 from attention_jax.models import Decoder, DecoderConfig, Layers
 
 TOPOLOGY = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
@@ -103,7 +104,8 @@ def decoder():
     """A training step of a small decoder, every chip with a batch of its own."""
     layers = Layers(features=512, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=H)
     config = DecoderConfig(256, layers, positions="learned", max_length=T, tied=True)
-    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+    with no_mesh():  # in which Flax would look up the axes that parameters name
+        model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
     graph, state = nnx.split(model)
     optimizer = optax.adamw(1e-3)
 

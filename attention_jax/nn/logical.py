@@ -9,7 +9,8 @@ def logical(*names: str | None, units: tuple[int | None, ...] | None = None) -> 
     """Metadata of an ``nnx.Param`` that names its axes; see ``models.sharding`` for the names.
 
     A model that is created while a mesh is in use is not sharded by it, since these names are not
-    those of mesh axes: ``models.sharding`` shards it, given rules.
+    those of mesh axes: ``models.sharding`` shards it, given rules. Flax's ``nnx.eval_shape`` does
+    look them up in a mesh that is in use: call it outside, or with Flax's logical axis rules.
 
     Args:
       *names: of each axis; None for one that is never sharded.
