@@ -26,6 +26,11 @@ def flags():
     return [f"--{x}={str(fast).lower()}" for x, (fast, _) in OPTIONS.items() if x not in given]
 
 
+def flags_of_one_device():
+    """``XLA_FLAGS`` of the tests, for a program of one device."""
+    return " ".join(x for x in os.environ["XLA_FLAGS"].split() if "device_count" not in x)
+
+
 def default_options():
     """``compiler_options`` of a program that is compiled with XLA's default options."""
     return {x: default for x, (_, default) in OPTIONS.items()}

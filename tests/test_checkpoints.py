@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from compiling import flags_of_one_device
 from flax import nnx
 from line import LINE, Line, batches, equal, parameters, train_line
 
@@ -59,9 +60,8 @@ def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path):
 
 
 def program(folder, steps):
-    one_device = " ".join(x for x in os.environ["XLA_FLAGS"].split() if "device_count" not in x)
     root = str(Path(__file__).parents[1])
-    environment = os.environ | {"XLA_FLAGS": one_device, "PYTHONPATH": root}
+    environment = os.environ | {"XLA_FLAGS": flags_of_one_device(), "PYTHONPATH": root}
     return subprocess.Popen(
         [sys.executable, str(Path(__file__).with_name("line.py")), str(folder), str(steps)],
         stdout=subprocess.PIPE,

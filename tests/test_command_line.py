@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+from compiling import flags_of_one_device
 from helpers import slow
 
 from experiments.__main__ import COMMANDS, main
@@ -136,12 +137,11 @@ runpy.run_module("experiments", run_name="__main__", alter_sys=True)
 def interrupt(arguments, when):
     """Sends SIGINT once ``when()`` is true; returns what the process printed as errors."""
     root = str(Path(__file__).parents[1])
-    one_device = " ".join(x for x in os.environ["XLA_FLAGS"].split() if "device_count" not in x)
     process = subprocess.Popen(
         [sys.executable, "-c", PROGRAM, *arguments],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
-        env=os.environ | {"XLA_FLAGS": one_device, "PYTHONPATH": root},
+        env=os.environ | {"XLA_FLAGS": flags_of_one_device(), "PYTHONPATH": root},
         text=True,
     )
     with process:

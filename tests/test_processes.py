@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from compiling import flags_of_one_device
 from line import PLAIN, equal, parameters, train_line
 
 from experiments.__main__ import main
@@ -134,8 +135,7 @@ def test_other_processes_learn_that_the_first_could_not_start(monkeypatch):
 
 def environment():
     """One device to each process, and the tests' fast compiler flags."""
-    flags = [x for x in os.environ["XLA_FLAGS"].split() if "device_count" not in x]
-    return os.environ | {"XLA_FLAGS": " ".join(flags), "JAX_PLATFORMS": "cpu"}
+    return os.environ | {"XLA_FLAGS": flags_of_one_device(), "JAX_PLATFORMS": "cpu"}
 
 
 @contextlib.contextmanager
