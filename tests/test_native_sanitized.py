@@ -21,6 +21,7 @@ SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 FLAGS = ["-std=c++17", "-O1", "-g1", "-fPIC", "-ffp-contract=fast", "-fno-math-errno"]
 WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-psabi"]
 SECONDS = 40  # of random calls
+RACES = ["-fsanitize=thread"]
 
 pytestmark = [
     needs_native,
@@ -37,23 +38,37 @@ def run(*command, **env):
     return done.stdout
 
 
-@pytest.fixture(scope="module")
-def objects(tmp_path_factory):
-    """The kernel's sources, compiled with sanitizers."""
-    folder = tmp_path_factory.mktemp("sanitized")
+def compiled(folder, flags):
+    """The kernel's sources and the random calls, compiled with these sanitizers."""
 
     def build(source):
         target = folder / f"{source.stem}.o"
-        run("g++", *FLAGS, *WARNINGS, *SANITIZE, f"-I{KERNEL}", "-c", source, "-o", target)
+        run("g++", *FLAGS, *WARNINGS, *flags, f"-I{KERNEL}", "-c", source, "-o", target)
         return target
 
     with ThreadPoolExecutor(2) as pool:
         return list(pool.map(build, [*sorted(KERNEL.glob("*.cpp")), CHECKS / "fuzz.cpp"]))
 
 
+@pytest.fixture(scope="module")
+def objects(tmp_path_factory):
+    return compiled(tmp_path_factory.mktemp("sanitized"), SANITIZE)
+
+
 def test_random_calls_stay_within_their_arrays(objects, tmp_path):
     program = tmp_path / "fuzz"
     run("g++", *SANITIZE, *objects, "-o", program, "-lpthread")
+    assert "accepted" in run(program, SECONDS)
+
+
+def test_threads_of_random_calls_do_not_race(tmp_path):
+    empty = tmp_path / "empty"
+    empty.with_suffix(".cpp").write_text("int main() {}")
+    run("g++", *RACES, empty.with_suffix(".cpp"), "-o", empty)
+    if subprocess.run(empty, capture_output=True).returncode:
+        pytest.skip("ThreadSanitizer does not run on this machine")
+    program = tmp_path / "fuzz"
+    run("g++", *RACES, *compiled(tmp_path, RACES), "-o", program, "-lpthread")
     assert "accepted" in run(program, SECONDS)
 
 

@@ -1,6 +1,7 @@
 // Calls the handlers as XLA does, with random arrays, axes and tables, a third of them wrong. Every
 // array is a heap block of its own, so that under AddressSanitizer any access outside of one ends
-// the program. Built and run by test_native_sanitized.py: fuzz SECONDS [SEED].
+// the program; under ThreadSanitizer two threads at the same entry do. Built and run by
+// test_native_sanitized.py: fuzz SECONDS [SEED].
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
@@ -98,7 +99,8 @@ Generated generate(bool backward) {
   Generated g;
   for (int64_t l = below(4); l > 0; l--) g.levels.push_back(1 + below(3));
   const size_t L = g.levels.size();
-  const int64_t T = 1 + below(chance(0.3) ? 20 : 150), S = 1 + below(chance(0.1) ? 2500 : 500);
+  const int64_t T = 1 + below(chance(0.3) ? 20 : chance(0.2) ? 500 : 150);
+  const int64_t S = 1 + below(chance(0.1) ? 2500 : 500);
   const int64_t H = 1 + below(40), D = 1 + below(40);
   const std::vector<bool> all(L, true), none(L, false), keys = some(L, 0.6), values = some(L, 0.6);
   std::vector<bool> outer(L);

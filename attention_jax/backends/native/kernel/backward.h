@@ -1,7 +1,7 @@
 // The backward pass: five products for each block of keys and block of queries.
 //
 //   item: a block of keys of one key-value head            K, V as columns, K as panels, dK, dV
-//     for each step: query head and QUERIES of its rows    q, dout, p and ds of the step
+//     for each step: QUERIES rows of a query head          q, dout, p and ds of the step
 //       for each strip of ROWS queries
 //         s = q k^T, p = 2^(s - lse)                       all of this in the second-level cache,
 //         dp = dout v^T, ds = p (dp - delta)               a strip in the first
@@ -11,15 +11,33 @@
 // An item owns its dk and dv. dq is shared by all key blocks of a head, which take turns: an item
 // does a step once the item of the block before has passed it. Sums are so in a fixed order,
 // whatever the number of threads, and need no copies. Items are handed out in the order of their
-// numbers, so the item that is waited for has always begun. The gradient of a bias that several
-// heads share is summed in turns likewise. The first block clears dq and computes delta, the
-// last scales dq.
+// numbers, so the item that is waited for has always begun. The first block clears dq and computes
+// delta, the last scales dq.
+//
+// The gradient of a score's array is summed in turns likewise. If heads share it, all items take
+// turns, and all query heads of some rows are one turn. Entries that several steps share (a bias by
+// distance, or one without rows) are summed by the item, and added in a turn of their own at its
+// end.
 
 constexpr int QUERIES = 96;  // a step: a multiple of ROWS and TABLE_ROWS
+
+// Entries of a score's gradient that all steps of a key block add to, for each query head.
+INLINE int64_t entries_of_steps(const Call& c, const Score& x) {
+  if (!x.gradient) return 0;
+  if (x.kind == ScoreKind::diagonal) return c.T - 1 + BLOCK;  // by j - i
+  if (x.gradient.rows > 1) return 0;
+  return x.gradient.columns > 1 ? BLOCK : 1;
+}
+
+struct Totals {
+  double dscale, dsink;
+};
 
 struct BackwardMemory {
   float *k_columns, *v_columns, *k_panels, *dk, *dv, *q, *dout, *p, *ds, *slope, *tile;
   float *shift, *rest;
+  float* entries[MOST_SCORES];  // of each score, see entries_of_steps: [G entries], or null
+  Totals* totals;               // [G]
   BackwardMemory(Arena& a, const Call& c) {
     const int64_t HW = round_up(c.H, PANEL), DW = round_up(c.D, PANEL);
     k_columns = a.floats(BLOCK * c.H);
@@ -35,6 +53,11 @@ struct BackwardMemory {
     tile = a.floats(ROWS * PANEL);
     shift = a.floats(QUERIES);
     rest = a.floats(QUERIES);
+    for (int i = 0; i < c.score_count; i++) {
+      const int64_t count = entries_of_steps(c, c.scores[i]);
+      entries[i] = count ? a.floats(c.G * count) : nullptr;
+    }
+    totals = reinterpret_cast<Totals*>(a.floats(c.G * sizeof(Totals) / sizeof(float)));
   }
 };
 
@@ -100,16 +123,35 @@ INLINE void clear_unseen(const Strip& strip, int first, int last, float* x) {
 // dq of the last key block's step is complete: times the scale; and what scale and sink get of it.
 template <class X>
 static void finish_rows(const Call& c, const Head& h, int64_t i0, int64_t rows, const X* q,
-                        const float* delta, double* dscale, double* dsink) {
+                        const float* delta, Totals* totals) {
   for (int64_t i = 0; i < rows; i++, q += c.q.row) {
     float* dq = h.dq + (i0 + i) * c.dq.row;
     for (int64_t k = 0; k < c.H; k++) {
-      if (h.dscale && dq[k] != 0) *dscale += double(dq[k]) * load_one(q + k);
+      if (h.dscale && dq[k] != 0) totals->dscale += double(dq[k]) * load_one(q + k);
       dq[k] *= h.scale;
     }
     if (h.dsink) {
       const double lse = double(h.m[i0 + i]) + h.log_l[i0 + i];
-      if (h.sink > MASKED && h.log_l[i0 + i] != -INFINITY) *dsink -= exp(h.sink - lse) * delta[i];
+      if (h.sink > MASKED && h.log_l[i0 + i] != -INFINITY)
+        totals->dsink -= exp(h.sink - lse) * delta[i];
+    }
+  }
+}
+
+// What the item summed of the gradients whose entries several steps share.
+static void add_entries(const Call& c, const Item& item, const BackwardMemory& x) {
+  for (int i = 0; i < c.score_count; i++) {
+    if (!x.entries[i]) continue;
+    const Score& score = c.scores[i];
+    const bool diagonal = score.kind == ScoreKind::diagonal;
+    const int64_t first = score.gradient.columns > 1 ? item.begin : 0;
+    const int64_t count = diagonal                     ? c.T - 1 + (item.end - item.begin)
+                          : score.gradient.columns > 1 ? item.end - item.begin
+                                                       : 1;
+    for (int64_t g = 0; g < c.G; g++) {
+      float* to = score.gradient.at<float>(item.e, g) + first;
+      const float* from = x.entries[i] + g * entries_of_steps(c, score);
+      for (int64_t j = 0; j < count; j++) to[j] += from[j];
     }
   }
 }
@@ -128,20 +170,30 @@ static void backward_item(const Call& c, const Item& item, char* memory, Progres
   BadRows bad_k, bad_q, bad_dout;
   memset(x.dk, 0, sizeof(float) * BLOCK * HW);
   memset(x.dv, 0, sizeof(float) * BLOCK * DW);
+  bool turn_at_end = false;
+  for (int i = 0; i < c.score_count; i++) {
+    if (!x.entries[i]) continue;
+    memset(x.entries[i], 0, sizeof(float) * c.G * entries_of_steps(c, c.scores[i]));
+    turn_at_end = true;
+  }
+  for (int64_t g = 0; g < c.G; g++) x.totals[g] = {0, 0};
   int64_t step = 0;
-  for (int64_t g = 0; g < c.G; g++) {
-    const Head h = c.head(item.e, g);
-    const KeyBlock b(h, c.S, k0, have);
-    HeadScore scores[MOST_SCORES];
-    for (int i = 0; i < c.score_count; i++) scores[i] = c.score(i, item.e, g);
-    const Scored scored = {c, h, scores};
-    double dscale = 0, dsink = 0;
-    for (int64_t t0 = 0; t0 < c.T; t0 += QUERIES, step++) {
+  for (int64_t t0 = 0; t0 < c.T; t0 += QUERIES) {
+    for (int64_t g = 0; g < c.G; g++, step++) {
+      const Head h = c.head(item.e, g);
+      const KeyBlock b(h, c.S, k0, have);
+      HeadScore scores[MOST_SCORES];
+      for (int i = 0; i < c.score_count; i++) {
+        scores[i] = c.score(i, item.e, g);
+        if (x.entries[i]) scores[i].entries = x.entries[i] + g * entries_of_steps(c, c.scores[i]);
+      }
+      const Scored scored = {c, h, scores};
+      const int64_t turn = progress->chained ? step - g + c.G - 1 : step;  // all heads of the rows
       const int64_t rows = least<int64_t>(QUERIES, c.T - t0), strips = (rows + ROWS - 1) / ROWS;
       const UnitRange visited = visited_units(c, h, b, Rows(h, t0, t0 + rows), t0, t0 + rows);
       if (!visited.end && k0 > 0 && !last) {
-        progress->wait(item.number, step, c.E);
-        progress->pass(item.number, step, c.E);
+        progress->wait(item.number, turn, c.E);
+        progress->pass(item.number, step);
         continue;
       }
       const X* q = static_cast<const X*>(h.q) + t0 * c.q.row;
@@ -150,7 +202,7 @@ static void backward_item(const Call& c, const Item& item, char* memory, Progres
       bad_q.count = bad_dout.count = 0;
       if (pack_rows(q, c.q.row, rows, strips * ROWS, c.H, HW, h.scale * LOG2E, x.q))
         bad_q.take_out(x.q, rows, rows, c.H, HW);
-      progress->wait(item.number, step, c.E);
+      progress->wait(item.number, turn, c.E);
       float* delta = c.delta + (item.e * c.G + g) * c.T + t0;
       if (k0 == 0) {
         deltas_of_step(c, h, t0, rows, delta);
@@ -229,11 +281,19 @@ static void backward_item(const Call& c, const Item& item, char* memory, Progres
           add_rows(bad_q, 0, rows, n, x.ds + j, 1, BLOCK, q, c.q.row, c.H, h.scale * LOG2E,
                    x.dk + j * HW, HW);
       }
-      if (last) finish_rows(c, h, t0, rows, q, delta, &dscale, &dsink);
-      progress->pass(item.number, step, c.E);
+      if (last) finish_rows(c, h, t0, rows, q, delta, &x.totals[g]);
+      progress->pass(item.number, step);
     }
-    if (last && h.dscale) *h.dscale = float(dscale);
-    if (last && h.dsink) *h.dsink = float(dsink);
+  }
+  for (int64_t g = 0; last && g < c.G; g++) {
+    const Head h = c.head(item.e, g);
+    if (h.dscale) *h.dscale = float(x.totals[g].dscale);
+    if (h.dsink) *h.dsink = float(x.totals[g].dsink);
+  }
+  if (turn_at_end) {
+    progress->wait(item.number, step, c.E);
+    add_entries(c, item, x);
+    progress->pass(item.number, step);
   }
   for (int64_t j = 0; j < have; j++) {
     for (int64_t d = 0; d < c.H; d++)

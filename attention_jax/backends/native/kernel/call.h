@@ -48,7 +48,7 @@ constexpr int MOST_SCORES = 8;
 struct HeadScore {
   ScoreKind kind;
   const float* array;
-  float* gradient;
+  float *gradient, *entries;  // entries: those of a key block that its steps share, or null
   int64_t row, gradient_row,
       column;  // from one row to the next, and one column: 0 if it broadcasts
 };

@@ -341,10 +341,12 @@ Head Call::head(int64_t e, int64_t g) const {
 
 HeadScore Call::score(int which, int64_t e, int64_t g) const {
   const Score& x = scores[which];
-  const int64_t row = x.array.rows > 1 ? x.array.row : 0, column = x.array.columns > 1 ? 1 : 0;
+  const int64_t row = x.array.rows > 1 ? x.array.row : 0;
+  const int64_t column = x.kind == ScoreKind::diagonal || x.array.columns > 1 ? 1 : 0;
   return {x.kind,
           x.array.at<float>(e, g),
           x.gradient.at<float>(e, g),
+          nullptr,
           row,
           x.gradient && x.array.rows > 1 ? x.gradient.row : 0,
           column};

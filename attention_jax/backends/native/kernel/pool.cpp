@@ -67,11 +67,11 @@ void Progress::wait(int64_t number, int64_t step, int64_t E) const {
     for (int spins = 0; passed[other].load(std::memory_order_acquire) <= step; spins++)
       spins < 1000 ? pause() : std::this_thread::yield();
   };
-  if (number >= E) until(number - E);
-  if (chained && number % E > 0) until(number - 1);
+  const int64_t before = number - (chained ? 1 : E);
+  if (before >= 0) until(before);
 }
 
-void Progress::pass(int64_t number, int64_t step, int64_t) const {
+void Progress::pass(int64_t number, int64_t step) const {
   passed[number].store(step + 1, std::memory_order_release);
 }
 

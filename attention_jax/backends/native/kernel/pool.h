@@ -9,13 +9,14 @@
 namespace attention {
 
 // How many steps each item of the backward pass has passed: see backward.h. Item `number` is of key
-// block number / E and head number % E. If `chained`, heads take turns too.
+// block number / E and head number % E. Key blocks of a head take turns; if `chained`, all items
+// do.
 struct Progress {
   std::atomic<int64_t>* passed;
   bool chained;
 
   void wait(int64_t number, int64_t step, int64_t E) const;
-  void pass(int64_t number, int64_t step, int64_t E) const;
+  void pass(int64_t number, int64_t step) const;
 };
 
 class Pool {

@@ -37,8 +37,9 @@ struct Scored {
             store(ds + m * BLOCK + j, d == 0.0f ? d : d * load(slope + m * BLOCK + j));
           }
         slope -= ROWS * BLOCK;
-      } else if (x.gradient && x.kind == ScoreKind::diagonal) {
-        accumulate(x.gradient + (b.k0 - strip.i0 + c.T - 1), -1, 1, b, strip, ds);
+      } else if (x.entries) {
+        float* to = x.kind == ScoreKind::diagonal ? x.entries + (c.T - 1 - strip.i0) : x.entries;
+        accumulate(to, x.kind == ScoreKind::diagonal ? -1 : 0, x.column, b, strip, ds);
       } else if (x.gradient) {
         accumulate(x.gradient + strip.i0 * x.gradient_row + b.k0 * x.column, x.gradient_row,
                    x.column, b, strip, ds);
