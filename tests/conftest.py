@@ -1,7 +1,8 @@
-"""Settings of all tests: eight devices, a fast compiler, strict dtypes, checked annotations.
+"""Settings of all tests: eight devices, a fast compiler, strict dtypes.
 
-Eight host devices are what ``shard_map`` is tested on. They must be asked for before JAX starts,
-and the import hook must be there before the package is imported: hence the order below.
+Eight host devices are what ``shard_map`` is tested on. They must be asked for before JAX starts:
+hence the order below. With CHECK_ANNOTATIONS=1, as in the gate, every call of the package also
+checks its arguments and results against their annotations, which takes a seventh of the time.
 """
 
 import os
@@ -31,19 +32,25 @@ collect_ignore = ["ahead_for_tpu.py"]
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
-# The reference is left out: it is plain NumPy and checks its own arguments.
-_PACKAGE = importlib.util.find_spec("attention_jax")
-_CHECKED = [
-    f"attention_jax.{module.name}"
-    for module in pkgutil.iter_modules(_PACKAGE.submodule_search_locations)
-    if module.name != "reference"
-]
-# An int may stand where a float is expected; and beartype cannot check Self outside a class.
-jaxtyping.install_import_hook(
-    _CHECKED,
-    "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True, "
-    "hint_overrides=beartype.FrozenDict({beartype.typing.Self: object})))",
-)
+
+def check_annotations():
+    """Must run before the package is imported."""
+    package = importlib.util.find_spec("attention_jax")
+    jaxtyping.install_import_hook(
+        # The reference is left out: it is plain NumPy and checks its own arguments.
+        [
+            f"attention_jax.{module.name}"
+            for module in pkgutil.iter_modules(package.submodule_search_locations)
+            if module.name != "reference"
+        ],
+        # An int may stand where a float is expected; beartype cannot check Self outside a class.
+        "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True, "
+        "hint_overrides=beartype.FrozenDict({beartype.typing.Self: object})))",
+    )
+
+
+if os.environ.get("CHECK_ANNOTATIONS"):
+    check_annotations()
 
 hypothesis.settings.register_profile(
     "default",

@@ -227,6 +227,28 @@ def test_sixteen_python_threads_do_not_wait_for_one_another():
             equal(run.result(timeout=60), expected)
 
 
+FORK = """
+import os, warnings
+import jax, numpy as np
+from attention_jax import attention, reference
+warnings.simplefilter("ignore")  # JAX warns of forks: its own threads are lost in the child
+x = np.random.default_rng(0).normal(size=(1, 200, 2, 8)).astype(np.float32)
+step = jax.jit(jax.grad(lambda x: attention(x, x, x, implementation="native").sum()))
+before = np.asarray(step(x))
+child = os.fork()
+if child == 0:
+    reference.attention(x, x, x)
+    os._exit(0)
+after = np.asarray(step(x))
+assert os.waitpid(child, 0)[1] == 0
+assert (before == after).all()
+"""
+
+
+def test_a_fork_leaves_parent_and_child_running():
+    subprocess.run([sys.executable, "-c", FORK], check=True, timeout=120)
+
+
 # --- What it refuses.
 
 
