@@ -14,18 +14,8 @@ from jaxtyping import Array, Float, Int
 
 from attention_jax import backends
 from attention_jax.backends import Backend, sequence, xla
-from attention_jax.backends.call import (
-    Call,
-    MaskLike,
-    Scale,
-    ScoreLike,
-    Sinks,
-    Spec,
-    bind,
-    check_flag,
-    complete,
-    spec_of,
-)
+from attention_jax.backends.arguments import MaskLike, Scale, ScoreLike, Sinks, bind, check_flag
+from attention_jax.backends.call import Call, Spec, complete, spec_of
 from attention_jax.backends.explanation import Explanation
 from attention_jax.core.axes import (
     AnyArray,

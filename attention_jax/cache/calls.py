@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from attention_jax.api import attention
-from attention_jax.backends.call import ScoreLike, as_scores
+from attention_jax.backends.arguments import ScoreLike, as_scores
 from attention_jax.cache.kv_cache import KVCache
 from attention_jax.core.axes import AnyArray, check_float_array, kind
 from attention_jax.core.positions import Contiguous

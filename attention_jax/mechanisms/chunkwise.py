@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from attention_jax.backends.call import MaskLike, Scale, check_flag, check_types
+from attention_jax.backends.arguments import MaskLike, Scale, check_flag, check_types
 from attention_jax.backends.heads import lift
 from attention_jax.core.axes import (
     AnyArray,

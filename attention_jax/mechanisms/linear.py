@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from attention_jax.backends.call import MaskLike, check_types
+from attention_jax.backends.arguments import MaskLike, check_types
 from attention_jax.backends.heads import lift
 from attention_jax.core.axes import (
     Key,

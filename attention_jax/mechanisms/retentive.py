@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from attention_jax.backends.call import MaskLike, Scale
+from attention_jax.backends.arguments import MaskLike, Scale
 from attention_jax.core.axes import (
     AnyArray,
     Key,

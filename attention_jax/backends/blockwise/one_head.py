@@ -15,9 +15,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from attention_jax.backends import primitive
+from attention_jax.backends.arguments import MaskLike, Scale, ScoreLike, bind
 from attention_jax.backends.blockwise import formulas
 from attention_jax.backends.blockwise.run import Blockwise, plan
-from attention_jax.backends.call import Head, MaskLike, Scale, ScoreLike, bind, complete, spec_of
+from attention_jax.backends.call import Head, complete, spec_of
 from attention_jax.backends.primitive import RESULTS, Static
 from attention_jax.core.axes import AnyArray
 

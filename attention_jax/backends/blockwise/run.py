@@ -19,14 +19,7 @@ from attention_jax.backends import chunks, primitive, xla
 from attention_jax.backends.blockwise import formulas
 from attention_jax.backends.blockwise.batching import batched
 from attention_jax.backends.blockwise.loops import Loops
-from attention_jax.backends.call import (
-    Backend,
-    Call,
-    Head,
-    Results,
-    Spec,
-    symbolic_lengths_refused,
-)
+from attention_jax.backends.call import Backend, Call, Head, Results, Spec, symbolic_lengths_refused
 from attention_jax.backends.heads import over_heads_and_examples
 from attention_jax.core.axes import accumulation_dtype, int_at_least
 from attention_jax.core.pytree import leaves

@@ -17,14 +17,7 @@ import jax.numpy as jnp
 
 from attention_jax.backends import chunks, primitive, xla
 from attention_jax.backends.blockwise import run as blockwise
-from attention_jax.backends.call import (
-    Backend,
-    Call,
-    Head,
-    Results,
-    Spec,
-    symbolic_sizes_refused,
-)
+from attention_jax.backends.call import Backend, Call, Head, Results, Spec, symbolic_sizes_refused
 from attention_jax.backends.heads import over_heads_and_examples
 from attention_jax.backends.pallas_gpu import launch, support
 from attention_jax.backends.pallas_gpu.launch import Launches, Schedules, Tiles
