@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 
 from attention_jax import masks
 from attention_jax import scores as all_scores
-from attention_jax.backends.call import Call, place
+from attention_jax.backends.call import Call, call_at_positions
 from attention_jax.core import dropout
 from attention_jax.core.axes import (
     AnyArray,
@@ -87,7 +87,7 @@ def bind(
             dropout_rate, None if abstract else dropout_key, accumulation_dtype(query.dtype)
         ),
     )
-    return call if queries is None and keys is None else place(call, queries, keys)
+    return call if queries is None and keys is None else call_at_positions(call, queries, keys)
 
 
 def _row_shape(x: Any) -> Shape | None:

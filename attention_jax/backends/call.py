@@ -27,12 +27,12 @@ from attention_jax.core.axes import (
     check_query_key_value,
     is_array,
 )
-from attention_jax.core.positions import Positioned, positioned
+from attention_jax.core.positions import AtPositions, position_fields
 from attention_jax.core.pytree import full_rank
 from attention_jax.masks import Mask
-from attention_jax.masks.at_positions import placed as placed_mask
+from attention_jax.masks.at_positions import mask_at_positions
 from attention_jax.scores import Score
-from attention_jax.scores.at_positions import placed as placed_score
+from attention_jax.scores.at_positions import score_at_positions
 
 
 class Call(NamedTuple):
@@ -64,14 +64,15 @@ class Head(NamedTuple):
 
 
 class Results(NamedTuple):
-    """Output and normalizer, which are those of the visible keys only: ``lse = m + log_l``.
+    """Output and normalizer ``lse = m + log_l``.
 
-    The two parts of the lse stay apart, because their sum rounds ``log_l`` where logits are large.
+    The two terms of the lse are kept separate, because their sum loses digits of ``log_l`` when
+    logits are large.
     """
 
     out: Float[Array, "*B T N D"]
-    m: Float[Array, "*B T N"]  # finite, also without visible keys
-    log_l: Float[Array, "*B T N"]  # -inf without visible keys
+    m: Float[Array, "*B T N"]  # always finite, also for a query with no visible key
+    log_l: Float[Array, "*B T N"]  # -inf for a query with no visible key
 
 
 class Spec(NamedTuple):
@@ -101,7 +102,7 @@ class Backend:
 
     # Whether the kernel needs ``scale`` and Python numbers in scores as constants of the program.
     STATIC_NUMBERS: ClassVar[bool] = False
-    # ``chunk`` and ``chunk_cotangents`` compute with some of the keys at a time.
+    # Whether it has ``chunk`` and ``chunk_cotangents``, which compute with some of the keys.
     CHUNKS: ClassVar[bool] = False
 
     def __str__(self) -> str:
@@ -125,12 +126,12 @@ class Backend:
     def chunk_cotangents(
         self, call: Call, spec: Spec, results: Results, wrt: Sequence[int], cotangents: Any
     ) -> list[jax.Array]:
-        """What a chunk of the keys contributes to the cotangents of operands.
+        """The contribution of a chunk of the keys to the cotangents of operands.
 
         Args:
           call, spec: of the chunk, without sinks.
           results: of all keys.
-          wrt: which operands, by number: query, key, value, the arrays of the scores, the scale.
+          wrt: which operands, as indices into query, key, value, arrays of the scores, scale.
           cotangents: of the output and the lse, of all keys.
         """
         raise NotImplementedError(f"{type(self).__name__} has no chunk_cotangents(call, ...)")
@@ -152,47 +153,51 @@ def symbolic_lengths_refused(sizes: Sizes) -> str | None:
 
 
 def symbolic_sizes_refused(sizes: Sizes) -> str | None:
-    """The same for a backend whose grid also depends on the batch size."""
+    """``symbolic_lengths_refused`` for a backend whose grid also depends on the batch size."""
     if sizes.symbolic_batch:
         return "B is symbolic, and its kernel is launched for a batch size known while tracing"
     return symbolic_lengths_refused(sizes)
 
 
-def place(call: Call, queries: Any, keys: Any, *, resolved: bool = False, **numbers: Any) -> Call:
-    """The call with these positions of queries and keys, and numbers of examples and heads.
+def call_at_positions(
+    call: Call, queries: Any, keys: Any, *, resolved: bool = False, **numbers: Any
+) -> Call:
+    """The call with its mask, scores and dropout evaluated at explicit positions.
 
     Args:
       call: from ``bind``.
-      queries, keys: int32 arrays, ``Contiguous``, or None: 0, 1, 2, ... Both None: as before.
-      resolved: mask and scores are resolved for the whole sequence, with all its heads.
-      **numbers: ``examples`` and ``head_numbers``, see ``positioned``.
+      queries, keys: int32 arrays, ``Contiguous``, or None: 0, 1, 2, ... If both are None, positions
+        that the call already has are kept.
+      resolved: whether mask and scores are already resolved for the whole sequence and all heads.
+      **numbers: ``examples`` and ``head_numbers``, see ``position_fields``.
     """
     mask = call.mask
     if mask is None and (is_array(queries) or is_array(keys) or call.dropout is not None):
-        # Negative keys are masked, and a kernel sees from the mask that there are positions.
+        # Even without a mask, keys at negative positions are masked; and has_positions looks for
+        # positions in the mask.
         mask = masks.window(None, None)
     options: dict[str, Any] = {"resolved": resolved, **numbers}
     drop = call.dropout
     if drop is not None:
-        unmoved = queries is None and keys is None
+        keep_positions = queries is None and keys is None
         drop = dataclasses.replace(
-            drop, **(numbers if unmoved else positioned(queries, keys, **numbers))
+            drop, **(numbers if keep_positions else position_fields(queries, keys, **numbers))
         )
     return call._replace(
-        mask=None if mask is None else placed_mask(mask, queries, keys, **options),
-        score=tuple(placed_score(x, queries, keys, **options) for x in call.score),
+        mask=None if mask is None else mask_at_positions(mask, queries, keys, **options),
+        score=tuple(score_at_positions(x, queries, keys, **options) for x in call.score),
         dropout=drop,
     )
 
 
 def has_positions(spec: Spec) -> bool:
-    """Whether queries or keys have positions that are not their indices."""
+    """Whether the call has explicit positions of queries or keys."""
     values = spec.score if spec.mask is None else (spec.mask, *spec.score)
-    return any(isinstance(x, Positioned) for x in values)
+    return any(isinstance(x, AtPositions) for x in values)
 
 
 def positions_refused(spec: Spec) -> str | None:
-    """The refusal of a kernel that counts queries and keys from 0."""
+    """Why a kernel that uses indices as positions does not support a call; else None."""
     if has_positions(spec):
         return "query_positions or key_positions: its kernel counts queries and keys from 0"
     return None
@@ -212,7 +217,7 @@ def complete(call: Call) -> tuple[Call, Sizes]:
     _check_sinks(call.sinks, sizes)
     _check_scale(call.scale)
     mask, score = call.mask, call.score
-    plain = mask.mask_ if isinstance(mask, masks.Placed) else mask
+    plain = mask.mask_ if isinstance(mask, masks.MaskAtPositions) else mask
     if isinstance(plain, masks.Dense):
         check_broadcastable("mask", plain.array.shape, sizes)
     if mask is not None:

@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from attention_jax.backends.call import Call, Spec, place
+from attention_jax.backends.call import Call, Spec, call_at_positions
 from attention_jax.backends.heads import axes_of_mapped, spec_of_array
 from attention_jax.core.axes import Sizes
-from attention_jax.core.positions import Positioned
+from attention_jax.core.positions import AtPositions
 from attention_jax.core.pytree import leaves
 from attention_jax.core.shards import explicit_mesh
 
@@ -169,7 +169,7 @@ def _numbered(call: Call, sizes: Sizes) -> Call:
         "examples": np.arange(math.prod(sizes.B), dtype=np.int32).reshape(sizes.B),
         "head_numbers": np.arange(sizes.N, dtype=np.int32),
     }
-    return place(call, None, None, resolved=True, **numbers)
+    return call_at_positions(call, None, None, resolved=True, **numbers)
 
 
 def _letters(call: Call, batch: int) -> list[tuple[str, ...]]:
@@ -184,6 +184,6 @@ def _letters(call: Call, batch: int) -> list[tuple[str, ...]]:
 
 def _moved(value: V, start: Any) -> V:
     """``value`` of queries from ``start`` on, unless they have positions of their own."""
-    if not isinstance(value, Positioned) or value.query_positions is not None:
+    if not isinstance(value, AtPositions) or value.query_positions is not None:
         return value
     return dataclasses.replace(value, query_start=value.query_start + start)

@@ -14,10 +14,10 @@ from attention_jax.cache.kv_cache import KVCache
 from attention_jax.core.axes import AnyArray, check_float_array, kind
 from attention_jax.core.positions import Contiguous
 from attention_jax.masks import Mask, lengths, window
-from attention_jax.masks.at_positions import placed as placed_mask
+from attention_jax.masks.at_positions import mask_at_positions
 from attention_jax.masks.in_cache import check_ahead, check_back, check_lengths, of_positions
 from attention_jax.scores import Score
-from attention_jax.scores.at_positions import placed as placed_score
+from attention_jax.scores.at_positions import score_at_positions
 
 
 def extend(
@@ -54,7 +54,7 @@ def extend(
     ██·
     """
     keys, values, mask, at, after = _extended(cache, key, value, mask, count)
-    return keys, values, placed_mask(mask, *at), after
+    return keys, values, mask_at_positions(mask, *at), after
 
 
 class At(NamedTuple):
@@ -117,7 +117,7 @@ def placed_scores(
     [-1.0, 0.0, -3.0, -2.0]
     """
     scores, at = _scores(cache, score, T, count)
-    return tuple(placed_score(each, *at) for each in scores)
+    return tuple(score_at_positions(each, *at) for each in scores)
 
 
 def _scores(cache: KVCache, score: ScoreLike, T: int, count: Any) -> tuple[tuple[Score, ...], At]:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attention_jax.core.axes import Shape, is_array, kind
-from attention_jax.core.positions import Positioned, positioned
+from attention_jax.core.positions import AtPositions, position_fields
 
 # Odd constants that spread an index over 32 bits, one per index, so that (q, k) and (k, q) differ.
 _SPREAD = {
@@ -52,7 +52,7 @@ def mix(x: Any) -> Any:
     return x ^ (x >> np.uint32(16))
 
 
-class Dropout(Positioned):
+class Dropout(AtPositions):
     """Dropout as three scalars, so that another rate is not compiled again.
 
     Attributes:
@@ -79,7 +79,7 @@ def of_rate(rate: float, key: Any, dtype: Any) -> Dropout | None:
         seed=np.uint32(0) if key is None else seed(key),
         threshold=threshold(rate),
         keep_probability=np.asarray(1.0 - rate, dtype),
-        **positioned(None, None),
+        **position_fields(None, None),
     )
 
 

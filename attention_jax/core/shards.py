@@ -40,14 +40,14 @@ def without(axes: Any, used: Iterable[Any]) -> Any:
     return left if len(left) > 1 else left[0] if left else None
 
 
-def placed(mesh: Any, spec: Iterable[Any]) -> NamedSharding:
+def named_sharding(mesh: Any, spec: Iterable[Any]) -> NamedSharding:
     """The sharding of an array with these mesh axes."""
     return NamedSharding(mesh, PartitionSpec(*spec))
 
 
 def resharded(x: jax.Array, mesh: Any, spec: tuple[Any, ...]) -> jax.Array:
     """The array under another sharding; itself if it has that already."""
-    return x if spec_of(x) == spec else jax.sharding.reshard(x, placed(mesh, spec))
+    return x if spec_of(x) == spec else jax.sharding.reshard(x, named_sharding(mesh, spec))
 
 
 def gathered(x: jax.Array, axis: int) -> jax.Array:

@@ -24,7 +24,7 @@ over offsets or lengths, pass ``jnp.asarray(i)``. The docstring of ``Mask`` show
 own.
 """
 
-from attention_jax.masks.at_positions import Placed as Placed
+from attention_jax.masks.at_positions import MaskAtPositions as MaskAtPositions
 from attention_jax.masks.bands import Band as Band
 from attention_jax.masks.bands import Dilated as Dilated
 from attention_jax.masks.bands import causal as causal

@@ -63,7 +63,7 @@ def forward(static: Static, *arrays: Any) -> tuple[Any, ...]:
 def _write(p: OneHead, row: QueryBlock, buffers: list[Any], results: Any) -> list[Any]:
     window = {0: (row.q0, p.grid.block_q)}
     return [
-        MappedArray(buffer, dims, p.place).put(x.astype(buffer.dtype), window)
+        MappedArray(buffer, dims, p.head_index).put(x.astype(buffer.dtype), window)
         for buffer, dims, x in zip(buffers, p.static.out_dims, results, strict=True)
     ]
 
@@ -186,7 +186,7 @@ def backward(static: Static, *arrays: Any) -> tuple[Any, ...]:
         if which not in wrt:
             return buffers
         at = wrt.index(which)
-        view = MappedArray(buffers[at], static.out_dims[at], p.place)
+        view = MappedArray(buffers[at], static.out_dims[at], p.head_index)
         part = part.astype(buffers[at].dtype)
         return [*buffers[:at], view.add(part, window), *buffers[at + 1 :]]
 

@@ -60,7 +60,7 @@ class MappedArray:
 
     array: jax.Array
     dims: Dims
-    place: tuple[jax.Array, ...]
+    head_index: tuple[jax.Array, ...]
 
     def _window(self, window: dict[int, tuple[Any, int]]) -> tuple[list[Any], list[int]]:
         starts: list[Any] = []
@@ -68,7 +68,7 @@ class MappedArray:
         core = 0
         for axis, length in enumerate(self.array.shape):
             if axis in self.dims:
-                start, size = self.place[self.dims.index(axis)], 1
+                start, size = self.head_index[self.dims.index(axis)], 1
             else:
                 start, size = window.get(core, (0, length))
                 core += 1
@@ -126,10 +126,12 @@ class QueryBlock(NamedTuple):
 class OneHead:
     """One head of one example: cuts query blocks and tiles out of the operands."""
 
-    def __init__(self, static: Static, arrays: tuple[Any, ...], place: tuple[Any, ...]) -> None:
-        self.static, self.config, self.place = static, static.config, place
+    def __init__(
+        self, static: Static, arrays: tuple[Any, ...], head_index: tuple[Any, ...]
+    ) -> None:
+        self.static, self.config, self.head_index = static, static.config, head_index
         n = static.structure.num_leaves
-        views = [MappedArray(x, d, place) for x, d in zip(arrays, static.in_dims, strict=True)]
+        views = [MappedArray(x, d, head_index) for x, d in zip(arrays, static.in_dims, strict=True)]
         self.views, self.rest = views[:n], views[n:]
         head, schedule = primitive.as_head(jax.tree.unflatten(static.structure, self.views))
         self.head: Any  # a Head of MappedArrays
@@ -253,7 +255,7 @@ def over_query_blocks(
     config: Loops = static.config
 
     def head(e: Any, buffers: Any) -> Any:
-        one = OneHead(static, arrays, place_of(e, static.levels))
+        one = OneHead(static, arrays, unravel(e, static.levels))
         count = one.grid.rows
 
         def one_row(r: Any, buffers: Any) -> Any:
@@ -291,14 +293,14 @@ def over_query_blocks(
     return lax.fori_loop(jnp.int32(0), jnp.asarray(heads, jnp.int32), head, buffers)
 
 
-def place_of(e: Any, levels: Shape) -> tuple[Any, ...]:
-    """Number ``e`` as an index along each mapped axis."""
-    place = []
+def unravel(e: Any, levels: Shape) -> tuple[Any, ...]:
+    """The index along each mapped axis of element ``e``, like ``jnp.unravel_index``."""
+    indices = []
     for size in reversed(levels):
         length = jnp.asarray(size, jnp.int32)
-        place.append(lax.rem(e, length))
+        indices.append(lax.rem(e, length))
         e = lax.div(e, length)
-    return tuple(reversed(place))
+    return tuple(reversed(indices))
 
 
 def zeros(static: Static, cores: list[tuple[tuple[int, ...], Any]]) -> list[jax.Array]:

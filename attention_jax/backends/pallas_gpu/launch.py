@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 
 from attention_jax.backends import primitive
 from attention_jax.backends.blockwise import formulas
-from attention_jax.backends.blockwise.loops import Loops, place_of
+from attention_jax.backends.blockwise.loops import Loops, unravel
 from attention_jax.backends.blockwise.run import KERNEL
 from attention_jax.backends.pallas_gpu import kernels
 from attention_jax.backends.pallas_gpu.kernels import Heads
@@ -91,17 +91,19 @@ def launch(
     def body(*refs: Any) -> None:
         program = pl.program_id(0)
         block, outer_index = lax.rem(program, np.int32(count)), lax.div(program, np.int32(count))
-        outer_place = dict(zip(outer, place_of(outer_index, outer_sizes), strict=True))
+        outer_indices = dict(zip(outer, unravel(outer_index, outer_sizes), strict=True))
 
-        def place(g: Any) -> tuple[Any, ...]:
-            at = outer_place | dict(zip(inner, place_of(g, inner_sizes), strict=True))
+        def head_index(g: Any) -> tuple[Any, ...]:
+            at = outer_indices | dict(zip(inner, unravel(g, inner_sizes), strict=True))
             return tuple(at[level] for level in range(len(static.levels)))
 
         views = [
-            MappedRef(ref, result.dims, place(np.int32(0)))
+            MappedRef(ref, result.dims, head_index(np.int32(0)))
             for ref, result in zip(refs[len(arrays) :], results, strict=True)
         ]
-        heads = Heads(math.prod(inner_sizes), lambda g: Refs(static, refs[: len(arrays)], place(g)))
+        heads = Heads(
+            math.prod(inner_sizes), lambda g: Refs(static, refs[: len(arrays)], head_index(g))
+        )
         kernel(heads, block, *views)
 
     shapes = [
@@ -257,7 +259,7 @@ def _pairs(
     )
 
     def kernel(heads: Heads, block: Any, out: MappedRef) -> None:
-        row, column = place_of(block, (grid.rows, grid.columns))
+        row, column = unravel(block, (grid.rows, grid.columns))
         kernels.pairs(heads, row, column, leaf, out, number=one)
 
     count = grid.rows * grid.columns

@@ -41,7 +41,7 @@ class MappedRef:
 
     ref: Any
     dims: Dims
-    place: tuple[Any, ...]
+    head_index: tuple[Any, ...]
 
     @property
     def core(self) -> tuple[int, ...]:
@@ -51,7 +51,7 @@ class MappedRef:
     def _index(self, *core: Any) -> tuple[Any, ...]:
         rest = iter(core)
         return tuple(
-            self.place[self.dims.index(axis)] if axis in self.dims else next(rest)
+            self.head_index[self.dims.index(axis)] if axis in self.dims else next(rest)
             for axis in range(len(self.ref.shape))
         )
 
@@ -137,9 +137,9 @@ class PairTile(NamedTuple):
 class Refs:
     """One head of one example."""
 
-    def __init__(self, static: primitive.Static, refs: tuple[Any, ...], place: Any) -> None:
+    def __init__(self, static: primitive.Static, refs: tuple[Any, ...], head_index: Any) -> None:
         count = static.structure.num_leaves
-        views = [MappedRef(r, d, place) for r, d in zip(refs, static.in_dims, strict=True)]
+        views = [MappedRef(r, d, head_index) for r, d in zip(refs, static.in_dims, strict=True)]
         self.config, self.rest = static.config, views[count:]
         self.head: Any  # a Head of MappedRefs
         self.head, self.schedules = primitive.as_head(
