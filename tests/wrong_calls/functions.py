@@ -179,7 +179,7 @@ def wrong_positions():
             lambda: cache.attend(empty(), k, k, v, query_positions=i(3)),
             type_,
             "query_positions is not an option of attend",
-            "the cache knows",
+            "the cache determines it",
         ),
         (lambda: empty(capacity=0), value, "capacity must be at least 1", "0"),
         (lambda: empty(head_dim=1.5), type_, "head_dim must be an int", "1.5"),
