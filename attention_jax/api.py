@@ -286,8 +286,8 @@ def explain(
     scale: Any = None,
     dropout_rate: float = 0.0,
     dropout_key: Any = None,
-    query_positions: Positions = None,
-    key_positions: Positions = None,
+    query_positions: Positions | jax.ShapeDtypeStruct = None,
+    key_positions: Positions | jax.ShapeDtypeStruct = None,
     implementation: Implementation = None,
     return_lse: bool = False,
     platform: str | None = None,
@@ -297,7 +297,8 @@ def explain(
     Args:
       query, key, value: arrays or ``jax.ShapeDtypeStruct``: only shapes, dtypes and explicit
         shardings matter.
-      mask, score, ...: as for ``attention``.
+      mask, score, ...: as for ``attention``; positions may be ``jax.ShapeDtypeStruct`` too, which
+        leaves the blocks uncounted.
       platform: ``"cpu"``, ``"gpu"`` or ``"tpu"``; None is the one in use.
 
     Returns:

@@ -59,7 +59,7 @@ def bind(
       query, key, value, mask, score, sinks, scale, dropout_rate, dropout_key: as for ``attention``.
       query_positions, key_positions: as for ``attention``, or ``Contiguous``.
       static_numbers: keep Python numbers of scores as constants of the program.
-      abstract: query, key and value may be ``jax.ShapeDtypeStruct``.
+      abstract: query, key, value and positions may be ``jax.ShapeDtypeStruct``.
 
     Raises:
       TypeError, ValueError: an argument is wrong; the message names it.
@@ -73,8 +73,13 @@ def bind(
     if scale is None:
         scale = 1.0 / math.sqrt(query.shape[-1] or 1) if query.shape else 1.0
     mask, score = _hoisted(mask, score, (query, key, value), numbers=not static_numbers)
-    queries = checked_positions("query_positions", query_positions, _row_shape(query))
-    keys = checked_positions("key_positions", key_positions, _row_shape(key))
+    queries, keys = (
+        checked_positions(name, x, _row_shape(rows), abstract=abstract)
+        for name, x, rows in (
+            ("query_positions", query_positions, query),
+            ("key_positions", key_positions, key),
+        )
+    )
     call = Call(
         query=query,
         key=key,

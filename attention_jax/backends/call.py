@@ -25,9 +25,8 @@ from attention_jax.core.axes import (
     accumulation_dtype,
     check_broadcastable,
     check_query_key_value,
-    is_array,
 )
-from attention_jax.core.positions import AtPositions, position_fields
+from attention_jax.core.positions import AtPositions, Contiguous, position_fields
 from attention_jax.core.pytree import full_rank
 from attention_jax.masks import Mask
 from attention_jax.masks.at_positions import mask_at_positions
@@ -172,7 +171,8 @@ def call_at_positions(
       **numbers: ``examples`` and ``head_numbers``, see ``position_fields``.
     """
     mask = call.mask
-    if mask is None and (is_array(queries) or is_array(keys) or call.dropout is not None):
+    contiguous = all(x is None or isinstance(x, Contiguous) for x in (queries, keys))
+    if mask is None and (not contiguous or call.dropout is not None):
         # Even without a mask, keys at negative positions are masked; and has_positions looks for
         # positions in the mask.
         mask = masks.window(None, None)

@@ -102,13 +102,14 @@ def position_fields(
     return fields
 
 
-def checked_positions(name: str, x: Any, shape: Shape | None) -> Any:
+def checked_positions(name: str, x: Any, shape: Shape | None, *, abstract: bool = False) -> Any:
     """Checks positions and returns them as int32.
 
     Args:
       name: of the argument.
       x: an array; ``Contiguous`` and None are returned unchanged.
       shape: the expected ``(*B, length)``; ``(length,)`` is accepted too. None if not known yet.
+      abstract: allow ``jax.ShapeDtypeStruct``.
 
     Raises:
       TypeError: not a signed integer array.
@@ -120,7 +121,10 @@ def checked_positions(name: str, x: Any, shape: Shape | None) -> Any:
         if not isinstance(x.start, int) and not is_array(x.start):
             raise TypeError(f"{name} must start at an int or an int array, got {kind(x.start)}")
         return x
-    if not is_array(x) or not jnp.issubdtype(x.dtype, jnp.signedinteger):
+    is_struct = isinstance(x, jax.ShapeDtypeStruct)
+    if is_struct and not abstract:
+        raise TypeError(f"{name} must be an array, got ShapeDtypeStruct: only explain takes it")
+    if not (is_array(x) or is_struct) or not jnp.issubdtype(x.dtype, jnp.signedinteger):
         raise TypeError(
             f"{name} must be an int32 array, got {kind(x)}: pass jnp.arange(start, stop), for "
             f"example"
@@ -138,4 +142,4 @@ def checked_positions(name: str, x: Any, shape: Shape | None) -> Any:
         and not (x.max() <= MAX_POSITION and x.min() >= -MAX_POSITION)
     ):
         raise ValueError(f"{name} must be within int32, got {x.min()} to {x.max()}")
-    return x.astype(np.int32)
+    return jax.ShapeDtypeStruct(x.shape, np.int32) if is_struct else x.astype(np.int32)

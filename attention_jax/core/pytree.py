@@ -241,7 +241,7 @@ def _unflattener(cls: type[T_]) -> Callable[[Any, Any], T_]:
 def _is_dynamic(x: Any) -> bool:
     if isinstance(x, tuple):
         return any(_is_dynamic(y) for y in x)
-    return is_array(x) or isinstance(x, Value)
+    return is_array(x) or isinstance(x, (Value, jax.ShapeDtypeStruct))
 
 
 def _is_concrete(x: Any) -> bool:
@@ -340,6 +340,8 @@ def full_rank(value: T_, sizes: Sizes, argument: str) -> T_:
                 f"{argument}: {leaf.name} has shape {tuple(x.shape)}, expected "
                 f"{with_sizes(f'[{layout}]', sizes.of_letters())}{hint}"
             )
+        if isinstance(x, jax.ShapeDtypeStruct):  # positions in a call of explain
+            return jax.ShapeDtypeStruct(shape, x.dtype)
         x = jnp.reshape(x, shape)
         # Counts and offsets are compared with positions, which are int32 throughout.
         return x.astype(jnp.int32) if leaf.axes == ("B",) else x

@@ -195,6 +195,12 @@ def wrong_positions():
             "axis_name is 'x'",
             "its axes are none",
         ),
+        (
+            lambda: attention(**good(), query_positions=jax.ShapeDtypeStruct((T,), "int32")),
+            type_,
+            "query_positions must be an array",
+            "only explain takes it",
+        ),
         (local(axis_name="y"), value, "axis_name is 'y'", "its axes are 'x'"),
         (local(axis_name=("x", "y")), value, "axis_name is ('x', 'y')", "its axes are 'x'"),
         (local(query_positions=f(T)), type_, "query_positions", "int32 array", "float32"),
