@@ -1,4 +1,4 @@
-"""Masks for mechanisms without a matrix of logits: causality and padding are all they can apply."""
+"""Masks of mechanisms without a matrix of logits, which support only causality and padding."""
 
 from __future__ import annotations
 

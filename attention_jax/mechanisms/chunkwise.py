@@ -53,7 +53,7 @@ def scan_chunks(
 ) -> tuple[Float[Array, "T _"], Float[Array, "M D"]]:
     """``out, state = step(state, *chunks)`` over chunks of ``size`` tokens, for one head.
 
-    The last chunk is filled with zeros. The backward pass recomputes each chunk from its state.
+    The last chunk is padded with zeros. The backward pass recomputes each chunk from its state.
     """
     state, *arrays = varying_together((state, *arrays))
     T = arrays[0].shape[0]

@@ -45,11 +45,11 @@ def forward(p: Refs, i: Any, out: MappedRef, m: MappedRef, log_l: MappedRef) -> 
         tile = p.tile(q, k, q0, j * s, masked=masked)
         new = jnp.maximum(largest, tile.s.max(1))
         shift = finite(new)
-        e, shrink = jnp.exp(tile.s - shift[:, None]), jnp.exp(largest - shift)
-        total = total * shrink + e.sum(1)
+        e, rescale = jnp.exp(tile.s - shift[:, None]), jnp.exp(largest - shift)
+        total = total * rescale + e.sum(1)
         e = e if tile.dropout_factor is None else e * tile.dropout_factor
         v = zero_rows(tile.visible and tile.visible.keys, v)
-        weighted = weighted * shrink[:, None] + product(e.astype(v.dtype), v, 1, 0)
+        weighted = weighted * rescale[:, None] + product(e.astype(v.dtype), v, 1, 0)
         return new, total, weighted
 
     start = (
@@ -60,8 +60,11 @@ def forward(p: Refs, i: Any, out: MappedRef, m: MappedRef, log_l: MappedRef) -> 
     largest, total, weighted = over_blocks(p.schedules.forward, i, step, start)
     if p.sink is not None:
         new = jnp.maximum(largest, p.sink)
-        shrink = jnp.exp(largest - finite(new))
-        total, weighted = total * shrink + jnp.exp(p.sink - finite(new)), weighted * shrink[:, None]
+        rescale = jnp.exp(largest - finite(new))
+        total, weighted = (
+            total * rescale + jnp.exp(p.sink - finite(new)),
+            weighted * rescale[:, None],
+        )
         largest = new
     empty = total == 0
     safe = jnp.where(empty, jnp.ones_like(total), total)
