@@ -14,18 +14,8 @@ from jaxtyping import Array, Float, Int
 
 from attention_jax import backends
 from attention_jax.backends import Backend, sequence, xla
-from attention_jax.backends.call import (
-    Call,
-    MaskLike,
-    Scale,
-    ScoreLike,
-    Sinks,
-    Spec,
-    bind,
-    check_flag,
-    complete,
-    spec_of,
-)
+from attention_jax.backends.arguments import MaskLike, Scale, ScoreLike, Sinks, bind, check_flag
+from attention_jax.backends.call import Call, Spec, complete, spec_of
 from attention_jax.backends.explanation import Explanation
 from attention_jax.core.axes import (
     AnyArray,
@@ -296,8 +286,8 @@ def explain(
     scale: Any = None,
     dropout_rate: float = 0.0,
     dropout_key: Any = None,
-    query_positions: Positions = None,
-    key_positions: Positions = None,
+    query_positions: Positions | jax.ShapeDtypeStruct = None,
+    key_positions: Positions | jax.ShapeDtypeStruct = None,
     implementation: Implementation = None,
     return_lse: bool = False,
     platform: str | None = None,
@@ -307,7 +297,8 @@ def explain(
     Args:
       query, key, value: arrays or ``jax.ShapeDtypeStruct``: only shapes, dtypes and explicit
         shardings matter.
-      mask, score, ...: as for ``attention``.
+      mask, score, ...: as for ``attention``; positions may be ``jax.ShapeDtypeStruct`` too, which
+        leaves the blocks uncounted.
       platform: ``"cpu"``, ``"gpu"`` or ``"tpu"``; None is the one in use.
 
     Returns:

@@ -14,7 +14,8 @@ from helpers import jax_normal
 
 from attention_jax import masks, scores
 from attention_jax.backends import XLA, CuDNN
-from attention_jax.backends.call import bind, complete, spec_of
+from attention_jax.backends.arguments import bind
+from attention_jax.backends.call import complete, spec_of
 
 dot_product_attention = jax.nn.dot_product_attention
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from attention_jax import attention, block_map, masks, reference
-from attention_jax.masks.at_positions import placed as placed_mask
+from attention_jax.masks.at_positions import mask_at_positions
 from attention_jax.testing import rules
 
 T, S = 6, 11
@@ -42,7 +42,7 @@ def expected_mask(name, queries, keys):
 def test_rule_and_block_map(name, seed):
     queries, keys = random_positions(seed)
     mask, expected = (
-        placed_mask(MASKS[name], queries, keys),
+        mask_at_positions(MASKS[name], queries, keys),
         expected_mask(name, queries, keys),
     )
     np.testing.assert_array_equal(mask.to_dense(T, S), expected)
@@ -57,7 +57,7 @@ def test_rule_and_block_map(name, seed):
 def test_blocks_are_skipped():
     """In a cache that wraps around, blocks of keys outside the window are not visited."""
     keys = np.roll(np.arange(64, dtype=np.int32), 16)
-    mask = placed_mask(masks.window(7, 0), np.array([20], np.int32), keys)
+    mask = mask_at_positions(masks.window(7, 0), np.array([20], np.int32), keys)
     kinds = np.asarray(block_map(mask, 1, 64, block_q=1, block_k=8).kinds)
     assert (kinds != 0).sum() == 2
 
@@ -69,7 +69,7 @@ def test_attention_with_positions_per_example(implementation):
     places = [random_positions(seed) for seed in (0, 1)]
     queries, keys = (np.stack(x) for x in zip(*places, strict=True))
     k[keys < 0], v[keys < 0] = np.nan, np.nan
-    mask = placed_mask(masks.window(4, 0), jnp.asarray(queries), jnp.asarray(keys))
+    mask = mask_at_positions(masks.window(4, 0), jnp.asarray(queries), jnp.asarray(keys))
     dense = np.stack([expected_window(*x) for x in places])[:, None]
     expected = reference.attention(
         q, np.nan_to_num(k), np.nan_to_num(v), mask=np.broadcast_to(dense, (2, 2, T, S))
@@ -85,8 +85,8 @@ def expected_window(queries, keys):
 def test_numbers_of_heads_are_added_to_positions():
 
     at = np.arange(4, dtype=np.int32)
-    once = placed_mask(masks.causal(), at, at)
-    twice = placed_mask(once, None, None, head_numbers=np.arange(2))
+    once = mask_at_positions(masks.causal(), at, at)
+    twice = mask_at_positions(once, None, None, head_numbers=np.arange(2))
     assert twice.mask_ is once.mask_
     assert twice.query_positions is at
     assert twice.head_numbers is not None

@@ -135,10 +135,10 @@ def logits_of(score, cached, lengths, mask):
     for part in calls(lengths):
         new = [x[:, part] for x in tokens(numbers=True)[1:]]
         size = part.stop - part.start
-        placed = cache.placed_scores(cached, score, size)
+        now_scores = cache.placed_scores(cached, score, size)
         _, values, now, cached = cache.extend(cached, *new, mask=mask)
         S = values.shape[1]
-        pairs, s = np.asarray(now.to_dense(size, S, B=B, N=N)), each_logit(placed, size, S)
+        pairs, s = np.asarray(now.to_dense(size, S, B=B, N=N)), each_logit(now_scores, size, S)
         for b, n, t, slot in zip(*np.nonzero(pairs), strict=True):
             logits[b, n, part.start + t, int(values[b, slot, 0, 0])] = s[b, n, t, slot]
     return logits

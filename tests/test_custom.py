@@ -7,10 +7,10 @@ import pytest
 from contract import IMPLEMENTATIONS
 
 from attention_jax import Mask, Score, attention, block_map, cache, explain, masks, scores
-from attention_jax.masks.at_positions import placed as placed_mask
+from attention_jax.masks.at_positions import mask_at_positions
 from attention_jax.masks.block_map import EMPTY, FULL, PARTIAL
 from attention_jax.scores import Masking
-from attention_jax.scores.at_positions import placed as placed_score
+from attention_jax.scores.at_positions import score_at_positions
 
 T, S, N, H = 6, 12, 2, 4
 RNG = np.random.default_rng(0)
@@ -143,11 +143,11 @@ def test_blocks_are_right_at_indices_and_at_positions(name):
     mask = COMPOSITIONS[name]
     kinds = blocks_of(mask, 12, 12)
     assert name not in ("alone", "not") or set(kinds.flat) == {EMPTY, FULL}
-    placed = placed_mask(mask, QUERY_POSITIONS, KEY_POSITIONS)
+    at_positions = mask_at_positions(mask, QUERY_POSITIONS, KEY_POSITIONS)
     whole = np.asarray(mask.to_dense(12, 12))
     expected = whole[QUERY_POSITIONS][:, KEY_POSITIONS] & (KEY_POSITIONS >= 0)
-    np.testing.assert_array_equal(placed.to_dense(T, S), expected)
-    kinds = blocks_of(placed, T, S)
+    np.testing.assert_array_equal(at_positions.to_dense(T, S), expected)
+    kinds = blocks_of(at_positions, T, S)
     if "othing" not in name:
         assert (kinds == PARTIAL).all()  # no block rule that is known to hold with gaps
 
@@ -155,8 +155,8 @@ def test_blocks_are_right_at_indices_and_at_positions(name):
 def test_a_block_rule_of_arrays_holds_at_positions():
     kinds = np.repeat([0, 1, 2, 2], 3)
     mask = Kinds(kinds[:T], kinds) & masks.causal()
-    placed = placed_mask(mask, QUERY_POSITIONS, np.arange(S, dtype=np.int32))
-    assert (blocks_of(placed, T, S) == EMPTY).any()
+    at_positions = mask_at_positions(mask, QUERY_POSITIONS, np.arange(S, dtype=np.int32))
+    assert (blocks_of(at_positions, T, S) == EMPTY).any()
 
 
 def test_a_subclass_with_its_own_block_rule_must_declare_gaps_again():
@@ -176,16 +176,16 @@ def test_a_subclass_cannot_change_the_rule(of):
 
 def test_at_positions_a_mask_of_lengths_must_define_resolve_in_sequence():
     np.testing.assert_array_equal(LastThird().to_dense(2, 6)[0], [0, 0, 0, 0, 1, 1])
-    placed = placed_mask(LastThird(), QUERY_POSITIONS, KEY_POSITIONS)
+    at_positions = mask_at_positions(LastThird(), QUERY_POSITIONS, KEY_POSITIONS)
     with pytest.raises(NotImplementedError, match=r"LastThird .* define resolve_in_sequence\(N\)"):
-        placed.to_dense(T, S)
+        at_positions.to_dense(T, S)
 
     class OfTwelve(LastThird):
         def resolve_in_sequence(self, N):
             return OfTwelve(12)
 
-    placed = placed_mask(OfTwelve(), QUERY_POSITIONS, KEY_POSITIONS)
-    np.testing.assert_array_equal(placed.to_dense(T, S)[0], KEY_POSITIONS >= 8)
+    at_positions = mask_at_positions(OfTwelve(), QUERY_POSITIONS, KEY_POSITIONS)
+    np.testing.assert_array_equal(at_positions.to_dense(T, S)[0], KEY_POSITIONS >= 8)
 
 
 def test_block_maps_of_rules_that_use_the_head():
@@ -316,7 +316,7 @@ KINDS = np.zeros(1000, np.int32)
         ({"mask": AnyOf((masks.causal(), Sorted()))}, "mask Sorted uses sort"),
         ({"score": Closed()}, "score Closed holds an array from outside"),
         ({"score": Summed(np.ones(4, np.float32))}, "score Summed does more with its arrays"),
-        ({"score": placed_score(Summed(np.ones(4)), KINDS, KINDS)}, "score Summed"),
+        ({"score": score_at_positions(Summed(np.ones(4)), KINDS, KINDS)}, "score Summed"),
     ],
 )
 def test_a_gpu_kernel_takes_arithmetic_on_single_entries(options, words):

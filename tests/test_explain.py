@@ -183,6 +183,27 @@ def test_what_is_known_only_at_run_time_is_not_counted(blocks_of_3_by_4):
     assert "at most" in str(explanation)
 
 
+@each_platform
+@pytest.mark.parametrize(
+    "options", [{}, {"mask": masks.causal(), "score": scores.alibi()}, {"dropout_rate": 0.1}]
+)
+def test_positions_may_be_given_by_shape(options, platform):
+    if "dropout_rate" in options:
+        options = options | {"dropout_key": jax.random.key(0)}
+    x = shapes(T=64, S=96)
+    per_example, shared = np.zeros((B, 64), np.int32), np.arange(96, dtype=np.int64)
+    positions = {"query_positions": per_example, "key_positions": shared}
+    structs = {n: jax.ShapeDtypeStruct(a.shape, a.dtype) for n, a in positions.items()}
+    given = explain(*x, platform=platform, **options, **positions)
+    by_shape = explain(*x, platform=platform, **options, **structs)
+    assert by_shape.chosen == given.chosen
+    assert by_shape.reasons == given.reasons
+    assert by_shape.extra_bytes == given.extra_bytes
+    assert explain(*x, implementation="blockwise", **options, **structs).blocks is None
+    with pytest.raises(ValueError, match=r"query_positions has shape \(7,\)"):
+        explain(*x, query_positions=jax.ShapeDtypeStruct((7,), np.int32))
+
+
 def test_an_empty_call_costs_nothing():
     for t, s in ((0, 5), (5, 0)):
         explanation = explain(*shapes(t, s), mask=masks.causal())

@@ -22,7 +22,8 @@ from helpers import jax_normal, mostly_slow
 import attention_jax
 from attention_jax import explain, masks, scores
 from attention_jax.backends import FA4, XLA, choose
-from attention_jax.backends.call import bind, complete, spec_of
+from attention_jax.backends.arguments import bind
+from attention_jax.backends.call import complete, spec_of
 
 BF16, F32 = jnp.bfloat16, jnp.float32
 B, T, K, G, H = (2, 3), 10, 2, 3, 8

@@ -91,10 +91,10 @@ def test_gradients_of_a_bias_and_of_slopes_come_from_a_kernel(heads):
         return loss(fn, q, k, v, score=score, mask=masks.window(9, 5))
 
     grad = jax.value_and_grad(run, (0, 1))
-    as_loops = mock.Mock(side_effect=launch._as_loops)
-    with mock.patch.object(launch, "_as_loops", as_loops):
+    loop_operands = mock.Mock(side_effect=launch.loop_operands)
+    with mock.patch.object(launch, "loop_operands", loop_operands):
         ours = grad(bias, slopes, interpreted)
-    as_loops.assert_not_called()  # the loops were not used
+    loop_operands.assert_not_called()  # the loops were not used
     xla = functools.partial(attention, implementation="xla")
     chex.assert_trees_all_close(ours, grad(bias, slopes, xla), atol=2e-5)
 

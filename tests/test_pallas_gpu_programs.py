@@ -13,8 +13,8 @@ from jax.experimental.pallas import triton
 from attention_jax import attention, explain, masks, scores
 from attention_jax.backends.pallas_gpu import support
 from attention_jax.core.positions import Contiguous
-from attention_jax.masks.at_positions import placed as placed_mask
-from attention_jax.scores.at_positions import placed as placed_score
+from attention_jax.masks.at_positions import mask_at_positions
+from attention_jax.scores.at_positions import score_at_positions
 
 NAME = "pallas_gpu interpreted"
 interpreted = IMPLEMENTATIONS[NAME]
@@ -55,7 +55,7 @@ LOWERED = {
     "places, global tokens, bias": (
         "bfloat16",
         {
-            "mask": placed_mask(masks.causal(), np.arange(500)[None], np.arange(500)[None])
+            "mask": mask_at_positions(masks.causal(), np.arange(500)[None], np.arange(500)[None])
             | masks.global_tokens(np.arange(500) < 3),
             "score": scores.bias(np.zeros((500, 500), np.float32)),
         },
@@ -64,8 +64,8 @@ LOWERED = {
         "bfloat16",
         {
             "score": [
-                placed_score(scores.alibi(), np.arange(500)[None], np.arange(500)[None]),
-                placed_score(
+                score_at_positions(scores.alibi(), np.arange(500)[None], np.arange(500)[None]),
+                score_at_positions(
                     scores.relative_bias(np.zeros((32, 8), np.float32)),
                     Contiguous(np.array([7])),
                     None,

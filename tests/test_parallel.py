@@ -20,7 +20,7 @@ from attention_jax import masks, parallel, scores, testing
 from attention_jax.core.axes import Sizes
 from attention_jax.core.pytree import leaves
 from attention_jax.masks import block_map
-from attention_jax.masks.at_positions import placed
+from attention_jax.masks.at_positions import mask_at_positions
 
 B, T, N, K, H = 2, 24, 8, 4, 8
 DEVICES = 4
@@ -297,7 +297,7 @@ def test_zigzag_balances_causal_work():
 
     @jax.jit
     def visited(own, positions):
-        mask = placed(masks.causal(), own, positions)
+        mask = mask_at_positions(masks.causal(), own, positions)
         kinds = block_map.block_map(mask, local, length, block_q=size, block_k=size).kinds
         return (kinds != block_map.EMPTY).sum()
 

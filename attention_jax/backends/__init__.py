@@ -125,13 +125,13 @@ def preference(spec: Spec) -> tuple[tuple[str, str], ...]:
     """
     kernels = KERNELS.get(spec.platform, ())
     everywhere = _everywhere(spec)
-    placed = (*kernels, *everywhere)
+    ranked = (*kernels, *everywhere)
     T, S = spec.sizes.T, spec.sizes.S
     if spec.platform == "cpu" and not spec.sizes.symbolic_lengths and max(T, S) < NATIVE_FROM:
         short = ("xla", f"fastest where T and S are below {NATIVE_FROM}")
-        placed = (short, *(each for each in placed if each[0] != "xla"))
-    unplaced = (name for name in IMPLEMENTATIONS if name not in dict(placed))
-    return (*placed, *((name, ONLY_BY_NAME) for name in unplaced))
+        ranked = (short, *(each for each in ranked if each[0] != "xla"))
+    unranked = (name for name in IMPLEMENTATIONS if name not in dict(ranked))
+    return (*ranked, *((name, ONLY_BY_NAME) for name in unranked))
 
 
 def _everywhere(spec: Spec) -> tuple[tuple[str, str], ...]:

@@ -1,47 +1,37 @@
 """The input of a backend: the checked arguments of one call of ``attention``.
 
-``bind`` converts public arguments to a ``Call``, ``complete`` fills in what depends on shapes, and
-``spec_of`` summarizes the call without the values of its arrays as a ``Spec``, from which a backend
-is chosen. A ``Backend`` has two methods, ``why_unsupported(spec)`` and ``run(call, spec)``.
+``arguments.bind`` converts public arguments to a ``Call``, ``complete`` fills in what depends on
+shapes, and ``spec_of`` summarizes the call without the values of its arrays as a ``Spec``, from
+which a backend is chosen. A ``Backend`` has two methods, ``why_unsupported(spec)`` and
+``run(call, spec)``.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from attention_jax import masks
-from attention_jax import scores as all_scores
 from attention_jax.core import dropout
 from attention_jax.core.axes import (
     AnyArray,
-    Shape,
     Sizes,
     accumulation_dtype,
     check_broadcastable,
-    check_float_array,
     check_query_key_value,
-    is_array,
-    kind,
 )
-from attention_jax.core.positions import Positioned, checked_positions, positioned
+from attention_jax.core.positions import AtPositions, Contiguous, position_fields
 from attention_jax.core.pytree import full_rank
 from attention_jax.masks import Mask
-from attention_jax.masks.at_positions import placed as placed_mask
+from attention_jax.masks.at_positions import mask_at_positions
 from attention_jax.scores import Score
-from attention_jax.scores.at_positions import placed as placed_score
-
-MaskLike = Mask | Bool[AnyArray, "..."] | None
-ScoreLike = Score | Sequence[Score]
-Sinks = Float[AnyArray, " N"] | None
-Scale = float | Float[AnyArray, ""] | None
+from attention_jax.scores.at_positions import score_at_positions
 
 
 class Call(NamedTuple):
@@ -73,14 +63,15 @@ class Head(NamedTuple):
 
 
 class Results(NamedTuple):
-    """Output and normalizer, which are those of the visible keys only: ``lse = m + log_l``.
+    """Output and normalizer ``lse = m + log_l``.
 
-    The two parts of the lse stay apart, because their sum rounds ``log_l`` where logits are large.
+    The two terms of the lse are kept separate, because their sum loses digits of ``log_l`` when
+    logits are large.
     """
 
     out: Float[Array, "*B T N D"]
-    m: Float[Array, "*B T N"]  # finite, also without visible keys
-    log_l: Float[Array, "*B T N"]  # -inf without visible keys
+    m: Float[Array, "*B T N"]  # always finite, also for a query with no visible key
+    log_l: Float[Array, "*B T N"]  # -inf for a query with no visible key
 
 
 class Spec(NamedTuple):
@@ -110,7 +101,7 @@ class Backend:
 
     # Whether the kernel needs ``scale`` and Python numbers in scores as constants of the program.
     STATIC_NUMBERS: ClassVar[bool] = False
-    # ``chunk`` and ``chunk_cotangents`` compute with some of the keys at a time.
+    # Whether it has ``chunk`` and ``chunk_cotangents``, which compute with some of the keys.
     CHUNKS: ClassVar[bool] = False
 
     def __str__(self) -> str:
@@ -134,12 +125,12 @@ class Backend:
     def chunk_cotangents(
         self, call: Call, spec: Spec, results: Results, wrt: Sequence[int], cotangents: Any
     ) -> list[jax.Array]:
-        """What a chunk of the keys contributes to the cotangents of operands.
+        """The contribution of a chunk of the keys to the cotangents of operands.
 
         Args:
           call, spec: of the chunk, without sinks.
           results: of all keys.
-          wrt: which operands, by number: query, key, value, the arrays of the scores, the scale.
+          wrt: which operands, as indices into query, key, value, arrays of the scores, scale.
           cotangents: of the output and the lse, of all keys.
         """
         raise NotImplementedError(f"{type(self).__name__} has no chunk_cotangents(call, ...)")
@@ -161,109 +152,52 @@ def symbolic_lengths_refused(sizes: Sizes) -> str | None:
 
 
 def symbolic_sizes_refused(sizes: Sizes) -> str | None:
-    """The same for a backend whose grid also depends on the batch size."""
+    """``symbolic_lengths_refused`` for a backend whose grid also depends on the batch size."""
     if sizes.symbolic_batch:
         return "B is symbolic, and its kernel is launched for a batch size known while tracing"
     return symbolic_lengths_refused(sizes)
 
 
-def bind(
-    query: Any,
-    key: Any,
-    value: Any,
-    *,
-    mask: MaskLike = None,
-    score: ScoreLike = (),
-    sinks: Sinks = None,
-    scale: Scale = None,
-    dropout_rate: float = 0.0,
-    dropout_key: Any = None,
-    query_positions: Any = None,
-    key_positions: Any = None,
-    static_numbers: bool = False,
-    abstract: bool = False,
+def call_at_positions(
+    call: Call, queries: Any, keys: Any, *, resolved: bool = False, **numbers: Any
 ) -> Call:
-    """Public arguments as a ``Call``, a pytree of arrays that can be passed to ``jax.jit``.
-
-    A bool array becomes ``masks.dense``, a single score a tuple, a dropout rate and key a
-    ``Dropout``, and arrays that functions close over become leaves. Positions become part of the
-    mask, the scores and the dropout. Shapes are not checked yet.
-
-    Args:
-      query, key, value, mask, score, sinks, scale, dropout_rate, dropout_key: as for ``attention``.
-      query_positions, key_positions: as for ``attention``, or ``Contiguous``.
-      static_numbers: keep Python numbers of scores as constants of the program.
-      abstract: query, key and value may be ``jax.ShapeDtypeStruct``.
-
-    Raises:
-      TypeError, ValueError: an argument is wrong; the message names it.
-    """
-    mask, score = as_mask(mask), as_scores(score)
-    check_types(
-        {"query": query, "key": key, "value": value, "sinks": sinks, "scale": scale},
-        abstract=abstract,
-    )
-    dropout.check(dropout_rate, dropout_key)
-    if scale is None:
-        scale = 1.0 / math.sqrt(query.shape[-1] or 1) if query.shape else 1.0
-    mask, score = _hoisted(mask, score, (query, key, value), numbers=not static_numbers)
-    queries = checked_positions("query_positions", query_positions, _row_shape(query))
-    keys = checked_positions("key_positions", key_positions, _row_shape(key))
-    call = Call(
-        query=query,
-        key=key,
-        value=value,
-        mask=mask,
-        score=score,
-        sinks=sinks,  # type: ignore[arg-type]  # the arrays of JAX once complete
-        scale=float(scale) if is_number(scale) else scale,  # type: ignore[arg-type]
-        dropout=dropout.of_rate(
-            dropout_rate, None if abstract else dropout_key, accumulation_dtype(query.dtype)
-        ),
-    )
-    return call if queries is None and keys is None else place(call, queries, keys)
-
-
-def place(call: Call, queries: Any, keys: Any, *, resolved: bool = False, **numbers: Any) -> Call:
-    """The call with these positions of queries and keys, and numbers of examples and heads.
+    """The call with its mask, scores and dropout evaluated at explicit positions.
 
     Args:
       call: from ``bind``.
-      queries, keys: int32 arrays, ``Contiguous``, or None: 0, 1, 2, ... Both None: as before.
-      resolved: mask and scores are resolved for the whole sequence, with all its heads.
-      **numbers: ``examples`` and ``head_numbers``, see ``positioned``.
+      queries, keys: int32 arrays, ``Contiguous``, or None: 0, 1, 2, ... If both are None, positions
+        that the call already has are kept.
+      resolved: whether mask and scores are already resolved for the whole sequence and all heads.
+      **numbers: ``examples`` and ``head_numbers``, see ``position_fields``.
     """
     mask = call.mask
-    if mask is None and (is_array(queries) or is_array(keys) or call.dropout is not None):
-        # Negative keys are masked, and a kernel sees from the mask that there are positions.
+    contiguous = all(x is None or isinstance(x, Contiguous) for x in (queries, keys))
+    if mask is None and (not contiguous or call.dropout is not None):
+        # Even without a mask, keys at negative positions are masked; and has_positions looks for
+        # positions in the mask.
         mask = masks.window(None, None)
     options: dict[str, Any] = {"resolved": resolved, **numbers}
     drop = call.dropout
     if drop is not None:
-        unmoved = queries is None and keys is None
+        keep_positions = queries is None and keys is None
         drop = dataclasses.replace(
-            drop, **(numbers if unmoved else positioned(queries, keys, **numbers))
+            drop, **(numbers if keep_positions else position_fields(queries, keys, **numbers))
         )
     return call._replace(
-        mask=None if mask is None else placed_mask(mask, queries, keys, **options),
-        score=tuple(placed_score(x, queries, keys, **options) for x in call.score),
+        mask=None if mask is None else mask_at_positions(mask, queries, keys, **options),
+        score=tuple(score_at_positions(x, queries, keys, **options) for x in call.score),
         dropout=drop,
     )
 
 
-def _row_shape(x: Any) -> Shape | None:
-    """``(*B, T)`` of a query ``[*B T N H]``; None if it has too few axes, which is found later."""
-    return tuple(x.shape[:-2]) if len(x.shape) >= 3 else None
-
-
 def has_positions(spec: Spec) -> bool:
-    """Whether queries or keys have positions that are not their indices."""
+    """Whether the call has explicit positions of queries or keys."""
     values = spec.score if spec.mask is None else (spec.mask, *spec.score)
-    return any(isinstance(x, Positioned) for x in values)
+    return any(isinstance(x, AtPositions) for x in values)
 
 
 def positions_refused(spec: Spec) -> str | None:
-    """The refusal of a kernel that counts queries and keys from 0."""
+    """Why a kernel that uses indices as positions does not support a call; else None."""
     if has_positions(spec):
         return "query_positions or key_positions: its kernel counts queries and keys from 0"
     return None
@@ -283,7 +217,7 @@ def complete(call: Call) -> tuple[Call, Sizes]:
     _check_sinks(call.sinks, sizes)
     _check_scale(call.scale)
     mask, score = call.mask, call.score
-    plain = mask.mask_ if isinstance(mask, masks.Placed) else mask
+    plain = mask.mask_ if isinstance(mask, masks.MaskAtPositions) else mask
     if isinstance(plain, masks.Dense):
         check_broadcastable("mask", plain.array.shape, sizes)
     if mask is not None:
@@ -339,129 +273,6 @@ def _as_scale(call: Call) -> Any:
     if isinstance(call.query, jax.ShapeDtypeStruct):  # nothing is computed for explain
         return call.scale
     return jnp.asarray(call.scale).astype(accumulation_dtype(call.query.dtype))
-
-
-def _hoisted(
-    mask: Mask | None,
-    score: tuple[Score, ...],
-    arrays: tuple[Any, ...],
-    *,
-    numbers: bool,
-) -> tuple[Mask | None, tuple[Score, ...]]:
-    """Mask and scores with arrays in place of values that need not be constants of the program.
-
-    Args:
-      arrays: query, key and value.
-      numbers: also replace Python numbers; False for kernels that need them as constants.
-    """
-    dtype = jax.dtypes.canonicalize_dtype(accumulation_dtype(arrays[0].dtype))
-    mask = None if mask is None else mask.hoisted(dtype, numbers)
-    score = tuple(x.hoisted(dtype, numbers) for x in score)
-    tracing = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((arrays, mask, score)))
-    return jax.tree.map(_not_folded, (mask, score)) if tracing else (mask, score)
-
-
-# A NumPy mask of 4096 x 4096 takes 30 s to compile as a constant, and 0.5 s behind a barrier.
-LARGE_CONSTANT = 2**12  # entries
-
-
-def _not_folded(x: Any) -> Any:
-    """Hides a large constant of the program from XLA's constant folding."""
-    constant = is_array(x) and not isinstance(x, jax.core.Tracer) and np.size(x) >= LARGE_CONSTANT
-    return jax.lax.optimization_barrier(jnp.asarray(x)) if constant else x
-
-
-def as_mask(mask: Any) -> Mask | None:
-    """A mask, with a bool array as ``masks.dense``."""
-    if mask is None or isinstance(mask, Mask):
-        return mask
-    if isinstance(mask, (tuple, list)) and any(isinstance(x, Mask) for x in mask):
-        raise TypeError(f"mask must be one Mask, got a {kind(mask)}: join them with & or |")
-    if is_array(mask):
-        if mask.dtype != np.bool_:
-            raise TypeError(
-                f"mask must be a Mask or a bool array (True = visible), got dtype {mask.dtype}: "
-                f"convert it with .astype(bool), or add it to the logits by "
-                f"score=scores.bias(array)"
-            )
-        return masks.dense(mask)
-    raise TypeError(
-        f"mask must be a Mask, a bool array or None, got {kind(mask)}"
-        f"{_hint(mask, masks, 'mask', 'mask_fn(fn)')}"
-    )
-
-
-def as_scores(score: Any) -> tuple[Score, ...]:
-    """Scores as a tuple."""
-    scores = (score,) if isinstance(score, Score) else score
-    if not isinstance(scores, (tuple, list)) or not all(isinstance(x, Score) for x in scores):
-        several = scores if isinstance(scores, (tuple, list)) else (scores,)
-        wrong = next(x for x in several if not isinstance(x, Score))
-        got = kind(wrong) if several is not scores else f"a sequence with {kind(wrong)}"
-        raise TypeError(
-            f"score must be a Score or a sequence of them, got {got}"
-            f"{_hint(wrong, all_scores, 'score', 'score_fn(fn)')}"
-        )
-    return tuple(scores)
-
-
-def _hint(x: Any, namespace: Any, argument: str, wrapped: str) -> str:
-    """A suggestion for a wrong mask or score; empty if there is none.
-
-    Args:
-      x: the argument.
-      namespace: ``masks`` or ``scores``.
-      argument: its name.
-      wrapped: how to make a mask or score of a function.
-    """
-    module = namespace.__name__.rpartition(".")[2]
-    name = x if isinstance(x, str) else getattr(x, "__name__", "")
-    if name in namespace.__all__ and (isinstance(x, str) or getattr(namespace, name) is x):
-        return f": call {module}.{name}(...)"
-    if isinstance(x, (Mask, Score)):
-        other = "mask" if isinstance(x, Mask) else "score"
-        return f": pass it as {other}="
-    if callable(x):
-        return f": wrap it, {module}.{wrapped}"
-    if isinstance(x, (bool, int)) and argument == "mask":
-        return ": pass None to attend to every key, or masks.causal() to mask those that follow"
-    if isinstance(x, (list, tuple)):
-        return ": convert it with np.asarray" if argument == "mask" else ""
-    if x is None:
-        return ": leave it out, or pass ()"
-    return ": a bias is scores.bias(array)" if is_array(x) and argument == "score" else ""
-
-
-def check_types(arrays: dict[str, Any], *, abstract: bool = False) -> None:
-    """Raises unless all are floating arrays; ``scale`` may also be a number.
-
-    Args:
-      arrays: by argument name.
-      abstract: allow ``jax.ShapeDtypeStruct``.
-    """
-    for name, x in arrays.items():
-        if x is None and name in ("sinks", "scale"):
-            continue
-        if name == "scale" and not is_array(x):
-            if not is_number(x):
-                raise TypeError(
-                    f"scale must be a number, a floating array of shape [] or None, got {kind(x)}"
-                )
-            continue
-        check_float_array(name, x)
-        if isinstance(x, jax.ShapeDtypeStruct) and not abstract:
-            raise TypeError(f"{name} must be an array, got ShapeDtypeStruct: only explain takes it")
-
-
-def check_flag(name: str, x: Any) -> None:
-    """Raises unless ``x`` is True or False."""
-    if not isinstance(x, bool):
-        raise TypeError(f"{name} must be True or False, got {x!r}")
-
-
-def is_number(x: Any) -> bool:
-    """True for a Python number, which a bool is not."""
-    return isinstance(x, (int, float)) and not isinstance(x, bool)
 
 
 def _check_sinks(sinks: Any, sizes: Sizes) -> None:

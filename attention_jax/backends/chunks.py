@@ -1,10 +1,10 @@
-"""A chunk of the keys: its share of the results, and of the cotangents given those of all keys.
+"""The backward pass of a chunk of the keys, given the results of all keys.
 
-With ``m`` and ``log_l`` those of all keys, sinks included, the probabilities of a chunk are final::
+With ``m`` and ``log_l`` those of all keys, sinks included, a chunk has the final probabilities::
 
-    p_ij  = exp(s_ij - m_i - log_l_i)
+    p_ij = exp(s_ij - m_i - log_l_i)
 
-and so are its terms of every sum of the backward pass: the normalizer is not recomputed.
+so the gradients are plain sums over chunks, and no normalizer is recomputed.
 """
 
 from __future__ import annotations
@@ -16,17 +16,13 @@ import jax
 import jax.numpy as jnp
 
 from attention_jax.backends.call import Call, Head, Results, Spec
-from attention_jax.backends.heads import as_arrays, lift, over_heads_and_examples
-from attention_jax.backends.primitive import HeadAttention
+from attention_jax.backends.heads import as_arrays, lift
 from attention_jax.backends.tile import whole
 from attention_jax.core import dropout
-from attention_jax.core.axes import Sizes
 from attention_jax.core.pytree import leaves
 from attention_jax.core.softmax import finite, product, zero_rows
-from attention_jax.scores import Score
 
 OUTPUTS = ("*B T N D", "*B T N", "*B T N")
-Plan = Callable[[Head], tuple[Head, Any, Any]]  # -> what the primitives take
 
 
 def operand_axes(call: Call) -> list[Any]:
@@ -39,86 +35,16 @@ def operands(call: Call) -> list[Any]:
     return [*call[:3], *jax.tree.leaves(call.score), call.scale]
 
 
-def by_primitive(attend: HeadAttention, plan: Plan, call: Call, sizes: Sizes) -> Results:
-    """The results of a chunk."""
-
-    def head(one: Head) -> Any:
-        return attend.forward(*plan(one))
-
-    return Results(*over_heads_and_examples(head, call, sizes, OUTPUTS))
-
-
-def cotangents_by_primitive(
-    attend: HeadAttention,
-    plan: Plan,
-    call: Call,
-    sizes: Sizes,
-    results: Results,
-    wrt: Sequence[int],
-    cotangents: Any,
-    planned: Callable[[Head, Score], Score] | None = None,
-) -> list[jax.Array]:
-    """The transpose of the primitive ``tangent``, mapped over all heads of all examples.
-
-    Args:
-      planned: what the plan makes of each score of a head; None: it keeps them.
-    """
-    flat, axes, structure = as_arrays(call, sizes)
-    every, every_axes = operands(call), operand_axes(call)
-
-    def one(*xs: Any) -> Any:
-        head: Head = jax.tree.unflatten(structure, xs[: len(flat)])
-        rest = xs[len(flat) :]
-        moving = dict(zip(wrt, rest[len(OUTPUTS) :], strict=True))
-        if planned is not None:
-            moving = _of_planned_scores(planned, head, moving)
-        return attend.tangent(*plan(head), rest[: len(OUTPUTS)], moving)
-
-    def tangents(*moving: Any) -> Any:
-        letters = [*axes, *OUTPUTS, *(every_axes[i] for i in wrt)]
-        return lift(one, [*flat, *results, *moving], sizes, letters, OUTPUTS[:2])
-
-    return list(jax.linear_transpose(tangents, *(every[i] for i in wrt))(tuple(cotangents)))
-
-
-def _of_planned_scores(
-    planned: Callable[[Head, Score], Score], head: Head, moving: dict[int, Any]
-) -> dict[int, Any]:
-    """Tangents of operands after ``planned``, given those before it, by the number of the operand.
-
-    A score none of whose arrays moves has no tangents: a kernel may lack some of its derivatives.
-    """
-    before = after = 3  # query, key and value come first
-    result = {i: x for i, x in moving.items() if i < before}
-    for score in head.score:
-        given, structure = jax.tree.flatten(score)
-        inner = [i for i in range(len(given)) if before + i in moving]
-
-        def arrays(
-            *changed: Any, given: Any = given, structure: Any = structure, inner: Any = inner
-        ) -> list[Any]:
-            every = list(given)
-            for i, x in zip(inner, changed, strict=True):
-                every[i] = x
-            return jax.tree.leaves(planned(head, jax.tree.unflatten(structure, every)))
-
-        primals = [given[i] for i in inner]
-        found = jax.eval_shape(arrays, *primals)
-        if inner:
-            _, tangents = jax.jvp(arrays, primals, [moving[before + i] for i in inner])
-            floats = (i for i, x in enumerate(found) if jnp.issubdtype(x.dtype, jnp.inexact))
-            result |= {after + i: tangents[i] for i in floats}
-        before += len(given)
-        after += len(found)
-    return result | {after + i - before: x for i, x in moving.items() if i >= before}
-
-
 def materialized(
     logits: Callable[[Head], Any], head: Head, results: Results
 ) -> tuple[jax.Array, jax.Array]:
     """``sum_j p_ij v_j - (sum_j p_ij) out_i`` and ``sum_j p_ij`` over the keys of a chunk.
 
-    Its vjp is the chunk's contribution to the gradient. The results, of all keys, are constant.
+    With ``results``, of all keys, held constant, its vjp is the chunk's contribution to the
+    gradients.
+
+    Args:
+      logits: from a head to its logits ``[T S]``, values and the rows with a visible key.
     """
     s, v, rows = logits(head)
     out, m, log_l = results
@@ -144,9 +70,9 @@ def cotangents_materialized(
     every = operands(call)
     structure = jax.tree.structure(call.score)
 
-    def fn(*moving: Any) -> Any:
+    def fn(*varying: Any) -> Any:
         given = list(every)
-        for i, x in zip(wrt, moving, strict=True):
+        for i, x in zip(wrt, varying, strict=True):
             given[i] = x
         query, key, value, *arrays, scale = given
         score = jax.tree.unflatten(structure, arrays)
@@ -159,5 +85,5 @@ def cotangents_materialized(
 
         return lift(one, [*flat, *results], spec.sizes, [*axes, *OUTPUTS], OUTPUTS[:2])
 
-    _, pull = jax.vjp(fn, *(every[i] for i in wrt))
-    return list(pull(tuple(cotangents)))
+    _, vjp = jax.vjp(fn, *(every[i] for i in wrt))
+    return list(vjp(tuple(cotangents)))

@@ -5,8 +5,8 @@ A head function takes a ``Head``::
     query [T H], key [S H], value [S D], a mask and scores without B and N axes,
     sink, scale, b, n (scalars)
 
-Every array is mapped over the axes it has and never repeated over those it lacks: keys and values
-are not copied for the ``G`` query heads that share them, nor a bias for the examples that share it.
+An array is mapped over the axes it has and not repeated over those it lacks: keys and values are
+not copied for the ``G`` query heads that share them, nor a bias for the examples that share it.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ def over_heads_and_examples(
     *,
     reshape: bool = True,
 ) -> tuple[jax.Array, ...]:
-    """``head`` on every head of every example.
+    """Maps ``head`` over all heads of all examples.
 
     Args:
       head: a function of a ``Head`` that returns a tuple of arrays.
       call: the arguments, with masks and scores at full rank.
       sizes: of the axes.
-      outputs: per array, its axes with ``*B`` and ``N``, such as ``"*B T N D"``.
+      outputs: the axes of each result, with ``*B`` and ``N``, such as ``"*B T N D"``.
       inputs: the axes of query, key and value.
       reshape: see ``lift``.
     """
@@ -66,10 +66,10 @@ def as_arrays(
     sizes: Sizes,
     inputs: tuple[str, str, str] = ("*B T N H", "*B S K H", "*B S K D"),
 ) -> tuple[list[Any], list[str | tuple[str, ...]], Any]:
-    """A call as arrays, the axes of each, and the structure of a ``Head`` of them.
+    """The arrays of a call, the axes of each, and the structure of a ``Head`` that holds them.
 
     Args:
-      As for ``over_heads_and_examples``.
+      call, sizes, inputs: as for ``over_heads_and_examples``.
     """
     xp = jnp if sizes.symbolic_batch else np
     b = xp.arange(math.prod(sizes.B), dtype=np.int32).reshape(sizes.B)
@@ -95,18 +95,18 @@ def lift(
     *,
     reshape: bool = True,
 ) -> tuple[jax.Array, ...]:
-    """``head`` on every head of every example of some arrays.
+    """Maps a function of the arrays of one head over all heads of all examples.
 
     Args:
       head: from the arrays, without the axes ``*B``, ``N`` and ``K``, to a tuple of arrays.
-      arrays: all of them; axes ``*B`` and ``N`` may have size 1, which broadcasts.
-      sizes: what the axis letters stand for.
+      arrays: whole arrays; axes ``*B`` and ``N`` of size 1 broadcast.
+      sizes: the sizes of the axes.
       inputs: the axes of each array, such as ``"*B S K H"``; axes other than ``*B``, ``N`` and
         ``K`` are passed on to ``head``.
       outputs: the axes of each result: ``*B``, and ``N``, or ``K`` for results that do not depend
         on the query heads.
-      reshape: reshape arrays to leave out the axes of a single example or head; else map over these
-        too. XLA does not update a cache in place whose reshaped array goes to a kernel.
+      reshape: remove mapped axes of size 1 by a reshape; if False, map over them too, because XLA
+        does not update a KV cache in place if a reshaped view of it is passed to a kernel.
 
     >>> sizes = Sizes(B=(2,), T=3, S=5, K=2, G=2, H=7, D=7)
     >>> query, key = np.ones((2, 3, 4, 7)), np.ones((2, 5, 2, 7))
@@ -132,7 +132,7 @@ def lift(
         """``x`` with ``N`` as ``K, G``, without the mapped axes along which it has size 1."""
         letters = axes.split() if isinstance(axes, str) else list(axes)
         x = jnp.asarray(x)
-        if not letters:  # a scalar, or an array of a function: whole for every head
+        if not letters:  # a scalar, or an array of a function, which each head gets whole
             return x, []
         shape: list[int] = []
         d = 0
@@ -164,7 +164,7 @@ def lift(
     mapped = head
     results = [named(o) for o in outputs]
     plan = []
-    for level in levels:  # outermost first: each strips its axis
+    for level in levels:  # outermost first; each removes its axis
         where = tuple(r.index(level) if level in r else None for r in names)
         names = [[x for x in r if x != level] for r in names]
         out = tuple(r.index(level) if level in r else None for r in results)
@@ -208,9 +208,9 @@ def _expand(fn: Callable[..., Any], axes: tuple[int | None, ...]) -> Callable[..
 def kernel_on_each_device(
     run: Callable[[Call, Sizes], tuple[jax.Array, jax.Array]], call: Call, sizes: Sizes
 ) -> tuple[jax.Array, jax.Array]:
-    """A kernel for all heads and examples of a call, on each device's shard of them.
+    """Runs a kernel for all heads and examples, on each device for its shard of them.
 
-    XLA cannot partition a kernel, not even where all arrays are whole on every device.
+    XLA cannot partition a kernel, not even if all arrays are replicated.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if not any(mesh.shape[name] > 1 for name in mesh.explicit_axes):
@@ -237,10 +237,13 @@ def _on_each_device(
     *,
     kernel: bool = False,
 ) -> tuple[jax.Array, ...]:
-    """``run(local sizes, *shards)``: batch and heads stay sharded, all other axes are gathered.
+    """``run(local sizes, *shards)`` on each device: other axes than batch and heads are gathered.
 
-    If two arrays disagree the first one decides, and the others are resharded. A kernel's results
-    have no types of the mesh axes along which they vary, and it needs all of the mesh.
+    If arrays are sharded differently, the first decides and the others are resharded.
+
+    Args:
+      kernel: whether ``run`` is a kernel, which has all mesh axes manual and whose results do not
+        track the axes along which they vary.
     """
     arrays = [jnp.asarray(x) for x in arrays]
     batch = [f"B{i}" for i in range(len(sizes.B))]
@@ -252,7 +255,7 @@ def _on_each_device(
 
     mesh_axes = axes_of_mapped(arrays, [letters(axes) for axes in inputs], sizes, mesh)
 
-    def parts(letter: str) -> int:
+    def num_shards(letter: str) -> int:
         return math.prod(mesh.shape[name] for name in mesh_axes.get(letter, ()))
 
     def spec(axes: str | tuple[str, ...], shape: Shape | None = None) -> PartitionSpec:
@@ -268,14 +271,14 @@ def _on_each_device(
         jax.sharding.reshard(x, NamedSharding(mesh, s))
         for x, s in zip(arrays, in_specs, strict=True)
     ]
-    K = sizes.K // parts("K")
+    K = sizes.K // num_shards("K")
     local = dataclasses.replace(
         sizes,
-        B=tuple(full[b] // parts(b) for b in batch),
+        B=tuple(full[b] // num_shards(b) for b in batch),
         K=K,
-        G=sizes.N // parts("N") // K,
+        G=sizes.N // num_shards("N") // K,
     )
-    # Other axes may be mapped over by a vmap around this.
+    # An enclosing vmap may map over the other mesh axes.
     used = {name for names in mesh_axes.values() for name in names}
     mapped = jax.shard_map(
         lambda *xs: run(local, *xs),
@@ -299,10 +302,10 @@ def axes_of_mapped(
 
     Args:
       arrays: the first that is sharded along an axis decides.
-      letters: one for each axis of each array.
-      sizes: what the letters stand for.
+      letters: the axis letters of each array.
+      sizes: the sizes of the axes.
       mesh: the mesh.
-      taken: mesh axes that are used otherwise.
+      taken: mesh axes that are already in use.
     """
     full = {f"B{i}": size for i, size in enumerate(sizes.B)} | {"N": sizes.N, "K": sizes.K}
     found: dict[str, tuple[str, ...]] = {}

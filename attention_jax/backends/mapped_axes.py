@@ -1,7 +1,7 @@
-"""Which axes of arrays are mapped: ``vmap`` adds them, and a primitive's kernel loops over them.
+"""Mapped axes: those that ``vmap`` adds to arrays, and that a primitive's kernel loops over.
 
-Batch axes and heads are mapped axes too. Each mapped axis is a level, the outermost first; an array
-has a level at one of its axes, or lacks it.
+Batch axes and heads are mapped axes too. A mapped axis is called a level, numbered from the
+outermost. It is one of the axes of an array, or the array lacks it.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ Dims = tuple[int | None, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Static:
-    """What a primitive's program depends on, besides shapes."""
+    """The static parameters of a primitive, besides shapes."""
 
     structure: Any  # of the operands, a pytree (Head, schedule)
     config: Any  # the kernel's own
     levels: Shape = ()  # sizes of the mapped axes, outermost first
     in_dims: tuple[Dims, ...] = ()  # one per array
-    out_dims: tuple[Dims, ...] = ()  # one per result; None: summed over that axis
-    wrt: tuple[int, ...] = ()  # tangent and backward: the operands that vary
+    out_dims: tuple[Dims, ...] = ()  # one per result; None: the result is summed over that level
+    wrt: tuple[int, ...] = ()  # in tangent and backward: the operands to differentiate
 
 
 def core_shape(shape: Shape, dims: Dims) -> tuple[int, ...]:

@@ -1,8 +1,8 @@
-"""Partitions a primitive over a mesh with Auto axes: each device runs a part of the mapped axes.
+"""Partitions a primitive over a mesh with Auto axes: each device runs a shard of the mapped axes.
 
 XLA cannot partition the loops of a kernel: by default it gathers the operands and runs the whole
 program on every device. But batch and heads are mapped axes of the primitive, and the same program
-works for any part of them. ``custom_partitioning`` tells XLA that the mapped axes may be sharded
+works for any shard of them. ``custom_partitioning`` tells XLA that the mapped axes may be sharded
 and the others may not, and each device runs the program on its shard. Results that sum over a
 sharded axis, such as the gradient of a shared array, are also summed over the devices.
 
@@ -39,7 +39,7 @@ def over_devices(
     Args:
       run: the forward, tangent or backward of a kernel.
       static: the sizes of the mapped axes, and where each array has them.
-      arrays: the operands. XLA gathers them along all other axes.
+      arrays: the operands; XLA replicates them along all other axes.
     """
     if not static.levels:
         return run(static, *arrays)
@@ -61,15 +61,13 @@ def over_devices(
                     for x, dims in zip(run(local, *shards), static.out_dims, strict=True)
                 )
 
-        def placed(arrays: Sequence[Any], all_dims: Sequence[Dims]) -> tuple[NamedSharding, ...]:
+        def shardings(arrays: Sequence[Any], all_dims: Sequence[Dims]) -> tuple[NamedSharding, ...]:
             pairs = zip(arrays, all_dims, strict=True)
             return tuple(split.sharding(len(x.shape), dims) for x, dims in pairs)
 
-        results_placed, operands_placed = (
-            placed(results, static.out_dims),
-            placed(operands, static.in_dims),
-        )
-        return split.mesh, on_each_device, results_placed, operands_placed
+        out_shardings = shardings(results, static.out_dims)
+        in_shardings = shardings(operands, static.in_dims)
+        return split.mesh, on_each_device, out_shardings, in_shardings
 
     def rule(_: Any, operands: Sequence[Any], results: Sequence[Any]) -> SdyShardingRule:
         return sharding_rule(static, *([len(x.shape) for x in xs] for xs in (operands, results)))
@@ -81,7 +79,7 @@ def over_devices(
 def sharding_rule(
     static: Static, operand_ranks: Sequence[int], result_ranks: Sequence[int]
 ) -> SdyShardingRule:
-    """Allows the mapped axes to be sharded, in the same way in all arrays.
+    """Allows the mapped axes to be sharded, consistently across all arrays.
 
     >>> from attention_jax.backends.mapped_axes import Static
     >>> from attention_jax.backends.partition import sharding_rule
@@ -109,16 +107,16 @@ def sharding_rule(
 class Split(NamedTuple):
     """How the mapped axes are divided among the devices."""
 
-    mesh: Mesh  # the devices in the program's order, its axes the prime factors of their number
+    mesh: Mesh  # in the program's order of devices; its axis sizes are prime
     axes: tuple[tuple[str, ...], ...]  # of the mesh, per level
 
-    def parts(self, level: int) -> int:
-        """Into how many parts a level is divided."""
+    def num_shards(self, level: int) -> int:
+        """The number of shards that a level is divided into."""
         return math.prod(self.mesh.shape[name] for name in self.axes[level])
 
     def local(self, levels: Sequence[int]) -> tuple[int, ...]:
         """The sizes of the levels on one device."""
-        return tuple(size // self.parts(level) for level, size in enumerate(levels))
+        return tuple(size // self.num_shards(level) for level, size in enumerate(levels))
 
     def sharding(self, rank: int, dims: Dims) -> NamedSharding:
         """The sharding of an array with these mapped axes; its other axes are not sharded."""
@@ -127,19 +125,20 @@ class Split(NamedTuple):
         return NamedSharding(self.mesh, spec)
 
     def sum_over_devices(self, x: jax.Array, dims: Dims) -> jax.Array:
-        """Sums a result over the devices of those levels that it is summed over."""
+        """Sums a result over the devices that split a level the result lacks."""
         summed = [names for names, d in zip(self.axes, dims, strict=True) if d is None]
         over = tuple(itertools.chain(*summed))
         return jax.lax.psum(x, over) if over else x
 
 
 def split_of(static: Static, operands: Sequence[jax.ShapeDtypeStruct]) -> Split:
-    """The split given by the shardings of the operands, for each level that of the first sharded.
+    """The split given by the shardings of the operands.
 
-    A level that does not divide evenly is not split, nor is one whose devices split another level.
+    The first operand that is sharded along a level decides how that level is split. A level that
+    does not divide evenly is not split, nor is one whose mesh axes already split another level.
     """
     devices: list[Any] = []
-    wanted: list[np.ndarray | None] = [None] * len(static.levels)  # the part of each device
+    wanted: list[np.ndarray | None] = [None] * len(static.levels)  # the shard of each device
     for x, dims in zip(operands, static.in_dims, strict=True):
         if x.sharding is None:
             continue
@@ -147,16 +146,16 @@ def split_of(static: Static, operands: Sequence[jax.ShapeDtypeStruct]) -> Split:
         devices = devices or list(slices)
         for level, axis in enumerate(dims):
             if axis is not None and wanted[level] is None:
-                part = _parts([slices[d][axis] for d in devices], static.levels[level])
-                wanted[level] = part if part.any() else None
+                shard = _shard_indices([slices[d][axis] for d in devices], static.levels[level])
+                wanted[level] = shard if shard.any() else None
     factors, axes = _as_axes(len(devices), wanted)
     names = [f"axis{i}" for i in range(len(factors))]
     mesh = Mesh(np.asarray(devices).reshape(factors), names)
     return Split(mesh, tuple(tuple(names[i] for i in level) for level in axes))
 
 
-def _parts(slices: Sequence[slice], size: int) -> np.ndarray:
-    """The part of an axis that each device holds; all 0 if the parts differ in size."""
+def _shard_indices(slices: Sequence[slice], size: int) -> np.ndarray:
+    """The index of the shard that each device holds; all 0 if the shards differ in size."""
     starts = np.asarray([each.start or 0 for each in slices])
     stops = np.asarray([size if each.stop is None else each.stop for each in slices])
     length = int(stops[0] - starts[0])
@@ -170,8 +169,9 @@ def _as_axes(
 ) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
     """The devices as a grid, and for each level the axes of the grid that split it.
 
-    The axes of the grid are the prime factors of the number of devices, because two levels may
-    share a mesh axis of 4. Their order is the one that lets the most axes be used.
+    The sizes of the grid are the prime factors of the number of devices, because two levels may
+    share a mesh axis of size 4. Among all orders of the factors, the one that splits levels by the
+    most axes is taken.
 
     >>> import numpy as np
     >>> from attention_jax.backends.partition import _as_axes
@@ -184,8 +184,8 @@ def _as_axes(
     for factors in _orders(_prime_factors(count)):
         taken: set[int] = set()
         levels: list[tuple[int, ...]] = []
-        for part in wanted:
-            axes = () if part is None else _digits(part, factors)
+        for shard in wanted:
+            axes = () if shard is None else _digits(shard, factors)
             levels.append(() if taken & set(axes) else axes)
             taken |= set(axes)
         if len(taken) > best[0]:
@@ -193,9 +193,12 @@ def _as_axes(
     return best[1]
 
 
-def _digits(part: np.ndarray, factors: tuple[int, ...]) -> tuple[int, ...]:
-    """The axes of a grid whose coordinates are the digits of ``part``, highest first; or none."""
-    grid = part.reshape(factors)
+def _digits(shard: np.ndarray, factors: tuple[int, ...]) -> tuple[int, ...]:
+    """The axes of a grid whose coordinates are the digits of ``shard``, most significant first.
+
+    Empty if there are no such axes.
+    """
+    grid = shard.reshape(factors)
     weights = [int(grid[tuple(np.eye(len(factors), dtype=int)[i])]) for i in range(len(factors))]
     spelled = sum(w * x for w, x in zip(weights, np.indices(factors), strict=True))
     if not np.array_equal(spelled, grid):
@@ -214,7 +217,7 @@ def _prime_factors(n: int) -> list[int]:
 
 
 def _orders(factors: Sequence[int]) -> Iterator[tuple[int, ...]]:
-    """All distinct orders.
+    """All distinct permutations.
 
     >>> from attention_jax.backends.partition import _orders
     >>> list(_orders([2, 2, 3]))

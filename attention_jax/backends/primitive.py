@@ -1,22 +1,22 @@
-"""One head of one example as a JAX primitive that every transformation understands.
+"""One head of one example as a JAX primitive that supports every transformation.
 
-``jax.custom_vjp`` alone refuses ``jvp`` and, under ``vmap``, batches the loops inside it, which on
-a CPU makes every tile product four times slower. Three primitives do better::
+``jax.custom_vjp`` does not support ``jvp``, and ``vmap`` batches the loops inside it, which on a
+CPU makes every tile product four times slower. Three primitives avoid both::
 
     forward (operands)                          -> out, m, log_l
     tangent (operands, results, tangents)       -> d out, d log_l    linear in the tangents
     backward(operands, results, cotangents)     -> cotangents of the operands: tangent's transpose
 
-where ``lse = m + log_l``, the largest logit and the rest. They stay apart because the sum would
-round ``log_l`` away if logits are large, and with it the probabilities that tangent and backward
-recompute. ``m`` counts as a constant: only the sum ever matters.
+where ``lse = m + log_l`` and ``m`` is the largest logit. The two are separate, because for large
+logits their sum would lose the digits of ``log_l`` that tangent and backward need to recompute the
+probabilities. ``m`` has no tangent: as only the sum matters, ``log_l`` carries all of it.
 
-- ``jvp`` of forward is tangent; its transpose, hence ``grad``, is backward.
-- ``vmap`` of any of them only notes, for each array, where the new axis is (or that there is none).
-  The kernel then loops over it and slices what it needs: nothing is moved, copied or repeated, and
-  a mapped axis costs what a batch axis costs, since batch axes and heads *are* mapped axes.
-- Derivatives of tangent and backward, that is second and higher orders, are derivatives of the
-  plain materialized formulas, which JAX differentiates by itself.
+- ``jvp`` of forward is tangent, and the transpose of tangent is backward, which ``grad`` runs.
+- ``vmap`` only records the new axis of each array, or that the array has none. The kernel loops
+  over it and slices what it needs, so nothing is transposed, copied or repeated. A mapped axis
+  costs as much as a batch axis, since batch axes and heads *are* mapped axes.
+- Derivatives of tangent and backward, that is of second and higher order, are those of the
+  materialized formulas, which JAX differentiates.
 
 So ``jit``, ``grad``, ``jvp``, ``linearize``, ``hessian``, ``checkpoint``, ``scan``, ``shard_map``
 and ``vmap`` over any arguments work, in any order.
@@ -60,7 +60,7 @@ RESULTS = 3
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """What the primitives run: each takes ``(static, *arrays)`` and returns a tuple of arrays."""
+    """The functions that the primitives run, from ``(static, *arrays)`` to a tuple of arrays."""
 
     forward: Callable[..., Any]
     tangent: Callable[..., Any]
@@ -69,21 +69,21 @@ class Kernel:
 
 
 def mesh_axes(static: Static, avals: Sequence[Any], rank: int, dims: Dims) -> tuple[Any, ...]:
-    """The explicit mesh axes of a result: its mapped axes are sharded as those of the operands."""
+    """The explicit mesh axes of a result, whose mapped axes are sharded like those of operands."""
     axes: list[Any] = [None] * rank
-    for level, place in enumerate(dims):
-        if place is not None:
+    for level, axis in enumerate(dims):
+        if axis is not None:
             there = (
                 sharded_over(aval, each[level])
                 for aval, each in zip(avals, static.in_dims, strict=True)
                 if each[level] is not None
             )
-            axes[place] = next((names for names in there if names is not None), None)
+            axes[axis] = next((names for names in there if names is not None), None)
     return tuple(axes)
 
 
 class Primitives(NamedTuple):
-    """The three primitives on a kernel."""
+    """The three primitives of a kernel."""
 
     forward: Primitive
     tangent: Primitive
@@ -92,7 +92,7 @@ class Primitives(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class HeadAttention:
-    """The three primitives as functions of one head, which ``vmap`` maps over the others."""
+    """The three primitives as functions of one head, to be mapped over heads by ``vmap``."""
 
     primitives: Primitives
 
@@ -119,9 +119,9 @@ class HeadAttention:
         """Tangents of output and log l, linear in those of the operands; see ``blockwise``.
 
         Args:
-          results: output, m and log l. They may be those of more keys than the head has: this is
-            then what its keys contribute.
-          tangents: by the number of the operand among the differentiable ones.
+          results: output, m and log l. They may be results over more keys than the head has; the
+            tangents are then the contribution of the head's keys.
+          tangents: by index of the operand among the differentiable ones.
         """
         leaves, structure = jax.tree.flatten(operands(head, schedule))
         arrays = [*leaves, *results, *tangents.values()]
@@ -132,11 +132,13 @@ class HeadAttention:
 
 
 def make(name: str, kernel: Kernel, elsewhere: Kernel | None = None) -> HeadAttention:
-    """The three primitives on a kernel.
+    """Defines the three primitives of a kernel.
 
     Args:
-      elsewhere: of the same operands, where ``kernel`` is code of this machine's CPU: for other
-        platforms, and for programs that are exported.
+      name: prefix of the names of the primitives.
+      kernel: what they run.
+      elsewhere: for a kernel that is native code for this machine's CPU: what they run instead on
+        other platforms and in exported programs.
     """
     p = Primitives(*(Primitive(f"{name}_{part}") for part in Primitives._fields))
     other = kernel if elsewhere is None else elsewhere
@@ -176,7 +178,7 @@ def as_head(tree: Any) -> tuple[Head, Any]:
 
 
 def num_differentiable(structure: Any) -> int:
-    """How many of the first leaves can have tangents: those of query, key, ..., sink, scale."""
+    """The number of leaves that can have tangents, which come first: query, ..., sink, scale."""
     differentiable, _ = jax.tree.unflatten(structure, range(structure.num_leaves))
     return len(jax.tree.leaves(differentiable))
 
@@ -190,7 +192,7 @@ def _register(
     elsewhere: Callable[..., Any],
     shapes: Callable[..., Any],
 ) -> None:
-    """What a primitive computes, here and elsewhere, and the shapes of its results."""
+    """Registers the implementation, shapes and lowering of a primitive."""
     primitive.multiple_results = True
     primitive.def_impl(lambda *arrays, static: list(run(static, *arrays)))
     primitive.def_abstract_eval(lambda *avals, static: shapes(static, avals))
@@ -200,7 +202,7 @@ def _register(
 
 
 def _results(static: Static, avals: Sequence[Any]) -> list[Any]:
-    """Shape and dtype of out, (m,) log_l: at least float32, the caller rounds."""
+    """Shape and dtype of out, (m,) log_l: at least float32, which the caller casts."""
     query, _, value = (
         core_shape(x.shape, d) for x, d in zip(avals[:3], static.in_dims, strict=False)
     )
@@ -226,10 +228,10 @@ def _result(static: Static, avals: Sequence[Any], core: Shape, dims: Dims, dtype
 
 
 def _lowering(run: Callable[..., Any], elsewhere: Callable[..., Any]) -> Callable[..., Any]:
-    """Lowers a kernel without the mesh axes in its types: its loops run on one device.
+    """Lowers a kernel, whose loops run on one device and have no mesh axes in their types.
 
-    In a program that XLA divides among several devices, each runs the heads and examples it has.
-    Programs that are exported hold nothing of this machine or process.
+    In a program that XLA partitions, each device runs its shard of the heads and examples. Exported
+    programs contain no code or callback of this process.
     """
 
     def lower(ctx: Any, args: Any, fn: Callable[..., Any]) -> Any:
@@ -244,8 +246,8 @@ def _lowering(run: Callable[..., Any], elsewhere: Callable[..., Any]) -> Callabl
     def rule(ctx: Any, *args: Any, static: Static) -> Any:
         exported = for_export(ctx)
         if num_devices(ctx) == 1:
-            own = elsewhere if exported else run
-            return lower(ctx, args, lambda *xs: own(static, *xs))
+            here = elsewhere if exported else run
+            return lower(ctx, args, lambda *xs: here(static, *xs))
         tpu = "tpu" in ctx.module_context.platforms
         several = None if exported or tpu else with_devices(ctx)
         if several is None:
@@ -256,10 +258,11 @@ def _lowering(run: Callable[..., Any], elsewhere: Callable[..., Any]) -> Callabl
 
 
 def _all_heads(run: Callable[..., Any], static: Static, arrays: Sequence[Any]) -> Any:
-    """A kernel under ``vmap`` over all heads and examples, which XLA partitions by itself.
+    """A kernel under ``vmap`` over all heads and examples, partitioned by XLA.
 
-    Where ``custom_partitioning`` cannot be used: programs with it do not compile for TPUs ("Custom
-    emitter for CustomSPMDPartitioning not found"), and it is a callback of this process.
+    For programs in which ``custom_partitioning`` cannot be used: it does not compile for TPUs
+    ("Custom emitter for CustomSPMDPartitioning not found"), and cannot be exported, because it is a
+    callback of this process.
     """
 
     def one_head(static: Static, *xs: Any) -> Any:
@@ -278,13 +281,13 @@ def _all_heads(run: Callable[..., Any], static: Static, arrays: Sequence[Any]) -
 
 
 def _forward_jvp(p: Primitives, primals: Any, tangents: Any, *, static: Static) -> Any:
-    """The tangent of forward is the primitive tangent, of the operands that vary."""
+    """The jvp of forward: the primitive tangent."""
     out, m, log_l = p.forward.bind(*primals, static=static)
-    # What the backward pass needs of this one, for policies of `jax.checkpoint` to save.
+    # Residuals of the backward pass, named for policies of `jax.checkpoint`.
     out = checkpoint_name(out, OUT_NAME)
     m, log_l = (checkpoint_name(x, LSE_NAME) for x in (m, log_l))
     constant = _zero(m)
-    # Masks do not pass gradients on, so neither do numbers that their functions close over.
+    # A mask has no gradient, so the arrays that its function closes over get none.
     possible = num_differentiable(static.structure)
     wrt = tuple(i for i in _varying(primals, tangents) if i < possible)
     if not wrt:
@@ -295,13 +298,13 @@ def _forward_jvp(p: Primitives, primals: Any, tangents: Any, *, static: Static) 
         out_dims=(static.out_dims[0], static.out_dims[2]),
         wrt=wrt,
     )
-    moving = (tangents[i] for i in wrt)
-    dout, dlog_l = p.tangent.bind(*primals, out, m, log_l, *moving, static=static)
+    dots = (tangents[i] for i in wrt)
+    dout, dlog_l = p.tangent.bind(*primals, out, m, log_l, *dots, static=static)
     return (out, m, log_l), (dout, constant, dlog_l)
 
 
 def _tangent_transpose(p: Primitives, cotangents: Any, *args: Any, static: Static) -> Any:
-    """The transpose of tangent is the primitive backward."""
+    """The transpose of tangent: the primitive backward."""
     n = static.structure.num_leaves + RESULTS
     cotangents = [ad.instantiate_zeros(c) for c in cotangents]
     static = dataclasses.replace(
@@ -311,7 +314,7 @@ def _tangent_transpose(p: Primitives, cotangents: Any, *args: Any, static: Stati
 
 
 def _varying(primals: Any, tangents: Any) -> tuple[int, ...]:
-    """The operands that have a tangent."""
+    """The indices of the operands that have a tangent."""
     return tuple(
         i
         for i, (x, dx) in enumerate(zip(primals, tangents, strict=True))
@@ -323,7 +326,7 @@ def _zero(x: Any) -> Any:
     return ad.Zero(jax.typeof(x).to_tangent_aval())
 
 
-# --- Derivatives of the derivatives: those of the plain formulas.
+# --- Higher derivatives: those of the materialized formulas.
 
 
 def _higher_jvp(
@@ -334,35 +337,35 @@ def _higher_jvp(
     *,
     static: Static,
 ) -> Any:
-    """The jvp of tangent or backward, by way of its plain formula."""
+    """The jvp of tangent or backward, computed from its materialized formula."""
     wrt = _varying(primals, tangents)
 
-    def formula(*moving: Any) -> Any:
-        return _vmapped(plain, static)(*_replaced(primals, wrt, moving))
+    def formula(*varying: Any) -> Any:
+        return _vmapped(plain, static)(*_replaced(primals, wrt, varying))
 
     _, dots = jax.jvp(formula, tuple(primals[i] for i in wrt), tuple(tangents[i] for i in wrt))
     return primitive.bind(*primals, static=static), dots
 
 
 def _plain_tangent(kernel: Kernel, static: Static, *arrays: Any) -> Any:
-    """What tangent computes, for one head."""
+    """The materialized formula of tangent, for one head."""
     xs, tangents = _split(static, arrays)
     varying = tuple(xs[i] for i in static.wrt)
     return jax.jvp(_plain(kernel, static, xs), varying, tuple(tangents))[1]
 
 
 def _plain_backward(kernel: Kernel, static: Static, *arrays: Any) -> Any:
-    """What backward computes, for one head."""
+    """The materialized formula of backward, for one head."""
     xs, cotangents = _split(static, arrays)
-    _, pull = jax.vjp(_plain(kernel, static, xs), *(xs[i] for i in static.wrt))
-    return pull(tuple(cotangents))
+    _, vjp = jax.vjp(_plain(kernel, static, xs), *(xs[i] for i in static.wrt))
+    return vjp(tuple(cotangents))
 
 
 def _plain(kernel: Kernel, static: Static, arrays: Sequence[Any]) -> Callable[..., Any]:
     """out and log_l as a function of the operands that vary."""
 
-    def formula(*moving: Any) -> Any:
-        new = _replaced(arrays, static.wrt, moving)
+    def formula(*varying: Any) -> Any:
+        new = _replaced(arrays, static.wrt, varying)
         head, _ = as_head(jax.tree.unflatten(static.structure, new))
         out, m, log_l = kernel.plain(head)
         return out, jax.lax.stop_gradient(m) + log_l
@@ -371,7 +374,7 @@ def _plain(kernel: Kernel, static: Static, arrays: Sequence[Any]) -> Callable[..
 
 
 def _split(static: Static, arrays: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-    """The operands, and the tangents or cotangents; the results between them are recomputed."""
+    """The operands and the tangents or cotangents, without the results between them."""
     n = static.structure.num_leaves
     return list(arrays[:n]), list(arrays[n + RESULTS :])
 
@@ -383,38 +386,38 @@ def _replaced(arrays: Sequence[Any], where: Sequence[int], new: Sequence[Any]) -
     return arrays
 
 
-# --- vmap: where the mapped axes are.
+# --- vmap: records the mapped axes.
 
 
 def _batch_results(primitive: Primitive, args: Any, dims: Any, *, static: Static) -> Any:
-    """Batches forward or tangent: results have the new axis where the query has it."""
-    place = dims[0] if dims[0] is not None else 0
+    """Batches forward or tangent; the new axis of a result is that of the query."""
+    axis = dims[0] if dims[0] is not None else 0
     # m and log_l have one axis less than the query.
     ranks = (sum(d is not None for d in out) for out in static.out_dims)
-    places = [min(place, (2 if i == 0 else 1) + rank) for i, rank in enumerate(ranks)]
-    return _batch(primitive, args, dims, places, static)
+    axes = [min(axis, (2 if i == 0 else 1) + rank) for i, rank in enumerate(ranks)]
+    return _batch(primitive, args, dims, axes, static)
 
 
 def _batch_cotangents(primitive: Primitive, args: Any, dims: Any, *, static: Static) -> Any:
-    """Batches backward: cotangents have the new axis where their operands have it."""
-    places = [dims[i] if dims[i] is not None else 0 for i in static.wrt]
-    return _batch(primitive, args, dims, places, static)
+    """Batches backward; the new axis of a cotangent is that of its operand."""
+    axes = [dims[i] if dims[i] is not None else 0 for i in static.wrt]
+    return _batch(primitive, args, dims, axes, static)
 
 
-def _batch(primitive: Primitive, args: Any, dims: Any, places: list[int], static: Static) -> Any:
-    """Notes the new mapped axis; nothing is moved."""
+def _batch(primitive: Primitive, args: Any, dims: Any, axes: list[int], static: Static) -> Any:
+    """Records a new mapped axis: ``dims`` of the operands and ``axes`` of the results."""
     size = next(x.shape[d] for x, d in zip(args, dims, strict=True) if d is not None)
     static = dataclasses.replace(
         static,
         levels=(size, *static.levels),
         in_dims=tuple(_insert(d, old) for d, old in zip(dims, static.in_dims, strict=True)),
-        out_dims=tuple(_insert(p, old) for p, old in zip(places, static.out_dims, strict=True)),
+        out_dims=tuple(_insert(a, old) for a, old in zip(axes, static.out_dims, strict=True)),
     )
-    return primitive.bind(*args, static=static), places
+    return primitive.bind(*args, static=static), axes
 
 
 def _insert(new: int | None, old: Dims) -> Dims:
-    """``old`` for an array with a further mapped axis at ``new``, which becomes the outermost."""
+    """``old`` after a mapped axis is inserted at ``new``, which becomes the outermost level."""
     if new is None:
         return (None, *old)
     return (new, *(d + 1 if d is not None and d >= new else d for d in old))
@@ -443,6 +446,6 @@ def _vmapped(fn: Callable[..., Any], static: Static) -> Callable[..., Any]:
 
 
 def _without_first(dims: Dims) -> Dims:
-    """Where the mapped axes are once the outermost one is gone."""
+    """The mapped axes after the outermost one is removed."""
     first, *rest = dims
     return tuple(d - 1 if d is not None and first is not None and d > first else d for d in rest)

@@ -1,7 +1,8 @@
-"""Queries sharded along the sequence over explicit mesh axes: each device computes its own.
+"""Queries that are sharded along the sequence over explicit mesh axes.
 
-It gathers the keys and values, whose gradients are then reduce-scattered, and its results stay
-sharded. ``parallel`` has other ways, inside ``shard_map``.
+Each device gathers the keys and values and computes the results of its own queries, which stay
+sharded like these; gradients of keys and values are reduce-scattered. ``parallel`` has other
+strategies, for use inside ``shard_map``.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from attention_jax.backends.call import Call, Spec, place
+from attention_jax.backends.call import Call, Spec, call_at_positions
 from attention_jax.backends.heads import axes_of_mapped, spec_of_array
 from attention_jax.core.axes import Sizes
-from attention_jax.core.positions import Positioned
+from attention_jax.core.positions import AtPositions
 from attention_jax.core.pytree import leaves
 from attention_jax.core.shards import explicit_mesh
 
@@ -35,7 +36,7 @@ def axes_of_queries(call: Call) -> Axes:
 
 
 def spec_of_one_device(spec: Spec, call: Call) -> Spec:
-    """What each device asks a backend for: its own queries, at their positions.
+    """The spec of one device: its shard of the queries, at their positions.
 
     Args:
       spec: of all devices.
@@ -44,7 +45,7 @@ def spec_of_one_device(spec: Spec, call: Call) -> Spec:
     names, mesh = axes_of_queries(call), explicit_mesh([call.query])
     if not names or mesh is None:
         return spec
-    call = _numbered(call, spec.sizes)
+    call = _with_numbers(call, spec.sizes)
     T = spec.sizes.T // math.prod(mesh.shape[name] for name in names)
     sizes = dataclasses.replace(spec.sizes, T=T)
     return spec._replace(sizes=sizes, mask=call.mask, score=call.score)
@@ -73,14 +74,14 @@ def split(call: Call, sizes: Sizes) -> str | None:
     sharded: dict[str, list[str]] = {}  # axis letters by mesh axes
     for letter, over in mesh_axes.items():
         sharded.setdefault(", ".join(over), []).append(letter)
-    moved: dict[str, list[str]] = {}  # arguments by what happens to their axes
+    moves: dict[str, list[str]] = {}  # arguments by how an axis is resharded or gathered
     for name, x, axes in zip(_names(call), flat, letters, strict=True):
         for letter, over in zip(axes, spec_of_array(x), strict=False):
             if over and over != mesh_axes.get(letter):
                 verb = "reshards" if letter in mesh_axes else "gathers"
-                moved.setdefault(f"{verb} {letter}", []).append(name)
+                moves.setdefault(f"{verb} {letter}", []).append(name)
     said = [f"{_listed(axes)} over {over}" for over, axes in sharded.items()]
-    said += [f"{what} of {_listed(of)}" for what, of in moved.items()]
+    said += [f"{what} of {_listed(of)}" for what, of in moves.items()]
     text = "; ".join(said)
     return text.replace("B0", "B") if len(sizes.B) == 1 else text
 
@@ -103,7 +104,7 @@ def over_queries(
     """Output and lse, sharded along ``T`` like the query.
 
     Args:
-      run: from a call of some queries and all keys to their output and lse.
+      run: from a call with some of the queries and all keys to output and lse.
       call: complete.
       sizes: of all devices.
       names: from ``axes_of_queries``.
@@ -111,7 +112,7 @@ def over_queries(
     mesh = explicit_mesh([call.query])
     if mesh is None:
         raise RuntimeError("over_queries needs a query that is sharded over explicit axes")
-    call = _numbered(call, sizes)
+    call = _with_numbers(call, sizes)
     flat, structure = jax.tree.flatten(call)
     flat = [jnp.asarray(x) for x in flat]
     letters = _letters(call, len(sizes.B))
@@ -120,7 +121,7 @@ def over_queries(
     keys_split = all(spec_of_array(x)[-3] == names for x in (call.key, call.value))
 
     def spec(axes: tuple[str, ...], shape: tuple[int, ...], is_key: bool) -> PartitionSpec:
-        """Axes of size 1 are replicated, and those of a function's arrays."""
+        """Axes of size 1 and those of a function's arrays are replicated."""
         named = mesh_axes | ({"S": names} if is_key and keys_split else {})
         split = (
             named.get(a) if n == full.get(a) else None for a, n in zip(axes, shape, strict=False)
@@ -137,18 +138,18 @@ def over_queries(
     T = sizes.T // math.prod(mesh.shape[name] for name in names)
 
     def on_each_device(*arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
-        mine: Call = jax.tree.unflatten(structure, arrays)
+        shard: Call = jax.tree.unflatten(structure, arrays)
         if keys_split:
             key, value = (
-                jax.lax.all_gather(x, names, axis=x.ndim - 3, tiled=True) for x in mine[1:3]
+                jax.lax.all_gather(x, names, axis=x.ndim - 3, tiled=True) for x in shard[1:3]
             )
-            mine = mine._replace(key=key, value=value)
+            shard = shard._replace(key=key, value=value)
         start = jax.lax.axis_index(names) * T
         return run(
-            mine._replace(
-                mask=None if mine.mask is None else _moved(mine.mask, start),
-                score=tuple(_moved(x, start) for x in mine.score),
-                dropout=None if mine.dropout is None else _moved(mine.dropout, start),
+            shard._replace(
+                mask=None if shard.mask is None else _from_start(shard.mask, start),
+                score=tuple(_from_start(x, start) for x in shard.score),
+                dropout=None if shard.dropout is None else _from_start(shard.dropout, start),
             )
         )
 
@@ -163,17 +164,17 @@ def over_queries(
     )(*arrays)
 
 
-def _numbered(call: Call, sizes: Sizes) -> Call:
-    """The call with the numbers of examples and heads as arrays, which are sharded as these are."""
+def _with_numbers(call: Call, sizes: Sizes) -> Call:
+    """The call with the numbers of examples and heads as arrays, which are sharded like these."""
     numbers = {
         "examples": np.arange(math.prod(sizes.B), dtype=np.int32).reshape(sizes.B),
         "head_numbers": np.arange(sizes.N, dtype=np.int32),
     }
-    return place(call, None, None, resolved=True, **numbers)
+    return call_at_positions(call, None, None, resolved=True, **numbers)
 
 
 def _letters(call: Call, batch: int) -> list[tuple[str, ...]]:
-    """The axes of each array of a complete call, one letter for each."""
+    """The axis letters of each array of a complete call."""
     axes: list[Any] = [("B", "T", "N", "H"), ("B", "S", "K", "H"), ("B", "S", "K", "D")]
     axes += [leaf.axes for leaf in leaves((call.mask, call.score))]
     axes += [] if call.sinks is None else [("N",)]
@@ -182,8 +183,8 @@ def _letters(call: Call, batch: int) -> list[tuple[str, ...]]:
     return [tuple(x for a in each for x in (names if a == "B" else (a,))) for each in axes]
 
 
-def _moved(value: V, start: Any) -> V:
-    """``value`` of queries from ``start`` on, unless they have positions of their own."""
-    if not isinstance(value, Positioned) or value.query_positions is not None:
+def _from_start(value: V, start: Any) -> V:
+    """``value`` for queries from index ``start`` on; explicit positions are sharded already."""
+    if not isinstance(value, AtPositions) or value.query_positions is not None:
         return value
     return dataclasses.replace(value, query_start=value.query_start + start)

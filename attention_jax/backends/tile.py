@@ -1,7 +1,7 @@
-"""One tile of query-key pairs: masks and scores cut to it, its visible pairs, its logits.
+"""One tile of query-key pairs: the masks and scores cut to it, its visible pairs, its logits.
 
-Everything here is for one head of one example: masks and scores have lost their ``B``
-and ``N`` axes. All of ``T x S`` is a tile too: the materialized path uses it so.
+Everything here is for one head of one example, so masks and scores have no ``B`` and ``N`` axes.
+The materialized formulas use a single tile of ``T x S``.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from attention_jax.masks import Mask
 from attention_jax.scores import Masking, Score, tile_indices
 
 V = TypeVar("V")
-MOST_KNOWN = 2**18  # pairs to look at while tracing: a millisecond
+MAX_EXAMINED = 2**18  # pairs that are evaluated while tracing, in about a millisecond
 
 
 def local_axes(leaf: Leaf) -> tuple[str, ...]:
-    """The axes a leaf has left within one head of one example."""
+    """The axes of a leaf within one head of one example."""
     return tuple(a for a in leaf.axes if a not in ("B", "N"))
 
 
 def as_tile(x: Any, leaf: Leaf) -> Any:
-    """An array cut to a tile, in the shape that rules see: ``[t, 1]``, ``[1, s]``, ``[t, s]``."""
+    """An array cut to a tile, in the shape that rules get: ``[t, 1]``, ``[1, s]`` or ``[t, s]``."""
     axes = local_axes(leaf)
     if "T" in axes and "S" not in axes:
         return jnp.expand_dims(x, 1)
@@ -41,7 +41,7 @@ def as_tile(x: Any, leaf: Leaf) -> Any:
 
 
 def whole(value: V) -> V:
-    """A value cut to the tile that holds all pairs."""
+    """``value`` with its arrays in the shapes for the tile of all pairs."""
     return map_leaves(as_tile, value)
 
 
@@ -49,8 +49,8 @@ class Visible(NamedTuple):
     """Which pairs of a tile are visible, that is, not masked."""
 
     pairs: Bool[Array, "t s"]
-    queries: Bool[Array, " t"] | None  # the query has a visible key in the tile; None: every query
-    keys: Bool[Array, " s"] | None  # the key is visible to a query of the tile; None: every key
+    queries: Bool[Array, " t"] | None  # whether a query has a visible key; None: all have
+    keys: Bool[Array, " s"] | None  # whether a key is visible to some query; None: all are
 
     def zero_rows(self, q: Any, k: Any, v: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries, keys and values with zeros in fully masked rows."""
@@ -99,10 +99,10 @@ def visible_pairs(
 def _known(
     mask: Mask, b: Any, n: Any, shape: tuple[Size, Size], q0: Any, k0: Any
 ) -> tuple[bool, bool] | None:
-    """Whether all queries have a visible key, and all keys a query, if that is known statically."""
+    """Whether all queries have a visible key, and all keys are visible; None if not known."""
     static = isinstance(q0, int) and isinstance(k0, int) and not jax.tree.leaves(mask)
     static = static and all(isinstance(n, int) for n in shape)
-    if not static or math.prod(shape) > MOST_KNOWN:
+    if not static or math.prod(shape) > MAX_EXAMINED:
         return None
     q, k = (np.arange(size, dtype=np.int32) for size in shape)
     pairs = mask.rule(b, n, q0 + q[:, None], k0 + k[None, :])
@@ -139,14 +139,14 @@ def apply_scores(
     """The scores in order, then the mask: ``-inf`` where a pair is masked."""
     for score in scores:
         s = score.tile(s, b, n, q0, k0)
-        if visible is not None:  # what a score makes of a masked pair must not reach the next one
+        if visible is not None:  # a NaN of a masked pair must not reach the next score
             s = jnp.where(visible.pairs, s, jnp.zeros_like(s))
     return s if visible is None else _masked(s, visible.pairs)
 
 
 @jax.custom_jvp
 def _masked(s: Float[Array, "t s"], pairs: Bool[Array, "t s"]) -> Float[Array, "t s"]:
-    """``-inf`` where a pair is masked, as a minimum: XLA fuses it with the products."""
+    """``-inf`` where a pair is masked; as a minimum, because XLA fuses that with the products."""
     return jnp.minimum(s, jnp.where(pairs, jnp.inf, -jnp.inf).astype(s.dtype))
 
 

@@ -2,7 +2,7 @@
 
     cache = cache.append(key, value)                       one token or many, per row
     cache = cache.rollback(length)                         drop the tokens from ``length`` on
-    keys, values, mask, cache = extend(cache, key, value)  append, and what to attend to
+    keys, values, mask, cache = extend(cache, key, value)  append, and return what to attend to
     result, cache = attend(cache, query, key, value)       append and attend
 
 The results are the same whether a prompt comes in one call, in chunks or token by token. Under
@@ -19,20 +19,21 @@ The results are the same whether a prompt comes in one call, in chunks or token 
 ((2, 1, 4, 8), [10, 10])
 
 A plain cache stores token ``p`` in slot ``p`` and holds ``capacity`` tokens. A rolling cache stores
-it in slot ``p % capacity``, over the oldest, for models with a sliding window.
+it in slot ``p % capacity``, overwriting the oldest token, for models with a sliding window.
 
-Masks and scores are rules of positions in the whole sequence, so they mean the same with a cache as
-without one: query ``t`` of a call is at position ``length + t``, whatever the slots. Their arrays
-(ids, flags, a bias) are those of the whole sequence. These restrictions raise errors:
+Masks and scores are evaluated at positions in the whole sequence, so they mean the same with a
+cache as without one: query ``t`` of a call is at position ``length + t``, whatever slot it is
+stored in. Their arrays (ids, flags, a bias) cover the whole sequence. Two restrictions apply, and
+a violation raises an error:
 
-- A query may not attend to later keys, except below a fixed position: the prefix of
-  ``masks.prefix(n) | masks.causal()`` attends to itself in both directions, and must come in one
-  call to an empty cache. Other masks must be known to be causal, ``mask & masks.causal()``. The
-  default is ``masks.causal()``.
-- In a rolling cache a query must look back less than ``capacity``. The default is that window.
+- A query may not attend to later keys, except within a prefix: ``masks.prefix(n) |
+  masks.causal()`` is allowed if the prefix comes in one call to an empty cache. Join masks that are
+  not known to be causal with ``& masks.causal()``, which is also the default.
+- In a rolling cache a query may not attend to keys ``capacity`` or more positions back. The default
+  is a causal window of ``capacity`` keys.
 
-What depends on lengths (a prefix in one call, arrays long enough) is checked unless lengths are
-traced. Under ``attend``, dropout masks depend on positions too.
+Checks that depend on lengths (the prefix in one call, arrays long enough) are skipped when lengths
+are traced. In ``attend``, dropout masks depend on positions too.
 """
 
 from attention_jax.cache.calls import attend as attend

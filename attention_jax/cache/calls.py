@@ -1,23 +1,22 @@
-"""Attention with a cache: what the new queries attend to, and with which scores."""
+"""Attention with a cache: keys, values, mask and scores for new queries."""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
 from attention_jax.api import attention
-from attention_jax.backends.call import ScoreLike, as_scores
+from attention_jax.backends.arguments import ScoreLike, as_scores
 from attention_jax.cache.kv_cache import KVCache
 from attention_jax.core.axes import AnyArray, check_float_array, kind
 from attention_jax.core.positions import Contiguous
 from attention_jax.masks import Mask, lengths, window
-from attention_jax.masks.at_positions import placed as placed_mask
+from attention_jax.masks.at_positions import mask_at_positions
 from attention_jax.masks.in_cache import check_ahead, check_back, check_lengths, of_positions
 from attention_jax.scores import Score
-from attention_jax.scores.at_positions import placed as placed_score
+from attention_jax.scores.at_positions import score_at_positions
 
 
 def extend(
@@ -33,13 +32,13 @@ def extend(
     Args:
       cache: the earlier tokens.
       key, value: of the new tokens.
-      mask: of positions; default ``causal()``, in a rolling cache a window of ``capacity``. The
-        module docstring says which masks a cache takes.
-      count: how many of them are real, an int or int array ``[*B]``; default T.
+      mask: of positions in the whole sequence; default ``causal()``, in a rolling cache a window of
+        ``capacity``. The module docstring says which masks a cache supports.
+      count: how many of the new tokens are real, an int or int array ``[*B]``; default T.
 
     Returns:
       Keys ``[*B S K H]`` and values ``[*B S K D]``; the mask of the new queries, at positions
-      ``length + t``, and these keys; the cache. For scores, see ``placed_scores``.
+      ``length + t``, and these keys; the new cache. For scores, see ``placed_scores``.
 
     Raises:
       ValueError: the mask lets a query attend to later tokens, or to tokens that a rolling cache no
@@ -53,12 +52,12 @@ def extend(
     █··
     ██·
     """
-    keys, values, mask, at, after = _extended(cache, key, value, mask, count)
-    return keys, values, placed_mask(mask, *at), after
+    keys, values, mask, positions, after = _extended(cache, key, value, mask, count)
+    return keys, values, mask_at_positions(mask, *positions), after
 
 
-class At(NamedTuple):
-    """The positions of the queries and keys of a call: ``query_positions``, ``key_positions``."""
+class Positions(NamedTuple):
+    """``query_positions`` and ``key_positions`` of a call."""
 
     queries: Any
     keys: Any
@@ -66,46 +65,46 @@ class At(NamedTuple):
 
 def _extended(
     cache: KVCache, key: Any, value: Any, mask: Mask | None, count: Any
-) -> tuple[Any, Any, Mask, At, KVCache]:
-    """Keys, values, the mask, the positions to give ``attention`` with it, and the cache."""
+) -> tuple[Any, Any, Mask, Positions, KVCache]:
+    """Keys, values, the mask to be evaluated at positions, these positions, and the new cache."""
     if mask is not None and not isinstance(mask, Mask):
         raise TypeError(
-            f"mask must be a Mask of positions with a cache, got {kind(mask)}: use masks.mask_fn, "
-            f"or masks.dense for an array of the whole sequence"
+            f"mask must be a Mask when there is a cache, got {kind(mask)}: use masks.mask_fn, or "
+            f"masks.dense for an array of the whole sequence"
         )
     after = cache.append(key, value, count)
     T = key.shape[-3]
     if mask is None:
         mask = window(cache.capacity - 1 if cache.rolling else None, 0)
-    queries, slots = _positions(cache, T, after)
+    positions = _positions(cache, T, after)
     check_ahead(mask, cache.length, after.length)
     if cache.rolling:
         check_back(mask, cache.capacity, cache.intact)
     check_lengths("mask", mask, after.length, cache.capacity, rolling=cache.rolling)
-    mask = of_positions(mask, queries, slots, in_order=not cache.rolling)
+    mask = of_positions(mask, *positions, in_order=not cache.rolling)
     keys, values = after.key, after.value
     if cache.rolling and T > 1:
-        # The last tokens overwrite keys of the first queries: take old and new ones.
+        # The last new tokens may overwrite keys that the first queries attend to.
         keys = jnp.concatenate([cache.key, jnp.asarray(key)], axis=-3)
         values = jnp.concatenate([cache.value, jnp.asarray(value)], axis=-3)
-    return keys, values, mask, At(queries, slots), after
+    return keys, values, mask, positions, after
 
 
 def placed_scores(
     cache: KVCache, score: ScoreLike, T: int, *, count: Any = None
 ) -> tuple[Score, ...]:
-    """Scores of positions, for ``T`` new queries and the keys that ``extend`` returns.
+    """Scores evaluated at the positions of ``T`` new queries and the keys that ``extend`` returns.
 
     Args:
       cache: the earlier tokens.
-      score: of the whole sequence, as are its arrays; except the query of a ``relative_embedding``,
-        which is that of the new tokens.
-      T: how many new tokens.
+      score: of the whole sequence, arrays included; except the query of a ``relative_embedding``,
+        which holds the new tokens only.
+      T: the number of new tokens.
       count: as for ``extend``.
 
     Raises:
       ValueError: arrays shorter than the sequence; or an array as ``offset``, since the cache
-        itself knows where the queries begin.
+        determines the positions of the queries.
 
     >>> import numpy as np
     >>> from attention_jax import scores
@@ -116,29 +115,32 @@ def placed_scores(
     >>> score.score(np.zeros(4, np.float32), 0, 0, 0, np.arange(4)).tolist()  # 5 to 4, 5, 2, 3
     [-1.0, 0.0, -3.0, -2.0]
     """
-    scores, at = _scores(cache, score, T, count)
-    return tuple(placed_score(each, *at) for each in scores)
-
-
-def _scores(cache: KVCache, score: ScoreLike, T: int, count: Any) -> tuple[tuple[Score, ...], At]:
-    """The scores as ``attention`` takes them with these positions, and the positions."""
-    given, found = as_scores(score), []
     after = cache._longer(T if count is None else count)
-    queries, keys = _positions(cache, T, after)
-    for each in given:
+    positions = _positions(cache, T, after)
+    scores = _scores(cache, score, positions, after)
+    positions = _for_attention(cache, positions)
+    return tuple(score_at_positions(each, *positions) for each in scores)
+
+
+def _scores(
+    cache: KVCache, score: ScoreLike, positions: Positions, after: KVCache
+) -> tuple[Score, ...]:
+    """The scores, to be evaluated at positions, with the array entries of these positions."""
+    found = []
+    for each in as_scores(score):
         if each.offset_per_example():
             raise ValueError(
-                f"score: offset of {each.public_name} must be an int with a cache, which knows "
-                f"where the queries begin: leave out offset=cache.length"
+                f"score: offset of {each.public_name} must be an int with a cache, which sets "
+                f"the positions of the queries: leave out offset=cache.length"
             )
         check_lengths("score", each, after.length, cache.capacity, rolling=cache.rolling)
-        found.append(of_positions(each, queries, keys, in_order=not cache.rolling))
-    return tuple(found), _at(cache, queries, keys)
+        found.append(of_positions(each, *positions, in_order=not cache.rolling))
+    return tuple(found)
 
 
-def _at(cache: KVCache, queries: Any, keys: Any) -> At:
-    """Positions as ``attention`` takes them: in a plain cache they count up one by one."""
-    return At(queries, keys) if cache.rolling else At(Contiguous(cache.length), Contiguous(0))
+def _for_attention(cache: KVCache, positions: Positions) -> Positions:
+    """The positions to pass to ``attention``: those of a plain cache are contiguous."""
+    return positions if cache.rolling else Positions(Contiguous(cache.length), Contiguous(0))
 
 
 def attend(
@@ -152,20 +154,21 @@ def attend(
     count: Any = None,
     **options: Any,
 ) -> tuple[Any, KVCache]:
-    """Attention of ``T`` new tokens to those in the cache and to themselves; appends them.
+    """Appends ``T`` new tokens and computes their attention to all tokens in the cache.
 
     Query ``t`` of a row is at position ``length + t``. The result equals attention with this mask
     and these scores over the whole sequence at once, whether tokens come in one call, in chunks or
-    one by one; masks and scores for which it could not are refused. See the module docstring.
+    one by one; masks and scores for which this is impossible raise an error. See the module
+    docstring.
 
     Args:
       cache: the earlier tokens.
       query, key, value: of the new tokens.
-      mask: of positions, such as ``masks.window(255, 0)``; default ``masks.causal()``, in a rolling
-        cache a window of ``capacity``.
-      score: of positions; see ``placed_scores``.
-      count: how many of them are real, an int or int array ``[*B]``; default T.
-      **options: of ``attention``, except positions, which the cache knows.
+      mask: of positions in the whole sequence, such as ``masks.window(255, 0)``; default
+        ``masks.causal()``, in a rolling cache a window of ``capacity``.
+      score: of positions in the whole sequence; see ``placed_scores``.
+      count: how many of the new tokens are real, an int or int array ``[*B]``; default T.
+      **options: of ``attention``, except positions, which the cache determines.
 
     Returns:
       What ``attention`` returns, and the cache with the new tokens.
@@ -188,7 +191,7 @@ def attend(
     """
     for name in ("query_positions", "key_positions"):
         if name in options:
-            raise TypeError(f"{name} is not an option of attend: the cache knows the positions")
+            raise TypeError(f"{name} is not an option of attend: the cache determines it")
     for name, x in (("query", query), ("key", key)):
         check_float_array(name, x)
         if x.ndim < 3:
@@ -199,24 +202,26 @@ def attend(
         raise ValueError(
             f"query has {T} tokens (T) but key has {key.shape[-3]}: both hold the new tokens"
         )
-    keys, values, mask, at, after = _extended(cache, key, value, mask, count)
-    scores, _ = _scores(cache, score, T, count)
-    if not cache.rolling:  # positions count up, and the slots from the length on are empty
-        mask, at = mask & lengths(key=after.length), _at(cache, *at)
-    options |= {"query_positions": at.queries, "key_positions": at.keys}
+    keys, values, mask, positions, after = _extended(cache, key, value, mask, count)
+    scores = _scores(cache, score, positions, after)
+    if not cache.rolling:
+        # Contiguous positions do not mark empty slots, which are those from the length on.
+        mask = mask & lengths(key=after.length)
+    positions = _for_attention(cache, positions)
+    options |= {"query_positions": positions.queries, "key_positions": positions.keys}
     return attention(query, keys, values, mask=mask, score=scores, **options), after
 
 
-def _positions(cache: KVCache, T: int, after: KVCache) -> tuple[jax.Array, jax.Array]:
+def _positions(cache: KVCache, T: int, after: KVCache) -> Positions:
     """Positions of the new queries ``[*B T]`` and of the keys ``[*B S]``, -1 for empty slots.
 
     Args:
-      cache, after: without and with the new tokens.
+      cache, after: before and after the new tokens are appended.
       T: the number of new tokens, padding included.
     """
     new = jnp.arange(T, dtype=jnp.int32).reshape((1,) * cache.length.ndim + (T,))
     queries = cache.length[..., None] + new
     if not cache.rolling or T == 1:
-        return queries, after.positions()
+        return Positions(queries, after.positions())
     new = jnp.where(queries < after.length[..., None], queries, -1)
-    return queries, jnp.concatenate([cache.positions(), new], axis=-1)
+    return Positions(queries, jnp.concatenate([cache.positions(), new], axis=-1))

@@ -1,4 +1,4 @@
-"""``KVCache``: keys and values of the tokens so far, and how tokens are appended and dropped."""
+"""``KVCache``: keys and values of the tokens so far, with methods to append and drop tokens."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class KVCache:
         cache.
     """
 
-    # No shape annotations: transformations also build caches of specs, axes and tracers.
+    # Not annotated with shapes, because transformations also put specs and axes into the fields.
     key: Any
     value: Any
     length: Any
@@ -58,7 +58,7 @@ class KVCache:
         return (self.length > self.capacity) & (not self.rolling)
 
     def positions(self) -> Int[Array, "*B C"]:
-        """The position of the token in each slot, ``-1`` where there is none.
+        """The position of the token in each slot, ``-1`` if the slot is empty.
 
         >>> import numpy as np
         >>> from attention_jax.cache import init
@@ -70,7 +70,7 @@ class KVCache:
         slots, length = same_rank(
             jnp.arange(self.capacity, dtype=jnp.int32), self.length[..., None]
         )
-        if self.rolling:  # the largest position below length that belongs in the slot
+        if self.rolling:  # the largest position below length that is stored in this slot
             position = length - 1 - (length - 1 - slots) % self.capacity
         else:
             position = jnp.broadcast_to(slots, (*self.length.shape, self.capacity))
@@ -78,7 +78,7 @@ class KVCache:
         return jnp.where((position >= least) & (position < length), position, -1)
 
     def intact(self, window: int) -> Any:
-        """bool ``[*B]``: the last ``window - 1`` tokens, or all if fewer, are in the cache.
+        """bool ``[*B]``: whether the cache holds the last ``window - 1`` tokens (or all, if fewer).
 
         False only in a rolling cache that was rolled back; see ``rollback``.
         """
@@ -102,7 +102,8 @@ class KVCache:
 
         Args:
           key, value: ``[*B T K H]`` and ``[*B T K D]`` in the cache's dtype.
-          count: how many are real, an int or int array ``[*B]``; default T. The rest is padding.
+          count: how many of them are real, an int or int array ``[*B]``; default T. The rest is
+            padding.
 
         Raises:
           ValueError: shapes do not fit; or there are more tokens than slots. Where lengths are
@@ -136,10 +137,10 @@ class KVCache:
         slot = length + new  # [*B T]
         keep = new < count[..., None]
         if self.rolling:
-            # Of two tokens for one slot, the later one.
+            # If two new tokens map to one slot, the later one is stored.
             keep = keep & (slot >= after[..., None] - self.capacity)
             slot = slot % self.capacity
-        slot = jnp.where(keep, slot, self.capacity)  # out of range: dropped
+        slot = jnp.where(keep, slot, self.capacity)  # mode="drop" drops indices out of range
 
         def store(old: jax.Array, x: Any, at: jax.Array) -> jax.Array:
             return old.at[at].set(x, mode="drop")
@@ -161,12 +162,13 @@ class KVCache:
         return dataclasses.replace(self, length=length, first=first)
 
     def rollback(self, length: Any) -> KVCache:
-        """The cache without the tokens from position ``length`` on, as if they were never there.
+        """The cache without the tokens from position ``length`` on.
 
-        For tokens that are rejected, as in speculative decoding. A plain cache can go back to any
-        length. In a rolling one the dropped tokens have overwritten those ``capacity`` before them:
-        with a window of ``W`` tokens it can go back by ``capacity - W + 1``, so make it larger than
-        the window. ``extend`` refuses a mask that reaches overwritten tokens.
+        For rejected tokens in speculative decoding. A plain cache can be rolled back to any length.
+        In a rolling cache the dropped tokens have overwritten those ``capacity`` positions before
+        them: with a window of ``W`` tokens it can be rolled back by ``capacity - W + 1``, so make
+        it larger than the window. ``extend`` raises an error for a mask that reaches overwritten
+        tokens.
 
         Do not roll back into a prefix with bidirectional attention: the tokens that are kept have
         already attended to those that are dropped.
@@ -176,7 +178,7 @@ class KVCache:
 
         Raises:
           ValueError: more tokens than the cache has, or (rolling) all tokens to keep are
-            overwritten. Not checked where lengths are traced: ask ``intact(window)`` afterward.
+            overwritten. Not checked when lengths are traced: check ``intact(window)`` afterward.
           TypeError: not integers.
 
         >>> import numpy as np
@@ -238,8 +240,8 @@ def init(
 
     Args:
       batch: the batch axes ``*B``.
-      capacity: slots per row (C); in a rolling cache, at least as many as the keys of a query's
-        window, its own included.
+      capacity: slots per row (C); in a rolling cache at least the number of keys in a query's
+        window, including its own.
       num_kv_heads: key-value heads (K), not query heads.
       head_dim: width of a key (H).
       value_dim: width of a value (D); default ``head_dim``.

@@ -93,7 +93,7 @@ def is_array(x: Any) -> bool:
 
 
 def kind(x: Any) -> str:
-    """What messages call an argument that is not what was expected.
+    """A short description of an unexpected argument, for messages.
 
     >>> from attention_jax import masks
     >>> from attention_jax.core.axes import kind
@@ -112,7 +112,7 @@ def kind(x: Any) -> str:
 
 
 def brief(x: Any) -> str:
-    """An argument or result on one line: small arrays in full, others by dtype and shape.
+    """An argument or result on one line, with the entries of small arrays only.
 
     >>> import numpy as np
     >>> from attention_jax.core.axes import brief
@@ -237,9 +237,9 @@ def broadcasts_to(shape: Shape, full: Shape) -> bool:
 
 
 def same_rank(*arrays: Any) -> tuple[Any, ...]:
-    """The arrays with leading axes of size 1, up to the same rank.
+    """The arrays with leading axes of size 1, so that all have the same rank.
 
-    Broadcasting would add these axes itself, unless ``jax_numpy_rank_promotion`` forbids it.
+    Broadcasting adds these axes too, unless ``jax_numpy_rank_promotion`` forbids it.
 
     >>> import numpy as np
     >>> from attention_jax.core.axes import same_rank
@@ -261,7 +261,7 @@ def check_broadcastable(name: str, shape: Shape, sizes: Sizes) -> None:
 
 
 def weights_hint(name: str, shape: Shape, sizes: Sizes) -> str:
-    """What to do about an array that does not broadcast to ``[*B N T S]``.
+    """The end of an error message for an array that does not broadcast to ``[*B N T S]``.
 
     >>> from attention_jax.core.axes import Sizes, weights_hint
     >>> weights_hint("mask", (2, 5, 7), Sizes(B=(2,), T=5, S=7, K=3, G=2, H=11, D=13))

@@ -1,13 +1,13 @@
-"""Functions of ``mask_fn`` and ``score_fn``, with the arrays they close over made arguments.
+"""Turns arrays that functions of ``mask_fn`` and ``score_fn`` close over into arguments.
 
-A function may close over arrays: traced ones, parameters, tables. They must be operands of the
-program, or gradients, ``vmap`` and a second call with other values miss them. ``hoist`` traces the
-function for one pair of query and key, takes the arrays that its jaxpr closes over, and passes them
-as arguments::
+A function may close over arrays: tracers, parameters, tables. They must become operands of the
+program; otherwise gradients and ``vmap`` miss them, and so does a second call with other values.
+``hoist`` traces the function for one pair of query and key, and makes the arrays that its jaxpr
+closes over arguments::
 
     fn(s, b, n, q, k)  ->  fn(s, b, n, q, k, *closed_over)
 
-``jnp.vectorize`` lifts the jaxpr of one pair to any tile.
+``jnp.vectorize`` then applies the jaxpr of one pair to a tile.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from attention_jax.core.compat import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun,
 from attention_jax.core.fingerprint import array_key, fingerprint
 
 CUSTOM_JVP = "custom_jvp_call"
-# Operations that call a program of their own.
+# Primitives that call another jaxpr.
 CALLS = ("jit", CUSTOM_JVP)
 
-# The tile to trace functions and rules with: of unequal lengths, so that swapped axes fail.
+# The tile for which functions and rules are traced; unequal lengths reveal swapped axes.
 TILE = (16, 32)
 
 
@@ -45,15 +45,15 @@ def tile_arguments(dtypes: Sequence[Any]) -> list[jax.ShapeDtypeStruct]:
 
 
 class Traced:
-    """A function that has been traced; two are equal if they compute the same.
+    """A function that has been traced; two are equal if they are the same program.
 
-    It is part of a tree's structure, which ``jit`` compares. A lambda that is created on every call
-    is compiled once; a function that closes over a Python number is compiled again for another one.
+    It is part of a tree structure, which ``jit`` compares. So a lambda that each call creates anew
+    compiles once, and a function that closes over a Python number compiles again when that changes.
     """
 
     def __init__(self, fn: Callable[..., Any], run: Callable[..., Any], *key: Hashable) -> None:
         self.__name__ = getattr(fn, "__name__", type(fn).__name__)
-        self.closes_over = run is not fn  # its last arguments are the arrays it closes over
+        self.closes_over = run is not fn  # whether hoisted arrays are its last arguments
         self._run = run
         self._key = (getattr(fn, "__code__", type(fn)), *key)
 
@@ -86,7 +86,7 @@ def hoist(
         return fn, arrays
     _check_arguments(name, fn, len(dtypes), len(arrays))
     tile = tile_arguments(dtypes)
-    # Without shardings: inside a kernel an array is whole.
+    # Without shardings, because a kernel gets whole arrays.
     kinds = [jax.ShapeDtypeStruct(x.shape, jax.typeof(x).dtype) for x in arrays]
     with conversions_explained(f"{name}: fn"):
         whole = _jaxpr(fn, (*tile, *kinds))
@@ -128,8 +128,8 @@ def apply(name: str, fn: Callable[..., Any], indices: Sequence[Any], arrays: Seq
         return fn(*indices, *arrays)
 
 
-# What NumPy and JAX say where Python needs the value of an array. Not all of JAX's errors have a
-# class of their own.
+# Messages of NumPy and JAX when Python needs the value of an array, for errors without a class of
+# their own.
 _NEEDS_A_VALUE = (
     "truth value of an array",
     "only scalar arrays can be converted",
@@ -181,38 +181,38 @@ def uses_arguments(fn: Callable[..., Any], *arguments: Any) -> bool:
 
 
 def _jaxpr(fn: Callable[..., Any], arguments: Sequence[Any]) -> Any:
-    # A new function each time: JAX caches the trace of a function, even if the values that it
+    # A new function each time, because JAX caches traces by function, even if the values that it
     # closes over have changed.
     return jax.make_jaxpr(lambda *args: fn(*args))(*arguments)
 
 
 def _key(fn: Callable[..., Any], traced: ClosedJaxpr, arguments: Sequence[Any]) -> Hashable:
-    """What the program computes; where it has custom derivatives, also what its gradient computes.
+    """The fingerprint of a program and, if it has custom derivative rules, that of its gradient.
 
-    A custom rule is a function that every trace makes anew: only what it computes can be compared.
+    Each trace creates new functions for such rules, so only their programs can be compared.
     """
-    own = fingerprint(traced.jaxpr)
+    program = fingerprint(traced.jaxpr)
     if not any(_rules(traced.jaxpr)) or not _is_float(traced.out_avals[0]):
-        return own
-    places = [i for i, x in enumerate(arguments) if _is_float(x)]
+        return program
+    floating = [i for i, x in enumerate(arguments) if _is_float(x)]
 
     def gradient(cotangent: Any, *args: Any) -> Any:
         def of_floats(*floats: Any) -> Any:
             given = list(args)
-            for i, x in zip(places, floats, strict=True):
+            for i, x in zip(floating, floats, strict=True):
                 given[i] = x
             return fn(*given)
 
-        return jax.vjp(of_floats, *(args[i] for i in places))[1](cotangent)
+        return jax.vjp(of_floats, *(args[i] for i in floating))[1](cotangent)
 
     shape, dtype = traced.out_avals[0].shape, traced.out_avals[0].dtype
-    return own, fingerprint(
+    return program, fingerprint(
         _jaxpr(gradient, (jax.ShapeDtypeStruct(shape, dtype), *arguments)).jaxpr
     )
 
 
 def _check_arguments(name: str, fn: Callable[..., Any], indices: int, arrays: int) -> None:
-    """Raises where a function cannot take this number of indices and arrays."""
+    """Raises if a function cannot take this number of indices and arrays."""
     letters, count = ", ".join(("s", "b", "n", "q", "k")[-indices:]), indices + arrays
     try:
         signature = inspect.signature(fn)
@@ -228,7 +228,7 @@ def _check_arguments(name: str, fn: Callable[..., Any], indices: int, arrays: in
 
 
 def _over_tile(pair: Callable[..., Any], dtypes: Sequence[Any]) -> Callable[..., Any]:
-    """A function of a tile, given that of one pair."""
+    """Applies a function of one pair to a tile."""
 
     def run(*args: Any) -> Any:
         indices, arrays = args[: len(dtypes)], args[len(dtypes) :]
@@ -241,9 +241,9 @@ def _over_tile(pair: Callable[..., Any], dtypes: Sequence[Any]) -> Callable[...,
 def _pair(traced: ClosedJaxpr, arrays: tuple[Any, ...]) -> Callable[..., Any]:
     """The traced program as a function of indices, arrays and the arrays it closes over.
 
-    JAX traces the rules of ``jax.custom_jvp`` late, with the types of the first trace, which differ
-    from those inside ``shard_map``. There the derivative is the one that is traced here. (A program
-    that also has rules of ``jax.custom_vjp`` has no forward-mode derivative to trace.)
+    JAX traces rules of ``jax.custom_jvp`` late, with the types of the first trace, which differ
+    from those inside ``shard_map``. There, a derivative that is traced here replaces them. (Not for
+    a program that also has rules of ``jax.custom_vjp``, which has no forward-mode derivative.)
     """
     jaxpr = traced.jaxpr
     count = len(jaxpr.invars)
@@ -299,7 +299,7 @@ def _is_float(aval: Any) -> bool:
 
 
 def _rules(jaxpr: Jaxpr) -> Iterator[str]:
-    """The calls, in a program, of functions with custom derivatives."""
+    """The primitives by which a program calls functions with custom derivatives."""
     for e in jaxpr.eqns:
         if "call_jaxpr" in e.params:
             yield e.primitive.name
@@ -310,10 +310,14 @@ def _rules(jaxpr: Jaxpr) -> Iterator[str]:
 def _evaluate(
     jaxpr: Jaxpr, operands: Sequence[Any], inline: tuple[str, ...] = ("jit",)
 ) -> list[Any]:
-    """The results of a program, operation by operation; ``operands`` are inputs, then constants.
+    """Evaluates a program, operation by operation.
 
-    ``jaxpr_as_fun`` would run each operation under the mesh of its trace. A kernel may run under
-    another: inside ``shard_map``, where the axes of that mesh are manual.
+    ``jaxpr_as_fun`` would run each operation under the mesh of its trace, but inside ``shard_map``
+    the axes of that mesh are manual.
+
+    Args:
+      operands: the inputs, then the constants.
+      inline: primitives whose programs are evaluated here too.
     """
     values = dict(zip((*jaxpr.invars, *jaxpr.constvars), operands, strict=True))
 
@@ -339,29 +343,29 @@ def _evaluate(
 
 
 def varying_together(arrays: Iterable[Any]) -> list[Any]:
-    """``arrays``, each marked as varying along all mesh axes along which one of them varies.
+    """``arrays``, each cast to vary along all mesh axes along which some of them vary.
 
-    ``shard_map`` types every array with the mesh axes along which it varies. ``jax.numpy`` makes
-    its arguments alike, primitives do not. The transpose is the sum over these axes, which the
-    gradient of an array that all devices share needs.
+    ``shard_map`` tracks in the type of an array the mesh axes along which it varies. Functions of
+    ``jax.numpy`` cast their arguments, primitives do not. The transpose of the cast sums over these
+    axes, as the gradient of a replicated array requires.
     """
     arrays = list(arrays)
-    own = [varies(jax.typeof(x)) for x in arrays]
-    every = frozenset().union(*own)
+    varying = [varies(jax.typeof(x)) for x in arrays]
+    every = frozenset().union(*varying)
     return [
         jax.lax.pcast(x, tuple(sorted(every - axes)), to="varying") if every - axes else x
-        for x, axes in zip(arrays, own, strict=True)
+        for x, axes in zip(arrays, varying, strict=True)
     ]
 
 
 def of_tile(name: str, x: Any, shape: Shape, dtype: Any) -> Any:
-    """What a function returned, with the shape and dtype of a tile.
+    """The result of a function, broadcast and cast to the shape and dtype of a tile.
 
     Raises:
-      TypeError: it returned numbers in place of bools, or the reverse.
+      TypeError: numbers in place of bools, or the reverse.
       ValueError: it does not broadcast to the tile.
     """
-    xp = jnp if isinstance(x, jax.Array) else np  # NumPy arrays stay so, and are known
+    xp = jnp if isinstance(x, jax.Array) else np  # a NumPy array stays a static value
     x, dtype = xp.asarray(x), jnp.dtype(dtype)
     is_bool = x.dtype == jnp.bool_
     if is_bool != (dtype == jnp.bool_) or jnp.issubdtype(x.dtype, jnp.complexfloating):

@@ -1,7 +1,7 @@
-"""What we need of JAX beyond its documented interface, in one place.
+"""Everything we use of JAX beyond its documented interface.
 
-JAX promises to keep documented names only; these may move in any release. ``tests/test_compat.py``
-says what each of them must do, and passes with every release in use, from 0.10 on.
+JAX may move undocumented names in any release. ``tests/test_compat.py`` tests what we expect of
+each of them, with all supported releases, from 0.10 on.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 try:
     from jax.experimental.pallas import triton
-except ImportError:  # it is deprecated since 0.12
+except ImportError:  # deprecated since JAX 0.12
     triton = None  # type: ignore[assignment]
 
 __all__ = [
@@ -51,7 +51,7 @@ def varies(aval: Any) -> frozenset[Any]:
 
 
 def run_again(primitive: Any, inputs: Sequence[Any], params: dict[str, Any]) -> list[Any]:
-    """The results of an operation, on other inputs, given the parameters it has in a jaxpr."""
+    """Applies an operation of a jaxpr, with its parameters there, to other inputs."""
     results = primitive.bind(*inputs, **primitive.get_bind_params(params))
     return list(results) if primitive.multiple_results else [results]
 
@@ -60,59 +60,59 @@ def like(aval: Any, shape: Sequence[Any], dtype: Any, spec: Sequence[Any] = ()) 
     """The type of a result that varies along the same mesh axes as ``aval``.
 
     Args:
-      spec: the explicit mesh axes that each of its axes is sharded over; default none.
+      spec: the explicit mesh axes that each axis of the result is sharded over; default none.
     """
     sharding = NamedSharding(aval.sharding.mesh, PartitionSpec(*(spec or (None,) * len(shape))))
     return aval.update(shape=tuple(shape), dtype=dtype, weak_type=False, sharding=sharding)
 
 
 def sharded_over(aval: Any, axis: Any) -> Any:
-    """The explicit mesh axes that an axis of an array is sharded over; None for none."""
+    """The explicit mesh axes that an axis of an array is sharded over; None if it is not."""
     spec = tuple(aval.sharding.spec)
     return spec[axis] if axis < len(spec) else None
 
 
 def for_export(ctx: Any) -> bool:
-    """Whether a lowering rule runs for ``jax.export``, whose programs may run on other machines."""
+    """Whether a lowering rule runs for ``jax.export``, whose programs may run elsewhere."""
     return bool(ctx.module_context.lowering_parameters.for_export)
 
 
 def mesh_platform() -> str | None:
-    """The platform of the mesh in use, even one of devices that are not there; None without."""
+    """The platform of the mesh in use, even if its devices are absent; None without a mesh."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return None if device is None else device.platform
 
 
 def no_axes() -> Any:
-    """A context in which the mesh in use has no axes, only its device: a program of one device."""
+    """A context in which the mesh in use has no axes but keeps its device."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device))
 
 
 def no_mesh() -> Any:
-    """A context in which no mesh is in use, to compute something on this machine right away."""
+    """A context without a mesh, to compute something on this machine while tracing."""
     return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ()))
 
 
 def num_devices(context: Any) -> int:
-    """For how many devices a program is lowered among which XLA divides it.
+    """The number of devices among which XLA partitions a program.
 
-    One inside ``shard_map``, where each device has a program of its own.
+    It is 1 inside ``shard_map``, where the program of each device is given.
     """
     return int(getattr(context.module_context.axis_context, "num_devices", 1))
 
 
 def with_devices(context: Any) -> Any:
-    """The context of a lowering that ``custom_partitioning`` takes; None if there can be none.
+    """The lowering context with devices, which ``custom_partitioning`` needs; None if impossible.
 
-    It asks for the devices although the program depends on their number alone: the first ones of
-    the platform will do. There are too few if a program is for a machine other than this one.
+    Only the number of devices affects the program, so the first ones of the platform are used. If
+    the program is for another machine, there may be too few here.
     """
     module = context.module_context
     axes = module.axis_context
     try:
         devices = tuple(jax.devices(module.platforms[0])[: axes.num_devices])
-    except RuntimeError:  # none of this platform
+    except RuntimeError:  # no device of this platform
         return None
     if len(devices) < axes.num_devices:
         return None
@@ -121,7 +121,10 @@ def with_devices(context: Any) -> Any:
 
 
 def trace_settings() -> Callable[[], contextlib.AbstractContextManager[None]]:
-    """The caller's x64 and precision settings, to trace under when XLA calls back to partition."""
+    """A context factory that restores the current x64 and precision settings.
+
+    XLA calls back to partition a program when these are no longer in effect.
+    """
     x64 = jax.enable_x64.value
     precision = jax.default_matmul_precision.value
 

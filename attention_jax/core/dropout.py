@@ -1,8 +1,8 @@
-"""The dropout mask as a hash: it keeps or drops ``(b, n, q, k)`` by the key and these four alone.
+"""The dropout mask as a hash of the key and the four indices ``(b, n, q, k)``.
 
-So it is the same for every implementation, block size and sharding, needs no ``T x S`` array of
-random bits, and the backward pass computes it again instead of storing it. The arithmetic is on
-32-bit unsigned integers, which wrap around, so NumPy gives the same bits.
+It is the same for every implementation, block size and sharding, needs no ``T x S`` array of random
+bits, and is recomputed in the backward pass instead of stored. The arithmetic is on unsigned 32-bit
+integers, so NumPy computes the same bits.
 
 Source: the mixing steps are the finalizer of MurmurHash3 (Appleby 2011).
 """
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attention_jax.core.axes import Shape, is_array, kind
-from attention_jax.core.positions import Positioned, positioned
+from attention_jax.core.positions import AtPositions, position_fields
 
 # Odd constants that spread an index over 32 bits, one per index, so that (q, k) and (k, q) differ.
 _SPREAD = {
@@ -52,8 +52,8 @@ def mix(x: Any) -> Any:
     return x ^ (x >> np.uint32(16))
 
 
-class Dropout(Positioned):
-    """Dropout as three scalars, so that another rate is not compiled again.
+class Dropout(AtPositions):
+    """Dropout as three scalars, so that a new rate does not compile again.
 
     Attributes:
       seed: uint32.
@@ -72,19 +72,19 @@ class Dropout(Positioned):
 
 
 def of_rate(rate: float, key: Any, dtype: Any) -> Dropout | None:
-    """Dropout at ``rate``; None for a rate of 0. Without a key, for ``explain``, with any seed."""
+    """Dropout at ``rate``; None for a rate of 0. The key is None only in ``explain``."""
     if rate == 0.0:
         return None
     return Dropout(
         seed=np.uint32(0) if key is None else seed(key),
         threshold=threshold(rate),
         keep_probability=np.asarray(1.0 - rate, dtype),
-        **positioned(None, None),
+        **position_fields(None, None),
     )
 
 
 def threshold(rate: float) -> np.uint32:
-    """How many of the ``2 ** 32`` hash values keep a probability."""
+    """The number of hash values, out of ``2 ** 32``, that keep a probability."""
     return np.uint32(min(round((1.0 - rate) * 2.0**32), 2**32 - 1))
 
 
@@ -115,7 +115,7 @@ def keep_pairs(dropout: Dropout, b: Any, n: Any, shape: Shape) -> jax.Array:
     """The dropout mask of one head, bool ``[T S]``: True where a probability is kept.
 
     Args:
-      dropout: its positions as a tile, ``[T 1]`` and ``[1 S]``.
+      dropout: with positions, if it has any, of shape ``[T 1]`` and ``[1 S]``.
     """
     q, k = jnp.arange(shape[0])[:, None], jnp.arange(shape[1])[None, :]
     return dropout.keep(b, n, q, k)

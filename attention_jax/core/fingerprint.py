@@ -1,4 +1,4 @@
-"""Whether two traced functions do the same."""
+"""Hashable keys that tell whether two traced functions are the same program."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from attention_jax.core.pytree import StaticArray
 
 
 def fingerprint(jaxpr: Jaxpr) -> Hashable:
-    """Equal for two programs of the same operations, derivative rules left aside.
+    """A key that is equal for programs of the same operations, ignoring custom derivative rules.
 
     >>> import jax
     >>> from attention_jax.core.fingerprint import fingerprint
@@ -41,11 +41,11 @@ def fingerprint(jaxpr: Jaxpr) -> Hashable:
         try:
             hash(x)
         except TypeError:
-            return object()  # unequal to everything, so that it is compiled again
+            return object()  # unequal to everything, so the program is compiled again
         return type(x), x
 
     def equation(e: Any) -> Hashable:
-        # A custom derivative rule is left out: see `closures._key`.
+        # Without custom derivative rules, see `closures._key`.
         names = ["call_jaxpr"] if "call_jaxpr" in e.params else sorted(e.params)
         params = tuple((name, param(e.params[name])) for name in names)
         return e.primitive, tuple(map(atom, e.invars)), params, tuple(map(atom, e.outvars))
@@ -58,7 +58,7 @@ def fingerprint(jaxpr: Jaxpr) -> Hashable:
 
 
 def array_key(x: Any) -> Hashable:
-    """Equal for arrays of equal entries; unequal to everything where these are not known."""
+    """A key that is equal for arrays with equal entries, and unequal to any other if traced."""
     if isinstance(x, jax.core.Tracer) or jnp.issubdtype(x.dtype, jax.dtypes.extended):
         return object()
     return StaticArray(np.array(x))

@@ -1,16 +1,16 @@
 """``Value``, the base of masks and scores: composable frozen pytrees.
 
-A ``Value`` is a frozen dataclass and a pytree. A field that holds an array is a leaf: it may be
+A ``Value`` is a frozen dataclass and a pytree. A field that holds an array is a leaf, which may be
 traced, batched and differentiated. A field that holds anything else (an int, ``None``, a function)
-is part of the tree's structure: two values with equal structure share one compilation.
+is part of the tree structure: values with equal structure share a compilation.
 
 Array fields declare their axes, in the letters of ``axes``::
 
     AXES = {"query_ids": "*B T", "key_ids": "*B S"}
 
-The library uses this to select the part of an array that belongs to one head, one example and one
-tile: ``heads`` maps over ``B`` and ``N``, and tiles slice ``T`` and ``S``. So a formula is written
-once, for one tile:
+By these the library selects the slice of an array for one head, one example and one tile: ``heads``
+maps over ``B`` and ``N``, and tiles slice ``T`` and ``S``. So a formula is written once, for one
+tile:
 
 =============  =======================================
 axes           what ``rule`` gets for ``t x s`` pairs
@@ -46,9 +46,9 @@ class Leaf:
 
     Attributes:
       name: for messages.
-      axes: its letters, without ``*``.
+      axes: its axis letters, without ``*``.
       broadcast: whether axes of size 1 broadcast.
-      new_tokens: whether its axis ``T``, with a cache, is that of the new tokens.
+      new_tokens: whether, with a cache, its axis ``T`` covers the new tokens only.
     """
 
     name: str
@@ -67,8 +67,8 @@ class Value:
       NAME: what users call it, such as ``masks.lengths``; default the name of the class.
       ARGUMENTS: the constructor's arguments that fields come from, where the names differ.
       DEFAULTS: values of fields that ``repr`` leaves out.
-      NEW_TOKENS: fields whose arrays along ``T`` are, with a cache, those of the new tokens. Other
-        arrays are those of the whole sequence, and a cache takes the entries that it needs.
+      NEW_TOKENS: fields whose arrays, with a cache, cover only the new tokens along ``T``. Other
+        arrays cover the whole sequence, and a cache selects the entries that it needs.
     """
 
     AXES: ClassVar[Mapping[str, str]] = {}
@@ -84,7 +84,7 @@ class Value:
         super().__init_subclass__(**kwargs)
         if "NAME" not in vars(cls):
             cls.NAME = cls.__name__
-        # The first definition is that of Mask or Score, which only says that there must be one.
+        # Mask and Score define rule only to raise NotImplementedError.
         defined = [base for base in cls.__mro__[1:] if "rule" in vars(base)]
         if "rule" in vars(cls) and len(defined) > 1:
             raise TypeError(
@@ -92,7 +92,7 @@ class Value:
                 f"blocks are skipped and kernels are chosen: subclass Mask or Score, or combine "
                 f"masks by &, | and ~"
             )
-        # repr=False: a mask draws itself, and pytest must be able to print a tracer's.
+        # repr=False keeps our own __repr__, which also works for tracers.
         dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)
         fields = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
         if unknown := sorted(cls.AXES.keys() - fields):
@@ -141,7 +141,7 @@ class Value:
         return self.NAME
 
     def resolve(self, T: Size, S: Size, N: int) -> Self:
-        """This value with the fields filled in that depend on ``T``, ``S`` or ``N``."""
+        """This value with all fields that depend on ``T``, ``S`` or ``N`` set."""
         changes = {
             f.name: _map_values(lambda v: v.resolve(T, S, N), getattr(self, f.name))
             for f in dataclasses.fields(self)  # type: ignore[arg-type]
@@ -149,9 +149,9 @@ class Value:
         return self._replaced(changes)
 
     def resolve_in_sequence(self, N: int) -> Self:
-        """The same, for queries and keys given by their positions in one sequence.
+        """``resolve`` for a value that is evaluated at positions in a sequence of unknown length.
 
-        No length is known then, and ``align="end"`` means the same as ``align="start"``.
+        Here ``align="end"`` means the same as ``align="start"``.
 
         Raises:
           NotImplementedError: the class has a ``resolve`` of its own and not this.
@@ -169,14 +169,14 @@ class Value:
         return self._replaced(changes)
 
     def hoisted(self, dtype: Any, numbers: bool) -> Self:
-        """This value with arrays in place of what need not be a constant of the program.
+        """This value with leaves in place of all that need not be constants of the program.
 
-        That is, the arrays that functions close over and, with ``numbers``, the Python numbers that
-        no block map depends on: new values of these do not compile again.
+        These are the arrays that functions close over and, with ``numbers``, the Python numbers
+        that no block map depends on, so that new ones do not compile again.
 
         Args:
           dtype: of the logits.
-          numbers: False leaves numbers as they are.
+          numbers: whether to replace Python numbers.
         """
         changes = {
             f.name: _map_values(lambda v: v.hoisted(dtype, numbers), getattr(self, f.name))
@@ -192,7 +192,7 @@ class Value:
     def at(self, b: Any, n: Any, q: Any, k: Any) -> Self:
         """This value with its arrays looked up at batch ``b``, head ``n``, query ``q``, key ``k``.
 
-        The general, slow way (a gather). A kernel cuts out the same parts as slices.
+        This is general but slow (a gather). Kernels slice the arrays instead.
         """
         index = {"B": b, "N": n, "T": q, "S": k}
 
@@ -226,7 +226,7 @@ def _flatten_with_keys(value: Any) -> tuple[tuple[tuple[Any, Any], ...], Any]:
 
 
 def _unflattener(cls: type[T_]) -> Callable[[Any, Any], T_]:
-    # Not through __init__: jax unflattens with placeholders that no check would accept.
+    # Bypasses __init__, because JAX unflattens with placeholders that its checks would reject.
     def unflatten(aux: Any, children: Any) -> T_:
         arrays, static = aux
         value = object.__new__(cls)
@@ -241,7 +241,7 @@ def _unflattener(cls: type[T_]) -> Callable[[Any, Any], T_]:
 def _is_dynamic(x: Any) -> bool:
     if isinstance(x, tuple):
         return any(_is_dynamic(y) for y in x)
-    return is_array(x) or isinstance(x, Value)
+    return is_array(x) or isinstance(x, (Value, jax.ShapeDtypeStruct))
 
 
 def _is_concrete(x: Any) -> bool:
@@ -249,7 +249,7 @@ def _is_concrete(x: Any) -> bool:
 
 
 def _map_values(fn: Callable[[Value], Value], x: Any) -> Any:
-    """``fn`` of a value, or of those in a tuple; anything else, and what is unchanged, as it is."""
+    """Applies ``fn`` to a value or to the values in a tuple; returns anything else unchanged."""
     if isinstance(x, Value):
         return fn(x)
     if isinstance(x, tuple) and any(isinstance(y, Value) for y in x):
@@ -312,7 +312,7 @@ def map_leaves(fn: Callable[[Any, Leaf], Any], value: T_) -> T_:
 
 
 def full_rank(value: T_, sizes: Sizes, argument: str) -> T_:
-    """``value`` with every array checked, and with axes of size 1 for those it leaves out.
+    """``value`` with every array checked, and with axes of size 1 for those that it lacks.
 
     Raises:
       ValueError: an array whose shape does not fit the call's sizes.
@@ -340,18 +340,20 @@ def full_rank(value: T_, sizes: Sizes, argument: str) -> T_:
                 f"{argument}: {leaf.name} has shape {tuple(x.shape)}, expected "
                 f"{with_sizes(f'[{layout}]', sizes.of_letters())}{hint}"
             )
+        if isinstance(x, jax.ShapeDtypeStruct):  # positions in a call of explain
+            return jax.ShapeDtypeStruct(shape, x.dtype)
         x = jnp.reshape(x, shape)
-        # Counts and offsets are compared with positions, which are int32 throughout.
+        # Lengths and offsets are compared with positions, which are always int32.
         return x.astype(jnp.int32) if leaf.axes == ("B",) else x
 
     return map_leaves(complete, value)
 
 
 class StaticArray:
-    """A NumPy array as part of a tree's structure: compared by its bytes, hashed once."""
+    """A NumPy array as part of a tree structure, compared by its contents and hashed once."""
 
     def __init__(self, array: np.ndarray) -> None:
-        self.array = np.array(array, order="C")  # a copy that nobody else can change
+        self.array = np.array(array, order="C")  # a copy, so that the hash stays valid
         self.array.setflags(write=False)
         digest = hashlib.sha256(self.array.tobytes()).digest()
         self._key = (self.array.shape, str(self.array.dtype), digest)
@@ -367,7 +369,7 @@ class StaticArray:
 
 
 class Lookup:
-    """An array inside a kernel, where a rule can only index single entries: ``x[i]``, ``x[i, j]``.
+    """An array inside a kernel, where a rule can only look up entries: ``x[i]``, ``x[i, j]``.
 
     Indices are ints or integer arrays that broadcast, as many as there are axes; as in JAX, they
     are clipped to the array and negative ones count from its end.
@@ -397,5 +399,5 @@ class Lookup:
 
 
 def indexable(x: Any) -> Any:
-    """An array that traced integers can index, which a NumPy array does not allow."""
+    """``x`` as an array that traced integers can index; a NumPy array cannot be."""
     return x if isinstance(x, Lookup) else jnp.asarray(x)

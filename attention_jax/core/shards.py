@@ -1,4 +1,4 @@
-"""Shardings while tracing: read from types over explicit mesh axes, constraints over Auto ones."""
+"""Shardings while tracing: read from types for explicit mesh axes, constraints for Auto axes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 
 def explicit_mesh(*arrays: Any) -> Any:
-    """The mesh over whose explicit axes some array is sharded; None if there is none.
+    """The mesh over whose explicit axes an array is sharded; None if no array is.
 
     Args:
       arrays: arrays, or sequences of them.
@@ -18,7 +18,7 @@ def explicit_mesh(*arrays: Any) -> Any:
     for x in jax.tree.leaves(arrays):
         sharding = jax.typeof(x).sharding
         if sharding.mesh.explicit_axes and any(axis is not None for axis in sharding.spec):
-            in_use = jax.sharding.get_abstract_mesh()  # under vmap without the axes it maps over
+            in_use = jax.sharding.get_abstract_mesh()  # an enclosing vmap removes axes from it
             return sharding.mesh if in_use.empty else in_use
     return None
 
@@ -40,20 +40,20 @@ def without(axes: Any, used: Iterable[Any]) -> Any:
     return left if len(left) > 1 else left[0] if left else None
 
 
-def placed(mesh: Any, spec: Iterable[Any]) -> NamedSharding:
+def named_sharding(mesh: Any, spec: Iterable[Any]) -> NamedSharding:
     """The sharding of an array with these mesh axes."""
     return NamedSharding(mesh, PartitionSpec(*spec))
 
 
 def resharded(x: jax.Array, mesh: Any, spec: tuple[Any, ...]) -> jax.Array:
-    """The array under another sharding; itself if it has that already."""
-    return x if spec_of(x) == spec else jax.sharding.reshard(x, placed(mesh, spec))
+    """The array resharded, or unchanged if it already has this sharding."""
+    return x if spec_of(x) == spec else jax.sharding.reshard(x, named_sharding(mesh, spec))
 
 
 def gathered(x: jax.Array, axis: int) -> jax.Array:
-    """The array, whole along one axis on every device; the other axes stay as they are.
+    """The array gathered along one axis; the sharding of the other axes is kept.
 
-    For parameters that are stored in shards along that axis. The gradient is split again.
+    For parameters that are stored in shards along that axis. The gradient is sharded again.
     """
     if (mesh := explicit_mesh(x)) is not None:
         spec = spec_of(x)
@@ -71,7 +71,7 @@ def split_along(x: Any, axis: int, name: str | None, what: str) -> Any:
     Args:
       x: the array.
       axis: which of its axes.
-      name: of the mesh axis. The array is returned as it is for None, and without such a mesh.
+      name: of the mesh axis. If it is None or no such mesh is in use, the array is unchanged.
       what: the axis in words, for the error.
 
     Raises:

@@ -1,12 +1,12 @@
 """Softmax-weighted averages: of whole rows, and running over blocks of keys.
 
-Whole rows: ``average`` and ``probabilities``. Running: ``start``, ``update`` block by block,
-``merge``, ``finish``. Over any split of the keys into blocks, with ``s`` the logits of one block,
+For whole rows: ``average`` and ``probabilities``. For a running softmax: ``start``, ``update`` for
+each block, ``merge`` and ``finish``. The state of a set of keys with logits ``s`` is
 
     m = max s,   l = sum exp(s - m),   a = sum exp(s - m) v
 
-describe the block. Two of them merge by rescaling both to the larger maximum, and at the end
-``out = a / l`` and ``lse = m + log l``. Exact for logits of any size.
+Two states are merged by rescaling both to the larger maximum, and at the end ``out = a / l`` and
+``lse = m + log l``. Logits of any size are safe, since no exponential exceeds 1.
 
 Source: Milakov and Gimelshein 2018, "Online normalizer calculation for softmax";
 Rabe and Staats 2021, "Self-attention Does Not Need O(n^2) Memory".
@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float
 
 
 def finite(m: jax.Array) -> jax.Array:
-    """``m``, or 0 where ``m`` is ``-inf``: safe to subtract from ``-inf``, which gives no NaN."""
+    """``m`` with 0 for ``-inf``, so that ``s - m`` is not NaN where both are ``-inf``."""
     return jnp.where(m == -jnp.inf, jnp.zeros_like(m), m)
 
 
@@ -94,9 +94,8 @@ def _less_maximum(
     sink = None if sink is None else sink.astype(s.dtype)
     if sink is not None:
         m = finite(jnp.maximum(m, sink))
-    elif (
-        visible_rows is not None
-    ):  # a maximum rather than a selection: XLA fuses it with the products
+    elif visible_rows is not None:
+        # A maximum rather than a select, because XLA fuses it with the products.
         m = jnp.maximum(m, jnp.where(visible_rows, -jnp.inf, 0.0).astype(s.dtype))
     m = jax.lax.stop_gradient(m)
     return s - m[:, None], None if sink is None else sink - m, m
@@ -126,16 +125,16 @@ def _average(
     visible_rows: jax.Array | None,
     kept: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """``average`` of logits less their maximum. Divided last, where it is smaller."""
+    """``average`` of logits less their maximum. Divides ``[T D]`` rather than ``[T S]``."""
     e, total, log_l = _exponentials(s, sink, visible_rows)
     return product(_dropped(kept, e), v, 1, 0) / total[:, None], log_l
 
 
 @_average.defjvp
 def _average_jvp(primals: Any, tangents: Any) -> Any:
-    """``dp = p (ds - sum_j p_j ds_j)``: of all that is ``t x s`` only ``p`` is saved.
+    """``dp = p (ds - sum_j p_j ds_j)``: the only residual of size ``t x s`` is ``p``.
 
-    If one key has all the weight the difference is exactly 0.
+    The difference is exactly 0 if one key has all the weight.
     """
     (s, sink, v, visible_rows, kept), (ds, dsink, dv, _, _) = primals, tangents
     e, total, _ = _exponentials(s, sink, visible_rows)
@@ -149,19 +148,19 @@ def _average_jvp(primals: Any, tangents: Any) -> Any:
 
 
 def _dropped(kept: jax.Array | None, x: jax.Array) -> jax.Array:
-    """``x`` with zeros where dropout drops."""
+    """``x`` with zeros where dropout drops a probability."""
     return x if kept is None else jnp.where(kept, x, jnp.zeros_like(x))
 
 
 def zero_rows(keep: Bool[Array, "*r"] | None, x: Float[Array, "*r ..."]) -> Any:
     """``x`` with zeros in the rows that are not kept; None keeps all.
 
-    A selection, because masked queries, keys and values may hold NaN or inf, and ``0 * nan`` is
-    ``nan``: they are zeroed before any product.
+    Masked queries, keys and values may hold NaN or inf, and ``0 * nan`` is ``nan``, so they are
+    replaced before any product.
 
     Args:
-      keep: the shape of the first axes of ``x``, or of size 1.
-      x: rows of one or more axes.
+      keep: bool, broadcasts to the first axes of ``x``.
+      x: rows, along one or more axes.
 
     >>> import jax.numpy as jnp
     >>> from attention_jax.core.softmax import zero_rows
@@ -189,7 +188,7 @@ def product(a: jax.Array, b: jax.Array, contract_a: int, contract_b: int) -> jax
 
 
 class State(NamedTuple):
-    """What is known of the keys seen so far, for ``t`` queries."""
+    """The running softmax of ``t`` queries over the keys so far."""
 
     maximum: Float[Array, " t"]  # m
     total: Float[Array, " t"]  # l
@@ -197,7 +196,7 @@ class State(NamedTuple):
 
 
 def start(t: int, D: int, dtype: Any) -> State:
-    """No key seen yet."""
+    """The state before the first key."""
     return State(jnp.full((t,), -jnp.inf, dtype), jnp.zeros((t,), dtype), jnp.zeros((t, D), dtype))
 
 
@@ -213,7 +212,7 @@ def update(
       state: of the keys so far.
       logits: ``[t s]``; ``-inf`` masks a key.
       value: ``[s D]``.
-      dropout_factor: what dropout multiplies each probability by; the normalizer leaves it out.
+      dropout_factor: the factor of each probability; it does not affect the normalizer.
 
     >>> import jax
     >>> import jax.numpy as jnp
@@ -228,17 +227,17 @@ def update(
     m = jnp.maximum(state.maximum, logits.max(axis=-1))
     shift = finite(m)
     p = jnp.exp(logits - shift[:, None])
-    shrink = jnp.exp(state.maximum - shift)
+    rescale = jnp.exp(state.maximum - shift)
     return State(
         m,
-        state.total * shrink + p.sum(axis=-1),
-        state.weighted * shrink[:, None]
+        state.total * rescale + p.sum(axis=-1),
+        state.weighted * rescale[:, None]
         + (p if dropout_factor is None else p * dropout_factor) @ value,
     )
 
 
 def merge(a: State, b: State) -> State:
-    """The state of both sets of keys together.
+    """The state of the union of two sets of keys.
 
     >>> import jax
     >>> import jax.numpy as jnp
@@ -250,11 +249,11 @@ def merge(a: State, b: State) -> State:
     True
     """
     m = jnp.maximum(a.maximum, b.maximum)
-    shrink_a, shrink_b = jnp.exp(a.maximum - finite(m)), jnp.exp(b.maximum - finite(m))
+    rescale_a, rescale_b = jnp.exp(a.maximum - finite(m)), jnp.exp(b.maximum - finite(m))
     return State(
         m,
-        a.total * shrink_a + b.total * shrink_b,
-        a.weighted * shrink_a[:, None] + b.weighted * shrink_b[:, None],
+        a.total * rescale_a + b.total * rescale_b,
+        a.weighted * rescale_a[:, None] + b.weighted * rescale_b[:, None],
     )
 
 
@@ -265,13 +264,13 @@ def finish(state: State, sink: jax.Array | None = None) -> tuple[jax.Array, jax.
 
     Args:
       state: of all keys.
-      sink: an extra logit in the denominator, a scalar or ``[t]``: one for each query.
+      sink: a further logit in the denominator, a scalar or ``[t]``, one for each query.
     """
     m, total, weighted = state
     if sink is not None:
         m = jnp.maximum(m, sink)
-        shrink = jnp.exp(state.maximum - finite(m))
-        total, weighted = total * shrink + jnp.exp(sink - finite(m)), weighted * shrink[:, None]
+        rescale = jnp.exp(state.maximum - finite(m))
+        total, weighted = total * rescale + jnp.exp(sink - finite(m)), weighted * rescale[:, None]
     empty = total == 0
     safe = jnp.where(empty, jnp.ones_like(total), total)
     return weighted / safe[:, None], finite(m), jnp.where(empty, -jnp.inf, jnp.log(safe))

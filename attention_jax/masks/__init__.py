@@ -19,12 +19,12 @@ arrays that broadcast. ``T x S`` is never materialized; ``to_dense`` does so on 
 A mask class declares its fields, its ``rule`` on one tile of pairs, and ``block``, which bounds
 ``rule`` on whole blocks: whether some pair may be visible, and whether all pairs certainly are.
 ``block`` is interval arithmetic, in NumPy while tracing if the fields are Python ints, in JAX at
-run time if they are arrays. So a new Python int compiles again, and a new array does not: in a loop
+run time if they are arrays. So a new Python int recompiles, and a new array does not: in a loop
 over offsets or lengths, pass ``jnp.asarray(i)``. The docstring of ``Mask`` shows how to write your
 own.
 """
 
-from attention_jax.masks.at_positions import Placed as Placed
+from attention_jax.masks.at_positions import MaskAtPositions as MaskAtPositions
 from attention_jax.masks.bands import Band as Band
 from attention_jax.masks.bands import Dilated as Dilated
 from attention_jax.masks.bands import causal as causal

@@ -1,4 +1,4 @@
-"""A mask of positions rather than of indices into the arrays."""
+"""Masks evaluated at explicit positions of queries and keys."""
 
 from __future__ import annotations
 
@@ -9,14 +9,17 @@ from typing import Any, Self
 import jax.numpy as jnp
 
 from attention_jax.core.axes import Size
-from attention_jax.core.positions import Positioned, positioned
+from attention_jax.core.positions import AtPositions, position_fields
 from attention_jax.masks.base import Mask, parts
 from attention_jax.masks.grid import Grid
 
 
 @dataclasses.dataclass(frozen=True)
-class PlacedGrid(Grid):
-    """A grid whose bounds are those of the positions in each block, which may have gaps."""
+class PositionGrid(Grid):
+    """A grid whose bounds are the smallest and largest position in each block.
+
+    The positions between these bounds need not all occur.
+    """
 
     query_low: Any
     query_high: Any
@@ -29,14 +32,14 @@ class PlacedGrid(Grid):
     k1 = property(lambda self: self.key_high)
 
 
-class Placed(Positioned, Mask):
-    """``mask`` of the positions of query and key; keys at negative ones are masked."""
+class MaskAtPositions(AtPositions, Mask):
+    """``mask`` evaluated at positions; keys at negative positions are masked."""
 
     NAME = "a mask of positions"
     ARGUMENTS = {"mask_": "mask"}
     BY_INTERVALS = True
     mask_: Mask
-    resolved: bool  # the mask is resolved for the lengths of the whole sequence
+    resolved: bool  # mask_ is already resolved for the whole sequence
 
     def resolve(self, T: Size, S: Size, N: int) -> Self:
         return self.resolve_in_sequence(N)
@@ -53,7 +56,7 @@ class Placed(Positioned, Mask):
     def block(self, grid: Grid, b: Any, n: Any) -> tuple[Any, Any]:
         k = None if self.key_positions is None else jnp.asarray(self.key_positions)
         real = None if k is None else jnp.where(k < 0, jnp.iinfo(k.dtype).max, k)
-        placed = PlacedGrid(
+        positions = PositionGrid(
             grid.T,
             grid.S,
             grid.block_q,
@@ -65,43 +68,48 @@ class Placed(Positioned, Mask):
         )
         by_intervals = all(part.BY_INTERVALS for part in parts(self.mask_))
         block = self.mask_.block if by_intervals else super().block
-        some, every = block(placed, self.example(b), self.head(n))
+        some, every = block(positions, self.example(b), self.head(n))
         if k is None:
             return some, every
-        return some & (placed.k1 >= 0), every & grid.over_keys(jnp.all, k >= 0)
+        return some & (positions.k1 >= 0), every & grid.over_keys(jnp.all, k >= 0)
 
 
 def _bound(
     over: Callable[..., Any],
     reduce: Callable[..., Any],
     positions: Any,
-    counted: Callable[[Any], Any],
+    position_of: Callable[[Any], Any],
     index: Any,
 ) -> Any:
-    """The least or largest position of each block."""
-    return counted(index) if positions is None else over(reduce, jnp.asarray(positions))
+    """The smallest or largest position of each block."""
+    return position_of(index) if positions is None else over(reduce, jnp.asarray(positions))
 
 
-def placed(mask: Mask, queries: Any, keys: Any, *, resolved: bool = False, **numbers: Any) -> Mask:
-    """``mask`` of the positions of queries and keys; keys at negative ones are masked.
+def mask_at_positions(
+    mask: Mask, queries: Any, keys: Any, *, resolved: bool = False, **numbers: Any
+) -> Mask:
+    """``mask`` evaluated at positions; keys at negative positions are masked.
 
-    Query ``i`` attends to key ``j`` where ``mask`` lets the position of ``i`` attend to that of
-    ``j``, and the latter is not negative. The mask's own arrays stay in the order of the queries
-    and keys of the call.
+    Query ``i`` attends to key ``j`` where ``mask`` lets the position of ``i`` attend to the
+    position of ``j``, and that is not negative. The mask's own arrays stay in the order of the
+    queries and keys of the call.
 
     Args:
-      mask: its rule is given positions in place of indices.
+      mask: a mask whose rule takes positions in the whole sequence.
       queries, keys: int32 arrays ``[*B T]`` and ``[*B S]``, ``Contiguous``, or None: 0, 1, 2, ...
-      resolved: the mask is resolved already; else ``align="end"`` is ``align="start"``.
-      **numbers: of examples and heads, see ``positioned``.
+      resolved: whether the mask is already resolved; else ``align="end"`` means
+        ``align="start"``.
+      **numbers: of examples and heads, see ``position_fields``.
 
     >>> import numpy as np
     >>> from attention_jax.masks import window
-    >>> from attention_jax.masks.at_positions import placed
-    >>> print(placed(window(2, 0), np.array([4, 5]), np.array([4, 5, -1, 3])))
+    >>> from attention_jax.masks.at_positions import mask_at_positions
+    >>> print(mask_at_positions(window(2, 0), np.array([4, 5]), np.array([4, 5, -1, 3])))
     █··█
     ██·█
     """
-    if isinstance(mask, Placed) and queries is None and keys is None:
+    if isinstance(mask, MaskAtPositions) and queries is None and keys is None:
         return dataclasses.replace(mask, **numbers)
-    return Placed(mask_=mask, resolved=resolved, **positioned(queries, keys, **numbers))
+    return MaskAtPositions(
+        mask_=mask, resolved=resolved, **position_fields(queries, keys, **numbers)
+    )

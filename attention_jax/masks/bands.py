@@ -68,7 +68,7 @@ class Band(Mask):
     def reach(self) -> Reach:
         if isinstance(self.offset, jax.core.Tracer):
             return UNBOUNDED
-        offset = np.asarray(self.offset)  # align="end" adds 0: in one sequence T is S
+        offset = np.asarray(self.offset)  # align="end" adds S - T, which is 0 in one sequence
         least, most = int(offset.min(initial=0)), int(offset.max(initial=0))
         if offset.ndim == 0:
             least = most = int(offset)
@@ -89,7 +89,7 @@ def causal(offset: PerExample = 0, *, align: str = "start") -> Mask:
 
     Args:
       offset: an int, or an int array ``[*B]``. With 0 the mask is aligned top-left: the first
-        query attends to the first key only. A new int compiles again, a new array does not.
+        query attends to the first key only. A new int recompiles, a new array does not.
       align: ``"end"`` adds ``S - T`` to the offset, which aligns the mask bottom-right: the last
         query attends up to the last key.
 

@@ -1,4 +1,4 @@
-"""``Mask``: what all masks have in common, and how they combine."""
+"""``Mask``, the base class of masks, and the operators that combine masks."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class Mask(Value):
     - ``block``: which blocks are certainly empty, and skipped, or certainly full. By default every
       block is partial.
     - ``BY_INTERVALS = True`` if ``block`` uses only the bounds ``grid.q0 .. grid.k1`` and
-      ``grid.over_*``, and stays right if these are bounds of positions with gaps. By default every
-      block is partial with ``query_positions`` or ``key_positions``, and in a cache.
+      ``grid.over_*``, and is still correct if not every position between these bounds occurs. By
+      default every block is partial with ``query_positions`` or ``key_positions``, and in a cache.
     - ``reach``: how far queries look ahead and back. By default nothing is known, and a cache
       refuses the mask unless it is combined, by ``&``, with ``causal()`` or a ``window``.
     - ``natural_size``: the ``T`` and ``S`` that the mask is made for.
@@ -78,7 +78,7 @@ class Mask(Value):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "block" in vars(cls) and "BY_INTERVALS" not in vars(cls):
-            cls.BY_INTERVALS = False  # a base class declares it for its own block
+            cls.BY_INTERVALS = False  # what a base class declares is about its own block
         if "rule" in vars(cls):
             cls.rule = _returning_bools(cls.__name__, cls.rule)  # type: ignore[method-assign]
 
@@ -103,7 +103,7 @@ class Mask(Value):
         raise NotImplementedError(f"{type(self).__name__} must define rule(b, n, q, k)")
 
     def block(self, grid: Grid, b: Any, n: Any) -> tuple[Any, Any]:
-        """``(some, every)`` for each block: may a pair be visible, are all pairs visible for sure.
+        """``(some, every)`` for each block: may a pair be visible, are all pairs certainly visible.
 
         Both broadcast to ``[rows, columns]`` of the grid. They are bounds: ``some`` may be True for
         an empty block and ``every`` False for a full one, never the reverse.
@@ -115,7 +115,7 @@ class Mask(Value):
         return np.True_, np.False_
 
     def reach(self) -> Reach:
-        """How far queries look ahead and back, whatever the arrays of the mask hold.
+        """How far queries look ahead and back, for any contents of the mask's arrays.
 
         >>> from attention_jax.masks import causal, chunked, prefix, window
         >>> (prefix(3) | causal()).reach(), (chunked(4) & window(2, None)).reach()
@@ -127,7 +127,7 @@ class Mask(Value):
         """The ``T`` and ``S`` that the mask is made for, apart from those of arrays in ``AXES``."""
         return None, None
 
-    # A NumPy array on the left leaves the operator to the mask, whose error says what to do.
+    # With this, an operator with a NumPy array on the left calls ours, which raises a clear error.
     __array_ufunc__ = None
 
     def __bool__(self) -> bool:
@@ -188,7 +188,7 @@ class Mask(Value):
         )
 
     def _drawn_size(self) -> tuple[int, int]:
-        """Sizes to draw: the natural ones, else large enough for the largest int."""
+        """The size to draw: the natural one, else large enough to show the largest int."""
         T = S = None
         largest = 3
         for part in parts(self):
@@ -236,7 +236,7 @@ def _as_mask(x: Any, operator: str) -> Mask:
 
 
 def _returning_bools(name: str, rule: Callable[..., Any]) -> Callable[..., Any]:
-    """``rule``, which raises unless it returns bools: ``&`` and ``~`` of ints mean other things."""
+    """``rule`` with a check that it returns bools, since ``&`` and ``~`` of ints are bitwise."""
 
     @functools.wraps(rule)
     def checked(self: Mask, b: Any, n: Any, q: Any, k: Any) -> Any:
@@ -251,7 +251,7 @@ def _returning_bools(name: str, rule: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class And(Mask):
-    """Visible where both are."""
+    """Pairs that are visible under both masks."""
 
     NAME = "a mask of masks joined by &"
     BY_INTERVALS = True
@@ -273,7 +273,7 @@ class And(Mask):
 
 
 class Or(Mask):
-    """Visible where one of the two is."""
+    """Pairs that are visible under at least one of the masks."""
 
     NAME = "a mask of masks joined by |"
     BY_INTERVALS = True
@@ -295,7 +295,7 @@ class Or(Mask):
 
 
 class Not(Mask):
-    """Visible where the other is not."""
+    """Pairs that are not visible under the other mask."""
 
     NAME = "an inverted mask"
     BY_INTERVALS = True
@@ -318,7 +318,7 @@ def _in_parentheses(mask: Mask) -> str:
 
 
 def _as_array(x: Any) -> Any:
-    """A custom block rule may return a Python bool, of which ``~`` is an int."""
+    """``x`` as an array: a custom ``block`` may return a Python bool, and ``~True`` is -2."""
     return x if isinstance(x, jax.Array) else np.asarray(x)
 
 

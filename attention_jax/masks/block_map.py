@@ -112,7 +112,7 @@ def _differs_between_heads(mask: Mask, T: int, S: int, B: int | None, N: int | N
         return True
     if not (B or N):
         return False
-    # A function or a custom class may use b and n. Tracing one block is enough to find out.
+    # A function or a custom class may use b and n; tracing a single block shows whether it does.
     whole, zero = Grid(T, S, max(T, 1), max(S, 1)), np.int32(0)
     return uses_arguments(lambda b, n: kinds(mask, whole, b, n), zero, zero)
 
@@ -125,10 +125,10 @@ class Counts(NamedTuple):
     skipped: int
 
 
-# Larger maps are counted coarsely first: with 1M tokens in blocks of 64, a map has 268M blocks.
+# Larger maps are first counted in coarse blocks: with 1M tokens and blocks of 64, a map has 268M.
 LARGE_MAP = 2**20
 COARSE = 64  # blocks per side of a coarse block
-AT_ONCE = 256  # coarse blocks
+BATCH = 256  # coarse blocks that are refined at a time
 
 
 def count(
@@ -164,16 +164,16 @@ def _count_coarsely(mask: Mask, grid: Grid) -> tuple[int, int]:
     coarse = Grid(grid.T, grid.S, COARSE * grid.block_q, COARSE * grid.block_k)
     kind = kinds(mask, coarse, 0, 0)
 
-    def inside(blocks: int) -> np.ndarray:  # how many fine blocks each coarse one has, per side
+    def inside(blocks: int) -> np.ndarray:  # fine blocks per side of each coarse block
         return np.diff([*range(0, blocks, COARSE), blocks])
 
     size = inside(grid.rows)[:, None] * inside(grid.columns)[None, :]
     visited = full = int(size[kind == FULL].sum())
     rows, columns = np.nonzero(kind == PARTIAL)
     within = np.arange(COARSE)
-    for i in range(0, len(rows), AT_ONCE):
-        row = (rows[i : i + AT_ONCE, None] * COARSE + within)[:, :, None]
-        column = (columns[i : i + AT_ONCE, None] * COARSE + within)[:, None, :]
+    for i in range(0, len(rows), BATCH):
+        row = (rows[i : i + BATCH, None] * COARSE + within)[:, :, None]
+        column = (columns[i : i + BATCH, None] * COARSE + within)[:, None, :]
         there = (row < grid.rows) & (column < grid.columns)
         row, column = np.minimum(row, grid.rows - 1), np.minimum(column, grid.columns - 1)
         some, every = mask.block(
@@ -222,8 +222,8 @@ class BlockSchedule(NamedTuple):
 def schedule(kind: Any, grid: Grid) -> BlockSchedule:
     """The blocks to visit, given their kinds.
 
-    A last block that extends beyond the arrays counts as partial: a backend shifts it to lie within
-    them, and must mask the pairs that it shares with the block before.
+    A last block that extends beyond the arrays counts as partial: a backend shifts it back to lie
+    within them, and must mask the pairs that it then shares with the previous block.
 
     >>> import numpy as np
     >>> from attention_jax.masks.block_map import schedule
@@ -241,6 +241,6 @@ def schedule(kind: Any, grid: Grid) -> BlockSchedule:
     order = xp.argsort(-kind, axis=-1, stable=True).astype(np.int32)
     full = (kind == FULL).sum(-1, dtype=np.int32)
     visited = (kind != EMPTY).sum(-1, dtype=np.int32)
-    if xp is np:  # the longest row is known
+    if xp is np:  # the longest row is known, so the rest can be cut off
         order = order[:, : max(1, int(visited.max(initial=0)))]
     return BlockSchedule(order, full, visited)

@@ -1,4 +1,4 @@
-"""Masks given by grids, layouts, arrays and functions."""
+"""Masks defined by grids, block layouts, arrays and functions."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Neighborhood(Mask):
 
     def _intervals(self, first: Any, last: Any) -> list[tuple[Any, Any]]:
         """Per axis, an interval that holds the coordinates of cells ``first`` to ``last``."""
-        intervals, whole = [], np.False_  # whole: an outer coordinate changes between the two
+        intervals, whole = [], np.False_  # whole: whether an outer coordinate changes
         for i0, i1, n in zip(
             self._coordinates(first), self._coordinates(last), self.shape, strict=True
         ):
@@ -192,7 +192,7 @@ def block_sparse(layout: Bool[AnyArray, "rows columns"], block: int) -> Mask:
 
 
 class Dense(Mask):
-    """A bool array."""
+    """A mask given by a bool array."""
 
     NAME = "masks.dense"
     AXES = {"array": "*B N T S"}
@@ -225,7 +225,7 @@ def dense(array: Bool[AnyArray, "..."]) -> Mask:
 
 
 class MaskFn(Mask):
-    """Any function."""
+    """A mask given by a function."""
 
     NAME = "masks.mask_fn"
     DEFAULTS = {"arrays": (), "evaluate": False}

@@ -16,7 +16,7 @@ class Grid:
     """Query blocks of ``block_q`` rows by key blocks of ``block_k`` columns.
 
     The first and last index of every block are NumPy arrays, ``q0, q1 [rows, 1]`` and
-    ``k0, k1 [1, columns]``, so that a mask can answer for all blocks in one expression.
+    ``k0, k1 [1, columns]``, so that a mask bounds all blocks in one expression.
 
     >>> from attention_jax.masks.grid import Grid
     >>> grid = Grid(T=5, S=8, block_q=3, block_k=4)

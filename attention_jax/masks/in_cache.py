@@ -1,8 +1,8 @@
 """Masks and scores of a whole sequence, for the queries and keys of a call with a cache.
 
-A mask such as ``segments(ids)`` holds the ids of the whole sequence. ``of_positions`` selects the
-entries for the queries and keys of a call, which are some of the tokens in any order. The checks
-raise errors for masks and scores that a cache does not support.
+A mask such as ``segments(ids)`` holds the ids of the whole sequence. A call has only some of the
+tokens, in any order, and ``of_positions`` selects their entries. The ``check_*`` functions raise
+errors for masks and scores that a cache does not support.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ V = TypeVar("V", bound=Value)
 
 
 def of_positions(value: V, queries: Any, keys: Any, *, in_order: bool) -> V:
-    """``value`` with the entries of its arrays along ``T`` and ``S`` for these queries and keys.
+    """``value`` with its arrays cut to the entries of these queries and keys.
 
     Args:
       value: a mask or score of a whole sequence.
-      queries, keys: their positions, int32 ``[*B T]`` and ``[*B S]``; arbitrary for missing keys.
-      in_order: key ``j`` is at position ``j`` or missing: a slice in place of a gather.
+      queries, keys: positions, int32 ``[*B T]`` and ``[*B S]``; arbitrary for empty slots.
+      in_order: whether key ``j`` is at position ``j``, so that a slice replaces the gather.
 
     Raises:
       ValueError: the batch axes of an array do not fit.
@@ -37,12 +37,12 @@ def of_positions(value: V, queries: Any, keys: Any, *, in_order: bool) -> V:
         core = [a for a in leaf.axes if a != "B"]
         lengths = [a for a in core if a == "S" or (a == "T" and not leaf.new_tokens)]
         missing = len(batch) + len(core) - x.ndim
-        if not lengths or missing < 0:  # too many axes: the call says so
+        if not lengths or missing < 0:  # too many axes: the call raises an error later
             return x
         if "B" not in leaf.axes and batch:
             raise NotImplementedError(
-                f"{leaf.name} has no batch axes, and a cache takes other entries of it for each "
-                f"example"
+                f"{leaf.name} has no batch axes, but with a cache each example needs other entries "
+                f"of it"
             )
         x = jnp.asarray(x).reshape((1,) * missing + tuple(x.shape))
         if any(n not in (1, b) for n, b in zip(x.shape, batch, strict=False)):
@@ -102,18 +102,18 @@ def covered_lengths(value: Value) -> Iterator[tuple[str, int]]:
 def check_lengths(
     argument: str, value: Value, length: Any, capacity: int, *, rolling: bool
 ) -> None:
-    """Raises where a mask or score has entries for fewer positions than the sequence.
+    """Raises if a mask or score has entries for fewer positions than the sequence.
 
     Args:
       argument: its name in messages.
       value: the mask or score.
-      length: int ``[*B]``, the length of the sequence so far; where it is traced, ``capacity``
-        bounds it.
+      length: int ``[*B]``, the length of the sequence so far; if it is traced, ``capacity`` is
+        taken as its bound.
       capacity, rolling: of the cache.
 
     Raises:
       ValueError: too few entries.
-      NotImplementedError: lengths are traced and nothing bounds them.
+      NotImplementedError: the length is traced and the cache is rolling, so nothing bounds it.
     """
     traced = isinstance(length, jax.core.Tracer)
     for name, size in covered_lengths(value):
@@ -131,16 +131,16 @@ def check_lengths(
 
 
 def check_ahead(mask: Mask, start: Any, end: Any) -> None:
-    """Raises where a query would attend to a later key of the sequence that is still to come.
+    """Raises if the mask lets a query attend to later tokens that are not in the cache yet.
 
     Args:
       mask: of positions in the whole sequence.
-      start, end: int ``[*B]``: queries are at positions from ``start``, keys below ``end``. Where
-        they are traced, only what does not depend on them is checked.
+      start, end: int ``[*B]``: the new tokens are at positions ``start`` to ``end``, exclusive. If
+        they are traced, checks that depend on them are skipped.
 
     Raises:
-      ValueError: the mask does not bound how far queries look ahead; or it lets all tokens below a
-        position attend to each other, and they did not come in one call.
+      ValueError: the mask does not bound how far queries look ahead; or the tokens of its prefix,
+        which attend to each other, do not come in one call.
     """
     ahead = mask.reach().ahead
     if ahead is None:
@@ -160,15 +160,15 @@ def check_ahead(mask: Mask, start: Any, end: Any) -> None:
 
 
 def check_back(mask: Mask, capacity: int, intact: Callable[[int], Any]) -> None:
-    """Raises where a query would attend to a key that a rolling cache no longer holds.
+    """Raises if the mask lets a query attend to a token that a rolling cache no longer holds.
 
     Args:
       mask: of positions in the whole sequence.
       capacity: how many tokens the cache holds.
-      intact: whether all tokens of a window of this size are there, bool ``[*B]``.
+      intact: ``KVCache.intact``.
 
     Raises:
-      ValueError: the mask looks back further than that.
+      ValueError: the mask looks back at tokens that were overwritten.
     """
     back = mask.reach().back
     if back is None or back >= capacity:

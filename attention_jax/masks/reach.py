@@ -8,12 +8,14 @@ import jax.numpy as jnp
 
 
 class Reach(NamedTuple):
-    """Bounds on the keys a query may attend to, whatever the mask's arrays hold; None is no bound.
+    """Bounds on the keys a query may attend to, for any contents of the mask's arrays.
+
+    None means no bound.
 
     Attributes:
-      ahead: keys after a query are visible only below this position, an int or an int array
+      ahead: keys after a query are visible only at positions below this one, an int or an int array
         ``[*B]``; 0 is causal.
-      back: no key is visible that is more than this many positions before its query.
+      back: no key more than this many positions before a query is visible to it.
     """
 
     ahead: Any
@@ -21,17 +23,17 @@ class Reach(NamedTuple):
 
     def __and__(self, other: Reach) -> Reach:
         """The reach of the intersection of two masks."""
-        return Reach(_least(self.ahead, other.ahead), _least(self.back, other.back))
+        return Reach(_minimum(self.ahead, other.ahead), _minimum(self.back, other.back))
 
     def __or__(self, other: Reach) -> Reach:
         """The reach of the union of two masks."""
-        return Reach(_most(self.ahead, other.ahead), _most(self.back, other.back))
+        return Reach(_maximum(self.ahead, other.ahead), _maximum(self.back, other.back))
 
 
 UNBOUNDED = Reach(None, None)
 
 
-def _least(a: Any, b: Any) -> Any:
+def _minimum(a: Any, b: Any) -> Any:
     if a is None or b is None:
         return b if a is None else a
     if any(isinstance(x, int) and x == 0 for x in (a, b)):
@@ -41,7 +43,7 @@ def _least(a: Any, b: Any) -> Any:
     return jnp.minimum(a, b)
 
 
-def _most(a: Any, b: Any) -> Any:
+def _maximum(a: Any, b: Any) -> Any:
     if a is None or b is None:
         return None
     if isinstance(a, int) and isinstance(b, int):

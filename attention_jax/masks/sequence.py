@@ -105,7 +105,7 @@ def lengths(*, query: PerExample | None = None, key: PerExample | None = None) -
 
 
 class Segments(Mask):
-    """Equal ids, none negative."""
+    """Query and key with the same id, which is not negative."""
 
     NAME = "masks.segments"
     AXES = {"query_ids": "*B T", "key_ids": "*B S"}
@@ -117,7 +117,7 @@ class Segments(Mask):
         return (self.query_ids == self.key_ids) & (self.query_ids >= 0)
 
     def block(self, grid: Grid, b: Any, n: Any) -> tuple[Any, Any]:
-        # The interval of the ids that are not padding: empty (low > high) where all are padding.
+        # The range of the ids that are not padding; empty (low > high) if all are padding.
         def intervals(over: Callable[..., Any], ids: Any) -> tuple[Any, Any, Any]:
             unpadded = jnp.where(ids < 0, jnp.iinfo(ids.dtype).max, ids)
             return over(jnp.min, unpadded), over(jnp.max, ids), over(jnp.all, ids >= 0)

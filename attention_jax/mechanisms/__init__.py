@@ -1,7 +1,7 @@
 """Mechanisms other than dot-product softmax attention over all keys, one file each.
 
-They share the axes, errors and empty rows of ``attention``. Each file states the formula in its
-first lines, then as code for one head of one example, then lifts it to heads and examples.
+Axes, errors and the results of fully masked rows are those of ``attention``. Each file begins with
+the formula, implements it for one head of one example, then maps it over heads and examples.
 
 ================================================  =========================================  =======
 function                                          weights                                    cost

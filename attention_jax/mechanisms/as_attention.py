@@ -72,7 +72,7 @@ def _is_required(parameter: inspect.Parameter) -> bool:
 
 
 def check_attention(attention: Any) -> None:
-    """Raises unless ``attention`` is a function that takes what modules pass to it.
+    """Raises unless ``attention`` is a function that takes the arguments modules pass to it.
 
     Raises:
       TypeError: it is not a function, or a mechanism without ``as_attention``.

@@ -1,4 +1,4 @@
-"""Masks for mechanisms without a matrix of logits: causality and padding are all they can apply."""
+"""Masks of mechanisms without a matrix of logits, which support only causality and padding."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
-from attention_jax.backends.call import MaskLike, as_mask
+from attention_jax.backends.arguments import MaskLike, as_mask
 from attention_jax.core.axes import Sizes
 from attention_jax.core.pytree import full_rank
 from attention_jax.masks import Band, Lengths, Padding

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from attention_jax.backends.call import MaskLike, Scale, check_flag, check_types
+from attention_jax.backends.arguments import MaskLike, Scale, check_flag, check_types
 from attention_jax.backends.heads import lift
 from attention_jax.core.axes import (
     AnyArray,
@@ -53,7 +53,7 @@ def scan_chunks(
 ) -> tuple[Float[Array, "T _"], Float[Array, "M D"]]:
     """``out, state = step(state, *chunks)`` over chunks of ``size`` tokens, for one head.
 
-    The last chunk is filled with zeros. The backward pass recomputes each chunk from its state.
+    The last chunk is padded with zeros. The backward pass recomputes each chunk from its state.
     """
     state, *arrays = varying_together((state, *arrays))
     T = arrays[0].shape[0]

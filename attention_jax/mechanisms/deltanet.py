@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from attention_jax.backends.call import MaskLike, Scale
+from attention_jax.backends.arguments import MaskLike, Scale
 from attention_jax.core.axes import AnyArray, Key, Query, Value
 from attention_jax.core.softmax import product
 from attention_jax.mechanisms.causal_padding import keep_rows

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from attention_jax.api import attention
-from attention_jax.backends.call import check_types
+from attention_jax.backends.arguments import check_types
 from attention_jax.core.axes import AnyArray, Output, accumulation_dtype, same_rank
 
 

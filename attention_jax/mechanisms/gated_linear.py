@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from attention_jax.backends.call import MaskLike, Scale
+from attention_jax.backends.arguments import MaskLike, Scale
 from attention_jax.core.axes import AnyArray, Key, Query, Value
 from attention_jax.core.softmax import product
 from attention_jax.mechanisms.chunkwise import (
@@ -44,7 +44,7 @@ def gated_linear_chunk(
     """
     C = q.shape[0]
     distance = jnp.arange(C)[:, None] - jnp.arange(C)[None, :]
-    # Each sum over j < l <= i is taken by itself: a difference of two cumulative sums would lose
+    # Each sum over j < l <= i is computed directly: a difference of two cumulative sums would lose
     # digits, and would be NaN after a gate of -inf.
     log_decay = jnp.cumsum(jnp.where(distance[..., None] > 0, g[:, None], 0.0), axis=0)
     log_decay = jnp.where(distance[..., None] >= 0, log_decay, -jnp.inf)
@@ -90,8 +90,8 @@ def gated_linear_attention(
         out_t = scale * q_t S_t
 
     that is ``out_i = scale * sum_{j<=i} sum_h q_ih k_jh exp(sum_{j<l<=i} log_gate_lh) v_j``, the
-    form used within a chunk of tokens. Time ``O(T H D)``, memory linear in ``T``. Nothing divides
-    by a sum of weights: a norm usually follows.
+    form used within a chunk of tokens. Time ``O(T H D)``, memory linear in ``T``. The output is not
+    divided by a sum of weights; models usually normalize it.
 
     Args:
       query, key, value: as for ``attention``, of one length.

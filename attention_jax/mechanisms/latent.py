@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from attention_jax.api import attention
-from attention_jax.backends.call import Scale, check_types
+from attention_jax.backends.arguments import Scale, check_types
 from attention_jax.core.axes import AnyArray, Output, accumulation_dtype, with_sizes
 
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from attention_jax.backends.call import MaskLike, check_types
+from attention_jax.backends.arguments import MaskLike, check_types
 from attention_jax.backends.heads import lift
 from attention_jax.core.axes import (
     Key,
@@ -56,8 +56,8 @@ def _elu_plus_1(x: jax.Array) -> jax.Array:
 
 ELU_PLUS_1 = Features(_elu_plus_1, _elu_plus_1)
 
-# Values come with a column of ones, v = [value, 1], so that S = sum_j f(k_j) [value_j, 1]^T holds
-# both sums, S and z. It is an array of its own until here because padding zeroes it as well.
+# A column of ones is appended to the values, v = [value, 1], so that sum_j f(k_j) v_j^T holds both
+# S and z. It is passed as a separate array, so that padding is zeroed in it too.
 
 
 def linear_head(
@@ -68,7 +68,7 @@ def linear_head(
     value: Float[Array, "S D"],
     ones: Float[Array, "S 1"],
 ) -> Float[Array, "T D"]:
-    """``f(Q) S / f(Q) z`` for one head, not causal; in chunks that fit into the CPU's cache."""
+    """``f(Q) S / f(Q) z`` for one head, not causal, in chunks that fit into a CPU cache."""
 
     def add(S: jax.Array, k: jax.Array, *v: jax.Array) -> tuple[jax.Array, jax.Array]:
         return k[:, :0], S + product(features.key(k), jnp.concatenate(v, axis=1), 0, 0)
@@ -115,7 +115,7 @@ def packed_linear_chunk(
 
 
 def _normalized(sums: Float[Array, "t D1"]) -> Float[Array, "t D"]:
-    """The weighted sums divided by that of the weights, the last column; 0 where that is 0."""
+    """The weighted sums divided by the sum of the weights, the last column; 0 if that is 0."""
     total = sums[:, -1:]
     return jnp.where(total == 0, 0, sums[:, :-1] / jnp.where(total == 0, 1, total))
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from attention_jax.api import attention
-from attention_jax.backends.call import MaskLike, Scale, check_types
+from attention_jax.backends.arguments import MaskLike, Scale, check_types
 from attention_jax.core.axes import (
     AnyArray,
     Key,

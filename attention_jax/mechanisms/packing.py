@@ -35,14 +35,14 @@ class PackedState(NamedTuple):
 
 
 class Packing(NamedTuple):
-    """The documents of a call with ``segments``."""
+    """Where the documents of a call begin, and the state before it."""
 
     padding: CausalPadding
-    """Of the mask and of negative segment ids together."""
+    """The padding of the mask, joined with that of negative segment ids."""
     starts: Bool[Array, "*B T 1 1"] | None
     """True for the first token of a document; None without ``segments``."""
     state: Any
-    """After the previous tokens, or None."""
+    """The state after the previous tokens, or None."""
     segment: Int[Array, "*B"] | None
     """The id of the last token, for ``PackedState``; None without ``segments``."""
 
@@ -85,7 +85,7 @@ def document_starts(segments: Any, state: Any, padding: CausalPadding, sizes: Si
     real = ids >= 0
     for flags in (padding.queries, padding.keys):
         real = real if flags is None else real & flags
-    # The id of the last real token up to each position, which starts with that of the state.
+    # The id of the last real token up to each position, beginning with the segment of the state.
     ids = jnp.concatenate([previous[..., None], jnp.where(real, ids, -1)], axis=-1)
     position = jax.lax.broadcasted_iota(jnp.int32, ids.shape, ids.ndim - 1)
     index = jax.lax.cummax(jnp.where(ids >= 0, position, 0), axis=ids.ndim - 1)
@@ -111,18 +111,22 @@ class Documents(NamedTuple):
     """Which tokens of a chunk belong to one document."""
 
     same: Bool[Array, "C C"]
-    """Both tokens are of one document."""
+    """Whether both tokens are of the same document."""
     first: Bool[Array, "C 1"]
-    """Tokens of the document that the state before the chunk belongs to."""
+    """Whether a token is of the document that the state before the chunk belongs to."""
     last: Bool[Array, "C 1"]
-    """Tokens of the document that the state after the chunk belongs to."""
+    """Whether a token is of the document that the state after the chunk belongs to."""
 
     def carry(self, state: Float[Array, "M D"]) -> Float[Array, "M D"]:
-        """The state if its document lasts to the end of the chunk, else 0."""
+        """The state if its document continues to the end of the chunk, else 0."""
         return keep_rows(self.first[-1], state)
 
 
 def documents_of(starts: Float[Array, "C 1"]) -> Documents:
-    """From ``starts``, 1 where a document begins and 0 elsewhere."""
+    """The documents of a chunk.
+
+    Args:
+      starts: 1 where a document begins and 0 elsewhere.
+    """
     number = jnp.cumsum(starts, axis=0)
     return Documents(number == number.T, number == 0, number == number[-1:])

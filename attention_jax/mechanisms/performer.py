@@ -37,9 +37,10 @@ def performer_features(key: jax.Array, H: int, count: int) -> Features:
         f_r(x) = exp(w_r . x' - |x'|^2 / 2) / sqrt(count)
         E f(q) . f(k) = exp(q . k / sqrt(H))
 
-    Each query is rescaled so that its largest feature is 1, which changes no attention weight. Keys
-    cannot be, since a causal sum meets them one by one: their exponents, which can reach
-    ``|w_r|^2 / 2``, are clipped at 80, which float32 can sum over many keys.
+    Each query is rescaled so that its largest feature is 1, which does not change attention
+    weights. Keys cannot be rescaled, because a causal sum does not know later keys: their
+    exponents, which can reach ``|w_r|^2 / 2``, are clipped at 80, which float32 can sum over many
+    keys.
 
     Args:
       key: a key of ``jax.random``.

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from attention_jax.backends.call import MaskLike, Scale
+from attention_jax.backends.arguments import MaskLike, Scale
 from attention_jax.core.axes import (
     AnyArray,
     Key,
@@ -86,8 +86,8 @@ def retention(
 
 def _log_decay(decay: Any, K: int, dtype: Any) -> Float[Array, " K"]:
     if decay is None:
-        # Computed in float64 and rounded last: in float32 the logarithm would keep 4 digits of a
-        # decay near 1.
+        # Computed in float64 and then rounded: the float32 logarithm of a decay near 1 would have
+        # only 4 digits.
         return jnp.asarray(np.log1p(-(2.0 ** -np.linspace(5, 12, K))), dtype)
     check_float_array("decay", decay)
     log_decay: jax.Array = jnp.log(jnp.asarray(decay, dtype))

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from attention_jax import masks
 from attention_jax.api import attention
-from attention_jax.backends.call import MaskLike, Scale, check_types
+from attention_jax.backends.arguments import MaskLike, Scale, check_types
 from attention_jax.core.axes import (
     AnyArray,
     Key,

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from jaxtyping import Array, Float
 
-from attention_jax.backends.call import Head, MaskLike, Scale, ScoreLike, bind, complete
+from attention_jax.backends.arguments import MaskLike, Scale, ScoreLike, bind
+from attention_jax.backends.call import Head, complete
 from attention_jax.backends.heads import over_heads_and_examples
 from attention_jax.backends.xla import logits
 from attention_jax.core import softmax
@@ -20,8 +21,8 @@ from attention_jax.mechanisms.inverted import log_softmax_over_queries
 def slot_head(head: Head) -> tuple[Float[Array, "T D"]]:
     """``out_i = sum_j A_ij v_j / sum_j A_ij`` for one head of one example.
 
-    ``A / sum_j A`` is computed as ``softmax_j(log A)``: a slot whose ``A`` underflows keeps the
-    mean of its keys.
+    ``A / sum_j A`` is computed as ``softmax_j(log A)``, which is accurate for a slot whose ``A``
+    underflows.
     """
     s, v, _ = logits(head)
     log_A = log_softmax_over_queries(s)
@@ -37,7 +38,7 @@ def slot_attention(
     score: ScoreLike = (),
     scale: Scale = None,
 ) -> Output:
-    """The mean of the values that each query, a slot, wins in competition with the others.
+    """For each query, a slot, the mean of the values for which it competes with other slots.
 
     With ``A``, the softmax over queries of ``inverted_attention``::
 

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from attention_jax.backends.call import Head, MaskLike, Scale, ScoreLike, bind, complete
+from attention_jax.backends.arguments import MaskLike, Scale, ScoreLike, bind
+from attention_jax.backends.call import Head, complete
 from attention_jax.backends.heads import over_heads_and_examples
 from attention_jax.backends.xla import logits
 from attention_jax.core import softmax

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 
 from attention_jax import masks, scores
 from attention_jax.api import attention
-from attention_jax.backends.call import as_mask
+from attention_jax.backends.arguments import as_mask
 from attention_jax.cache import KVCache
 from attention_jax.core.axes import AnyArray, int_at_least, kind, same_rank
 from attention_jax.core.dropout import check_rate

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from attention_jax import cache as caches
 from attention_jax.api import attention as softmax_attention
 from attention_jax.api import attention_weights
-from attention_jax.backends.call import as_mask, as_scores, check_flag
+from attention_jax.backends.arguments import as_mask, as_scores, check_flag
 from attention_jax.cache import KVCache
 from attention_jax.core.axes import (
     AnyArray,

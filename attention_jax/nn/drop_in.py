@@ -19,7 +19,7 @@ from jax.typing import ArrayLike
 
 from attention_jax import masks, scores
 from attention_jax.api import attention, attention_weights
-from attention_jax.backends.call import check_flag
+from attention_jax.backends.arguments import check_flag
 from attention_jax.core import dropout
 from attention_jax.core.axes import (
     AnyArray,

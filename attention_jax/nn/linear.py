@@ -12,7 +12,14 @@ import jax
 from flax import nnx
 from jax import lax
 
-from attention_jax.core.shards import explicit_mesh, gathered, placed, resharded, spec_of, without
+from attention_jax.core.shards import (
+    explicit_mesh,
+    gathered,
+    named_sharding,
+    resharded,
+    spec_of,
+    without,
+)
 from attention_jax.nn.logical import logical
 
 PROJECTIONS = ("query", "key", "value", "gate", "out")
@@ -67,7 +74,7 @@ def _sharded(
     *lead, width = spec_of(x)
     columns = without(spec_of(kernel)[1], (*lead, width))
     kernel = resharded(kernel, mesh, (width, columns))
-    out = placed(mesh, (*lead, columns))
+    out = named_sharding(mesh, (*lead, columns))
     return lax.dot_general(x, kernel, dimensions, out_sharding=out, **options)
 
 

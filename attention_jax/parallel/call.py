@@ -6,7 +6,7 @@ from typing import Any, Literal, overload
 
 from attention_jax import api, backends
 from attention_jax.api import Implementation, Positions
-from attention_jax.backends.call import MaskLike, Scale, ScoreLike, Sinks, bind, check_flag
+from attention_jax.backends.arguments import MaskLike, Scale, ScoreLike, Sinks, bind, check_flag
 from attention_jax.core.axes import Key, Normalizer, Output, Query, Value
 from attention_jax.parallel import gather, ring
 from attention_jax.parallel.shards import AxisName, shard_of

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from attention_jax.backends.call import Call, place
+from attention_jax.backends.call import Call, call_at_positions
 from attention_jax.core.positions import Contiguous
 from attention_jax.core.pytree import Leaf, map_leaves
 from attention_jax.parallel.shards import Shard, along_keys, axis_of
@@ -30,7 +30,9 @@ def gathered(shard: Shard) -> Call:
         mask=map_leaves(keys_of_all, call.mask),
         score=map_leaves(keys_of_all, call.score),
     )
-    return place(call, shard.queries, _positions_of_all(shard, shard.keys), resolved=True)
+    return call_at_positions(
+        call, shard.queries, _positions_of_all(shard, shard.keys), resolved=True
+    )
 
 
 def _gather(shard: Shard, x: Any, axis: int) -> jax.Array:
@@ -90,7 +92,7 @@ def with_own_heads(shard: Shard) -> Call:
     )
     queries, keys = (_positions_of_all(shard, x) for x in (shard.queries, shard.keys))
     numbers = shard.index * share + jnp.arange(share, dtype=jnp.int32)
-    return place(call, queries, keys, head_numbers=numbers, resolved=True)
+    return call_at_positions(call, queries, keys, head_numbers=numbers, resolved=True)
 
 
 def own_queries(shard: Shard, out: jax.Array, lse: jax.Array) -> tuple[jax.Array, jax.Array]:

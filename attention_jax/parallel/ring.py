@@ -21,7 +21,7 @@ from jax import lax
 
 from attention_jax import backends
 from attention_jax.backends import Backend, Spec
-from attention_jax.backends.call import Call, Results, complete, place, spec_of
+from attention_jax.backends.call import Call, Results, call_at_positions, complete, spec_of
 from attention_jax.backends.chunks import operands
 from attention_jax.backends.guards import guard
 from attention_jax.core import softmax
@@ -113,7 +113,7 @@ class Ring:
         dropout, queries = x.others
         call = Call(x.query, x.key, x.value, mask, score, None, x.scale, dropout)
         keys = Contiguous(owner * S) if x.key_positions is None else x.key_positions
-        return complete(place(call, queries, keys, resolved=True))[0]
+        return complete(call_at_positions(call, queries, keys, resolved=True))[0]
 
     def backend(self, call: Call) -> tuple[Backend, Spec]:
         """The backend of a chunk, and what it is asked for."""
@@ -226,7 +226,7 @@ class Ring:
         travelling, staying = iter(varies.travelling), iter(varies.staying)
         both = [next(travelling if goes else staying) for goes in self._travels()]
         masks = len(jax.tree.leaves(self.shard.call.mask))
-        # A score that is placed has positions among its arrays, which are integers.
+        # A score at positions has these among its arrays, which are integers.
         given = [
             moves
             for moves, old in zip(both[masks:], jax.tree.leaves(self.shard.call.score), strict=True)

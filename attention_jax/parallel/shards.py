@@ -21,7 +21,7 @@ class Shard:
     """One device's queries and keys, and where they are in the sequence.
 
     Attributes:
-      call: mask and scores resolved for the whole sequence, and not placed yet.
+      call: mask and scores resolved for the whole sequence, not at positions yet.
       sizes: of this device.
       queries, keys: positions, int32 arrays or ``Contiguous``.
       axis_name: of the mesh axis, or axes, that split the sequence.

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from attention_jax.core.axes import AnyArray, accumulation_dtype, check_positions
-from attention_jax.core.shards import explicit_mesh, placed, resharded, spec_of, without
+from attention_jax.core.shards import explicit_mesh, named_sharding, resharded, spec_of, without
 from attention_jax.positions.scalings import angles, frequencies
 
 
@@ -95,5 +95,5 @@ def rows(table: Any, index: Any, name: str) -> jax.Array:
         return jnp.take(table, index, axis=0, mode="fill", fill_value=jnp.nan)
     used = spec_of(index)
     kept = tuple(without(axes, used) for axes in spec_of(table))
-    table, out = resharded(table, mesh, kept), placed(mesh, (*used, *kept[1:]))
+    table, out = resharded(table, mesh, kept), named_sharding(mesh, (*used, *kept[1:]))
     return table.at[index].get(mode="fill", fill_value=jnp.nan, out_sharding=out)

@@ -25,7 +25,7 @@ constructor              the new logit                                          
 The docstring of ``Score`` shows how to write your own.
 """
 
-from attention_jax.scores.at_positions import Placed as Placed
+from attention_jax.scores.at_positions import ScoreAtPositions as ScoreAtPositions
 from attention_jax.scores.base import Masking as Masking
 from attention_jax.scores.base import Score as Score
 from attention_jax.scores.base import tile_indices as tile_indices

@@ -1,4 +1,4 @@
-"""A score of positions rather than of indices into the arrays."""
+"""Scores evaluated at explicit positions of queries and keys."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import dataclasses
 from typing import Any, Self
 
 from attention_jax.core.axes import Size
-from attention_jax.core.positions import Positioned, positioned
+from attention_jax.core.positions import AtPositions, position_fields
 from attention_jax.scores.base import Score
 
 
-class Placed(Positioned, Score):
-    """``score`` of the positions of query and key."""
+class ScoreAtPositions(AtPositions, Score):
+    """``score`` evaluated at positions."""
 
     NAME = "a score of positions"
     ARGUMENTS = {"score_": "score"}
     score_: Score
-    resolved: bool  # the score is resolved for the lengths of the whole sequence
+    resolved: bool  # score_ is already resolved for the whole sequence
 
     MASKING = property(lambda self: self.score_.MASKING)
 
@@ -40,20 +40,22 @@ class Placed(Positioned, Score):
         return self.score_.tile(s, self.example(b), self.head(n), self.queries(q0), self.keys(k0))
 
 
-def placed(
+def score_at_positions(
     score: Score, queries: Any, keys: Any, *, resolved: bool = False, **numbers: Any
 ) -> Score:
-    """``score`` of the positions of queries and keys, as ``masks.at_positions.placed`` for masks.
+    """``score`` evaluated at positions; arguments as for ``mask_at_positions``.
 
     >>> import numpy as np
     >>> from attention_jax.scores import alibi
-    >>> from attention_jax.scores.at_positions import placed
-    >>> score = placed(alibi(np.array([0.5])), np.array([4]), np.array([4, 5, 3]))
+    >>> from attention_jax.scores.at_positions import score_at_positions
+    >>> score = score_at_positions(alibi(np.array([0.5])), np.array([4]), np.array([4, 5, 3]))
     >>> score.score(np.zeros((1, 3), np.float32), 0, 0, np.array([[0]]), np.arange(3)).tolist()
     [[0.0, -0.5, -0.5]]
     """
     if not score.USES_POSITIONS and not numbers:
         return score
-    if isinstance(score, Placed) and queries is None and keys is None:
+    if isinstance(score, ScoreAtPositions) and queries is None and keys is None:
         return dataclasses.replace(score, **numbers)
-    return Placed(score_=score, resolved=resolved, **positioned(queries, keys, **numbers))
+    return ScoreAtPositions(
+        score_=score, resolved=resolved, **position_fields(queries, keys, **numbers)
+    )

@@ -1,4 +1,4 @@
-"""``Score``: what all scores have in common."""
+"""``Score``, the base class of scores."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from attention_jax.core.pytree import Value
 class Masking(enum.Enum):
     """Which of the logits that a score returns may be ``-inf``, and so mask the pair."""
 
-    NEVER = "where the given logit is -inf, and nowhere else"
-    VISIBLE = "where the given logit is -inf or `visible()` is False, and nowhere else"
-    UNMASKS = "nowhere: pairs that an earlier score masked are visible again"
-    UNKNOWN = "anywhere, and a given -inf may become finite: only the result tells"
+    NEVER = "only where the input logit is -inf"
+    VISIBLE = "only where the input logit is -inf or `visible()` is False"
+    UNMASKS = "nowhere: pairs that an earlier score masked become visible again"
+    UNKNOWN = "anywhere, and an input of -inf may become finite: the result must be inspected"
 
     @property
     def adds(self) -> bool:
-        """Whether a visible pair may become masked."""
+        """Whether the score may mask a visible pair."""
         return self in (Masking.VISIBLE, Masking.UNKNOWN)
 
     @property
     def keeps(self) -> bool:
-        """Whether a masked pair stays masked."""
+        """Whether a pair that an earlier score masked stays masked."""
         return self in (Masking.NEVER, Masking.VISIBLE)
 
 
@@ -103,9 +103,9 @@ class Score(Value):
         raise NotImplementedError(f"{type(self).__name__} must define rule(s, b, n, q, k)")
 
     def visible(self) -> Any:
-        """False where ``rule`` masks the pair whatever its logit is; bool, broadcasts to the tile.
+        """Bool, broadcasts to the tile: False where ``rule`` masks the pair for any logit.
 
-        The arrays of the score are already cut to the tile. Called for ``Masking.VISIBLE`` only.
+        The arrays of the score are already cut to the tile. Only called for ``Masking.VISIBLE``.
         """
         raise NotImplementedError(f"{type(self).__name__} must define visible()")
 
@@ -114,15 +114,15 @@ class Score(Value):
         return self.rule(s, b, n, *tile_indices(s.shape, q0, k0))
 
     def offset_per_example(self) -> bool:
-        """Whether an array gives the position of the first query for each example.
+        """Whether the score has an array with the position of the first query of each example.
 
-        A cache adds an offset of its own, and raises an error for a score that has one already.
+        A cache determines these positions itself, and raises an error for such a score.
         """
         return False
 
 
 def _explained(name: str, rule: Callable[..., Any]) -> Callable[..., Any]:
-    """``rule`` with errors that say how to write it."""
+    """``rule`` with clearer errors if it treats an array as a Python value."""
 
     @functools.wraps(rule)
     def explained(self: Score, s: Any, b: Any, n: Any, q: Any, k: Any) -> Any:

@@ -157,8 +157,8 @@ class RelativeBias(Relative):
         return s + self.table[self._buckets(k - q - self.offset)].astype(s.dtype)
 
     def tile(self, s: Any, b: Any, n: Any, q0: Any, k0: Any) -> Any:
-        # A tile has only t + s - 1 distances. Their values are looked up by a product with one-hot
-        # rows, whose transpose is a product too; the transpose of a gather is a slow scatter.
+        # A tile has only t + s - 1 distances. They are looked up by a product with one-hot rows,
+        # whose transpose is a product too, whereas the transpose of a gather is a slow scatter.
         t, width = s.shape
         distances = k0 - q0 - self.offset - (t - 1) + jnp.arange(t + width - 1, dtype=jnp.int32)
         one_hot = jax.nn.one_hot(self._buckets(distances), self.table.shape[0], dtype=s.dtype)
@@ -225,7 +225,7 @@ def relative_buckets(
     side = num_buckets // 2 if bidirectional else num_buckets
     away = jnp.abs(distance) if bidirectional else jnp.maximum(-distance, 0)
     exact = side // 2
-    # The comparison on float32 logarithms is part of the definition: published tables rely on it.
+    # Float32 logarithms are part of the definition: published tables rely on them.
     log_ratio = jnp.log(jnp.maximum(away, exact).astype(jnp.float32) / exact) / math.log(
         max_distance / exact
     )
@@ -254,7 +254,7 @@ class RelativeEmbedding(Relative):
         return s + (self.query.astype(s.dtype) * rows.astype(s.dtype)).sum(-1)
 
     def tile(self, s: Any, b: Any, n: Any, q0: Any, k0: Any) -> Any:
-        # All t + s - 1 distances of the tile for every query, then each row shifted into place.
+        # Computes all t + s - 1 distances of the tile for every query, then aligns the rows.
         t, width = s.shape
         distances = k0 - q0 - self.offset - (t - 1) + jnp.arange(t + width - 1, dtype=jnp.int32)
         one_hot = jax.nn.one_hot(self._rows(distances), self.table.shape[0], dtype=s.dtype)

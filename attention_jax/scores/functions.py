@@ -1,4 +1,4 @@
-"""Any function as a score."""
+"""Scores defined by functions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from attention_jax.scores.base import Score
 
 
 class ScoreFn(Score):
-    """Any function."""
+    """A score given by a function."""
 
     NAME = "scores.score_fn"
     DEFAULTS = {"arrays": ()}
@@ -41,10 +41,10 @@ def score_fn(fn: Callable[..., Any], *arrays: AnyArray) -> Score:
       fn: takes logits ``s [t, s]``, int scalars ``b``, ``n``, int arrays ``q [t, 1]``,
         ``k [1, s]``; returns logits that broadcast to ``s``, which are cast to its dtype. It is
         traced: write ``jnp.where`` for ``if``. It may close over arrays, even traced ones.
-      *arrays: arrays for ``fn`` to index. GPU kernels accept these, but no arrays that ``fn``
-        closes over, only numbers. Floating arrays of both kinds are differentiable. The gradient
-        of an array takes time in proportion to its size for every tile: for an array of
-        ``T x S``, use ``bias``.
+      *arrays: arrays for ``fn`` to index. GPU kernels accept these; of what ``fn`` closes over
+        they accept only numbers. Floating arrays of both kinds are differentiable. The gradient of
+        an array takes time proportional to its size for every tile, so use ``bias`` for an array
+        of ``T x S``.
 
     >>> import numpy as np
     >>> from attention_jax.scores import score_fn

@@ -19,7 +19,7 @@ class Softcap(Score):
     NAME = "scores.softcap"
     MASKING = Masking.UNMASKS
     USES_POSITIONS = False
-    cap: Any  # a float, or the same as a scalar array
+    cap: Any  # a float, or a scalar array once hoisted
 
     def hoisted(self, dtype: Any, numbers: bool) -> Self:
         static = isinstance(self.cap, float)
@@ -59,7 +59,7 @@ class Bias(Score):
 
     def rule(self, s: Any, b: Any, n: Any, q: Any, k: Any) -> Any:
         s = jnp.asarray(s)
-        # Not `s + array` alone: a masked pair stays masked where its logit is NaN.
+        # `s + array` alone would be NaN, not -inf, for a masked pair whose logit is NaN.
         return jnp.where(self.visible(), s + jnp.asarray(self.array).astype(s.dtype), -jnp.inf)
 
     def visible(self) -> Any:

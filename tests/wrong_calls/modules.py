@@ -59,7 +59,7 @@ def wrong_modules():
         (
             lambda: own(x, cache=own.init_cache((B,), 9), mask=np.ones((T, T), bool)),
             type_,
-            "mask must be a Mask of positions",
+            "mask must be a Mask when there is a cache",
             "array of dtype bool",
         ),
         (

@@ -1,9 +1,9 @@
-"""Heads with small tiles are computed together, in one batched product.
+"""Batches heads with small tiles into one product.
 
-The loop over heads computes one head at a time, which suits large tiles: each is enough work for
-all cores. For small tiles the loop's overhead dominates. A few queries over many keys are bound by
-reading the keys, which heads that share them read once; heads with keys of their own stay apart,
-because batching would first copy their keys next to each other.
+The loops compute one head at a time. A large tile is enough work for all cores, but for small tiles
+the overhead of the loop dominates. With few queries and many keys, time is bound by reading the
+keys: query heads that share their keys are batched and read them once, other heads are not, because
+batching would first copy their keys next to each other.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ Run = Callable[..., tuple[Any, ...]]  # (static, *arrays) -> arrays
 
 
 def batched(run: Run) -> Run:
-    """``run`` under ``vmap`` over the innermost mapped axes, up to ``batched_heads`` in all.
+    """``run`` under ``vmap`` over the innermost mapped axes, up to ``batched_heads`` heads.
 
-    ``vmap`` of the loops is correct if the blocks to visit are the same for all.
+    Only over axes that the schedule lacks: under ``vmap``, all heads must visit the same blocks.
     """
 
     def wrapped(static: Static, *arrays: Any) -> tuple[Any, ...]:
@@ -32,22 +32,21 @@ def batched(run: Run) -> Run:
     return wrapped
 
 
-def _innermost(run: Run, static: Static, arrays: tuple[Any, ...], most: int) -> tuple[Any, ...]:
-    if not static.levels or most < 2:
+def _innermost(run: Run, static: Static, arrays: tuple[Any, ...], limit: int) -> tuple[Any, ...]:
+    if not static.levels or limit < 2:
         return run(static, *arrays)
-    apart = static.in_dims[
-        static.structure.num_leaves - 3 : static.structure.num_leaves
-    ]  # the schedule
+    count = static.structure.num_leaves
+    must_share = static.in_dims[count - 3 : count]  # the schedule
     if static.config.only_shared_keys:
-        apart += static.in_dims[1:3]  # key and value
-    if any(dims[-1] is not None for dims in apart):
+        must_share += static.in_dims[1:3]  # key and value
+    if any(dims[-1] is not None for dims in must_share):
         return run(static, *arrays)
     size = static.levels[-1]
     if jax.export.is_symbolic_dim(size):
         return run(static, *arrays)
-    if size > most:
-        most = next(n for n in range(most, 0, -1) if size % n == 0)
-        return _split(run, static, arrays, most) if most > 1 else run(static, *arrays)
+    if size > limit:
+        limit = next(n for n in range(limit, 0, -1) if size % n == 0)
+        return _split(run, static, arrays, limit) if limit > 1 else run(static, *arrays)
     inner = dataclasses.replace(
         static,
         levels=static.levels[:-1],
@@ -56,7 +55,7 @@ def _innermost(run: Run, static: Static, arrays: tuple[Any, ...], most: int) -> 
     )
     outs = [dims[-1] for dims in static.out_dims]
     results = jax.vmap(
-        lambda *xs: _innermost(run, inner, xs, most // size),
+        lambda *xs: _innermost(run, inner, xs, limit // size),
         in_axes=[dims[-1] for dims in static.in_dims],
         out_axes=tuple(o or 0 for o in outs),
         axis_size=size,
@@ -65,7 +64,7 @@ def _innermost(run: Run, static: Static, arrays: tuple[Any, ...], most: int) -> 
 
 
 def _split(run: Run, static: Static, arrays: tuple[Any, ...], size: int) -> tuple[Any, ...]:
-    """The innermost mapped axis as two, the inner one of ``size``."""
+    """Splits the innermost mapped axis into two, the inner one of ``size``."""
 
     def split(dims: Dims) -> Dims:
         *rest, last = dims
@@ -93,6 +92,6 @@ def _split(run: Run, static: Static, arrays: tuple[Any, ...], size: int) -> tupl
 
 
 def _without_last(dims: Dims) -> Dims:
-    """Where the mapped axes are once the innermost one is gone."""
+    """The mapped axes after the innermost one is removed."""
     *rest, last = dims
     return tuple(d - 1 if d is not None and last is not None and d > last else d for d in rest)

@@ -1,8 +1,8 @@
-"""The formulas of blockwise attention, each for one tile of one head: output, tangents, cotangents.
+"""The formulas of blockwise attention for one tile of one head: output, tangents and cotangents.
 
 ``forward`` keeps a running softmax over the key blocks that a block of queries attends to;
 ``tangent`` and ``backward`` visit the same blocks and recompute the probabilities from the lse.
-``loops`` cuts the tiles and runs the steps.
+``loops`` slices the tiles and runs the steps.
 
 Source: Rabe and Staats 2021, "Self-attention Does Not Need O(n^2) Memory"; Dao et al. 2022,
 "FlashAttention".
@@ -63,7 +63,7 @@ def forward(static: Static, *arrays: Any) -> tuple[Any, ...]:
 def _write(p: OneHead, row: QueryBlock, buffers: list[Any], results: Any) -> list[Any]:
     window = {0: (row.q0, p.grid.block_q)}
     return [
-        MappedArray(buffer, dims, p.place).put(x.astype(buffer.dtype), window)
+        MappedArray(buffer, dims, p.head_index).put(x.astype(buffer.dtype), window)
         for buffer, dims, x in zip(buffers, p.static.out_dims, results, strict=True)
     ]
 
@@ -75,7 +75,7 @@ def _normalizer(p: OneHead, row: QueryBlock) -> tuple[jax.Array, jax.Array]:
 
 
 def _probabilities(s: jax.Array, lse: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """``exp(s - lse)``, in the order that is exact for large logits."""
+    """``exp(s - lse)``, subtracting ``m`` first, so that large logits lose no digits."""
     m, log_l = lse
     return jnp.exp((s - m[:, None]) - log_l[:, None])
 
@@ -92,7 +92,7 @@ class OperandIndex(NamedTuple):
 
 
 def operand_index(static: Static) -> OperandIndex:
-    """Where each differentiable operand is among the leaves."""
+    """The index of each differentiable operand among the leaves."""
     numbered = jax.tree.unflatten(static.structure, range(static.structure.num_leaves))
     (query, key, value, score, sink, scale), _ = numbered
     return OperandIndex(query, key, value, jax.tree.leaves(score), sink, scale)
@@ -104,12 +104,12 @@ def tangent(static: Static, *arrays: Any) -> tuple[Any, ...]:
         d lse_i = sum_j p_ij ds_ij + p_sink dsink
         d out_i = sum_j p_ij (ds_ij v_j + dv_j) - (d lse_i) out_i
 
-    where ``p`` is that of the forward pass, and the whole of ``d lse`` counts as ``d log l``.
+    where ``p`` is recomputed from the lse, and all of ``d lse`` is returned as ``d log l``.
     """
     index = operand_index(static)
 
     def dot(p: OneHead, which: int | None) -> MappedArray | None:
-        """The tangent of an operand; None where it does not vary."""
+        """The tangent of an operand; None if it has none."""
         return p.rest[RESULTS + static.wrt.index(which)] if which in static.wrt else None
 
     def start(p: OneHead, row: QueryBlock) -> Any:
@@ -127,9 +127,9 @@ def tangent(static: Static, *arrays: Any) -> tuple[Any, ...]:
         for x, which, view, leaf in zip(
             tile.scores, index.score, p.score_leaves, p.score_axes, strict=True
         ):
-            if moving := dot(p, which):
+            if x_dot := dot(p, which):
                 window = p.leaf_window(view, leaf, row.q0, tile.k0)
-                tangents.append(as_tile(moving.cut(window), leaf).astype(x.dtype))
+                tangents.append(as_tile(x_dot.cut(window), leaf).astype(x.dtype))
             elif jnp.issubdtype(x.dtype, jnp.inexact):
                 tangents.append(jnp.zeros_like(x))
             else:
@@ -176,23 +176,23 @@ def backward(static: Static, *arrays: Any) -> tuple[Any, ...]:
         dq_i  = scale sum_j ds_ij k_j,   dk_j = scale sum_i ds_ij q_i
         dsink = sum_i p_sink,i (dlse_i - delta_i),   dscale = sum_ij ds_ij (q_i . k_j)
 
-    where ``ds`` is pulled back through the scores, whose arrays get theirs on the way.
+    where the vjp of the scores turns ``ds`` into cotangents of ``q . k`` and of their arrays.
     """
     index, wrt = operand_index(static), static.wrt
     dtype = accumulation_dtype(arrays[0].dtype)
     varying = [m for m, which in enumerate(index.score) if which in wrt]
 
-    def add(p: OneHead, buffers: list[Any], which: int | None, part: Any, window: Any) -> list[Any]:
+    def add(p: OneHead, buffers: list[Any], which: int | None, x: Any, window: Any) -> list[Any]:
         if which not in wrt:
             return buffers
         at = wrt.index(which)
-        view = MappedArray(buffers[at], static.out_dims[at], p.place)
-        part = part.astype(buffers[at].dtype)
-        return [*buffers[:at], view.add(part, window), *buffers[at + 1 :]]
+        view = MappedArray(buffers[at], static.out_dims[at], p.head_index)
+        x = x.astype(buffers[at].dtype)
+        return [*buffers[:at], view.add(x, window), *buffers[at + 1 :]]
 
     def start(p: OneHead, row: QueryBlock) -> Any:
         out, _, log_l, do, dlse = (p.rows(view, row.q0, p.grid.block_q) for view in p.rest)
-        # A fully masked row has no gradient, whatever its cotangent holds: its output is 0.
+        # The output of a fully masked row is constant, so even a NaN cotangent must have no effect.
         dlse = jnp.where(log_l == -jnp.inf, jnp.zeros_like(dlse), dlse)
         delta = jnp.where(out == 0, jnp.zeros_like(out), do * out).sum(-1)
         dq, dscale = jnp.zeros_like(row.raw_q), jnp.zeros((), p.dtype)
@@ -209,7 +209,7 @@ def backward(static: Static, *arrays: Any) -> tuple[Any, ...]:
             return tile.apply(s0, arrays)
 
         s0 = product(tile.q, tile.k, 1, 1)
-        s, pull = jax.vjp(logits, s0, *(tile.scores[m] for m in varying))
+        s, vjp = jax.vjp(logits, s0, *(tile.scores[m] for m in varying))
         prob = _probabilities(s, lse)
         dp = product(clean_do, p.unmasked_values(tile, s), 1, 1)
         dropped = prob if tile.dropout_factor is None else prob * tile.dropout_factor
@@ -218,21 +218,21 @@ def backward(static: Static, *arrays: Any) -> tuple[Any, ...]:
         )
         if tile.visible is not None:
             ds = jnp.where(tile.visible.pairs, ds, jnp.zeros_like(ds))
-        ds0, *dscores = pull(ds)
+        ds0, *dscores = vjp(ds)
         keys = {1: (tile.k0, p.grid.block_k)}
         if index.value in wrt:
             buffers = add(p, buffers, index.value, product(clean_do, dropped, 0, 0), keys)
         if index.key in wrt:
             buffers = add(p, buffers, index.key, product(tile.q, ds0, 0, 0), keys)
-        for m, part in zip(varying, dscores, strict=True):
+        for m, dscore in zip(varying, dscores, strict=True):
             window = p.leaf_window(p.score_leaves[m], p.score_axes[m], row.q0, tile.k0)
-            buffers = add(p, buffers, index.score[m], part, window)
+            buffers = add(p, buffers, index.score[m], dscore, window)
         if index.scale in wrt:
             dscale = dscale + (ds0 * product(tile.raw_q, tile.k, 1, 1)).sum()
         return (do, lse, shift, dq + product(ds0, tile.k, 1, 0), dscale), buffers
 
     def finish(p: OneHead, row: QueryBlock, state: Any, buffers: list[Any]) -> list[Any]:
-        _, lse, shift, dq, dscale = state  # dq is that of scale * q
+        _, lse, shift, dq, dscale = state  # dq is the cotangent of scale * q
         buffers = add(p, buffers, index.query, p.scale * dq, {0: (row.q0, p.grid.block_q)})
         if index.scale in wrt:
             buffers = add(p, buffers, index.scale, dscale, {})
@@ -242,13 +242,14 @@ def backward(static: Static, *arrays: Any) -> tuple[Any, ...]:
             buffers = add(p, buffers, index.sink, dsink.sum(), {})
         return buffers
 
-    # The cotangents of key and value are accumulated as [H S] and [D S]: a product with the keys
-    # as columns is twice as fast as one with the keys as rows.
+    # The cotangents of key and value are accumulated as [H S] and [D S], because products with keys
+    # as columns are twice as fast as with keys as rows.
     columns = [i for i in wrt if i in (index.key, index.value)]
     cores = []
     for i in wrt:
         core = primitive.core_shape(arrays[i].shape, static.in_dims[i])
-        is_complex = jnp.issubdtype(arrays[i].dtype, jnp.complexfloating)  # of a function
+        # A score function may have complex arrays.
+        is_complex = jnp.issubdtype(arrays[i].dtype, jnp.complexfloating)
         wide = arrays[i].dtype if is_complex else dtype
         cores.append((core[::-1] if i in columns else core, wide))
     buffers = over_query_blocks(static, arrays, zeros(static, cores), Formula(start, step, finish))

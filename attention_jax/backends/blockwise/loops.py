@@ -1,8 +1,8 @@
-"""The loops around the tile formulas: which tile comes next, and what is cut out for it.
+"""The loops over tiles, and the slices of the operands for each tile.
 
-``OneHead`` cuts the arrays of one head of one example out of the operands, which may have any
-number of mapped axes (see ``primitive``). The loop over its query blocks runs a loop over the key
-blocks that they attend to.
+``OneHead`` slices the operands, which may have any number of mapped axes (see ``primitive``), for
+one head of one example. For each of its query blocks, an inner loop runs over the key blocks that
+the queries attend to.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import chex
@@ -40,27 +40,54 @@ from attention_jax.scores import tile_indices
 
 @dataclasses.dataclass(frozen=True)
 class Loops:
-    """What the loops depend on, besides shapes."""
+    """The static configuration of the loops, besides shapes."""
 
     block_q: int
     block_k: int
-    some_full: bool  # False: there are no full blocks, and no loop over them
-    some_partial: bool
+    some_full: bool  # whether a block may be full; else the loop over full blocks is left out
+    some_partial: bool  # the same for partial blocks
     single: bool  # every query block visits exactly one key block
-    batched_heads: int  # heads that are computed together, at most
-    only_shared_keys: bool  # and only those that share their keys
+    batched_heads: int  # at most this many heads are computed in one batched product
+    only_shared_keys: bool  # batch only heads that share their keys
 
 
-# --- Cutting tiles out of arrays with mapped axes, and putting them back.
+def loop_operands(static: Static, arrays: Sequence[Any]) -> tuple[Static, tuple[Any, ...]]:
+    """The operands of the loops, given those of another backend that falls back to them.
+
+    Args:
+      static: its ``config`` and its schedule each have a field ``loops`` for this purpose.
+      arrays: the operands; any others, such as results and cotangents, follow.
+    """
+    count = static.structure.num_leaves
+    head, schedules = primitive.as_head(jax.tree.unflatten(static.structure, range(count)))
+    order, structure = jax.tree.flatten(primitive.operands(head, schedules.loops))
+    in_dims = tuple(static.in_dims[i] for i in order) + static.in_dims[count:]
+    static = dataclasses.replace(
+        static, structure=structure, config=static.config.loops, in_dims=in_dims
+    )
+    return static, (*(arrays[i] for i in order), *arrays[count:])
+
+
+def with_loop_operands(run: Callable[..., Any]) -> Callable[..., Any]:
+    """``run(static, *arrays)`` of the loops as a function of another backend's operands."""
+
+    def wrapped(static: Static, *arrays: Any) -> Any:
+        static, arrays = loop_operands(static, arrays)
+        return run(static, *arrays)
+
+    return wrapped
+
+
+# --- Cutting tiles out of arrays with mapped axes, and writing them back.
 
 
 @dataclasses.dataclass(frozen=True)
 class MappedArray:
-    """An array, where its mapped axes are, and the index of one head along them."""
+    """An array with mapped axes, and the index of one head along them."""
 
     array: jax.Array
     dims: Dims
-    place: tuple[jax.Array, ...]
+    head_index: tuple[jax.Array, ...]
 
     def _window(self, window: dict[int, tuple[Any, int]]) -> tuple[list[Any], list[int]]:
         starts: list[Any] = []
@@ -68,7 +95,7 @@ class MappedArray:
         core = 0
         for axis, length in enumerate(self.array.shape):
             if axis in self.dims:
-                start, size = self.place[self.dims.index(axis)], 1
+                start, size = self.head_index[self.dims.index(axis)], 1
             else:
                 start, size = window.get(core, (0, length))
                 core += 1
@@ -77,24 +104,28 @@ class MappedArray:
         return starts, sizes
 
     def cut(self, window: dict[int, tuple[Any, int]]) -> jax.Array:
-        """The part of one head of one example in ``window``: axis -> (start, size)."""
+        """The slice of one head of one example, whose axes are cut to ``window``.
+
+        Args:
+          window: from an axis to its start and size; other axes are whole.
+        """
         starts, sizes = self._window(window)
-        part = _slice(self.array, starts, sizes)
-        return part.reshape([n for a, n in enumerate(sizes) if a not in self.dims])
+        cut = _slice(self.array, starts, sizes)
+        return cut.reshape([n for a, n in enumerate(sizes) if a not in self.dims])
 
-    def put(self, part: jax.Array, window: dict[int, tuple[Any, int]]) -> jax.Array:
-        """The whole array with ``part`` in place of what ``cut`` gives."""
+    def put(self, x: jax.Array, window: dict[int, tuple[Any, int]]) -> jax.Array:
+        """The whole array with the slice that ``cut`` returns set to ``x``."""
         starts, sizes = self._window(window)
-        return _update(self.array, part.reshape(sizes), starts)
+        return _update(self.array, x.reshape(sizes), starts)
 
-    def add(self, part: jax.Array, window: dict[int, tuple[Any, int]]) -> jax.Array:
-        """The whole array with ``part`` added to what ``cut`` gives."""
+    def add(self, x: jax.Array, window: dict[int, tuple[Any, int]]) -> jax.Array:
+        """The whole array with ``x`` added to the slice that ``cut`` returns."""
         starts, sizes = self._window(window)
-        part = part.reshape(sizes)
-        return _update(self.array, _slice(self.array, starts, sizes) + part, starts)
+        x = x.reshape(sizes)
+        return _update(self.array, _slice(self.array, starts, sizes) + x, starts)
 
 
-# No index here is negative: saying so spares the compiler three operations for each.
+# No index here is negative; without this hint JAX adds three operations to each slice.
 _slice = functools.partial(lax.dynamic_slice, allow_negative_indices=False)
 _update = functools.partial(lax.dynamic_update_slice, allow_negative_indices=False)
 
@@ -106,7 +137,7 @@ class Tile(NamedTuple):
     raw_q: jax.Array  # [t H]
     k: jax.Array  # [s H]
     v: jax.Array  # [s D]
-    k0: Any  # its first key
+    k0: Any  # index of the first key
     visible: Visible | None  # None: all pairs
     dropout_factor: jax.Array | None  # [t s]: what dropout multiplies probabilities by
     scores: list[Any]  # the arrays of the scores, cut to the tile
@@ -116,20 +147,22 @@ class Tile(NamedTuple):
 class QueryBlock(NamedTuple):
     """One block of queries of one head of one example."""
 
-    i: Any  # its number
-    q0: Any  # its first query
+    i: Any  # index of the block
+    q0: Any  # index of the first query
     q: jax.Array  # [t H], scaled
     raw_q: jax.Array  # [t H]
-    own: jax.Array | None  # bool [t]: False for queries that the block before owns
+    own: jax.Array | None  # bool [t], False for queries of the previous block; None: all True
 
 
 class OneHead:
     """One head of one example: cuts query blocks and tiles out of the operands."""
 
-    def __init__(self, static: Static, arrays: tuple[Any, ...], place: tuple[Any, ...]) -> None:
-        self.static, self.config, self.place = static, static.config, place
+    def __init__(
+        self, static: Static, arrays: tuple[Any, ...], head_index: tuple[Any, ...]
+    ) -> None:
+        self.static, self.config, self.head_index = static, static.config, head_index
         n = static.structure.num_leaves
-        views = [MappedArray(x, d, place) for x, d in zip(arrays, static.in_dims, strict=True)]
+        views = [MappedArray(x, d, head_index) for x, d in zip(arrays, static.in_dims, strict=True)]
         self.views, self.rest = views[:n], views[n:]
         head, schedule = primitive.as_head(jax.tree.unflatten(static.structure, self.views))
         self.head: Any  # a Head of MappedArrays
@@ -145,7 +178,7 @@ class OneHead:
         self.sink = None if head.sink is None else scalar(head.sink).astype(self.dtype)
         self.mask_leaves, self.mask_structure = jax.tree.flatten(head.mask)
         self.score_leaves, self.score_structure = jax.tree.flatten(head.score)
-        # A leaf's axes are a matter of its class, so they can be read off the structure.
+        # The axes of a leaf are declared by its class, so MappedArrays as leaves have them too.
         self.mask_axes, self.score_axes = leaves(head.mask), leaves(head.score)
         self.dropout_leaves, self.dropout_structure = jax.tree.flatten(head.dropout)
         self.dropout_axes = leaves(head.dropout)
@@ -155,13 +188,13 @@ class OneHead:
         return primitive.core_shape(view.array.shape, view.dims)
 
     def rows(self, view: MappedArray, start: Any, size: int) -> jax.Array:
-        """Rows of a core axis 0, in the accumulation dtype."""
+        """Rows ``start`` to ``start + size``, in the accumulation dtype."""
         return view.cut({0: (start, size)}).astype(self.dtype)
 
     def row(self, i: Any) -> QueryBlock:
         """Block ``i`` of queries."""
         t, T = self.grid.block_q, self.grid.T
-        q0 = jnp.minimum(i * t, T - t)  # the last block is moved back to lie within the array
+        q0 = jnp.minimum(i * t, T - t)  # the last block is shifted back to end with the array
         raw = self.rows(self.head.query, q0, t)
         own = None if T % t == 0 else q0 + jnp.arange(t, dtype=jnp.int32) >= i * t
         return QueryBlock(i, q0, raw * self.scale, raw, own)
@@ -169,7 +202,7 @@ class OneHead:
     def tile(self, row: QueryBlock, j: Any, masked: bool) -> Tile:
         """The tile of a row with key block ``j``."""
         t, s = self.grid.block_q, self.grid.block_k
-        k0 = jnp.minimum(j * s, self.grid.S - s)  # the last block is moved back likewise
+        k0 = jnp.minimum(j * s, self.grid.S - s)  # shifted back likewise
         k, v = self.rows(self.head.key, k0, s), self.rows(self.head.value, k0, s)
 
         def local(views: list[MappedArray], axes: list[Leaf]) -> list[Any]:
@@ -216,15 +249,15 @@ class OneHead:
         return {
             d: windows[a]
             for d, a in enumerate(local_axes(leaf))
-            if a in windows and shape[d] > 1  # else it broadcasts
+            if a in windows and shape[d] > 1  # an axis of size 1 broadcasts
         }
 
     def unmasked_values(self, tile: Tile, s: jax.Array) -> jax.Array:
-        """The values with zeros for keys that a score masked, given the logits."""
+        """The values of a tile, with zeros for keys that a score masked, given the logits."""
         return unmasked_values(s, tile.v, self.head.score)
 
     def blocks_of(self, row: QueryBlock) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """The key blocks to visit ``[most]``, how many are full, how many there are."""
+        """The key blocks to visit ``[max]``, the number of full ones, and the number of all."""
         index, full, visited = (
             v.cut({0: (row.i, 1)}).reshape(self.core(v)[1:]) for v in self.schedule
         )
@@ -232,9 +265,10 @@ class OneHead:
 
 
 class Formula(NamedTuple):
-    """What is computed for a query block, as a fold over the key blocks it visits.
+    """A fold over the key blocks that a query block visits.
 
-    ``buffers`` are the results, arrays as large as the operands, updated in place.
+    ``state`` belongs to the query block. ``buffers`` are the results of all heads and examples,
+    which XLA updates in place.
     """
 
     start: Callable[[OneHead, QueryBlock], Any]  # -> state
@@ -247,13 +281,13 @@ def over_query_blocks(
 ) -> Any:
     """``formula`` on every query block of every head of every example.
 
-    Query blocks run from the last to the first: the last may have been moved back onto queries that
-    the block before it owns, which then overwrites them.
+    Query blocks run from the last to the first: the last block may have been shifted back onto
+    queries of the previous one, whose results then overwrite its own.
     """
     config: Loops = static.config
 
     def head(e: Any, buffers: Any) -> Any:
-        one = OneHead(static, arrays, place_of(e, static.levels))
+        one = OneHead(static, arrays, unravel(e, static.levels))
         count = one.grid.rows
 
         def one_row(r: Any, buffers: Any) -> Any:
@@ -287,18 +321,18 @@ def over_query_blocks(
     heads = math.prod(static.levels)
     if heads == 1:
         return head(jnp.int32(0), buffers)
-    # `asarray`: their number may be symbolic.
+    # `asarray`, because the number of heads may be symbolic.
     return lax.fori_loop(jnp.int32(0), jnp.asarray(heads, jnp.int32), head, buffers)
 
 
-def place_of(e: Any, levels: Shape) -> tuple[Any, ...]:
-    """Number ``e`` as an index along each mapped axis."""
-    place = []
+def unravel(e: Any, levels: Shape) -> tuple[Any, ...]:
+    """The index along each mapped axis of element ``e``, like ``jnp.unravel_index``."""
+    indices = []
     for size in reversed(levels):
         length = jnp.asarray(size, jnp.int32)
-        place.append(lax.rem(e, length))
+        indices.append(lax.rem(e, length))
         e = lax.div(e, length)
-    return tuple(reversed(place))
+    return tuple(reversed(indices))
 
 
 def zeros(static: Static, cores: list[tuple[tuple[int, ...], Any]]) -> list[jax.Array]:

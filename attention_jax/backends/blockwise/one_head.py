@@ -1,8 +1,8 @@
-"""One head on plain arrays, without primitives: to debug a formula, a mask or a score.
+"""One head on plain arrays, without primitives, to debug a formula, a mask or a score.
 
 ``one_head_forward`` and ``one_head_backward`` run the same formulas and loops as the backend. Under
 ``jax.disable_jit()`` the loops run in Python, so a ``print`` or a breakpoint in ``formulas``, in a
-mask's ``rule`` or in a score function shows concrete numbers, tile by tile.
+mask's ``rule`` or in a score function shows concrete values, tile by tile.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from attention_jax.backends import primitive
+from attention_jax.backends.arguments import MaskLike, Scale, ScoreLike, bind
 from attention_jax.backends.blockwise import formulas
 from attention_jax.backends.blockwise.run import Blockwise, plan
-from attention_jax.backends.call import Head, MaskLike, Scale, ScoreLike, bind, complete, spec_of
+from attention_jax.backends.call import Head, complete, spec_of
 from attention_jax.backends.primitive import RESULTS, Static
 from attention_jax.core.axes import AnyArray
 
@@ -28,7 +29,7 @@ class Cotangents(NamedTuple):
     query: Float[Array, "T H"]
     key: Float[Array, "S H"]
     value: Float[Array, "S D"]
-    score: list[Any]  # one for each floating array of the scores, and softcap's number
+    score: list[Any]  # for each floating array of the scores, and the cap of a softcap
     sink: Float[Array, ""] | None
     scale: Float[Array, ""]
 
@@ -51,9 +52,9 @@ def one_head_forward(
     Args:
       query, key, value: arrays without batch and head axes.
       mask, score: as for ``attention``; their arrays have no axes ``*B``, and ``N`` of size 1.
-      sink: a number.
+      sink: a scalar.
       scale, dropout_rate, dropout_key: as for ``attention``.
-      block: queries and keys per block, cut to the lengths; None chooses.
+      block: queries and keys per block, at most the lengths; None chooses.
 
     Raises:
       TypeError, ValueError: as ``attention``.
@@ -89,7 +90,7 @@ def one_head_backward(
     dropout_key: Any = None,
     block: tuple[int, int] | None = None,
 ) -> Cotangents:
-    """Gradients of one head, given those of its output and, if it is used, of its lse.
+    """Gradients of one head, given those of its output and optionally of its lse.
 
     Args:
       query, key, value, mask, score, sink, scale, dropout_rate, dropout_key, block: as for

@@ -1,33 +1,23 @@
 """Attention in linear memory: tile by tile, forward and backward, visiting only non-empty blocks.
 
-A block of queries visits the key blocks that it attends to, full blocks first, then those that the
-mask cuts. ``formulas`` has what is computed for one tile, ``loops`` the loops around it, in which a
-tile stays in the processor's cache and is reused, ``batching`` computes small heads together.
+A block of queries visits the key blocks that it attends to, first the full ones, then the partial
+ones. ``formulas`` has the computation for one tile, ``loops`` the loops around it, sized so that a
+tile stays in the processor's cache, and ``batching`` computes small heads together.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
-from typing import Any
 
-import jax
 import numpy as np
 
-from attention_jax.backends import chunks, primitive, xla
+from attention_jax.backends import primitive, xla
 from attention_jax.backends.blockwise import formulas
 from attention_jax.backends.blockwise.batching import batched
 from attention_jax.backends.blockwise.loops import Loops
-from attention_jax.backends.call import (
-    Backend,
-    Call,
-    Head,
-    Results,
-    Spec,
-    symbolic_lengths_refused,
-)
-from attention_jax.backends.heads import over_heads_and_examples
+from attention_jax.backends.call import Head, Spec, symbolic_lengths_refused
+from attention_jax.backends.on_primitives import Plan, PrimitiveBackend
 from attention_jax.core.axes import accumulation_dtype, int_at_least
 from attention_jax.core.pytree import leaves
 from attention_jax.masks import Mask, block_map
@@ -39,14 +29,13 @@ KERNEL = primitive.Kernel(
     batched(formulas.backward),
     xla.attend,
 )
-_attend = primitive.make("attention_blockwise", KERNEL)
 
 
 # --- Block sizes.
 
-# (block_q, block_k) -> GFLOP/s of the forward loop over full blocks; two cores of an AMD EPYC,
-# float32, H = 64: `python -m experiments bench --only blocks`. Large blocks compute faster, small
-# ones skip more: the least visited pairs / speed wins.
+# (block_q, block_k) -> GFLOP/s of the forward loop over full blocks on two cores of an AMD EPYC,
+# float32, H = 64, measured by `python -m experiments bench --only blocks`. Large blocks compute
+# faster, small ones skip more: the size with the smallest visited pairs / speed is chosen.
 SPEED = {
     (1024, 512): 163,
     (512, 1024): 158,
@@ -55,14 +44,14 @@ SPEED = {
     (256, 256): 83,
     (128, 128): 77,
 }
-# Masks whose blocks are known only at run time: neither too coarse to skip nor too small.
+# For masks whose blocks are known only at run time: a compromise between skipping and speed.
 UNKNOWN = (512, 512)
-# Few queries: bound by reading keys, not by arithmetic.
+# Up to this many queries, time is bound by reading keys, not by arithmetic.
 FEW_QUERIES, FEW_QUERIES_BLOCK_K = 16, 2048
-# Partial blocks also compute the mask.
+# The cost of a partial block, which evaluates the mask, relative to a full one.
 PARTIAL_COST = 1.5
-# Grids of more blocks than this are not examined while tracing.
-MOST_BLOCKS = 2**22
+# Larger grids are not examined while tracing.
+MAX_BLOCKS = 2**22
 
 # Heads are batched until a product covers this many pairs; forward and backward, GFLOP/s of 32
 # heads of 512 x 512: 83 and 95 one by one, 95 and 109 with 2**19, 104 and 111 with 2**20, 91 and 82
@@ -84,7 +73,7 @@ def block_sizes(T: int, S: int, mask: Mask | None) -> tuple[int, int]:
     costs: dict[tuple[int, int], float] = {}
     for (block_q, block_k), speed in SPEED.items():
         grid = Grid(T, S, _even(T, block_q), _even(S, block_k))
-        if costs and grid.rows * grid.columns > MOST_BLOCKS:
+        if costs and grid.rows * grid.columns > MAX_BLOCKS:
             continue
         kind = block_map.kinds(mask, grid, 0, 0)
         if not isinstance(kind, np.ndarray):  # a function is evaluated at run time
@@ -96,7 +85,7 @@ def block_sizes(T: int, S: int, mask: Mask | None) -> tuple[int, int]:
 
 
 def _even(length: int, block: int) -> int:
-    """At most about ``block``, so that ``length`` is cut into blocks as equal as can be."""
+    """A block size near ``block`` that divides ``length`` as evenly as possible."""
     if length <= block:
         return length
     even = -(-length // -(-length // block))
@@ -104,15 +93,15 @@ def _even(length: int, block: int) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class Blockwise(Backend):
+class Blockwise(PrimitiveBackend):
     """Blockwise attention, for any mask and score.
 
     Attributes:
-      block_q, block_k: queries and keys per block, cut to the lengths; None chooses by cost.
+      block_q, block_k: queries and keys per block, at most the lengths; None chooses by cost.
       batch_pairs: heads are batched until a product covers this many pairs.
     """
 
-    CHUNKS = True
+    PRIMITIVES = primitive.make("attention_blockwise", KERNEL)
     block_q: int | None = None
     block_k: int | None = None
     batch_pairs: int = BATCH_PAIRS
@@ -126,31 +115,12 @@ class Blockwise(Backend):
     def why_unsupported(self, spec: Spec) -> str | None:
         return symbolic_lengths_refused(spec.sizes)
 
-    def run(self, call: Call, spec: Spec) -> tuple[jax.Array, jax.Array]:
-        def head(one: Head) -> tuple[jax.Array, jax.Array]:
-            out, lse = _attend(*self._plan(spec)(one))
-            return out.astype(one.query.dtype), lse
-
-        outputs = ("*B T N D", "*B T N")
-        out, lse = over_heads_and_examples(head, call, spec.sizes, outputs)
-        return out, lse
-
-    def chunk(self, call: Call, spec: Spec) -> Results:
-        return chunks.by_primitive(_attend, self._plan(spec), call, spec.sizes)
-
-    def chunk_cotangents(
-        self, call: Call, spec: Spec, results: Results, wrt: Sequence[int], cotangents: Any
-    ) -> list[jax.Array]:
-        return chunks.cotangents_by_primitive(
-            _attend, self._plan(spec), call, spec.sizes, results, wrt, cotangents
-        )
-
-    def _plan(self, spec: Spec) -> chunks.Plan:
+    def head_plan(self, spec: Spec) -> Plan:
         block = self.block(spec)
         return lambda one: (one, *plan(one, block, self.batch_pairs))
 
     def extra_bytes(self, spec: Spec) -> int:
-        """Logits, probabilities and a copy of the tiles computed together, and the block lists."""
+        """Logits, probabilities and copies of the tiles computed together, and the schedule."""
         z = spec.sizes
         block_q, block_k = self.block(spec)
         tile = 3 * block_q * block_k + (block_q + 2 * block_k) * (z.H + z.D)
@@ -173,7 +143,7 @@ class Blockwise(Backend):
 def plan(
     head: Head, block: tuple[int, int], batch_pairs: int = BATCH_PAIRS
 ) -> tuple[block_map.BlockSchedule, Loops]:
-    """The blocks to visit, and what the loops depend on."""
+    """The blocks to visit, and the configuration of the loops."""
     T, S = head.query.shape[0], head.key.shape[0]
     grid = Grid(T, S, *block)
     kind = block_map.kinds(head.mask, grid, head.b, head.n)

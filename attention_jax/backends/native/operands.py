@@ -1,15 +1,15 @@
 """Converts the primitive's operands to the kernel's: the role of each array and its mapped axes.
 
-Arrays go to the kernel unchanged, each with a row of numbers: its role, and for each mapped axis of
-the call the axis of the array, or -1. The kernel derives strides from these, so ``vmap`` copies
-nothing. Only arrays whose mapped axes come after their own last axis are transposed first.
+The kernel gets the arrays unchanged, and for each a row of integers: its role, and the axis of the
+array for each mapped axis of the call, or -1. It derives strides from these, so ``vmap`` copies
+nothing. Only arrays whose last axis is a mapped one are transposed first.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +26,7 @@ from attention_jax.core.axes import Shape
 from attention_jax.masks.block_map import BlockSchedule
 from attention_jax.scores import Bias, Softcap
 
-# As in frame.h.
+# Role in frame.h must list the same names in the same order.
 Role = enum.IntEnum(
     "Role",
     "QUERY KEY VALUE SCALE SINK BOUNDS POSITIONS QUERY_IDS KEY_IDS KINDS BITS SEED THRESHOLD "
@@ -39,10 +39,10 @@ SCORES = {Softcap: Role.SOFTCAP, Bias: Role.BIAS, Diagonal: Role.DIAGONAL}
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What the kernel's program depends on, besides shapes."""
+    """The static configuration of the kernel, besides shapes."""
 
-    options: tuple[int, int, int]  # block_k, instructions, few: as in frame.h
-    loops: Loops  # of blockwise, which computes tangents
+    options: tuple[int, int, int]  # block_k, instructions, few_queries: Options in frame.h
+    loops: Loops  # for blockwise, which computes tangents
 
 
 class Schedule(NamedTuple):
@@ -58,7 +58,7 @@ class Operand(NamedTuple):
     role: Role
     array: Any
     dims: Dims
-    score: int = -1  # for a gradient of a score's array: which score
+    score: int = -1  # for the gradient of a score's array: the index of the score
 
 
 class Result(NamedTuple):
@@ -66,9 +66,10 @@ class Result(NamedTuple):
 
     Attributes:
       core: its shape without mapped axes.
-      levels: which mapped axes the kernel keeps; it sums over the others.
-      dims: where the mapped axes are in the returned array; None if summed.
+      levels: whether the kernel writes each mapped axis; it sums over the others.
+      dims: the axes of the returned array; None for a mapped axis that is summed over.
       dtype: of the returned array.
+      score: as in ``Operand``.
     """
 
     role: Role
@@ -85,7 +86,7 @@ def numbered(static: Static) -> tuple[Head, Schedule]:
     return primitive.as_head(jax.tree.unflatten(static.structure, range(count)))
 
 
-def of_forward(static: Static, arrays: Sequence[Any]) -> list[Operand]:
+def forward_operands(static: Static, arrays: Sequence[Any]) -> list[Operand]:
     """The arrays of a head, as operands of the forward pass."""
     head, schedule = numbered(static)
     found: list[Operand] = []
@@ -113,8 +114,8 @@ def of_forward(static: Static, arrays: Sequence[Any]) -> list[Operand]:
     return found
 
 
-def of_results(static: Static, arrays: Sequence[Any]) -> list[Operand]:
-    """The further operands of the backward pass: the results and their cotangents."""
+def result_operands(static: Static, arrays: Sequence[Any]) -> list[Operand]:
+    """The results of the forward pass and their cotangents, as operands of the backward pass."""
     count = static.structure.num_leaves
     roles = (Role.OUT, Role.M, Role.LOG_L, Role.D_OUT, Role.D_LSE)
     rest = zip(roles, arrays[count:], static.in_dims[count:], strict=True)
@@ -122,18 +123,18 @@ def of_results(static: Static, arrays: Sequence[Any]) -> list[Operand]:
 
 
 def _contiguous(operand: Operand) -> Operand:
-    """The same operand, transposed if necessary so that its own last axis comes last."""
+    """The operand, transposed if its last axis is a mapped one."""
     x, dims = operand.array, operand.dims
     mapped = [d for d in dims if d is not None]
     if len(mapped) == x.ndim or x.ndim - 1 not in mapped:
         return operand
-    places = iter(range(len(mapped)))
+    axes = iter(range(len(mapped)))
     x = jnp.moveaxis(x, mapped, range(len(mapped)))
-    return operand._replace(array=x, dims=tuple(None if d is None else next(places) for d in dims))
+    return operand._replace(array=x, dims=tuple(None if d is None else next(axes) for d in dims))
 
 
-def groups(static: Static) -> tuple[bool, ...]:
-    """Which mapped axes keys and values lack, such as that of query heads that share them."""
+def group_levels(static: Static) -> tuple[bool, ...]:
+    """Whether key and value lack each mapped axis, so that its query heads share them."""
     key, value = static.in_dims[1:3]
     return tuple(k is None and v is None for k, v in zip(key, value, strict=True))
 
@@ -143,11 +144,11 @@ def run(
 ) -> tuple[Any, ...]:
     """Calls the kernel."""
     levels = static.levels
-    laid_out = [_laid_out(x, levels) for x in results]
+    layouts = [_written_layout(x, levels) for x in results]
     arguments = [_row(x.role, x.score, x.dims) for x in operands]
-    written = [_row(x.role, x.score, dims) for x, (_, dims) in zip(results, laid_out, strict=True)]
+    written = [_row(x.role, x.score, dims) for x, (_, dims) in zip(results, layouts, strict=True)]
     call = jax.ffi.ffi_call(
-        target, [jax.ShapeDtypeStruct(shape, jnp.float32) for shape, _ in laid_out]
+        target, [jax.ShapeDtypeStruct(shape, jnp.float32) for shape, _ in layouts]
     )
     found = call(
         *(x.array for x in operands),
@@ -157,8 +158,8 @@ def run(
         options=np.array(static.config.options, np.int64),
     )
     return tuple(
-        _returned(x, want, dims)
-        for x, want, (_, dims) in zip(found, results, laid_out, strict=True)
+        _as_requested(x, want, dims)
+        for x, want, (_, dims) in zip(found, results, layouts, strict=True)
     )
 
 
@@ -166,20 +167,23 @@ def _row(role: Role, score: int, dims: Dims) -> list[int]:
     return [int(role), score, *(-1 if d is None else d for d in dims)]
 
 
-def _laid_out(x: Result, levels: Shape) -> tuple[Shape, Dims]:
-    """The shape that the kernel writes and its mapped axes, in the returned layout if possible."""
-    here = tuple(d if kept else None for d, kept in zip(x.dims, x.levels, strict=True))
-    places = [d for d in here if d is not None]
-    rank = len(places) + len(x.core)
-    if len(places) == sum(x.levels) and (not x.core or rank - 1 not in places):
-        return primitive.mapped_shape(x.core, here, levels), here
+def _written_layout(x: Result, levels: Shape) -> tuple[Shape, Dims]:
+    """The shape and mapped axes of the array that the kernel writes.
+
+    That is the requested layout if the kernel supports it, else one with the mapped axes first.
+    """
+    dims = tuple(d if kept else None for d, kept in zip(x.dims, x.levels, strict=True))
+    axes = [d for d in dims if d is not None]
+    rank = len(axes) + len(x.core)
+    if len(axes) == sum(x.levels) and (not x.core or rank - 1 not in axes):
+        return primitive.mapped_shape(x.core, dims, levels), dims
     count = iter(range(sum(x.levels)))
     front = tuple(next(count) if kept else None for kept in x.levels)
     return primitive.mapped_shape(x.core, front, levels), front
 
 
-def _returned(x: Any, want: Result, dims: Dims) -> Any:
-    """A result in the layout that ``want`` asks for."""
+def _as_requested(x: Any, want: Result, dims: Dims) -> Any:
+    """A result of the kernel in the requested layout and dtype."""
     summed = [d for d, w in zip(dims, want.dims, strict=True) if d is not None and w is None]
     kept = [
         (d - sum(s < d for s in summed), w)
@@ -191,25 +195,3 @@ def _returned(x: Any, want: Result, dims: Dims) -> Any:
     if any(d != w for d, w in kept):
         x = jnp.moveaxis(x, [d for d, _ in kept], [w for _, w in kept])
     return x.astype(want.dtype)
-
-
-def as_loops(static: Static, arrays: Sequence[Any]) -> tuple[Static, tuple[Any, ...]]:
-    """The operands of ``blockwise``, taken from those of the kernel."""
-    count = static.structure.num_leaves
-    head, schedule = numbered(static)
-    order, structure = jax.tree.flatten(primitive.operands(head, schedule.loops))
-    in_dims = tuple(static.in_dims[i] for i in order) + static.in_dims[count:]
-    static = dataclasses.replace(
-        static, structure=structure, config=static.config.loops, in_dims=in_dims
-    )
-    return static, (*(arrays[i] for i in order), *arrays[count:])
-
-
-def looped(run: Callable[..., Any]) -> Callable[..., Any]:
-    """Adapts a function of blockwise's operands to the kernel's operands."""
-
-    def wrapped(static: Static, *arrays: Any) -> Any:
-        static, arrays = as_loops(static, arrays)
-        return run(static, *arrays)
-
-    return wrapped

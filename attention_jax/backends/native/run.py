@@ -1,71 +1,64 @@
-"""Attention on a CPU in C++, forward and backward: the fastest backend where it supports the call.
+"""Attention on a CPU in C++, forward and backward: the fastest backend for calls it supports.
 
-The kernel keeps a tile of logits in registers and caches and runs on XLA's own threads. The sources
-are in ``kernel/``; each describes its loops and what it keeps in which cache. The kernel computes
-in float32 and always sums in the same order, whatever the number of threads or the rest of the
-batch. ``blockwise`` computes tangents and runs in exported programs.
+The kernel keeps a tile of logits in registers and caches, and runs on XLA's thread pool. The header
+of each source file in ``kernel/`` shows its loops and what each cache holds. It computes in float32
+and sums in a fixed order, so results do not depend on the number of threads or the rest of the
+batch. ``blockwise`` computes tangents and replaces the kernel in exported programs.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
-from attention_jax.backends import chunks, primitive, xla
+from attention_jax.backends import primitive, xla
 from attention_jax.backends.blockwise import formulas
 from attention_jax.backends.blockwise import run as blockwise
-from attention_jax.backends.call import (
-    Backend,
-    Call,
-    Head,
-    Results,
-    Spec,
-    has_positions,
-    symbolic_sizes_refused,
-)
-from attention_jax.backends.heads import over_heads_and_examples
+from attention_jax.backends.blockwise.loops import with_loop_operands
+from attention_jax.backends.call import Head, Spec, has_positions, symbolic_sizes_refused
 from attention_jax.backends.native import library, operands, scores, visible
 from attention_jax.backends.native.operands import Config, Operand, Result, Role, Schedule
+from attention_jax.backends.on_primitives import Plan, PrimitiveBackend
 from attention_jax.backends.primitive import Static, core_shape
 from attention_jax.core.axes import int_at_least
+from attention_jax.scores import Score
 
-BLOCK_K = 384  # keys in a block, as BLOCK in kernels.h
-# With at most this many queries per key-value head, keys are read in place, without packing.
+BLOCK_K = 384  # the largest number of keys per block, BLOCK in kernels.h
+# With at most this many queries per key-value head, keys are not packed but read in place.
 FEW_QUERIES = 16
 
 
 def forward(static: Static, *arrays: Any) -> tuple[Any, ...]:
     """Output ``[T D]``, ``m [T]`` and ``log l [T]``."""
     (T, _), D = _core(static, arrays, 0), _core(static, arrays, 2)[1]
-    every = (True,) * len(static.levels)
+    all_levels = (True,) * len(static.levels)
     cores = ((Role.OUT, (T, D)), (Role.M, (T,)), (Role.LOG_L, (T,)))
     results = [
-        Result(role, core, every, dims, jnp.float32)
+        Result(role, core, all_levels, dims, jnp.float32)
         for (role, core), dims in zip(cores, static.out_dims, strict=True)
     ]
-    given = operands.of_forward(static, arrays)
+    given = operands.forward_operands(static, arrays)
     return operands.run("attention_forward_jax", static, given, results)
 
 
 def backward(static: Static, *arrays: Any) -> tuple[Any, ...]:
     """Cotangents of the operands in ``static.wrt``."""
     index = formulas.operand_index(static)
-    every = (True,) * len(static.levels)
-    apart = tuple(not shared for shared in operands.groups(static))
+    all_levels = (True,) * len(static.levels)
+    per_kv_head = tuple(not shared for shared in operands.group_levels(static))
     roles = {
-        index.query: (Role.D_QUERY, every, -1),
-        index.key: (Role.D_KEY, apart, -1),
-        index.value: (Role.D_VALUE, apart, -1),
-        index.sink: (Role.D_SINK, every, -1),
-        index.scale: (Role.D_SCALE, every, -1),
+        index.query: (Role.D_QUERY, all_levels, -1),
+        index.key: (Role.D_KEY, per_kv_head, -1),
+        index.value: (Role.D_VALUE, per_kv_head, -1),
+        index.sink: (Role.D_SINK, all_levels, -1),
+        index.scale: (Role.D_SCALE, all_levels, -1),
     }
     for number, i in enumerate(index.score):
-        own = tuple(d is not None for d in static.in_dims[i])
-        roles[i] = (Role.D_SCORE, own, number)
+        levels = tuple(d is not None for d in static.in_dims[i])
+        roles[i] = (Role.D_SCORE, levels, number)
 
     def result(i: int, dims: Any) -> Result:
         role, levels, score = roles[i]
@@ -79,7 +72,8 @@ def backward(static: Static, *arrays: Any) -> tuple[Any, ...]:
         if i not in static.wrt
         for role, levels, _ in (roles[i],)
     ]
-    given: list[Operand] = operands.of_forward(static, arrays) + operands.of_results(static, arrays)
+    given: list[Operand] = operands.forward_operands(static, arrays)
+    given += operands.result_operands(static, arrays)
     found = operands.run("attention_backward_jax", static, given, wanted + unused)
     return found[: len(wanted)]
 
@@ -94,33 +88,33 @@ def _front(levels: tuple[bool, ...]) -> Any:
 
 
 _LOOPS = primitive.Kernel(
-    operands.looped(blockwise.KERNEL.forward),
-    operands.looped(blockwise.KERNEL.tangent),
-    operands.looped(blockwise.KERNEL.backward),
+    with_loop_operands(blockwise.KERNEL.forward),
+    with_loop_operands(blockwise.KERNEL.tangent),
+    with_loop_operands(blockwise.KERNEL.backward),
     xla.attend,
-)
-_attend = primitive.make(
-    "attention_native",
-    primitive.Kernel(forward, _LOOPS.tangent, backward, xla.attend),
-    elsewhere=_LOOPS,
 )
 
 
 @dataclasses.dataclass(frozen=True)
-class Native(Backend):
+class Native(PrimitiveBackend):
     """The kernel in C++.
 
     Attributes:
       block_k: keys per block, a multiple of 96 up to 384.
-      instructions: ``"avx512"``, ``"avx2"`` or ``"neon"``; None takes one that has been tested,
-        so far only AVX2.
-      few_queries: up to this many queries per key-value head, keys are read without packing.
+      instructions: ``"avx512"``, ``"avx2"`` or ``"neon"``; None chooses among those that have been
+        tested, so far only AVX2.
+      few_queries: with at most this many queries per key-value head, keys are not packed.
     """
 
     block_k: int = BLOCK_K
     instructions: str | None = None
     few_queries: int = FEW_QUERIES
-    CHUNKS = True
+    PRIMITIVES = primitive.make(
+        "attention_native",
+        primitive.Kernel(forward, _LOOPS.tangent, backward, xla.attend),
+        elsewhere=_LOOPS,
+    )
+    RESHAPE = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "block_k", int_at_least("block_k", self.block_k, 96))
@@ -159,28 +153,7 @@ class Native(Backend):
             return "dropout with query_positions or key_positions: its dropout counts from 0"
         return scores.why_unsupported(spec.score, spec.sizes.T) or visible.why_unsupported(spec)
 
-    def run(self, call: Call, spec: Spec) -> tuple[jax.Array, jax.Array]:
-        def head(one: Head) -> tuple[jax.Array, jax.Array]:
-            planned, schedule, config = self._plan(one)
-            out, lse = _attend(planned, schedule, config)
-            return out.astype(one.query.dtype), lse
-
-        outputs = "*B T N D", "*B T N"
-        out, lse = over_heads_and_examples(head, call, spec.sizes, outputs, reshape=False)
-        return out, lse
-
-    def chunk(self, call: Call, spec: Spec) -> Results:
-        return chunks.by_primitive(_attend, self._plan, call, spec.sizes)
-
-    def chunk_cotangents(
-        self, call: Call, spec: Spec, results: Results, wrt: Sequence[int], cotangents: Any
-    ) -> list[jax.Array]:
-        return chunks.cotangents_by_primitive(
-            _attend, self._plan, call, spec.sizes, results, wrt, cotangents, scores.as_native
-        )
-
-    def _plan(self, one: Head) -> tuple[Head, Schedule, Config]:
-        """A head with the kernel's scores, and what the kernel is told of the mask."""
+    def head_plan(self, spec: Spec) -> Plan:
         instructions = self._instructions()
         if instructions is None:
             raise RuntimeError(
@@ -188,8 +161,16 @@ class Native(Backend):
                 "the call"
             )
         number = 1 + library.INSTRUCTIONS.index(instructions)
-        schedule, config = plan(one, (self.block_k, number, self.few_queries))
-        return one._replace(score=scores.native(one)), schedule, config
+        options = self.block_k, number, self.few_queries
+
+        def planned(one: Head) -> tuple[Head, Schedule, Config]:
+            schedule, config = plan(one, options)
+            return one._replace(score=scores.native(one)), schedule, config
+
+        return planned
+
+    def planned_score(self) -> Callable[[Head, Score], Score] | None:
+        return scores.as_native
 
     def _instructions(self) -> str | None:
         """The instruction set asked for, or a tested one; None if this processor has none."""
@@ -199,7 +180,7 @@ class Native(Backend):
         return next((x for x in library.TESTED if x in found), None)
 
     def extra_bytes(self, spec: Spec) -> int:
-        """Packed keys, values and rows of one thread, and the bits of the mask."""
+        """The packed keys, values and rows of one thread, and the bits of the mask."""
         z = spec.sizes
         rows = min(z.T * z.G, 768)
         one = BLOCK_K * (z.H + z.D + 16) + rows * (z.H + z.D + 16)
@@ -210,9 +191,9 @@ class Native(Backend):
 
 
 def plan(head: Head, options: tuple[int, int, int]) -> tuple[Schedule, Config]:
-    """The mask in the kernel's form, and the blocks for what ``blockwise`` computes."""
+    """The visible pairs in the kernel's form, and the blocks for ``blockwise``."""
     T, S = head.query.shape[0], head.key.shape[0]
-    # Blocks of a fixed size: choosing among several would take most of the time spent here.
+    # A fixed block size, because choosing among several would take most of the time spent here.
     block = min(T, blockwise.UNKNOWN[0]), min(S, blockwise.UNKNOWN[1])
     loops_schedule, loops = blockwise.plan(head, block)
     return Schedule(visible.visible(head), loops_schedule), Config(options, loops)

@@ -19,7 +19,7 @@ from attention_jax.scores import (
     Softcap,
     tile_indices,
 )
-from attention_jax.scores.at_positions import Placed
+from attention_jax.scores.at_positions import ScoreAtPositions
 from attention_jax.scores.distance import skew
 
 MOST_SCORES = 8  # per call, as in call.h
@@ -50,9 +50,9 @@ def why_unsupported(scores: tuple[Score, ...], T: int) -> str | None:
     if len(scores) > MOST_SCORES:
         return f"{len(scores)} scores: it takes at most {MOST_SCORES}"
     for score in scores:
-        inner = score.score_ if isinstance(score, Placed) else score
+        inner = score.score_ if isinstance(score, ScoreAtPositions) else score
         if isinstance(inner, Alibi | RelativeBias):
-            if isinstance(score, Placed) and not score.contiguous and T > FEW_QUERIES:
+            if isinstance(score, ScoreAtPositions) and not score.contiguous and T > FEW_QUERIES:
                 name = type(inner).__name__
                 return f"score {name} at positions: it takes at most {FEW_QUERIES} queries"
         elif not isinstance(inner, Softcap | Bias):
@@ -69,13 +69,13 @@ def native(head: Head) -> tuple[Score, ...]:
 def as_native(head: Head, score: Score) -> Score:
     """One of a head's scores in a form that the kernel has."""
     T, S = head.query.shape[0], head.key.shape[0]
-    if isinstance(score, Placed) and isinstance(score.score_, Softcap | Bias):
+    if isinstance(score, ScoreAtPositions) and isinstance(score.score_, Softcap | Bias):
         score = score.score_  # whose rules do not use positions
     if isinstance(score, Softcap):
         return Softcap(jnp.asarray(score.cap, jnp.float32))
     if isinstance(score, Bias):
         return Bias(jnp.asarray(score.array).astype(jnp.float32))
-    if isinstance(score, Placed) and not score.contiguous:
+    if isinstance(score, ScoreAtPositions) and not score.contiguous:
         zeros = jnp.zeros((T, S), jnp.float32)
         at = tile_indices((T, S), 0, 0)
         return Bias(whole(score).rule(zeros, head.b, head.n, *at))

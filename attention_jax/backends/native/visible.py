@@ -20,7 +20,7 @@ from attention_jax.backends.call import Head, Spec
 from attention_jax.backends.tile import whole
 from attention_jax.core.pytree import leaves
 from attention_jax.masks import Mask, block_map
-from attention_jax.masks.at_positions import Placed
+from attention_jax.masks.at_positions import MaskAtPositions
 from attention_jax.masks.bands import Band
 from attention_jax.masks.base import And, Or, conjuncts, parts
 from attention_jax.masks.explicit import MaskFn
@@ -95,7 +95,7 @@ def bits_bytes(spec: Spec) -> int:
 
 def is_direct(mask: Mask) -> bool:
     """Whether the kernel supports the mask without bits."""
-    inner = mask.mask_ if isinstance(mask, Placed) else mask
+    inner = mask.mask_ if isinstance(mask, MaskAtPositions) else mask
     segments = [x for x in conjuncts(inner) if isinstance(x, Segments)]
     others = (x for x in conjuncts(inner) if not isinstance(x, Segments))
     narrow = all(jnp.iinfo(x.key_ids.dtype).bits <= 32 for x in segments)
@@ -122,7 +122,7 @@ def _direct(mask: Mask, T: int) -> Visible:
     q: Any = np.arange(T, dtype=np.int32)
     positions = query_ids = key_ids = lo = hi = None
     first: Any = 0  # position of the first key, where they count up one by one
-    if isinstance(mask, Placed):
+    if isinstance(mask, MaskAtPositions):
         q, positions, first = mask.queries(q), mask.key_positions, mask.key_start
         mask = mask.mask_
     for each in conjuncts(mask):

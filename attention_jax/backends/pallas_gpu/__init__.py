@@ -1,1 +1,1 @@
-"""Our GPU kernels: ``run`` first, then ``kernels`` (the formulas), ``launch`` and ``refs``."""
+"""Our GPU kernels. Read ``run``, then ``kernels`` (the formulas), ``launch`` and ``refs``."""

@@ -1,9 +1,9 @@
 """The kernels of ``pallas_gpu``: the formulas of ``blockwise``, each for one block of one head.
 
-Three kernels, each a fold over the non-empty tiles: ``forward`` and ``rows`` (cotangents of a block
-of queries) visit the key blocks that the queries attend to, ``columns`` (of a block of keys) the
-query blocks that attend to the keys. So each result is written by one program, in one order: no
-atomics, the same bits every time. Full blocks do no mask work, empty ones are not visited.
+``forward``, and ``rows`` for the cotangents of a block of queries, fold over the key blocks that
+the queries attend to; ``columns``, for those of a block of keys, folds over the query blocks that
+attend to the keys. Each result is written by a single program, so there are no atomics and results
+are deterministic. Full blocks are not masked, and empty ones are not visited.
 
 Source: Dao 2023, "FlashAttention-2".
 """
@@ -25,7 +25,7 @@ from attention_jax.core.softmax import finite, zero_rows
 def over_blocks(schedule: Any, i: Any, step: Callable[[Any, bool, Any], Any], carry: Any) -> Any:
     """Folds ``step(block, masked, carry)`` over the blocks that block ``i`` visits, full first.
 
-    Full blocks lie within the arrays: a last block that the length does not fill is partial.
+    Full blocks lie within the arrays, because a last block that extends beyond them is partial.
     """
     index, full, visited = schedule
     count, end = full.entry(i), visited.entry(i)
@@ -45,11 +45,11 @@ def forward(p: Refs, i: Any, out: MappedRef, m: MappedRef, log_l: MappedRef) -> 
         tile = p.tile(q, k, q0, j * s, masked=masked)
         new = jnp.maximum(largest, tile.s.max(1))
         shift = finite(new)
-        e, shrink = jnp.exp(tile.s - shift[:, None]), jnp.exp(largest - shift)
-        total = total * shrink + e.sum(1)
+        e, rescale = jnp.exp(tile.s - shift[:, None]), jnp.exp(largest - shift)
+        total = total * rescale + e.sum(1)
         e = e if tile.dropout_factor is None else e * tile.dropout_factor
         v = zero_rows(tile.visible and tile.visible.keys, v)
-        weighted = weighted * shrink[:, None] + product(e.astype(v.dtype), v, 1, 0)
+        weighted = weighted * rescale[:, None] + product(e.astype(v.dtype), v, 1, 0)
         return new, total, weighted
 
     start = (
@@ -60,8 +60,11 @@ def forward(p: Refs, i: Any, out: MappedRef, m: MappedRef, log_l: MappedRef) -> 
     largest, total, weighted = over_blocks(p.schedules.forward, i, step, start)
     if p.sink is not None:
         new = jnp.maximum(largest, p.sink)
-        shrink = jnp.exp(largest - finite(new))
-        total, weighted = total * shrink + jnp.exp(p.sink - finite(new)), weighted * shrink[:, None]
+        rescale = jnp.exp(largest - finite(new))
+        total, weighted = (
+            total * rescale + jnp.exp(p.sink - finite(new)),
+            weighted * rescale[:, None],
+        )
         largest = new
     empty = total == 0
     safe = jnp.where(empty, jnp.ones_like(total), total)
@@ -71,7 +74,7 @@ def forward(p: Refs, i: Any, out: MappedRef, m: MappedRef, log_l: MappedRef) -> 
 
 
 class Gradients(NamedTuple):
-    """Of one tile: ``p`` times the dropout mask, and ``ds`` times the tile's slope."""
+    """Of one tile: ``p`` after dropout, and ``ds`` times the tile's slope."""
 
     dropped: jax.Array
     ds: jax.Array
@@ -108,15 +111,15 @@ def rows(
     t, s = p.config.backward[:2]
     q0 = i * t
     out, m, log_l, do, dlse = (p.rows(x, q0, t) for x in p.rest)
-    # A fully masked row has no gradient, whatever its cotangent holds: its output is 0.
+    # The output of a fully masked row is constant, so even a NaN cotangent must have no effect.
     dlse = jnp.where(log_l == -jnp.inf, jnp.zeros_like(dlse), dlse)
     delta = jnp.where(out == 0, jnp.zeros_like(out), do * out).sum(1)
     change, log_l = dlse - delta, finite(log_l)
     p.put(shift, change, q0, t)
     if p.sink is not None and dsink is not None:
         inside = q0 + jnp.arange(t, dtype=jnp.int32) < p.T
-        part = jnp.exp((p.sink - m) - log_l) * change
-        dsink.put_entry(jnp.where(inside, part, jnp.zeros_like(part)).sum(), i)
+        per_row = jnp.exp((p.sink - m) - log_l) * change
+        dsink.put_entry(jnp.where(inside, per_row, jnp.zeros_like(per_row)).sum(), i)
     if dq is None and dscale is None:
         return
     q = p.rows(p.head.query, q0, t)
@@ -140,18 +143,18 @@ def rows(
 
 
 class Heads(NamedTuple):
-    """The heads of one program: those that share the result it writes, often one."""
+    """The heads of one program: all that share the result it writes, often only one."""
 
     size: int
-    at: Callable[[Any], Refs]  # by its number
+    at: Callable[[Any], Refs]  # from the index of a head
 
     @property
     def first(self) -> Refs:
-        """The only one, or any where it does not matter which."""
+        """The first head, which is the only one if results are not shared."""
         return self.at(np.int32(0))
 
     def fold(self, step: Callable[[Refs, Any], Any], carry: Any) -> Any:
-        """``step(head, carry)`` over all of them."""
+        """Folds ``step(head, carry)`` over all heads."""
         return lax.fori_loop(
             np.int32(0), np.int32(self.size), lambda g, x: step(self.at(g), x), carry
         )
@@ -196,14 +199,15 @@ def columns(heads: Heads, j: Any, dk: MappedRef | None, dv: MappedRef | None) ->
 
 
 def pairs(heads: Heads, i: Any, j: Any, leaf: int, out: MappedRef, *, number: bool) -> None:
-    """The cotangent of an array of the scores from one tile, of all heads that share it::
+    """The cotangent of an array of the scores in one tile, summed over the heads that share it::
 
         dx_ij = ds_ij (d s_ij / d x_ij)
 
     Args:
-      i, j: index of the block of queries, and of keys.
+      i, j: indices of the blocks of queries and keys.
       leaf: index among the arrays of the scores.
-      number: the array is a number, whose cotangent is the sum; else it has an entry per pair.
+      number: whether the array is a scalar, whose cotangent is a sum over the tile; else it has one
+        entry per pair.
     """
     t, s = heads.first.config.backward[:2]
     q0, k0 = i * t, j * s

@@ -1,8 +1,8 @@
-"""The launches of ``kernels``: for all heads of all examples, forward and backward.
+"""Launches the kernels, forward and backward, for all heads of all examples.
 
-Heads and batch axes are mapped axes of one primitive (see ``primitive``); here they become the
-grid, or, where many heads share a result, a loop inside a kernel program. Results that no single
-program can write, tangents and cotangents of tables, are left to the loops of ``blockwise``.
+Heads and batch axes are mapped axes of one primitive (see ``primitive``). Here they become the
+grid, or, for heads that share a result, a loop inside a program of the grid. The loops of
+``blockwise`` compute tangents, and the cotangents of tables, to which many programs would add.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 
 from attention_jax.backends import primitive
 from attention_jax.backends.blockwise import formulas
-from attention_jax.backends.blockwise.loops import Loops, place_of
+from attention_jax.backends.blockwise.loops import Loops, loop_operands, unravel
 from attention_jax.backends.blockwise.run import KERNEL
 from attention_jax.backends.pallas_gpu import kernels
 from attention_jax.backends.pallas_gpu.kernels import Heads
@@ -34,7 +34,7 @@ from attention_jax.masks.grid import Grid
 
 
 class Tiles(NamedTuple):
-    """How a kernel is cut: queries and keys per tile, threads, and loads under way at a time."""
+    """Tile sizes of a kernel, warps per program, and stages of its load pipeline."""
 
     block_q: int
     block_k: int
@@ -44,11 +44,11 @@ class Tiles(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Launches:
-    """What the kernels depend on, besides shapes."""
+    """The static configuration of the kernels, besides shapes."""
 
     forward: Tiles
     backward: Tiles
-    loops: Loops  # of the tangents, which blockwise computes
+    loops: Loops  # for blockwise, which computes tangents
     interpret: bool
 
 
@@ -62,7 +62,7 @@ class Schedules(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What a kernel writes: its shape without mapped axes, its dtype, where those axes are."""
+    """An array that a kernel writes: its shape without mapped axes, dtype and mapped axes."""
 
     core: tuple[int, ...]
     dtype: Any
@@ -81,7 +81,7 @@ def launch(
     """Runs ``kernel(heads, block, *results)`` for ``count`` blocks of every head of every example.
 
     Args:
-      inner: mapped axes outside the grid: one program gets all heads along them.
+      inner: mapped axes that are not part of the grid: a program loops over the heads along them.
     """
     outer = tuple(level for level in range(len(static.levels)) if level not in inner)
     outer_sizes, inner_sizes = (
@@ -91,17 +91,19 @@ def launch(
     def body(*refs: Any) -> None:
         program = pl.program_id(0)
         block, outer_index = lax.rem(program, np.int32(count)), lax.div(program, np.int32(count))
-        outer_place = dict(zip(outer, place_of(outer_index, outer_sizes), strict=True))
+        outer_indices = dict(zip(outer, unravel(outer_index, outer_sizes), strict=True))
 
-        def place(g: Any) -> tuple[Any, ...]:
-            at = outer_place | dict(zip(inner, place_of(g, inner_sizes), strict=True))
+        def head_index(g: Any) -> tuple[Any, ...]:
+            at = outer_indices | dict(zip(inner, unravel(g, inner_sizes), strict=True))
             return tuple(at[level] for level in range(len(static.levels)))
 
         views = [
-            MappedRef(ref, result.dims, place(np.int32(0)))
+            MappedRef(ref, result.dims, head_index(np.int32(0)))
             for ref, result in zip(refs[len(arrays) :], results, strict=True)
         ]
-        heads = Heads(math.prod(inner_sizes), lambda g: Refs(static, refs[: len(arrays)], place(g)))
+        heads = Heads(
+            math.prod(inner_sizes), lambda g: Refs(static, refs[: len(arrays)], head_index(g))
+        )
         kernel(heads, block, *views)
 
     shapes = [
@@ -136,7 +138,7 @@ def backward(static: Static, *arrays: Any) -> tuple[Any, ...]:
     """The cotangents of the operands that vary, in their order."""
     index = formulas.operand_index(static)
     shift, found = _rows(static, arrays, index)
-    found |= _looped(static, arrays, index)
+    found |= _cotangents_by_loops(static, arrays, index)
     levels = tuple(range(len(static.levels)))
     static = dataclasses.replace(static, in_dims=(*static.in_dims, levels))
     arrays = (*arrays, shift)
@@ -158,7 +160,7 @@ def _rows(
     wanted = [i for i in (index.query, index.scale, index.sink) if i in static.wrt]
     results = [Result((T,), jnp.float32, levels)]
     for i in wanted:
-        core: tuple[int, ...] = (count,)  # one part for each block
+        core: tuple[int, ...] = (count,)  # one partial sum per block
         if i == index.query:
             core = primitive.core_shape(arrays[i].shape, static.in_dims[i])
         results.append(Result(core, jnp.float32, levels))
@@ -169,9 +171,9 @@ def _rows(
         dsink = None if index.sink is None else given.get(index.sink)
         kernels.rows(heads.first, i, views[0], dq, dscale, dsink)
 
-    shift, *parts = launch(static, arrays, results, kernel, count, tiles)
+    shift, *outs = launch(static, arrays, results, kernel, count, tiles)
     found = {}
-    for i, x in zip(wanted, parts, strict=True):
+    for i, x in zip(wanted, outs, strict=True):
         x = x if i == index.query else x.sum(-1)
         dims = static.out_dims[static.wrt.index(i)]
         x = x.sum(tuple(level for level in levels if dims[level] is None))
@@ -183,7 +185,11 @@ def _rows(
 def _columns(
     static: Static, arrays: tuple[Any, ...], index: formulas.OperandIndex
 ) -> dict[int, jax.Array]:
-    """The cotangents of key and value, given ``shift`` too: together where heads share both."""
+    """The cotangents of key and value, by one launch if they have the same mapped axes.
+
+    Args:
+      arrays: the operands, followed by ``shift``.
+    """
     tiles: Tiles = static.config.backward
     dims = dict(zip(static.wrt, static.out_dims, strict=True))
     shared: dict[tuple[int, ...], list[int]] = {}
@@ -208,7 +214,7 @@ def _columns(
 
 
 def _summed(dims: Dims) -> tuple[int, ...]:
-    """The mapped axes that a result does not have: it is the sum over them."""
+    """The mapped axes that a result lacks and is summed over."""
     return tuple(level for level, d in enumerate(dims) if d is None)
 
 
@@ -225,10 +231,10 @@ def _lengths(
 def _has_pairs(
     static: Static, arrays: tuple[Any, ...], index: formulas.OperandIndex, leaf: int
 ) -> bool:
-    """Whether an array of the scores is a number, or has one entry for each pair.
+    """Whether an array of the scores is a scalar, or has one entry for each pair.
 
-    In other arrays many pairs read one entry, so its cotangent would take atomics. A function may
-    read any entry for any pair, whatever the shape of its array.
+    In other arrays several pairs read one entry, so a kernel would need atomics for its cotangent.
+    The arrays of a function count among them: it may read any entry for any pair.
     """
     head, _ = primitive.as_head(
         jax.tree.unflatten(static.structure, arrays[: static.structure.num_leaves])
@@ -243,7 +249,7 @@ def _has_pairs(
 def _pairs(
     static: Static, arrays: tuple[Any, ...], index: formulas.OperandIndex, leaf: int
 ) -> jax.Array:
-    """The cotangent of a number, or an array of ``T x S``, among those of the scores."""
+    """The cotangent of an array of the scores that is a scalar or ``[T S]``."""
     tiles: Tiles = static.config.backward
     lengths = _lengths(static, arrays, index)
     grid = Grid(*lengths, tiles.block_q, tiles.block_k)
@@ -251,13 +257,13 @@ def _pairs(
     dims = static.out_dims[static.wrt.index(i)]
     one = primitive.core_shape(arrays[i].shape, static.in_dims[i]) == ()
     result = Result(
-        (grid.rows, grid.columns) if one else lengths,  # of a number, a part for each tile
+        (grid.rows, grid.columns) if one else lengths,  # for a scalar, one partial sum per tile
         jnp.float32 if one else arrays[i].dtype,
         dims,
     )
 
     def kernel(heads: Heads, block: Any, out: MappedRef) -> None:
-        row, column = place_of(block, (grid.rows, grid.columns))
+        row, column = unravel(block, (grid.rows, grid.columns))
         kernels.pairs(heads, row, column, leaf, out, number=one)
 
     count = grid.rows * grid.columns
@@ -265,7 +271,7 @@ def _pairs(
     return x.sum((-1, -2)).astype(arrays[i].dtype) if one else x
 
 
-def _looped(
+def _cotangents_by_loops(
     static: Static, arrays: tuple[Any, ...], index: formulas.OperandIndex
 ) -> dict[int, jax.Array]:
     """The cotangents of the scores' other arrays, by the loops of ``blockwise``."""
@@ -277,8 +283,9 @@ def _looped(
     if not wanted:
         return {}
     out_dims = tuple(static.out_dims[static.wrt.index(i)] for i in wanted)
-    static, arrays = _as_loops(dataclasses.replace(static, wrt=wanted, out_dims=out_dims), arrays)
-    # The loops round logits in another order, so their probabilities need a normalizer of theirs.
+    static = dataclasses.replace(static, wrt=wanted, out_dims=out_dims)
+    static, arrays = loop_operands(static, arrays)
+    # The loops round logits differently than the kernels, so they compute their own normalizer.
     count = static.structure.num_leaves
     again = dataclasses.replace(
         static,
@@ -293,17 +300,5 @@ def _looped(
 
 def tangent(static: Static, *arrays: Any) -> tuple[Any, ...]:
     """Tangents of output and ``log l``, by the loops of ``blockwise``."""
-    static, arrays = _as_loops(static, arrays)
+    static, arrays = loop_operands(static, arrays)
     return KERNEL.tangent(static, *arrays)
-
-
-def _as_loops(static: Static, arrays: tuple[Any, ...]) -> tuple[Static, tuple[Any, ...]]:
-    """The same operands with the blocks that ``blockwise`` visits."""
-    count = static.structure.num_leaves
-    head, schedules = primitive.as_head(jax.tree.unflatten(static.structure, range(count)))
-    order, structure = jax.tree.flatten(primitive.operands(head, schedules.loops))
-    in_dims = tuple(static.in_dims[i] for i in order) + static.in_dims[count:]
-    static = dataclasses.replace(
-        static, structure=structure, config=static.config.loops, in_dims=in_dims
-    )
-    return static, (*(arrays[i] for i in order), *arrays[count:])

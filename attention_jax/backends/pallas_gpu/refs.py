@@ -1,8 +1,8 @@
-"""What a GPU kernel loads and stores: tiles of operands that stay whole in the card's memory.
+"""Loads and stores of tiles in a GPU kernel.
 
-A kernel gets every operand of every head as a reference; ``Refs`` is one head of one example. Tiles
-are powers of two: entries beyond an array are loaded as 0 and not stored, and the formulas mask the
-pairs that lie outside.
+A kernel gets a reference to each whole operand, with all heads of all examples; ``Refs`` holds
+those of one head. Tile sizes are powers of two: entries beyond an array are loaded as 0 and not
+stored, and the formulas mask these pairs.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ from attention_jax.core.compat import triton
 from attention_jax.core.pytree import Leaf, Lookup, leaves
 from attention_jax.scores import tile_indices
 
-LEAST = 16  # rows and columns of a product's tiles, at least
+MIN_TILE = 16  # Triton's products need tiles of at least this many rows and columns
 
 
 def padded(n: int) -> int:
-    """The power of two that a tile needs for ``n`` rows or columns.
+    """The size of a tile that covers ``n`` rows or columns: a power of two.
 
     >>> from attention_jax.backends.pallas_gpu.refs import padded
     >>> padded(11), padded(64), padded(65)
     (16, 64, 128)
     """
-    return max(LEAST, pl.next_power_of_2(n))
+    return max(MIN_TILE, pl.next_power_of_2(n))
 
 
 @dataclasses.dataclass(frozen=True)
 class MappedRef:
-    """An operand, where its mapped axes are, and the index of one head along them."""
+    """A reference to an operand with mapped axes, and the index of one head along them."""
 
     ref: Any
     dims: Dims
-    place: tuple[Any, ...]
+    head_index: tuple[Any, ...]
 
     @property
     def core(self) -> tuple[int, ...]:
@@ -51,30 +51,31 @@ class MappedRef:
     def _index(self, *core: Any) -> tuple[Any, ...]:
         rest = iter(core)
         return tuple(
-            self.place[self.dims.index(axis)] if axis in self.dims else next(rest)
+            self.head_index[self.dims.index(axis)] if axis in self.dims else next(rest)
             for axis in range(len(self.ref.shape))
         )
 
     def entry(self, *core: Any) -> Any:
-        """The numbers at these indices, ints or int arrays that broadcast."""
+        """The entries at these indices, ints or int arrays that broadcast."""
         index = self._index(*jnp.broadcast_arrays(*core))
         return triton.load(self.ref.at[index])
 
     def load(self, *window: tuple[Any, int], inside: bool = False) -> jax.Array:
-        """A tile: ``(start, size)`` for each core axis; zeros beyond the array.
+        """Loads a tile, with zeros beyond the array.
 
         Args:
-          inside: the first axis of the tile is known to lie within the array.
+          window: ``(start, size)`` for each core axis.
+          inside: whether the first axis of the tile is known to lie within the array.
         """
         at, mask = self._tile(window, inside)
         return triton.load(at, mask=mask, other=None if mask is None else self._zero())
 
     def put_entry(self, x: jax.Array, *core: Any) -> None:
-        """The reverse of ``entry``."""
+        """Stores one entry."""
         triton.store(self.ref.at[self._index(*core)], x.astype(self.ref.dtype))
 
     def store(self, x: jax.Array, *window: tuple[Any, int]) -> None:
-        """The reverse of ``load``."""
+        """Stores a tile, without the entries beyond the array."""
         at, mask = self._tile(window, False)
         triton.store(at, x.astype(self.ref.dtype), mask=mask)
 
@@ -82,10 +83,11 @@ class MappedRef:
         return jnp.zeros((), self.ref.dtype)
 
     def _tile(self, window: tuple[tuple[Any, int], ...], inside: bool) -> tuple[Any, Any]:
-        """A tile's entries, and which of them lie within the array; None: all, which loads faster.
+        """References to the entries of a tile, and which of them lie within the array.
 
-        Entries are addressed by indices, because a slice may not be longer than the array and a
-        tile may. On a GPU both compile to a start and a range.
+        None for the latter means all, which loads faster. Entries are addressed by index arrays,
+        because a tile may be longer than the array and a slice may not; on a GPU both compile to
+        the same code.
         """
         sizes = tuple(size for _, size in window)
         indices, mask = [], None
@@ -102,14 +104,14 @@ class MappedRef:
 
 
 class LookUps:
-    """Values that were looked up, replayed under ``jvp``, where nothing can be loaded."""
+    """Records the entries that a rule looks up, to replay them under ``jvp``, where loads fail."""
 
     def __init__(self) -> None:
         self._values: list[Any] = []
         self._left: Iterator[Any] | None = None
 
     def recorded(self, entry: Callable[..., Any]) -> Callable[..., Any]:
-        """``entry`` the first time, then its recorded values in the same order."""
+        """A function that calls ``entry``, and after ``replay`` returns the recorded values."""
 
         def look_up(*index: Any) -> Any:
             if self._left is not None:
@@ -120,26 +122,26 @@ class LookUps:
         return look_up
 
     def replay(self) -> None:
-        """Replays the recorded values from here on."""
+        """From now on, returns the recorded values in the same order."""
         self._left = iter(self._values)
 
 
 class PairTile(NamedTuple):
-    """One tile of query-key pairs, as the formulas take it."""
+    """One tile of query-key pairs."""
 
     dot: jax.Array  # [t s]: query . key
     s: jax.Array  # [t s]: the logits, -inf where masked
-    slope: jax.Array | None  # [t s]: ds by what is differentiated; None where that is 1
+    slope: jax.Array | None  # [t s]: derivative of the logits, see Refs.tile; None means 1
     visible: Visible | None  # None: all pairs
     dropout_factor: jax.Array | None  # [t s]: what dropout multiplies probabilities by
 
 
 class Refs:
-    """One head of one example."""
+    """The operands of one head of one example, as references."""
 
-    def __init__(self, static: primitive.Static, refs: tuple[Any, ...], place: Any) -> None:
+    def __init__(self, static: primitive.Static, refs: tuple[Any, ...], head_index: Any) -> None:
         count = static.structure.num_leaves
-        views = [MappedRef(r, d, place) for r, d in zip(refs, static.in_dims, strict=True)]
+        views = [MappedRef(r, d, head_index) for r, d in zip(refs, static.in_dims, strict=True)]
         self.config, self.rest = static.config, views[count:]
         self.head: Any  # a Head of MappedRefs
         self.head, self.schedules = primitive.as_head(
@@ -150,27 +152,27 @@ class Refs:
         self.b, self.n = head.b.entry(), head.n.entry()
         self.scale = head.scale.entry().astype(jnp.float32)
         self.sink = None if head.sink is None else head.sink.entry().astype(jnp.float32)
-        self.hiding = any(score.MASKING.adds for score in head.score)
+        self.scores_mask = any(score.MASKING.adds for score in head.score)
 
     def rows(self, view: MappedRef, start: Any, size: int, *, inside: bool = False) -> jax.Array:
-        """Rows of query, key, value, output: ``[size]``, or ``[size, padded(width)]``."""
+        """Loads rows of query, key, value or output: ``[size]``, or ``[size, padded(width)]``."""
         return view.load((start, size), *((0, padded(n)) for n in view.core[1:]), inside=inside)
 
     def put(self, view: MappedRef, x: jax.Array, start: Any, size: int) -> None:
-        """The reverse of ``rows``."""
+        """Stores rows, see ``rows``."""
         view.store(x, (start, size), *((0, padded(n)) for n in view.core[1:]))
 
     def _local(
         self, value: Any, shape: tuple[int, int], q0: Any, k0: Any, look_ups: LookUps | None = None
     ) -> Any:
-        """A mask, or scores, with its arrays in the shape that rules see."""
+        """A mask or scores with their arrays cut to a tile, in the shapes that rules expect."""
         windows = {"T": (q0, shape[0]), "S": (k0, shape[1])}
 
         def local(view: MappedRef, leaf: Leaf) -> Any:
             axes = local_axes(leaf)
             if not view.core:
                 return view.entry()
-            if not axes or not set(axes) <= windows.keys():  # rules look things up in it
+            if not axes or not set(axes) <= windows.keys():  # a table that rules index
                 entry = view.entry if look_ups is None else look_ups.recorded(view.entry)
                 return Lookup(entry, view.core, view.ref.dtype)
             x = view.load(
@@ -195,12 +197,14 @@ class Refs:
         slope: bool = False,
         leaf: int | None = None,
     ) -> PairTile:
-        """The tile of queries ``q [t H]`` from ``q0`` on and keys ``k [s H]`` from ``k0`` on.
+        """The tile of queries ``q [t H]`` and keys ``k [s H]``.
 
         Args:
-          masked: False if all pairs are visible, apart from those that a score masks.
-          slope: also the derivative of the logits by those before the scores; or, with ``leaf``, by
-            this number among the arrays of the scores.
+          q0, k0: indices of the first query and key.
+          masked: False if the mask hides no pair of the tile.
+          slope: whether to compute ``slope``: the derivative of the final logits with respect to
+            those before the scores, or, with ``leaf``, to this array of the scores.
+          leaf: index among the arrays of the scores.
         """
         shape = q.shape[0], k.shape[0]
         at = tile_indices(shape, q0, k0)
@@ -217,7 +221,7 @@ class Refs:
         def apply(s: jax.Array, arrays: list[Any]) -> jax.Array:
             for score in jax.tree.unflatten(structure, arrays):
                 s = score.rule(s, self.b, self.n, *at)
-                if pairs is not None:  # what a score makes of a masked pair must not reach the next
+                if pairs is not None:  # a NaN of a masked pair must not reach the next score
                     s = jnp.where(pairs, s, jnp.zeros_like(s))
             return s
 
@@ -237,7 +241,7 @@ class Refs:
             s, change = jax.jvp(along, (x,), (jnp.ones_like(x),))
         if pairs is not None:
             s = jnp.where(pairs, s, -jnp.inf)
-        if self.hiding:
+        if self.scores_mask:
             pairs = s != -jnp.inf
         visible = None if pairs is None else Visible(pairs, some(pairs, 1), some(pairs, 0))
         kept = None

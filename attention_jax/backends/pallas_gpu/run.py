@@ -1,31 +1,22 @@
 """Attention on a GPU, forward and backward, for every mask and score that a kernel can compute.
 
-``kernels`` has the formulas, ``launch`` runs them for all heads of all examples; here they get
-their tiles and become primitives that every transformation understands. They are lowered through
-Triton, which also supports cards before Hopper.
+``kernels`` has the formulas and ``launch`` runs them for all heads of all examples. This module
+chooses their tiles and makes them primitives that support every transformation. They are lowered
+through Triton, which also supports GPUs older than Hopper.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
-from attention_jax.backends import chunks, primitive, xla
+from attention_jax.backends import primitive, xla
 from attention_jax.backends.blockwise import run as blockwise
-from attention_jax.backends.call import (
-    Backend,
-    Call,
-    Head,
-    Results,
-    Spec,
-    symbolic_sizes_refused,
-)
-from attention_jax.backends.heads import over_heads_and_examples
+from attention_jax.backends.call import Head, Spec, symbolic_sizes_refused
+from attention_jax.backends.on_primitives import Plan, PrimitiveBackend
 from attention_jax.backends.pallas_gpu import launch, support
 from attention_jax.backends.pallas_gpu.launch import Launches, Schedules, Tiles
 from attention_jax.backends.pallas_gpu.refs import padded
@@ -37,7 +28,7 @@ from attention_jax.masks.grid import Grid
 
 # --- Tiles.
 
-# Tried in this order where ``tuned`` has no tiles for a width: the first that fits.
+# The first that fits is chosen, unless ``tuned`` has an entry for the width.
 FORWARD = (
     Tiles(128, 64, 8, 3),
     Tiles(128, 64, 8, 2),
@@ -53,29 +44,30 @@ BACKWARD = (
     Tiles(32, 32, 4, 1),
     Tiles(16, 16, 2, 1),
 )
-# Bytes of shared memory that a program may use on all cards since Ampere.
+# Bytes of shared memory that a program may use on all GPUs since Ampere.
 SHARED_MEMORY = 99 * 1024
 
 
 def shared_bytes(tiles: Tiles, H: int, D: int, itemsize: int, *, backward: bool) -> int:
-    """What a program keeps in shared memory at the most.
+    """An upper bound on the shared memory of a program.
 
-    Its own rows (forward those of the query, backward also of the cotangent), the rows that are
-    loaded or under way, and a tile of pairs, which forward and in 16 bits stays in registers.
+    It holds the rows of its block (of the query, and backward also of the cotangent), the rows in
+    each stage of the load pipeline, and a tile of pairs, except forward in 16 bits, where that
+    stays in registers.
     """
     H, D = padded(H), padded(D)
-    own = tiles.block_q * (H + D if backward else H)
-    under_way = tiles.stages * tiles.block_k * (H + D)
+    block = tiles.block_q * (H + D if backward else H)
+    pipeline = tiles.stages * tiles.block_k * (H + D)
     pairs = tiles.block_q * tiles.block_k if backward or itemsize > 2 else 0
-    return itemsize * (own + under_way + pairs)
+    return itemsize * (block + pipeline + pairs)
 
 
 def choose_tiles(
     candidates: tuple[Tiles, ...], T: int, S: int, H: int, D: int, itemsize: int
 ) -> Tiles | None:
-    """The first that fits into shared memory, no longer than the sequences; None: none fits.
+    """The first candidate that fits into shared memory, cut to the lengths; None if none fits.
 
-    Tiles that were measured to be fastest for the width come before the candidates.
+    Tiles that were measured to be fastest for the width are tried before the candidates.
 
     >>> from attention_jax.backends.pallas_gpu.run import FORWARD, choose_tiles
     >>> choose_tiles(FORWARD, 4096, 4096, 128, 128, itemsize=2)
@@ -95,23 +87,20 @@ def choose_tiles(
     return None
 
 
-_attend = primitive.make(
-    "attention_pallas_gpu",
-    primitive.Kernel(launch.forward, launch.tangent, launch.backward, xla.attend),
-)
-
-
 @dataclasses.dataclass(frozen=True)
-class PallasGPU(Backend):
+class PallasGPU(PrimitiveBackend):
     """Our kernels for GPUs.
 
     Attributes:
       forward, backward: tiles of the two passes; None chooses by shape.
-      interpret: run the kernels in Pallas's interpreter, on any platform, to test them.
+      interpret: run the kernels in Pallas's interpreter, which tests do on any platform.
     """
 
     STATIC_NUMBERS = True
-    CHUNKS = True
+    PRIMITIVES = primitive.make(
+        "attention_pallas_gpu",
+        primitive.Kernel(launch.forward, launch.tangent, launch.backward, xla.attend),
+    )
     forward: Tiles | None = None
     backward: Tiles | None = None
     interpret: bool = False
@@ -134,35 +123,15 @@ class PallasGPU(Backend):
             return "this release of JAX has no Triton, in which its kernels are written"
         dtype = jnp.dtype(spec.dtype)
         if dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
-            return f"{dtype.name}: its products are of bfloat16, float16 or float32"
+            return f"{dtype.name}: its kernels take bfloat16, float16 and float32"
         if None in self._tiles(spec) or not (self.interpret or self._fit(spec)):
             return (
                 f"widths {z.H} (H) and {z.D} (D) in {dtype.name}: the tiles need more "
-                f"than the {SHARED_MEMORY // 1024} KiB of shared memory there is"
+                f"than the {SHARED_MEMORY // 1024} KiB of shared memory"
             )
         return support.why_unsupported(spec.mask, spec.score)
 
-    def run(self, call: Call, spec: Spec) -> tuple[jax.Array, jax.Array]:
-        planned = self._plan(spec)
-
-        def head(one: Head) -> tuple[jax.Array, jax.Array]:
-            out, lse = _attend(*planned(one))
-            return out.astype(one.query.dtype), lse
-
-        out, lse = over_heads_and_examples(head, call, spec.sizes, ("*B T N D", "*B T N"))
-        return out, lse
-
-    def chunk(self, call: Call, spec: Spec) -> Results:
-        return chunks.by_primitive(_attend, self._plan(spec), call, spec.sizes)
-
-    def chunk_cotangents(
-        self, call: Call, spec: Spec, results: Results, wrt: Sequence[int], cotangents: Any
-    ) -> list[jax.Array]:
-        return chunks.cotangents_by_primitive(
-            _attend, self._plan(spec), call, spec.sizes, results, wrt, cotangents
-        )
-
-    def _plan(self, spec: Spec) -> chunks.Plan:
+    def head_plan(self, spec: Spec) -> Plan:
         forward, backward = self._tiles(spec)
         if forward is None or backward is None:
             raise NotImplementedError(f"pallas_gpu cannot: {self.why_unsupported(spec)}")
@@ -192,7 +161,7 @@ class PallasGPU(Backend):
         )
 
     def _tiles(self, spec: Spec) -> tuple[Tiles | None, Tiles | None]:
-        """Those of the forward and the backward pass; None: none fits into shared memory."""
+        """The tiles of the forward and the backward pass; None if none fit into shared memory."""
         z = spec.sizes
         shape = z.T, z.S, z.H, z.D, jnp.dtype(spec.dtype).itemsize
         forward = self.forward or choose_tiles(FORWARD, *shape)

@@ -1,7 +1,7 @@
-"""Which masks and scores a kernel can compute: those that are arithmetic on single entries.
+"""Which masks and scores a kernel can compute: those whose rule is elementwise arithmetic.
 
 A kernel runs the ``rule`` of a mask or score on one tile. Every rule, built-in or not, is traced
-once on such a tile, and refused by name if it does more than a kernel can.
+once on a tile, and refused with its name if it uses an operation that a kernel does not support.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from attention_jax.core.pytree import Leaf, Lookup, StaticArray, Value, children
 from attention_jax.masks import Mask, MaskFn
 from attention_jax.scores import Score, ScoreFn
 
-# Operations on single entries, and those that bring them to one shape.
+# Elementwise operations, and those that broadcast and reshape.
 POINTWISE = frozenset(
     """abs acos acosh add add_any and asin asinh atan atan2 atanh bitcast_convert_type
     broadcast_in_dim cbrt ceil clamp convert_element_type cos cosh div eq exp exp2 expm1 floor
@@ -32,7 +32,7 @@ POINTWISE = frozenset(
 
 
 def as_operands(mask: Mask | None) -> Mask | None:
-    """``mask`` with the arrays of its structure as leaves, since a kernel cannot hold arrays."""
+    """``mask`` with its static arrays as leaves, because a kernel cannot close over arrays."""
 
     def change(x: Any) -> Any:
         if isinstance(x, StaticArray):
@@ -48,14 +48,14 @@ def as_operands(mask: Mask | None) -> Mask | None:
 
 
 def why_unsupported(mask: Mask | None, score: tuple[Score, ...]) -> str | None:
-    """Why a kernel cannot compute the mask or one of the scores; None where it can."""
+    """Why a kernel cannot compute the mask or one of the scores; None if it can."""
     mask = as_operands(mask)
     values = score if mask is None else (mask, *score)
     return next((problem for value in values if (problem := _named_problem(value))), None)
 
 
 def _named_problem(value: Value) -> str | None:
-    """What a mask or score does that a kernel cannot, with the name of the innermost that does."""
+    """Why a kernel cannot compute a mask or score, with the name of the innermost one at fault."""
     problem = _problem(value)
     if problem is None:
         return None
@@ -70,7 +70,7 @@ def _name(value: Value) -> str:
 
 
 def _problem(value: Any) -> str | None:
-    """What the rule of a mask or score, or its derivative, does that a kernel cannot."""
+    """Why a kernel cannot compute the rule of a mask or score or its derivative; None if it can."""
     arrays, structure = jax.tree.flatten(value)
     if isinstance(value, (MaskFn, ScoreFn)):
         fn = value.fn
@@ -104,17 +104,17 @@ def _problem(value: Any) -> str | None:
         jaxpr = jax.make_jaxpr(with_derivative)(s, loaded, *indices)
     except NotImplementedError as error:
         return f"cannot run in a kernel: {error}"
-    except (AttributeError, TypeError):  # a Lookup is no array, which most functions need
+    except (AttributeError, TypeError):  # a Lookup only supports indexing
         return "does more with its arrays than look entries up: x[q], x[q, k]"
     if any(np.ndim(x) for x in jaxpr.consts):
         return "holds an array from outside: pass it as an argument, after the function"
     if unknown := sorted({*_primitives(jaxpr.jaxpr)} - POINTWISE):
-        return f"uses {', '.join(unknown)}, which a kernel does not have"
+        return f"uses {', '.join(unknown)}, which a kernel does not support"
     return None
 
 
 def _in_tile(x: Any, leaf: Leaf) -> Any:
-    """The shape and dtype in which a kernel gives an array to a rule; a ``Lookup`` for a table."""
+    """The shape and dtype of an array inside a kernel; a ``Lookup`` for a table."""
     batch = x.ndim - len([a for a in leaf.axes if a != "B"])
     axes = [a for letter in leaf.axes for a in (["B"] * batch if letter == "B" else [letter])]
     dtype = jax.dtypes.canonicalize_dtype(x.dtype)

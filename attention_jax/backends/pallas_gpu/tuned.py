@@ -1,9 +1,9 @@
-"""The tiles that were fastest on a card, which ``python -m experiments card`` writes.
+"""The fastest tiles measured on a GPU, written by ``python -m experiments card``.
 
-Not measured yet: without an entry the tables of ``run`` apply.
+Nothing has been measured yet: without an entry, the tables of ``run`` apply.
 """
 
 from __future__ import annotations
 
-# By pass, width of a head (padded) and bytes of a number: block_q, block_k, warps, stages.
+# (pass, padded width of a head, itemsize) -> (block_q, block_k, warps, stages)
 TUNED: dict[tuple[str, int, int], tuple[int, int, int, int]] = {}

@@ -1,28 +1,29 @@
 // The backward pass: five products for each block of keys and block of queries.
 //
-//   item: a block of keys of one key-value head            K, V as columns, K as panels, dK, dV
-//     for each step: QUERIES rows of a query head          q, dout, p and ds of the step
-//       for each strip of ROWS queries
-//         s = q k^T, p = 2^(s - lse)                       all of this in the second-level cache,
-//         dp = dout v^T, ds = p (dp - delta)               a strip in the first
+//   item: a block of keys of one key-value head      L2 cache: K, V as columns, K as panels, dK, dV
+//     for each step: QUERIES rows of a query head    L2 cache: q, dout, p and ds of the step
+//       for each strip of ROWS queries               L1 cache: a strip of p and ds
+//         s = q k^T, p = 2^(s - lse)
+//         dp = dout v^T, ds = p (dp - delta)
 //         dq += ds k
-//       dv += p^T dout, dk += ds^T q                       ROWS keys at a time
+//       dv += p^T dout, dk += ds^T q                 ROWS keys at a time
 //
-// An item owns its dk and dv. dq is shared by all key blocks of a head, which take turns: an item
-// does a step once the item of the block before has passed it. Sums are so in a fixed order,
-// whatever the number of threads, and need no copies. Items are handed out in the order of their
-// numbers, so the item that is waited for has always begun. The first block clears dq and computes
-// delta, the last scales dq.
+// Only one item writes a given row of dk and dv. All key blocks of a head add to the same dq, in
+// the order of the blocks: an item waits before each step until the item of the previous block has
+// done that step. So sums do not depend on the number of threads, and no thread needs its own copy
+// of dq. Items are started in numerical order, so an item never waits for one that has not started.
+// The first block sets dq to zero and computes delta; the last one multiplies dq by the scale.
 //
-// The gradient of a score's array is summed in turns likewise. If heads share it, all items take
-// turns, and all query heads of some rows are one turn. Entries that several steps share (a bias by
-// distance, or one without rows) are summed by the item, and added in a turn of their own at its
-// end.
+// The gradient of a score's array is accumulated in the same order. If heads share the array, an
+// item waits for the previous item of any head, until that has done all query heads of these rows.
+// Gradient entries to which several steps of an item add (of a bias by distance, or a bias that
+// broadcasts over queries) are first summed within the item and added in an extra step at its end.
 
-constexpr int QUERIES = 96;  // a step: a multiple of ROWS and TABLE_ROWS
+constexpr int QUERIES = 96;  // query rows per step: a multiple of ROWS and TABLE_ROWS
 
-// Entries of a score's gradient that all steps of a key block add to, for each query head.
-INLINE int64_t entries_of_steps(const Call& c, const Score& x) {
+// The number of gradient entries of a score to which several steps of an item add, per query head;
+// 0 if each step has its own entries.
+INLINE int64_t shared_entry_count(const Call& c, const Score& x) {
   if (!x.gradient) return 0;
   if (x.kind == ScoreKind::diagonal) return c.T - 1 + BLOCK;  // by j - i
   if (x.gradient.rows > 1) return 0;
@@ -33,12 +34,12 @@ struct Totals {
   double dscale, dsink;
 };
 
-struct BackwardMemory {
+struct BackwardBuffers {
   float *k_columns, *v_columns, *k_panels, *dk, *dv, *q, *dout, *p, *ds, *slope, *tile;
   float *shift, *rest;
-  float* entries[MOST_SCORES];  // of each score, see entries_of_steps: [G entries], or null
-  Totals* totals;               // [G]
-  BackwardMemory(Arena& a, const Call& c) {
+  float* shared_gradient[MAX_SCORES];  // [G shared_entry_count] for each score, or null
+  Totals* totals;                      // [G]
+  BackwardBuffers(Arena& a, const Call& c) {
     const int64_t HW = round_up(c.H, PANEL), DW = round_up(c.D, PANEL);
     k_columns = a.floats(BLOCK * c.H);
     v_columns = a.floats(BLOCK * c.D);
@@ -54,16 +55,16 @@ struct BackwardMemory {
     shift = a.floats(QUERIES);
     rest = a.floats(QUERIES);
     for (int i = 0; i < c.score_count; i++) {
-      const int64_t count = entries_of_steps(c, c.scores[i]);
-      entries[i] = count ? a.floats(c.G * count) : nullptr;
+      const int64_t count = shared_entry_count(c, c.scores[i]);
+      shared_gradient[i] = count ? a.floats(c.G * count) : nullptr;
     }
     totals = reinterpret_cast<Totals*>(a.floats(c.G * sizeof(Totals) / sizeof(float)));
   }
 };
 
-// What the rows of a step need of the forward pass: p = 2^((s - shift) - rest). The lse of large
-// logits does not fit into one float: `rest` has the digits that `shift` lacks.
-INLINE void rows_of_step(const Head& h, int64_t i0, int64_t rows, const BackwardMemory& x) {
+// The lse of the rows of a step in two floats, p = 2^((s - shift) - rest): one float has too few
+// digits when logits are large.
+INLINE void rows_of_step(const Head& h, int64_t i0, int64_t rows, const BackwardBuffers& x) {
   for (int64_t i = 0; i < rows; i++) {
     const double lse = h.m[i0 + i] * LOG2E_EXACT;
     const bool empty = h.log_l[i0 + i] == -INFINITY;
@@ -72,8 +73,7 @@ INLINE void rows_of_step(const Head& h, int64_t i0, int64_t rows, const Backward
   }
 }
 
-// delta - dlse of some rows, delta_i = dout_i . out_i. The first key block computes it for the
-// others.
+// delta_i - dlse_i with delta_i = dout_i . out_i, computed by the first key block for all others.
 INLINE void deltas_of_step(const Call& c, const Head& h, int64_t i0, int64_t rows, float* delta) {
   for (int64_t i = 0; i < rows; i++) {
     const float *out = h.out + (i0 + i) * c.out.row, *dout = h.dout + (i0 + i) * c.dout.row;
@@ -89,8 +89,7 @@ INLINE void deltas_of_step(const Call& c, const Head& h, int64_t i0, int64_t row
   }
 }
 
-// Logits and dp of a strip become probabilities, as dropout leaves them, and the gradient of
-// logits.
+// In place: p from logits to probabilities after dropout, ds from dp to the gradient of the logits.
 INLINE void gradient_strip(const Head& h, const KeyBlock& b, const Strip& strip, const float* shift,
                            const float* rest, const float* delta, float* p, float* ds) {
   const int begin = strip.begin(), end = strip.end();
@@ -101,7 +100,7 @@ INLINE void gradient_strip(const Head& h, const KeyBlock& b, const Strip& strip,
       float *at = p + m * BLOCK + j, *to = ds + m * BLOCK + j;
       const vf prob = exp2v((load(at) - high) - low);
       vf dp = load(to), dropped = prob;
-      if (h.kept != 0) {
+      if (h.dropout_scale != 0) {
         const vf factor = dropout_factor(h, hash, b.k0 + j);
         dp *= factor;
         dropped *= factor;
@@ -112,15 +111,16 @@ INLINE void gradient_strip(const Head& h, const KeyBlock& b, const Strip& strip,
   }
 }
 
-// Zeros where the products of the step read and the strip did not write.
-INLINE void clear_unseen(const Strip& strip, int first, int last, float* x) {
+// Writes zeros where the strip has no visible pair but the products dv and dk of the step read.
+INLINE void zero_unvisited(const Strip& strip, int first, int last, float* x) {
   for (int u = first; u < last; u++)
     for (int m = 0; m < ROWS; m++)
       if (u < strip.units.first || u >= strip.units.end || m >= strip.rows)
         memset(x + m * BLOCK + u * UNIT, 0, sizeof(float) * UNIT);
 }
 
-// dq of the last key block's step is complete: times the scale; and what scale and sink get of it.
+// After the last key block: multiplies dq by the scale, and adds to the gradients of scale and
+// sink.
 template <class X>
 static void finish_rows(const Call& c, const Head& h, int64_t i0, int64_t rows, const X* q,
                         const float* delta, Totals* totals) {
@@ -138,10 +138,10 @@ static void finish_rows(const Call& c, const Head& h, int64_t i0, int64_t rows, 
   }
 }
 
-// What the item summed of the gradients whose entries several steps share.
-static void add_entries(const Call& c, const Item& item, const BackwardMemory& x) {
+// Adds the gradient entries that were summed within the item, see shared_entry_count.
+static void add_shared_gradients(const Call& c, const Item& item, const BackwardBuffers& x) {
   for (int i = 0; i < c.score_count; i++) {
-    if (!x.entries[i]) continue;
+    if (!x.shared_gradient[i]) continue;
     const Score& score = c.scores[i];
     const bool diagonal = score.kind == ScoreKind::diagonal;
     const int64_t first = score.gradient.columns > 1 ? item.begin : 0;
@@ -150,7 +150,7 @@ static void add_entries(const Call& c, const Item& item, const BackwardMemory& x
                                                        : 1;
     for (int64_t g = 0; g < c.G; g++) {
       float* to = score.gradient.at<float>(item.e, g) + first;
-      const float* from = x.entries[i] + g * entries_of_steps(c, score);
+      const float* from = x.shared_gradient[i] + g * shared_entry_count(c, score);
       for (int64_t j = 0; j < count; j++) to[j] += from[j];
     }
   }
@@ -159,50 +159,53 @@ static void add_entries(const Call& c, const Item& item, const BackwardMemory& x
 template <class X>
 static void backward_item(const Call& c, const Item& item, char* memory, Progress* progress) {
   Arena arena(memory);
-  const BackwardMemory x(arena, c);
+  const BackwardBuffers x(arena, c);
   const int64_t HW = round_up(c.H, PANEL), DW = round_up(c.D, PANEL);
-  const int64_t k0 = item.begin, have = item.end - k0, to = round_up(have, UNIT);
+  const int64_t k0 = item.begin, key_count = item.end - k0, padded_keys = round_up(key_count, UNIT);
   const bool last = item.end == c.S;
   const Head owner = c.head(item.e, 0);
   const X* k = static_cast<const X*>(owner.k) + k0 * c.k.row;
   const X* v = static_cast<const X*>(owner.v) + k0 * c.v.row;
   bool packed = false;
-  BadRows bad_k, bad_q, bad_dout;
+  NonFiniteRows nonfinite_k, nonfinite_q, nonfinite_dout;
   memset(x.dk, 0, sizeof(float) * BLOCK * HW);
   memset(x.dv, 0, sizeof(float) * BLOCK * DW);
-  bool turn_at_end = false;
+  bool extra_step = false;
   for (int i = 0; i < c.score_count; i++) {
-    if (!x.entries[i]) continue;
-    memset(x.entries[i], 0, sizeof(float) * c.G * entries_of_steps(c, c.scores[i]));
-    turn_at_end = true;
+    if (!x.shared_gradient[i]) continue;
+    memset(x.shared_gradient[i], 0, sizeof(float) * c.G * shared_entry_count(c, c.scores[i]));
+    extra_step = true;
   }
   for (int64_t g = 0; g < c.G; g++) x.totals[g] = {0, 0};
   int64_t step = 0;
   for (int64_t t0 = 0; t0 < c.T; t0 += QUERIES) {
     for (int64_t g = 0; g < c.G; g++, step++) {
       const Head h = c.head(item.e, g);
-      const KeyBlock b(h, c.S, k0, have);
-      HeadScore scores[MOST_SCORES];
+      const KeyBlock b(h, c.S, k0, key_count);
+      HeadScore scores[MAX_SCORES];
       for (int i = 0; i < c.score_count; i++) {
         scores[i] = c.score(i, item.e, g);
-        if (x.entries[i]) scores[i].entries = x.entries[i] + g * entries_of_steps(c, c.scores[i]);
+        if (x.shared_gradient[i])
+          scores[i].shared_gradient = x.shared_gradient[i] + g * shared_entry_count(c, c.scores[i]);
       }
       const Scored scored = {c, h, scores};
-      const int64_t turn = progress->chained ? step - g + c.G - 1 : step;  // all heads of the rows
-      const int64_t rows = least<int64_t>(QUERIES, c.T - t0), strips = (rows + ROWS - 1) / ROWS;
-      const UnitRange visited = visited_units(c, h, b, Rows(h, t0, t0 + rows), t0, t0 + rows);
+      const int64_t awaited =
+          progress->across_heads ? step - g + c.G - 1 : step;  // all query heads
+      const int64_t rows = minimum<int64_t>(QUERIES, c.T - t0), strips = (rows + ROWS - 1) / ROWS;
+      const UnitRange visited =
+          visited_units(c, h, b, RowExtremes(h, t0, t0 + rows), t0, t0 + rows);
       if (!visited.end && k0 > 0 && !last) {
-        progress->wait(item.number, turn, c.E);
-        progress->pass(item.number, step);
+        progress->wait_for_previous(item.number, awaited, c.E);
+        progress->mark_done(item.number, step);
         continue;
       }
       const X* q = static_cast<const X*>(h.q) + t0 * c.q.row;
       const float* dout = h.dout + t0 * c.dout.row;
       rows_of_step(h, t0, rows, x);
-      bad_q.count = bad_dout.count = 0;
+      nonfinite_q.count = nonfinite_dout.count = 0;
       if (pack_rows(q, c.q.row, rows, strips * ROWS, c.H, HW, h.scale * LOG2E, x.q))
-        bad_q.take_out(x.q, rows, rows, c.H, HW);
-      progress->wait(item.number, turn, c.E);
+        nonfinite_q.zero_out(x.q, rows, rows, c.H, HW);
+      progress->wait_for_previous(item.number, awaited, c.E);
       float* delta = c.delta + (item.e * c.G + g) * c.T + t0;
       if (k0 == 0) {
         deltas_of_step(c, h, t0, rows, delta);
@@ -211,21 +214,21 @@ static void backward_item(const Call& c, const Item& item, char* memory, Progres
       }
       if (visited.end) {
         if (!packed) {
-          pack_columns(k, c.k.row, have, to, c.H, x.k_columns);
-          pack_columns(v, c.v.row, have, to, c.D, x.v_columns);
-          if (pack_rows(k, c.k.row, have, to, c.H, PANEL, 1, x.k_panels))
-            bad_k.take_out(x.k_panels, have, to, c.H, PANEL);
+          pack_columns(k, c.k.row, key_count, padded_keys, c.H, x.k_columns);
+          pack_columns(v, c.v.row, key_count, padded_keys, c.D, x.v_columns);
+          if (pack_rows(k, c.k.row, key_count, padded_keys, c.H, PANEL, 1, x.k_panels))
+            nonfinite_k.zero_out(x.k_panels, key_count, padded_keys, c.H, PANEL);
           packed = true;
         }
         if (pack_rows(dout, c.dout.row, rows, strips * ROWS, c.D, DW, 1, x.dout))
-          bad_dout.take_out(x.dout, rows, rows, c.D, DW);
-        const int first = most(0, visited.first - 1), end = least(UNITS, visited.end + 1);
-        int16_t from[UNITS], until[UNITS];  // of each unit, the rows that see it
-        for (int u = first; u < end; u++) from[u] = QUERIES, until[u] = 0;
+          nonfinite_dout.zero_out(x.dout, rows, rows, c.D, DW);
+        const int first = maximum(0, visited.first - 1), end = minimum(UNITS, visited.end + 1);
+        int16_t row_begin[UNITS], row_end[UNITS];  // the rows of the step that visit each unit
+        for (int u = first; u < end; u++) row_begin[u] = QUERIES, row_end[u] = 0;
         for (int64_t t = 0; t < strips; t++) {
           const int64_t i0 = t0 + t * ROWS;
           float *p = x.p + t * ROWS * BLOCK, *ds = x.ds + t * ROWS * BLOCK;
-          const Strip strip(c, h, b, i0, least<int64_t>(ROWS, t0 + rows - i0), visited);
+          const Strip strip(c, h, b, i0, minimum<int64_t>(ROWS, t0 + rows - i0), visited);
           if (strip.units.end) {
             for (int j = strip.begin(); j < strip.end(); j += PANEL) {
               product<ROWS, 2, 0, false>(c.H, x.q + t * ROWS * HW, HW, x.k_columns + j * c.H, PANEL,
@@ -236,19 +239,19 @@ static void backward_item(const Call& c, const Item& item, char* memory, Progres
             scored.apply(b, strip, p, c.softcap_count ? x.slope : nullptr);
             gradient_strip(h, b, strip, x.shift + t * ROWS, x.rest + t * ROWS, delta + t * ROWS, p,
                            ds);
-            if (c.score_count) scored.pull(b, strip, ds, x.slope);
+            if (c.score_count) scored.backward(b, strip, ds, x.slope);
           }
-          clear_unseen(strip, first, end, p);
-          clear_unseen(strip, first, end, ds);
+          zero_unvisited(strip, first, end, p);
+          zero_unvisited(strip, first, end, ds);
           if (!strip.units.end) continue;
           for (int u = strip.units.first; u < strip.units.end; u++) {
-            from[u] = least<int16_t>(from[u], t * ROWS);
-            until[u] = t * ROWS + ROWS;
+            row_begin[u] = minimum<int16_t>(row_begin[u], t * ROWS);
+            row_end[u] = t * ROWS + ROWS;
           }
           for (int64_t d = 0; d < HW; d += PANEL) {
             product<ROWS, 2, BLOCK, false>(strip.end() - strip.begin(), ds + strip.begin(), 1,
-                                           x.k_panels + d * to + strip.begin() * PANEL, PANEL,
-                                           x.tile, PANEL);
+                                           x.k_panels + d * padded_keys + strip.begin() * PANEL,
+                                           PANEL, x.tile, PANEL);
             for (int m = 0; m < strip.rows; m++) {
               float* row = h.dq + (i0 + m) * c.dq.row + d;
               if (d + PANEL <= c.H)
@@ -258,13 +261,14 @@ static void backward_item(const Call& c, const Item& item, char* memory, Progres
                 for (int y = 0; y < c.H - d; y++) row[y] += x.tile[m * PANEL + y];
             }
           }
-          if (bad_k.count)
-            add_rows(bad_k, strip.begin(), strip.end(), strip.rows, ds, BLOCK, 1, k, c.k.row, c.H,
-                     1, h.dq + i0 * c.dq.row, c.dq.row);
+          if (nonfinite_k.count)
+            add_nonfinite_rows(nonfinite_k, strip.begin(), strip.end(), strip.rows, ds, BLOCK, 1, k,
+                               c.k.row, c.H, 1, h.dq + i0 * c.dq.row, c.dq.row);
         }
         for (int j = first * UNIT / ROWS * ROWS; j < end * UNIT && j + ROWS <= BLOCK; j += ROWS) {
-          const int u = most(first, j / UNIT), w = least(end - 1, (j + ROWS - 1) / UNIT);
-          const int64_t r0 = least(from[u], from[w]), r1 = most(until[u], until[w]);
+          const int u = maximum(first, j / UNIT), w = minimum(end - 1, (j + ROWS - 1) / UNIT);
+          const int64_t r0 = minimum(row_begin[u], row_begin[w]),
+                        r1 = maximum(row_end[u], row_end[w]);
           if (r0 >= r1) continue;
           for (int64_t d = 0; d < DW; d += PANEL)
             product<ROWS, 2, 1, true>(r1 - r0, x.p + r0 * BLOCK + j, BLOCK, x.dout + r0 * DW + d,
@@ -274,15 +278,15 @@ static void backward_item(const Call& c, const Item& item, char* memory, Progres
                                       x.dk + j * HW + d, HW);
         }
         const int64_t j = visited.first * UNIT, n = visited.end * UNIT - j;
-        if (bad_dout.count)
-          add_rows(bad_dout, 0, rows, n, x.p + j, 1, BLOCK, dout, c.dout.row, c.D, 1, x.dv + j * DW,
-                   DW);
-        if (bad_q.count)
-          add_rows(bad_q, 0, rows, n, x.ds + j, 1, BLOCK, q, c.q.row, c.H, h.scale * LOG2E,
-                   x.dk + j * HW, HW);
+        if (nonfinite_dout.count)
+          add_nonfinite_rows(nonfinite_dout, 0, rows, n, x.p + j, 1, BLOCK, dout, c.dout.row, c.D,
+                             1, x.dv + j * DW, DW);
+        if (nonfinite_q.count)
+          add_nonfinite_rows(nonfinite_q, 0, rows, n, x.ds + j, 1, BLOCK, q, c.q.row, c.H,
+                             h.scale * LOG2E, x.dk + j * HW, HW);
       }
       if (last) finish_rows(c, h, t0, rows, q, delta, &x.totals[g]);
-      progress->pass(item.number, step);
+      progress->mark_done(item.number, step);
     }
   }
   for (int64_t g = 0; last && g < c.G; g++) {
@@ -290,12 +294,12 @@ static void backward_item(const Call& c, const Item& item, char* memory, Progres
     if (h.dscale) *h.dscale = float(x.totals[g].dscale);
     if (h.dsink) *h.dsink = float(x.totals[g].dsink);
   }
-  if (turn_at_end) {
-    progress->wait(item.number, step, c.E);
-    add_entries(c, item, x);
-    progress->pass(item.number, step);
+  if (extra_step) {
+    progress->wait_for_previous(item.number, step, c.E);
+    add_shared_gradients(c, item, x);
+    progress->mark_done(item.number, step);
   }
-  for (int64_t j = 0; j < have; j++) {
+  for (int64_t j = 0; j < key_count; j++) {
     for (int64_t d = 0; d < c.H; d++)
       owner.dk[(k0 + j) * c.dk.row + d] = x.dk[j * HW + d] * float(LN2_EXACT);
     for (int64_t d = 0; d < c.D; d++) owner.dv[(k0 + j) * c.dv.row + d] = x.dv[j * DW + d];
@@ -304,6 +308,6 @@ static void backward_item(const Call& c, const Item& item, char* memory, Progres
 
 static size_t backward_bytes(const Call& c) {
   Arena arena;
-  BackwardMemory(arena, c);
+  BackwardBuffers(arena, c);
   return arena.used();
 }

@@ -1,9 +1,10 @@
-// One call: its sizes and arrays, checked. What all instruction sets share; `frame.cpp` fills it
-// in.
+// The sizes and arrays of one call. `frame.cpp` reads and checks them; the kernels of all
+// instruction sets use them.
 //
-// A head is a pair (e, g): `e` counts the pairs of example and key-value head, `g` the query heads
-// that share their keys. Arrays stay where XLA has them: each has an offset for every e and g, 0
-// along the axes that it lacks, and the distance of its rows. Nothing is copied for vmapped axes.
+// A query head is a pair (e, g): `e` numbers the pairs of example and key-value head, `g` the query
+// heads that share this key-value head. Arrays are read and written in XLA's buffers: each has an
+// offset for every e and g (0 along the axes that it lacks) and a stride between rows, so vmapped
+// axes need no copies.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -22,10 +23,10 @@ struct f16 {
 
 struct View {
   char* data = nullptr;                     // null: the call has no such array
-  int64_t itemsize = 0, row = 0, size = 0;  // `row`: from one row to the next, in elements
-  int64_t rows = 0, columns = 0;            // without the mapped axes; 1 for those it lacks
-  std::vector<int64_t> outer, group;        // offsets in elements, by e and by g
-  bool shared = false;                      // some e use the same entries
+  int64_t itemsize = 0, row = 0, size = 0;  // `row`: the stride between rows, in elements
+  int64_t rows = 0, columns = 0;            // of one head; 1 for an axis that it lacks
+  std::vector<int64_t> outer, group;        // offsets in elements, indexed by e and by g
+  bool shared = false;                      // several e have the same offset
 
   explicit operator bool() const { return data != nullptr; }
   template <class X>
@@ -36,21 +37,20 @@ struct View {
   const void* raw(int64_t e, int64_t g) const { return at<void>(e, g); }
 };
 
-// Scores, in the order in which they change a logit.
+// A score. The scores of a call are applied in their order.
 enum class ScoreKind { softcap, bias, diagonal };
 struct Score {
   ScoreKind kind;
   View array, gradient;  // softcap: the cap; bias: [T or 1, S or 1]; diagonal: [T + S - 1] by j - i
 };
-constexpr int MOST_SCORES = 8;
+constexpr int MAX_SCORES = 8;
 
-// The same for one head.
+// A score for one head.
 struct HeadScore {
   ScoreKind kind;
   const float* array;
-  float *gradient, *entries;  // entries: those of a key block that its steps share, or null
-  int64_t row, gradient_row,
-      column;  // from one row to the next, and one column: 0 if it broadcasts
+  float *gradient, *shared_gradient;  // shared_gradient: sums of one item, see backward.h; or null
+  int64_t row, gradient_row, column;  // strides of rows and columns, 0 if they broadcast
 };
 
 struct Head {
@@ -61,26 +61,26 @@ struct Head {
   float scale, sink;
   const int32_t *bounds, *positions, *query_ids, *key_ids, *kinds;
   const uint32_t* bits;
-  uint32_t dropout_hash, threshold;  // the hash of seed, example and head; keep what is below
-  float kept;                        // what a kept probability is multiplied by; 0: no dropout
+  uint32_t dropout_hash, threshold;  // the hash of seed, example and head; keep if below threshold
+  float dropout_scale;               // 1 / keep probability; 0: no dropout
 };
 
 struct Call {
   Type type = Type::f32;
   int64_t E = 1, G = 1, T = 0, S = 0, H = 0, D = 0;
-  int64_t block_k = 0, units = 0;  // keys in a block; units of 32 keys in all
+  int64_t block_k = 0, units = 0;  // keys per block; number of units of 32 keys
   View q, k, v, out, m, log_l, dout, dlse, dq, dk, dv, dscale, dsink, scale, sink;
   View bounds, positions, query_ids, key_ids, kinds, bits;
-  View seed, threshold, keep_probability, example, number;
-  float* delta = nullptr;  // [E G T], of the backward pass: see backward.h
-  Score scores[MOST_SCORES];
+  View seed, threshold, keep_probability, example, head_number;
+  float* delta = nullptr;  // [E G T], see backward.h
+  Score scores[MAX_SCORES];
   int score_count = 0, softcap_count = 0;
 
   Head head(int64_t e, int64_t g) const;
   HeadScore score(int which, int64_t e, int64_t g) const;
 };
 
-// The murmur3 finalizer, and what spreads the four indices: as core/dropout.py.
+// The murmur3 finalizer and a multiplier for each of the four indices, as in core/dropout.py.
 inline uint32_t mix(uint32_t x) {
   x = (x ^ (x >> 16)) * 0x85EBCA6Bu;
   x = (x ^ (x >> 13)) * 0xC2B2AE35u;
@@ -89,14 +89,14 @@ inline uint32_t mix(uint32_t x) {
 constexpr uint32_t SPREAD_B = 0x9E3779B1u, SPREAD_N = 0x85EBCA77u, SPREAD_Q = 0xC2B2AE3Du,
                    SPREAD_K = 0x27D4EB2Fu;
 
-// Working memory of one worker, handed out front to back. Without memory it only counts, so that
-// the bytes to allocate and the way they are used come from the same lines.
+// Hands out the workspace of one worker front to back. Constructed without memory it only counts,
+// so that the same code determines the size of the workspace and its layout.
 class Arena {
  public:
   explicit Arena(char* memory = nullptr) : memory_(memory) {}
   float* floats(int64_t count) {
     float* p = memory_ ? reinterpret_cast<float*>(memory_ + used_) : nullptr;
-    used_ += (count * 4 + 127) / 64 * 64;  // a spare cache line, so that arrays do not align
+    used_ += (count * 4 + 127) / 64 * 64;  // a spare cache line keeps arrays out of the same sets
     return p;
   }
   size_t used() const { return used_; }
@@ -106,30 +106,31 @@ class Arena {
   size_t used_ = 0;
 };
 
-// What one worker does at a time. Forward: query rows [begin, end) of heads (e, all g). Few
-// queries: keys [begin, end) of heads [e, last). Backward: the key block that begins at `begin`.
+// The unit of work of one worker. Forward: query rows [begin, end) of key-value head e and all its
+// query heads. Few queries: keys [begin, end) of key-value heads [e, last). Backward: the key block
+// [begin, end) of key-value head e.
 struct Item {
   int64_t e, last, begin, end, number;
 };
 
-struct Progress;  // how many steps each item of the backward pass has passed: see pool.h
+struct Progress;  // see pool.h
 
 struct Kernels {
   const char* name;
-  int rows;         // of a register tile
-  int query_block;  // of the backward pass
-  int block;        // keys in a block, at most
+  int rows;         // rows of a register tile
+  int query_block;  // query rows per step of the backward pass
+  int block;        // the largest number of keys per block
   size_t (*forward_bytes)(const Call&, int64_t rows);
   void (*forward)(const Call&, const Item&, char* memory);
   size_t (*few_bytes)(const Call&, int64_t heads);
   void (*few)(const Call&, const Item&, char* memory, float* partial);
-  void (*few_join)(const Call&, int64_t e, int64_t row, float* partial, int64_t parts,
-                   int64_t distance);
+  void (*few_merge)(const Call&, int64_t e, int64_t row, float* partial, int64_t chunks,
+                    int64_t stride);
   size_t (*backward_bytes)(const Call&);
   void (*backward)(const Call&, const Item&, char* memory, Progress*);
 };
 
-// What a part of the keys contributes to one row: maximum, sum and weighted values.
-inline int64_t partial_row(const Call& c) { return c.D + 2; }
+// Floats of a partial result, of one row and a chunk of the keys: maximum, sum and weighted values.
+inline int64_t partial_size(const Call& c) { return c.D + 2; }
 
 }  // namespace attention

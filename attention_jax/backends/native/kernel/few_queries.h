@@ -1,79 +1,83 @@
-// Few queries over many keys, as in decoding: bound by reading the keys, which are read once.
+// The forward pass for few queries and many keys, as in decoding. Its time is that of reading keys
+// and values, so it reads them once and in place.
 //
-//   for each 64 keys of a part                      keys and values straight from memory
-//     for each head whose keys lie in these rows
-//       for each TOGETHER of its rows               rows of q, out: first-level cache
-//         s = q k^T, KEYS at a time; the values are prefetched meanwhile
+//   item: a chunk of the keys of heads that interleave in memory
+//   for each SUB_BLOCK of its keys
+//     for each head
+//       for each ROW_TILE of its rows                       L1 cache: rows of q and out
+//         s = q k^T, KEY_TILE at a time; prefetch values
 //         scores, mask, maximum, p, sum
-//         out = out * 2^(old m - m) + p v
+//         out = out * 2^(old maximum - maximum) + p v
 //
-// Heads that interleave in memory are done together, so that memory is read in the order in which
-// it lies. Keys that no query sees are not read: a cache costs what it holds. The parts, of at
-// least 1024 keys, are joined in order; how many depends on S alone.
+// Heads that interleave in memory belong to one item, so that memory is read sequentially. Keys
+// that no query attends to are not read, so the cost of a KV cache follows the tokens that it
+// holds. Chunks have at least 1024 keys. Their number depends on S alone, and their partial results
+// are merged in order, so results do not depend on the number of threads.
 
-constexpr int TOGETHER = 4, SUB = 64;
-constexpr int AHEAD = 8;  // keys that are prefetched ahead
-// Sums of TOGETHER x KEYS products stay in registers, beside as many keys and one query.
-constexpr int KEYS = LANES < 16 ? 2 : 4;
+constexpr int ROW_TILE = 4, SUB_BLOCK = 64;
+constexpr int PREFETCH_KEYS = 8;  // prefetch distance, in keys
+// The registers hold ROW_TILE x KEY_TILE sums, KEY_TILE keys and one query.
+constexpr int KEY_TILE = LANES < 16 ? 2 : 4;
 
-struct FewMemory {
-  float *q, *out, *sum, *top, *s, *tile;
-  FewMemory(Arena& a, const Call& c, int64_t heads) {
-    const int64_t rows = heads * round_up(c.G * c.T, TOGETHER), W = round_up(c.D, LANES);
+struct FewBuffers {
+  float *q, *out, *sum, *row_max, *s, *tile;
+  FewBuffers(Arena& a, const Call& c, int64_t heads) {
+    const int64_t rows = heads * round_up(c.G * c.T, ROW_TILE), W = round_up(c.D, LANES);
     q = a.floats(rows * round_up(c.H, LANES));
     out = a.floats(rows * W);
     sum = a.floats(rows);
-    top = a.floats(rows);
-    s = a.floats(TOGETHER * BLOCK);
-    tile = a.floats(TOGETHER * W);
+    row_max = a.floats(rows);
+    s = a.floats(ROW_TILE * BLOCK);
+    tile = a.floats(ROW_TILE * W);
   }
 };
 
-// s[m][j] = q[m] . k[j] for KEYS keys at a time.
+// s[m][j] = q[m] . k[j] for KEY_TILE keys at a time.
 template <class X>
 INLINE void few_logits(const Call& c, const float* q, const X* k, const X* v, int n, float* s) {
   const int64_t H = c.H, padded = round_up(H, LANES), whole = H / LANES * LANES;
-  for (int j = 0; j < n; j += KEYS) {
-    const X *key[KEYS], *value[KEYS];
-    for (int i = 0; i < KEYS; i++) key[i] = k + least(j + i, n - 1) * c.k.row;
-    for (int i = 0; i < KEYS; i++) value[i] = v + least(j + i, n - 1) * c.v.row;
-    vf sum[TOGETHER * KEYS];
-    for (int i = 0; i < TOGETHER * KEYS; i++) sum[i] = vf{};
+  for (int j = 0; j < n; j += KEY_TILE) {
+    const X *key[KEY_TILE], *value[KEY_TILE];
+    for (int i = 0; i < KEY_TILE; i++) key[i] = k + minimum(j + i, n - 1) * c.k.row;
+    for (int i = 0; i < KEY_TILE; i++) value[i] = v + minimum(j + i, n - 1) * c.v.row;
+    vf sum[ROW_TILE * KEY_TILE];
+    for (int i = 0; i < ROW_TILE * KEY_TILE; i++) sum[i] = vf{};
     for (int64_t h = 0; h < padded; h += LANES) {
-      vf x[KEYS];
-      for (int i = 0; i < KEYS; i++) {
+      vf x[KEY_TILE];
+      for (int i = 0; i < KEY_TILE; i++) {
         x[i] = h < whole ? load(key[i] + h) : load_first(key[i] + h, H - h);
-        __builtin_prefetch(key[i] + h + AHEAD * c.k.row);
+        __builtin_prefetch(key[i] + h + PREFETCH_KEYS * c.k.row);
         __builtin_prefetch(value[i] + h, 0, 2);
       }
-      for (int m = 0; m < TOGETHER; m++) {
+      for (int m = 0; m < ROW_TILE; m++) {
         const vf y = load(q + m * padded + h);
-        for (int i = 0; i < KEYS; i++) sum[m * KEYS + i] += y * x[i];
+        for (int i = 0; i < KEY_TILE; i++) sum[m * KEY_TILE + i] += y * x[i];
       }
     }
-    float logits[TOGETHER * KEYS];
-    for (int i = 0; i < TOGETHER * KEYS; i += LANES) store(logits + i, sums(sum + i));
-    for (int m = 0; m < TOGETHER; m++)
-      memcpy(s + m * BLOCK + j, logits + KEYS * m, sizeof(float) * KEYS);
+    float logits[ROW_TILE * KEY_TILE];
+    for (int i = 0; i < ROW_TILE * KEY_TILE; i += LANES) store(logits + i, sums(sum + i));
+    for (int m = 0; m < ROW_TILE; m++)
+      memcpy(s + m * BLOCK + j, logits + KEY_TILE * m, sizeof(float) * KEY_TILE);
   }
 }
 
-// out[m] += p[m] v. If the result is not finite, again without the values whose probability is 0.
+// out[m] += p[m] v. If the sum is not finite, it is computed again from the values whose
+// probability is not 0, since 0 * NaN is NaN.
 template <class X>
 INLINE void few_values(int64_t D, const float* p, const X* v, int64_t ld, int n, float* tile,
                        float* out) {
   const int64_t W = round_up(D, LANES), whole = D / LANES * LANES;
   int64_t d = 0;
   for (; d + 2 * LANES <= whole; d += 2 * LANES)
-    product<TOGETHER, 2, BLOCK, false>(n, p, 1, v + d, ld, tile + d, W);
-  for (; d < whole; d += LANES) product<TOGETHER, 1, BLOCK, false>(n, p, 1, v + d, ld, tile + d, W);
+    product<ROW_TILE, 2, BLOCK, false>(n, p, 1, v + d, ld, tile + d, W);
+  for (; d < whole; d += LANES) product<ROW_TILE, 1, BLOCK, false>(n, p, 1, v + d, ld, tile + d, W);
   if (d < D)
-    for (int m = 0; m < TOGETHER; m++) {
+    for (int m = 0; m < ROW_TILE; m++) {
       vf sum = vf{};
       for (int j = 0; j < n; j++) sum += p[m * BLOCK + j] * load_first(v + j * ld + d, D - d);
       store(tile + m * W + d, sum);
     }
-  for (int m = 0; m < TOGETHER; m++) {
+  for (int m = 0; m < ROW_TILE; m++) {
     float* row = tile + m * W;
     vf zero = vf{};
     for (d = 0; d < W; d += LANES) zero += load(row + d) * 0.0f;
@@ -90,13 +94,13 @@ INLINE void few_values(int64_t D, const float* p, const X* v, int64_t ld, int n,
 template <class X>
 static void few_item(const Call& c, const Item& item, char* memory, float* partial) {
   Arena arena(memory);
-  const FewMemory x(arena, c, item.last - item.e);
-  const int64_t rows = c.G * c.T, padded = round_up(rows, TOGETHER);
+  const FewBuffers x(arena, c, item.last - item.e);
+  const int64_t rows = c.G * c.T, padded = round_up(rows, ROW_TILE);
   const int64_t HP = round_up(c.H, LANES), W = round_up(c.D, LANES);
   const int64_t all = (item.last - item.e) * padded;
   memset(x.q, 0, sizeof(float) * all * HP);
   memset(x.out, 0, sizeof(float) * all * W);
-  for (int64_t i = 0; i < all; i++) x.sum[i] = 0, x.top[i] = NOTHING;
+  for (int64_t i = 0; i < all; i++) x.sum[i] = 0, x.row_max[i] = NO_MAXIMUM;
   for (int64_t e = item.e; e < item.last; e++)
     for (int64_t r = 0; r < rows; r++) {
       const Head h = c.head(e, r / c.T);
@@ -104,53 +108,53 @@ static void few_item(const Call& c, const Item& item, char* memory, float* parti
       float* to = x.q + ((e - item.e) * padded + r) * HP;
       for (int64_t i = 0; i < c.H; i++) to[i] = load_one(from + i) * (h.scale * LOG2E);
     }
-  for (int64_t k0 = item.begin; k0 < item.end; k0 += SUB) {
-    const int n = least<int64_t>(SUB, item.end - k0);
+  for (int64_t k0 = item.begin; k0 < item.end; k0 += SUB_BLOCK) {
+    const int n = minimum<int64_t>(SUB_BLOCK, item.end - k0);
     for (int64_t e = item.e; e < item.last; e++) {
       const Head shared = c.head(e, 0);
       const X* k = static_cast<const X*>(shared.k) + k0 * c.k.row;
       const X* v = static_cast<const X*>(shared.v) + k0 * c.v.row;
-      for (int64_t r = 0; r < rows; r += TOGETHER) {
+      for (int64_t r = 0; r < rows; r += ROW_TILE) {
         const int64_t at = (e - item.e) * padded + r;
-        const int count = least<int64_t>(TOGETHER, rows - r);
-        bool started = false;  // the logits are computed if some row sees some key
-        bool seen[TOGETHER] = {};
+        const int count = minimum<int64_t>(ROW_TILE, rows - r);
+        bool any_visible = false;  // logits are computed only if some row has a visible key
+        bool visible[ROW_TILE] = {};
         for (int m = 0; m < count; m++) {
           const int64_t g = (r + m) / c.T, i = (r + m) % c.T;
           const Head h = c.head(e, g);
           const KeyBlock b(h, c.S, k0, n);
           const Strip strip(c, h, b, i, 1, {0, b.units});
           if (!strip.units.end) continue;
-          if (!started) few_logits(c, x.q + at * HP, k, v, n, x.s);
-          started = seen[m] = true;
+          if (!any_visible) few_logits(c, x.q + at * HP, k, v, n, x.s);
+          any_visible = visible[m] = true;
           float* s = x.s + m * BLOCK;
-          HeadScore scores[MOST_SCORES];
+          HeadScore scores[MAX_SCORES];
           for (int z = 0; z < c.score_count; z++) scores[z] = c.score(z, e, g);
           for (int u = 0; u < b.units; u++)
             for (int j = u * UNIT; j < (u + 1) * UNIT && !strip.kind[u]; j += LANES)
               store(s + j, splat(MASKED));
           Scored{c, h, scores}.apply(b, strip, s, nullptr);
-          for (int j = b.units * UNIT; j < SUB; j++) s[j] = MASKED;
+          for (int j = b.units * UNIT; j < SUB_BLOCK; j++) s[j] = MASKED;
           vf high = splat(MASKED);
-          for (int j = 0; j < SUB; j += LANES) high = vmax(high, load(s + j));
-          const float old = x.top[at + m], now = most(old, horizontal_max(high));
+          for (int j = 0; j < SUB_BLOCK; j += LANES) high = vmax(high, load(s + j));
+          const float old_max = x.row_max[at + m], new_max = maximum(old_max, horizontal_max(high));
           vf total = vf{};
           const uint32_t hash = row_hash(h, i);
-          for (int j = 0; j < SUB; j += LANES) {
-            const vf p = exp2v(load(s + j) - splat(now));
+          for (int j = 0; j < SUB_BLOCK; j += LANES) {
+            const vf p = exp2v(load(s + j) - splat(new_max));
             total += p;
-            store(s + j, h.kept == 0 ? p : p * dropout_factor(h, hash, k0 + j));
+            store(s + j, h.dropout_scale == 0 ? p : p * dropout_factor(h, hash, k0 + j));
           }
-          const vf shrink = exp2v(splat(old - now));
-          x.sum[at + m] = x.sum[at + m] * shrink[0] + horizontal_sum(total);
-          x.top[at + m] = now;
+          const vf rescale = exp2v(splat(old_max - new_max));
+          x.sum[at + m] = x.sum[at + m] * rescale[0] + horizontal_sum(total);
+          x.row_max[at + m] = new_max;
           float* out = x.out + (at + m) * W;
-          if (now != old)
-            for (int64_t d = 0; d < W; d += LANES) store(out + d, load(out + d) * shrink);
+          if (new_max != old_max)
+            for (int64_t d = 0; d < W; d += LANES) store(out + d, load(out + d) * rescale);
         }
-        if (!started) continue;
-        for (int m = 0; m < TOGETHER; m++)
-          if (!seen[m]) memset(x.s + m * BLOCK, 0, sizeof(float) * SUB);
+        if (!any_visible) continue;
+        for (int m = 0; m < ROW_TILE; m++)
+          if (!visible[m]) memset(x.s + m * BLOCK, 0, sizeof(float) * SUB_BLOCK);
         few_values(c.D, x.s, v, c.v.row, n, x.tile, x.out + at * W);
       }
     }
@@ -158,29 +162,29 @@ static void few_item(const Call& c, const Item& item, char* memory, float* parti
   for (int64_t e = item.e; e < item.last; e++)
     for (int64_t r = 0; r < rows; r++) {
       const int64_t at = (e - item.e) * padded + r;
-      float* to = partial + (e * rows + r) * partial_row(c);
-      to[0] = x.top[at];
+      float* to = partial + (e * rows + r) * partial_size(c);
+      to[0] = x.row_max[at];
       to[1] = x.sum[at];
       memcpy(to + 2, x.out + at * W, sizeof(float) * c.D);
     }
 }
 
-// The parts of row r of head e, each `distance` floats after the other, become its result.
-static void few_join(const Call& c, int64_t e, int64_t r, float* partial, int64_t parts,
-                     int64_t distance) {
-  float* first = partial + (e * c.G * c.T + r) * partial_row(c);
-  float top = NOTHING;
-  for (int64_t p = 0; p < parts; p++) top = most(top, first[p * distance]);
-  for (int64_t p = 0; p < parts; p++) {
-    const float* x = first + p * distance;
-    const float shrink = p == 0 && x[0] == top ? 1 : exp2v(splat(x[0] - top))[0];
-    for (int64_t d = 1; d < c.D + 2; d++) first[d] = (p ? first[d] : 0) + shrink * x[d];
+// Merges the partial results of row r of head e, which lie `stride` floats apart, into its result.
+static void few_merge(const Call& c, int64_t e, int64_t r, float* partial, int64_t chunks,
+                      int64_t stride) {
+  float* first = partial + (e * c.G * c.T + r) * partial_size(c);
+  float row_max = NO_MAXIMUM;
+  for (int64_t p = 0; p < chunks; p++) row_max = maximum(row_max, first[p * stride]);
+  for (int64_t p = 0; p < chunks; p++) {
+    const float* x = first + p * stride;
+    const float rescale = p == 0 && x[0] == row_max ? 1 : exp2v(splat(x[0] - row_max))[0];
+    for (int64_t d = 1; d < c.D + 2; d++) first[d] = (p ? first[d] : 0) + rescale * x[d];
   }
-  finish_row(c, c.head(e, r / c.T), r % c.T, top, first[1], first + 2);
+  finish_row(c, c.head(e, r / c.T), r % c.T, row_max, first[1], first + 2);
 }
 
 static size_t few_bytes(const Call& c, int64_t heads) {
   Arena arena;
-  FewMemory(arena, c, heads);
+  FewBuffers(arena, c, heads);
   return arena.used();
 }

@@ -1,6 +1,6 @@
-// Sizes, axes, dtypes and tables are checked before a kernel runs: what passes cannot make it read
-// or write outside its arrays. Numbers in arrays are only compared or computed with, except the
-// table of partial units, which is checked entry by entry.
+// Sizes, axes and dtypes are checked before a kernel runs, so that it cannot read or write outside
+// its arrays. The entries of arrays need no checks, because no address depends on them; except
+// those of the table of units, which are indices into the bits and are all checked.
 #include "frame.h"
 
 #include <algorithm>
@@ -8,10 +8,10 @@
 namespace attention {
 namespace {
 
-constexpr int64_t MOST = int64_t(1) << 30;  // of a length, width or number of heads
+constexpr int64_t MAX_SIZE = int64_t(1) << 30;  // of a length, width or number of heads
 
 void require(bool holds, const std::string& message) {
-  if (!holds) throw Refused("attention: " + message);
+  if (!holds) throw InvalidArgument("attention: " + message);
 }
 
 struct Numbers {
@@ -28,12 +28,13 @@ Numbers attribute(const ffi::CallFrame* frame, const char* name) {
     require(array->dtype == ffi::S64, std::string(name) + " must hold int64");
     return {static_cast<const int64_t*>(array->data), int64_t(array->size)};
   }
-  throw Refused(std::string("attention: there is no attribute ") + name);
+  throw InvalidArgument(std::string("attention: there is no attribute ") + name);
 }
 
 int64_t itemsize(ffi::DataType dtype) { return dtype == ffi::F16 || dtype == ffi::BF16 ? 2 : 4; }
 
-// The vmapped axes of the call, split into those that heads sharing keys have alone, and the rest.
+// The vmapped axes of the call. A group axis is one that key and value lack: its query heads share
+// a key-value head.
 struct Levels {
   std::vector<int64_t> size;
   std::vector<bool> group;
@@ -45,9 +46,9 @@ class Reader {
   Reader(const ffi::CallFrame* frame) : frame_(frame) {
     const Numbers sizes = attribute(frame, "levels");
     require(sizes.size >= 1 && sizes.data[0] == sizes.size - 1 && sizes.size <= 64,
-            "levels must be their number and their sizes");
+            "levels must hold their number and then their sizes");
     for (int64_t l = 1; l < sizes.size; l++) {
-      require(sizes.data[l] >= 0 && sizes.data[l] <= MOST, "a level has a wrong size");
+      require(sizes.data[l] >= 0 && sizes.data[l] <= MAX_SIZE, "a level has a wrong size");
       levels_.size.push_back(sizes.data[l]);
     }
     levels_.group.assign(levels_.size.size(), true);
@@ -60,13 +61,13 @@ class Reader {
     for (size_t l = 0; l < levels_.size.size(); l++) {
       int64_t& count = levels_.group[l] ? levels_.G : levels_.E;
       count *= levels_.size[l];
-      require(count <= MOST, "too many heads");
+      require(count <= MAX_SIZE, "too many heads");
     }
   }
 
   struct Entry {
     Role role;
-    int64_t score;  // whose gradient a d_score is
+    int64_t score;  // for a d_score: the index of the score
     bool result;
     const int64_t* axes;
     const ffi::Buffer* buffer;
@@ -74,8 +75,9 @@ class Reader {
   const std::vector<Entry>& entries() const { return entries_; }
   const Levels& levels() const { return levels_; }
 
-  // Its view, once its shape without the mapped axes is known to be `rows x columns`, or `columns`
-  // alone if `rows` is -1, or a number if both are; sizes of 0 stand for any.
+  // The view of an array, after checking its dtype and its shape without the mapped axes:
+  // `rows x columns`, `columns` alone if `rows` is -1, or a scalar if both are -1. A size of 0
+  // accepts any size.
   View view(const Entry& x, ffi::DataType dtype, int64_t rows, int64_t columns) const {
     const ffi::Buffer& b = *x.buffer;
     const std::string name = "array " + std::to_string(int64_t(x.role));
@@ -83,10 +85,10 @@ class Reader {
     std::vector<int64_t> stride(b.rank);
     int64_t size = 1;
     for (int64_t a = b.rank - 1; a >= 0; a--) {
-      require(b.dims[a] >= 0 && b.dims[a] <= MOST, name + " has a wrong size");
+      require(b.dims[a] >= 0 && b.dims[a] <= MAX_SIZE, name + " has a wrong size");
       stride[a] = size;
       size *= b.dims[a];
-      require(size <= MOST << 20, name + " is too large");
+      require(size <= MAX_SIZE << 20, name + " is too large");
     }
     View v;
     v.data = static_cast<char*>(b.data);
@@ -101,7 +103,7 @@ class Reader {
         continue;
       }
       require(axis >= 0 && axis < b.rank && !mapped[axis] && b.dims[axis] == levels_.size[l],
-              name + " does not have its mapped axes");
+              name + " has wrong mapped axes");
       mapped[axis] = true;
       step[l] = stride[axis];
     }
@@ -113,7 +115,8 @@ class Reader {
     v.rows = v.columns = 1;
     if (rank >= 1) {
       v.columns = b.dims[core.back()];
-      require(stride[core.back()] == 1 || v.columns == 1, name + ": its last axis must be its own");
+      require(stride[core.back()] == 1 || v.columns == 1,
+              name + ": its last axis must not be mapped");
       require(columns == 0 || v.columns == columns, name + " has a wrong width");
     }
     if (rank == 2) {
@@ -140,7 +143,8 @@ class Reader {
     }
   }
 
-  // Of each combination of the group levels, or of the others, the last level fastest.
+  // The offset of every combination of indices along the group levels, or along the other levels;
+  // the last level varies fastest.
   std::vector<int64_t> offsets(const std::vector<int64_t>& step, bool group) const {
     std::vector<int64_t> all = {0};
     for (size_t l = 0; l < step.size(); l++) {
@@ -159,7 +163,7 @@ class Reader {
   std::vector<Entry> entries_;
 };
 
-// No entry of the table leads outside the bits.
+// Checks that no entry of the table points outside the bits.
 void check_table(const Call& c) {
   const int64_t rows = (c.T + 47) / 48;
   for (const int64_t e : c.kinds.outer)
@@ -170,39 +174,40 @@ void check_table(const Call& c) {
         const int64_t room = c.bits ? c.bits.rows * c.bits.row - last : 0;
         for (int64_t j = 0; j < c.units; j++) {
           const int64_t entry = table[i * c.kinds.row + j];
-          require(entry >= 0 && (entry < 2 || entry - 2 < room), "kinds leads outside the bits");
+          require(entry >= 0 && (entry < 2 || entry - 2 < room),
+                  "an entry of kinds points outside the bits");
         }
       }
     }
 }
 
-// All that the kernels read and write is there, and no two heads write to the same place, unless
-// they take turns.
+// Checks that all required arrays are given, and that no two heads write to the same memory, except
+// where the kernel orders their writes.
 void check_complete(const Call& c, bool backward) {
-  const auto own = [&](const View& v, bool groups) {
-    require(bool(v) && !v.shared, "a result is missing, or lacks an axis");
+  const auto check_result = [&](const View& v, bool groups) {
+    require(bool(v) && !v.shared, "a result is missing or lacks a mapped axis");
     const bool apart = c.G == 1 || (groups ? v.group.back() > 0 : v.group.back() == 0);
-    require(apart || c.E == 0, "a result has a wrong axis");
+    require(apart || c.E == 0, "a result has wrong mapped axes");
   };
-  require(c.q && c.k && c.v && c.scale, "query, key, value and scale must be there");
-  require(bool(c.query_ids) == bool(c.key_ids), "ids must be of queries and keys");
+  require(c.q && c.k && c.v && c.scale, "query, key, value or scale is missing");
+  require(bool(c.query_ids) == bool(c.key_ids), "ids must be given for both queries and keys");
   const bool dropout = bool(c.seed);
-  for (const View* v : {&c.threshold, &c.keep_probability, &c.example, &c.number})
-    require(bool(*v) == dropout, "dropout must be complete");
-  for (const View* v : {&c.out, &c.m, &c.log_l}) own(*v, true);
+  for (const View* v : {&c.threshold, &c.keep_probability, &c.example, &c.head_number})
+    require(bool(*v) == dropout, "an argument of dropout is missing");
+  for (const View* v : {&c.out, &c.m, &c.log_l}) check_result(*v, true);
   if (!backward) return;
   require(c.dout && c.dlse, "the cotangents are missing");
-  own(c.dq, true);
-  own(c.dk, false);
-  own(c.dv, false);
-  if (c.dscale) own(c.dscale, true);
-  if (c.dsink) own(c.dsink, true);
-  require(!c.dsink || c.sink, "there is no sink");
+  check_result(c.dq, true);
+  check_result(c.dk, false);
+  check_result(c.dv, false);
+  if (c.dscale) check_result(c.dscale, true);
+  if (c.dsink) check_result(c.dsink, true);
+  require(!c.dsink || c.sink, "d_sink needs a sink");
 }
 
 }  // namespace
 
-bool answers_metadata(const ffi::CallFrame* frame) {
+bool answer_metadata_query(const ffi::CallFrame* frame) {
   ffi::Extension* extension = frame->extension;
   if (!extension || extension->type != ffi::METADATA_EXTENSION) return false;
   ffi::Metadata* metadata = reinterpret_cast<ffi::MetadataExtension*>(extension)->metadata;
@@ -219,15 +224,15 @@ ffi::Error* error(const ffi::CallFrame* frame, ffi::Code code, const char* messa
 
 Call read_call(const ffi::CallFrame* frame, bool backward, Options* options) {
   const Numbers given = attribute(frame, "options");
-  require(given.size == 3, "options must be block_k, instructions and few");
+  require(given.size == 3, "options must be block_k, instructions and few_queries");
   *options = {given.data[0], given.data[1], given.data[2]};
   const Reader reader(frame);
   Call c;
   c.E = reader.levels().E;
   c.G = reader.levels().G;
   ffi::DataType dtype = ffi::F32;
-  for (const auto& x :
-       reader.entries()) {  // sizes first: those of the core axes, which come in order
+  // Query, key and value give the sizes by which the other arrays are checked.
+  for (const auto& x : reader.entries()) {
     if (x.result || (x.role != Role::query && x.role != Role::key && x.role != Role::value))
       continue;
     const View v = reader.view(x, x.buffer->dtype, 0, 0);
@@ -236,14 +241,14 @@ Call read_call(const ffi::CallFrame* frame, bool backward, Options* options) {
     if (x.role == Role::value) c.D = v.columns;
   }
   for (const int64_t n : {c.T, c.S, c.H, c.D})
-    require(n >= 1 && n <= MOST, "query, key and value must be there, and not empty");
+    require(n >= 1 && n <= MAX_SIZE, "query, key or value is missing or empty");
   require(dtype == ffi::F32 || dtype == ffi::BF16 || dtype == ffi::F16,
           "query must be float32, bfloat16 or float16");
   c.type = dtype == ffi::F32 ? Type::f32 : dtype == ffi::BF16 ? Type::bf16 : Type::f16;
   c.units = (c.S + 31) / 32;
 
-  const auto put = [](View* where, const View& v) {
-    require(!*where, "an array is given twice");
+  const auto assign = [](View* where, const View& v) {
+    require(!*where, "a role is given twice");
     *where = v;
   };
   for (const auto& x : reader.entries()) {
@@ -253,28 +258,28 @@ Call read_call(const ffi::CallFrame* frame, bool backward, Options* options) {
     const bool written = x.role == Role::out || x.role == Role::m || x.role == Role::log_l
                              ? !backward
                              : x.role >= Role::d_query;
-    require(x.result == written, "an array is on the wrong side");
+    require(x.result == written, "an argument is given as a result, or a result as an argument");
     switch (x.role) {
-      case Role::query: put(&c.q, read(dtype, c.T, c.H)); break;
-      case Role::key: put(&c.k, read(dtype, c.S, c.H)); break;
-      case Role::value: put(&c.v, read(dtype, c.S, c.D)); break;
-      case Role::scale: put(&c.scale, read(ffi::F32, -1, -1)); break;
-      case Role::sink: put(&c.sink, read(ffi::F32, -1, -1)); break;
-      case Role::bounds: put(&c.bounds, read(ffi::S32, c.T, 2)); break;
-      case Role::positions: put(&c.positions, read(ffi::S32, -1, c.S)); break;
-      case Role::query_ids: put(&c.query_ids, read(ffi::S32, -1, c.T)); break;
-      case Role::key_ids: put(&c.key_ids, read(ffi::S32, -1, c.S)); break;
-      case Role::kinds: put(&c.kinds, read(ffi::S32, (c.T + 47) / 48, c.units)); break;
-      case Role::bits: put(&c.bits, read(ffi::U32, 0, 0)); break;
-      case Role::seed: put(&c.seed, read(ffi::U32, -1, -1)); break;
-      case Role::threshold: put(&c.threshold, read(ffi::U32, -1, -1)); break;
-      case Role::keep_probability: put(&c.keep_probability, read(ffi::F32, -1, -1)); break;
-      case Role::example: put(&c.example, read(ffi::S32, -1, -1)); break;
-      case Role::head: put(&c.number, read(ffi::S32, -1, -1)); break;
+      case Role::query: assign(&c.q, read(dtype, c.T, c.H)); break;
+      case Role::key: assign(&c.k, read(dtype, c.S, c.H)); break;
+      case Role::value: assign(&c.v, read(dtype, c.S, c.D)); break;
+      case Role::scale: assign(&c.scale, read(ffi::F32, -1, -1)); break;
+      case Role::sink: assign(&c.sink, read(ffi::F32, -1, -1)); break;
+      case Role::bounds: assign(&c.bounds, read(ffi::S32, c.T, 2)); break;
+      case Role::positions: assign(&c.positions, read(ffi::S32, -1, c.S)); break;
+      case Role::query_ids: assign(&c.query_ids, read(ffi::S32, -1, c.T)); break;
+      case Role::key_ids: assign(&c.key_ids, read(ffi::S32, -1, c.S)); break;
+      case Role::kinds: assign(&c.kinds, read(ffi::S32, (c.T + 47) / 48, c.units)); break;
+      case Role::bits: assign(&c.bits, read(ffi::U32, 0, 0)); break;
+      case Role::seed: assign(&c.seed, read(ffi::U32, -1, -1)); break;
+      case Role::threshold: assign(&c.threshold, read(ffi::U32, -1, -1)); break;
+      case Role::keep_probability: assign(&c.keep_probability, read(ffi::F32, -1, -1)); break;
+      case Role::example: assign(&c.example, read(ffi::S32, -1, -1)); break;
+      case Role::head: assign(&c.head_number, read(ffi::S32, -1, -1)); break;
       case Role::softcap:
       case Role::bias:
       case Role::diagonal: {
-        require(c.score_count < MOST_SCORES, "too many scores");
+        require(c.score_count < MAX_SCORES, "too many scores");
         Score& score = c.scores[c.score_count++];
         if (x.role == Role::softcap) {
           score.kind = ScoreKind::softcap;
@@ -292,22 +297,22 @@ Call read_call(const ffi::CallFrame* frame, bool backward, Options* options) {
         }
         break;
       }
-      case Role::out: put(&c.out, read(ffi::F32, c.T, c.D)); break;
-      case Role::m: put(&c.m, read(ffi::F32, -1, c.T)); break;
-      case Role::log_l: put(&c.log_l, read(ffi::F32, -1, c.T)); break;
-      case Role::d_out: put(&c.dout, read(ffi::F32, c.T, c.D)); break;
-      case Role::d_lse: put(&c.dlse, read(ffi::F32, -1, c.T)); break;
-      case Role::d_query: put(&c.dq, read(ffi::F32, c.T, c.H)); break;
-      case Role::d_key: put(&c.dk, read(ffi::F32, c.S, c.H)); break;
-      case Role::d_value: put(&c.dv, read(ffi::F32, c.S, c.D)); break;
-      case Role::d_scale: put(&c.dscale, read(ffi::F32, -1, -1)); break;
-      case Role::d_sink: put(&c.dsink, read(ffi::F32, -1, -1)); break;
+      case Role::out: assign(&c.out, read(ffi::F32, c.T, c.D)); break;
+      case Role::m: assign(&c.m, read(ffi::F32, -1, c.T)); break;
+      case Role::log_l: assign(&c.log_l, read(ffi::F32, -1, c.T)); break;
+      case Role::d_out: assign(&c.dout, read(ffi::F32, c.T, c.D)); break;
+      case Role::d_lse: assign(&c.dlse, read(ffi::F32, -1, c.T)); break;
+      case Role::d_query: assign(&c.dq, read(ffi::F32, c.T, c.H)); break;
+      case Role::d_key: assign(&c.dk, read(ffi::F32, c.S, c.H)); break;
+      case Role::d_value: assign(&c.dv, read(ffi::F32, c.S, c.D)); break;
+      case Role::d_scale: assign(&c.dscale, read(ffi::F32, -1, -1)); break;
+      case Role::d_sink: assign(&c.dsink, read(ffi::F32, -1, -1)); break;
       case Role::d_score: {
-        require(x.score >= 0 && x.score < c.score_count, "a gradient is of no score");
+        require(x.score >= 0 && x.score < c.score_count, "d_score has no matching score");
         Score& score = c.scores[x.score];
-        require(score.kind != ScoreKind::softcap, "a softcap has no gradient");
+        require(score.kind != ScoreKind::softcap, "d_score of a softcap is not supported");
         const bool bias = score.kind == ScoreKind::bias;
-        put(&score.gradient, read(ffi::F32, bias ? score.array.rows : -1, score.array.columns));
+        assign(&score.gradient, read(ffi::F32, bias ? score.array.rows : -1, score.array.columns));
         break;
       }
       case Role::count: break;
@@ -331,10 +336,10 @@ Head Call::head(int64_t e, int64_t g) const {
   h.query_ids = query_ids.at<int32_t>(e, g), h.key_ids = key_ids.at<int32_t>(e, g);
   h.kinds = kinds.at<int32_t>(e, g), h.bits = bits.at<uint32_t>(e, g);
   if (seed) {
-    const uint32_t b = *example.at<uint32_t>(e, g), n = *number.at<uint32_t>(e, g);
+    const uint32_t b = *example.at<uint32_t>(e, g), n = *head_number.at<uint32_t>(e, g);
     h.dropout_hash = mix(mix(*seed.at<uint32_t>(e, g) ^ b * SPREAD_B) ^ n * SPREAD_N);
     h.threshold = *threshold.at<uint32_t>(e, g);
-    h.kept = 1 / *keep_probability.at<float>(e, g);
+    h.dropout_scale = 1 / *keep_probability.at<float>(e, g);
   }
   return h;
 }

@@ -1,4 +1,4 @@
-// From XLA's call frame to a `Call`: everything that comes from outside is checked here.
+// Converts XLA's call frame to a `Call`, and checks everything that the caller passes.
 #pragma once
 #include <stdexcept>
 #include <string>
@@ -9,8 +9,9 @@
 
 namespace attention {
 
-// What each array is. The attributes `arguments` and `results` hold a row per array: its role, then
-// for each vmapped axis of the call which axis of the array that is, or -1. As in operands.py.
+// The role of an array, as in operands.py. The attributes `arguments` and `results` hold one row
+// per array: its role, its score (for d_score, else -1), and for each vmapped axis of the call the
+// axis of the array, or -1.
 // clang-format off: one line per role is too many
 enum class Role : int64_t {
   query, key, value, scale, sink, bounds, positions, query_ids, key_ids, kinds, bits, seed,
@@ -19,24 +20,24 @@ enum class Role : int64_t {
 };
 // clang-format on
 
-// Which kernels run: the attribute `options`.
+// The attribute `options`.
 struct Options {
-  int64_t block_k;       // keys in a block; 0: the most
-  int64_t instructions;  // 0: the best that there are; else their number in `ISAS` of ffi.cpp
-  int64_t few;           // at most so many rows per key head are few queries
+  int64_t block_k;       // keys per block; 0: the largest
+  int64_t instructions;  // see `kernels` in ffi.cpp; 0: the best available
+  int64_t few_queries;   // up to this many query rows per key-value head, run few_queries.h
 };
 
-// A mistake of the caller, which becomes an INVALID_ARGUMENT error.
-struct Refused : std::runtime_error {
+// A wrong call, reported to XLA as INVALID_ARGUMENT.
+struct InvalidArgument : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// Whether XLA only asked which version this was compiled for.
-bool answers_metadata(const ffi::CallFrame* frame);
+// Answers if XLA only asks for the version of the interface; returns whether it did.
+bool answer_metadata_query(const ffi::CallFrame* frame);
 
 ffi::Error* error(const ffi::CallFrame* frame, ffi::Code code, const char* message);
 
-// Raises Refused.
+// Throws InvalidArgument.
 Call read_call(const ffi::CallFrame* frame, bool backward, Options* options);
 
 }  // namespace attention

@@ -1,17 +1,18 @@
-// The kernels of one instruction set. The including file defines LANES, the floats of a vector,
-// ROWS, the rows of a register tile, ISA, the namespace, and ISA_NAME; each file compiles the same
-// source for one instruction set and exports a table of its entry points.
+// The kernels of one instruction set. avx2.cpp, avx512.cpp and neon.cpp each compile this source
+// and export a table of entry points. The including file defines LANES (floats per vector), ROWS
+// (rows of a register tile), ISA (the namespace) and ISA_NAME.
 //
-// No function template of the standard library may be used here: the linker keeps one copy of each,
-// which might be one that this processor cannot run.
+// Do not use function templates of the standard library here: the linker keeps one instance of
+// each, possibly one compiled for instructions that this processor lacks.
 
 namespace attention {
 namespace ISA {
 
-constexpr int BLOCK = 384;  // keys in a block, at most
-static_assert(BLOCK % ROWS == 0 && BLOCK % (2 * LANES) == 0 && BLOCK % 32 == 0, "whole tiles");
+constexpr int BLOCK = 384;  // the largest number of keys per block
+static_assert(BLOCK % ROWS == 0 && BLOCK % (2 * LANES) == 0 && BLOCK % 32 == 0,
+              "a block consists of whole tiles");
 
-// clang-format off: each needs those before it
+// clang-format off: each header depends on those above it
 #include "vectors.h"
 #include "product.h"
 #include "pack.h"
@@ -22,7 +23,7 @@ static_assert(BLOCK % ROWS == 0 && BLOCK % (2 * LANES) == 0 && BLOCK % 32 == 0, 
 #include "backward.h"
 // clang-format on
 static_assert(QUERIES % ROWS == 0 && QUERIES % TABLE_ROWS == 0 && TABLE_ROWS % ROWS == 0,
-              "strips lie within steps and within rows of the table");
+              "a strip lies within one step and one row of the table");
 
 static void forward(const Call& c, const Item& item, char* memory) {
   if (c.type == Type::f32) return forward_item<float>(c, item, memory);
@@ -41,8 +42,8 @@ static void backward(const Call& c, const Item& item, char* memory, Progress* pr
 }
 
 extern const Kernels kernels;
-const Kernels kernels = {ISA_NAME,  ROWS, QUERIES,  BLOCK,          forward_bytes, forward,
-                         few_bytes, few,  few_join, backward_bytes, backward};
+const Kernels kernels = {ISA_NAME,  ROWS, QUERIES,   BLOCK,          forward_bytes, forward,
+                         few_bytes, few,  few_merge, backward_bytes, backward};
 
 }  // namespace ISA
 }  // namespace attention

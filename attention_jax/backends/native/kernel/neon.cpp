@@ -1,4 +1,5 @@
-// The kernels for 64-bit ARM: 32 registers of 4 floats. Compiles; untested, for want of a machine.
+// The kernels for 64-bit ARM: 32 registers of 4 floats. It compiles but has not been tested on a
+// machine.
 #if defined(__aarch64__)
 #include <cmath>
 #include <cstring>

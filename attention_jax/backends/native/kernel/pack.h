@@ -1,12 +1,14 @@
-// Copies of rows in the order in which products read them, as float32.
+// Copies rows, as float32, into the layout in which products read them.
 //
-// Columns: panels of PANEL rows each, in which column h is contiguous: the right operand of q k^T.
-// Rows: panels of some width, in which row i is contiguous: the right operand of p v. With the full
-// width as one panel they are plain rows: the left operand.
+// pack_columns: panels of PANEL rows, with the PANEL entries of a column contiguous; for the right
+// operand of q k^T. pack_rows: panels of some columns, with the entries of a row contiguous; for
+// the right operand of p v, or, with all columns in one panel, for the left operand.
 //
-// A block is packed once and read by every register tile of an item. Zeros fill up the last panel.
+// A block is packed once and read by all register tiles of an item. The last panel is padded with
+// zeros.
 
-// Transposes LANES vectors: interleaving halves log2(LANES) times is a perfect shuffle.
+// Transposes LANES vectors, by log2(LANES) rounds that interleave the first half of the vectors
+// with the second.
 #if LANES == 16
 #define LOW(a, b) \
   __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23)
@@ -31,7 +33,7 @@ INLINE void transpose(vf* x) {
   }
 }
 
-// The sums of LANES vectors, as one.
+// The sums of LANES vectors, as one vector.
 INLINE vf sums(vf* x) {
   transpose(x);
   for (int n = LANES / 2; n > 0; n /= 2)
@@ -39,15 +41,16 @@ INLINE vf sums(vf* x) {
   return x[0];
 }
 
-// Rows [0, n) of x, H wide, as columns; zeros up to row `to`.
+// Packs rows [0, n) of x, of width H, padded with zeros to `padded_rows`.
 template <class X>
-static void pack_columns(const X* x, int64_t ld, int64_t n, int64_t to, int64_t H, float* out) {
-  for (int64_t p = 0; p < to; p += PANEL, out += H * PANEL)
+static void pack_columns(const X* x, int64_t ld, int64_t n, int64_t padded_rows, int64_t H,
+                         float* out) {
+  for (int64_t p = 0; p < padded_rows; p += PANEL, out += H * PANEL)
     for (int half = 0; half < PANEL; half += LANES) {
-      const int64_t rows = most<int64_t>(0, least<int64_t>(LANES, n - p - half));
+      const int64_t rows = maximum<int64_t>(0, minimum<int64_t>(LANES, n - p - half));
       const X* first = x + (p + half) * ld;
       for (int64_t h = 0; h < H; h += LANES) {
-        const int width = least<int64_t>(LANES, H - h);
+        const int width = minimum<int64_t>(LANES, H - h);
         vf block[LANES];
         for (int64_t i = 0; i < LANES; i++)
           block[i] = i >= rows        ? vf{}
@@ -59,14 +62,14 @@ static void pack_columns(const X* x, int64_t ld, int64_t n, int64_t to, int64_t 
     }
 }
 
-// Rows [0, n) of x, `width` wide, times `factor`, as panels of `panel` columns and `to` rows each;
-// the panels cover round_up(width, panel) columns. Whether some number is NaN or infinite.
+// Packs rows [0, n) of x, of this width, times `factor`, as panels of `panel` columns and
+// `padded_rows` rows. Returns whether some entry is NaN or infinite.
 template <class X>
-static bool pack_rows(const X* x, int64_t ld, int64_t n, int64_t to, int64_t width, int64_t panel,
-                      float factor, float* out) {
-  vf zero = vf{};  // stays 0 while all is finite
+static bool pack_rows(const X* x, int64_t ld, int64_t n, int64_t padded_rows, int64_t width,
+                      int64_t panel, float factor, float* out) {
+  vf zero = vf{};  // NaN once an entry is not finite
   for (int64_t h0 = 0; h0 < width; h0 += panel) {
-    const int64_t end = least(panel, width - h0);
+    const int64_t end = minimum(panel, width - h0);
     for (int64_t i = 0; i < n; i++, out += panel) {
       const X* row = x + i * ld + h0;
       int64_t h = 0;
@@ -81,39 +84,40 @@ static bool pack_rows(const X* x, int64_t ld, int64_t n, int64_t to, int64_t wid
         store(out + h, y);
       }
     }
-    memset(out, 0, sizeof(float) * panel * (to - n));
-    out += panel * (to - n);
+    memset(out, 0, sizeof(float) * panel * (padded_rows - n));
+    out += panel * (padded_rows - n);
   }
   return !(horizontal_sum(zero) == 0.0f);
 }
 
-// Rows that hold NaN or infinity. What is masked must not reach a sum, and 0 * NaN is NaN: these
-// rows are zero in the packed copy, and `add_rows` adds them where their factor is not 0.
-struct BadRows {
+// Rows that hold NaN or infinity. Masked rows must not affect a sum, but 0 * NaN is NaN: so these
+// rows are zeroed in the packed copy, and `add_nonfinite_rows` adds them where their weight is not
+// 0.
+struct NonFiniteRows {
   int count = 0;
   int16_t row[BLOCK];
 
-  void take_out(float* packed, int64_t n, int64_t to, int64_t width, int64_t panel) {
+  void zero_out(float* packed, int64_t n, int64_t padded_rows, int64_t width, int64_t panel) {
     for (int64_t i = 0; i < n; i++) {
       float zero = 0;
       for (int64_t h = 0; h < width; h++)
-        zero += packed[h / panel * panel * to + i * panel + h % panel] * 0.0f;
+        zero += packed[h / panel * panel * padded_rows + i * panel + h % panel] * 0.0f;
       if (zero == 0.0f) continue;
       row[count++] = i;
       for (int64_t h = 0; h < width; h++)
-        packed[h / panel * panel * to + i * panel + h % panel] = 0;
+        packed[h / panel * panel * padded_rows + i * panel + h % panel] = 0;
     }
   }
 };
 
-// c[m] += a(m, i) * factor * x[i] for the bad rows i in [begin, end), where a(m, i) is not 0.
+// c[m] += a(m, i) * factor * x[i] for the recorded rows i in [begin, end) where a(m, i) is not 0.
 // Element (m, i) of a is at a[m * am + i * ai].
 template <class X>
-static void add_rows(const BadRows& bad, int64_t begin, int64_t end, int M, const float* a,
-                     int64_t am, int64_t ai, const X* x, int64_t ld, int64_t width, float factor,
-                     float* c, int64_t ldc) {
-  for (int b = 0; b < bad.count; b++) {
-    const int64_t i = bad.row[b];
+static void add_nonfinite_rows(const NonFiniteRows& nonfinite, int64_t begin, int64_t end, int M,
+                               const float* a, int64_t am, int64_t ai, const X* x, int64_t ld,
+                               int64_t width, float factor, float* c, int64_t ldc) {
+  for (int b = 0; b < nonfinite.count; b++) {
+    const int64_t i = nonfinite.row[b];
     if (i < begin || i >= end) continue;
     for (int m = 0; m < M; m++) {
       const float weight = a[m * am + i * ai];

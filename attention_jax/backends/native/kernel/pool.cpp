@@ -1,6 +1,6 @@
-// The caller works too, and waits only for items that have begun, so that a pool whose threads are
-// all busy, or which has none, is no deadlock. Threads of the pool that come late find nothing to
-// do.
+// The calling thread processes items too, and waits only for items that have started. So there is
+// no deadlock even if all threads of the pool are busy, or there are none. A task that the pool
+// runs only after all items are done returns at once.
 #include "pool.h"
 
 #include <condition_variable>
@@ -22,7 +22,7 @@ void pause() {
 #endif
 }
 
-// Numbers below the normal range count as 0, as in XLA's own code: every thread rounds alike.
+// Flushes denormals to zero, as XLA's own code does, so that all threads round alike.
 class FlushDenormals {
 #if defined(__x86_64__)
  public:
@@ -37,11 +37,11 @@ class FlushDenormals {
 struct Work {
   std::atomic<int64_t> next{0}, done{0}, workers{0};
   int64_t count;
-  const std::function<void(int64_t, int64_t)>* body;  // the caller's: not touched once all is done
+  const std::function<void(int64_t, int64_t)>* body;  // valid until all items are done
   std::mutex mutex;
   std::condition_variable finished;
 
-  void help() {
+  void process_items() {
     const FlushDenormals flush;
     int64_t worker = -1;
     for (int64_t i; (i = next.fetch_add(1)) < count;) {
@@ -62,17 +62,15 @@ void destroy(const ffi::CallFrame* frame, ffi::Error* error) {
 
 }  // namespace
 
-void Progress::wait(int64_t number, int64_t step, int64_t E) const {
-  const auto until = [&](int64_t other) {
-    for (int spins = 0; passed[other].load(std::memory_order_acquire) <= step; spins++)
-      spins < 1000 ? pause() : std::this_thread::yield();
-  };
-  const int64_t before = number - (chained ? 1 : E);
-  if (before >= 0) until(before);
+void Progress::wait_for_previous(int64_t number, int64_t step, int64_t E) const {
+  const int64_t previous = number - (across_heads ? 1 : E);
+  if (previous < 0) return;
+  for (int spins = 0; steps_done[previous].load(std::memory_order_acquire) <= step; spins++)
+    spins < 1000 ? pause() : std::this_thread::yield();
 }
 
-void Progress::pass(int64_t number, int64_t step) const {
-  passed[number].store(step + 1, std::memory_order_release);
+void Progress::mark_done(int64_t number, int64_t step) const {
+  steps_done[number].store(step + 1, std::memory_order_release);
 }
 
 int64_t Pool::threads() const {
@@ -94,7 +92,7 @@ void Pool::run(int64_t count, int64_t workers,
     auto* held = new std::shared_ptr<Work>(work);
     const auto task = [](void* data) {
       const std::unique_ptr<std::shared_ptr<Work>> mine(static_cast<std::shared_ptr<Work>*>(data));
-      (*mine)->help();
+      (*mine)->process_items();
     };
     ffi::ThreadPoolSchedule arguments = {sizeof(arguments), nullptr, frame_->context, task, held};
     if (ffi::Error* error = frame_->api->thread_pool_schedule(&arguments)) {
@@ -103,7 +101,7 @@ void Pool::run(int64_t count, int64_t workers,
       break;
     }
   }
-  work->help();
+  work->process_items();
   for (int spins = 0; spins < 2000 && work->done.load() < count; spins++) pause();
   std::unique_lock<std::mutex> lock(work->mutex);
   work->finished.wait(lock, [&] { return work->done.load() >= count; });

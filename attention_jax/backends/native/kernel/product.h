@@ -1,10 +1,10 @@
 // The register tile: c [M x V vectors] = or += a [M x n] b [n x V vectors].
 //
-// One step of the loop over n reads V vectors of b and M single numbers of a, and does M * V
-// multiply-adds on accumulators that never leave the registers: ROWS x 2 vectors of them, two
-// vectors of b and one number of a fill the register file (16 registers: ROWS = 6; 32: ROWS = 12).
-// So each number that is read takes part in at least 2 multiply-adds, and the loop runs at the
-// machine's multiply-add rate while b comes from the first-level cache.
+// An iteration of the loop over n reads V vectors of b and M scalars of a, and does M * V
+// multiply-adds on accumulators that stay in registers. ROWS x 2 accumulators, two vectors of b and
+// one broadcast scalar of a use almost all registers (16 registers: ROWS = 6; 32: ROWS = 12). Each
+// load feeds at least two multiply-adds, so the loop runs at the peak multiply-add rate as long as
+// b is in the L1 cache.
 
 constexpr int PANEL = 2 * LANES;  // columns of a register tile
 
@@ -28,7 +28,7 @@ INLINE void product(int64_t n, const float* a, int64_t lda, const X* b, int64_t 
       }
     }
   } else {
-    const float* row[(M + 2) / 3];  // every third row has a pointer: lda and 2 lda reach the others
+    const float* row[(M + 2) / 3];  // a pointer per three rows; the others are lda and 2 lda away
     for (int m = 0; m < M; m += 3) row[m / 3] = a + m * lda;
     const int64_t twice = 2 * lda;
 #pragma GCC unroll 1
@@ -45,7 +45,7 @@ INLINE void product(int64_t n, const float* a, int64_t lda, const X* b, int64_t 
     }
   }
   for (int m = 0; m < M; m++)
-    for (int v = 0; v < V; v++) {  // the block is summed first: long sums lose fewer digits
+    for (int v = 0; v < V; v++) {  // adding whole sums to c, not terms, loses fewer digits
       float* to = c + m * ldc + v * LANES;
       store(to, ADD ? load(to) + sum[m][v] : sum[m][v]);
     }

@@ -1,15 +1,15 @@
-// From q k^T to masked logits in units of log2, and the way back for gradients.
+// From q k^T to masked logits in base 2 (times log2 e), and the backward pass of the scores.
 //
-// A strip of logits is a few kilobytes in the first-level cache; scores change it in place, in
-// their order, and the mask comes last. -inf in a bias is MASKED, so that a softcap after it, which
-// makes it finite, shows the pair again, and no other score does.
+// A strip of logits is a few kilobytes and stays in the L1 cache. Scores are applied to it in
+// place, in their order, then the mask. A bias of -inf becomes MASKED; a softcap after it makes the
+// logit finite, which unmasks the pair, and no other score does.
 
 struct Scored {
   const Call& c;
   const Head& h;
-  const HeadScore* score;  // those of this head
+  const HeadScore* score;  // [score_count]
 
-  // `slope`: for each softcap, d score / d logit [rows x BLOCK]; null in the forward pass.
+  // slope: receives the derivative of each softcap, [rows x BLOCK]; null in the forward pass.
   void apply(const KeyBlock& b, const Strip& strip, float* s, float* slope) const {
     for (int i = 0; i < c.score_count; i++) {
       const HeadScore& x = score[i];
@@ -25,20 +25,22 @@ struct Scored {
     mask_strip(c, h, b, strip, s, BLOCK);
   }
 
-  // ds, the gradient of the logits, becomes that of q k^T; arrays get theirs on the way.
-  void pull(const KeyBlock& b, const Strip& strip, float* ds, const float* slope) const {
-    slope += most(0, c.softcap_count - 1) * ROWS * BLOCK;
+  // In place: from the gradient of the logits to that of q k^T. Adds to the gradients of the
+  // arrays.
+  void backward(const KeyBlock& b, const Strip& strip, float* ds, const float* slope) const {
+    slope += maximum(0, c.softcap_count - 1) * ROWS * BLOCK;
     for (int i = c.score_count - 1; i >= 0; i--) {
       const HeadScore& x = score[i];
       if (x.kind == ScoreKind::softcap) {
         for (int m = 0; m < strip.rows; m++)
           for (int j = strip.begin(); j < strip.end(); j += LANES) {
-            const vf d = load(ds + m * BLOCK + j);  // 0 where masked, where the slope may be NaN
+            const vf d = load(ds + m * BLOCK + j);  // 0 if masked, where the slope may be NaN
             store(ds + m * BLOCK + j, d == 0.0f ? d : d * load(slope + m * BLOCK + j));
           }
         slope -= ROWS * BLOCK;
-      } else if (x.entries) {
-        float* to = x.kind == ScoreKind::diagonal ? x.entries + (c.T - 1 - strip.i0) : x.entries;
+      } else if (x.shared_gradient) {
+        float* to = x.kind == ScoreKind::diagonal ? x.shared_gradient + (c.T - 1 - strip.i0)
+                                                  : x.shared_gradient;
         accumulate(to, x.kind == ScoreKind::diagonal ? -1 : 0, x.column, b, strip, ds);
       } else if (x.gradient) {
         accumulate(x.gradient + strip.i0 * x.gradient_row + b.k0 * x.column, x.gradient_row,
@@ -58,10 +60,10 @@ struct Scored {
       }
   }
 
-  // s[m][j] += array[m * row + j * column], natural units.
+  // s[m][j] += array[m * row + j * column] * log2 e.
   void add(const float* array, int64_t row, int64_t column, const KeyBlock& b, const Strip& strip,
            float* s) const {
-    const int end = least<int64_t>(strip.end(), c.S - b.k0);
+    const int end = minimum<int64_t>(strip.end(), c.S - b.k0);
     for (int m = 0; m < strip.rows; m++, array += row)
       for (int j = strip.begin(); j < end; j += LANES) {
         const vf x = column == 0               ? splat(*array)
@@ -74,10 +76,10 @@ struct Scored {
 
   void accumulate(float* to, int64_t row, int64_t column, const KeyBlock& b, const Strip& strip,
                   const float* ds) const {
-    const int end = least<int64_t>(strip.end(), c.S - b.k0);
+    const int end = minimum<int64_t>(strip.end(), c.S - b.k0);
     for (int m = 0; m < strip.rows; m++, to += row) {
       if (column == 0) {
-        vf sum = vf{};  // beyond `end` ds is 0
+        vf sum = vf{};  // ds is 0 from `end` on
         for (int j = strip.begin(); j < strip.end(); j += LANES) sum += load(ds + m * BLOCK + j);
         *to += horizontal_sum(sum);
         continue;
@@ -89,10 +91,10 @@ struct Scored {
   }
 };
 
-// p *= what dropout multiplies row i's probabilities by, in columns [begin, end) of a block.
+// What dropout multiplies the probabilities of keys k .. k + LANES - 1 by.
 INLINE vf dropout_factor(const Head& h, uint32_t row_hash, int64_t k) {
   const vu hash = mix(row_hash ^ (reinterpret_cast<vu>(lanes()) + uint32_t(k)) * SPREAD_K);
-  return hash < h.threshold ? splat(h.kept) : vf{};
+  return hash < h.threshold ? splat(h.dropout_scale) : vf{};
 }
 INLINE uint32_t row_hash(const Head& h, int64_t i) {
   return mix(h.dropout_hash ^ uint32_t(i) * SPREAD_Q);

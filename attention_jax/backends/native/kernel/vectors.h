@@ -1,29 +1,29 @@
-// Vectors of LANES floats in the compiler's vector extensions: one source for every instruction
-// set.
+// Vectors of LANES floats, in the compiler's vector extensions, so that one source serves all
+// instruction sets.
 //
-// The including file defines LANES. NaN must get through: comparisons are written so that a NaN in
-// the second operand wins, and maxima put the constant first.
+// NaN must propagate: vmax returns its second operand if one of them is NaN, so callers pass
+// constants as the first.
 
 typedef float vf __attribute__((vector_size(4 * LANES)));
 typedef int32_t vi __attribute__((vector_size(4 * LANES)));
 typedef uint32_t vu __attribute__((vector_size(4 * LANES)));
 typedef uint16_t vh __attribute__((vector_size(2 * LANES)));
-typedef float loose_vf __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef int32_t loose_vi __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef uint16_t loose_vh __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+typedef float unaligned_vf __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int32_t unaligned_vi __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint16_t unaligned_vh __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 
 #define INLINE static inline __attribute__((always_inline))
 
 constexpr float LOG2E = 1.44269504088896340736f;
 constexpr double LOG2E_EXACT = 1.44269504088896340736, LN2_EXACT = 0.693147180559945309417;
 
-INLINE vf load(const float* p) { return *reinterpret_cast<const loose_vf*>(p); }
-INLINE void store(float* p, vf x) { *reinterpret_cast<loose_vf*>(p) = x; }
-INLINE vi load(const int32_t* p) { return *reinterpret_cast<const loose_vi*>(p); }
+INLINE vf load(const float* p) { return *reinterpret_cast<const unaligned_vf*>(p); }
+INLINE void store(float* p, vf x) { *reinterpret_cast<unaligned_vf*>(p) = x; }
+INLINE vi load(const int32_t* p) { return *reinterpret_cast<const unaligned_vi*>(p); }
 INLINE vf splat(float x) { return x - vf{}; }
 INLINE vi splat(int32_t x) { return x - vi{}; }
 INLINE vu splat(uint32_t x) { return x - vu{}; }
-// a > b ? a : b in one instruction, which compilers do not see in the vector form.
+// a > b ? a : b as one instruction; compilers do not find it for vector types.
 INLINE vf vmax(vf a, vf b) {
 #if LANES == 8
   return reinterpret_cast<vf>(
@@ -36,11 +36,11 @@ INLINE vf vmax(vf a, vf b) {
 #endif
 }
 template <class N>
-INLINE N least(N a, N b) {
+INLINE N minimum(N a, N b) {
   return b < a ? b : a;
 }
 template <class N>
-INLINE N most(N a, N b) {
+INLINE N maximum(N a, N b) {
   return a < b ? b : a;
 }
 INLINE int64_t round_up(int64_t x, int64_t m) { return (x + m - 1) / m * m; }
@@ -51,7 +51,7 @@ INLINE vi lanes() {
   return lane;
 }
 
-// Halves are added pairwise: always in the same order.
+// Adds the upper half to the lower half repeatedly, so the order is fixed.
 INLINE float horizontal_sum(vf a) {
   float x[LANES];
   store(x, a);
@@ -67,13 +67,13 @@ INLINE float horizontal_max(vf a) {
   return x[0];
 }
 
-// 16-bit floats as float32, and the first `count` lanes of a row with zeros for the others.
+// Loads 16-bit floats as float32. `load_first` loads `count` lanes and sets the others to zero.
 INLINE vf load(const bf16* p) {
-  vu x = __builtin_convertvector(*reinterpret_cast<const loose_vh*>(p), vu) << 16;
+  vu x = __builtin_convertvector(*reinterpret_cast<const unaligned_vh*>(p), vu) << 16;
   return reinterpret_cast<vf>(x);
 }
 INLINE vf load(const f16* p) {
-  vu x = __builtin_convertvector(*reinterpret_cast<const loose_vh*>(p), vu);
+  vu x = __builtin_convertvector(*reinterpret_cast<const unaligned_vh*>(p), vu);
   vu magnitude = (x & 0x7fffu) << 13, sign = (x & 0x8000u) << 16;
   vu finite = reinterpret_cast<vu>(reinterpret_cast<vf>(magnitude) * 0x1p112f);
   vu value = magnitude >= 0x0f800000u ? magnitude | 0x7f800000u : finite;
@@ -92,7 +92,7 @@ INLINE float load_one(const X* p) {
 }
 INLINE float load_one(const float* p) { return *p; }
 
-// 2^t for t <= 0 with a relative error below 2 ulp: 0 far below, exactly 1 at 0.
+// 2^t for t <= 0, within 2 ulp; exactly 1 at t = 0, and 0 from about t = -126 down.
 INLINE vf exp2v(vf t) {
   t = vmax(splat(-150.0f), t);
   vf whole = (t + 12582912.0f) - 12582912.0f;  // 1.5 * 2^23: rounds to the nearest integer
@@ -113,7 +113,7 @@ INLINE vf exp2v(vf t) {
 #endif
 }
 
-// tanh as a ratio of polynomials, within a few ulp.
+// tanh as a rational function, within a few ulp.
 INLINE vf tanhv(vf x) {
   const vf end = splat(-7.90531110763549805f);
   x = -vmax(end, -vmax(end, x));
@@ -132,7 +132,8 @@ INLINE vf tanhv(vf x) {
   return x * p / q;
 }
 
-// Its derivative 4 e / (1 + e)^2 with e = exp(-2 |x|): 1 - tanh^2 would lose all digits near 1.
+// The derivative of tanh, 4 e / (1 + e)^2 with e = exp(-2 |x|): 1 - tanh^2 would lose all digits
+// where tanh is near 1.
 INLINE vf tanh_slope(vf x) {
   const vf e = exp2v((x > 0.0f ? x : -x) * (-2.0f * LOG2E)), one = e + 1.0f;
   return 4.0f * e / (one * one);

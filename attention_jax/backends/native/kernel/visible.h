@@ -1,32 +1,32 @@
-// Which pairs are visible, decided in units of 32 keys: empty, full, or partial.
+// Which pairs are visible. Keys are classified in units of 32: empty, full or partial.
 //
-// Query i sees key j where the key's position lies in [lo, hi) of the query, both have the same id,
-// and the bit of the pair is set; each of the three may be missing. Positions are 0 .. S - 1 unless
-// given. From the least and largest lo, hi and id of some rows, and position and id of a unit, a
-// few comparisons tell whether a unit is empty or full for these rows. So causal masks, windows,
-// lengths, chunks, documents and caches need no array of T x S. For any other mask a table says so
-// for 48 x 32 pairs, and the bits of a partial unit are one word per row.
+// Query i attends to key j if the key's position lies in [lo, hi) of the query, both have the same
+// id, and the bit of the pair is set; each of the three conditions is optional. Positions are
+// 0 .. S - 1 unless given. Comparing the ranges of lo, hi and id over some rows with the ranges of
+// position and id over a unit shows whether the unit is empty or full for these rows. So causal
+// masks, windows, lengths, chunks, segments and KV caches need no T x S array. For other masks, a
+// table classifies tiles of 48 x 32 pairs, and each row of a partial tile has a word of bits.
 
-constexpr int UNIT = 32;                 // keys whose visibility is decided at once
-constexpr int UNITS = BLOCK / UNIT;      // in a block of keys
+constexpr int UNIT = 32;                 // keys per unit
+constexpr int UNITS = BLOCK / UNIT;      // units per block of keys
 constexpr int TABLE_ROWS = 48;           // queries per entry of the table
-constexpr int FULL = 1, FIRST_BITS = 2;  // table entries: 0 empty, full, or 2 + where the bits are
+constexpr int FULL = 1, FIRST_BITS = 2;  // table entries: 0 empty, 1 full, or 2 + index of bits
 
-constexpr float MASKED = -1e30f;   // a masked logit
-constexpr float NOTHING = -5e29f;  // the maximum of no logits
+constexpr float MASKED = -1e30f;      // a masked logit
+constexpr float NO_MAXIMUM = -5e29f;  // the initial maximum: above MASKED, below any logit
 
-// A block of keys: positions and ids, -1 beyond the last key, and their ranges in each unit.
+// A block of keys: positions and ids, -1 beyond the last key, and their range in each unit.
 struct KeyBlock {
   int64_t k0;
   int units;
   int32_t position[BLOCK], id[BLOCK];
   struct Range {
-    int32_t least_position, most_position, least_id, most_id;
+    int32_t min_position, max_position, min_id, max_id;
     bool padded;  // some key is masked for all queries
   } range[UNITS];
 
   KeyBlock(const Head& h, int64_t S, int64_t first, int64_t count) : k0(first) {
-    const int have = least(count, S - first);
+    const int have = minimum(count, S - first);
     units = (have + UNIT - 1) / UNIT;
     for (int j = 0; j < units * UNIT; j++) {
       const bool inside = j < have;
@@ -39,10 +39,10 @@ struct KeyBlock {
         const bool masked = position[j] < 0 || id[j] < 0;
         r.padded |= masked;
         if (masked) continue;
-        r.least_position = least(r.least_position, position[j]);
-        r.most_position = most(r.most_position, position[j]);
-        r.least_id = least(r.least_id, id[j]);
-        r.most_id = most(r.most_id, id[j]);
+        r.min_position = minimum(r.min_position, position[j]);
+        r.max_position = maximum(r.max_position, position[j]);
+        r.min_id = minimum(r.min_id, id[j]);
+        r.max_id = maximum(r.max_id, id[j]);
       }
       range[u] = r;
     }
@@ -50,60 +50,60 @@ struct KeyBlock {
 };
 
 struct Row {
-  int32_t lo, hi, id;  // sees keys with lo <= position < hi and this id
+  int32_t lo, hi, id;  // attends to keys with lo <= position < hi and this id
 };
 INLINE Row row_of(const Head& h, int64_t i) {
   Row r = {0, INT32_MAX, 0};
-  if (h.bounds) r.lo = most(0, h.bounds[2 * i]), r.hi = h.bounds[2 * i + 1];
+  if (h.bounds) r.lo = maximum(0, h.bounds[2 * i]), r.hi = h.bounds[2 * i + 1];
   if (h.query_ids) r.id = h.query_ids[i];
   if (r.id < 0 || r.lo >= r.hi) r = {INT32_MAX, INT32_MIN, -1};
   return r;
 }
 
-// The extremes of some rows.
-struct Rows {
-  int32_t least_lo = INT32_MAX, most_lo = INT32_MIN, least_hi = INT32_MAX, most_hi = INT32_MIN;
-  int32_t least_id = INT32_MAX, most_id = INT32_MIN;
+// The smallest and largest bounds and ids of some rows.
+struct RowExtremes {
+  int32_t min_lo = INT32_MAX, max_lo = INT32_MIN, min_hi = INT32_MAX, max_hi = INT32_MIN;
+  int32_t min_id = INT32_MAX, max_id = INT32_MIN;
 
-  Rows(const Head& h, int64_t begin, int64_t end) {
+  RowExtremes(const Head& h, int64_t begin, int64_t end) {
     if (!h.bounds && !h.query_ids) {
-      least_lo = most_lo = least_id = most_id = 0;
-      least_hi = most_hi = INT32_MAX;
+      min_lo = max_lo = min_id = max_id = 0;
+      min_hi = max_hi = INT32_MAX;
       return;
     }
     for (int64_t i = begin; i < end; i++) {
       const Row r = row_of(h, i);
-      least_lo = least(least_lo, r.lo), most_lo = most(most_lo, r.lo);
-      least_hi = least(least_hi, r.hi), most_hi = most(most_hi, r.hi);
+      min_lo = minimum(min_lo, r.lo), max_lo = maximum(max_lo, r.lo);
+      min_hi = minimum(min_hi, r.hi), max_hi = maximum(max_hi, r.hi);
       if (r.id < 0) continue;
-      least_id = least(least_id, r.id), most_id = most(most_id, r.id);
+      min_id = minimum(min_id, r.id), max_id = maximum(max_id, r.id);
     }
   }
 };
 
 // 0 for an empty unit, FULL for a full one, else FIRST_BITS.
-INLINE int kind_of(const Rows& q, const KeyBlock::Range& k) {
-  const bool some = k.most_position >= q.least_lo && k.least_position < q.most_hi &&
-                    k.most_id >= q.least_id && k.least_id <= q.most_id;
+INLINE int kind_of(const RowExtremes& q, const KeyBlock::Range& k) {
+  const bool some = k.max_position >= q.min_lo && k.min_position < q.max_hi &&
+                    k.max_id >= q.min_id && k.min_id <= q.max_id;
   if (!some) return 0;
-  const bool every = !k.padded && k.least_position >= q.most_lo && k.most_position < q.least_hi &&
-                     k.least_id == k.most_id && q.least_id == q.most_id && k.least_id == q.least_id;
+  const bool every = !k.padded && k.min_position >= q.max_lo && k.max_position < q.min_hi &&
+                     k.min_id == k.max_id && q.min_id == q.max_id && k.min_id == q.min_id;
   return every ? FULL : FIRST_BITS;
 }
 INLINE int table_entry(const Call& c, const Head& h, int64_t i, int64_t k) {
   return h.kinds ? h.kinds[i / TABLE_ROWS * c.units + k / UNIT] : FULL;
 }
 
-// The units [first, end) of a block of which some row sees a key; none if end is 0.
+// Units [first, end) of a block, from the first to the last with a visible pair; empty if end is 0.
 struct UnitRange {
   int first = UNITS, end = 0;
   void include(UnitRange other) {
-    first = least(first, other.first);
-    end = most(end, other.end);
+    first = minimum(first, other.first);
+    end = maximum(end, other.end);
   }
 };
-static UnitRange visited_units(const Call& c, const Head& h, const KeyBlock& b, const Rows& rows,
-                               int64_t begin, int64_t end) {
+static UnitRange visited_units(const Call& c, const Head& h, const KeyBlock& b,
+                               const RowExtremes& rows, int64_t begin, int64_t end) {
   UnitRange found;
   for (int u = 0; u < b.units; u++) {
     if (!kind_of(rows, b.range[u])) continue;
@@ -115,7 +115,7 @@ static UnitRange visited_units(const Call& c, const Head& h, const KeyBlock& b, 
   return found;
 }
 
-// What a strip of rows sees of a block. Its rows lie within one row of the table.
+// The visible units of a block for a strip of rows, which lie within one row of the table.
 struct Strip {
   int64_t i0;
   int rows;
@@ -124,7 +124,7 @@ struct Strip {
 
   Strip(const Call& c, const Head& h, const KeyBlock& b, int64_t first, int count, UnitRange within)
       : i0(first), rows(count) {
-    const Rows extremes(h, i0, i0 + rows);
+    const RowExtremes extremes(h, i0, i0 + rows);
     for (int u = within.first; u < within.end; u++) {
       const int entry = table_entry(c, h, i0, b.k0 + u * UNIT);
       kind[u] = entry ? kind_of(extremes, b.range[u]) : 0;
@@ -136,7 +136,7 @@ struct Strip {
   int end() const { return units.end * UNIT; }
 };
 
-// Logits of masked pairs become MASKED; s [rows x ld], column 0 is the block's first key.
+// Sets the logits of masked pairs to MASKED; column 0 of s [rows x ld] is the block's first key.
 INLINE void mask_strip(const Call& c, const Head& h, const KeyBlock& b, const Strip& strip,
                        float* s, int64_t ld) {
   const vi lane = lanes();
@@ -151,8 +151,8 @@ INLINE void mask_strip(const Call& c, const Head& h, const KeyBlock& b, const St
       for (int j = 0; j < UNIT; j += LANES) {
         const vi position = load(b.position + u * UNIT + j), id = load(b.id + u * UNIT + j);
         const vi bit = reinterpret_cast<vi>(splat(word >> j)) >> lane & 1;
-        const vi seen = (position >= row.lo) & (position < row.hi) & (id == row.id) & (bit != 0);
-        store(at + j, seen ? load(at + j) : splat(MASKED));
+        const vi visible = (position >= row.lo) & (position < row.hi) & (id == row.id) & (bit != 0);
+        store(at + j, visible ? load(at + j) : splat(MASKED));
       }
     }
   }

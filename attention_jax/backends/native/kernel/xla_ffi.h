@@ -1,8 +1,8 @@
-// XLA's stable C interface for custom calls: the part that we use, declared by us.
+// The declarations that we need of XLA's stable C interface for custom calls.
 //
 // Names and layouts follow xla/ffi/api/c_api.h, version 0.3, so that the build needs neither jaxlib
 // nor XLA's headers. Newer versions only append fields. XLA asks every handler for the version that
-// it was compiled for (see `answers_metadata` in frame.h) and refuses one that it does not support.
+// it was compiled for (see `answer_metadata_query` in frame.h) and rejects unsupported ones.
 #pragma once
 #include <cstddef>
 #include <cstdint>
