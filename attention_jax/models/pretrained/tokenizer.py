@@ -193,16 +193,15 @@ class Tokenizer:
 
     def _row(self, example: int, first: Any, second: Any) -> Row:
         e = self.backend.post_process(first, second)
-
-        def indices(values: Sequence[int | None]) -> np.ndarray:
-            return np.array([-1 if x is None else x for x in values], np.int32)
-
+        # Its sequence_ids lose the first text of some pairs.
+        text = np.array(e.special_tokens_mask, np.int32) * -1
+        text[np.flatnonzero(text == 0)[len(first) :]] = 1
         return Row(
             np.array(e.ids, np.int32),
             np.array(e.type_ids, np.int32),
             np.array(e.offsets, np.int32).reshape(-1, 2),
-            indices(e.sequence_ids),
-            indices(e.word_ids),
+            text,
+            np.array([-1 if x is None else x for x in e.word_ids], np.int32),
             example,
         )
 
