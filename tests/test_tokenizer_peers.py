@@ -19,6 +19,13 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::F
 
 WORDS = ["The", "cats", "sat", "on", "mat", "?", "dog", "é😀"]
 LENGTHS = [0, 1, 3, 4, 7, 12]
+BERT_SIZES = {
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "intermediate_size": 40,
+    "max_position_embeddings": 9,
+}
 
 
 def texts(seed, n):
@@ -48,7 +55,11 @@ def assert_same(rows, expected):
         np.testing.assert_array_equal(row.text[real] == 1, row.types[real] == 1)
 
 
-OPTIONS = {"return_offsets_mapping": True, "return_special_tokens_mask": True}
+OPTIONS = {
+    "return_offsets_mapping": True,
+    "return_special_tokens_mask": True,
+    "return_token_type_ids": True,
+}
 
 
 @pytest.mark.parametrize("length", [5, 6, 8, 11])
@@ -91,8 +102,7 @@ def test_words_equal_hugging_face(both):
 @pytest.mark.parametrize("normalize", [True, False])
 def test_sentence_embeddings(tmp_path, pool, normalize):
     """Their formulas: sentence-transformers itself is not needed."""
-    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3}
-    config = transformers.BertConfig(11, **sizes, intermediate_size=40, max_position_embeddings=9)
+    config = transformers.BertConfig(vocab_size=11, **BERT_SIZES)
     torch.manual_seed(0)
     model = transformers.BertModel(config).eval()
     model.save_pretrained(tmp_path)
