@@ -35,8 +35,8 @@ def test_embeddings_do_not_depend_on_the_batch(folder):
     np.testing.assert_allclose(np.linalg.norm(got, axis=1), 1, rtol=1e-5)
     alone = embed(model, tokenizer, TEXTS[1:2])
     np.testing.assert_allclose(got[1:2], alone, rtol=1e-4, atol=1e-5)
-    turned = embed(model, tokenizer, TEXTS[::-1], batch_size=2)
-    np.testing.assert_allclose(got[::-1], turned, rtol=1e-4, atol=1e-5)
+    backwards = embed(model, tokenizer, TEXTS[::-1], batch_size=2)
+    np.testing.assert_allclose(got[::-1], backwards, rtol=1e-4, atol=1e-5)
     assert np.ptp(got, axis=0).max() > 0.1
 
 

@@ -5,6 +5,7 @@ import json
 import warnings
 
 import checkpoints
+import numpy as np
 import pytest
 
 from attention_jax.models import pretrained
@@ -40,6 +41,14 @@ def test_a_text(tokenizer):
     assert cut.tolist() == [0]
     assert tokenizer.strings(row.tokens)[2:4] == ["cat", "##s"]
     assert tokenizer.decode(row.tokens[4:]) == "sat on the mat"
+
+
+def test_a_tokenizer_is_saved(tokenizer, tmp_path):
+    (tmp_path / "tuned").mkdir()
+    tokenizer.save(tmp_path / "tuned")
+    again = pretrained.load_tokenizer(tmp_path / "tuned")
+    (a,), (b,) = tokenizer([TEXT]).rows, again([TEXT]).rows
+    np.testing.assert_array_equal(a.tokens, b.tokens)
 
 
 def test_characters_are_counted_not_bytes(tokenizer):

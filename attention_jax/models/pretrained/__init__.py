@@ -17,6 +17,19 @@ downloaded, and torch is not needed:
 >>> generate(model, np.array([[3, 1]]), max_new_tokens=3).tokens.shape
 (1, 3)
 
+A BERT checkpoint with a head is a ``Classifier``, ``Tagger`` or ``Reader``. To fine-tune one with
+other labels, or without a head, put a fresh one on its encoder:
+
+>>> from attention_jax.models import Encoder, EncoderConfig, classifier
+>>> bert = EncoderConfig(10, Layers(features=8, num_layers=1, num_heads=2, order="post"), types=2,
+...                      embedding_norm=True)
+>>> pretrained.save(Encoder(bert, rngs=nnx.Rngs(0)), folder)
+>>> encoder = pretrained.load(folder, config={"architectures": ["BertModel"]})
+>>> model = classifier(encoder, ["ham", "spam"], rngs=nnx.Rngs(0))
+>>> pretrained.save(model, folder)
+>>> pretrained.load(folder).config.labels
+('ham', 'spam')
+
 Nothing is ignored silently. An entry of ``config.json`` that would change the result and is not
 supported is refused by name, and so are tensors that are missing, unexpected, of another shape, or
 not equal to the tensor they should be a copy of. Tensors of a pretraining head that the model does

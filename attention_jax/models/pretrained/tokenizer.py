@@ -168,6 +168,10 @@ class Tokenizer:
         """The text of tokens, without special ones."""
         return str(self.backend.decode([int(token) for token in tokens]))
 
+    def save(self, folder: str | PathLike[str]) -> None:
+        """Writes ``tokenizer.json``, into the folder of a fine-tuned model for example."""
+        self.backend.save(str(Path(folder) / FILE))
+
     def _limit(self, max_length: int | None) -> int:
         if max_length is None:
             return NO_LIMIT if self.max_length is None else self.max_length
