@@ -4,6 +4,7 @@ import json
 
 import checkpoints
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from checkpoints import TOKENS, assert_same
@@ -110,6 +111,18 @@ def test_names_of_labels_are_read_and_saved(saved):
     assert entries["label2id"] == {"O": 0, "B": 1, "I": 2}
     renamed = {"id2label": {0: "x", 1: "y", 2: "z"}, "label2id": None}
     assert pretrained.load(folder, config=renamed).config.labels == ("x", "y", "z")
+
+
+def test_heads_in_bfloat16(saved, tmp_path):
+    folder, _ = saved("bert tags")
+    model = pretrained.load(folder, param_dtype=jnp.bfloat16)
+    layers = model.config.encoder.layers
+    assert (layers.dtype, layers.param_dtype) == (None, jnp.bfloat16)
+    assert {x.dtype for x in parameters(model)} == {jnp.dtype(jnp.bfloat16)}
+    assert jax.eval_shape(model, TOKENS).dtype == jnp.float32
+    pretrained.save(model, tmp_path / "again")
+    again = pretrained.load(tmp_path / "again")
+    assert again.config == checkpoints.make("bert tags").config
 
 
 @pytest.mark.parametrize(
