@@ -1,6 +1,8 @@
 """Training over a mesh and over several processes, on loopback addresses."""
 
 import contextlib
+import functools
+import itertools
 import json
 import os
 import re
@@ -8,16 +10,22 @@ import socket
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
+import chex
+import jax
 import numpy as np
 import pytest
 from compiling import flags_of_one_device
 from line import PLAIN, equal, parameters, train_line
 
 from experiments.__main__ import main
+from experiments.tasks import TASKS, fewshot, load
+from experiments.tasks.fewshot import pretraining
 from experiments.training import layout, runs
 from experiments.training.runs import Flags
+from experiments.training.task import Rows
 
 ROOT = Path(__file__).parents[1]
 TIMEOUT = 120  # seconds for anything that processes do
@@ -130,6 +138,56 @@ def test_other_processes_learn_that_the_first_could_not_start(monkeypatch):
     assert sent == [1]
 
 
+# --- What each process reads.
+
+
+def parts_of(batches):
+    """The first batches whole, and of two and of four processes, joined."""
+    for parts in (1, 2, 4):
+        each = [itertools.islice(batches(Rows(i, i + 1, parts)), 2) for i in range(parts)]
+        together = list(zip(*each, strict=True))
+        assert len({np.shape(x)[0] for batch in together[0] for x in jax.tree.leaves(batch)}) == 1
+        yield [jax.tree.map(lambda *xs: np.concatenate(xs), *batch) for batch in together]
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_the_rows_of_all_processes_are_the_batch_of_one(name):
+    task = load(name)
+    config = task.presets["smoke"]
+    data = task.data(config)
+    whole, *joined = parts_of(functools.partial(task.batches, config, data, 3))
+    for batches in joined:
+        chex.assert_trees_all_equal(batches, whole)
+
+
+def test_the_rows_of_all_processes_in_pretraining_are_the_batch_of_one():
+    config = fewshot.PRESETS["smoke"]
+    data = fewshot.load(config)
+    whole, *joined = parts_of(functools.partial(pretraining.masked_batches, config, data))
+    for batches in joined:
+        chex.assert_trees_all_equal(batches, whole)
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis", "expected"),
+    [
+        ((8,), 0, [Rows(0, 2, 8), Rows(2, 4, 8), Rows(4, 6, 8), Rows(6, 8, 8)]),
+        ((2, 4), 0, [Rows(0, 1, 2), Rows(0, 1, 2), Rows(1, 2, 2), Rows(1, 2, 2)]),
+        ((4, 2), 1, [Rows(0, 2, 2)] * 4),
+    ],
+)
+def test_a_process_reads_the_rows_of_its_devices(shape, axis, expected):
+    """Of four processes with two devices each."""
+    devices = [types.SimpleNamespace(process_index=i // 2) for i in range(8)]
+    grid = np.array(devices).reshape(shape)
+    assert [layout.rows_of(grid, axis, process) for process in range(4)] == expected
+
+
+def test_a_batch_that_is_not_split_equally_raises():
+    with pytest.raises(ValueError, match="a multiple of the 4 devices along data, got 6 examples"):
+        Rows(0, 1, 4).of(np.arange(6))
+
+
 # --- Several processes.
 
 
@@ -204,8 +262,11 @@ def test_two_processes_train_as_one_and_resume_as_one(tmp_path):
             np.testing.assert_allclose(found[name], x, rtol=1e-4, atol=1e-6)
 
     compare(finished(tmp_path / "two", 8, plain=True), alone("one", 8))
-    assert "step 4" in (tmp_path / "two" / "0.txt").read_text()
-    assert "step 4" not in (tmp_path / "two" / "1.txt").read_text()
+    first, second = ((tmp_path / "two" / f"{i}.txt").read_text() for i in range(2))
+    assert "step 4" in first
+    assert "step 4" not in second
+    assert str(Rows(0, 1, 2)) in first
+    assert str(Rows(1, 2, 2)) in second
     lines = (tmp_path / "two" / "log.jsonl").read_text().splitlines()
     assert len({line["step"] for line in map(json.loads, lines) if "loss" in line}) == 8
     compare(alone("two", 10), alone("one", 10))

@@ -2,7 +2,7 @@
 
 ``--mesh data=2,model=2`` gives the mesh; ``--fsdp`` also shards parameters and optimizer state.
 With ``--coordinator``, several processes train one model, each with its own devices: every process
-assembles the batch, a function of seed and step, and puts only its own part on its devices.
+assembles the rows of each batch that its devices need.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from attention_jax.models import sharding
 from attention_jax.models.layers import Stack
 from experiments.options import nearest
+from experiments.training.task import ALL, Rows
 
 T = TypeVar("T")
 
@@ -51,6 +52,14 @@ class Layout:
         return int(self.mesh.shape.get("data", 1))
 
     @property
+    def rows(self) -> Rows:
+        """The rows of every batch that the devices of this process need."""
+        if self.parts == 1:
+            return ALL
+        axis = self.mesh.axis_names.index("data")
+        return rows_of(self.mesh.devices, axis, jax.process_index())
+
+    @property
     def per_device_gradients(self) -> bool:
         """Whether each device computes a gradient of its own, to be summed as one vector.
 
@@ -71,9 +80,18 @@ class Layout:
         return jax.tree.map(_put, tree, self.shardings(tree))
 
     def put_batch(self, batch: T) -> T:
-        """A batch, of which each device gets its examples."""
+        """A batch on the devices, from the rows of this process."""
         placed = NamedSharding(self.mesh, PartitionSpec("data" if self.parts > 1 else None))
-        return jax.tree.map(lambda x: _put(np.asarray(x), placed), batch)
+        if placed.is_fully_addressable:
+            return jax.device_put(batch, placed)
+        rows = self.rows
+
+        def put(x: Any) -> jax.Array:
+            x = np.asarray(x)
+            whole = (rows.size_of_batch(len(x)), *x.shape[1:])
+            return jax.make_array_from_process_local_data(placed, x, whole)
+
+        return jax.tree.map(put, batch)
 
     def prepared(self, model: Any) -> Any:
         """The model, with its sequences split if the mesh has an axis ``context``.
@@ -144,6 +162,18 @@ def rules_of(axes: Iterable[str], *, fsdp: bool) -> sharding.Rules:
     if fsdp and not axes & {"data", "context"}:  # ``sharding.rules`` knows of no option mesh
         raise ValueError("fsdp needs an axis data or context in mesh, got none")
     return sharding.rules(**{name: name for name in axes}, fsdp=fsdp)
+
+
+def rows_of(devices: np.ndarray, axis: int, process: int) -> Rows:
+    """The rows of every batch that a process needs.
+
+    Args:
+      devices: of the mesh.
+      axis: that of ``data``.
+      process: which process.
+    """
+    mine = [at[axis] for at, x in np.ndenumerate(devices) if x.process_index == process]
+    return Rows(min(mine), max(mine) + 1, devices.shape[axis])
 
 
 def split_sequences(model: nnx.Module) -> int:

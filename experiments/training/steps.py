@@ -27,7 +27,7 @@ from experiments.training import adversarial, optimizers
 from experiments.training.config import TrainConfig
 from experiments.training.layout import Layout, whole
 from experiments.training.layout import layout as make_layout
-from experiments.training.task import Batch, Loss, Model
+from experiments.training.task import Batch, Loss, Model, Rows
 
 
 class State(NamedTuple):
@@ -53,9 +53,11 @@ class Trainer(NamedTuple):
     """Puts a state on the devices."""
     update: Callable[[State, Batch, int], tuple[State, jax.Array, jax.Array, jax.Array]]
     """One step: the new state, the loss, the number of its terms, and the norm of the gradient. The
-    old state is donated."""
+    batch has the rows of this process; the old state is donated."""
     model: Callable[[Any], Model]
     """The model with these weights, in evaluation mode."""
+    rows: Rows
+    """Which rows of every batch this process needs."""
 
 
 def trainer(
@@ -96,7 +98,7 @@ def trainer(
         with jax.set_mesh(layout.mesh) if layout.mesh.size > 1 else contextlib.nullcontext():
             return update(state, layout.put_batch(batch), step, on_devices)
 
-    return Trainer(initial=initial, put=layout.put, update=step, model=evaluated)
+    return Trainer(initial=initial, put=layout.put, update=step, model=evaluated, rows=layout.rows)
 
 
 def _update(

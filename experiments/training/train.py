@@ -107,7 +107,7 @@ def train(
         profile=flags.profile,
     ) as log:
         done = progress.finished or progress.step >= config.steps
-        batches = task.batches(config, data, progress.step)
+        batches = task.batches(config, data, progress.step, training.rows)
         while not done:
             step, batch = progress.step, next(batches)
             with log.profile(step):
@@ -140,7 +140,8 @@ def train(
 
 
 def _write_batch(batch: Batch, folder: Path, step: int) -> Path:
-    file = folder / f"batch-{step}.npz"
+    part = f"-process-{jax.process_index()}" if jax.process_count() > 1 else ""
+    file = folder / f"batch-{step}{part}.npz"
     leaves, _ = jax.tree.flatten_with_path(batch)
     file.parent.mkdir(parents=True, exist_ok=True)
     named = {jax.tree_util.keystr(p, simple=True, separator="."): x for p, x in leaves}
