@@ -355,6 +355,31 @@ WRONG = [
 ]
 
 
+IDS = masks.segments(np.zeros(T, np.int32))  # the ids of all devices for the local queries
+
+
+@pytest.mark.parametrize(
+    ("options", "words", "letters"),
+    [
+        ({"query_positions": np.zeros(T, np.int32)}, "expected .* T = 6", "T is"),
+        ({"mask": IDS}, r"shape \(24,\)", "T is"),
+        ({"mask": IDS, "strategy": "ring"}, r"shape \(24,\)", "T is"),
+        ({"mask": np.ones((5, T), bool)}, r"shape \(5, 24\)", "T is"),
+        ({"mask": np.ones((5, T), bool), "strategy": "ring"}, r"shape \(5, 6\)", "T and S are"),
+    ],
+)
+def test_errors_about_lengths_say_that_they_are_local(options, words, letters):
+    local = rf"\({letters} (a )?local lengths?; axis_name 'seq' has 4 devices\)"
+    with pytest.raises(ValueError, match=f"{words}.*{local}"):
+        local_call(**options)
+
+
+def test_other_errors_do_not_mention_lengths():
+    with pytest.raises(ValueError, match=r"dropout_rate") as raised:
+        local_call(dropout_rate=1.5)
+    assert "local" not in str(raised.value)
+
+
 @pytest.mark.parametrize(("options", "error", "words"), WRONG)
 def test_wrong_arguments(options, error, words):
     with pytest.raises(error, match=words):
