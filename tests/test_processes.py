@@ -1,6 +1,7 @@
 """Training over a mesh and over several processes, on loopback addresses."""
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 import json
@@ -18,14 +19,18 @@ import jax
 import numpy as np
 import pytest
 from compiling import flags_of_one_device
-from line import PLAIN, equal, parameters, train_line
+from flax import nnx
+from line import LINE, PLAIN, Line, equal, parameters, train_line
 
 from experiments.__main__ import main
 from experiments.tasks import TASKS, fewshot, load
 from experiments.tasks.fewshot import pretraining
 from experiments.training import layout, runs
+from experiments.training.config import choices
 from experiments.training.runs import Flags
+from experiments.training.steps import trainer
 from experiments.training.task import Rows
+from experiments.training.train import train
 
 ROOT = Path(__file__).parents[1]
 TIMEOUT = 120  # seconds for anything that processes do
@@ -69,6 +74,77 @@ def test_a_decoder_is_trained_over_a_mesh(tmp_path, expected, mesh):
     fsdp = () if mesh == "model=2" else ("--fsdp",)
     found = losses(tmp_path / "run", "--steps", "2", "--mesh", mesh, *fsdp)
     np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+def assert_in_shards(state, split):
+    """No array is replicated that a rule shards."""
+    arrays, expected = jax.tree.leaves(state), jax.tree.leaves(split.shardings(state))
+    assert any(not x.is_fully_replicated for x in arrays)
+    for x, placed in zip(arrays, expected, strict=True):
+        assert x.sharding.is_equivalent_to(placed, x.ndim)
+
+
+def recorded(seen):
+    """``shakespeare``, with the models that are made and evaluated in ``seen``."""
+    task = load("shakespeare")
+
+    def init(*arguments):
+        model = task.init(*arguments)
+        seen.append(isinstance(jax.tree.leaves(nnx.state(model, nnx.Param))[0], jax.core.Tracer))
+        return model
+
+    def evaluate(config, model, data, split):
+        seen.append(nnx.state(model, nnx.Param))
+        return {"nats": 0.0}
+
+    return dataclasses.replace(task, init=init, evaluate=evaluate)
+
+
+def test_a_model_is_created_in_shards():
+    seen = []
+    task = recorded(seen)
+    config = dataclasses.replace(task.presets["smoke"], ema=0.9)
+    split, data = layout.layout("data=2,model=2", fsdp=True), task.data(config)
+    model = split.create(lambda: task.init(config, data, nnx.Rngs(0)))
+    assert all(seen)
+    assert_in_shards(nnx.state(model, nnx.Param), split)
+    training = trainer(task.loss, config, model, split)
+    for state in training.initial:
+        assert_in_shards(state, split)
+    assert_in_shards(nnx.state(training.model(training.initial.weights), nnx.Param), split)
+
+
+@pytest.mark.slow
+def test_a_run_evaluates_and_returns_shards(tmp_path):
+    seen = []
+    task = recorded(seen)
+    config = dataclasses.replace(task.presets["smoke"], steps=2)
+    split = layout.layout("data=2", fsdp=True)
+    flags = Flags(mesh="data=2", fsdp=True)
+    trained = train(task, config, task.data(config), tmp_path, flags)
+    for state in (seen[-1], trained.state, nnx.state(trained.model, nnx.Param)):
+        assert_in_shards(state, split)
+
+
+def test_replicated_weights_are_evaluated_on_one_device():
+    config = LINE.presets["only"]
+    split = layout.layout("data=4", fsdp=False)
+    training = trainer(LINE.loss, config, split.create(lambda: Line(nnx.Rngs(0))), split)
+    for x in jax.tree.leaves(nnx.state(training.model(training.initial.weights))):
+        assert x.sharding.device_set == {jax.devices()[0]}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_models_are_traced_unless_they_are_fitted(name):
+    task = load(name)
+    preset = task.presets["smoke"]
+    models = choices(type(preset), "model")
+    assert set(task.fitted) <= set(models)
+    for model in set(models) - set(task.fitted):
+        config = dataclasses.replace(preset, model=model)
+        data = task.data(config)
+        made = nnx.eval_shape(lambda c=config, d=data: task.init(c, d, nnx.Rngs(0)))
+        assert jax.tree.leaves(nnx.state(made, nnx.Param))
 
 
 @pytest.mark.slow

@@ -271,6 +271,7 @@ def task(
         metric=metric,
         larger=True,
         unit="sentences",
+        fitted=("naive_bayes",),
         sample=sample,
         look=look,
     )

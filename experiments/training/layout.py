@@ -14,7 +14,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import jax
@@ -74,6 +74,17 @@ class Layout:
     def shardings(self, tree: Any) -> Any:
         """The sharding of every array of a state."""
         return sharding.shardings(tree, self.mesh, self.rules)
+
+    def create(self, make: Callable[[], Any], *, traced: bool = True) -> Any:
+        """A fresh model; over several devices, each only allocates its shards.
+
+        Args:
+          make: creates the model.
+          traced: whether ``make`` can be traced; else the model is created whole, on one device.
+        """
+        if self.mesh.size == 1 or not traced:
+            return make()
+        return sharding.create(make, self.mesh, self.rules)
 
     def put(self, tree: T) -> T:
         """A state on the devices, each with its shards."""
@@ -222,14 +233,21 @@ def _put(x: Any, placed: Any) -> Any:
     return jax.make_array_from_callback(whole.shape, placed, lambda index: whole[index])
 
 
-def whole(tree: T) -> T:
-    """The arrays of a state on one device of this process, gathered from all shards."""
+def for_evaluation(tree: T) -> T:
+    """The arrays of a state for programs that this process runs by itself.
+
+    They stay in shards if all of these are here, and are gathered from several processes. Without
+    any shards they are those of one device, so that only one computes.
+    """
+    arrays = jax.tree.leaves(tree)
+    if all(x.is_fully_replicated for x in arrays):
+        return jax.tree.map(lambda x: x.addressable_data(0), tree)
+    if all(x.is_fully_addressable for x in arrays):
+        return tree
 
     def gathered(x: Any) -> Any:
-        if len(x.sharding.device_set) == 1:
-            return x
-        if x.is_fully_addressable:
-            return jax.numpy.asarray(jax.device_get(x))
+        if x.is_fully_replicated:
+            return x.addressable_data(0)
         return jax.numpy.asarray(multihost_utils.process_allgather(x, tiled=True))
 
     return jax.tree.map(gathered, tree)

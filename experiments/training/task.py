@@ -183,7 +183,8 @@ class Task(Generic[C, D]):
     data: Callable[[C], D]
     """Reads all the data, split."""
     init: Callable[[C, D, nnx.Rngs], Model]
-    """Makes a fresh model. A model without parameters is fitted here and not trained."""
+    """Makes a fresh model; traced over several devices, so that each only creates its shards. A
+    model without parameters is fitted here and not trained."""
     batches: Callable[[C, D, int, Rows], Iterator[Batch]]
     """An endless iterator of training batches from a given step on, of each only the given rows. It
     must be a function of its arguments: a resumed run then gets the batches that it would have had,
@@ -198,6 +199,8 @@ class Task(Generic[C, D]):
     """Whether larger is better."""
     unit: str
     """What the loss counts, for the speed."""
+    fitted: Sequence[str] = ()
+    """Values of the option ``model`` for which ``init`` computes with data: it is not traced."""
     signature: Callable[[], str] | None = None
     """How the metric was computed, where a standard has a name for that (sacreBLEU's signature)."""
     sample: Callable[[C, Model, D, str | None], str] | None = None

@@ -168,6 +168,7 @@ TASK = Task(
     metric="f1",
     larger=True,
     unit="words",
+    fitted=("most_frequent",),
     sample=sample,
     look=look,
 )

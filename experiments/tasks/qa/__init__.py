@@ -248,6 +248,7 @@ TASK = Task(
     metric="f1",
     larger=True,
     unit="questions",
+    fitted=("overlap",),
     sample=sample,
     look=look,
 )

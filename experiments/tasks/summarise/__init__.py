@@ -194,6 +194,7 @@ TASK = Task(
     metric="rouge_l",
     larger=True,
     unit="words",
+    fitted=("lead", "best_sentence"),
     sample=sample,
     look=look,
 )
