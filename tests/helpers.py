@@ -79,12 +79,6 @@ def linear(module, x):
     return y if module.bias is None else y + np.asarray(module.bias[...])
 
 
-# --- Compiled programs.
-
-# Matches each operation of a program as text that sends data between devices.
-COLLECTIVES = r" (all-gather|all-reduce|reduce-scatter|collective-permute|all-to-all)(?:-start)?\("
-
-
 # --- Marks.
 
 needs_files = pytest.mark.skipif(

@@ -35,10 +35,10 @@ class Line(nnx.Module):
         return self.dropout(self.linear(x))
 
 
-def batches(config, data, step):
+def batches(config, data, step, rows):
     while True:
         x = np.random.default_rng([config.seed, step]).normal(size=(config.batch_size, 1))
-        x = x.astype(np.float32)
+        x = rows.of(x.astype(np.float32))
         yield x, data[0] * x + data[1]
         step += 1
 
@@ -46,8 +46,9 @@ def batches(config, data, step):
 def slowly(pause):
     """Batches with a pause before each."""
 
-    def wait(config, data, step):
-        for batch in batches(config, data, step):
+    def wait(config, data, step, rows):
+        print(f"{rows}", flush=True)
+        for batch in batches(config, data, step, rows):
             time.sleep(pause)
             yield batch
 

@@ -30,8 +30,8 @@ def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path):
     class InterruptedRunError(Exception):
         pass
 
-    def interrupted(config, data, step):
-        for n, batch in enumerate(batches(config, data, step), step):
+    def interrupted(config, data, step, rows):
+        for n, batch in enumerate(batches(config, data, step, rows), step):
             if n == 25:
                 raise InterruptedRunError
             yield batch

@@ -39,9 +39,9 @@ def test_splits_are_disjoint_stratified_and_fixed(digit_data):
 def test_shifted_moves_images_by_whole_pixels():
     rng = np.random.default_rng(0)
     before = rng.uniform(size=(50, 8, 8)).astype(np.float32)
-    np.testing.assert_array_equal(images.shifted(before, 0, rng), before)
-    shifts = set()
-    for image, after in zip(before, images.shifted(before, 1, rng), strict=True):
+    np.testing.assert_array_equal(images.shifted(before, np.zeros((50, 2), int)), before)
+    shifts, random = set(), rng.integers(-1, 2, (50, 2))
+    for image, after in zip(before, images.shifted(before, random), strict=True):
         padded = np.pad(image, 1)
         windows = {(i, j): padded[i : i + 8, j : j + 8] for i in range(3) for j in range(3)}
         matches = [shift for shift, w in windows.items() if np.array_equal(w, after)]

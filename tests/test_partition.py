@@ -1,7 +1,6 @@
 """Arrays that are sharded over Auto mesh axes: who computes what, and what is sent."""
 
 import functools
-import re
 import subprocess
 import sys
 
@@ -11,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from contract import needs_native
-from helpers import COLLECTIVES, jax_normal, mostly_slow
+from helpers import jax_normal, mostly_slow
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import attention_jax as aj
 from attention_jax import masks, scores
+from experiments.bench.programs import counts
 
 B, T, N, K, H = 8, 40, 8, 4, 8
 
@@ -31,7 +31,8 @@ def put(mesh, spec, x):
 
 
 def collectives(fn, *arguments):
-    return sorted(re.findall(COLLECTIVES, jax.jit(fn).lower(*arguments).compile().as_text()))
+    found = counts(jax.jit(fn).lower(*arguments).compile().as_text())
+    return sorted(found.elements())
 
 
 def inputs():

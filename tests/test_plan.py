@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from experiments.__main__ import main
-from experiments.plan.ahead import collectives
+from experiments.bench.programs import sent
 from experiments.plan.command import RESULTS, table
 from experiments.plan.estimate import Options, abstract, estimate
 
@@ -75,7 +75,7 @@ def test_only_results_of_collectives_are_counted():
       %d = (f32[4]{0}, f32[8]{0}) all-reduce-start(%p, %q), to_apply=%add
       %e = f32[3]{0} all-reduce(%p), to_apply=%add
     """
-    assert collectives(program) == {
+    assert sent(program) == {
         "all-gather": [2 * 16 * 8],
         "reduce-scatter": [4 * (2 + 4)],
         "all-reduce": [4 * (4 + 8), 4 * 3],

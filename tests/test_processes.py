@@ -1,6 +1,9 @@
 """Training over a mesh and over several processes, on loopback addresses."""
 
 import contextlib
+import dataclasses
+import functools
+import itertools
 import json
 import os
 import re
@@ -8,16 +11,26 @@ import socket
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
+import chex
+import jax
 import numpy as np
 import pytest
 from compiling import flags_of_one_device
-from line import PLAIN, equal, parameters, train_line
+from flax import nnx
+from line import LINE, PLAIN, Line, equal, parameters, train_line
 
 from experiments.__main__ import main
+from experiments.tasks import TASKS, fewshot, load
+from experiments.tasks.fewshot import pretraining
 from experiments.training import layout, runs
+from experiments.training.config import choices
 from experiments.training.runs import Flags
+from experiments.training.steps import trainer
+from experiments.training.task import Rows
+from experiments.training.train import train
 
 ROOT = Path(__file__).parents[1]
 TIMEOUT = 120  # seconds for anything that processes do
@@ -61,6 +74,77 @@ def test_a_decoder_is_trained_over_a_mesh(tmp_path, expected, mesh):
     fsdp = () if mesh == "model=2" else ("--fsdp",)
     found = losses(tmp_path / "run", "--steps", "2", "--mesh", mesh, *fsdp)
     np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+def assert_in_shards(state, split):
+    """No array is replicated that a rule shards."""
+    arrays, expected = jax.tree.leaves(state), jax.tree.leaves(split.shardings(state))
+    assert any(not x.is_fully_replicated for x in arrays)
+    for x, placed in zip(arrays, expected, strict=True):
+        assert x.sharding.is_equivalent_to(placed, x.ndim)
+
+
+def recorded(seen):
+    """``shakespeare``, with the models that are made and evaluated in ``seen``."""
+    task = load("shakespeare")
+
+    def init(*arguments):
+        model = task.init(*arguments)
+        seen.append(isinstance(jax.tree.leaves(nnx.state(model, nnx.Param))[0], jax.core.Tracer))
+        return model
+
+    def evaluate(config, model, data, split):
+        seen.append(nnx.state(model, nnx.Param))
+        return {"nats": 0.0}
+
+    return dataclasses.replace(task, init=init, evaluate=evaluate)
+
+
+def test_a_model_is_created_in_shards():
+    seen = []
+    task = recorded(seen)
+    config = dataclasses.replace(task.presets["smoke"], ema=0.9)
+    split, data = layout.layout("data=2,model=2", fsdp=True), task.data(config)
+    model = split.create(lambda: task.init(config, data, nnx.Rngs(0)))
+    assert all(seen)
+    assert_in_shards(nnx.state(model, nnx.Param), split)
+    training = trainer(task.loss, config, model, split)
+    for state in training.initial:
+        assert_in_shards(state, split)
+    assert_in_shards(nnx.state(training.model(training.initial.weights), nnx.Param), split)
+
+
+@pytest.mark.slow
+def test_a_run_evaluates_and_returns_shards(tmp_path):
+    seen = []
+    task = recorded(seen)
+    config = dataclasses.replace(task.presets["smoke"], steps=2)
+    split = layout.layout("data=2", fsdp=True)
+    flags = Flags(mesh="data=2", fsdp=True)
+    trained = train(task, config, task.data(config), tmp_path, flags)
+    for state in (seen[-1], trained.state, nnx.state(trained.model, nnx.Param)):
+        assert_in_shards(state, split)
+
+
+def test_replicated_weights_are_evaluated_on_one_device():
+    config = LINE.presets["only"]
+    split = layout.layout("data=4", fsdp=False)
+    training = trainer(LINE.loss, config, split.create(lambda: Line(nnx.Rngs(0))), split)
+    for x in jax.tree.leaves(nnx.state(training.model(training.initial.weights))):
+        assert x.sharding.device_set == {jax.devices()[0]}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_models_are_traced_unless_they_are_fitted(name):
+    task = load(name)
+    preset = task.presets["smoke"]
+    models = choices(type(preset), "model")
+    assert set(task.fitted) <= set(models)
+    for model in set(models) - set(task.fitted):
+        config = dataclasses.replace(preset, model=model)
+        data = task.data(config)
+        made = nnx.eval_shape(lambda c=config, d=data: task.init(c, d, nnx.Rngs(0)))
+        assert jax.tree.leaves(nnx.state(made, nnx.Param))
 
 
 @pytest.mark.slow
@@ -128,6 +212,56 @@ def test_other_processes_learn_that_the_first_could_not_start(monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         runs.start_together(None, None, preset="cpu", flags=Flags())
     assert sent == [1]
+
+
+# --- What each process reads.
+
+
+def parts_of(batches):
+    """The first batches whole, and of two and of four processes, joined."""
+    for parts in (1, 2, 4):
+        each = [itertools.islice(batches(Rows(i, i + 1, parts)), 2) for i in range(parts)]
+        together = list(zip(*each, strict=True))
+        assert len({np.shape(x)[0] for batch in together[0] for x in jax.tree.leaves(batch)}) == 1
+        yield [jax.tree.map(lambda *xs: np.concatenate(xs), *batch) for batch in together]
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_the_rows_of_all_processes_are_the_batch_of_one(name):
+    task = load(name)
+    config = task.presets["smoke"]
+    data = task.data(config)
+    whole, *joined = parts_of(functools.partial(task.batches, config, data, 3))
+    for batches in joined:
+        chex.assert_trees_all_equal(batches, whole)
+
+
+def test_the_rows_of_all_processes_in_pretraining_are_the_batch_of_one():
+    config = fewshot.PRESETS["smoke"]
+    data = fewshot.load(config)
+    whole, *joined = parts_of(functools.partial(pretraining.masked_batches, config, data))
+    for batches in joined:
+        chex.assert_trees_all_equal(batches, whole)
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis", "expected"),
+    [
+        ((8,), 0, [Rows(0, 2, 8), Rows(2, 4, 8), Rows(4, 6, 8), Rows(6, 8, 8)]),
+        ((2, 4), 0, [Rows(0, 1, 2), Rows(0, 1, 2), Rows(1, 2, 2), Rows(1, 2, 2)]),
+        ((4, 2), 1, [Rows(0, 2, 2)] * 4),
+    ],
+)
+def test_a_process_reads_the_rows_of_its_devices(shape, axis, expected):
+    """Of four processes with two devices each."""
+    devices = [types.SimpleNamespace(process_index=i // 2) for i in range(8)]
+    grid = np.array(devices).reshape(shape)
+    assert [layout.rows_of(grid, axis, process) for process in range(4)] == expected
+
+
+def test_a_batch_that_is_not_split_equally_raises():
+    with pytest.raises(ValueError, match="a multiple of the 4 devices along data, got 6 examples"):
+        Rows(0, 1, 4).of(np.arange(6))
 
 
 # --- Several processes.
@@ -204,8 +338,11 @@ def test_two_processes_train_as_one_and_resume_as_one(tmp_path):
             np.testing.assert_allclose(found[name], x, rtol=1e-4, atol=1e-6)
 
     compare(finished(tmp_path / "two", 8, plain=True), alone("one", 8))
-    assert "step 4" in (tmp_path / "two" / "0.txt").read_text()
-    assert "step 4" not in (tmp_path / "two" / "1.txt").read_text()
+    first, second = ((tmp_path / "two" / f"{i}.txt").read_text() for i in range(2))
+    assert "step 4" in first
+    assert "step 4" not in second
+    assert str(Rows(0, 1, 2)) in first
+    assert str(Rows(1, 2, 2)) in second
     lines = (tmp_path / "two" / "log.jsonl").read_text().splitlines()
     assert len({line["step"] for line in map(json.loads, lines) if "loss" in line}) == 8
     compare(alone("two", 10), alone("one", 10))

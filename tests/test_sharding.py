@@ -1,9 +1,7 @@
 """Models whose parameters are sharded: by which rules, what devices send, and what is computed."""
 
-import collections
 import functools
 import itertools
-import re
 import tracemalloc
 
 import chex
@@ -14,8 +12,7 @@ import optax
 import pytest
 from flax import nnx
 from flax.core import spmd
-from helpers import COLLECTIVES, mostly_slow
-from jax.sharding import AxisType
+from helpers import mostly_slow
 from jax.sharding import PartitionSpec as P
 
 from attention_jax.models import (
@@ -36,11 +33,11 @@ from attention_jax.models import (
 )
 from attention_jax.nn import FeedForward, low_rank
 from attention_jax.positions import Rotary
+from experiments.bench.sharding import KINDS, WAYS, mesh_of, rules_of, step_collectives
 from experiments.training.checkpoints import LAST, Checkpoints
 
 V, T, B = 64, 16, 8
 TOKENS = np.random.default_rng(0).integers(0, V, (B, T + 1)).astype(np.int32)
-KINDS = {"Auto": AxisType.Auto, "Explicit": AxisType.Explicit}
 
 
 def layers(**more):
@@ -52,67 +49,22 @@ def decoder(**more):
     return Decoder(config, rngs=nnx.Rngs(0))
 
 
-def mesh_of(kind="Auto", **axes):
-    return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=(KINDS[kind],) * len(axes))
-
-
 def loss(graph, state, tokens):
     log_p = jax.nn.log_softmax(nnx.merge(graph, state)(tokens[:, :-1]))
     return -(log_p * jax.nn.one_hot(tokens[:, 1:], V)).sum(-1).mean()
 
 
-# The ideal number of collectives for a decoder of two layers with six kernels each, a tied table
-# and learned positions. A collective of several arrays counts as one. XLA on a CPU has no
-# reduce-scatter: it reduces, then slices.
-#   data    the gradients, all at once
-#   fsdp    each kernel and the positions once, the table as table and as head; the gradients
-#   model   each layer two forward and two backward; the look-up; the head's maximum, sum and
-#           gradient
-# A combination needs the collectives of each.
-WAYS = {
-    "data": ({"data": 8}, {}, {"all-reduce": 1}),
-    "fsdp": ({"data": 8}, {"fsdp": True}, {"all-gather": 15, "all-reduce": 1}),
-    "model": ({"model": 8}, {}, {"all-reduce": 12}),
-    "data and model": ({"data": 4, "model": 2}, {}, {"all-reduce": 13}),
-    "fsdp and model": (
-        {"data": 4, "model": 2},
-        {"fsdp": True},
-        {"all-gather": 15, "all-reduce": 13},
-    ),
-}
-
-
-def collectives(mesh, rules):
-    """The collectives in the compiled training step of a decoder."""
-    graph, state = nnx.split(sharding.create(decoder, mesh, rules))
-    placed = sharding.shardings(state, mesh, rules)
-
-    def step(state, tokens):
-        def total(state):
-            logits = nnx.merge(graph, state)(tokens[:, :-1])
-            return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
-
-        value, gradient = jax.value_and_grad(total)(state)
-        return value, jax.lax.with_sharding_constraint(gradient, placed)
-
-    tokens = jax.device_put(TOKENS, sharding.of_batch(mesh, rules))
-    with jax.set_mesh(mesh):
-        text = jax.jit(step).lower(state, tokens).compile().as_text()
-    return collections.Counter(re.findall(COLLECTIVES, text))
-
-
 @pytest.mark.parametrize("name", mostly_slow(WAYS, {"fsdp and model"}))
 def test_a_training_step_has_the_ideal_number_of_collectives(name):
-    axes, options, expected = WAYS[name]
-    rules = sharding.rules(**{axis: axis for axis in axes}, **options)
-    assert collectives(mesh_of(**axes), rules) == expected
+    axes, _, expected = WAYS[name]
+    assert step_collectives(mesh_of(**axes), rules_of(name)) == expected
 
 
 @pytest.mark.slow
 def test_without_a_split_vocabulary_only_layers_have_collectives():
     """Two forward and two backward in each of the two layers."""
     rules = dict(sharding.rules(model="model")) | {"vocab": None}
-    assert collectives(mesh_of(model=8), tuple(rules.items())) == {"all-reduce": 8}
+    assert step_collectives(mesh_of(model=8), tuple(rules.items())) == {"all-reduce": 8}
 
 
 MODELS = {
@@ -166,8 +118,8 @@ def on_one_device(model):
     ],
 )
 def test_loss_and_gradient_equal_those_of_one_device(model, name, kind):
-    axes, options, _ = WAYS[name]
-    mesh, rules = mesh_of(kind, **axes), sharding.rules(**{axis: axis for axis in axes}, **options)
+    axes, _, _ = WAYS[name]
+    mesh, rules = mesh_of(kind, **axes), rules_of(name)
     graph, state, rest, expected = on_one_device(model)
     placed = sharding.shardings(state, mesh, rules)
     sharded = jax.device_put(state, placed)
@@ -351,10 +303,8 @@ def test_a_sharded_run_is_saved_and_restored_in_shards(tmp_path, monkeypatch):
     restored = checkpoints.restore(LAST, state).state
     assert max(sizes) < 32 * 8  # the norms and biases, which are not sharded
     for x, y in zip(jax.tree.leaves(restored), jax.tree.leaves(state), strict=True):
-        if y.is_fully_replicated:
-            assert not x.committed  # saved as NumPy; jit replicates it over the devices of the rest
-        else:
-            assert x.sharding.is_equivalent_to(y.sharding, x.ndim)
+        assert x.committed
+        assert x.sharding.is_equivalent_to(y.sharding, x.ndim)
         np.testing.assert_array_equal(get(x), get(y))
 
 

@@ -55,9 +55,9 @@ def test_model_without_parameters_is_not_trained(tmp_path):
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_nonfinite_loss_names_the_step_and_saves_the_batch(tmp_path, bad):
-    def with_bad(config, data, step):
+    def with_bad(config, data, step, rows):
         for n in itertools.count(step):
-            x, y = next(batches(config, data, n))
+            x, y = next(batches(config, data, n, rows))
             yield x, y + np.float32(bad if n == 2 else 0)
 
     with pytest.raises(FloatingPointError, match=rf"loss is {bad} at step 3; its batch is in"):

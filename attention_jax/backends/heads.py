@@ -162,44 +162,29 @@ def lift(
         names.append(remaining)
 
     mapped = head
-    results = [named(o) for o in outputs]
-    plan = []
-    for level in levels:  # outermost first; each removes its axis
+    # Along the other axes every array has size 1; the last reshape adds them to the results. Were
+    # they added sooner, XLA would not remove transposes that undo each other.
+    mapped_levels = [level for level in levels if any(level in r for r in names)]
+    spelled = [[a for a in named(o) if a not in levels or a in mapped_levels] for o in outputs]
+    results, plan = spelled, []
+    for level in mapped_levels:  # outermost first; each removes its axis
         where = tuple(r.index(level) if level in r else None for r in names)
         names = [[x for x in r if x != level] for r in names]
         out = tuple(r.index(level) if level in r else None for r in results)
         results = [[x for x in r if x != level] for r in results]
         plan.append((where, out))
     for where, out in reversed(plan):
-        if all(w is None for w in where):  # every array has size 1 along this axis
-            mapped = _expand(mapped, out)
-        else:
-            mapped = jax.vmap(mapped, in_axes=where, out_axes=out)
+        mapped = jax.vmap(mapped, in_axes=where, out_axes=out)
     outs = mapped(*split)
 
-    def join_heads(x: jax.Array, o: str) -> jax.Array:
-        letters = o.split()
-        lengths = dict(zip(named(o), x.shape, strict=True))
+    def join_heads(x: jax.Array, o: str, axes: list[str]) -> jax.Array:
+        lengths = {"K": sizes.K, "N": sizes.N} | dict(zip(axes, x.shape, strict=True))
         shape: list[int] = []
-        for a in letters:
-            if a == "*B":
-                shape += sizes.B
-            else:
-                shape.append(sizes.N if a == "N" else lengths[a])
+        for a in o.split():
+            shape += sizes.B if a == "*B" else [lengths[a]]
         return x.reshape(shape)
 
-    return tuple(join_heads(x, o) for x, o in zip(outs, outputs, strict=True))
-
-
-def _expand(fn: Callable[..., Any], axes: tuple[int | None, ...]) -> Callable[..., Any]:
-    """``fn`` with a new output axis of size 1: what ``vmap`` over an axis of size 1 gives."""
-
-    def expanded(*xs: Any) -> Any:
-        return tuple(
-            o if a is None else jnp.expand_dims(o, a) for o, a in zip(fn(*xs), axes, strict=True)
-        )
-
-    return expanded
+    return tuple(join_heads(x, o, axes) for x, o, axes in zip(outs, outputs, spelled, strict=True))
 
 
 # --- Arrays sharded over the explicit axes of a mesh: each device maps its own shard.

@@ -80,10 +80,10 @@ def split_along(x: Any, axis: int, name: str | None, what: str) -> Any:
     mesh = jax.sharding.get_abstract_mesh()
     if name is None or name not in mesh.auto_axes:
         return x
-    if x.shape[axis] % mesh.shape[name]:
+    if x.shape[axis] % (devices := mesh.shape[name]):
         raise ValueError(
-            f"{what} must be a multiple of the {mesh.shape[name]} devices along mesh axis "
-            f"{name!r}, got {x.shape[axis]}"
+            f"{what} must be a multiple of the {devices} devices along mesh axis "
+            f"{name!r}, got {x.shape[axis]}: pad it to {-(-x.shape[axis] // devices) * devices}"
         )
     free: list[Any] = [PartitionSpec.UNCONSTRAINED] * x.ndim
     free[axis] = name

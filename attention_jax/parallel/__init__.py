@@ -94,6 +94,18 @@ True
 In a model, permute tokens and their positions once, before the embeddings, and undo it after the
 loss or not at all: every other layer works token by token.
 
+The devices must divide the length: pad the sequence, and mask the keys that are not real.
+
+>>> T, real = 32 * n, 32 * n - 3
+>>> q, k, v = (jnp.pad(x[:, :real], ((0, 0), (0, 3), (0, 0), (0, 0))) for x in (q, k, v))
+>>> mask = masks.causal() & masks.lengths(key=jnp.full(n, real))
+>>> @jax.jit
+... @functools.partial(jax.shard_map, mesh=auto, in_specs=P(None, "x"), out_specs=P(None, "x"))
+... def attend(q, k, v):
+...     return parallel.attention(q, k, v, axis_name="x", strategy="ring", mask=mask)
+>>> bool(jnp.allclose(attend(q, k, v)[:, :real], whole[:, :real], atol=1e-5))
+True
+
 Arrays of masks and scores belong to a device as its queries and keys do: ``masks.segments`` takes
 the ids of its queries and of its keys, ``scores.bias`` a row for each of its queries and a column
 for every key of the sequence, in the order of the devices.

@@ -9,7 +9,7 @@ from attention_jax.api import Implementation, Positions
 from attention_jax.backends.arguments import MaskLike, Scale, ScoreLike, Sinks, bind, check_flag
 from attention_jax.core.axes import Key, Normalizer, Output, Query, Value
 from attention_jax.parallel import gather, ring
-from attention_jax.parallel.shards import AxisName, shard_of
+from attention_jax.parallel.shards import AxisName, local, shard_of
 
 STRATEGIES = ("gather", "ring", "heads")
 Strategy = Literal["gather", "ring", "heads"]
@@ -132,19 +132,20 @@ def attention(
         raise ValueError(f"strategy must be one of {known}, got {strategy!r}")
     asked, platform = backends.as_backends(implementation), backends.platform()
     constants = api.static_numbers(asked, platform)
-    call = bind(
-        query,
-        key,
-        value,
-        mask=mask,
-        score=score,
-        sinks=sinks,
-        scale=scale,
-        dropout_rate=dropout_rate,
-        dropout_key=dropout_key,
-        static_numbers=constants,
-    )
-    shard = shard_of(call, query_positions, key_positions, axis_name=axis_name)
+    with local("TS", axis_name):
+        call = bind(
+            query,
+            key,
+            value,
+            mask=mask,
+            score=score,
+            sinks=sinks,
+            scale=scale,
+            dropout_rate=dropout_rate,
+            dropout_key=dropout_key,
+            static_numbers=constants,
+        )
+        shard = shard_of(call, query_positions, key_positions, axis_name=axis_name)
     if strategy == "ring" and shard.sizes.T * shard.sizes.S and 0 not in shard.sizes.B:
         spec = {
             "platform": platform,
@@ -152,10 +153,12 @@ def attention(
             "return_lse": True,
             "partitioned": backends.partitioned(),
         }
-        out, lse = ring.attend(shard, asked, spec)
+        with local("TS", axis_name):
+            out, lse = ring.attend(shard, asked, spec)
     elif strategy == "heads":
         results = api.run(gather.with_own_heads(shard), asked, return_lse=return_lse)
         out, lse = gather.own_queries(shard, *results)
     else:
-        out, lse = api.run(gather.gathered(shard), asked, return_lse=return_lse)
+        with local("T", axis_name):
+            out, lse = api.run(gather.gathered(shard), asked, return_lse=return_lse)
     return (out, lse) if return_lse else out

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Hashable
+import re
+from collections.abc import Hashable, Iterator
 from typing import Any
 
 import jax
@@ -55,6 +57,23 @@ def axis_size(axis_name: AxisName) -> int:
             f"axis_name is {axis_name!r}, which is not an axis of the shard_map around this call: "
             f"its axes are {', '.join(map(repr, mesh.manual_axes)) or 'none'}"
         ) from None
+
+
+@contextlib.contextmanager
+def local(letters: str, axis_name: AxisName) -> Iterator[None]:
+    """Adds to errors about these axis letters that they are lengths on one device."""
+    try:
+        yield
+    except (TypeError, ValueError) as problem:
+        text = str(problem)
+        named = [x for x in letters if re.search(rf"\b{x}\b", text)]
+        # Errors of JAX derive from these types; ours do not.
+        if named and type(problem) in (TypeError, ValueError) and "device" not in text:
+            names = " and ".join(named)
+            lengths = "are local lengths" if len(named) > 1 else "is a local length"
+            devices = f"axis_name {axis_name!r} has {axis_size(axis_name)} devices"
+            problem.args = (f"{text} ({names} {lengths}; {devices})",)
+        raise
 
 
 def shard_of(call: Call, query_positions: Any, key_positions: Any, *, axis_name: AxisName) -> Shard:

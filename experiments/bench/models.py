@@ -181,7 +181,7 @@ def training_step(name: str, **changes: Any) -> Callable[[], Any]:
     config = dataclasses.replace(task.presets["cpu"], **changes)
     data = task.data(config)
     training = trainer(task.loss, config, task.init(config, data, nnx.Rngs(0)))
-    batch = next(task.batches(config, data, 0))
+    batch = next(task.batches(config, data, 0, training.rows))
     state = training.put(training.initial)
 
     def run() -> Any:

@@ -66,7 +66,7 @@ def write(measurements: list[Measurement], out: pathlib.Path, repeats: int) -> N
         versions["torch"] = torch.__version__
     record = {
         "date": time.strftime("%Y-%m-%d"),
-        "machine": {"cpu": _cpu(), "device": jax.devices()[0].platform, "cores": _cores()},
+        "machine": machine(),
         "versions": versions,
         "repeats": repeats,
         "rows": [{**dataclasses.asdict(m), "ratios": m.ratios} for m in measurements],
@@ -190,6 +190,11 @@ def draw(measurements: list[Measurement], path: pathlib.Path, record: dict[str, 
     )
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def machine() -> dict[str, Any]:
+    """The processor, JAX's platform and the number of cores."""
+    return {"cpu": _cpu(), "device": jax.devices()[0].platform, "cores": _cores()}
 
 
 def _cpu() -> str:

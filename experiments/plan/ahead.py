@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from typing import Any
 
 import jax
@@ -16,13 +15,11 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
 from attention_jax.models import sharding
+from experiments.bench.programs import sent
 from experiments.plan.estimate import GB, LENGTHS, Options, model_of
 from experiments.training.layout import parse, rules_of, split_sequences
 
 TOPOLOGIES = {4: "v5e:2x2", 16: "v5e:4x4", 64: "v5e:8x8", 256: "v5e:16x16"}
-KINDS = "all-gather|all-reduce|reduce-scatter|collective-permute|all-to-all"
-COLLECTIVES = rf"= (.*?) ({KINDS})(-start)?\("
-BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
 
 
 def compiled(options: Options) -> list[str]:
@@ -55,7 +52,7 @@ def compiled(options: Options) -> list[str]:
     kinds = (jax.sharding.AxisType.Auto,) * len(axes)
     program = _program(options, jax.sharding.Mesh(grid, tuple(axes), axis_types=kinds))
     memory, cost = program.memory_analysis(), program.cost_analysis()
-    found = collectives(program.as_text())
+    found = sent(program.as_text())
     rows = [
         f"compiled for {TOPOLOGIES[number]}, bytes per device:",
         f"  arguments    {memory.argument_size_in_bytes / GB:10.2f} GB",
@@ -64,37 +61,6 @@ def compiled(options: Options) -> list[str]:
     ]
     rows += [f"  {len(x):3} {kind}, {sum(x) / GB:.3f} GB" for kind, x in sorted(found.items())]
     return rows
-
-
-def collectives(program: str) -> dict[str, list[int]]:
-    """Bytes of the result of each collective in a program's HLO text, by kind."""
-    found: dict[str, list[int]] = {}
-    for shape, kind, start in re.findall(COLLECTIVES, program):
-        # An asynchronous start has (operand, result, ...) as its shape, but that of an all-reduce
-        # has only the result.
-        result = _elements(shape)[1] if start and kind != "all-reduce" else shape
-        found.setdefault(kind, []).append(_size(result))
-    return found
-
-
-def _elements(shape: str) -> list[str]:
-    """The elements of a tuple in HLO text, which may be tuples, with layouts in braces."""
-    elements, depth = [""], 0
-    for character in shape[1:-1]:
-        depth += (character in "([{") - (character in ")]}")
-        if character == "," and not depth:
-            elements.append("")
-        else:
-            elements[-1] += character
-    return elements
-
-
-def _size(shapes: str) -> int:
-    """Bytes of the arrays of a shape in HLO text."""
-    return sum(
-        BYTES.get(dtype, 4) * math.prod(int(n) for n in dims.split(",") if n)
-        for dtype, dims in re.findall(r"([a-z]+[0-9]*)\[([0-9,]*)\]", shapes)
-    )
 
 
 def _program(options: Options, mesh: Any) -> Any:

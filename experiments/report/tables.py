@@ -84,7 +84,7 @@ name says otherwise. Scores are those of the test split, with the weights that w
 validation split; `±` is the standard deviation over seeds. Seconds are those of a whole run. Only
 the Transformer of `shakespeare` had both cores of a machine with two; the other runs had one core,
 with other work beside them. How to run a task: [experiments](../README.md). Speed and memory of
-attention itself: [SPEED.md](SPEED.md).
+attention itself: [SPEED.md](SPEED.md); over several devices: [SHARDING.md](SHARDING.md).
 
 This page is written by `python -m experiments report` from the records in this folder
 (`TASK.jsonl`); edit those, not the page."""

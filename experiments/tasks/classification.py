@@ -21,11 +21,13 @@ from experiments.training import config as configs
 from experiments.training.config import at_least_1, below_1
 from experiments.training.losses import cross_entropy, logits, scores
 from experiments.training.task import (
+    ALL,
     Array,
     AttentionView,
     Loss,
     Metrics,
     Model,
+    Rows,
     Task,
     self_attention,
 )
@@ -165,11 +167,13 @@ def init(config: Config, data: Data, rngs: nnx.Rngs) -> Model:
     return sentences.build(config, len(data.words), len(data.classes), rngs)
 
 
-def batches(config: Config, data: Data, step: int) -> Iterator[Batch]:
+def batches(config: Config, data: Data, step: int, rows: Rows = ALL) -> Iterator[Batch]:
     """Batches of sentences of similar length."""
     split = data.splits["train"]
     for index in text.alike(split.lengths, config.batch_size, config.seed, step):
-        yield Batch(text.padded([split.rows[i] for i in index]), split.labels[index])
+        length = text.bucket(int(split.lengths[index].max()))
+        mine = rows.of(index)
+        yield Batch(text.padded([split.rows[i] for i in mine], length), split.labels[mine])
 
 
 def loss(config: Config, model: Model, batch: Batch) -> Loss:
@@ -267,6 +271,7 @@ def task(
         metric=metric,
         larger=True,
         unit="sentences",
+        fitted=("naive_bayes",),
         sample=sample,
         look=look,
     )

@@ -22,11 +22,13 @@ from experiments.tasks.common import check_attends
 from experiments.training import config as configs
 from experiments.training.losses import cross_entropy, logits, scores
 from experiments.training.task import (
+    ALL,
     Array,
     AttentionView,
     Loss,
     Metrics,
     Model,
+    Rows,
     Task,
     self_attention,
 )
@@ -176,21 +178,23 @@ def init(config: Config, data: Data, rngs: nnx.Rngs) -> nnx.Module:
 # --- The task.
 
 
-def batches(config: Config, data: Data, step: int) -> Iterator[Split]:
+def batches(config: Config, data: Data, step: int, rows: Rows = ALL) -> Iterator[Split]:
     """Batches in a new order for each epoch, with new random shifts for each step."""
     images, labels = data["train"]
     for index in text.shuffled(len(labels), config.batch_size, config.seed, step):
         rng = np.random.default_rng([config.seed, step, 1])
         limit = 0 if config.model == "logistic" else config.shift
-        yield Split(shifted(images[index], limit, rng), labels[index])
+        shifts = rng.integers(-limit, limit + 1, (2, len(index))).T
+        mine = rows.of(index)
+        yield Split(shifted(images[mine], rows.of(shifts)), labels[mine])
         step += 1
 
 
-def shifted(images: np.ndarray, limit: int, rng: np.random.Generator) -> np.ndarray:
-    """Shifts each image by up to ``limit`` random pixels in each direction, filling with zeros."""
-    side = images.shape[-1]
+def shifted(images: np.ndarray, shifts: np.ndarray) -> np.ndarray:
+    """Moves each image up and left by its two ``shifts [B 2]`` in pixels, filling with zeros."""
+    side, limit = images.shape[-1], int(np.abs(shifts).max(initial=0))
     padded = np.pad(images, ((0, 0), (limit, limit), (limit, limit)))
-    down, right = rng.integers(0, 2 * limit + 1, (2, len(images), 1, 1))
+    down, right = shifts.T[:, :, None, None] + limit
     i, j = np.arange(side)[:, None], np.arange(side)
     return padded[np.arange(len(images))[:, None, None], i + down, j + right]
 

@@ -47,11 +47,13 @@ from experiments.training import text_config
 from experiments.training.config import TrainConfig, at_least_1, below_1, heads_divide, softmax_only
 from experiments.training.losses import cross_entropy, logits
 from experiments.training.task import (
+    ALL,
     Array,
     AttentionView,
     Loss,
     Metrics,
     Model,
+    Rows,
     Task,
     self_attention,
 )
@@ -240,11 +242,12 @@ def init(config: Config, data: Data, rngs: nnx.Rngs) -> Model:
 # --- The task.
 
 
-def batches(config: Config, data: Data, step: int) -> Iterator[Batch]:
+def batches(config: Config, data: Data, step: int, rows: Rows = ALL) -> Iterator[Batch]:
     """Batches of queries in both directions; each fact occurs twice per epoch."""
     given, tails = both_ways(data.splits["train"], len(data.relations))
     for index in text.shuffled(len(tails), config.batch_size, config.seed, step):
-        yield Batch(given[index], tails[index])
+        mine = rows.of(index)
+        yield Batch(given[mine], tails[mine])
 
 
 def loss(config: Config, model: Model, batch: Batch) -> Loss:

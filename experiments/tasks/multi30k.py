@@ -39,11 +39,13 @@ from experiments.tasks.common import check_attends, check_length, random_indices
 from experiments.training.config import at_least_1, softmax_only
 from experiments.training.losses import cross_entropy
 from experiments.training.task import (
+    ALL,
     Array,
     AttentionView,
     Loss,
     Metrics,
     Model,
+    Rows,
     Task,
     encoder_and_decoder,
 )
@@ -216,15 +218,16 @@ def init(config: Config, data: Data, rngs: nnx.Rngs) -> Model:
     return Seq2Seq(V, config.width, attend=attend, dropout_rate=config.dropout, rngs=rngs)
 
 
-def batches(config: Config, data: Data, step: int) -> Iterator[Batch]:
+def batches(config: Config, data: Data, step: int, rows: Rows = ALL) -> Iterator[Batch]:
     """Batches of pairs of similar length."""
     pairs = data.splits["train"]
     lengths = pair_lengths(pairs.source_rows, pairs.target_rows)
     for index in text.alike(lengths, config.batch_size, config.seed, step):
         length = text.bucket(int(lengths[index].max()), BUCKETS)
+        mine = rows.of(index)
         yield Batch(
-            text.padded([pairs.source_rows[i] for i in index], length),
-            text.padded([pairs.target_rows[i] for i in index], length + 1),
+            text.padded([pairs.source_rows[i] for i in mine], length),
+            text.padded([pairs.target_rows[i] for i in mine], length + 1),
         )
 
 

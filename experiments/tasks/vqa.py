@@ -43,10 +43,12 @@ from experiments.tasks.common import verdict
 from experiments.training import text_config
 from experiments.training.losses import cross_entropy, logits, scores
 from experiments.training.task import (
+    ALL,
     AttentionView,
     Loss,
     Metrics,
     Model,
+    Rows,
     Task,
     self_attention,
 )
@@ -217,11 +219,13 @@ def encode(question: str) -> list[int]:
     return row
 
 
-def examples(n: int, rng: random.Random, noise: float) -> Examples:
-    """``n`` random examples with noisy images."""
-    samples = [example(rng) for _ in range(n)]
+def examples(n: int, rng: random.Random, noise: float, rows: Rows = ALL) -> Examples:
+    """``n`` random examples with noisy images; of these, the given rows."""
+    mine = rows.slice(n)  # each example depends on those before it
+    samples = [example(rng) for _ in range(n)][mine]
     images = np.stack([render(scene) for scene, *_ in samples])
-    grain = np.random.default_rng(rng.getrandbits(32)).normal(size=images.shape)
+    seed = rng.getrandbits(32)
+    grain = np.random.default_rng(seed).normal(size=(mine.stop, *images.shape[1:]))[mine]
     return Examples(
         images + noise * grain.astype(np.float32),
         text.padded([encode(question) for *_, question, _ in samples], LONGEST),
@@ -296,11 +300,11 @@ def init(config: Config, data: Data, rngs: nnx.Rngs) -> Model:
 # --- The task.
 
 
-def batches(config: Config, data: Data, step: int) -> Iterator[Examples]:
+def batches(config: Config, data: Data, step: int, rows: Rows = ALL) -> Iterator[Examples]:
     """New images and questions at every step."""
     while True:
         rng = random.Random(f"train {config.seed} {step}")
-        yield examples(config.batch_size, rng, config.noise)
+        yield examples(config.batch_size, rng, config.noise, rows)
         step += 1
 
 

@@ -97,7 +97,8 @@ class Checkpoints:
           like: a pytree of arrays of the same names and shapes.
 
         Returns:
-          The checkpoint, its state with the structure of ``like``; None if nothing was saved.
+          The checkpoint, its state with the structure and shardings of ``like``; None if nothing
+          was saved.
 
         Raises:
           ValueError: all checkpoints are damaged, or the newest one holds another model.
@@ -133,7 +134,8 @@ class Checkpoints:
                         RuntimeWarning,
                         stacklevel=2,
                     )
-                leaves = [jax.numpy.asarray(found["state"][name]) for name in expected]
+                restored = [found["state"][name] for name in expected]
+                leaves = map(_placed, restored, jax.tree.leaves(like))
                 state = jax.tree.unflatten(jax.tree.structure(like), leaves)
                 return Saved(step, state, found["notes"])
         if damaged:
@@ -198,6 +200,15 @@ def _named(state: Any) -> dict[str, Any]:
 
     leaves, _ = jax.tree.flatten_with_path(state)
     return {jax.tree_util.keystr(path, simple=True, separator="."): host(x) for path, x in leaves}
+
+
+def _placed(x: Any, like: Any) -> jax.Array:
+    """What was restored on the devices of ``like``."""
+    if isinstance(x, jax.Array):  # Orbax restores shards where they belong
+        return x
+    if isinstance(like, jax.Array) and like.committed:
+        return jax.device_put(x, like.sharding)
+    return jax.numpy.asarray(x)
 
 
 def _differing(folder: Path, expected: dict[str, Any]) -> list[tuple[str, Any]]:

@@ -2,7 +2,7 @@
 
 ``--mesh data=2,model=2`` gives the mesh; ``--fsdp`` also shards parameters and optimizer state.
 With ``--coordinator``, several processes train one model, each with its own devices: every process
-assembles the batch, a function of seed and step, and puts only its own part on its devices.
+assembles the rows of each batch that its devices need.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import jax
@@ -26,6 +26,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from attention_jax.models import sharding
 from attention_jax.models.layers import Stack
 from experiments.options import nearest
+from experiments.training.task import ALL, Rows
 
 T = TypeVar("T")
 
@@ -51,6 +52,14 @@ class Layout:
         return int(self.mesh.shape.get("data", 1))
 
     @property
+    def rows(self) -> Rows:
+        """The rows of every batch that the devices of this process need."""
+        if self.parts == 1:
+            return ALL
+        axis = self.mesh.axis_names.index("data")
+        return rows_of(self.mesh.devices, axis, jax.process_index())
+
+    @property
     def per_device_gradients(self) -> bool:
         """Whether each device computes a gradient of its own, to be summed as one vector.
 
@@ -66,14 +75,34 @@ class Layout:
         """The sharding of every array of a state."""
         return sharding.shardings(tree, self.mesh, self.rules)
 
+    def create(self, make: Callable[[], Any], *, traced: bool = True) -> Any:
+        """A fresh model; over several devices, each only allocates its shards.
+
+        Args:
+          make: creates the model.
+          traced: whether ``make`` can be traced; else the model is created whole, on one device.
+        """
+        if self.mesh.size == 1 or not traced:
+            return make()
+        return sharding.create(make, self.mesh, self.rules)
+
     def put(self, tree: T) -> T:
         """A state on the devices, each with its shards."""
         return jax.tree.map(_put, tree, self.shardings(tree))
 
     def put_batch(self, batch: T) -> T:
-        """A batch, of which each device gets its examples."""
+        """A batch on the devices, from the rows of this process."""
         placed = NamedSharding(self.mesh, PartitionSpec("data" if self.parts > 1 else None))
-        return jax.tree.map(lambda x: _put(np.asarray(x), placed), batch)
+        if placed.is_fully_addressable:
+            return jax.device_put(batch, placed)
+        rows = self.rows
+
+        def put(x: Any) -> jax.Array:
+            x = np.asarray(x)
+            whole = (rows.size_of_batch(len(x)), *x.shape[1:])
+            return jax.make_array_from_process_local_data(placed, x, whole)
+
+        return jax.tree.map(put, batch)
 
     def prepared(self, model: Any) -> Any:
         """The model, with its sequences split if the mesh has an axis ``context``.
@@ -146,6 +175,18 @@ def rules_of(axes: Iterable[str], *, fsdp: bool) -> sharding.Rules:
     return sharding.rules(**{name: name for name in axes}, fsdp=fsdp)
 
 
+def rows_of(devices: np.ndarray, axis: int, process: int) -> Rows:
+    """The rows of every batch that a process needs.
+
+    Args:
+      devices: of the mesh.
+      axis: that of ``data``.
+      process: which process.
+    """
+    mine = [at[axis] for at, x in np.ndenumerate(devices) if x.process_index == process]
+    return Rows(min(mine), max(mine) + 1, devices.shape[axis])
+
+
 def split_sequences(model: nnx.Module) -> int:
     """Splits sequences along the mesh axis ``context``, in place; returns in how many stacks."""
     stacks = [x for _, x in nnx.iter_modules(model) if isinstance(x, Stack)]
@@ -192,14 +233,21 @@ def _put(x: Any, placed: Any) -> Any:
     return jax.make_array_from_callback(whole.shape, placed, lambda index: whole[index])
 
 
-def whole(tree: T) -> T:
-    """The arrays of a state on one device of this process, gathered from all shards."""
+def for_evaluation(tree: T) -> T:
+    """The arrays of a state for programs that this process runs by itself.
+
+    They stay in shards if all of these are here, and are gathered from several processes. Without
+    any shards they are those of one device, so that only one computes.
+    """
+    arrays = jax.tree.leaves(tree)
+    if all(x.is_fully_replicated for x in arrays):
+        return jax.tree.map(lambda x: x.addressable_data(0), tree)
+    if all(x.is_fully_addressable for x in arrays):
+        return tree
 
     def gathered(x: Any) -> Any:
-        if len(x.sharding.device_set) == 1:
-            return x
-        if x.is_fully_addressable:
-            return jax.numpy.asarray(jax.device_get(x))
+        if x.is_fully_replicated:
+            return x.addressable_data(0)
         return jax.numpy.asarray(multihost_utils.process_allgather(x, tiled=True))
 
     return jax.tree.map(gathered, tree)

@@ -25,9 +25,9 @@ from attention_jax.core.shards import split_along
 from attention_jax.nn import moved_embeddings
 from experiments.training import adversarial, optimizers
 from experiments.training.config import TrainConfig
-from experiments.training.layout import Layout, whole
+from experiments.training.layout import Layout, for_evaluation
 from experiments.training.layout import layout as make_layout
-from experiments.training.task import Batch, Loss, Model
+from experiments.training.task import Batch, Loss, Model, Rows
 
 
 class State(NamedTuple):
@@ -53,9 +53,11 @@ class Trainer(NamedTuple):
     """Puts a state on the devices."""
     update: Callable[[State, Batch, int], tuple[State, jax.Array, jax.Array, jax.Array]]
     """One step: the new state, the loss, the number of its terms, and the norm of the gradient. The
-    old state is donated."""
+    batch has the rows of this process; the old state is donated."""
     model: Callable[[Any], Model]
     """The model with these weights, in evaluation mode."""
+    rows: Rows
+    """Which rows of every batch this process needs."""
 
 
 def trainer(
@@ -82,13 +84,18 @@ def trainer(
     graph, parameters, *others = nnx.split(layout.prepared(model), nnx.Param, ...)
     (rest,) = others
     optimizer = optimizers.make(config)
-    average = jax.tree.map(jnp.copy, parameters) if config.ema else None
-    initial = State(parameters, optimizer.init(parameters), average)
-    update = _update(loss, config, graph, optimizer, layout, initial)
+
+    def start(parameters: Any) -> State:
+        average = jax.tree.map(jnp.copy, parameters) if config.ema else None
+        return State(parameters, optimizer.init(parameters), average)
+
+    placed = layout.shardings(jax.eval_shape(start, parameters))
+    initial = jax.jit(start, out_shardings=placed)(layout.put(parameters))
+    update = _update(loss, config, graph, optimizer, layout, placed)
     on_devices = layout.put(rest)
 
     def evaluated(weights: Any) -> Model:
-        model = nnx.merge(graph, whole(weights), rest)
+        model = nnx.merge(graph, *for_evaluation((weights, on_devices)))
         model.eval()
         return model
 
@@ -96,7 +103,7 @@ def trainer(
         with jax.set_mesh(layout.mesh) if layout.mesh.size > 1 else contextlib.nullcontext():
             return update(state, layout.put_batch(batch), step, on_devices)
 
-    return Trainer(initial=initial, put=layout.put, update=step, model=evaluated)
+    return Trainer(initial=initial, put=layout.put, update=step, model=evaluated, rows=layout.rows)
 
 
 def _update(
@@ -105,9 +112,13 @@ def _update(
     graph: Any,
     optimizer: optax.GradientTransformation,
     layout: Layout,
-    initial: State,
+    placed: Any,
 ) -> Callable[[State, Batch, Any, Any], tuple[State, jax.Array, jax.Array, jax.Array]]:
-    """``Trainer.update``; its last argument is the part of the model that is not trained."""
+    """``Trainer.update``; its last argument is the part of the model that is not trained.
+
+    Args:
+      placed: the sharding of each array of the state.
+    """
     per_device = layout.per_device_gradients
 
     def sums(parameters: Any, batch: Batch, position: Any, rest: Any) -> tuple[Any, Any, Any]:
@@ -164,7 +175,6 @@ def _update(
         )
 
     everywhere = NamedSharding(layout.mesh, PartitionSpec())
-    placed = layout.shardings(initial)
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=(placed, *[everywhere] * 3))
     def update(state: State, batch: Batch, step: Any, rest: Any) -> Any:

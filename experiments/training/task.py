@@ -27,6 +27,43 @@ Batch = Any  # a pytree of arrays with a leading axis of examples: what the task
 Metrics = dict[str, float]
 
 
+class Rows(NamedTuple):
+    """Which rows of every batch a process needs: parts ``start`` to ``stop`` of ``parts``.
+
+    >>> Rows(1, 3, parts=4).of(np.arange(8))
+    array([2, 3, 4, 5])
+    """
+
+    start: int = 0
+    stop: int = 1
+    parts: int = 1
+
+    def slice(self, size: int) -> slice:
+        """The rows of a batch of this size.
+
+        Raises:
+          ValueError: the batch cannot be split equally.
+        """
+        if size % self.parts:
+            raise ValueError(
+                f"a batch must be a multiple of the {self.parts} devices along data, got {size} "
+                f"examples: use fewer devices, or another batch_size"
+            )
+        part = size // self.parts
+        return slice(self.start * part, self.stop * part)
+
+    def of(self, batch: np.ndarray) -> np.ndarray:
+        """These rows of an array of the whole batch."""
+        return batch[self.slice(len(batch))]
+
+    def size_of_batch(self, size: int) -> int:
+        """The size of a batch of which this process has so many rows."""
+        return size * self.parts // (self.stop - self.start)
+
+
+ALL = Rows()
+
+
 class Loss(NamedTuple):
     """What ``Task.loss`` returns: a sum, and the number of terms. Training minimizes the mean."""
 
@@ -146,10 +183,12 @@ class Task(Generic[C, D]):
     data: Callable[[C], D]
     """Reads all the data, split."""
     init: Callable[[C, D, nnx.Rngs], Model]
-    """Makes a fresh model. A model without parameters is fitted here and not trained."""
-    batches: Callable[[C, D, int], Iterator[Batch]]
-    """An endless iterator of training batches from a given step on. It must be a function of its
-    arguments: a resumed run then gets the batches that it would have had."""
+    """Makes a fresh model; traced over several devices, so that each only creates its shards. A
+    model without parameters is fitted here and not trained."""
+    batches: Callable[[C, D, int, Rows], Iterator[Batch]]
+    """An endless iterator of training batches from a given step on, of each only the given rows. It
+    must be a function of its arguments: a resumed run then gets the batches that it would have had,
+    and the rows of all processes together are the batch of one."""
     loss: Callable[[C, Model, Batch], Loss]
     """The loss of a batch; traced by jit."""
     evaluate: Callable[[C, Model, D, str], Metrics]
@@ -160,6 +199,8 @@ class Task(Generic[C, D]):
     """Whether larger is better."""
     unit: str
     """What the loss counts, for the speed."""
+    fitted: Sequence[str] = ()
+    """Values of the option ``model`` for which ``init`` computes with data: it is not traced."""
     signature: Callable[[], str] | None = None
     """How the metric was computed, where a standard has a name for that (sacreBLEU's signature)."""
     sample: Callable[[C, Model, D, str | None], str] | None = None

@@ -83,19 +83,19 @@ def train(
         that holds the batch.
     """
     flags = Flags() if flags is None else flags
-    model = task.init(config, data, nnx.Rngs(config.seed))
+    split = layout(flags.mesh, fsdp=flags.fsdp, devices=config.devices)
+    traced = getattr(config, "model", None) not in task.fitted
+    model = split.create(lambda: task.init(config, data, nnx.Rngs(config.seed)), traced=traced)
     progress = Progress(task.metric, task.larger)
     if not count_parameters(model):
         scores = task.evaluate(config, model, data, "validation")
         return Trained(model, None, progress.closed(scores))
-    split = layout(flags.mesh, fsdp=flags.fsdp, devices=config.devices)
     training = trainer(task.loss, config, model, split)
     state, checkpoints = training.put(training.initial), Checkpoints(folder / "checkpoints")
     if flags.resume and (saved := checkpoints.restore(LAST, state)) is not None:
         state, progress = saved.state, Progress.from_notes(progress, saved.notes)
         if jax.process_index() == 0:
             print(f"{folder}: resumed from step {saved.step}")
-        state = training.put(state)
     limit = math.inf if config.minutes is None else 60 * config.minutes
     evaluate_at = {round(x) for x in np.linspace(0, config.steps, config.evaluations + 1)[1:]}
     with progress.logged(
@@ -107,12 +107,14 @@ def train(
         profile=flags.profile,
     ) as log:
         done = progress.finished or progress.step >= config.steps
-        batches = task.batches(config, data, progress.step)
+        batches = task.batches(config, data, progress.step, training.rows)
+        following = None if done else next(batches)
         while not done:
-            step, batch = progress.step, next(batches)
+            step, batch = progress.step, following
             with log.profile(step):
                 state, *scalars = training.update(state, batch, step)
-                loss, number, norm = map(float, scalars)
+                following = next(batches)  # while the devices compute
+                loss, number, norm = map(float, jax.device_get(scalars))
             if not math.isfinite(loss):
                 raise FloatingPointError(
                     f"{task.name}: the loss is {loss} at step {step + 1}; its batch is in "
@@ -140,7 +142,8 @@ def train(
 
 
 def _write_batch(batch: Batch, folder: Path, step: int) -> Path:
-    file = folder / f"batch-{step}.npz"
+    part = f"-process-{jax.process_index()}" if jax.process_count() > 1 else ""
+    file = folder / f"batch-{step}{part}.npz"
     leaves, _ = jax.tree.flatten_with_path(batch)
     file.parent.mkdir(parents=True, exist_ok=True)
     named = {jax.tree_util.keystr(p, simple=True, separator="."): x for p, x in leaves}

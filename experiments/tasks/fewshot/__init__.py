@@ -72,6 +72,7 @@ TASK = Task(
     metric="accuracy",
     larger=True,
     unit="sentences",
+    fitted=("naive_bayes", *PRETRAINED),
     sample=classification.sample,
     look=classification.look,
     report=curve.REPORT,

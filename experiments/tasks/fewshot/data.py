@@ -11,6 +11,7 @@ from experiments.datasets import text
 from experiments.tasks import classification, trec
 from experiments.tasks.classification import Batch, Data, Split
 from experiments.tasks.fewshot.config import Config
+from experiments.training.task import ALL, Rows
 
 
 def load(config: Config) -> Data:
@@ -70,11 +71,12 @@ def cycle(n: int, size: int, seed: int, step: int) -> Iterator[np.ndarray]:
         yield np.array([orders[e][i] for e, i in zip(epochs.tolist(), places, strict=True)])
 
 
-def batches(config: Config, data: Data, step: int) -> Iterator[Batch]:
+def batches(config: Config, data: Data, step: int, rows: Rows = ALL) -> Iterator[Batch]:
     """Batches of one shape, however few examples there are."""
     split = data.splits["train"]
     for index in cycle(len(split.rows), config.batch_size, config.seed, step):
-        yield Batch(words_of(config, split, index), split.labels[index])
+        mine = rows.of(index)
+        yield Batch(words_of(config, split, mine), split.labels[mine])
 
 
 def words_of(config: Config, split: Split, index: np.ndarray) -> np.ndarray:

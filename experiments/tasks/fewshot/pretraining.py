@@ -25,7 +25,7 @@ from experiments.tasks.fewshot.config import Config
 from experiments.tasks.fewshot.data import cycle, words_of
 from experiments.training.losses import cross_entropy
 from experiments.training.steps import trainer
-from experiments.training.task import Array, Loss
+from experiments.training.task import ALL, Array, Loss, Rows
 
 
 class MaskedBatch(NamedTuple):
@@ -61,15 +61,16 @@ class WordModel(nnx.Module):
         return scale * self.encoder.embed.logits(x) + self.bias[...]
 
 
-def masked_batches(config: Config, data: Data) -> Iterator[MaskedBatch]:
-    """Batches of all training questions, with other words masked each time."""
+def masked_batches(config: Config, data: Data, rows: Rows = ALL) -> Iterator[MaskedBatch]:
+    """Batches of all training questions, with other words masked each time; the given rows."""
     split, M = data.splits["unlabeled"], config.hidden
     indices = cycle(len(split.rows), config.pretraining_batch_size, config.seed, 0)
     for step, index in enumerate(indices):
         rng = np.random.default_rng([config.seed, step, M])
-        words = words_of(config, split, index)
+        order = rows.of(rng.random((len(index), config.read)))
+        words = words_of(config, split, rows.of(index))
         known = words > UNKNOWN
-        positions = np.argsort(np.where(known, rng.random(words.shape), 2.0), axis=1)[:, :M]
+        positions = np.argsort(np.where(known, order, 2.0), axis=1)[:, :M]
         original = np.take_along_axis(words, positions, 1)
         count = np.minimum(np.maximum(known.sum(1) // 3, 1), known.sum(1))
         chosen = np.arange(positions.shape[1]) < count[:, None]
@@ -107,7 +108,8 @@ def pretrain(config: Config, data: Data) -> Pretrained:
     model = WordModel(fresh.encoder, rngs=nnx.Rngs(config.seed))
     loop = trainer(masked_loss, options, model)
     state, losses = loop.put(loop.initial), []
-    for step, batch in enumerate(itertools.islice(masked_batches(config, data), options.steps)):
+    batches = itertools.islice(masked_batches(config, data, loop.rows), options.steps)
+    for step, batch in enumerate(batches):
         state, loss, *_ = loop.update(state, batch, step)
         losses.append(loss)
     encoder = loop.model(state.weights).encoder

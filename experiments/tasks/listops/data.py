@@ -12,7 +12,7 @@ import numpy as np
 from experiments.datasets import text
 from experiments.tasks.listops.config import Config
 from experiments.tasks.listops.expressions import expression, values
-from experiments.training.task import Array
+from experiments.training.task import ALL, Array, Rows
 
 
 class Examples(NamedTuple):
@@ -60,7 +60,7 @@ def buckets(config: Config) -> list[int]:
     return sorted({config.longest, *(x for x in text.BUCKETS if 32 < x < config.longest)})
 
 
-def batches(config: Config, data: Data, step: int) -> Iterator[Batch]:
+def batches(config: Config, data: Data, step: int, rows: Rows = ALL) -> Iterator[Batch]:
     """New expressions at every step, up to a length drawn uniformly from ``buckets``.
 
     A batch has ``batch_size`` expressions of the longest bucket and more of a shorter one, so that
@@ -72,7 +72,9 @@ def batches(config: Config, data: Data, step: int) -> Iterator[Batch]:
         rng = random.Random(f"train {config.seed} {step}")
         length = rng.choice(lengths)
         n = config.batch_size * (config.longest // length)
-        rows, labels = examples(dataclasses.replace(config, longest=length), n, rng)
-        of_lists = text.padded([values(row) for row in rows], length)
-        yield Batch(text.padded(rows, length), labels, of_lists)
+        mine = rows.slice(n)  # each expression depends on those before it
+        drawn, labels = examples(dataclasses.replace(config, longest=length), mine.stop, rng)
+        expressions = drawn[mine]
+        of_lists = text.padded([values(row) for row in expressions], length)
+        yield Batch(text.padded(expressions, length), labels[mine], of_lists)
         step += 1

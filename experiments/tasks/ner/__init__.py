@@ -36,7 +36,16 @@ from experiments.tasks.ner.config import BUCKETS, PRESETS, Config
 from experiments.tasks.ner.data import Batch, Data, Sentence, letters, load, normalized
 from experiments.tasks.ner.models import MostFrequent, Tagger
 from experiments.training.losses import cross_entropy, logits
-from experiments.training.task import AttentionView, Loss, Metrics, Model, Task, self_attention
+from experiments.training.task import (
+    ALL,
+    AttentionView,
+    Loss,
+    Metrics,
+    Model,
+    Rows,
+    Task,
+    self_attention,
+)
 
 
 def init(config: Config, data: Data, rngs: nnx.Rngs) -> Model:
@@ -46,16 +55,17 @@ def init(config: Config, data: Data, rngs: nnx.Rngs) -> Model:
     return Tagger(config, len(data.vocabulary), len(data.tags), rngs)
 
 
-def batches(config: Config, data: Data, step: int) -> Iterator[Batch]:
+def batches(config: Config, data: Data, step: int, rows: Rows = ALL) -> Iterator[Batch]:
     """Batches of sentences of similar length."""
     split = data.splits["train"]
     lengths = np.array([len(row) for row in split.words])
     for index in text.alike(lengths, config.batch_size, config.seed, step):
         length = text.bucket(int(lengths[index].max()), BUCKETS)
+        mine = rows.of(index)
         yield Batch(
-            text.padded([split.words[i] for i in index], length),
-            letters([split.sentences[i].words for i in index], length),
-            text.padded([split.tags[i] for i in index], length),
+            text.padded([split.words[i] for i in mine], length),
+            letters([split.sentences[i].words for i in mine], length),
+            text.padded([split.tags[i] for i in mine], length),
         )
 
 
@@ -158,6 +168,7 @@ TASK = Task(
     metric="f1",
     larger=True,
     unit="words",
+    fitted=("most_frequent",),
     sample=sample,
     look=look,
 )

@@ -57,7 +57,16 @@ from experiments.tasks.qa.data import (
 )
 from experiments.tasks.qa.models import MASKED, Overlap, Reader
 from experiments.training.losses import logits
-from experiments.training.task import AttentionView, Loss, Metrics, Model, Task, self_attention
+from experiments.training.task import (
+    ALL,
+    AttentionView,
+    Loss,
+    Metrics,
+    Model,
+    Rows,
+    Task,
+    self_attention,
+)
 
 SEPARATOR = "|||"
 
@@ -69,7 +78,7 @@ def init(config: Config, data: Data, rngs: nnx.Rngs) -> Model:
     return Reader(config, data.lexicon, rngs)
 
 
-def batches(config: Config, data: Data, step: int) -> Iterator[Batch]:
+def batches(config: Config, data: Data, step: int, rows: Rows = ALL) -> Iterator[Batch]:
     """Batches of windows of similar length, each with a reference answer."""
     split = data.splits["train"]
     every = windows(split, config.reads, config.stride)
@@ -81,7 +90,7 @@ def batches(config: Config, data: Data, step: int) -> Iterator[Batch]:
     )
     lengths = np.array([input_length(split, window) for window in answerable])
     for index in text.alike(lengths, config.batch_size, config.seed, step):
-        chosen = [answerable[i] for i in index]
+        chosen = [answerable[i] for i in rows.of(index)]
         length = text.bucket(int(lengths[index].max()), BUCKETS)
         right = np.zeros((len(chosen), length, config.longest), bool)
         for i, window in enumerate(chosen):
@@ -239,6 +248,7 @@ TASK = Task(
     metric="f1",
     larger=True,
     unit="questions",
+    fitted=("overlap",),
     sample=sample,
     look=look,
 )

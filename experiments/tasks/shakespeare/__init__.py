@@ -161,6 +161,7 @@ TASK = Task(
     metric="nats",
     larger=False,
     unit="tokens",
+    fitted=("ngram",),
     sample=sample,
     look=look,
 )

@@ -9,6 +9,7 @@ import numpy as np
 
 from experiments.datasets.files import path
 from experiments.tasks.shakespeare.config import Config
+from experiments.training.task import ALL, Rows
 
 
 class Data(NamedTuple):
@@ -30,12 +31,12 @@ def load(config: Config) -> Data:
     return Data(np.frombuffer(raw, np.uint8).astype(np.int32), splits)
 
 
-def batches(config: Config, data: Data, step: int) -> Iterator[np.ndarray]:
+def batches(config: Config, data: Data, step: int, rows: Rows = ALL) -> Iterator[np.ndarray]:
     """Random excerpts ``[B T+1]`` of the training split."""
     start, stop = data.splits["train"]
     T = config.context
     while True:
         rng = np.random.default_rng([config.seed, step])
-        at = rng.integers(start, stop - T, config.batch_size)
+        at = rows.of(rng.integers(start, stop - T, config.batch_size))
         yield data.bytes[at[:, None] + np.arange(T + 1)]
         step += 1

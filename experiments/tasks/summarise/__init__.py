@@ -52,11 +52,13 @@ from experiments.tasks.summarise.data import (
 from experiments.tasks.summarise.extractive import BestSentence, Lead
 from experiments.training.losses import cross_entropy
 from experiments.training.task import (
+    ALL,
     Array,
     AttentionView,
     Loss,
     Metrics,
     Model,
+    Rows,
     Task,
     encoder_and_decoder,
 )
@@ -85,16 +87,17 @@ def init(config: Config, data: Data, rngs: nnx.Rngs) -> Model:
     return EncoderDecoder(shape, rngs=rngs)
 
 
-def batches(config: Config, data: Data, step: int) -> Iterator[Batch]:
+def batches(config: Config, data: Data, step: int, rows: Rows = ALL) -> Iterator[Batch]:
     """Batches of texts of similar length."""
     split = data.splits["train"]
     lengths = np.array([len(row) for row in split.sources])
     longest = max(map(len, split.targets))  # one length for all targets, to compile less
     for index in text.alike(lengths, config.batch_size, config.seed, step):
         length = text.bucket(int(lengths[index].max()), BUCKETS)
+        mine = rows.of(index)
         yield Batch(
-            text.padded([split.sources[i] for i in index], length),
-            text.padded([split.targets[i] for i in index], longest),
+            text.padded([split.sources[i] for i in mine], length),
+            text.padded([split.targets[i] for i in mine], longest),
         )
 
 
@@ -191,6 +194,7 @@ TASK = Task(
     metric="rouge_l",
     larger=True,
     unit="words",
+    fitted=("lead", "best_sentence"),
     sample=sample,
     look=look,
 )
