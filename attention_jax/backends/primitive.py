@@ -54,8 +54,7 @@ from attention_jax.core.compat import (
     with_devices,
 )
 
-# out, m and log_l.
-RESULTS = 3
+RESULTS = 3  # out, m and log_l
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,9 +134,7 @@ def make(name: str, kernel: Kernel, elsewhere: Kernel | None = None) -> HeadAtte
     """Defines the three primitives of a kernel.
 
     Args:
-      name: prefix of the names of the primitives.
-      kernel: what they run.
-      elsewhere: for a kernel that is native code for this machine's CPU: what they run instead on
+      elsewhere: for a kernel that is native code for this machine's CPU: what runs in its place on
         other platforms and in exported programs.
     """
     p = Primitives(*(Primitive(f"{name}_{part}") for part in Primitives._fields))

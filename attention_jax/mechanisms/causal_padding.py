@@ -75,7 +75,7 @@ def _all(flags: list[Any]) -> Any:
 
 
 def zero_padding(x: jax.Array, real: Bool[Array, "*B T"] | None) -> jax.Array:
-    """``[*B T N H]`` with padding zeroed, whatever it holds, NaN included."""
+    """``[*B T N H]`` with padding zeroed, even if it holds NaN."""
     return x if real is None else keep_rows(real[..., None, None], x)
 
 
