@@ -34,7 +34,7 @@ LIBRARY_RANKS = [
     {""},
 ]
 EXPERIMENTS_RANKS = [
-    {"options"},
+    {"options", "programs"},
     {"datasets"},
     {"training"},
     {"models"},

@@ -19,7 +19,7 @@ from attention_jax.core.axes import Sizes
 from attention_jax.core.pytree import leaves
 from attention_jax.masks import block_map
 from attention_jax.masks.at_positions import mask_at_positions
-from experiments.bench.programs import counts
+from experiments.programs import counts
 
 B, T, N, K, H = 2, 24, 8, 4, 8
 DEVICES = 4

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 import attention_jax as aj
 from attention_jax import masks, scores
-from experiments.bench.programs import counts
+from experiments.programs import counts
 
 B, T, N, K, H = 8, 40, 8, 4, 8
 

@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 
 from experiments.__main__ import main
-from experiments.bench.programs import sent
 from experiments.plan.command import RESULTS, table
 from experiments.plan.estimate import Options, abstract, estimate
+from experiments.programs import sent
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from attention_jax import attention, masks, parallel
-from experiments.bench.programs import counts
+from experiments.programs import counts
 
 DEVICES = 8
 WIDTH = 64

@@ -26,8 +26,8 @@ from attention_jax import attention, masks
 from attention_jax.models import Decoder, DecoderConfig, Layers, sharding
 from experiments.bench import ring
 from experiments.bench.contenders import in_turns
-from experiments.bench.programs import counts
 from experiments.bench.tables import machine
+from experiments.programs import counts
 
 RESULTS = pathlib.Path(__file__).parents[1] / "results" / "SHARDING.md"
 DEVICES = 8

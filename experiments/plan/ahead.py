@@ -15,8 +15,8 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
 from attention_jax.models import sharding
-from experiments.bench.programs import sent
 from experiments.plan.estimate import GB, LENGTHS, Options, model_of
+from experiments.programs import sent
 from experiments.training.layout import parse, rules_of, split_sequences
 
 TOPOLOGIES = {4: "v5e:2x2", 16: "v5e:4x4", 64: "v5e:8x8", 256: "v5e:16x16"}
