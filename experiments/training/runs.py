@@ -29,6 +29,7 @@ from flax import nnx
 import attention_jax
 from experiments.options import nearest
 from experiments.training import config as configs
+from experiments.training import tuning
 from experiments.training.checkpoints import BEST, Checkpoints
 from experiments.training.config import TrainConfig
 from experiments.training.layout import agreed
@@ -183,7 +184,7 @@ def load(folder: Path, load_task: Callable[[str], Task[Any, Any]]) -> Run:
     kind = type(next(iter(task.presets.values())))
     config = configs.from_json(kind, content["config"], str(file))
     data = task.data(config)
-    model = task.init(config, data, nnx.Rngs(config.seed))
+    model = tuning.prepared(task.init(config, data, nnx.Rngs(config.seed)), config)
     step = 0
     if isinstance(model, nnx.Module):
         graph, weights, *others = nnx.split(model, nnx.Param, ...)

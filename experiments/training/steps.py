@@ -81,7 +81,7 @@ def trainer(
         )
     graph, parameters, *others = nnx.split(layout.prepared(model), nnx.Param, ...)
     (rest,) = others
-    optimizer = optimizers.make(config)
+    optimizer = optimizers.make(config, model)
     average = jax.tree.map(jnp.copy, parameters) if config.ema else None
     initial = State(parameters, optimizer.init(parameters), average)
     update = _update(loss, config, graph, optimizer, layout, initial)

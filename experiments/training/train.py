@@ -22,7 +22,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from experiments.training import runs
+from experiments.training import runs, tuning
 from experiments.training.checkpoints import BEST, LAST, Checkpoints
 from experiments.training.layout import agreed, connect, layout
 from experiments.training.progress import Progress, one_line
@@ -83,7 +83,7 @@ def train(
         that holds the batch.
     """
     flags = Flags() if flags is None else flags
-    model = task.init(config, data, nnx.Rngs(config.seed))
+    model = tuning.prepared(task.init(config, data, nnx.Rngs(config.seed)), config)
     progress = Progress(task.metric, task.larger)
     if not count_parameters(model):
         scores = task.evaluate(config, model, data, "validation")
