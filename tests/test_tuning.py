@@ -110,7 +110,7 @@ def test_frozen_layers_keep_their_weights_and_the_others_learn(layers):
 
 
 def test_more_frozen_layers_than_there_are_raise():
-    with pytest.raises(ValueError, match="freeze must be at most 3, the number of layers.*got 4"):
+    with pytest.raises(ValueError, match=r"freeze must be at most 3, the number of layers.*got 4"):
         tuning.prepared(Classifier(), configured(freeze=4))
 
 
