@@ -70,7 +70,13 @@ def make(kind):
         case "bert tokens":
             return bert_model(head="tokens")
         case "bert classes":
-            return bert_model(head="classes", classes=1, pooler=True)
+            config = models.ClassifierConfig(bert_model(pooler=True).config, ("LABEL_0",))
+            return models.Classifier(config, rngs=rngs)
+        case "bert tags":
+            config = models.TaggerConfig(bert_model().config, ("O", "B", "I"))
+            return models.Tagger(config, rngs=rngs)
+        case "bert spans":
+            return models.Reader(models.ReaderConfig(bert_model().config), rngs=rngs)
 
 
 def assert_same(model, expected):

@@ -18,6 +18,8 @@ from jax.experimental import checkify
 import attention_jax as aj
 from attention_jax import cache, masks, mechanisms, nn, positions, scores
 from attention_jax.models import (
+    Classifier,
+    ClassifierConfig,
     Decoder,
     DecoderConfig,
     Encoder,
@@ -230,10 +232,9 @@ def train(model, *args, **options):
 
 def classifier(key):
     post = layers(order="post", attention_dropout_rate=0.1, fused=True, windows=(None, 3))
-    config = EncoderConfig(
-        11, post, max_length=T, types=2, embedding_norm=True, pooler=True, head="classes", classes=3
-    )
-    return train(Encoder(config, rngs=nnx.Rngs(key)), TOKENS, real=FLAGS, types=TOKENS % 2)
+    config = EncoderConfig(11, post, max_length=T, types=2, embedding_norm=True, pooler=True)
+    model = Classifier(ClassifierConfig(config, ("a", "b", "c"), 0.1), rngs=nnx.Rngs(key))
+    return train(model, TOKENS, real=FLAGS, types=TOKENS % 2)
 
 
 def tagger(key):

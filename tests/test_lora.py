@@ -8,9 +8,10 @@ from flax import nnx
 from helpers import mostly_slow
 
 from attention_jax.models import (
+    Classifier,
+    ClassifierConfig,
     Decoder,
     DecoderConfig,
-    Encoder,
     EncoderConfig,
     EncoderDecoder,
     EncoderDecoderConfig,
@@ -41,8 +42,8 @@ def decoder(**more):
 
 
 def classifier():
-    config = EncoderConfig(V, layers(), head="classes", classes=4, max_length=T)
-    return Encoder(config, rngs=nnx.Rngs(0))
+    config = ClassifierConfig(EncoderConfig(V, layers(), max_length=T), ("a", "b", "c", "d"))
+    return Classifier(config, rngs=nnx.Rngs(0))
 
 
 def translator():
@@ -114,7 +115,7 @@ def test_a_named_head_trains_in_full():
         "classify.kernel",
         "classify.bias",
     }
-    assert "stack.norm.scale" in whole
+    assert "encoder.stack.norm.scale" in whole
     only = adapted(classifier(), where=(), train=("classify",))
     assert names(only, nnx.Param) == {"classify.kernel", "classify.bias"}
 
@@ -240,10 +241,9 @@ def test_a_loaded_encoder_is_adapted(tmp_path):
         types=2,
         embedding_norm=True,
         pooler=True,
-        head="classes",
-        classes=4,
     )
-    pretrained.save(Encoder(config, rngs=nnx.Rngs(0)), tmp_path)
+    config = ClassifierConfig(config, ("a", "b", "c", "d"))
+    pretrained.save(Classifier(config, rngs=nnx.Rngs(0)), tmp_path)
     model = pretrained.load(tmp_path)
     new = adapted(model, train=("classify",))
     np.testing.assert_array_equal(new(TOKENS), model(TOKENS))

@@ -75,6 +75,15 @@ MODELS = {
     "bert": ("BertModel", BERT),
     "bert tokens": ("BertForMaskedLM", BERT | {"hidden_act": "relu"}),
     "bert classes": ("BertForSequenceClassification", BERT | {"num_labels": 5}),
+    "bert one class, dropout": (
+        "BertForSequenceClassification",
+        BERT | {"num_labels": 1, "classifier_dropout": 0.3, "problem_type": "regression"},
+    ),
+    "bert tags": (
+        "BertForTokenClassification",
+        BERT | {"id2label": {0: "O", 1: "B", 2: "I"}, "label2id": {"O": 0, "B": 1, "I": 2}},
+    ),
+    "bert spans": ("BertForQuestionAnswering", BERT),
     "gpt2": (
         "GPT2LMHeadModel",
         {
@@ -157,6 +166,7 @@ MODELS = {
     "vit classes": ("ViTForImageClassification", VIT | {"num_labels": 5, "qkv_bias": False}),
 }
 
+WITH_LABELS = ("BertForSequenceClassification", "BertForTokenClassification")
 LEFT_OUT = {"vit": [r"pooler\..*"]}  # which ours does not have
 
 
@@ -191,6 +201,8 @@ def theirs(name, model):
             types = {"token_type_ids": torch.tensor(tokens(2) % 2)} if "bert" in name else {}
             mask = torch.tensor(REAL.astype(int))
             out = model(torch.tensor(tokens(0)), attention_mask=mask, **types)
+    if name == "bert spans":
+        return torch.stack([out.start_logits, out.end_logits], dim=-1).numpy()
     return (out.logits if hasattr(out, "logits") else out.last_hidden_state).numpy()
 
 
@@ -201,7 +213,8 @@ def ours(name, model):
     if name.startswith("t5"):
         return model(tokens(0), tokens(1, (B, 6)), source_real=REAL)
     types = {"types": tokens(2) % 2} if "bert" in name else {}
-    return model(tokens(0), real=REAL, **types)
+    out = model(tokens(0), real=REAL, **types)
+    return np.stack(out, axis=-1) if name == "bert spans" else out
 
 
 def assert_same(name, a, b, atol=1e-4):
@@ -251,6 +264,10 @@ def test_hugging_face_loads_what_we_save(name, folders, tmp_path):
         lost = {k: v for k, v in lost.items() if any("pooler" not in str(n) for n in v)}
     assert not lost
     assert_same(name, theirs(name, back.eval()), expected)
+    if MODELS[name][0] in WITH_LABELS:
+        cls = getattr(transformers, MODELS[name][0])
+        assert back.config.id2label == cls.config_class(**MODELS[name][1]).id2label
+        assert tuple(back.config.label2id) == model.config.labels
     assert pretrained.load(tmp_path).config == model.config
 
 

@@ -146,7 +146,7 @@ def test_harmful_entries_raise(kind, entries, message):
         ("llama", "LlamaModel"),
         ("mistral", "MistralForSequenceClassification"),
         ("gemma2", "Gemma2Model"),
-        ("bert", "BertForTokenClassification"),
+        ("bert", "BertForMultipleChoice"),
         ("gpt2", "GPT2ForSequenceClassification"),
         ("t5", "T5EncoderModel"),
         ("vit", "ViTForMaskedImageModeling"),

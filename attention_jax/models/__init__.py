@@ -9,7 +9,7 @@ with grouped heads, rotary positions and one local layer:
 >>> from attention_jax import masks
 >>> from attention_jax.models import (
 ...     Decoder, DecoderConfig, Encoder, EncoderConfig, EncoderDecoder, EncoderDecoderConfig,
-...     Layers, Sampling, VisionConfig, VisionTransformer, beam_search, generate)
+...     Layers, Sampling, VisionConfig, VisionTransformer, beam_search, generate, tagger)
 >>> from attention_jax.positions import Rotary
 >>> layers = Layers(features=8, num_layers=2, num_heads=4, num_kv_heads=2, rotary=Rotary(),
 ...                 windows=(4, None), norm="rms", gated=True, activation="silu")
@@ -40,6 +40,13 @@ An encoder over packed documents: masks of a call are combined with those of the
 >>> encoder(np.ones((1, 6), int), mask=mask, positions=positions).shape
 (1, 6, 8)
 
+Heads over an encoder: ``Classifier``, ``Tagger`` and ``Reader``; here a fresh one on an encoder that
+is already trained:
+
+>>> tag = tagger(encoder, ["O", "B", "I"], rngs=nnx.Rngs(0))
+>>> tag(np.ones((1, 6), int)).shape
+(1, 6, 3)
+
 An encoder-decoder, and a vision transformer:
 
 >>> plain = Layers(features=8, num_layers=1, num_heads=2)
@@ -69,6 +76,17 @@ from attention_jax.models.encoder_decoder import EncoderDecoderConfig as Encoder
 from attention_jax.models.generation import Generated as Generated
 from attention_jax.models.generation import generate as generate
 from attention_jax.models.generation import stream as stream
+from attention_jax.models.heads import Classifier as Classifier
+from attention_jax.models.heads import ClassifierConfig as ClassifierConfig
+from attention_jax.models.heads import Reader as Reader
+from attention_jax.models.heads import ReaderConfig as ReaderConfig
+from attention_jax.models.heads import SpanLogits as SpanLogits
+from attention_jax.models.heads import Tagger as Tagger
+from attention_jax.models.heads import TaggerConfig as TaggerConfig
+from attention_jax.models.heads import classifier as classifier
+from attention_jax.models.heads import label_ids as label_ids
+from attention_jax.models.heads import reader as reader
+from attention_jax.models.heads import tagger as tagger
 from attention_jax.models.layers import Layers as Layers
 from attention_jax.models.layers import Relative as Relative
 from attention_jax.models.sampling import Sampling as Sampling
@@ -77,6 +95,8 @@ from attention_jax.models.vision import VisionTransformer as VisionTransformer
 
 __all__ = [
     "Beams",
+    "Classifier",
+    "ClassifierConfig",
     "Decoder",
     "DecoderConfig",
     "Encoder",
@@ -85,14 +105,23 @@ __all__ = [
     "EncoderDecoderConfig",
     "Generated",
     "Layers",
+    "Reader",
+    "ReaderConfig",
     "Relative",
     "Sampling",
+    "SpanLogits",
+    "Tagger",
+    "TaggerConfig",
     "VisionConfig",
     "VisionTransformer",
     "beam_search",
+    "classifier",
     "generate",
+    "label_ids",
     "pretrained",
+    "reader",
     "sampling",
     "sharding",
     "stream",
+    "tagger",
 ]

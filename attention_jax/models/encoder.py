@@ -26,7 +26,7 @@ from attention_jax.nn.logical import logical
 from attention_jax.nn.padding import as_real, places
 from attention_jax.nn.rngs import check_rngs
 
-HEADS = (None, "tokens", "classes")
+HEADS = (None, "tokens")
 POOLS = ("first", "mean")
 
 
@@ -44,9 +44,9 @@ class EncoderConfig:
       embedding_norm: whether the embeddings are normalized.
       pooler: whether the pooled vector goes through a projection and tanh.
       pool: ``"first"``, the first real token (the class token), or ``"mean"`` of the real tokens.
-      head: ``"tokens"``, logits of each token; ``"classes"``, logits of the sequence; or None.
-      classes: number of classes (C).
-      dropout_rate: of the embeddings, and before the head of classes.
+      head: ``"tokens"``, logits of the vocabulary for each token; or None. The heads of
+        ``models.heads`` stand on an encoder without one.
+      dropout_rate: of the embeddings.
     """
 
     vocabulary: int
@@ -59,7 +59,6 @@ class EncoderConfig:
     pooler: bool = False
     pool: str = "first"
     head: str | None = None
-    classes: int | None = None
     dropout_rate: float = 0.0
 
     def __post_init__(self) -> None:
@@ -69,23 +68,21 @@ class EncoderConfig:
             raise ValueError(f"head must be one of {HEADS}, got {self.head!r}")
         if self.pool not in POOLS:
             raise ValueError(f"pool must be one of {POOLS}, got {self.pool!r}")
-        if (self.head == "classes") != (self.classes is not None):
-            raise ValueError(
-                f"classes must be given if and only if head is 'classes', got {self.classes}"
-            )
 
 
 class Encoder(nnx.Module):
-    """A bidirectional encoder of tokens, with a head of tokens, of classes, or none.
+    """A bidirectional encoder of tokens, with or without logits of the vocabulary.
 
     >>> import numpy as np
     >>> from flax import nnx
     >>> from attention_jax.models import Encoder, EncoderConfig, Layers
-    >>> config = EncoderConfig(vocabulary=10, max_length=4, head="classes", classes=3,
+    >>> config = EncoderConfig(vocabulary=10, max_length=4, pooler=True,
     ...                        layers=Layers(features=8, num_layers=2, num_heads=2, order="post"))
     >>> tokens, real = np.array([[3, 1, 4, 0]]), np.array([[True, True, True, False]])
-    >>> Encoder(config, rngs=nnx.Rngs(0))(tokens, real=real).shape
-    (1, 3)
+    >>> encoder = Encoder(config, rngs=nnx.Rngs(0))
+    >>> x = encoder(tokens, real=real)
+    >>> x.shape, encoder.pooled(x, real).shape
+    ((1, 4, 8), (1, 8))
 
     Source: Devlin et al. 2019, "BERT".
     """
@@ -109,17 +106,10 @@ class Encoder(nnx.Module):
             rngs=rngs,
         )
         self.stack = Stack(layers, causal=False, rngs=rngs)
-        self.pooler = self.classify = self.transform = self.transform_norm = nnx.data(None)
+        self.pooler = self.transform = self.transform_norm = nnx.data(None)
         self.token_bias = nnx.data(None)
         if config.pooler:
             self.pooler = linear(E, E, axes=("embed", None), **layers.dtypes, rngs=rngs)
-        if config.classes is not None:
-            self.classify = linear(
-                E, config.classes, axes=("embed", None), **layers.dtypes, rngs=rngs
-            )
-            self.dropout = nnx.Dropout(
-                config.dropout_rate, rngs=rngs if config.dropout_rate else None
-            )
         if config.head == "tokens":
             self.transform = linear(E, E, axes=("embed", None), **layers.dtypes, rngs=rngs)
             self.transform_norm = norm()
@@ -134,7 +124,7 @@ class Encoder(nnx.Module):
         real: Any = None,
         **options: Any,
     ) -> jax.Array:
-        """The output of the head: ``[*B T E]``, ``[*B T V]`` or ``[*B C]``.
+        """The output of the head: ``[*B T V]``, or ``[*B T E]`` without one.
 
         Args:
           tokens: integers ``[*B T]``.
@@ -144,8 +134,6 @@ class Encoder(nnx.Module):
         x = self.hidden(tokens, real=real, **options)
         if self.config.head == "tokens":
             return self.token_logits(x)
-        if self.config.head == "classes":
-            return self.class_logits(self.pooled(x, real))
         return x
 
     def hidden(
@@ -181,11 +169,6 @@ class Encoder(nnx.Module):
         real = as_real(real, x.shape[:-1])
         x = pooling.first(x, real) if self.config.pool == "first" else pooling.mean(x, real)
         return x if self.pooler is None else jnp.tanh(self.pooler(x))
-
-    def class_logits(self, x: Float[AnyArray, "*B E"]) -> jax.Array:
-        """``[*B E]`` to ``[*B C]``, in float32 or wider."""
-        y = self.classify(self.dropout(x))  # type: ignore[misc]
-        return y.astype(accumulation_dtype(y.dtype))
 
     def token_logits(self, x: Float[AnyArray, "*B T E"]) -> jax.Array:
         """``norm(activation(x W)) . table + bias``: ``[*B T E]`` to ``[*B T V]``."""

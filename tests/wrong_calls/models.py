@@ -28,6 +28,9 @@ def wrong_models():
     prompt, real = np.array([[3, 1, 4]] * B), np.array([[True] * 3, [False] * 3])
     go = functools.partial(generate, decoder, prompt=prompt, max_new_tokens=2)
     other = models.DecoderConfig(10, small)
+    encoder = models.Encoder(models.EncoderConfig(10, small, head="tokens"), rngs=nnx.Rngs(0))
+    plain = models.EncoderConfig(10, small)
+    fresh = functools.partial(models.classifier, rngs=nnx.Rngs(0))
     free = models.Decoder(other, rngs=nnx.Rngs(0))
     return [
         (
@@ -71,12 +74,32 @@ def wrong_models():
             "feed_forward_dropout_rate must be in [0, 1)",
         ),
         (lambda: models.EncoderConfig(10, small, head="words"), value, "head must be one of"),
-        (lambda: models.EncoderConfig(10, small, head="classes"), value, "classes must be given"),
         (
             lambda: models.EncoderConfig(10, small, pool="max"),
             value,
             "pool must be one of",
             "'max'",
+        ),
+        (lambda: fresh(decoder, ["a"]), type_, "encoder must be an Encoder, got Decoder"),
+        (
+            lambda: fresh(fresh(encoder, ["a"]), ["b"]),
+            type_,
+            "encoder must be an Encoder, got Classifier: pass its encoder",
+        ),
+        (lambda: fresh(encoder, "ab"), type_, "labels must be a tuple of names, got 'ab'"),
+        (lambda: fresh(encoder, []), value, "labels must be one or more different names"),
+        (lambda: fresh(encoder, ["a", "a"]), value, "labels must be one or more different names"),
+        (lambda: fresh(encoder, ["a"], pool="max"), value, "pool must be one of", "'max'"),
+        (
+            lambda: models.ReaderConfig(encoder.config),
+            value,
+            "encoder must have no head of its own, got head='tokens'",
+        ),
+        (lambda: models.ReaderConfig(other), type_, "encoder must be an EncoderConfig"),
+        (
+            lambda: models.Reader(models.ReaderConfig(plain), encoder=encoder, rngs=nnx.Rngs(0)),
+            value,
+            "encoder must have the configuration config.encoder",
         ),
         (
             lambda: models.EncoderDecoderConfig(10, small, stack(features=4)),

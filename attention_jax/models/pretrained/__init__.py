@@ -48,6 +48,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from attention_jax.models.decoder import DecoderConfig
+from attention_jax.models.encoder import EncoderConfig
 from attention_jax.models.layers import Layers
 from attention_jax.models.pretrained import (
     bert,
@@ -99,8 +100,8 @@ def load(
       rules: how to shard, from ``sharding.rules``.
 
     Returns:
-      An ``Encoder`` (BERT), ``Decoder`` (GPT-2, Llama, Mistral, Gemma 2), ``EncoderDecoder`` (T5)
-      or ``VisionTransformer`` (ViT).
+      An ``Encoder``, ``Classifier``, ``Tagger`` or ``Reader`` (BERT), ``Decoder`` (GPT-2, Llama,
+      Mistral, Gemma 2), ``EncoderDecoder`` (T5) or ``VisionTransformer`` (ViT).
 
     Raises:
       FileNotFoundError: no such folder, no configuration, or no tensors.
@@ -339,14 +340,16 @@ def _read_back(family: Family, config: Any, entries: Mapping[str, Any]) -> Any:
 
 
 def _with_layers(config: Any, changes: Mapping[str, Any]) -> Any:
-    """The configuration with changes in all its ``Layers``."""
+    """The configuration with changes in all its ``Layers``, those of its encoder included."""
     fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    layers = {
+    new = {
         name: dataclasses.replace(x, **changes)
         for name, x in fields.items()
         if isinstance(x, Layers)
     }
-    return dataclasses.replace(config, **layers)
+    if isinstance(encoder := fields.get("encoder"), EncoderConfig):
+        new["encoder"] = _with_layers(encoder, changes)
+    return dataclasses.replace(config, **new)
 
 
 def _with_length(config: Any, other: Any) -> Any:

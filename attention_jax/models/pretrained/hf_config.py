@@ -214,6 +214,28 @@ class HFConfig:
         """The number of labels; Hugging Face omits the default of 2."""
         return len(self.take("id2label", None) or range(self.take("num_labels", 2)))
 
+    def labels(self) -> tuple[str, ...]:
+        """The names of the labels, in the order of their logits."""
+        given = self.take("id2label", None)
+        if not given:
+            return _default_labels(self.take("num_labels", 2))
+        names: Any = given if isinstance(given, dict) else {}
+        ids = {str(i): name for i, name in names.items()}
+        right = ids.keys() == {str(i) for i in range(len(ids))}
+        if not ids or not right or not all(isinstance(name, str) for name in ids.values()):
+            self.errors.append(f"id2label must name the labels 0, 1, ..., got {given!r}")
+            return _default_labels(2)
+        result = tuple(ids[str(i)] for i in range(len(ids)))
+        inverse = self.take("label2id", None)
+        if inverse and inverse != {name: i for i, name in enumerate(result)}:
+            self.errors.append(
+                f"label2id = {inverse!r} contradicts id2label = {given!r} "
+                f"(config={{'label2id': None}} ignores it)"
+            )
+        if self.take("num_labels", None) not in (None, len(result)):
+            self.errors.append(f"num_labels contradicts id2label, which has {len(result)} labels")
+        return result
+
     def finish(self, family: str) -> None:
         """Raises for all errors, and for entries that were not used and are not harmless."""
         for name in ONLY.keys() & self.unused.keys():
@@ -237,12 +259,18 @@ class HFConfig:
         return ValueError(f"config.json of {family} is not supported: {errors}")
 
 
-def labels(classes: int | None) -> dict[str, Any]:
-    """Label names: the number of classes is stored as their number."""
-    if classes is None:
+def labels(names: int | tuple[str, ...] | None) -> dict[str, Any]:
+    """The entries of labels: of their names, or of their number."""
+    if names is None:
         return {}
-    names = [f"LABEL_{i}" for i in range(classes)]
+    if isinstance(names, int):
+        names = _default_labels(names)
     return {
         "id2label": {str(i): name for i, name in enumerate(names)},
         "label2id": {name: i for i, name in enumerate(names)},
     }
+
+
+def _default_labels(number: int) -> tuple[str, ...]:
+    """Hugging Face's names of labels that have no other."""
+    return tuple(f"LABEL_{i}" for i in range(number))

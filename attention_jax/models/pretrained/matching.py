@@ -17,6 +17,15 @@ Place = tuple[File, str]
 Stored = dict[str, Place]
 """Places by name."""
 
+_FRESH = {  # what to do without the tensors of a head
+    name: f" (load with config={{'architectures': ['BertModel']}}, and put a fresh head on with "
+    f"models.{maker})"
+    for name, maker in (
+        ("classifier.weight", "classifier or models.tagger"),
+        ("qa_outputs.weight", "reader"),
+    )
+}
+
 
 class Matched(NamedTuple):
     """The tensors of a checkpoint, sorted by their use in a model."""
@@ -110,7 +119,7 @@ def match(
 
 def mismatches(used: Stored, tensors: Mapping[str, Tensor], leaves: Any) -> list[str]:
     """Errors for tensors that are missing, unexpected, or of another shape or dtype."""
-    missing = [f"{name} is missing" for name in tensors if name not in used]
+    missing = [f"{name} is missing{_FRESH.get(name, '')}" for name in tensors if name not in used]
     if "lm_head.weight is missing" in missing:
         missing[-1] += " (config={'tie_word_embeddings': True} makes the embedding the head)"
     unexpected = [
@@ -124,7 +133,10 @@ def mismatches(used: Stored, tensors: Mapping[str, Tensor], leaves: Any) -> list
         entry = file.entries[theirs]
         expected = jax.eval_shape(tensor.form.back, leaves[tensor.path].get_value()).shape
         if entry.shape != expected:
-            others.append(f"{name} has shape {list(entry.shape)}, expected {list(expected)}")
+            others.append(
+                f"{name} has shape {list(entry.shape)}, expected {list(expected)}"
+                + (f": {expected[0]} labels in id2label" if name == "classifier.weight" else "")
+            )
         if entry.dtype not in ("F64", "F32", "F16", "BF16"):
             others.append(f"{name} has dtype {entry.dtype}, expected a floating one")
     return [*_some(missing), *_some(sorted(unexpected)), *_some(others)]

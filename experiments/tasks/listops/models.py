@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from attention_jax.models import Encoder, EncoderConfig
+from attention_jax.models import EncoderConfig, Tagger, TaggerConfig
 from attention_jax.nn import Embeddings
 from attention_jax.nn.linear import Linear
 from experiments.datasets.text import PAD
@@ -15,6 +15,8 @@ from experiments.tasks.listops.config import Config
 from experiments.tasks.listops.expressions import CLOSE, OPERATOR, WORDS
 from experiments.training import text_config
 from experiments.training.task import Array
+
+VALUES = tuple(map(str, range(10)))
 
 
 class Recurrent(nnx.Module):
@@ -43,25 +45,21 @@ class Transformer(nnx.Module):
     """An encoder; predicts the value of the expression at its first token, the outer operator."""
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs) -> None:
-        self.encoder = Encoder(
-            EncoderConfig(
-                len(WORDS),
-                text_config.layers(config),
-                positions=config.vectors,
-                max_length=config.longest,
-                embedding_scale=text_config.EMBEDDING_SCALE,
-                head="classes",
-                classes=10,
-                dropout_rate=config.dropout,
-            ),
-            rngs=rngs,
+        encoder = EncoderConfig(
+            len(WORDS),
+            text_config.layers(config),
+            positions=config.vectors,
+            max_length=config.longest,
+            embedding_scale=text_config.EMBEDDING_SCALE,
+            dropout_rate=config.dropout,
         )
+        self.tagger = Tagger(TaggerConfig(encoder, VALUES, config.dropout), rngs=rngs)
 
     def each(self, tokens: Array) -> tuple[jax.Array, jax.Array]:
         """Logits ``[B T 10]``, and where they predict the value of a list: at its operator."""
         tokens = jnp.asarray(tokens)
-        x = self.encoder.hidden(tokens, real=tokens != PAD)
-        return self.encoder.class_logits(x), (tokens >= OPERATOR) & (tokens < CLOSE)
+        logits = self.tagger(tokens, real=tokens != PAD)
+        return logits, (tokens >= OPERATOR) & (tokens < CLOSE)
 
     def __call__(self, tokens: Array) -> jax.Array:
         """Logits ``[B 10]`` of the value of the expression."""

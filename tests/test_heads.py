@@ -1,0 +1,139 @@
+"""Heads over an encoder: fresh ones, checkpoints of them, and their labels."""
+
+import json
+
+import checkpoints
+import jax
+import numpy as np
+import pytest
+from checkpoints import TOKENS, assert_same
+from flax import nnx
+
+from attention_jax import models
+from attention_jax.models import pretrained
+
+saved = pytest.fixture(checkpoints.saved)
+
+REAL = np.array([[True, True, False]])
+FRESH = {
+    "classes": lambda x: models.classifier(x, ["no", "yes"], rngs=nnx.Rngs(1)),
+    "mean": lambda x: models.classifier(x, ["no", "yes"], pool="mean", rngs=nnx.Rngs(1)),
+    "tags": lambda x: models.tagger(x, ["O", "B", "I"], rngs=nnx.Rngs(1)),
+    "spans": lambda x: models.reader(x, rngs=nnx.Rngs(1)),
+}
+
+
+def parameters(model):
+    return jax.tree.leaves(nnx.state(model, nnx.Param))
+
+
+@pytest.mark.parametrize("head", FRESH)
+@pytest.mark.parametrize("kind", ["bert", "bert tokens"])
+def test_a_fresh_head_computes_from_the_vectors_of_the_encoder(kind, head):
+    encoder = checkpoints.make(kind)
+    before = [np.array(x) for x in parameters(encoder)]
+    model = FRESH[head](encoder)
+    x = encoder.hidden(TOKENS, real=REAL)
+    match head:
+        case "classes":
+            first = nnx.tanh(model.encoder.pooler(x[:, 0]))
+            expected = model.classify(first)
+            if kind == "bert":  # not a fresh pooler
+                np.testing.assert_array_equal(first, encoder.pooled(x))
+        case "mean":
+            expected = model.classify(x[:, :2].mean(axis=1))
+        case "tags":
+            expected = model.classify(x)
+        case "spans":
+            expected = model.spans(x)
+    got = model(TOKENS, real=REAL)
+    got = np.stack(got, axis=-1) if head == "spans" else got
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+    jax.tree.map(np.testing.assert_array_equal, before, parameters(encoder))
+    assert (model.encoder.pooler is not None) == (head == "classes")
+    assert model.encoder.token_bias is None
+
+
+def test_a_fresh_head_does_not_share_arrays_with_the_encoder():
+    encoder = checkpoints.make("bert")
+    before = np.array(encoder.embed.tokens[...])
+    model = FRESH["tags"](encoder)
+    model.encoder.embed.tokens[...] += 1
+    np.testing.assert_array_equal(encoder.embed.tokens[...], before)
+
+
+@pytest.mark.parametrize("head", ["classes", "tags", "spans"])
+def test_a_fresh_head_is_saved_and_loaded(head, tmp_path):
+    model = FRESH[head](checkpoints.make("bert tokens"))
+    pretrained.save(model, tmp_path)
+    again = pretrained.load(tmp_path)
+    assert again.config == model.config
+    assert_same(again, model)
+    with pytest.warns(UserWarning, match=r"left out (classifier|qa_outputs)\.weight"):
+        encoder = pretrained.load(tmp_path, config={"architectures": ["BertModel"]})
+    assert_same(encoder, model.encoder)
+
+
+def test_the_mean_of_all_tokens_has_no_hugging_face_class(tmp_path):
+    with pytest.raises(NotImplementedError, match="no family of checkpoints can express"):
+        pretrained.save(FRESH["mean"](checkpoints.make("bert")), tmp_path)
+
+
+def test_dropout_before_the_head():
+    encoder = checkpoints.make("bert")
+    model = models.classifier(encoder, ["a", "b"], dropout_rate=0.5, rngs=nnx.Rngs(1))
+    steady = model(TOKENS)
+    np.testing.assert_array_equal(model(TOKENS), steady)  # evaluation mode, like the loaded encoder
+    model.train()
+    assert not np.array_equal(model(TOKENS), steady)
+
+
+@pytest.mark.parametrize("name", ["bert tags", "bert spans", "bert classes"])
+def test_an_encoder_without_a_head_is_not_read_as_one(name, saved):
+    folder, _ = saved("bert")
+    _, entries = checkpoints.checkpoint(name)
+    makers = {"bert spans": r"models\.reader"}
+    maker = makers.get(name, r"models\.classifier or models\.tagger")
+    message = rf"is missing \(load with config={{'architectures': \['BertModel'\]}}.*{maker}"
+    with pytest.raises(ValueError, match=message):
+        pretrained.load(folder, config={"architectures": entries["architectures"]})
+
+
+def test_names_of_labels_are_read_and_saved(saved):
+    folder, expected = saved("bert tags")
+    model = pretrained.load(folder)
+    assert model.config.labels == expected.config.labels == ("O", "B", "I")
+    entries = json.loads((folder / "config.json").read_text())
+    assert entries["id2label"] == {"0": "O", "1": "B", "2": "I"}
+    assert entries["label2id"] == {"O": 0, "B": 1, "I": 2}
+    renamed = {"id2label": {0: "x", 1: "y", 2: "z"}, "label2id": None}
+    assert pretrained.load(folder, config=renamed).config.labels == ("x", "y", "z")
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        (
+            {"id2label": {"0": "O", "1": "B"}, "label2id": None},
+            r"expected \[2, 8\]: 2 labels in id",
+        ),
+        ({"id2label": {"0": "O", "2": "B"}}, r"id2label must name the labels 0, 1, \.\.\., got"),
+        ({"id2label": ["O", "B", "I"]}, r"id2label must name the labels 0, 1, \.\.\., got"),
+        ({"id2label": {"0": "O", "1": "O", "2": "I"}, "label2id": None}, "different names"),
+        (
+            {"id2label": {"0": 1, "1": 2, "2": 3}, "label2id": None},
+            r"id2label must name the labels 0, 1, \.\.\., got",
+        ),
+        ({"label2id": {"O": 0, "B": 2, "I": 1}}, "label2id = .* contradicts id2label"),
+        ({"num_labels": 4}, "num_labels contradicts id2label, which has 3 labels"),
+    ],
+)
+def test_labels_that_do_not_match_raise(entries, message, saved):
+    folder, _ = saved("bert tags", **entries)
+    with pytest.raises(ValueError, match=message):
+        pretrained.load(folder)
+
+
+def test_labels_that_the_model_does_not_have_raise():
+    with pytest.raises(ValueError, match="must be labels of the model, 'no', 'yes'; got 'maybe'$"):
+        models.label_ids(("no", "yes"), ["yes", "maybe", "no"])
