@@ -96,6 +96,57 @@ def checkpoint(kind):
         return arrays, json.loads((Path(folder) / "config.json").read_text())
 
 
+# As many tokens as the small BERT knows.
+VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "the", "cat", "sat", "on", "mat", "##s", "?"]
+
+
+def write_tokenizer(folder, tokens=VOCABULARY):
+    """Writes ``tokenizer.json`` like that of BERT, with a truncation of its own to be ignored."""
+    import tokenizers
+    from tokenizers import normalizers, pre_tokenizers, processors
+
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    model = tokenizers.models.WordPiece(vocabulary, unk_token="[UNK]")
+    made = tokenizers.Tokenizer(model)
+    made.normalizer = normalizers.BertNormalizer()
+    made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    made.add_special_tokens(tokens[:4])
+    made.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+    )
+    made.enable_truncation(3)
+    made.enable_padding(length=9)
+    made.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def write_modules(folder, *, pool="mean", normalize=True, max_length=None):
+    """Writes what sentence-transformers writes beside a model."""
+    kinds = ["Transformer", "Pooling", *["Normalize"] * normalize]
+    modules = [
+        {
+            "idx": i,
+            "name": str(i),
+            "path": f"{i}_{kind}" if i else "",
+            "type": f"sentence_transformers.models.{kind}",
+        }
+        for i, kind in enumerate(kinds)
+    ]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    flags = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens")
+    entries = {f"pooling_mode_{x}": x.startswith(f"{pool}_to") for x in flags}
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text(
+        json.dumps({"word_embedding_dimension": 8, **entries})
+    )
+    (folder / "sentence_bert_config.json").write_text(
+        json.dumps({"max_seq_length": max_length, "do_lower_case": False})
+    )
+    return folder
+
+
 def saved(tmp_path):
     """The folder of a saved model, with tensors and entries added or replaced; and the model."""
 

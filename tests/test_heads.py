@@ -135,5 +135,5 @@ def test_labels_that_do_not_match_raise(entries, message, saved):
 
 
 def test_labels_that_the_model_does_not_have_raise():
-    with pytest.raises(ValueError, match="must be labels of the model, 'no', 'yes'; got 'maybe'$"):
+    with pytest.raises(ValueError, match=r"must be labels of the model, 'no', 'yes'; got 'maybe'$"):
         models.label_ids(("no", "yes"), ["yes", "maybe", "no"])

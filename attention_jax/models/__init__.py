@@ -40,8 +40,8 @@ An encoder over packed documents: masks of a call are combined with those of the
 >>> encoder(np.ones((1, 6), int), mask=mask, positions=positions).shape
 (1, 6, 8)
 
-Heads over an encoder: ``Classifier``, ``Tagger`` and ``Reader``; here a fresh one on an encoder that
-is already trained:
+Heads over an encoder: ``Classifier``, ``Tagger`` and ``Reader``; here a fresh one on an encoder
+that is already trained:
 
 >>> tag = tagger(encoder, ["O", "B", "I"], rngs=nnx.Rngs(0))
 >>> tag(np.ones((1, 6), int)).shape
@@ -90,6 +90,9 @@ from attention_jax.models.heads import tagger as tagger
 from attention_jax.models.layers import Layers as Layers
 from attention_jax.models.layers import Relative as Relative
 from attention_jax.models.sampling import Sampling as Sampling
+from attention_jax.models.sentences import Embedder as Embedder
+from attention_jax.models.sentences import EmbedderConfig as EmbedderConfig
+from attention_jax.models.sentences import embed as embed
 from attention_jax.models.vision import VisionConfig as VisionConfig
 from attention_jax.models.vision import VisionTransformer as VisionTransformer
 
@@ -99,6 +102,8 @@ __all__ = [
     "ClassifierConfig",
     "Decoder",
     "DecoderConfig",
+    "Embedder",
+    "EmbedderConfig",
     "Encoder",
     "EncoderConfig",
     "EncoderDecoder",
@@ -116,6 +121,7 @@ __all__ = [
     "VisionTransformer",
     "beam_search",
     "classifier",
+    "embed",
     "generate",
     "label_ids",
     "pretrained",

@@ -135,7 +135,7 @@ class Classifier(nnx.Module):
           rngs: for parameters and dropout.
         """
         self.config = config
-        self.encoder = _encoder(config.encoder, encoder, rngs)
+        self.encoder = given_or_new(config.encoder, encoder, rngs)
         self.dropout = _dropout(config.dropout_rate, rngs)
         self.classify = _logits(config.encoder, len(config.labels), rngs)
 
@@ -177,7 +177,7 @@ class Tagger(nnx.Module):
           rngs: for parameters and dropout.
         """
         self.config = config
-        self.encoder = _encoder(config.encoder, encoder, rngs)
+        self.encoder = given_or_new(config.encoder, encoder, rngs)
         self.dropout = _dropout(config.dropout_rate, rngs)
         self.classify = _logits(config.encoder, len(config.labels), rngs)
 
@@ -220,7 +220,7 @@ class Reader(nnx.Module):
           rngs: for parameters and dropout.
         """
         self.config = config
-        self.encoder = _encoder(config.encoder, encoder, rngs)
+        self.encoder = given_or_new(config.encoder, encoder, rngs)
         self.spans = _logits(config.encoder, 2, rngs)
 
     def __call__(self, tokens: Any, *, real: Any = None, **options: Any) -> SpanLogits:
@@ -385,7 +385,8 @@ def body(encoder: Encoder, rngs: nnx.Rngs, *, pool: str = "first", pooler: bool 
     return copy
 
 
-def _encoder(config: EncoderConfig, encoder: Encoder | None, rngs: nnx.Rngs) -> Encoder:
+def given_or_new(config: EncoderConfig, encoder: Encoder | None, rngs: nnx.Rngs) -> Encoder:
+    """The encoder if there is one, after a check of its configuration; else a new one."""
     check_rngs(rngs)
     if encoder is None:
         return Encoder(config, rngs=rngs)

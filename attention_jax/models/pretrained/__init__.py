@@ -26,7 +26,9 @@ leaves tensors out where you know better.
 Only safetensors files are read, never pickles, and one tensor at a time. ``save`` replaces the
 checkpoint in a folder in one step: after a crash, the folder holds either the old or the new one.
 
-``save_adapters`` and ``load_adapters`` store the adapters of ``nn.low_rank`` without the model.
+``load_tokenizer`` reads the tokenizer of a checkpoint, and ``load_embedder`` sentence embeddings as
+the checkpoint describes them. ``save_adapters`` and ``load_adapters`` store the adapters of
+``nn.low_rank`` without the model.
 
 Each family of checkpoints is a module; ``family.Family`` documents their interface.
 """
@@ -57,17 +59,41 @@ from attention_jax.models.pretrained import (
     llama,
     matching,
     safetensors,
+    sentences,
     t5,
     vit,
 )
 from attention_jax.models.pretrained.family import Family
 from attention_jax.models.pretrained.hf_config import HFConfig
 from attention_jax.models.pretrained.lora import load_adapters, save_adapters
+from attention_jax.models.pretrained.sentences import minilm
 from attention_jax.models.pretrained.tensors import Tensor
+from attention_jax.models.pretrained.tokenizer import (
+    Padded,
+    Row,
+    Tokenized,
+    Tokenizer,
+    load_tokenizer,
+    pad,
+)
+from attention_jax.models.sentences import Embedder, EmbedderConfig
 from attention_jax.models.sharding import Rules, shardings
 from attention_jax.nn import Embeddings
 
-__all__ = ["load", "load_adapters", "save", "save_adapters"]
+__all__ = [
+    "Padded",
+    "Row",
+    "Tokenized",
+    "Tokenizer",
+    "load",
+    "load_adapters",
+    "load_embedder",
+    "load_tokenizer",
+    "minilm",
+    "pad",
+    "save",
+    "save_adapters",
+]
 
 FAMILIES: tuple[Family, ...] = (bert, gpt2, llama, t5, vit)
 
@@ -179,6 +205,59 @@ def load(
             stacklevel=2,
         )
     return model
+
+
+def load_embedder(
+    folder: str | PathLike[str],
+    *,
+    config: Mapping[str, Any] | None = None,
+    ignore: Collection[str] = (),
+    **options: Any,
+) -> Embedder:
+    """Loads sentence embeddings, pooled and normalized as the checkpoint describes.
+
+    Args:
+      folder: of a BERT checkpoint with ``modules.json``, as sentence-transformers writes it.
+      config, ignore, **options: of ``load``.
+
+    Returns:
+      A model in evaluation mode, for ``models.embed``.
+
+    Raises:
+      FileNotFoundError: no ``modules.json``, or nothing that ``load`` could read.
+      ValueError: another family; another step than pooling by the first token or the mean, and
+        normalization; an option that is not supported.
+
+    >>> import json, tempfile
+    >>> from pathlib import Path
+    >>> import numpy as np
+    >>> from flax import nnx
+    >>> from attention_jax.models import Encoder, EncoderConfig, Layers
+    >>> from attention_jax.models.pretrained import load_embedder, save
+    >>> layers = Layers(features=8, num_layers=1, num_heads=2, order="post")
+    >>> config = EncoderConfig(10, layers, types=2, embedding_norm=True)
+    >>> folder = Path(tempfile.mkdtemp())  # or the folder of a checkpoint
+    >>> save(Encoder(config, rngs=nnx.Rngs(0)), folder)
+    >>> steps = [{"type": "Transformer", "path": ""}, {"type": "Pooling", "path": "1_Pooling"}]
+    >>> _ = (folder / "modules.json").write_text(json.dumps(steps))
+    >>> (folder / "1_Pooling").mkdir()
+    >>> _ = (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
+    >>> load_embedder(folder)(np.array([[3, 1, 4]])).shape
+    (1, 8)
+    """
+    described = sentences.describe(Path(folder))
+    entries = folders.read_config(described.encoder) | dict(config or {})
+    if entries.get("model_type") not in bert.MODEL_TYPES:
+        raise ValueError(
+            f"{described.encoder} must be a checkpoint of {' or '.join(bert.MODEL_TYPES)} for "
+            f"sentence embeddings, got model_type {entries.get('model_type')!r}"
+        )
+    entries = {"architectures": ["BertModel"], **(config or {})}
+    heads = (r"pooler\..*", *bert.HEADLESS)
+    encoder = load(described.encoder, config=entries, ignore=(*ignore, *heads), **options)
+    encoder.config = dataclasses.replace(encoder.config, pool=described.pool)
+    ours = EmbedderConfig(encoder.config, described.normalize, described.max_length)
+    return Embedder(ours, encoder=encoder, rngs=nnx.Rngs(0))
 
 
 def save(

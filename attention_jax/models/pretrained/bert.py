@@ -37,6 +37,7 @@ ARCHITECTURES = {
     "BertForTokenClassification": "tags",
     "BertForQuestionAnswering": "spans",
 }
+HEADLESS = (r"cls\..*", r"classifier\..*", r"qa_outputs\..*")  # tensors of all heads
 NAMES = {head: name for name, head in ARCHITECTURES.items()}
 HEADS = {ClassifierConfig: "classes", TaggerConfig: "tags", ReaderConfig: "spans"}
 MODELS: dict[type, Any] = {
@@ -106,7 +107,7 @@ def _head(config: Config) -> str | None:
 def optional(config: Config) -> tuple[str, ...]:
     """Tensors of heads that this model does not have."""
     others = {
-        None: (r"cls\..*", r"classifier\..*", r"qa_outputs\..*"),
+        None: HEADLESS,
         "tokens": (r"bert\.pooler\..*", r"cls\.seq_relationship\..*"),
         "classes": (r"cls\..*", r"qa_outputs\..*"),
         "tags": (r"bert\.pooler\..*", r"cls\..*", r"qa_outputs\..*"),

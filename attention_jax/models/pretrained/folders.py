@@ -34,7 +34,7 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"Nothing is downloaded: for a model on a hub, pass the folder that "
             f"huggingface_hub.snapshot_download returns"
         )
-    return _read_json(folder / CONFIG)
+    return read_json(folder / CONFIG)
 
 
 def weights(folder: Path, entries: Mapping[str, Any]) -> list[safetensors.File]:
@@ -53,11 +53,11 @@ def weights(folder: Path, entries: Mapping[str, Any]) -> list[safetensors.File]:
             )
     names = [name]
     if str(name).endswith(".index.json"):
-        if not _is_plain(name):
+        if not is_plain(name):
             raise ValueError(f"{NAMED} must name a file of its own folder, got {name!r}")
-        places = _read_json(folder / name).get("weight_map")
+        places = read_json(folder / name).get("weight_map")
         names = list(places.values()) if isinstance(places, dict) else []
-    if not names or not all(map(_is_plain, names)):
+    if not names or not all(map(is_plain, names)):
         raise ValueError(f"{name} must name files of its own folder, got {names}")
     for x in names:
         if not (folder / x).exists():
@@ -113,19 +113,19 @@ def _parts(folder: Path) -> list[Path]:
     """The files of the checkpoint in a folder, except those that a save writes."""
     names = [INDEX]
     with contextlib.suppress(FileNotFoundError, ValueError):
-        names.append(_read_json(folder / CONFIG).get(NAMED) or INDEX)
+        names.append(read_json(folder / CONFIG).get(NAMED) or INDEX)
     shards: list[Any] = []
     for name in names:
-        if str(name).endswith(".index.json") and _is_plain(name):
+        if str(name).endswith(".index.json") and is_plain(name):
             with contextlib.suppress(FileNotFoundError, ValueError):
-                places = _read_json(folder / name).get("weight_map")
+                places = read_json(folder / name).get("weight_map")
                 shards += places.values() if isinstance(places, dict) else []
-    parts = [x for x in (*shards, *names) if _is_plain(x) and x != WEIGHTS]
+    parts = [x for x in (*shards, *names) if is_plain(x) and x != WEIGHTS]
     kinds = ".safetensors", ".safetensors.index.json"
     return [folder / x for x in dict.fromkeys(parts) if x.endswith(kinds)]
 
 
-def _is_plain(name: Any) -> bool:
+def is_plain(name: Any) -> bool:
     """Whether it names a file directly in the folder."""
     return isinstance(name, str) and name not in ("", ".", "..") and Path(name).name == name
 
@@ -167,7 +167,13 @@ def _write_json(path: Path, x: Mapping[str, Any]) -> None:
     _sync(path)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The entries of a JSON object.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: it is not a JSON object.
+    """
     if not path.exists():
         raise FileNotFoundError(f"{path.parent} must have {path.name}")
     try:
