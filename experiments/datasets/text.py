@@ -157,6 +157,14 @@ def alike(lengths: np.ndarray, size: int, seed: int, step: int) -> Iterator[np.n
         yield from batches[rng.permutation(len(batches))][skip:]
 
 
+def with_buckets(
+    batches: Iterable[np.ndarray], lengths: np.ndarray, sizes: Sequence[int] = BUCKETS
+) -> Iterator[tuple[np.ndarray, int]]:
+    """Batches of indices, each with the bucket of its longest sequence."""
+    for index in batches:
+        yield index, bucket(int(lengths[index].max()), sizes)
+
+
 def edges(lengths: np.ndarray, count: int) -> tuple[int, ...]:
     """The ``count`` lengths to pad sequences to that need the least padding, in increasing order.
 
@@ -187,6 +195,16 @@ def edges(lengths: np.ndarray, count: int) -> tuple[int, ...]:
         chosen.append(int(sizes[j - 1]))
         j = int(best[j])
     return tuple(reversed(chosen))
+
+
+def few_edges(lengths: np.ndarray, padding: float) -> tuple[int, ...]:
+    """The fewest ``edges`` with which at most this fraction of the tokens is padding."""
+    for count in range(1, len(np.unique(lengths)) + 1):
+        sizes = edges(lengths, count)
+        padded_to = np.asarray(sizes)[np.searchsorted(sizes, lengths)]
+        if 1 - lengths.sum() / padded_to.sum() <= padding:
+            break
+    return sizes
 
 
 def bucketed(

@@ -27,6 +27,7 @@ import zipfile
 import numpy as np
 
 from experiments.datasets.files import path
+from experiments.models import finetuning
 from experiments.tasks import classification
 from experiments.tasks.classification import Config, Labeled
 from experiments.training.losses import scores
@@ -126,4 +127,24 @@ def score(logits: np.ndarray, labels: np.ndarray) -> Metrics:
     return {"macro_f1": macro_f1(logits.argmax(axis=-1), labels), **scores(logits, labels)}
 
 
-TASK = classification.task("relations", CLASSES, read, PRESETS, score=score, metric="macro_f1")
+CHANGES = {
+    ("cpu", "pretrained"): {
+        **finetuning.OPTIONS,
+        "feature_dropout": 0.1,
+        "steps": 900,
+        "evaluations": 4,
+    },
+    ("smoke", "pretrained"): finetuning.SMOKE,
+}
+SYMBOLS = (("<e1>", "§"), ("</e1>", "§"), ("<e2>", "¶"), ("</e2>", "¶"))  # rare in any text
+
+TASK = classification.task(
+    "relations",
+    CLASSES,
+    read,
+    PRESETS,
+    score=score,
+    metric="macro_f1",
+    changes=CHANGES,
+    symbols=SYMBOLS,
+)

@@ -20,6 +20,7 @@ from __future__ import annotations
 import numpy as np
 
 from experiments.datasets.files import lines
+from experiments.models import finetuning
 from experiments.tasks import classification
 from experiments.tasks.classification import Config, Labeled
 
@@ -54,4 +55,14 @@ def read() -> dict[str, Labeled]:
     return {"train": rest.take(train), "validation": rest.take(validation), "test": test}
 
 
-TASK = classification.task("trec", CLASSES, read, PRESETS)
+CHANGES = {
+    ("cpu", "pretrained"): {
+        **finetuning.OPTIONS,
+        "feature_dropout": 0.1,
+        "steps": 612,
+        "evaluations": 4,
+    },
+    ("smoke", "pretrained"): finetuning.SMOKE,
+}
+
+TASK = classification.task("trec", CLASSES, read, PRESETS, changes=CHANGES)

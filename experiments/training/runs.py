@@ -229,6 +229,8 @@ def record(
         "best_step": progress.best_step,
         "seconds": round(progress.seconds, 2),
         "parameters": parameters,
+        "padding": round(progress.padding / progress.tokens, 4) if progress.tokens else None,
+        "lengths": list(progress.lengths),
         "curve": [{name: round(x, 5) for name, x in point.items()} for point in progress.curve],
         "config": configs.as_json(config),
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

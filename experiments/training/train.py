@@ -67,6 +67,11 @@ def run(task: Task[C, D], config: C, *, preset: str, flags: Flags) -> Record:
     )
     written = runs.write_record(record, folder, flags.record)
     print(f"{task.name}: {progress.step} steps in {progress.seconds:.0f} s, seed {config.seed}")
+    if progress.tokens:
+        share = 100 * progress.padding / progress.tokens
+        print(
+            f"padding: {share:.1f} % of the tokens, in batches of {len(progress.lengths)} lengths"
+        )
     print(f"test: {one_line(test)}")
     for file in (*files, *written):
         print(f"wrote {file}")
@@ -110,6 +115,8 @@ def train(
         batches = task.batches(config, data, progress.step)
         while not done:
             step, batch = progress.step, next(batches)
+            if task.real is not None:
+                progress = progress.fed(np.asarray(task.real(batch)))
             with log.profile(step):
                 state, *scalars = training.update(state, batch, step)
                 loss, number, norm = map(float, scalars)

@@ -49,12 +49,11 @@ def place(model: nnx.Module, option: str) -> Place:
     Raises:
       ValueError: there is none, or more than one.
     """
-    found = [
-        Place(tuple(path), len(module.stack.blocks))
-        for path, module in nnx.iter_modules(model)
-        if isinstance(getattr(module, "stack", None), Stack)
-        and isinstance(getattr(module, "embed", None), Embeddings)
-    ]
+    found = []
+    for path, module in nnx.iter_modules(model):
+        stack = getattr(module, "stack", None)
+        if isinstance(stack, Stack) and isinstance(getattr(module, "embed", None), Embeddings):
+            found.append(Place(tuple(path), len(stack.blocks)))
     if len(found) != 1:
         raise ValueError(
             f"{option} needs a model with one encoder, token embeddings and a stack of layers; "
