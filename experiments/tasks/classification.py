@@ -32,7 +32,7 @@ from experiments.training.task import (
 )
 from experiments.training.text_config import PretrainedConfig
 
-FINETUNED = ("pretrained",)  # models that start from a checkpoint
+FINETUNED = ("pretrained", "pretrained_adapted")  # models that start from a checkpoint
 Score = Callable[[np.ndarray, np.ndarray], Metrics]
 
 

@@ -73,9 +73,8 @@ def batches(config: Config, data: Data, step: int) -> Iterator[Batch]:
     size, seed = config.batch_size, config.seed
     if config.model == "pretrained":
         for index, length in text.bucketed(lengths, size, seed, step, data.sizes):
-            rows = (
-                [column[i] for i in index] for column in (split.words, split.shapes, split.tags)
-            )
+            columns = split.words, data.shapes["train"], split.tags
+            rows = ([column[i] for i in index] for column in columns)
             yield Batch(*(text.padded(row, length) for row in rows))
     alike = text.alike(lengths, size, seed, step)
     for index, length in text.with_buckets(alike, lengths, data.sizes):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -42,13 +42,12 @@ class Split(NamedTuple):
     """Sentences, and their words and tags as indices.
 
     For the model pretrained, these are tokens: the first token of a word has its tag, the others
-    have ``IGNORED``. It also reads the shapes of tokens.
+    have ``IGNORED``.
     """
 
     sentences: list[Sentence]
     words: list[list[int]]
     tags: list[list[int]]
-    shapes: list[list[int]] = []
 
 
 class Data(NamedTuple):
@@ -58,6 +57,8 @@ class Data(NamedTuple):
     tags: tuple[str, ...]
     splits: dict[str, Split]
     sizes: Sequence[int] = BUCKETS
+    shapes: Mapping[str, list[list[int]]] = {}
+    """pretrained: the shape of each token's word, by split."""
 
 
 class Batch(NamedTuple):
@@ -90,7 +91,7 @@ def load(config: Config) -> Data:
 def _with_tokens(
     tokenizer: Tokenizer, tags: tuple[str, ...], corpus: dict[str, list[Sentence]]
 ) -> Data:
-    splits = {}
+    splits, shapes = {}, {}
     for name, sentences in corpus.items():
         encoded = finetuned.encode(tokenizer, [s.words for s in sentences])
         labels = [[IGNORED] * len(x.tokens) for x in encoded]
@@ -98,10 +99,10 @@ def _with_tokens(
             for tag, start in zip(sentence.tags, x.starts, strict=True):
                 if start >= 0:
                     row[start] = tags.index(tag)
-        rows, shapes = [x.tokens for x in encoded], [x.shapes for x in encoded]
-        splits[name] = Split(sentences, rows, labels, shapes)
+        splits[name] = Split(sentences, [x.tokens for x in encoded], labels)
+        shapes[name] = [x.shapes for x in encoded]
     lengths = [np.array([len(row) for row in split.words]) for split in splits.values()]
-    return Data(tokenizer, tags, splits, finetuning.sizes(*lengths))
+    return Data(tokenizer, tags, splits, finetuning.sizes(*lengths), shapes)
 
 
 def parse(rows: list[str]) -> list[Sentence]:
