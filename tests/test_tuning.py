@@ -10,7 +10,15 @@ from flax import nnx
 from helpers import randomized
 from line import LINE
 
-from attention_jax.models import Decoder, DecoderConfig, Encoder, EncoderConfig, Layers
+from attention_jax.models import (
+    Decoder,
+    DecoderConfig,
+    Encoder,
+    EncoderConfig,
+    EncoderDecoder,
+    EncoderDecoderConfig,
+    Layers,
+)
 from attention_jax.nn import Frozen
 from experiments.training import optimizers, tuning
 from experiments.training.config import TrainConfig
@@ -73,8 +81,8 @@ def test_the_rate_decays_from_the_head_to_the_embeddings():
 
 def test_an_encoder_may_be_the_model_itself():
     encoder = Classifier().encoder
-    assert tuning.place(encoder, "freeze") == ((), 3)
-    assert tuning.place(Classifier(), "freeze") == (("encoder",), 3)
+    assert tuning.place(encoder, "freeze") == ((), "stack", 3)
+    assert tuning.place(Classifier(), "freeze") == (("encoder",), "stack", 3)
 
 
 @pytest.mark.parametrize("option", [{"layer_decay": 0.9}, {"freeze": 0}, {"low_rank": 1}])
@@ -134,11 +142,15 @@ def test_low_rank_trains_adapters_and_the_head_alone():
     assert all(".blocks.2." in name for name in paths(above) if name.startswith("encoder"))
 
 
-def test_low_rank_trains_the_head_of_an_encoder():
-    config = EncoderConfig(10, LAYERS, max_length=4, pooler=True)
-    model = tuning.prepared(Encoder(config, rngs=nnx.Rngs(0)), configured(low_rank=1))
-    whole = {name for name in paths(model) if "lora" not in name}
-    assert whole == {"pooler.kernel", "pooler.bias"}
+def test_low_rank_leaves_a_decoder_as_it_is():
+    config = EncoderDecoderConfig(10, LAYERS, LAYERS)
+    plain = EncoderDecoder(config, rngs=nnx.Rngs(0))
+    decoder = {name for name in paths(plain) if name.startswith("decoder")}
+    assert tuning.place(plain, "low_rank") == ((), "encoder", 3)
+    model = tuning.prepared(plain, configured(low_rank=1))
+    trained = paths(model).keys()
+    assert decoder < trained
+    assert all(".lora_" in name for name in trained - decoder)
 
 
 # --- Muon.

@@ -1,8 +1,9 @@
 """What of a model is trained, and how fast: frozen layers, low-rank adapters, rates by layer.
 
-These options are for a model with one encoder, a module with token embeddings and a stack of
-layers: an ``Encoder``, alone or below a head, or a model of the same form. Whatever is neither
-embeddings nor layers, a head for example, is always trained at the full learning rate.
+These options are for a model with one encoder, token embeddings and a stack of layers: an
+``Encoder``, alone or below a head, an ``EncoderDecoder``, or a model of the same form. What is
+neither embeddings nor layers of the encoder, a head or decoder for example, is always trained, at
+the full learning rate.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import jax
 from flax import nnx
 
 from attention_jax.models.layers import Stack
@@ -27,6 +27,8 @@ class Place(NamedTuple):
 
     path: Path
     """Attributes that lead to it; empty if it is the model itself."""
+    stack: str
+    """Its attribute that holds the layers."""
     layers: int
 
     def depth(self, parameter: Path) -> int:
@@ -34,7 +36,7 @@ class Place(NamedTuple):
         inside = parameter[len(self.path) :] if parameter[: len(self.path)] == self.path else ()
         if inside[:1] == ("embed",):
             return 0
-        if inside[:2] == ("stack", "blocks"):
+        if inside[:2] == (self.stack, "blocks"):
             return 1 + int(inside[2])
         return self.layers + 1
 
@@ -51,9 +53,10 @@ def place(model: nnx.Module, option: str) -> Place:
     """
     found = []
     for path, module in nnx.iter_modules(model):
-        stack = getattr(module, "stack", None)
-        if isinstance(stack, Stack) and isinstance(getattr(module, "embed", None), Embeddings):
-            found.append(Place(tuple(path), len(stack.blocks)))
+        if isinstance(getattr(module, "embed", None), Embeddings):
+            for name in ("stack", "encoder"):
+                if isinstance(stack := getattr(module, name, None), Stack):
+                    found.append(Place(tuple(path), name, len(stack.blocks)))
     if len(found) != 1:
         raise ValueError(
             f"{option} needs a model with one encoder, token embeddings and a stack of layers; "
@@ -74,32 +77,20 @@ def prepared(model: Any, config: TrainConfig) -> Any:
     if not isinstance(model, nnx.Module):
         return model
     if config.low_rank:
-        model = _adapted(model, config)
+        model = _frozen(_adapted(model, config), 0)
     return model if config.freeze is None else _frozen(model, config.freeze)
 
 
 def _adapted(model: nnx.Module, config: TrainConfig) -> nnx.Module:
+    """With adapters in the layers of the encoder, of which nothing else is trained."""
     at = place(model, "low_rank")
     encoder: Any = model
     for name in at.path:
-        encoder, holder = getattr(encoder, name), encoder
-    heads = [
-        name
-        for name, child in vars(encoder).items()
-        if name not in ("embed", "stack") and _has_parameters(child)
-    ]
+        encoder = getattr(encoder, name)
     rngs = nnx.Rngs(config.seed)
-    adapted = low_rank(encoder, rank=config.low_rank, where=ADAPTED, train=heads, rngs=rngs)
-    if not at.path:
-        return adapted
-    setattr(holder, at.path[-1], adapted)
+    stack = low_rank(getattr(encoder, at.stack), rank=config.low_rank, where=ADAPTED, rngs=rngs)
+    setattr(encoder, at.stack, stack)
     return model
-
-
-def _has_parameters(child: Any) -> bool:
-    if isinstance(child, nnx.Param):
-        return True
-    return isinstance(child, nnx.Module) and bool(jax.tree.leaves(nnx.state(child, nnx.Param)))
 
 
 def _frozen(model: nnx.Module, layers: int) -> nnx.Module:

@@ -10,21 +10,22 @@ from experiments.tasks import classification, trec
 from experiments.training.config import at_least_1
 
 ALL = 0  # as the number of labeled examples
+Ladder = Literal[
+    "naive_bayes",
+    "text_cnn",
+    "transformer",
+    "finetuned",
+    "adapted",
+    "pretrained",
+    "pretrained_adapted",
+]
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(classification.Config):
     """Options of this task."""
 
-    model: Literal[  # type: ignore[assignment]
-        "naive_bayes",
-        "text_cnn",
-        "transformer",
-        "finetuned",
-        "adapted",
-        "pretrained",
-        "pretrained_adapted",
-    ] = "adapted"
+    model: Ladder = "adapted"  # type: ignore[assignment]
     """The model to train."""
     examples: int = 100
     """Labeled questions, drawn with the seed; 0 uses all."""
