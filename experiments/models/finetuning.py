@@ -15,6 +15,7 @@ from flax import nnx
 from attention_jax.backends import IMPLEMENTATIONS
 from attention_jax.models import Classifier, Encoder, classifier, pretrained
 from attention_jax.models.pretrained import Tokenizer
+from attention_jax.models.pretrained.folders import read_config
 from attention_jax.nn.linear import Linear
 from experiments.datasets import text
 from experiments.datasets.text import PAD
@@ -38,7 +39,7 @@ OPTIONS: Mapping[str, Any] = {
     "ema": 0.0,
     "minutes": 15.0,
 }
-SMOKE: Mapping[str, Any] = {**OPTIONS, "batch_size": 4, "steps": 3, "freeze": 5}
+SMOKE: Mapping[str, Any] = {**OPTIONS, "batch_size": 4, "steps": 3}
 
 PADDING = 0.08  # of the tokens of an epoch; batches between two lengths add a little
 
@@ -80,18 +81,16 @@ def encoder(config: PretrainedConfig) -> Encoder:
             f"attention must be one of {', '.join(IMPLEMENTATIONS)} for pretrained, got "
             f"{config.attention}"
         )
+    family = read_config(folder(config)).get("model_type")
+    if family != "bert":
+        raise ValueError(f"checkpoint must be of the family bert, got {family}: {folder(config)}")
     rates = {"hidden_dropout_prob": config.dropout, "attention_probs_dropout_prob": 0.0}
-    model = pretrained.load(
+    model: Encoder = pretrained.load(
         folder(config),
         config={"architectures": ["BertModel"], **rates},
         implementation=config.attention,
         seed=config.seed,
     )
-    if not isinstance(model, Encoder):
-        raise ValueError(
-            f"checkpoint must be that of a BERT encoder, got {type(model).__name__}: "
-            f"{folder(config)}"
-        )
     return model
 
 

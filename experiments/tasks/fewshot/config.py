@@ -109,5 +109,5 @@ CHANGES = {
     ("cpu", "pretrained"): _CPU,
     ("cpu", "pretrained_adapted"): {**_CPU, "learning_rate": 2e-3, "layer_decay": 1.0},
     ("smoke", "pretrained"): finetuning.SMOKE,
-    ("smoke", "pretrained_adapted"): {**finetuning.SMOKE, "freeze": 0},
+    ("smoke", "pretrained_adapted"): finetuning.SMOKE,
 }
