@@ -61,6 +61,7 @@ def test_a_model_has_options_of_its_own_below_those_given():
     assert given == dataclasses.replace(own, learning_rate=1.0)
 
 
+@pytest.mark.slow
 def test_padding_of_a_run_is_in_its_record(folder, tmp_path, capsys):
     options = ("--model", "pretrained", "--checkpoint", folder, "--out", tmp_path, "--steps", 1)
     assert run("train", "trec", "--preset", "smoke", *options) == 0

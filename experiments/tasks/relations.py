@@ -7,9 +7,10 @@
     python -m experiments sample runs/relations/attention_cnn-cpu-seed0 \\
         --text "The <e1> fire </e1> was caused by a <e2> spark </e2> ."
 
-The models are those of ``trec``: ``naive_bayes``, ``text_cnn``, ``attention``, ``attention_cnn``.
-The markers around the nouns, ``<e1>`` and ``</e1>``, ``<e2>`` and ``</e2>``, are ordinary words to
-every model.
+The models are those of ``trec``: ``naive_bayes``, ``text_cnn``, ``attention``, ``attention_cnn``,
+``pretrained``. The markers around the nouns, ``<e1>`` and ``</e1>``, ``<e2>`` and ``</e2>``, are
+ordinary words to every model but ``pretrained``, which classifies by its outputs at the two markers
+that start a noun.
 
 Data: SemEval-2010 task 8, I. Hendrickx et al. 2010, "Multi-Way Classification of Semantic Relations
 Between Pairs of Nominals": 8,000 training sentences, of which a fixed tenth, stratified by

@@ -8,7 +8,9 @@
     python -m experiments sample runs/ner/transformer-cpu-seed0 --text "He had Wilson 's disease ."
 
 Models: ``most_frequent`` (the most frequent tag of each word, O for unknown words), a bidirectional
-``gru``, ``transformer``. The trained models read each word and, by convolutions, its characters.
+``gru``, ``transformer``. These read each word and, by convolutions, its characters. ``pretrained``
+fine-tunes a published encoder, see ``trec``; it also reads how each word is capitalized, which the
+encoder's vocabulary does not tell, and tags a word by its first token.
 
 Data: the NCBI disease corpus, R. Dogan et al. 2014, 5,424 training, 923 validation and 940 test
 sentences, as distributed by G. Crichton et al. 2017, CC BY 4.0; and WNUT 2017, L. Derczynski et

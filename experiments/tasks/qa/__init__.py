@@ -10,8 +10,9 @@
 
 Models: ``overlap``, a rule that picks the new words nearest to the question's words in the sentence
 that shares most with the question; ``gru``, recurrent with attention to the question;
-``transformer``, question and passage as one sequence. The trained models also read features of how
-each word matches the question, see ``features``. None is pretrained.
+``transformer``, question and passage as one sequence. These two also read features of how each word
+matches the question, see ``features``. ``pretrained`` fine-tunes a published encoder, see ``trec``,
+without such features.
 
 Data: SQuADShifts, J. Miller et al. 2020, "The Effect of Natural Distribution Shift on Question
 Answering Models", its new Wikipedia part: 7,938 questions about 1,581 paragraphs of 48 articles,

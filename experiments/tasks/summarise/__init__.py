@@ -11,7 +11,8 @@
 Models: ``lead`` (the first 12 words of an article, the first sentence of an abstract),
 ``best_sentence`` (the sentence most similar to the whole text, Radev 2004), ``gru`` and
 ``gru_attention`` (Cho 2014, Bahdanau 2015), ``transformer``, ``copier`` (a transformer that can
-also copy words of the source, See 2017). All decode greedily and in lower case.
+also copy words of the source, See 2017), ``pretrained`` (a copier with a published encoder, see
+``trec``, and its subwords in place of words). All decode greedily and in lower case.
 
 Data: ``titles``, the descriptions and titles of 7,600 news articles, the test set of AG News (X.
 Zhang et al. 2015, "Character-level Convolutional Networks for Text Classification"; for research
