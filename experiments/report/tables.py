@@ -121,8 +121,8 @@ NOTES = {
     ),
     "qa": (
         "Exact match and F1 by the rules of SQuAD 1.1, on articles that training did not have; "
-        "`xquad` is a second test set, of other articles with one reference each. Only `pretrained` "
-        "has read other text."
+        "`xquad` is a second test set, of other articles with one reference each. Only the encoder "
+        "of `pretrained` has read other text."
     ),
     "fewshot": (
         "TREC's questions, of which only some are labeled; `python -m experiments fewshot` runs "
