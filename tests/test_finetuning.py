@@ -23,7 +23,7 @@ from experiments.tasks.qa.data import windows
 from experiments.training import tuning
 from experiments.training.train import train
 
-TASKS = ("trec", "relations", "ner", "qa", "summarise", "fewshot")
+TASKS = ("trec", "sst2", "relations", "ner", "qa", "summarise", "fewshot")
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +49,13 @@ def test_batches_from_a_step_are_those_of_the_whole_run(folder, name, capsys):
         jax.tree.map(np.testing.assert_array_equal, one, other)
     real = [np.asarray(task.real(batch)) for batch in whole]
     assert sum((~x).sum() for x in real) < 0.1 * sum(x.size for x in real)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_options_of_models_fit_their_presets(name):
+    task = load(name)
+    for preset, model in task.changes:
+        assert task.configured(preset, model=model).model == model
 
 
 def test_a_model_has_options_of_its_own_below_those_given():

@@ -132,7 +132,7 @@ CHANGES = {
     ("cpu", "pretrained"): {
         **finetuning.OPTIONS,
         "feature_dropout": 0.1,
-        "steps": 900,
+        "steps": 1125,
         "evaluations": 4,
     },
     ("smoke", "pretrained"): finetuning.SMOKE,

@@ -56,7 +56,7 @@ CHANGES = {
     ("cpu", "pretrained"): {
         **finetuning.OPTIONS,
         "feature_dropout": 0.1,
-        "steps": 648,
+        "steps": 1080,
         "evaluations": 3,
     },
     ("smoke", "pretrained"): finetuning.SMOKE,

@@ -62,7 +62,7 @@ CHANGES = {
     ("cpu", "pretrained"): {
         **finetuning.OPTIONS,
         "feature_dropout": 0.1,
-        "steps": 612,
+        "steps": 918,
         "evaluations": 4,
     },
     ("smoke", "pretrained"): finetuning.SMOKE,

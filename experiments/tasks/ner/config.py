@@ -77,7 +77,7 @@ PRESETS = {
 CHANGES = {
     ("cpu", "pretrained"): {
         **finetuning.OPTIONS,
-        "steps": 680,
+        "steps": 850,
         "evaluations": 4,
     },
     ("smoke", "pretrained"): finetuning.SMOKE,

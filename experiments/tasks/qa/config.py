@@ -94,6 +94,13 @@ PRESETS = {
 }
 
 CHANGES = {
-    ("cpu", "pretrained"): {**finetuning.OPTIONS, "batch_size": 16, "steps": 414, "evaluations": 2},
+    ("cpu", "pretrained"): {
+        **finetuning.OPTIONS,
+        "batch_size": 16,
+        "steps": 520,
+        "learning_rate": 3e-4,
+        "freeze": 2,
+        "evaluations": 2,
+    },
     ("smoke", "pretrained"): finetuning.SMOKE,
 }

@@ -90,7 +90,6 @@ CHANGES = {
         "layer_decay": 0.7,
         "steps": 570,
         "evaluations": 3,
-        "heads": 6,
     },
     ("smoke", "pretrained"): {**finetuning.SMOKE, "depth": 1},
 }
