@@ -23,7 +23,7 @@ from experiments.training.task import Array
 from experiments.training.text_config import PretrainedConfig
 
 # What the model ``pretrained`` changes in the preset cpu of every task. With frozen embeddings the
-# optimizer has no table of 12 million numbers to update, a sixth of the time of a step on sentences.
+# optimizer has no table of 12 million numbers to update, which is a sixth of a step on sentences.
 OPTIONS: Mapping[str, Any] = {
     "batch_size": 32,
     "learning_rate": 2e-4,
