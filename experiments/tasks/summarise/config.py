@@ -86,8 +86,9 @@ PRESETS = {
 CHANGES = {
     ("cpu", "pretrained"): {
         **finetuning.OPTIONS,
-        "learning_rate": 1e-3,
-        "layer_decay": 0.7,
+        "learning_rate": 6e-4,
+        "layer_decay": 0.5,  # the decoder is fresh
+        "freeze": 2,
         "steps": 570,
         "evaluations": 3,
     },
