@@ -233,6 +233,13 @@ def test_bad_checkpoints_raise(tmp_path, name):
         load(task).init(config, load(task).data(config), nnx.Rngs(0))
 
 
+def test_options_that_have_no_effect_raise(folder):
+    with pytest.raises(ValueError, match="checkpoint needs the model pretrained, got model gru"):
+        dataclasses.replace(ner.PRESETS["smoke"], model="gru", checkpoint=str(folder))
+    with pytest.raises(ValueError, match="mask must be global for pretrained"):
+        configured(folder, "trec", mask="window")
+
+
 def test_a_mechanism_in_place_of_attention_raises(folder):
     config = configured(folder, "trec", attention="linear")
     with pytest.raises(ValueError, match=r"attention must be one of .* for pretrained, got linear"):
