@@ -4,10 +4,12 @@ import json
 
 import checkpoints
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from checkpoints import TOKENS, assert_same
 from flax import nnx
+from helpers import mostly_slow
 
 from attention_jax import models
 from attention_jax.models import pretrained
@@ -28,7 +30,7 @@ def parameters(model):
 
 
 @pytest.mark.parametrize("head", FRESH)
-@pytest.mark.parametrize("kind", ["bert", "bert tokens"])
+@pytest.mark.parametrize("kind", ["bert", pytest.param("bert tokens", marks=pytest.mark.slow)])
 def test_a_fresh_head_computes_from_the_vectors_of_the_encoder(kind, head):
     encoder = checkpoints.make(kind)
     before = [np.array(x) for x in parameters(encoder)]
@@ -62,7 +64,7 @@ def test_a_fresh_head_does_not_share_arrays_with_the_encoder():
     np.testing.assert_array_equal(encoder.embed.tokens[...], before)
 
 
-@pytest.mark.parametrize("head", ["classes", "tags", "spans"])
+@pytest.mark.parametrize("head", mostly_slow(("classes", "tags", "spans"), {"classes"}))
 def test_a_fresh_head_is_saved_and_loaded(head, tmp_path):
     model = FRESH[head](checkpoints.make("bert tokens"))
     pretrained.save(model, tmp_path)
@@ -88,12 +90,13 @@ def test_dropout_before_the_head():
     assert not np.array_equal(model(TOKENS), steady)
 
 
-@pytest.mark.parametrize("name", ["bert tags", "bert spans", "bert classes"])
+@pytest.mark.parametrize("name", mostly_slow(("bert tags", "bert spans"), {"bert spans"}))
 def test_an_encoder_without_a_head_is_not_read_as_one(name, saved):
     folder, _ = saved("bert")
     _, entries = checkpoints.checkpoint(name)
-    makers = {"bert spans": r"models\.reader"}
-    maker = makers.get(name, r"models\.classifier or models\.tagger")
+    maker = {"bert tags": r"models\.classifier or models\.tagger", "bert spans": r"models\.reader"}[
+        name
+    ]
     message = rf"is missing \(load with config={{'architectures': \['BertModel'\]}}.*{maker}"
     with pytest.raises(ValueError, match=message):
         pretrained.load(folder, config={"architectures": entries["architectures"]})
@@ -108,6 +111,18 @@ def test_names_of_labels_are_read_and_saved(saved):
     assert entries["label2id"] == {"O": 0, "B": 1, "I": 2}
     renamed = {"id2label": {0: "x", 1: "y", 2: "z"}, "label2id": None}
     assert pretrained.load(folder, config=renamed).config.labels == ("x", "y", "z")
+
+
+def test_heads_in_bfloat16(saved, tmp_path):
+    folder, _ = saved("bert tags")
+    model = pretrained.load(folder, param_dtype=jnp.bfloat16)
+    layers = model.config.encoder.layers
+    assert (layers.dtype, layers.param_dtype) == (None, jnp.bfloat16)
+    assert {x.dtype for x in parameters(model)} == {jnp.dtype(jnp.bfloat16)}
+    assert jax.eval_shape(model, TOKENS).dtype == jnp.float32
+    pretrained.save(model, tmp_path / "again")
+    again = pretrained.load(tmp_path / "again")
+    assert again.config == checkpoints.make("bert tags").config
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,8 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from attention_jax.models import (
+    Classifier,
+    ClassifierConfig,
     Decoder,
     DecoderConfig,
     Encoder,
@@ -184,11 +186,13 @@ ONE = layers(num_layers=1)
 RELATIVE = layers(num_layers=1, relative=Relative(4, 8), sinks=True, gate=True, norm="rms")
 VISION = VisionConfig(image=(4, 4), patch=2, channels=1, classes=3, layers=ONE)
 ENCODER = EncoderConfig(V, ONE, max_length=T, types=2, head="tokens")
+CLASSIFIER = ClassifierConfig(EncoderConfig(V, ONE, max_length=T, pooler=True), ("no", "yes"))
 TRANSLATOR = EncoderDecoderConfig(V, RELATIVE, RELATIVE, positions=None)
 EACH = {
     "decoder": lambda rngs: decoder(num_layers=1),
     "untied": lambda rngs: Decoder(DecoderConfig(V, RELATIVE, tied=False), rngs=rngs),
     "encoder": lambda rngs: Encoder(ENCODER, rngs=rngs),
+    "classifier": lambda rngs: Classifier(CLASSIFIER, rngs=rngs),
     "translator": lambda rngs: EncoderDecoder(TRANSLATOR, rngs=rngs),
     "vision": lambda rngs: VisionTransformer(VISION, rngs=rngs),
     "adapted": lambda rngs: low_rank(decoder(num_layers=1), rank=2, rngs=rngs),

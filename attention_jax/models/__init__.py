@@ -58,8 +58,9 @@ An encoder-decoder, and a vision transformer:
 >>> VisionTransformer(vision, rngs=nnx.Rngs(0))(np.ones((2, 4, 4, 1), np.float32)).shape
 (2, 3)
 
-``models.pretrained`` loads and saves checkpoints in Hugging Face's format; ``nn.low_rank``
-fine-tunes any of these models with few parameters; ``models.sharding`` splits them over devices.
+``models.pretrained`` loads and saves checkpoints in Hugging Face's format, with their tokenizers;
+``embed`` makes vectors of texts; ``nn.low_rank`` fine-tunes any of these models with few
+parameters; ``models.sharding`` splits them over devices.
 """
 
 from attention_jax.models import pretrained as pretrained

@@ -271,7 +271,7 @@ def classifier(
     (1, 2)
     """
     pooler = pool == "first" if pooler is None else pooler
-    copy = body(encoder, rngs, pool=pool, pooler=pooler)
+    copy = _headless(encoder, rngs, pool=pool, pooler=pooler)
     rate = copy.config.dropout_rate if dropout_rate is None else dropout_rate
     config = ClassifierConfig(copy.config, _names(labels), rate)
     return _evaluating(Classifier(config, encoder=copy, rngs=rngs))
@@ -306,7 +306,7 @@ def tagger(
     >>> tagger(encoder, ["O", "B", "I"], rngs=nnx.Rngs(1))(np.array([[3, 1, 4]])).shape
     (1, 3, 3)
     """
-    copy = body(encoder, rngs)
+    copy = _headless(encoder, rngs)
     rate = copy.config.dropout_rate if dropout_rate is None else dropout_rate
     config = TaggerConfig(copy.config, _names(labels), rate)
     return _evaluating(Tagger(config, encoder=copy, rngs=rngs))
@@ -333,7 +333,7 @@ def reader(encoder: Encoder, *, rngs: nnx.Rngs) -> Reader:
     >>> reader(encoder, rngs=nnx.Rngs(1))(np.array([[3, 1, 4]])).start.shape
     (1, 3)
     """
-    copy = body(encoder, rngs)
+    copy = _headless(encoder, rngs)
     return _evaluating(Reader(ReaderConfig(copy.config), encoder=copy, rngs=rngs))
 
 
@@ -364,7 +364,9 @@ def label_ids(labels: Sequence[str], names: Iterable[str]) -> np.ndarray:
     return np.array([places[name] for name in names], np.int32)
 
 
-def body(encoder: Encoder, rngs: nnx.Rngs, *, pool: str = "first", pooler: bool = False) -> Encoder:
+def _headless(
+    encoder: Encoder, rngs: nnx.Rngs, *, pool: str = "first", pooler: bool = False
+) -> Encoder:
     """A copy of an encoder without its head, pooled in another way."""
     if not isinstance(encoder, Encoder):
         raise TypeError(

@@ -17,6 +17,19 @@ downloaded, and torch is not needed:
 >>> generate(model, np.array([[3, 1]]), max_new_tokens=3).tokens.shape
 (1, 3)
 
+A BERT checkpoint with a head is a ``Classifier``, ``Tagger`` or ``Reader``. To fine-tune one with
+other labels, or without a head, put a fresh one on its encoder:
+
+>>> from attention_jax.models import Encoder, EncoderConfig, classifier
+>>> bert = EncoderConfig(10, Layers(features=8, num_layers=1, num_heads=2, order="post"), types=2,
+...                      embedding_norm=True)
+>>> pretrained.save(Encoder(bert, rngs=nnx.Rngs(0)), folder)
+>>> encoder = pretrained.load(folder, config={"architectures": ["BertModel"]})
+>>> model = classifier(encoder, ["ham", "spam"], rngs=nnx.Rngs(0))
+>>> pretrained.save(model, folder)
+>>> pretrained.load(folder).config.labels
+('ham', 'spam')
+
 Nothing is ignored silently. An entry of ``config.json`` that would change the result and is not
 supported is refused by name, and so are tensors that are missing, unexpected, of another shape, or
 not equal to the tensor they should be a copy of. Tensors of a pretraining head that the model does
@@ -46,7 +59,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from attention_jax.models.decoder import DecoderConfig
@@ -76,9 +88,14 @@ from attention_jax.models.pretrained.tokenizer import (
     load_tokenizer,
     pad,
 )
+from attention_jax.models.pretrained.variables import (
+    checked_leaves,
+    converted,
+    on_host,
+    random_state,
+)
 from attention_jax.models.sentences import Embedder, EmbedderConfig
 from attention_jax.models.sharding import Rules, shardings
-from attention_jax.nn import Embeddings
 
 __all__ = [
     "Padded",
@@ -183,7 +200,7 @@ def load(
     used, left_out, errors = matching.match(found, tensors, family, family.optional(ours), copies)
     if errors := errors + matching.mismatches(used, tensors, leaves):
         raise ValueError(f"the tensors do not fit this {model_type}: " + "; ".join(errors))
-    arrays = _random_state(leaves, seed)
+    arrays = random_state(leaves, seed)
     placements = None
     if mesh is not None:
         placements = dict(nnx.to_flat_state(shardings(state, mesh, rules)))
@@ -191,7 +208,7 @@ def load(
         tensor = tensors[name]
         placed = None if placements is None else placements[tensor.path].get_value()
         x = tensor.form.into(file[theirs])
-        arrays[tensor.path] = _converted(theirs, x, param_dtype, placed)
+        arrays[tensor.path] = converted(theirs, x, param_dtype, placed)
     if placements is not None:
         for path in leaves.keys() - {tensors[name].path for name in used}:
             arrays[path] = jax.device_put(arrays[path], placements[path].get_value())
@@ -299,11 +316,11 @@ def save(
     if not dataclasses.is_dataclass(getattr(model, "config", None)):
         raise TypeError(f"model must be one of attention_jax.models, got {type(model).__name__}")
     family, entries = _to_hf(model.config, dict(config or {}))
-    leaves = _checked_leaves(model, family)
+    leaves = checked_leaves(model, family)
     tensors = list(family.tensors(model.config))
 
     def array(tensor: Tensor) -> Any:  # gathered from its shards, one tensor at a time
-        return tensor.form.back(_on_host(leaves[tensor.path].get_value()))
+        return tensor.form.back(on_host(leaves[tensor.path].get_value()))
 
     def shape(tensor: Tensor) -> jax.ShapeDtypeStruct:
         x = leaves[tensor.path].get_value()
@@ -321,58 +338,6 @@ def save(
             array(tensor)
         return
     folders.replace(Path(folder), entries, write_weights)
-
-
-def _checked_leaves(model: Any, family: Family) -> dict[Any, Any]:
-    """The variables of a model by path; raises unless they are those of its ``config``."""
-    modules = [module for _, module in nnx.iter_modules(model)]
-    if any(isinstance(module, nnx.LoRA) for module in modules):
-        raise ValueError("model has low-rank adapters: save nn.merged(model)")
-    if any(isinstance(module, Embeddings) and module.moved is not None for module in modules):
-        raise ValueError(
-            "model has moved embeddings (nn.moved_embeddings), which a checkpoint cannot express: "
-            "save the original model"
-        )
-    plain = nnx.eval_shape(lambda: family.model(model.config, nnx.Rngs(0)))
-    leaves = dict(nnx.to_flat_state(nnx.state(model)))
-    expected = {path: x.get_value().shape for path, x in _parameters(plain)}
-    there = {path: x.get_value().shape for path, x in _parameters(model)}
-    errors = [
-        f"{'.'.join(map(str, path))}: {there.get(path, 'none')}, expected {x}"
-        for path, x in (expected | dict.fromkeys(there.keys() - expected.keys(), "none")).items()
-        if there.get(path) != x
-    ]
-    if errors:
-        raise ValueError("the parameters of model do not match its config: " + "; ".join(errors))
-    return leaves
-
-
-def _parameters(model: Any) -> list[tuple[Any, Any]]:
-    """All variables except random state, intermediates and caches."""
-    others = nnx.RngState, nnx.Intermediate, nnx.Cache
-    return [(p, x) for p, x in nnx.to_flat_state(nnx.state(model)) if not isinstance(x, others)]
-
-
-def _converted(name: str, x: np.ndarray, dtype: Any, placed: Any = None) -> jax.Array:
-    """A tensor as an array of the model; ``placed`` is its sharding, None for one device."""
-    with np.errstate(over="ignore"):  # reported below, with the name
-        result: Any = jnp.asarray(x, dtype) if placed is None else x.astype(dtype)
-    narrow = jnp.finfo(dtype).bits < 32 and x.dtype != result.dtype
-    library = jnp if placed is None else np  # a tensor to be sharded never goes to one device
-    if narrow and np.isfinite(x).all() and not library.isfinite(result).all():
-        raise ValueError(f"{name} overflows param_dtype = {result.dtype}")
-    if placed is None:
-        return result
-    return jax.make_array_from_callback(x.shape, placed, lambda index: result[index])
-
-
-def _on_host(x: Any) -> np.ndarray:
-    """The whole array in NumPy, gathered from its shards, those of other processes included."""
-    if isinstance(x, jax.Array) and not x.is_fully_addressable:
-        return np.asarray(multihost_utils.process_allgather(x, tiled=True))
-    if isinstance(x, jax.Array) and not x.is_fully_replicated:
-        x = jnp.copy(x)  # a sharded array keeps the NumPy array that was made of it
-    return np.asarray(x)
 
 
 # --- Configurations.
@@ -436,14 +401,3 @@ def _with_length(config: Any, other: Any) -> Any:
     if isinstance(config, DecoderConfig) and config.positions != "learned":
         return dataclasses.replace(config, max_length=getattr(other, "max_length", None))
     return config
-
-
-def _random_state(leaves: Mapping[Any, Any], seed: int) -> dict[Any, Any]:
-    """The random state: each stream has a key of its own, with no key drawn yet."""
-    values: dict[Any, Any] = {}
-    for i, (path, x) in enumerate(leaves.items()):
-        if isinstance(x, nnx.RngKey):
-            values[path] = jax.random.fold_in(jax.random.key(seed), i)
-        elif isinstance(x, nnx.RngCount):
-            values[path] = jnp.zeros((), jnp.uint32)
-    return values

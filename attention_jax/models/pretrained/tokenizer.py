@@ -106,13 +106,15 @@ class Tokenizer:
           texts: strings, or lists of words, for data that is already split into words.
           others: the second text of each pair, such as the passages of questions.
           max_length: the most tokens in a row, special ones included; default: the tokenizer's.
-          stride: None: a longer text loses its end, and of a pair the longer text does. Otherwise
-            it is split into windows of ``max_length`` of which each repeats the last ``stride``
-            tokens of the one before; of a pair the second text is, after all of the first.
+          stride: None: longer texts are cut at their end, of a pair the longer text first.
+            Otherwise they are split into windows, each of which repeats the last ``stride`` tokens
+            of the one before. Of a pair the second text is split, and every window has all of the
+            first.
 
         Raises:
           TypeError: a text that is neither a string nor a list of words.
-          ValueError: more tokens than the model reads; not as many others as texts; no room.
+          ValueError: ``max_length`` is more than the model reads, or leaves no room for a window;
+            another number of ``others`` than of ``texts``.
 
         Warns:
           UserWarning: says how many texts were cut, and by how many tokens.
@@ -134,24 +136,12 @@ class Tokenizer:
 
         rows, cut = [], np.zeros(len(firsts), np.int32)
         for i, (first, second) in enumerate(zip(firsts, seconds, strict=True)):
-            lengths = len(first), 0 if second is None else len(second)
             if stride is None:
-                kept = _shortened(*lengths, room)
-                cut[i] = sum(lengths) - sum(kept)
-                first.truncate(kept[0])
-                if second is not None:
-                    second.truncate(kept[1])
+                cut[i] = _cut(first, second, room)
                 rows.append(self._row(i, first, second))
-                continue
-            rest = room if second is None else room - len(first)
-            if sum(lengths) > room and rest <= stride:
-                raise ValueError(
-                    f"max_length - special tokens{' - the first text' if second else ''} must be "
-                    f"above stride = {stride} for windows, got {rest} for texts[{i}]"
-                )
-            for window in _windows(first if second is None else second, rest, stride):
-                pair = (window, None) if second is None else (first, window)
-                rows.append(self._row(i, *pair))
+            else:
+                windows = _windows(first, second, room, stride, i)
+                rows += [self._row(i, *window) for window in windows]
         if number := int((cut > 0).sum()):
             warnings.warn(
                 f"{number} of {len(cut)} texts are longer than max_length = {limit}: cut by "
@@ -167,6 +157,10 @@ class Tokenizer:
     def decode(self, tokens: Any) -> str:
         """The text of tokens, without special ones."""
         return str(self.backend.decode([int(token) for token in tokens]))
+
+    def save(self, folder: str | PathLike[str]) -> None:
+        """Writes ``tokenizer.json``, into the folder of a fine-tuned model for example."""
+        self.backend.save(str(Path(folder) / FILE))
 
     def _limit(self, max_length: int | None) -> int:
         if max_length is None:
@@ -333,17 +327,31 @@ def _words(name: str, i: int, words: Any) -> list[str]:
     return list(words)
 
 
-def _shortened(first: int, second: int, room: int) -> tuple[int, int]:
-    """The lengths of two texts that fit together, the longer one cut first."""
-    if first + second <= room:
-        return first, second
-    short = min(first, second, room // 2)
-    return (short, room - short) if first <= second else (room - short, short)
+def _cut(first: Any, second: Any, room: int) -> int:
+    """Cuts two texts until they fit together, the longer one first; the number of lost tokens."""
+    a, b = len(first), 0 if second is None else len(second)
+    if a + b <= room:
+        return 0
+    short = min(a, b, room // 2)
+    kept = (short, room - short) if a <= b else (room - short, short)
+    first.truncate(kept[0])
+    if second is not None:
+        second.truncate(kept[1])
+    return a + b - room
 
 
-def _windows(encoding: Any, length: int, stride: int) -> Iterator[Any]:
-    """Windows of an encoding that overlap by ``stride`` tokens."""
-    if len(encoding) > length:
-        encoding.truncate(length, stride=stride)
-    yield encoding
-    yield from encoding.overflowing
+def _windows(
+    first: Any, second: Any, room: int, stride: int, example: int
+) -> Iterator[tuple[Any, Any]]:
+    """Windows of the last text that overlap by ``stride`` tokens, each with all of the first."""
+    pair = second is not None
+    text, rest = (second, room - len(first)) if pair else (first, room)
+    if len(text) > rest:
+        if rest <= stride:
+            raise ValueError(
+                f"max_length - special tokens{' - the first text' if pair else ''} must be above "
+                f"stride = {stride} for windows, got {rest} for texts[{example}]"
+            )
+        text.truncate(rest, stride=stride)
+    for window in (text, *text.overflowing):
+        yield (first, window) if pair else (window, None)
