@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import randomized
+from helpers import randomized, slow
 from line import LINE
 
 from attention_jax.models import (
@@ -96,7 +96,7 @@ def test_options_of_layers_need_an_encoder(option):
 # --- Frozen layers.
 
 
-@pytest.mark.parametrize("layers", [0, 2])
+@pytest.mark.parametrize("layers", [slow(0), 2])
 def test_frozen_layers_keep_their_weights_and_the_others_learn(layers):
     config = configured(freeze=layers, batch_size=2)
     model = tuning.prepared(randomized(Classifier()), config)
