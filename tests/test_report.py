@@ -164,7 +164,7 @@ def test_latest_of_equal_runs_counts(options):
 
 def test_models_that_were_not_run_are_named(options):
     write(options, LADDER[:4])
-    assert "Not run yet: attention, attention_cnn." in reported(options)
+    assert "Not run yet: attention, attention_cnn, pretrained." in reported(options)
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,15 @@ def orders(step):
     return {
         "shuffled": text.shuffled(103, 10, seed=3, step=step),
         "alike": text.alike(LENGTHS, 10, seed=3, step=step),
+        "bucketed": (index for index, _ in bucketed(step)),
     }
 
 
-@pytest.mark.parametrize("name", ["shuffled", "alike"])
+def bucketed(step):
+    return text.bucketed(LENGTHS, 10, seed=3, step=step, sizes=text.edges(LENGTHS, 4))
+
+
+@pytest.mark.parametrize("name", ["shuffled", "alike", "bucketed"])
 def test_order_from_a_step_is_the_rest_of_the_order_from_0(name):
     batches = list(itertools.islice(orders(0)[name], 45))
     for step in (1, 9, 10, 11, 37):
@@ -26,7 +31,7 @@ def test_order_from_a_step_is_the_rest_of_the_order_from_0(name):
         assert all(np.array_equal(a, b) for a, b in zip(batches[step:], rest, strict=True))
 
 
-@pytest.mark.parametrize("name", ["shuffled", "alike"])
+@pytest.mark.parametrize("name", ["shuffled", "alike", "bucketed"])
 def test_epochs_have_no_example_twice_and_differ_in_order(name):
     batches = list(itertools.islice(orders(0)[name], 20))
     for epoch in (batches[:10], batches[10:]):
@@ -41,6 +46,31 @@ def test_batches_of_similar_length_have_little_padding():
 
     alike, shuffled = (itertools.islice(orders(0)[name], 10) for name in ("alike", "shuffled"))
     assert padding(alike) < 0.2 * padding(shuffled)
+
+
+def test_edges_need_the_least_padding():
+    def padding(sizes):
+        return sum(min(x for x in sizes if x >= length) - length for length in few)
+
+    few = np.random.default_rng(1).integers(1, 14, 40)
+    for count in (1, 2, 3, 4):
+        shorter = itertools.combinations(range(1, few.max()), count - 1)
+        best = min(padding((*sizes, few.max())) for sizes in shorter)
+        chosen = text.edges(few, count)
+        assert len(chosen) == count
+        assert padding(chosen) == best
+    assert text.edges(np.array([5, 5]), 3) == (5,)
+
+
+def test_buckets_hold_their_batches_in_few_lengths():
+    sizes = text.edges(LENGTHS, 8)
+    padding, seen = [], set()
+    for index, length in itertools.islice(text.bucketed(LENGTHS, 5, 0, 0, sizes), 100):
+        assert length == min(x for x in sizes if x >= LENGTHS[index].max())
+        padding.append(1 - LENGTHS[index].sum() / (length * len(index)))
+        seen.add(length)
+    assert seen == set(sizes)
+    assert np.mean(padding) < 0.2
 
 
 def test_batch_larger_than_the_data_is_all_of_it():

@@ -83,6 +83,23 @@ def test_patience_stops_training_and_the_best_weights_are_kept(tmp_path):
     assert saved.step == 20
 
 
+def test_padding_and_lengths_of_all_batches_are_counted(tmp_path):
+    def of_lengths(config, data, step):
+        for n in itertools.count(step):
+            x, y = next(batches(config, data, n))
+            yield np.repeat(x, 2 + n % 2, axis=1), y
+
+    task = dataclasses.replace(
+        PLAIN,
+        batches=of_lengths,
+        loss=lambda config, model, batch: LINE.loss(config, model, (batch[0][:, :1], batch[1])),
+        real=lambda batch: np.arange(batch[0].shape[1]) < np.full((8, 1), 2),
+    )
+    progress = train_line(tmp_path, task, steps=3, batch_size=8).progress
+    assert (progress.tokens, progress.padding) == (8 * (2 + 3 + 2), 8)
+    assert progress.lengths == (2, 3)
+
+
 def test_log_has_losses_and_scores(tmp_path):
     train_line(tmp_path, steps=20, evaluations=2)
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]

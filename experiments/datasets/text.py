@@ -157,6 +157,75 @@ def alike(lengths: np.ndarray, size: int, seed: int, step: int) -> Iterator[np.n
         yield from batches[rng.permutation(len(batches))][skip:]
 
 
+def with_buckets(
+    batches: Iterable[np.ndarray], lengths: np.ndarray, sizes: Sequence[int] = BUCKETS
+) -> Iterator[tuple[np.ndarray, int]]:
+    """Batches of indices, each with the bucket of its longest sequence."""
+    for index in batches:
+        yield index, bucket(int(lengths[index].max()), sizes)
+
+
+def edges(lengths: np.ndarray, count: int) -> tuple[int, ...]:
+    """The ``count`` lengths to pad sequences to that need the least padding, in increasing order.
+
+    Every sequence is padded to the smallest of them that holds it; the last is the longest length.
+    There are fewer where there are not that many lengths.
+
+    >>> edges(np.array([3, 3, 3, 4, 9, 10]), 2)
+    (4, 10)
+    """
+    sizes, numbers = np.unique(lengths, return_counts=True)
+    below = np.concatenate([[0], np.cumsum(numbers)])  # sequences shorter than each size
+    n = len(sizes)
+    # cost[j]: tokens after padding all sequences up to the j-th size with the edges so far, of
+    # which size j - 1 is the last; the first axis of ``tokens`` is the edge before it.
+    tokens = np.where(
+        np.arange(n + 1)[:, None] < np.arange(n + 1),
+        (below[None] - below[:, None]) * np.concatenate([[0], sizes]),
+        np.inf,
+    )
+    cost = np.where(np.arange(n + 1) == 0, 0.0, np.inf)
+    before = []
+    for _ in range(min(count, n)):
+        total = cost[:, None] + tokens
+        before.append(total.argmin(axis=0))
+        cost = total.min(axis=0)
+    chosen, j = [], n
+    for best in reversed(before):
+        chosen.append(int(sizes[j - 1]))
+        j = int(best[j])
+    return tuple(reversed(chosen))
+
+
+def few_edges(lengths: np.ndarray, padding: float) -> tuple[int, ...]:
+    """The fewest ``edges`` with which at most this fraction of the tokens is padding."""
+    for count in range(1, len(np.unique(lengths)) + 1):
+        sizes = edges(lengths, count)
+        padded_to = np.asarray(sizes)[np.searchsorted(sizes, lengths)]
+        if 1 - lengths.sum() / padded_to.sum() <= padding:
+            break
+    return sizes
+
+
+def bucketed(
+    lengths: np.ndarray, size: int, seed: int, step: int, sizes: Sequence[int]
+) -> Iterator[tuple[np.ndarray, int]]:
+    """Batches of ``size`` indices with the length to pad each to, shuffled anew in each epoch.
+
+    Shuffled examples are sorted by the bucket of ``sizes`` that holds them, and the batches are
+    shuffled: only a batch between two buckets has examples of both. The last, incomplete batch of
+    an epoch is dropped, from the shuffled examples.
+    """
+    n = len(lengths)
+    size = min(size, n)
+    places = np.searchsorted(np.asarray(sizes), lengths)
+    for rng, skip in epochs(n // size, seed, step):
+        order = rng.permutation(n)[: n // size * size]
+        batches = order[np.argsort(places[order], kind="stable")].reshape(-1, size)
+        for batch in batches[rng.permutation(len(batches))][skip:]:
+            yield batch, int(sizes[places[batch].max()])
+
+
 def covering(lengths: Sequence[int], size: int) -> list[np.ndarray]:
     """Batches of indices that cover every example exactly once, sorted by length.
 

@@ -91,7 +91,7 @@ def rungs(name: str, records: list[Record]) -> list[Rung]:
     Raises:
       ValueError: a record has a model that the task does not have.
     """
-    presets, ladder = tasks.load(name).presets, models(name)
+    task, ladder = tasks.load(name), models(name)
     groups: dict[str, list[Record]] = collections.defaultdict(list)
     for record in records:
         if record["model"] not in ladder:
@@ -104,10 +104,11 @@ def rungs(name: str, records: list[Record]) -> list[Rung]:
 
     def position(rung: Rung) -> tuple[int, int, int]:
         run = rung.runs[0]
-        names, preset = list(presets), str(run.get("preset"))
+        names, preset = list(task.presets), str(run.get("preset"))
         changes, order = 0, len(names)
-        if preset in presets:
-            changes, order = _changes(run["config"], presets[preset]), names.index(preset)
+        if preset in names:
+            own = task.configured(preset, model=run["model"])
+            changes, order = _changes(run["config"], own), names.index(preset)
         return ladder.index(rung.model), order, changes
 
     unsorted = [

@@ -121,13 +121,13 @@ NOTES = {
     ),
     "qa": (
         "Exact match and F1 by the rules of SQuAD 1.1, on articles that training did not have; "
-        "`xquad` is a second test set, of other articles with one reference each. Nothing is "
-        "pretrained."
+        "`xquad` is a second test set, of other articles with one reference each. Only the encoder "
+        "of `pretrained` has read other text."
     ),
     "fewshot": (
         "TREC's questions, of which only some are labeled; `python -m experiments fewshot` runs "
-        "the whole curve. Only `adapted` has a learning rate of its own, chosen between two on one "
-        "draw of 100 examples; the others share one that was not tuned for each."
+        "the whole curve. The learning rate of `adapted` was chosen between two on one draw of 100 "
+        "examples; the models above it share one that was not tuned for each."
     ),
 }
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,8 @@ from flax import nnx
 
 from attention_jax.nn import record_weights
 from experiments.datasets import text
-from experiments.models import sentences
+from experiments.datasets.text import PAD
+from experiments.models import finetuning, sentences
 from experiments.models.inference import map_by_length
 from experiments.tasks.common import check_attends, check_length, random_indices, verdict
 from experiments.training import config as configs
@@ -31,16 +32,19 @@ from experiments.training.task import (
     Task,
     self_attention,
 )
-from experiments.training.text_config import TextConfig
+from experiments.training.text_config import PretrainedConfig
 
+FINETUNED = ("pretrained", "pretrained_adapted")  # models that start from a checkpoint
 Score = Callable[[np.ndarray, np.ndarray], Metrics]
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(TextConfig):
+class Config(PretrainedConfig):
     """Options of a sentence classifier."""
 
-    model: Literal["naive_bayes", "text_cnn", "attention", "attention_cnn"] = "attention_cnn"
+    model: Literal["naive_bayes", "text_cnn", "attention", "attention_cnn", "pretrained"] = (
+        "attention_cnn"
+    )
     """The model to train."""
     dropout: float = 0.2
     """Dropout rate of the embeddings and of the output of each sublayer."""
@@ -55,7 +59,7 @@ class Config(TextConfig):
     least: int = 2
     """Occurrences in the training split that a word needs to enter the vocabulary."""
     longest: int = 64
-    """Words per sentence at most."""
+    """Words per sentence at most; pretrained reads what its checkpoint does."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -113,11 +117,12 @@ class Split(NamedTuple):
 
 
 class Data(NamedTuple):
-    """The vocabulary, the names of the classes and the splits."""
+    """The vocabulary, the names of the classes, the splits, and the lengths to pad sentences to."""
 
-    words: text.Words
+    words: text.Words | finetuning.Subwords
     classes: tuple[str, ...]
     splits: dict[str, Split]
+    sizes: Sequence[int] = text.BUCKETS
 
 
 class Batch(NamedTuple):
@@ -143,37 +148,61 @@ def synthetic(classes: int) -> dict[str, Labeled]:
     return {"train": sentences_of(200), "validation": sentences_of(40), "test": sentences_of(40)}
 
 
-def load(classes: tuple[str, ...], read: Callable[[], dict[str, Labeled]], config: Config) -> Data:
-    """The splits, encoded with the vocabulary of the training split."""
+def load(
+    classes: tuple[str, ...],
+    read: Callable[[], dict[str, Labeled]],
+    config: Config,
+    symbols: tuple[tuple[str, str], ...] = (),
+) -> Data:
+    """The splits, encoded with the vocabulary of the training split or of the checkpoint."""
     raw = synthetic(len(classes)) if config.synthetic else read()
-    words = text.Words.of(raw["train"].texts, config.least)
+    words: text.Words | finetuning.Subwords
+    if pretrained := config.model in FINETUNED:
+        words = finetuning.Subwords(finetuning.tokenizer(config), symbols)
+    else:
+        words = text.Words.of(raw["train"].texts, config.least)
     splits = {}
     for name, split in raw.items():
         rows = words.encode_all(split.texts)
         lengths = np.array([len(row) for row in rows])
-        if lengths.max() > config.longest:
+        if not pretrained and lengths.max() > config.longest:
             raise ValueError(
                 f"longest must be at least {lengths.max()}, the length of the longest sentence of "
                 f"the {name} split, got {config.longest}"
             )
         splits[name] = Split(rows, lengths, split.labels, split.texts)
-    return Data(words, classes, splits)
+    if not pretrained:
+        return Data(words, classes, splits)
+    train, *others = (split.lengths for split in splits.values())
+    return Data(words, classes, splits, finetuning.sizes(train, *others))
 
 
 def init(config: Config, data: Data, rngs: nnx.Rngs) -> Model:
     """A fresh model, or a fitted naive Bayes classifier."""
     if config.model == "naive_bayes":
         return sentences.NaiveBayes(data.splits["train"].rows, data.splits["train"].labels)
+    if isinstance(data.words, finetuning.Subwords):
+        rate, marks = config.feature_dropout, data.words.marks()
+        return finetuning.build(config, data.classes, marks, dropout_rate=rate, rngs=rngs)
     return sentences.build(config, len(data.words), len(data.classes), rngs)
 
 
 def batches(config: Config, data: Data, step: int, rows: Rows = ALL) -> Iterator[Batch]:
     """Batches of sentences of similar length."""
     split = data.splits["train"]
-    for index in text.alike(split.lengths, config.batch_size, config.seed, step):
-        length = text.bucket(int(split.lengths[index].max()))
+    size, seed = config.batch_size, config.seed
+    if config.model in FINETUNED:
+        order = text.bucketed(split.lengths, size, seed, step, data.sizes)
+    else:
+        order = text.with_buckets(text.alike(split.lengths, size, seed, step), split.lengths)
+    for index, length in order:
         mine = rows.of(index)
         yield Batch(text.padded([split.rows[i] for i in mine], length), split.labels[mine])
+
+
+def real(batch: Batch) -> Array:
+    """Which words are real, ``[B T]``."""
+    return batch.words != PAD
 
 
 def loss(config: Config, model: Model, batch: Batch) -> Loss:
@@ -182,11 +211,14 @@ def loss(config: Config, model: Model, batch: Batch) -> Loss:
     return Loss(each.sum(), jnp.float32(each.size))
 
 
-def predict(model: Model, rows: list[list[int]], size: int = 128) -> np.ndarray:
-    """Log-probabilities ``[n C]`` of sentences."""
+def predict(
+    model: Model, rows: list[list[int]], size: int = 128, sizes: Sequence[int] = text.BUCKETS
+) -> np.ndarray:
+    """Log-probabilities ``[n C]`` of sentences, which are padded to ``sizes``."""
 
     def run(index: np.ndarray) -> np.ndarray:
-        words = text.padded([rows[i] for i in index], count=size)
+        length = text.bucket(max(len(rows[i]) for i in index), sizes)
+        words = text.padded([rows[i] for i in index], length, count=size)
         return np.asarray(logits(model, words) if isinstance(model, nnx.Module) else model(words))
 
     return np.asarray(
@@ -199,7 +231,7 @@ def evaluate(
 ) -> Metrics:
     """Scores of one split, accuracy and mean cross-entropy by default."""
     rows, _, labels, _ = data.splits[split]
-    return score(predict(model, rows), labels)
+    return score(predict(model, rows, sizes=data.sizes), labels)
 
 
 def encode(config: Config, data: Data, sentence: str) -> list[int]:
@@ -209,7 +241,8 @@ def encode(config: Config, data: Data, sentence: str) -> list[int]:
       ValueError: it is empty, or longer than the model reads.
     """
     row = data.words.encode(text.check(sentence).lower())
-    check_length(len(row), config.longest, "words", "longest")
+    if isinstance(data.words, text.Words):
+        check_length(len(row), config.longest, "words", "longest")
     return row
 
 
@@ -223,7 +256,9 @@ def sample(config: Config, model: Model, data: Data, sentence: str | None) -> st
         rows, texts = [split.rows[i] for i in chosen], [split.texts[i] for i in chosen]
         labels = [data.classes[split.labels[i]] for i in chosen]
     lines = []
-    for log_p, shown, label in zip(predict(model, rows), texts, labels, strict=True):
+    sizes = [*data.sizes, max(map(len, rows))]
+    predicted = predict(model, rows, size=len(rows), sizes=sizes)
+    for log_p, shown, label in zip(predicted, texts, labels, strict=True):
         guess = data.classes[log_p.argmax()]
         suffix = "" if label is None else f" {verdict(guess, label)}"
         lines.append(f"{shown}\n    {guess} {np.exp(log_p.max()):.2f}{suffix}")
@@ -237,7 +272,8 @@ def look(config: Config, model: Model, data: Data, sentence: str | None) -> list
     sentence = data.splits["test"].texts[0] if sentence is None else sentence
     row = encode(config, data, sentence)
     _, weights = record_weights(model, np.array([row], np.int32))
-    tokens = sentence.split()
+    words = data.words
+    tokens = words.strings(row) if isinstance(words, finetuning.Subwords) else sentence.split()
     return self_attention("encoder", tokens, weights)
 
 
@@ -249,6 +285,8 @@ def task(
     *,
     score: Score = scores,
     metric: str = "accuracy",
+    changes: Mapping[tuple[str, str], Mapping[str, Any]] | None = None,
+    symbols: tuple[tuple[str, str], ...] = (),
 ) -> Task[Config, Data]:
     """Builds a sentence classification task.
 
@@ -259,11 +297,15 @@ def task(
       presets: named configurations.
       score: from logits ``[n C]`` and labels ``[n]`` to named scores.
       metric: the score that selects the best weights.
+      changes: options that models have in a preset in place of its own.
+      symbols: words of the data that pretrained reads as a symbol of its vocabulary, by which it
+        then classifies; see ``finetuning.Marked``.
     """
     return Task(
         name=name,
         presets=presets,
-        data=functools.partial(load, classes, read),
+        changes=changes or {},
+        data=functools.partial(load, classes, read, symbols=symbols),
         init=init,
         batches=batches,
         loss=loss,
@@ -271,7 +313,8 @@ def task(
         metric=metric,
         larger=True,
         unit="sentences",
-        fitted=("naive_bayes",),
+        untraced=("naive_bayes", "pretrained"),
+        real=real,
         sample=sample,
         look=look,
     )

@@ -7,9 +7,10 @@
     python -m experiments sample runs/relations/attention_cnn-cpu-seed0 \\
         --text "The <e1> fire </e1> was caused by a <e2> spark </e2> ."
 
-The models are those of ``trec``: ``naive_bayes``, ``text_cnn``, ``attention``, ``attention_cnn``.
-The markers around the nouns, ``<e1>`` and ``</e1>``, ``<e2>`` and ``</e2>``, are ordinary words to
-every model.
+The models are those of ``trec``: ``naive_bayes``, ``text_cnn``, ``attention``, ``attention_cnn``,
+``pretrained``. The markers around the nouns, ``<e1>`` and ``</e1>``, ``<e2>`` and ``</e2>``, are
+ordinary words to every model but ``pretrained``, which classifies by its outputs at the two markers
+that start a noun.
 
 Data: SemEval-2010 task 8, I. Hendrickx et al. 2010, "Multi-Way Classification of Semantic Relations
 Between Pairs of Nominals": 8,000 training sentences, of which a fixed tenth, stratified by
@@ -27,6 +28,7 @@ import zipfile
 import numpy as np
 
 from experiments.datasets.files import path
+from experiments.models import finetuning
 from experiments.tasks import classification
 from experiments.tasks.classification import Config, Labeled
 from experiments.training.losses import scores
@@ -126,4 +128,24 @@ def score(logits: np.ndarray, labels: np.ndarray) -> Metrics:
     return {"macro_f1": macro_f1(logits.argmax(axis=-1), labels), **scores(logits, labels)}
 
 
-TASK = classification.task("relations", CLASSES, read, PRESETS, score=score, metric="macro_f1")
+CHANGES = {
+    ("cpu", "pretrained"): {
+        **finetuning.OPTIONS,
+        "feature_dropout": 0.1,
+        "steps": 1125,
+        "evaluations": 4,
+    },
+    ("smoke", "pretrained"): finetuning.SMOKE,
+}
+SYMBOLS = (("<e1>", "§"), ("</e1>", "§"), ("<e2>", "¶"), ("</e2>", "¶"))  # rare in any text
+
+TASK = classification.task(
+    "relations",
+    CLASSES,
+    read,
+    PRESETS,
+    score=score,
+    metric="macro_f1",
+    changes=CHANGES,
+    symbols=SYMBOLS,
+)

@@ -16,6 +16,7 @@ this task uses sentences only. For research use with citation; no license is sta
 from __future__ import annotations
 
 from experiments.datasets.files import lines
+from experiments.models import finetuning
 from experiments.tasks import classification
 from experiments.tasks.classification import Config, Labeled
 
@@ -51,4 +52,14 @@ def read() -> dict[str, Labeled]:
     }
 
 
-TASK = classification.task("sst2", CLASSES, read, PRESETS)
+CHANGES = {
+    ("cpu", "pretrained"): {
+        **finetuning.OPTIONS,
+        "feature_dropout": 0.1,
+        "steps": 1080,
+        "evaluations": 3,
+    },
+    ("smoke", "pretrained"): finetuning.SMOKE,
+}
+
+TASK = classification.task("sst2", CLASSES, read, PRESETS, changes=CHANGES)

@@ -5,10 +5,13 @@
     python -m experiments train trec                              # attention and convolutions
     python -m experiments train trec --model text_cnn             # without attention
     python -m experiments train trec --mask window --positions rotary
+    python -m experiments train trec --model pretrained           # a published encoder, fine-tuned
 
 Models: ``naive_bayes`` on words and bigrams; ``text_cnn`` (Kim 2014, CNN-rand); ``attention``, a
 transformer encoder with mean pooling; ``attention_cnn``, convolutions over the word embeddings and
-the encoder's output.
+the encoder's output; ``pretrained``, all-MiniLM-L6-v2, an encoder of 22 million parameters that
+was trained on much text, with a linear layer on the mean of its outputs. All are fine-tuned but
+the embeddings. ``--checkpoint FOLDER`` starts from another checkpoint; see ``finetuning``.
 
 Data: TREC questions with six classes, X. Li and D. Roth, "Learning Question Classifiers", 2002,
 5,452 for training, of which a fixed, stratified tenth is held out for validation, and 500 for test.
@@ -20,6 +23,7 @@ from __future__ import annotations
 import numpy as np
 
 from experiments.datasets.files import lines
+from experiments.models import finetuning
 from experiments.tasks import classification
 from experiments.tasks.classification import Config, Labeled
 
@@ -54,4 +58,14 @@ def read() -> dict[str, Labeled]:
     return {"train": rest.take(train), "validation": rest.take(validation), "test": test}
 
 
-TASK = classification.task("trec", CLASSES, read, PRESETS)
+CHANGES = {
+    ("cpu", "pretrained"): {
+        **finetuning.OPTIONS,
+        "feature_dropout": 0.1,
+        "steps": 918,
+        "evaluations": 4,
+    },
+    ("smoke", "pretrained"): finetuning.SMOKE,
+}
+
+TASK = classification.task("trec", CLASSES, read, PRESETS, changes=CHANGES)

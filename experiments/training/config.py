@@ -33,6 +33,17 @@ class TrainConfig:
     """Decay of the learning rate after the warm-up: to 0 along a cosine, or as 1 / sqrt(step)."""
     warmup: float = 0.1
     """Fraction of the steps over which the learning rate rises from 0."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """adamw; or muon for the matrices of transformer layers, and AdamW for all other weights."""
+    layer_decay: float = 1.0
+    """Factor of the learning rate from each layer of the encoder to the layer below it; above the
+    last layer the rate is learning_rate, and the embeddings are below the first layer."""
+    freeze: int | None = None
+    """Layers of the encoder that are not trained, from the first one, nor are the embeddings; 0 for
+    the embeddings alone, None to train everything."""
+    low_rank: int = 0
+    """Rank of LoRA updates of queries and values, which are trained in place of the embeddings and
+    layers of the encoder; 0 turns them off."""
     beta2: float = 0.95
     """Decay of AdamW's estimate of the squared gradient."""
     weight_decay: float = 0.05
@@ -79,9 +90,11 @@ class TrainConfig:
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be above 0, got {value}")
         below_1(self, "warmup", "beta2", "label_smoothing", "ema")
-        for name in ("weight_decay", "adversarial"):
-            if getattr(self, name) < 0:
+        for name in ("weight_decay", "adversarial", "freeze", "low_rank"):
+            if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"layer_decay must be in (0, 1], got {self.layer_decay}")
         parts = self.accumulate * self.devices
         if self.batch_size % parts:
             raise ValueError(

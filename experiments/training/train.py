@@ -22,7 +22,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from experiments.training import runs
+from experiments.training import runs, tuning
 from experiments.training.checkpoints import BEST, LAST, Checkpoints
 from experiments.training.layout import agreed, connect, layout
 from experiments.training.progress import Progress, one_line
@@ -67,6 +67,11 @@ def run(task: Task[C, D], config: C, *, preset: str, flags: Flags) -> Record:
     )
     written = runs.write_record(record, folder, flags.record)
     print(f"{task.name}: {progress.step} steps in {progress.seconds:.0f} s, seed {config.seed}")
+    if progress.tokens:
+        share = 100 * progress.padding / progress.tokens
+        print(
+            f"padding: {share:.1f} % of the tokens, in batches of {len(progress.lengths)} lengths"
+        )
     print(f"test: {one_line(test)}")
     for file in (*files, *written):
         print(f"wrote {file}")
@@ -84,8 +89,10 @@ def train(
     """
     flags = Flags() if flags is None else flags
     split = layout(flags.mesh, fsdp=flags.fsdp, devices=config.devices)
-    traced = getattr(config, "model", None) not in task.fitted
-    model = split.create(lambda: task.init(config, data, nnx.Rngs(config.seed)), traced=traced)
+    model = split.create(
+        lambda: tuning.prepared(task.init(config, data, nnx.Rngs(config.seed)), config),
+        traced=getattr(config, "model", None) not in task.untraced,
+    )
     progress = Progress(task.metric, task.larger)
     if not count_parameters(model):
         scores = task.evaluate(config, model, data, "validation")
@@ -111,6 +118,8 @@ def train(
         following = None if done else next(batches)
         while not done:
             step, batch = progress.step, following
+            if task.real is not None:
+                progress = progress.fed(np.asarray(task.real(batch)))
             with log.profile(step):
                 state, *scalars = training.update(state, batch, step)
                 following = next(batches)  # while the devices compute

@@ -8,7 +8,9 @@
 Models: ``naive_bayes`` and ``text_cnn`` as for ``trec``; ``transformer``, an encoder with mean
 pooling; ``finetuned``, the same after masked language modeling on all training questions without
 their labels (Devlin et al. 2019, "BERT"); ``adapted``, pretrained likewise, of which training only
-updates the classifier and low-rank changes of some projections (Hu et al. 2022, "LoRA").
+updates the classifier and low-rank changes of some projections (Hu et al. 2022, "LoRA");
+``pretrained``, a published encoder of 22 million parameters, as for ``trec``;
+``pretrained_adapted``, the same of which training only updates the classifier and low-rank changes.
 
 The labeled questions are drawn with the seed, so five seeds are five draws. A draw has at least
 one question of every class, then the class proportions of the data, and is a subset of every larger
@@ -31,13 +33,13 @@ from attention_jax.nn import low_rank
 from experiments.tasks import classification
 from experiments.tasks.classification import Data
 from experiments.tasks.fewshot import curve
-from experiments.tasks.fewshot.config import PRESETS, Config
+from experiments.tasks.fewshot.config import CHANGES, PRESETS, Config
 from experiments.tasks.fewshot.data import batches, load
 from experiments.tasks.fewshot.pretraining import Pretrained, pretrain
 from experiments.training.task import Model, Task
 
 PRETRAINED = ("finetuned", "adapted")
-ADAPTED = ("query", "value")  # projections with a low-rank update in adapted
+ADAPTED = ("query", "value")  # projections with a low-rank update
 
 
 def init(
@@ -48,6 +50,8 @@ def init(
 ) -> Model:
     """A model ready for training on labels; runs the pretraining of models that have one."""
     model = classification.init(config, data, rngs)
+    if config.model == "pretrained_adapted":
+        return _adapted(config, model, rngs)
     if config.model not in PRETRAINED:
         return model
     pretrained = pretrain(config, data)
@@ -58,6 +62,10 @@ def init(
     nnx.update(model.encoder, jax.tree.map(jnp.array, pretrained.weights))
     if config.model == "finetuned":
         return model
+    return _adapted(config, model, rngs)
+
+
+def _adapted(config: Config, model: Model, rngs: nnx.Rngs) -> Model:
     return low_rank(model, rank=config.rank, where=ADAPTED, train=("classify",), rngs=rngs)
 
 
@@ -72,7 +80,9 @@ TASK = Task(
     metric="accuracy",
     larger=True,
     unit="sentences",
-    fitted=("naive_bayes", *PRETRAINED),
+    untraced=("naive_bayes", *PRETRAINED, *classification.FINETUNED),
+    changes=CHANGES,
+    real=classification.real,
     sample=classification.sample,
     look=classification.look,
     report=curve.REPORT,

@@ -5,24 +5,35 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+from experiments.models import finetuning
 from experiments.tasks import classification, trec
 from experiments.training.config import at_least_1
 
 ALL = 0  # as the number of labeled examples
+Ladder = Literal[
+    "naive_bayes",
+    "text_cnn",
+    "transformer",
+    "finetuned",
+    "adapted",
+    "pretrained",
+    "pretrained_adapted",
+]
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(classification.Config):
     """Options of this task."""
 
-    model: Literal["naive_bayes", "text_cnn", "transformer", "finetuned", "adapted"] = "adapted"  # type: ignore[assignment]
+    model: Ladder = "adapted"  # type: ignore[assignment]
     """The model to train."""
     examples: int = 100
     """Labeled questions, drawn with the seed; 0 uses all."""
     read: int = 24
-    """Words read of each training question; the rest of the few longer ones is cut."""
+    """Words read of each training question, the rest of the few longer ones is cut; pretrained and
+    pretrained_adapted read all."""
     rank: int = 8
-    """adapted: rank of the LoRA updates."""
+    """adapted and pretrained_adapted: rank of the LoRA updates."""
     pretraining_steps: int = 500
     """finetuned and adapted: steps of masked language modeling before any label is used."""
     pretraining_batch_size: int = 64
@@ -85,4 +96,18 @@ PRESETS = {
         pretraining_batch_size=256,
         pretraining_rate=1e-3,
     ),
+}
+
+_CPU = {
+    **finetuning.OPTIONS,
+    "batch_size": 16,
+    "steps": 200,
+    "evaluations": 1,
+    "feature_dropout": 0.1,
+}
+CHANGES = {
+    ("cpu", "pretrained"): _CPU,
+    ("cpu", "pretrained_adapted"): {**_CPU, "learning_rate": 2e-3, "layer_decay": 1.0},
+    ("smoke", "pretrained"): finetuning.SMOKE,
+    ("smoke", "pretrained_adapted"): finetuning.SMOKE,
 }

@@ -72,9 +72,12 @@ def cycle(n: int, size: int, seed: int, step: int) -> Iterator[np.ndarray]:
 
 
 def batches(config: Config, data: Data, step: int, rows: Rows = ALL) -> Iterator[Batch]:
-    """Batches of one shape, however few examples there are."""
+    """Batches of one shape, however few examples there are; of few shapes for pretrained."""
     split = data.splits["train"]
-    for index in cycle(len(split.rows), config.batch_size, config.seed, step):
+    size, seed = config.batch_size, config.seed
+    if config.model in classification.FINETUNED:
+        yield from classification.batches(config, data, step, rows)
+    for index in cycle(len(split.rows), size, seed, step):
         mine = rows.of(index)
         yield Batch(words_of(config, split, mine), split.labels[mine])
 

@@ -105,9 +105,8 @@ class _PretrainOnce:
 
 def _run(task: Task[Config, Data], options: Options, model: Any, size: int, seed: int) -> Record:
     """The record of a run; runs it if it has none."""
-    preset = PRESETS[options.preset]
-    rate = RATES.get(model, preset.learning_rate)
-    config = dataclasses.replace(preset, model=model, examples=size, seed=seed, learning_rate=rate)
+    own = {"learning_rate": RATES[model]} if model in RATES else {}
+    config = task.configured(options.preset, model=model, examples=size, seed=seed, **own)
     name = f"{model}-{options.preset}-{size or 'all'}-seed{seed}"
     file = options.out / "fewshot" / name / "record.json"
     if file.exists():

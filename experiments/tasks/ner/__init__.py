@@ -8,7 +8,9 @@
     python -m experiments sample runs/ner/transformer-cpu-seed0 --text "He had Wilson 's disease ."
 
 Models: ``most_frequent`` (the most frequent tag of each word, O for unknown words), a bidirectional
-``gru``, ``transformer``. The trained models read each word and, by convolutions, its characters.
+``gru``, ``transformer``. These read each word and, by convolutions, its characters. ``pretrained``
+fine-tunes a published encoder, see ``trec``; it also reads how each word is capitalized, which the
+encoder's vocabulary does not tell, and tags a word by its first token.
 
 Data: the NCBI disease corpus, R. Dogan et al. 2014, 5,424 training, 923 validation and 940 test
 sentences, as distributed by G. Crichton et al. 2017, CC BY 4.0; and WNUT 2017, L. Derczynski et
@@ -26,18 +28,29 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from attention_jax.models.pretrained import Tokenizer
 from attention_jax.nn import record_weights
 from experiments.datasets import text
 from experiments.datasets.text import PAD
 from experiments.models.inference import map_by_length
 from experiments.tasks.common import check_attends, random_indices
 from experiments.tasks.ner.bio import agreement, spans
-from experiments.tasks.ner.config import BUCKETS, PRESETS, Config
-from experiments.tasks.ner.data import Batch, Data, Sentence, letters, load, normalized
+from experiments.tasks.ner.config import BUCKETS, CHANGES, PRESETS, Config
+from experiments.tasks.ner.data import (
+    IGNORED,
+    Batch,
+    Data,
+    Sentence,
+    letters,
+    load,
+    normalized,
+)
+from experiments.tasks.ner.finetuned import PretrainedTagger, encode
 from experiments.tasks.ner.models import MostFrequent, Tagger
 from experiments.training.losses import cross_entropy, logits
 from experiments.training.task import (
     ALL,
+    Array,
     AttentionView,
     Loss,
     Metrics,
@@ -52,6 +65,8 @@ def init(config: Config, data: Data, rngs: nnx.Rngs) -> Model:
     """A fresh model, or the counted baseline."""
     if config.model == "most_frequent":
         return MostFrequent(data.splits["train"])
+    if config.model == "pretrained":
+        return PretrainedTagger(config, data.tags, rngs)
     return Tagger(config, len(data.vocabulary), len(data.tags), rngs)
 
 
@@ -59,8 +74,14 @@ def batches(config: Config, data: Data, step: int, rows: Rows = ALL) -> Iterator
     """Batches of sentences of similar length."""
     split = data.splits["train"]
     lengths = np.array([len(row) for row in split.words])
-    for index in text.alike(lengths, config.batch_size, config.seed, step):
-        length = text.bucket(int(lengths[index].max()), BUCKETS)
+    size, seed = config.batch_size, config.seed
+    if config.model == "pretrained":
+        columns = split.words, data.shapes["train"], split.tags
+        for index, length in text.bucketed(lengths, size, seed, step, data.sizes):
+            mine = rows.of(index)
+            yield Batch(*(text.padded([column[i] for i in mine], length) for column in columns))
+    alike = text.alike(lengths, size, seed, step)
+    for index, length in text.with_buckets(alike, lengths, data.sizes):
         mine = rows.of(index)
         yield Batch(
             text.padded([split.words[i] for i in mine], length),
@@ -69,17 +90,24 @@ def batches(config: Config, data: Data, step: int, rows: Rows = ALL) -> Iterator
         )
 
 
+def real(batch: Batch) -> Array:
+    """Which words are real, ``[B T]``."""
+    return batch.words != PAD
+
+
 def loss(config: Config, model: Model, batch: Batch) -> Loss:
     """Cross-entropy of the tag of each word."""
     each = cross_entropy(model((batch.words, batch.letters)), batch.tags, config.label_smoothing)
-    real = batch.words != PAD
-    return Loss(jnp.where(real, each, 0).sum(), real.sum(dtype=jnp.float32))
+    counted = real(batch) & (batch.tags != IGNORED)
+    return Loss(jnp.where(counted, each, 0).sum(), counted.sum(dtype=jnp.float32))
 
 
 def tag(model: Model, data: Data, sentences: list[list[str]], size: int = 64) -> list[list[str]]:
     """Tags of sentences; a sentence longer than the model reads is cut into independent chunks."""
     if isinstance(model, MostFrequent):
         return [model.tag(words) for words in sentences]
+    if isinstance(data.vocabulary, Tokenizer):
+        return _tag_tokens(model, data, sentences, size)
     limit = BUCKETS[-1]
     chunks = [
         (i, words[j : j + limit])
@@ -101,6 +129,24 @@ def tag(model: Model, data: Data, sentences: list[list[str]], size: int = 64) ->
     for (i, _), chunk_tags in zip(chunks, map_by_length(run, lengths, size), strict=True):
         tags[i] += chunk_tags
     return tags
+
+
+def _tag_tokens(model: Model, data: Data, sentences: list[list[str]], size: int) -> list[list[str]]:
+    """``tag`` with a pretrained encoder: a word has the tag of its first token."""
+    encoded = encode(data.vocabulary, sentences)
+    lengths = [len(x.tokens) for x in encoded]
+
+    def run(index: np.ndarray) -> Iterator[list[str]]:
+        batch = [encoded[i] for i in index]
+        longest = max(len(x.tokens) for x in batch)
+        length = text.bucket(longest, [*data.sizes, longest])
+        columns = ([x.tokens for x in batch], [x.shapes for x in batch])
+        inputs = tuple(text.padded(column, length, size) for column in columns)
+        guesses = np.asarray(logits(model, inputs)).argmax(axis=-1)
+        for x, row in zip(batch, guesses, strict=False):
+            yield [data.tags[row[start]] if start >= 0 else "O" for start in x.starts]
+
+    return map_by_length(run, lengths, size)
 
 
 def evaluate(config: Config, model: Model, data: Data, split: str) -> Metrics:
@@ -148,9 +194,14 @@ def bracketed(words: list[str], tags: list[str]) -> str:
 
 def look(config: Config, model: Model, data: Data, given: str | None) -> list[AttentionView]:
     """Attention weights of the transformer on one sentence; default the first test sentence."""
-    check_attends(config, "transformer")
+    check_attends(config, "transformer", "pretrained")
     first = data.splits["test"].sentences[0].words
     words = (first if given is None else text.check(given).split())[: BUCKETS[-1]]
+    if isinstance(data.vocabulary, Tokenizer):
+        (x,) = encode(data.vocabulary, [words])
+        inputs = np.array([x.tokens], np.int32), np.array([x.shapes], np.int32)
+        _, weights = record_weights(model, inputs)
+        return self_attention("encoder", data.vocabulary.strings(x.tokens), weights)
     rows = data.vocabulary.encode_all([normalized(words)])
     inputs = np.array(rows, np.int32), letters([words], len(words))
     _, weights = record_weights(model, inputs)
@@ -168,7 +219,9 @@ TASK = Task(
     metric="f1",
     larger=True,
     unit="words",
-    fitted=("most_frequent",),
+    untraced=("most_frequent", "pretrained"),
+    changes=CHANGES,
+    real=real,
     sample=sample,
     look=look,
 )

@@ -5,17 +5,18 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+from experiments.models import finetuning
 from experiments.training.config import at_least_1, below_1, even
-from experiments.training.text_config import TextConfig
+from experiments.training.text_config import PretrainedConfig
 
 BUCKETS = (16, 32, 64, 128, 256)  # lengths to pad sentences to
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(TextConfig):
+class Config(PretrainedConfig):
     """Options of a tagger."""
 
-    model: Literal["most_frequent", "gru", "transformer"] = "transformer"
+    model: Literal["most_frequent", "gru", "transformer", "pretrained"] = "transformer"
     """The model to train."""
     corpus: Literal["ncbi", "wnut17"] = "ncbi"
     """Diseases in abstracts (ncbi), or emerging entities in social media (wnut17)."""
@@ -23,6 +24,8 @@ class Config(TextConfig):
     """Dropout rate of the embeddings and of the output of each sublayer."""
     word_dropout: float = 0.2
     """Probability of replacing a word by the unknown word in training; its characters are kept."""
+    feature_dropout: float = 0.1
+    """pretrained: dropout rate of the vectors that the tags are predicted from."""
     letter_width: int = 32
     """Width of the character embeddings."""
     least: int = 2
@@ -31,7 +34,7 @@ class Config(TextConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least_1(self, "letter_width", "least")
-        below_1(self, "word_dropout")
+        below_1(self, "word_dropout", "feature_dropout")
         even(self, "width")
 
 
@@ -68,4 +71,14 @@ PRESETS = {
         evaluations=10,
         ema=0.999,
     ),
+}
+
+# The model ``pretrained``; see ``classification.PRETRAINED``.
+CHANGES = {
+    ("cpu", "pretrained"): {
+        **finetuning.OPTIONS,
+        "steps": 850,
+        "evaluations": 4,
+    },
+    ("smoke", "pretrained"): finetuning.SMOKE,
 }

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from attention_jax.models.pretrained import Tokenizer
 from experiments.datasets import text
 from experiments.datasets.files import lines
-from experiments.tasks.ner.config import Config
+from experiments.models import finetuning
+from experiments.tasks.ner import finetuned
+from experiments.tasks.ner.config import BUCKETS, Config
 from experiments.training.task import Array
 
 FILES = {
@@ -23,6 +27,7 @@ FILES = {
         "test": "wnut17/emerging.test.annotated",
     },
 }
+IGNORED = -1  # the tag of tokens that continue a word
 LETTERS = 16  # bytes read of each word: of a longer word the first and the last eight
 
 
@@ -34,7 +39,11 @@ class Sentence(NamedTuple):
 
 
 class Split(NamedTuple):
-    """Sentences, and their words and tags as indices."""
+    """Sentences, and their words and tags as indices.
+
+    For the model pretrained, these are tokens: the first token of a word has its tag, the others
+    have ``IGNORED``.
+    """
 
     sentences: list[Sentence]
     words: list[list[int]]
@@ -42,15 +51,18 @@ class Split(NamedTuple):
 
 
 class Data(NamedTuple):
-    """Words and tags of the training split, and all splits."""
+    """Words and tags of the training split, all splits, and the lengths to pad sentences to."""
 
-    vocabulary: text.Words
+    vocabulary: Any  # text.Words, or the tokenizer of pretrained
     tags: tuple[str, ...]
     splits: dict[str, Split]
+    sizes: Sequence[int] = BUCKETS
+    shapes: Mapping[str, list[list[int]]] = {}
+    """pretrained: the shape of each token's word, by split."""
 
 
 class Batch(NamedTuple):
-    """Words ``[B T]``, their bytes ``[B T LETTERS]`` and tags ``[B T]``."""
+    """Words ``[B T]``, their bytes ``[B T LETTERS]`` and tags ``[B T]``; or tokens and shapes."""
 
     words: Array
     letters: Array
@@ -63,8 +75,10 @@ def load(config: Config) -> Data:
         corpus = synthetic()
     else:
         corpus = {name: parse(lines(file)) for name, file in FILES[config.corpus].items()}
-    vocabulary = text.Words.of((normalized(s.words) for s in corpus["train"]), config.least)
     tags = tuple(sorted({tag for s in corpus["train"] for tag in s.tags}))
+    if config.model == "pretrained":
+        return _with_tokens(finetuning.tokenizer(config), tags, corpus)
+    vocabulary = text.Words.of((normalized(s.words) for s in corpus["train"]), config.least)
     splits = {}
     for name, sentences in corpus.items():
         words = vocabulary.encode_all(normalized(s.words) for s in sentences)
@@ -72,6 +86,23 @@ def load(config: Config) -> Data:
             sentences, words, [[tags.index(tag) for tag in s.tags] for s in sentences]
         )
     return Data(vocabulary, tags, splits)
+
+
+def _with_tokens(
+    tokenizer: Tokenizer, tags: tuple[str, ...], corpus: dict[str, list[Sentence]]
+) -> Data:
+    splits, shapes = {}, {}
+    for name, sentences in corpus.items():
+        encoded = finetuned.encode(tokenizer, [s.words for s in sentences])
+        labels = [[IGNORED] * len(x.tokens) for x in encoded]
+        for row, sentence, x in zip(labels, sentences, encoded, strict=True):
+            for tag, start in zip(sentence.tags, x.starts, strict=True):
+                if start >= 0:
+                    row[start] = tags.index(tag)
+        splits[name] = Split(sentences, [x.tokens for x in encoded], labels)
+        shapes[name] = [x.shapes for x in encoded]
+    lengths = [np.array([len(row) for row in split.words]) for split in splits.values()]
+    return Data(tokenizer, tags, splits, finetuning.sizes(*lengths), shapes)
 
 
 def parse(rows: list[str]) -> list[Sentence]:

@@ -10,8 +10,9 @@
 
 Models: ``overlap``, a rule that picks the new words nearest to the question's words in the sentence
 that shares most with the question; ``gru``, recurrent with attention to the question;
-``transformer``, question and passage as one sequence. The trained models also read features of how
-each word matches the question, see ``features``. None is pretrained.
+``transformer``, question and passage as one sequence. These two also read features of how each word
+matches the question, see ``features``. ``pretrained`` fine-tunes a published encoder, see ``trec``,
+without such features.
 
 Data: SQuADShifts, J. Miller et al. 2020, "The Effect of Natural Distribution Shift on Question
 Answering Models", its new Wikipedia part: 7,938 questions about 1,581 paragraphs of 48 articles,
@@ -29,22 +30,24 @@ printed and recorded as ``unaligned``. Every question counts in the scores.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from attention_jax.models.pretrained import Tokenizer
 from attention_jax.nn import record_weights
 from experiments.datasets import text
-from experiments.datasets.text import END, START
+from experiments.datasets.text import END, PAD, START
+from experiments.models import finetuning
 from experiments.models.inference import map_by_length
 from experiments.tasks.common import check_attends, random_indices
-from experiments.tasks.qa import answers
+from experiments.tasks.qa import answers, finetuned
 from experiments.tasks.qa.answers import LONGEST_QUESTION, Passage, Question, Split
-from experiments.tasks.qa.config import BUCKETS, PRESETS, Config
+from experiments.tasks.qa.config import BUCKETS, CHANGES, PRESETS, Config
 from experiments.tasks.qa.data import (
     Batch,
     Data,
@@ -55,10 +58,12 @@ from experiments.tasks.qa.data import (
     references,
     windows,
 )
+from experiments.tasks.qa.finetuned import PretrainedReader
 from experiments.tasks.qa.models import MASKED, Overlap, Reader
 from experiments.training.losses import logits
 from experiments.training.task import (
     ALL,
+    Array,
     AttentionView,
     Loss,
     Metrics,
@@ -75,6 +80,8 @@ def init(config: Config, data: Data, rngs: nnx.Rngs) -> Model:
     """A fresh model, or the rule."""
     if config.model == "overlap":
         return Overlap(data.lexicon.rarity, config.longest)
+    if config.model == "pretrained":
+        return PretrainedReader(config, rngs)
     return Reader(config, data.lexicon, rngs)
 
 
@@ -88,16 +95,61 @@ def batches(config: Config, data: Data, step: int, rows: Rows = ALL) -> Iterator
         f"{len(answerable)} of {len(every)} windows, of {questions} of {len(split.questions)} "
         f"questions, contain a reference answer of up to {config.longest} words"
     )
+    size, seed = config.batch_size, config.seed
+    if isinstance(data.lexicon, Tokenizer):
+        yield from _token_batches(config, data.lexicon, split, answerable, step, rows)
     lengths = np.array([input_length(split, window) for window in answerable])
-    for index in text.alike(lengths, config.batch_size, config.seed, step):
+    alike = text.alike(lengths, size, seed, step)
+    for index, length in text.with_buckets(alike, lengths, BUCKETS):
         chosen = [answerable[i] for i in rows.of(index)]
-        length = text.bucket(int(lengths[index].max()), BUCKETS)
-        right = np.zeros((len(chosen), length, config.longest), bool)
-        for i, window in enumerate(chosen):
-            offset = _passage_offset(split, window)
-            for first, more in references(config, split, window):
-                right[i, offset + first, more] = True
+        offsets = [_passage_offset(split, window) for window in chosen]
+        right = _right(config, split, chosen, offsets, length)
         yield Batch(encode(data.lexicon, split, chosen, length), right)
+
+
+def _token_batches(
+    config: Config,
+    tokenizer: Tokenizer,
+    split: Split,
+    answerable: list[Window],
+    step: int,
+    rows: Rows,
+) -> Iterator[Batch]:
+    """``batches`` for a pretrained encoder, of the windows whose answer it reads in full."""
+    encoded = finetuned.encode(tokenizer, split, answerable)
+    pairs = [
+        (window, row)
+        for window, row in zip(answerable, encoded, strict=True)
+        if row.starts[max(i + more for i, more in references(config, split, window))] >= 0
+    ]
+    lengths = np.array([len(row.tokens) for _, row in pairs])
+    sizes = finetuning.sizes(lengths)
+    for index, length in text.bucketed(lengths, config.batch_size, config.seed, step, sizes):
+        chosen, inputs = zip(*(pairs[i] for i in rows.of(index)), strict=True)
+        right = _right(config, split, chosen, [0] * len(chosen), length)
+        yield Batch(finetuned.padded(inputs, length), right)
+
+
+def _right(
+    config: Config, split: Split, chosen: Sequence[Window], offsets: Sequence[int], length: int
+) -> np.ndarray:
+    """Which spans are reference answers, bool ``[B length longest]``.
+
+    Args:
+      config, split, chosen: the windows.
+      offsets: where the words of each window start.
+      length: number of places for words.
+    """
+    right = np.zeros((len(chosen), length, config.longest), bool)
+    for i, (window, offset) in enumerate(zip(chosen, offsets, strict=True)):
+        for first, more in references(config, split, window):
+            right[i, offset + first, more] = True
+    return right
+
+
+def real(batch: Batch) -> Array:
+    """Which words or tokens are real, ``[B T]``."""
+    return batch.inputs[0] != PAD
 
 
 def _passage_offset(split: Split, window: Window) -> int:
@@ -135,16 +187,26 @@ def answer(config: Config, model: Model, data: Data, split: Split, size: int = 3
             for i, (question, words) in enumerate(zip(split.questions, passages, strict=True))
         ]
     every = windows(split, config.reads, config.stride)
-    lengths = [input_length(split, window) for window in every]
+    lexicon = data.lexicon
+    rows = finetuned.encode(lexicon, split, every) if isinstance(lexicon, Tokenizer) else None
+    if rows is None:
+        lengths = [input_length(split, window) for window in every]
+        offsets = [_passage_offset(split, window) for window in every]
+    else:
+        lengths, offsets = [len(row.tokens) for row in rows], [0] * len(rows)
 
     def run(index: np.ndarray) -> Iterator[Answer]:
         chosen = [every[i] for i in index]
         length = text.bucket(max(lengths[i] for i in index), BUCKETS)
-        scores = np.asarray(logits(model, encode(data.lexicon, split, chosen, length, size)))
-        for window, score in zip(chosen, scores, strict=False):
+        if rows is None:
+            inputs: Any = encode(lexicon, split, chosen, length, size)
+        else:
+            inputs = finetuned.padded([rows[i] for i in index], length, size)
+        scores = np.asarray(logits(model, inputs))
+        for i, score in zip(index.tolist(), scores, strict=False):
             at, more = np.unravel_index(score.argmax(), score.shape)
-            first = window.start + int(at) - _passage_offset(split, window)
-            yield Answer(first, first + int(more), float(score.max()), window)
+            first = every[i].start + int(at) - offsets[i]
+            yield Answer(first, first + int(more), float(score.max()), every[i])
 
     best: dict[int, Answer] = {}
     for candidate in map_by_length(run, lengths, size):
@@ -219,12 +281,18 @@ def sample(config: Config, model: Model, data: Data, given: str | None) -> str:
 
 def look(config: Config, model: Model, data: Data, given: str | None) -> list[AttentionView]:
     """Attention weights in the window of the answer; default the first test question."""
-    check_attends(config, "gru", "transformer")
+    check_attends(config, "gru", "transformer", "pretrained")
     test = data.splits["test"]
     split = test._replace(questions=test.questions[:1]) if given is None else asked(data, given)
     (found,) = answer(config, model, data, split, size=1)
     window, (question,) = found.window, split.questions
     words = split.passages[question.passage].words[window.start : window.stop]
+    if isinstance(data.lexicon, Tokenizer):
+        (row,) = finetuned.encode(data.lexicon, split, [window])
+        tokens = data.lexicon.strings(row.tokens)
+        _, weights = record_weights(model, finetuned.padded([row], len(tokens)))
+        views = self_attention("question and passage", tokens, weights)
+        return [view._replace(note=f"The answer: {answer_text(split, found)}") for view in views]
     tokens = [text.SPECIAL[START], *question.words, text.SPECIAL[END], *words]
     inputs = encode(data.lexicon, split, [window], len(tokens))
     _, weights = record_weights(model, inputs)
@@ -248,7 +316,9 @@ TASK = Task(
     metric="f1",
     larger=True,
     unit="questions",
-    fitted=("overlap",),
+    untraced=("overlap", "pretrained"),
+    changes=CHANGES,
+    real=real,
     sample=sample,
     look=look,
 )

@@ -5,18 +5,19 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+from experiments.models import finetuning
 from experiments.tasks.qa.answers import LONGEST_QUESTION
 from experiments.training.config import at_least_1, below_1, even
-from experiments.training.text_config import TextConfig
+from experiments.training.text_config import PretrainedConfig
 
 BUCKETS = (128, 176, 304, 576)  # lengths to pad inputs to
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(TextConfig):
+class Config(PretrainedConfig):
     """Options of a reader."""
 
-    model: Literal["overlap", "gru", "transformer"] = "transformer"
+    model: Literal["overlap", "gru", "transformer", "pretrained"] = "transformer"
     """The model to train."""
     dropout: float = 0.3
     """Dropout rate of the embeddings and of the output of each sublayer."""
@@ -90,4 +91,16 @@ PRESETS = {
         evaluations=10,
         ema=0.999,
     ),
+}
+
+CHANGES = {
+    ("cpu", "pretrained"): {
+        **finetuning.OPTIONS,
+        "batch_size": 16,
+        "steps": 520,
+        "learning_rate": 3e-4,
+        "freeze": 2,
+        "evaluations": 2,
+    },
+    ("smoke", "pretrained"): finetuning.SMOKE,
 }

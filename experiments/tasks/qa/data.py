@@ -11,6 +11,7 @@ import numpy as np
 from experiments.datasets import text
 from experiments.datasets.files import path
 from experiments.datasets.text import END, START
+from experiments.models import finetuning
 from experiments.tasks.qa.answers import Passage, Question, Split, parse
 from experiments.tasks.qa.config import Config
 from experiments.tasks.qa.features import FEATURES, Rarity, features
@@ -118,19 +119,19 @@ def encode(
 class Batch(NamedTuple):
     """Inputs, and which spans are reference answers, bool ``[B T longest]``; see ``spans``."""
 
-    inputs: Inputs
+    inputs: Any  # Inputs, or finetuned.TokenInputs
     right: Array
 
 
 class Data(NamedTuple):
     """The vocabularies of the training split, and all splits."""
 
-    lexicon: Lexicon
+    lexicon: Any  # a Lexicon, or the tokenizer of pretrained
     splits: dict[str, Split]
 
 
 def load(config: Config) -> Data:
-    """The splits, with the vocabularies of the training split."""
+    """The splits, with the vocabularies of the training split, or a tokenizer."""
     splits = {name: parse(articles) for name, articles in read(config).items()}
     for name, split in splits.items():
         if split.unaligned:
@@ -138,6 +139,8 @@ def load(config: Config) -> Data:
             print(
                 f"{name}: {split.unaligned} of {total} reference answers start or end within a word"
             )
+    if config.model == "pretrained":
+        return Data(finetuning.tokenizer(config), splits)
     train = splits["train"]
     return Data(Lexicon.of(train.passages, train.questions, config.least), splits)
 

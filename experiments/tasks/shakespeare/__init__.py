@@ -161,7 +161,7 @@ TASK = Task(
     metric="nats",
     larger=False,
     unit="tokens",
-    fitted=("ngram",),
+    untraced=("ngram",),
     sample=sample,
     look=look,
 )

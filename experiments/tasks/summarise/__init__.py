@@ -11,7 +11,8 @@
 Models: ``lead`` (the first 12 words of an article, the first sentence of an abstract),
 ``best_sentence`` (the sentence most similar to the whole text, Radev 2004), ``gru`` and
 ``gru_attention`` (Cho 2014, Bahdanau 2015), ``transformer``, ``copier`` (a transformer that can
-also copy words of the source, See 2017). All decode greedily and in lower case.
+also copy words of the source, See 2017), ``pretrained`` (a copier with a published encoder, see
+``trec``, and its subwords in place of words). All decode greedily and in lower case.
 
 Data: ``titles``, the descriptions and titles of 7,600 news articles, the test set of AG News (X.
 Zhang et al. 2015, "Character-level Convolutional Networks for Text Classification"; for research
@@ -31,13 +32,14 @@ import numpy as np
 from flax import nnx
 
 from attention_jax.models import EncoderDecoder
+from attention_jax.models.pretrained import Tokenizer
 from attention_jax.nn import record_weights
 from experiments.datasets import text
 from experiments.datasets.text import PAD, START, UNKNOWN
 from experiments.models.seq2seq import Seq2Seq, decode, decode_rows, transformer_config
 from experiments.tasks.common import check_attends, random_indices
-from experiments.tasks.summarise import rouge
-from experiments.tasks.summarise.config import BUCKETS, PRESETS, Config
+from experiments.tasks.summarise import finetuned, rouge
+from experiments.tasks.summarise.config import BUCKETS, CHANGES, PRESETS, Config
 from experiments.tasks.summarise.copier import Copier
 from experiments.tasks.summarise.data import (
     OTHERS,
@@ -63,6 +65,8 @@ from experiments.training.task import (
     encoder_and_decoder,
 )
 
+TOKENS = 2  # tokens per word that are decoded at most
+
 
 class Batch(NamedTuple):
     """Sources ``[B S]`` and targets ``[B T+1]`` from the start to the end token."""
@@ -73,6 +77,8 @@ class Batch(NamedTuple):
 
 def init(config: Config, data: Data, rngs: nnx.Rngs) -> Model:
     """A fresh model, or an extractive baseline."""
+    if config.model == "pretrained":
+        return finetuned.copier(config, rngs)
     V = len(data.vocabulary)
     if config.model == "lead":
         return Lead(words=12 if config.corpus == "titles" else None)
@@ -92,13 +98,22 @@ def batches(config: Config, data: Data, step: int, rows: Rows = ALL) -> Iterator
     split = data.splits["train"]
     lengths = np.array([len(row) for row in split.sources])
     longest = max(map(len, split.targets))  # one length for all targets, to compile less
-    for index in text.alike(lengths, config.batch_size, config.seed, step):
-        length = text.bucket(int(lengths[index].max()), BUCKETS)
+    size, seed = config.batch_size, config.seed
+    if config.model == "pretrained":
+        order = text.bucketed(lengths, size, seed, step, data.sizes)
+    else:
+        order = text.with_buckets(text.alike(lengths, size, seed, step), lengths, data.sizes)
+    for index, length in order:
         mine = rows.of(index)
         yield Batch(
             text.padded([split.sources[i] for i in mine], length),
             text.padded([split.targets[i] for i in mine], longest),
         )
+
+
+def real(batch: Batch) -> Array:
+    """Which words of the sources are real, ``[B S]``."""
+    return batch.source != PAD
 
 
 def loss(config: Config, model: Model, batch: Batch) -> Loss:
@@ -122,13 +137,16 @@ def summarise(config: Config, model: Model, data: Data, split: Split, size: int 
     """Summaries of texts, by an extractive baseline or decoded greedily."""
     if not isinstance(model, nnx.Module):
         return [model(t.source) for t in split.texts]
+    tokenizer = data.vocabulary if isinstance(data.vocabulary, Tokenizer) else None
     rows = decode_rows(
         model,
         split.sources,
-        limit=lambda _: config.writes,
+        limit=lambda _: TOKENS * config.writes if tokenizer else config.writes,
         size=min(size, len(split.sources)),
-        buckets=BUCKETS,
+        buckets=[*data.sizes, max(map(len, split.sources))],
     )
+    if tokenizer:
+        return [tokenizer.decode(row) for row in rows]
     known = data.vocabulary.numbers()
     summaries = []
     for row, source in zip(rows, split.words, strict=True):
@@ -166,12 +184,15 @@ def sample(config: Config, model: Model, data: Data, given: str | None) -> str:
 
 def look(config: Config, model: Model, data: Data, given: str | None) -> list[AttentionView]:
     """Attention weights of a text, its summary, and from the summary to the text."""
-    check_attends(config, "gru_attention", "transformer", "copier")
+    check_attends(config, "gru_attention", "transformer", "copier", "pretrained")
     first = data.splits["test"].texts[0].source
     split = as_split(config, data, first if given is None else given)
     words, source = split.words[0], np.array(split.sources, np.int32)
     target = np.array([[START, *decode(model, source, config.writes)[0]]], np.int32)
-    summary = ["<s>", *summarise(config, model, data, split)[0].split()]
+    if isinstance(data.vocabulary, Tokenizer):
+        summary = data.vocabulary.strings(target[0])
+    else:
+        summary = ["<s>", *summarise(config, model, data, split)[0].split()]
     if isinstance(model, Seq2Seq):
         weights = np.asarray(model.weights(source, target))[:, None]
         return [AttentionView("summary to source", summary, words, weights)]
@@ -194,7 +215,9 @@ TASK = Task(
     metric="rouge_l",
     larger=True,
     unit="words",
-    fitted=("lead", "best_sentence"),
+    untraced=("lead", "best_sentence", "pretrained"),
+    changes=CHANGES,
+    real=real,
     sample=sample,
     look=look,
 )

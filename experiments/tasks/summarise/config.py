@@ -5,19 +5,21 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+from experiments.models import finetuning
 from experiments.training.config import at_least_1, softmax_only
-from experiments.training.text_config import TextConfig
+from experiments.training.text_config import PretrainedConfig
 
+COPIERS = ("copier", "pretrained")
 BUCKETS = (32, 48, 64, 128, 192, 256)  # lengths to pad sources to
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(TextConfig):
+class Config(PretrainedConfig):
     """Options of a summarizer."""
 
-    model: Literal["lead", "best_sentence", "gru", "gru_attention", "transformer", "copier"] = (
-        "copier"
-    )
+    model: Literal[
+        "lead", "best_sentence", "gru", "gru_attention", "transformer", "copier", "pretrained"
+    ] = "copier"
     """The model to train."""
     corpus: Literal["titles", "scitldr"] = "titles"
     """News articles and their titles, or abstracts and one-sentence summaries."""
@@ -39,10 +41,10 @@ class Config(TextConfig):
         softmax_only(self)  # decoding uses a cache
         if self.reads > BUCKETS[-1]:
             raise ValueError(f"reads must be at most {BUCKETS[-1]}, got {self.reads}")
-        if self.label_smoothing and self.model == "copier":
+        if self.label_smoothing and self.model in COPIERS:
             raise ValueError(
-                f"label_smoothing must be 0 for copier, got {self.label_smoothing}: words outside "
-                f"the vocabulary have probability 0 unless the source has them"
+                f"label_smoothing must be 0 for {self.model}, got {self.label_smoothing}: words "
+                f"outside the vocabulary have probability 0 unless the source has them"
             )
 
 
@@ -79,4 +81,16 @@ PRESETS = {
         ema=0.999,
         dtype="bfloat16",
     ),
+}
+
+CHANGES = {
+    ("cpu", "pretrained"): {
+        **finetuning.OPTIONS,
+        "learning_rate": 6e-4,
+        "layer_decay": 0.5,  # the decoder is fresh
+        "freeze": 2,
+        "steps": 570,
+        "evaluations": 3,
+    },
+    ("smoke", "pretrained"): {**finetuning.SMOKE, "depth": 1},
 }

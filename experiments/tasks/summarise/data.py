@@ -6,14 +6,18 @@ import csv
 import html
 import json
 import re
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from attention_jax.models.pretrained import Tokenizer
 from experiments.datasets import text
 from experiments.datasets.files import lines, path
 from experiments.datasets.text import END, START, UNKNOWN
-from experiments.tasks.summarise.config import Config
+from experiments.models import finetuning
+from experiments.tasks.summarise import finetuned
+from experiments.tasks.summarise.config import BUCKETS, Config
 
 WORD = re.compile(r"\w+(?:'\w+)?|[^\w\s]")
 OTHERS = 48  # distinct words of a source outside the vocabulary that can be copied
@@ -27,7 +31,10 @@ class Text(NamedTuple):
 
 
 class Split(NamedTuple):
-    """Texts, the words of their sources, and both sides as token indices."""
+    """Texts, the words of their sources, and both sides as token indices.
+
+    For the model pretrained, the words are cut into the tokens of its checkpoint.
+    """
 
     texts: list[Text]
     words: list[list[str]]
@@ -41,10 +48,11 @@ class Split(NamedTuple):
 
 
 class Data(NamedTuple):
-    """The vocabulary of the training split, and all splits."""
+    """The vocabulary of the training split, all splits, and the lengths to pad sources to."""
 
-    vocabulary: text.Words
+    vocabulary: Any  # text.Words, or the tokenizer of pretrained
     splits: dict[str, Split]
+    sizes: Sequence[int] = BUCKETS
 
 
 # --- Files.
@@ -121,8 +129,17 @@ def load(config: Config) -> Data:
     """The splits, encoded with the vocabulary of the training split; prints how many are cut."""
     read = {"titles": titles, "scitldr": scitldr}[config.corpus]
     corpus = synthetic() if config.synthetic else read()
+    if config.model == "pretrained":
+        vocabulary: Any = finetuned.tokenizer(config)
+        splits = _splits(config, vocabulary, corpus)
+        lengths = [np.array([len(row) for row in split.sources]) for split in splits.values()]
+        return Data(vocabulary, splits, finetuning.sizes(*lengths))
     both = [" ".join(tokens(x)) for t in corpus["train"] for x in (t.source, *t.summaries)]
     vocabulary = text.Words.of(both, config.least)
+    return Data(vocabulary, _splits(config, vocabulary, corpus))
+
+
+def _splits(config: Config, vocabulary: Any, corpus: dict[str, list[Text]]) -> dict[str, Split]:
     splits = {}
     for name, texts in corpus.items():
         words = [tokens(t.source) for t in texts]
@@ -134,19 +151,24 @@ def load(config: Config) -> Data:
             if cut := sum(len(row) > limit for row in rows):
                 print(f"{name}: {cut} of {len(rows)} {what} have more than {limit} words: cut")
         splits[name] = encode(config, vocabulary, texts, words, summaries)
-    return Data(vocabulary, splits)
+    return splits
 
 
 def encode(
     config: Config,
-    vocabulary: text.Words,
+    vocabulary: Any,
     texts: list[Text],
     words: list[list[str]],
     summaries: list[list[str]],
 ) -> Split:
     """Sources and summaries, given as words, as indices; both are cut to the model's limits."""
-    known = vocabulary.numbers()
     words = [row[: config.reads] for row in words]
+    if isinstance(vocabulary, Tokenizer):
+        sources = finetuned.tokens(vocabulary, words)
+        cut = finetuned.tokens(vocabulary, [row[: config.writes] for row in summaries])
+        targets = [[START, *row, END] for row in cut]
+        return Split(texts, [vocabulary.strings(row) for row in sources], sources, targets)
+    known = vocabulary.numbers()
     sources, targets = [], []
     for row, summary in zip(words, summaries, strict=True):
         others = others_of(known, row) if config.model == "copier" else {}
