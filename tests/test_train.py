@@ -84,9 +84,9 @@ def test_patience_stops_training_and_the_best_weights_are_kept(tmp_path):
 
 
 def test_padding_and_lengths_of_all_batches_are_counted(tmp_path):
-    def of_lengths(config, data, step):
+    def of_lengths(config, data, step, rows):
         for n in itertools.count(step):
-            x, y = next(batches(config, data, n))
+            x, y = next(batches(config, data, n, rows))
             yield np.repeat(x, 2 + n % 2, axis=1), y
 
     task = dataclasses.replace(
