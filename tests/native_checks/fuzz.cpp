@@ -133,7 +133,8 @@ Generated generate(bool backward) {
   for (; chance(0.4) && scores < 3; scores++) {
     const int64_t kind = below(3);
     if (kind == 0) in(Role::softcap, ffi::F32, {}, 0.1);
-    if (kind == 1) in(Role::bias, ffi::F32, {chance(0.5) ? T : 1, chance(0.5) ? S : 1});
+    if (kind == 1)
+      in(Role::bias, ffi::F32, {chance(0.5) ? T : 1, chance(0.5) ? S : 1}, chance(0.3) ? 0.1 : 0.5);
     if (kind == 2) in(Role::diagonal, ffi::F32, {T + S - 1});
     if (backward && kind > 0 && chance(0.7)) {
       const Fuzzed& like = g.arguments.back();

@@ -14,15 +14,16 @@
 // of dq. Items are started in numerical order, so an item never waits for one that has not started.
 // The first block sets dq to zero and computes delta; the last one multiplies dq by the scale.
 //
-// The gradient of a score's array is accumulated in the same order. If heads share the array, an
-// item waits for the previous item of any head, until that has done all query heads of these rows.
+// The gradient of a score's array is accumulated in the same order. If key-value heads share the
+// array, or query heads an array that broadcasts over keys, an item waits for the previous item of
+// any head, until that has done all query heads of these rows.
 // Gradient entries to which several steps of an item add (of a bias by distance, or a bias that
 // broadcasts over queries) are first summed within the item and added in an extra step at its end.
 
 constexpr int QUERIES = 96;  // query rows per step: a multiple of ROWS and TABLE_ROWS
 
 // The number of gradient entries of a score to which several steps of an item add, per query head;
-// 0 if each step has its own entries.
+// 0 if no two steps of an item, or only those of several query heads, add to the same entries.
 INLINE int64_t shared_entry_count(const Call& c, const Score& x) {
   if (!x.gradient) return 0;
   if (x.kind == ScoreKind::diagonal) return c.T - 1 + BLOCK;  // by j - i

@@ -27,6 +27,7 @@ struct View {
   int64_t rows = 0, columns = 0;            // of one head; 1 for an axis that it lacks
   std::vector<int64_t> outer, group;        // offsets in elements, indexed by e and by g
   bool shared = false;                      // several e have the same offset
+  bool shared_in_group = false;             // several g have the same offset
 
   explicit operator bool() const { return data != nullptr; }
   template <class X>

@@ -123,7 +123,9 @@ void run_backward(Call& c, const Kernels& isa, const Pool& pool) {
   for (int i = 0; i < c.score_count; i++) {
     const View& gradient = c.scores[i].gradient;
     if (!gradient) continue;
-    progress.across_heads |= gradient.shared;
+    // Key blocks of a head add to the same entries of an array without columns.
+    const bool rows_alone = gradient.rows > 1 && gradient.columns == 1;
+    progress.across_heads |= gradient.shared || (gradient.shared_in_group && rows_alone);
     std::memset(gradient.data, 0, gradient.size * gradient.itemsize);
   }
   std::vector<Item> items;

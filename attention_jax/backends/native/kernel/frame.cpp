@@ -99,7 +99,7 @@ class Reader {
     for (size_t l = 0; l < levels_.size.size(); l++) {
       const int64_t axis = x.axes[l];
       if (axis == -1) {
-        v.shared |= !levels_.group[l] && levels_.size[l] > 1;
+        if (levels_.size[l] > 1) (levels_.group[l] ? v.shared_in_group : v.shared) = true;
         continue;
       }
       require(axis >= 0 && axis < b.rank && !mapped[axis] && b.dims[axis] == levels_.size[l],
