@@ -8,7 +8,6 @@ import re
 
 KINDS = "all-gather|all-reduce|reduce-scatter|collective-permute|all-to-all"
 COLLECTIVES = rf"= (.*?) ({KINDS})(-start)?\("
-BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
 
 
 def counts(program: str) -> collections.Counter[str]:
@@ -44,8 +43,18 @@ def _elements(shape: str) -> list[str]:
 
 
 def _size(shapes: str) -> int:
-    """Bytes of the arrays of a shape in HLO text."""
+    """Bytes of the arrays of a shape in HLO text.
+
+    >>> _size("(f32[2,3]{1,0}, bf16[4]{0}, pred[5]{0}, f8e4m3fn[8]{0}, s64[])")
+    61
+    """
     return sum(
-        BYTES.get(dtype, 4) * math.prod(int(n) for n in dims.split(",") if n)
-        for dtype, dims in re.findall(r"([a-z]+[0-9]*)\[([0-9,]*)\]", shapes)
+        _itemsize(dtype) * math.prod(int(n) for n in dims.split(",") if n)
+        for dtype, dims in re.findall(r"([a-z]+[0-9a-z]*)\[([0-9,]*)\]", shapes)
     )
+
+
+def _itemsize(dtype: str) -> int:
+    """Bytes of an entry; the number in the name of a dtype is that of its bits."""
+    bits = re.match("[a-z]+([0-9]+)", dtype)
+    return -(-int(bits[1]) // 8) if bits else 1  # pred

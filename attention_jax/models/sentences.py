@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -139,9 +140,8 @@ def embed(
     longest = min((x for x in limits if x is not None), default=None)
     rows = tokenizer(texts, max_length=longest).rows
     graph, state = nnx.split(model)
-    run = jax.jit(lambda state, *args: _vectors(nnx.merge(graph, state), *args))
     order = np.argsort([-len(row.tokens) for row in rows], kind="stable")
-    result = np.zeros((len(rows), config.encoder.layers.features), np.float32)
+    found: list[np.ndarray] = []
     for start in range(0, len(rows), batch_size):
         chosen = order[start : start + batch_size]
         length = -(-len(rows[chosen[0]].tokens) // MULTIPLE) * MULTIPLE
@@ -150,9 +150,13 @@ def embed(
         # The last batch is filled up with a text, so that it needs no program of its own.
         filled = np.resize(chosen, min(batch_size, len(rows)))
         batch = pad([rows[i] for i in filled], length)
-        result[chosen] = run(state, batch.tokens, batch.real, batch.types)[: len(chosen)]
-    return result
+        types = batch.types if config.encoder.types else None
+        vectors = _run(graph, state, batch.tokens, batch.real, types)
+        found.append(np.asarray(vectors)[: len(chosen)])
+    return np.concatenate(found)[np.argsort(order)]
 
 
-def _vectors(model: Embedder, tokens: Any, real: Any, types: Any) -> jax.Array:
-    return model(tokens, real=real, types=types if model.config.encoder.types else None)
+@functools.partial(jax.jit, static_argnums=0)
+def _run(graph: Any, state: Any, tokens: Any, real: Any, types: Any) -> jax.Array:
+    model: Embedder = nnx.merge(graph, state)
+    return model(tokens, real=real, types=types)

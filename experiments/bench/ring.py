@@ -147,11 +147,12 @@ def table(options: Options, found: list[Row]) -> list[str]:
     ]
     one = {row.kind: row for row in found if row.name == "one device"}
 
-    def relative(x: float, whole: float, text: str) -> str:
-        return text if x is whole else f"{text} ({x / whole:.2f})"
-
     for row in found:
         whole = one[row.kind]
+
+        def relative(x: float, y: float, text: str, alone: bool = row is whole) -> str:
+            return text if alone or not y else f"{text} ({x / y:.2f})"
+
         time_ = "" if row.seconds is None else f"{row.seconds:.2f} s"
         if row.seconds is not None and whole.seconds is not None:
             time_ = relative(row.seconds, whole.seconds, time_)
@@ -172,7 +173,9 @@ def main() -> None:
         name = field.name.replace("_", "-")
         parser.add_argument(f"--{name}", type=type(field.default), default=field.default)
     options = Options(**vars(parser.parse_args()))
-    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={DEVICES}"
+    os.environ["XLA_FLAGS"] = (
+        f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}"
+    )
     print("\n".join(table(options, rows(options))))
 
 

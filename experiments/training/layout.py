@@ -199,7 +199,7 @@ def parse(mesh: str) -> dict[str, int]:
     """The axes of a mesh and their sizes.
 
     Raises:
-      ValueError: not ``name=size,...``, an unknown axis, one that stands twice, or a bad size.
+      ValueError: not ``name=size,...``, an unknown axis, one given twice, or a bad size.
 
     >>> parse("data=2,model=4")
     {'data': 2, 'model': 4}

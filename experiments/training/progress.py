@@ -47,7 +47,8 @@ class Progress(NamedTuple):
     finished: bool = False
     """Whether all steps are done or patience ran out."""
     tokens: int = 0
-    """Tokens of all batches, padding included; 0 if the task does not say which are real."""
+    """Tokens of this process's rows of all batches, padding included; 0 if the task does not say
+    which are real."""
     padding: int = 0
     """How many of them are padding."""
     lengths: tuple[int, ...] = ()

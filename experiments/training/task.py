@@ -57,7 +57,7 @@ class Rows(NamedTuple):
         return batch[self.slice(len(batch))]
 
     def size_of_batch(self, size: int) -> int:
-        """The size of a batch of which this process has so many rows."""
+        """The size of a batch of which this process has ``size`` rows."""
         return size * self.parts // (self.stop - self.start)
 
 

@@ -269,9 +269,9 @@ def load_embedder(
             f"{described.encoder} must be a checkpoint of {' or '.join(bert.MODEL_TYPES)} for "
             f"sentence embeddings, got model_type {entries.get('model_type')!r}"
         )
-    entries = {"architectures": ["BertModel"], **(config or {})}
+    overrides = {"architectures": ["BertModel"], **(config or {})}
     heads = (r"pooler\..*", *bert.HEADLESS)
-    encoder = load(described.encoder, config=entries, ignore=(*ignore, *heads), **options)
+    encoder = load(described.encoder, config=overrides, ignore=(*ignore, *heads), **options)
     encoder.config = dataclasses.replace(encoder.config, pool=described.pool)
     ours = EmbedderConfig(encoder.config, described.normalize, described.max_length)
     return Embedder(ours, encoder=encoder, rngs=nnx.Rngs(0))

@@ -77,6 +77,7 @@ def batches(config: Config, data: Data, step: int, rows: Rows = ALL) -> Iterator
     size, seed = config.batch_size, config.seed
     if config.model in classification.FINETUNED:
         yield from classification.batches(config, data, step, rows)
+        return
     for index in cycle(len(split.rows), size, seed, step):
         mine = rows.of(index)
         yield Batch(words_of(config, split, mine), split.labels[mine])

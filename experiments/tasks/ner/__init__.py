@@ -80,6 +80,7 @@ def batches(config: Config, data: Data, step: int, rows: Rows = ALL) -> Iterator
         for index, length in text.bucketed(lengths, size, seed, step, data.sizes):
             mine = rows.of(index)
             yield Batch(*(text.padded([column[i] for i in mine], length) for column in columns))
+        return
     alike = text.alike(lengths, size, seed, step)
     for index, length in text.with_buckets(alike, lengths, data.sizes):
         mine = rows.of(index)

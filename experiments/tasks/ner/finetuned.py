@@ -21,7 +21,7 @@ SHAPES = 6
 class Tokens(NamedTuple):
     """A sentence as tokens: their indices, the shape of each one's word, and where words start.
 
-    A word without tokens, or behind the end of what the encoder reads, starts at -1.
+    A word without tokens, or past the end of what the encoder reads, starts at -1.
     """
 
     tokens: list[int]

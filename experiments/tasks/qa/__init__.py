@@ -98,6 +98,7 @@ def batches(config: Config, data: Data, step: int, rows: Rows = ALL) -> Iterator
     size, seed = config.batch_size, config.seed
     if isinstance(data.lexicon, Tokenizer):
         yield from _token_batches(config, data.lexicon, split, answerable, step, rows)
+        return
     lengths = np.array([input_length(split, window) for window in answerable])
     alike = text.alike(lengths, size, seed, step)
     for index, length in text.with_buckets(alike, lengths, BUCKETS):

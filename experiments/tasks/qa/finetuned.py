@@ -40,7 +40,7 @@ class TokenInputs(NamedTuple):
 
 
 def encode(tokenizer: Tokenizer, split: Split, windows: Sequence[Any]) -> list[Encoded]:
-    """Windows as tokens; words behind the end of what the encoder reads start at ``NONE``."""
+    """Windows as tokens; words past the end of what the encoder reads start at ``NONE``."""
     if not windows:
         return []
     questions = [split.questions[window.question] for window in windows]
