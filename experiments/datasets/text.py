@@ -215,9 +215,15 @@ def bucketed(
     Shuffled examples are sorted by the bucket of ``sizes`` that holds them, and the batches are
     shuffled: only a batch between two buckets has examples of both. The last, incomplete batch of
     an epoch is dropped, from the shuffled examples.
+
+    Raises:
+      ValueError: ``size`` is above the number of examples.
     """
     n = len(lengths)
-    size = min(size, n)
+    if size > n:
+        raise ValueError(
+            f"batch_size must be at most {n}, the number of training examples, got {size}"
+        )
     places = np.searchsorted(np.asarray(sizes), lengths)
     for rng, skip in epochs(n // size, seed, step):
         order = rng.permutation(n)[: n // size * size]

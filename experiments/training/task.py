@@ -219,7 +219,17 @@ class Task(Generic[C, D]):
     """A table and plot of its own, for a task whose runs the usual ones do not fit."""
 
     def configured(self, preset: str, **options: Any) -> C:
-        """The configuration of a preset for the model among the options, with these on top."""
+        """The configuration of a preset for the model among the options, with these on top.
+
+        Raises:
+          ValueError: the model has options of its own, but not in this preset.
+        """
         config = self.presets[preset]
         model = options.get("model", getattr(config, "model", ""))
+        known = [other for other, name in self.changes if name == model]
+        if known and preset not in known:
+            raise ValueError(
+                f"preset must be {' or '.join(known)} for the model {model}, got {preset}: its "
+                f"options have not been chosen for others"
+            )
         return dataclasses.replace(config, **{**self.changes.get((preset, model), {}), **options})

@@ -37,9 +37,9 @@ from experiments.tasks.fewshot.config import CHANGES, PRESETS, Config
 from experiments.tasks.fewshot.data import batches, load
 from experiments.tasks.fewshot.pretraining import Pretrained, pretrain
 from experiments.training.task import Model, Task
+from experiments.training.tuning import ADAPTED
 
 PRETRAINED = ("finetuned", "adapted")
-ADAPTED = ("query", "value")  # projections with a low-rank update
 
 
 def init(

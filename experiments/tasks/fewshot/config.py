@@ -52,6 +52,11 @@ class Config(classification.Config):
                 f"examples must be 0 (all) or at least {len(trec.CLASSES)}, one per class, got "
                 f"{self.examples}"
             )
+        if self.low_rank and self.model in ("adapted", "pretrained_adapted"):
+            raise ValueError(
+                f"low_rank must be left out for {self.model}, whose adapters have the rank of the "
+                f"option rank, got {self.low_rank}"
+            )
         if not self.pretraining_rate > 0:
             raise ValueError(f"pretraining_rate must be above 0, got {self.pretraining_rate}")
 

@@ -141,7 +141,7 @@ def summarise(config: Config, model: Model, data: Data, split: Split, size: int 
     rows = decode_rows(
         model,
         split.sources,
-        limit=lambda _: TOKENS * config.writes if tokenizer else config.writes,
+        limit=lambda _: longest_summary(config, data),
         size=min(size, len(split.sources)),
         buckets=[*data.sizes, max(map(len, split.sources))],
     )
@@ -153,6 +153,11 @@ def summarise(config: Config, model: Model, data: Data, split: Split, size: int 
         words = [*data.vocabulary.words, *others_of(known, source)]
         summaries.append(" ".join(words[x] for x in row))
     return summaries
+
+
+def longest_summary(config: Config, data: Data) -> int:
+    """Words, or tokens of a checkpoint, that are written at most."""
+    return config.writes * (TOKENS if isinstance(data.vocabulary, Tokenizer) else 1)
 
 
 def evaluate(config: Config, model: Model, data: Data, split: str) -> Metrics:
@@ -188,7 +193,7 @@ def look(config: Config, model: Model, data: Data, given: str | None) -> list[At
     first = data.splits["test"].texts[0].source
     split = as_split(config, data, first if given is None else given)
     words, source = split.words[0], np.array(split.sources, np.int32)
-    target = np.array([[START, *decode(model, source, config.writes)[0]]], np.int32)
+    target = np.array([[START, *decode(model, source, longest_summary(config, data))[0]]], np.int32)
     if isinstance(data.vocabulary, Tokenizer):
         summary = data.vocabulary.strings(target[0])
     else:
