@@ -134,7 +134,7 @@ def test_heads_in_bfloat16(saved, tmp_path, standard_promotion):
         ),
         ({"id2label": {"0": "O", "2": "B"}}, r"id2label must name the labels 0, 1, \.\.\., got"),
         ({"id2label": ["O", "B", "I"]}, r"id2label must name the labels 0, 1, \.\.\., got"),
-        ({"id2label": {"0": "O", "1": "O", "2": "I"}, "label2id": None}, "different names"),
+        ({"id2label": {"0": "O", "1": "O", "2": "I"}, "label2id": None}, "no name may occur twice"),
         (
             {"id2label": {"0": 1, "1": 2, "2": 3}, "label2id": None},
             r"id2label must name the labels 0, 1, \.\.\., got",

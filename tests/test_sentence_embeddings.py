@@ -42,7 +42,7 @@ def test_long_texts_are_cut_at_the_length_of_the_checkpoint(folder):
     changed(folder / "sentence_bert_config.json", max_seq_length=4)
     model, tokenizer = pretrained.load_embedder(folder), pretrained.load_tokenizer(folder)
     assert model.config.max_length == 4
-    with pytest.warns(UserWarning, match="1 of 2 texts are longer than max_length = 4"):
+    with pytest.warns(UserWarning, match="1 of 2 texts were cut to max_length = 4"):
         a, b = embed(model, tokenizer, ["the cat sat", "the cat"])
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 

@@ -81,15 +81,17 @@ def test_padding(tokenizer):
     assert batch.offsets.shape == (3, 9, 2)
     assert batch.example.tolist() == [0, 1, 2]
     assert pretrained.pad(rows, 12).tokens.shape == (3, 12)
-    with pytest.raises(ValueError, match="length must be at least 9, as the longest row, got 8"):
+    with pytest.raises(
+        ValueError, match="length must be at least 9, the length of the longest row, got 8"
+    ):
         pretrained.pad(rows, 8)
-    with pytest.raises(ValueError, match="rows must be one or more"):
+    with pytest.raises(ValueError, match="rows is empty"):
         pretrained.pad([])
 
 
 def test_longer_texts_are_cut_and_counted(tokenizer):
     texts = [TEXT, "the cat", f"{TEXT} {TEXT}"]
-    message = r"2 of 3 texts are longer than max_length = 6: cut by 13 of their tokens; stride="
+    message = r"2 of 3 texts were cut to max_length = 6: 13 tokens were lost"
     with pytest.warns(UserWarning, match=message) as warned:
         rows, cut = tokenizer(texts, max_length=6)
     assert len(warned) == 1
@@ -181,7 +183,7 @@ def test_wrong_calls_raise(tokenizer, texts, options, error, message):
 def test_the_length_and_vocabulary_are_those_of_the_model(folder):
     tokenizer = pretrained.load_tokenizer(folder)
     assert (tokenizer.vocabulary, tokenizer.max_length) == (11, 6)
-    with pytest.warns(UserWarning, match="1 of 1 texts are longer than max_length = 6"):
+    with pytest.warns(UserWarning, match="1 of 1 texts were cut to max_length = 6"):
         (row,), _ = tokenizer([TEXT])
     assert row.tokens.shape == (6,)
     with pytest.raises(ValueError, match="max_length must be at most 6, which the model reads"):

@@ -110,7 +110,7 @@ def test_sentence_embeddings(tmp_path, pool, normalize):
     checkpoints.write_modules(tmp_path, pool=pool, normalize=normalize, max_length=8)
     tokenizer = pretrained.load_tokenizer(tmp_path)
     given = texts(3, 6)
-    with pytest.warns(UserWarning, match="2 of 6 texts are longer than max_length = 8"):
+    with pytest.warns(UserWarning, match="2 of 6 texts were cut to max_length = 8"):
         got = embed(pretrained.load_embedder(tmp_path), tokenizer, given, batch_size=4)
 
     expected = []

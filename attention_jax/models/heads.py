@@ -38,9 +38,9 @@ def check_encoder(config: Any) -> None:
 
 def _check_labels(labels: Any) -> None:
     if not isinstance(labels, tuple) or not all(isinstance(x, str) for x in labels):
-        raise TypeError(f"labels must be a tuple of names, got {labels!r}")
+        raise TypeError(f"labels must be a list or tuple of strings, got {labels!r}")
     if not labels or len(set(labels)) < len(labels):
-        raise ValueError(f"labels must be one or more different names, got {labels}")
+        raise ValueError(f"labels must not be empty, and no name may occur twice, got {labels}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -413,7 +413,8 @@ def _wide(x: jax.Array) -> jax.Array:
 
 
 def _names(labels: Sequence[str]) -> Any:
-    return labels if isinstance(labels, str) else tuple(labels)  # a string is refused later
+    # Anything else is refused by the configuration.
+    return tuple(labels) if isinstance(labels, list | tuple) else labels
 
 
 def _evaluating(model: Any) -> Any:

@@ -101,6 +101,7 @@ def embed(
       ``[n E]`` in the order of the texts.
 
     Raises:
+      TypeError: a model that is not an ``Embedder``.
       ValueError: no texts; a tokenizer with another vocabulary.
 
     Warns:
@@ -125,6 +126,15 @@ def embed(
     ...     [-0.04, 0.02,  1.00]]
     True
     """
+    if not isinstance(model, Embedder):
+        raise TypeError(
+            f"model must be an Embedder, from pretrained.load_embedder, got {type(model).__name__}"
+        )
+    if not isinstance(tokenizer, Tokenizer):
+        raise TypeError(
+            f"tokenizer must be a Tokenizer, from pretrained.load_tokenizer, got "
+            f"{type(tokenizer).__name__}"
+        )
     if isinstance(texts, str) or not len(texts):
         raise ValueError(f"texts must be a list of one or more strings, got {texts!r}")
     int_at_least("batch_size", batch_size, 1)

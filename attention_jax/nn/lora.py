@@ -47,7 +47,8 @@ def low_rank(
       ``merged``, or only its adapters, ``low_rank_state``.
 
     Raises:
-      ValueError: a name that no attribute has; the message lists the names that exist.
+      ValueError: a name that no attribute has; the message lists the names that exist. A rank
+        above that of a projection.
 
     >>> import jax, numpy as np
     >>> from flax import nnx
@@ -209,6 +210,11 @@ def _added(model: nnx.Module) -> dict[Any, Any]:
 
 
 def _adapter(linear: nnx.Linear, rank: int, rngs: nnx.Rngs) -> nnx.LoRA:
+    if rank > (most := min(linear.in_features, linear.out_features)):
+        raise ValueError(
+            f"rank must be at most {most}, the rank of a projection of {linear.in_features} to "
+            f"{linear.out_features} features, got {rank}"
+        )
     adapter = nnx.LoRA(
         linear.in_features,
         rank,

@@ -69,8 +69,10 @@ def run(task: Task[C, D], config: C, *, preset: str, flags: Flags) -> Record:
     print(f"{task.name}: {progress.step} steps in {progress.seconds:.0f} s, seed {config.seed}")
     if progress.tokens:
         share = 100 * progress.padding / progress.tokens
+        number = len(progress.lengths)
         print(
-            f"padding: {share:.1f} % of the tokens, in batches of {len(progress.lengths)} lengths"
+            f"padding: {share:.1f} % of the tokens, in batches of {number} "
+            f"{'length' if number == 1 else 'lengths'}"
         )
     print(f"test: {one_line(test)}")
     for file in (*files, *written):

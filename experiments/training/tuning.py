@@ -75,6 +75,11 @@ def prepared(model: Any, config: TrainConfig) -> Any:
       ValueError: ``freeze`` or ``low_rank`` without an encoder, or more frozen layers than it has.
     """
     if not isinstance(model, nnx.Module):
+        for name in ("freeze", "low_rank"):
+            if getattr(config, name):
+                raise ValueError(
+                    f"{name} needs a model that is trained, {type(model).__name__} is not"
+                )
         return model
     if config.low_rank:
         model = _frozen(_adapted(model, config), 0)

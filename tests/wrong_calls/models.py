@@ -86,9 +86,21 @@ def wrong_models():
             type_,
             "encoder must be an Encoder, got Classifier: pass its encoder",
         ),
-        (lambda: fresh(encoder, "ab"), type_, "labels must be a tuple of names, got 'ab'"),
-        (lambda: fresh(encoder, []), value, "labels must be one or more different names"),
-        (lambda: fresh(encoder, ["a", "a"]), value, "labels must be one or more different names"),
+        (
+            lambda: fresh(encoder, "ab"),
+            type_,
+            "labels must be a list or tuple of strings, got 'ab'",
+        ),
+        (
+            lambda: fresh(encoder, []),
+            value,
+            "labels must not be empty, and no name may occur twice",
+        ),
+        (
+            lambda: fresh(encoder, ["a", "a"]),
+            value,
+            "labels must not be empty, and no name may occur twice",
+        ),
         (lambda: fresh(encoder, ["a"], pool="max"), value, "pool must be one of", "'max'"),
         (
             lambda: models.ReaderConfig(encoder.config),

@@ -144,8 +144,8 @@ class Tokenizer:
                 rows += [self._row(i, *window) for window in windows]
         if number := int((cut > 0).sum()):
             warnings.warn(
-                f"{number} of {len(cut)} texts are longer than max_length = {limit}: cut by "
-                f"{cut.sum()} of their tokens; stride= makes windows of them instead",
+                f"{number} of {len(cut)} texts were cut to max_length = {limit}: {cut.sum()} "
+                f"tokens were lost (a tokenizer's stride= splits texts into windows instead)",
                 stacklevel=2,
             )
         return Tokenized(tuple(rows), cut)
@@ -274,12 +274,16 @@ def pad(rows: Sequence[Row], length: int | None = None) -> Padded:
     >>> pad([row], length=3).real.tolist()
     [[True, True, False]]
     """
+    if isinstance(rows, Tokenized):
+        raise TypeError("rows must be a sequence of Row, got Tokenized: pass its rows")
     if not rows:
-        raise ValueError("rows must be one or more, got none")
+        raise ValueError("rows is empty, expected at least one Row")
     longest = max(len(row.tokens) for row in rows)
     length = longest if length is None else length
     if longest > length:
-        raise ValueError(f"length must be at least {longest}, as the longest row, got {length}")
+        raise ValueError(
+            f"length must be at least {longest}, the length of the longest row, got {length}"
+        )
 
     def array(name: str, fill: int) -> np.ndarray:
         values = [getattr(row, name) for row in rows]
@@ -320,11 +324,13 @@ def _positions(config: Mapping[str, Any], settings: Mapping[str, Any]) -> int | 
 
 
 def _words(name: str, i: int, words: Any) -> list[str]:
-    if not isinstance(words, list | tuple) or not all(isinstance(word, str) for word in words):
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        pair = ": pass the second texts of pairs as others" if isinstance(words, tuple) else ""
         raise TypeError(
-            f"{name} must be strings or lists of words, got {type(words).__name__} as {name}[{i}]"
+            f"{name} must be strings or lists of words, got {type(words).__name__} as "
+            f"{name}[{i}]{pair}"
         )
-    return list(words)
+    return words
 
 
 def _cut(first: Any, second: Any, room: int) -> int:
