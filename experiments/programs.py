@@ -46,7 +46,7 @@ def _size(shapes: str) -> int:
     """Bytes of the arrays of a shape in HLO text.
 
     >>> _size("(f32[2,3]{1,0}, bf16[4]{0}, pred[5]{0}, f8e4m3fn[8]{0}, s64[])")
-    61
+    53
     """
     return sum(
         _itemsize(dtype) * math.prod(int(n) for n in dims.split(",") if n)

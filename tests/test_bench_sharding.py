@@ -9,6 +9,7 @@ def cells(line):
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
+@pytest.mark.slow
 def test_the_table_of_a_decoder_counts_what_its_step_sends():
     *_, row = sharding.decoder_table(["data"])
     assert cells(row) == ["data", "data=8", "1 all-reduce", "1 all-reduce"]
@@ -30,6 +31,7 @@ def test_an_error_is_shown_in_the_table():
     assert sharding.collectives_of(refuse, 1.0, may_raise=True) == "raises ValueError"
 
 
+@pytest.mark.slow
 def test_the_table_of_rings_compares_with_one_device():
     options = ring.Options(length=1024, heads=4, kv_heads=2, implementation="blockwise")
     found = ring.rows(options)

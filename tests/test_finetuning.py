@@ -137,7 +137,7 @@ def test_shapes_of_words_change_the_tags(folder):
     assert float(jnp.abs(tagger(inputs) - tagger(lower)).max()) > 1e-3
 
 
-@pytest.mark.filterwarnings("ignore:.*longer than max_length")
+@pytest.mark.filterwarnings("ignore:.*cut to max_length")
 def test_words_of_a_passage_start_at_their_first_tokens(folder):
     config = configured(folder, "qa")
     data = qa.load(config)
