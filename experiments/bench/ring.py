@@ -166,6 +166,13 @@ def table(options: Options, found: list[Row]) -> list[str]:
     return lines
 
 
+def force_devices() -> None:
+    """Makes JAX start with ``DEVICES`` host devices; it must not have started."""
+    os.environ["XLA_FLAGS"] = (
+        f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}"
+    )
+
+
 def main() -> None:
     """Measures one shape."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -173,9 +180,7 @@ def main() -> None:
         name = field.name.replace("_", "-")
         parser.add_argument(f"--{name}", type=type(field.default), default=field.default)
     options = Options(**vars(parser.parse_args()))
-    os.environ["XLA_FLAGS"] = (
-        f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}"
-    )
+    force_devices()
     print("\n".join(table(options, rows(options))))
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import os
 import pathlib
 import time
 from collections.abc import Callable, Iterable
@@ -26,11 +25,11 @@ from attention_jax import attention, masks
 from attention_jax.models import Decoder, DecoderConfig, Layers, sharding
 from experiments.bench import ring
 from experiments.bench.contenders import in_turns
+from experiments.bench.ring import DEVICES
 from experiments.bench.tables import machine
 from experiments.programs import counts
 
 RESULTS = pathlib.Path(__file__).parents[1] / "results" / "SHARDING.md"
-DEVICES = 8
 KINDS = {"Explicit": AxisType.Explicit, "Auto": AxisType.Auto}
 
 
@@ -254,9 +253,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS, help="the page to write")
     options = parser.parse_args()
-    os.environ["XLA_FLAGS"] = (
-        f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}"
-    )
+    ring.force_devices()
     text = page()
     options.out.write_text(text)
     print(f"{text}\nwrote {options.out}")

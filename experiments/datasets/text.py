@@ -140,10 +140,13 @@ def shuffled(n: int, size: int, seed: int, step: int) -> Iterator[np.ndarray]:
             yield order[start : start + size]
 
 
-def alike(lengths: np.ndarray, size: int, seed: int, step: int) -> Iterator[np.ndarray]:
+def alike(
+    lengths: np.ndarray, size: int, seed: int, step: int, sizes: Sequence[int] = BUCKETS
+) -> Iterator[tuple[np.ndarray, int]]:
     """Like ``shuffled``, with examples of similar length in a batch, to reduce padding.
 
     Shuffled examples are sorted by length in pools of 50 batches, and the batches are shuffled.
+    Each comes with the length to pad it to, the smallest of ``sizes`` that holds it.
     """
     n = len(lengths)
     size = min(size, n)
@@ -154,15 +157,8 @@ def alike(lengths: np.ndarray, size: int, seed: int, step: int) -> Iterator[np.n
             [pool[np.argsort(lengths[pool], kind="stable")] for pool in pools]
         )
         batches = by_length.reshape(-1, size)
-        yield from batches[rng.permutation(len(batches))][skip:]
-
-
-def with_buckets(
-    batches: Iterable[np.ndarray], lengths: np.ndarray, sizes: Sequence[int] = BUCKETS
-) -> Iterator[tuple[np.ndarray, int]]:
-    """Batches of indices, each with the bucket of its longest sequence."""
-    for index in batches:
-        yield index, bucket(int(lengths[index].max()), sizes)
+        for batch in batches[rng.permutation(len(batches))][skip:]:
+            yield batch, bucket(int(lengths[batch].max()), sizes)
 
 
 def edges(lengths: np.ndarray, count: int) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ from flax import nnx
 
 from attention_jax.backends import IMPLEMENTATIONS
 from attention_jax.models import Classifier, Encoder, classifier, pretrained
-from attention_jax.models.pretrained import Tokenizer
+from attention_jax.models.pretrained import Row, Tokenizer
 from attention_jax.models.pretrained.folders import read_config
 from attention_jax.nn.linear import Linear
 from experiments.datasets import text
@@ -40,6 +40,7 @@ OPTIONS: Mapping[str, Any] = {
 }
 SMOKE: Mapping[str, Any] = {**OPTIONS, "batch_size": 4, "steps": 3}
 
+NONE = -1  # the place of a word that the encoder does not read
 PADDING = 0.08  # of the tokens of an epoch; batches between two lengths add a little
 
 
@@ -92,6 +93,20 @@ def encoder(config: PretrainedConfig) -> Encoder:
         seed=config.seed,
     )
     return model
+
+
+def first_tokens(row: Row, words: int, text: int = 0) -> list[int]:
+    """The index of the first token of each word of a text of the row; ``NONE`` if it has none.
+
+    Args:
+      row: of a text, or a pair, that was given as words.
+      words: how many words the text has; those that were cut have no tokens.
+      text: 0 for the first text, 1 for the second.
+    """
+    starts = [NONE] * words
+    for i in reversed(np.flatnonzero(row.text == text).tolist()):
+        starts[row.words[i]] = i
+    return starts
 
 
 def sizes(train: np.ndarray, *others: np.ndarray) -> tuple[int, ...]:

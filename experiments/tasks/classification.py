@@ -190,12 +190,9 @@ def init(config: Config, data: Data, rngs: nnx.Rngs) -> Model:
 def batches(config: Config, data: Data, step: int, rows: Rows = ALL) -> Iterator[Batch]:
     """Batches of sentences of similar length."""
     split = data.splits["train"]
+    order = text.bucketed if config.model in FINETUNED else text.alike
     size, seed = config.batch_size, config.seed
-    if config.model in FINETUNED:
-        order = text.bucketed(split.lengths, size, seed, step, data.sizes)
-    else:
-        order = text.with_buckets(text.alike(split.lengths, size, seed, step), split.lengths)
-    for index, length in order:
+    for index, length in order(split.lengths, size, seed, step, data.sizes):
         mine = rows.of(index)
         yield Batch(text.padded([split.rows[i] for i in mine], length), split.labels[mine])
 

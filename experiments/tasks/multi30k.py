@@ -222,8 +222,7 @@ def batches(config: Config, data: Data, step: int, rows: Rows = ALL) -> Iterator
     """Batches of pairs of similar length."""
     pairs = data.splits["train"]
     lengths = pair_lengths(pairs.source_rows, pairs.target_rows)
-    for index in text.alike(lengths, config.batch_size, config.seed, step):
-        length = text.bucket(int(lengths[index].max()), BUCKETS)
+    for index, length in text.alike(lengths, config.batch_size, config.seed, step, BUCKETS):
         mine = rows.of(index)
         yield Batch(
             text.padded([pairs.source_rows[i] for i in mine], length),

@@ -81,9 +81,10 @@ def prepared(model: Any, config: TrainConfig) -> Any:
                     f"{name} needs a model that is trained, {type(model).__name__} is not"
                 )
         return model
+    freeze = config.freeze
     if config.low_rank:
-        model = _frozen(_adapted(model, config), 0)
-    return model if config.freeze is None else _frozen(model, config.freeze)
+        model, freeze = _adapted(model, config), freeze or 0  # embeddings are frozen too
+    return model if freeze is None else _frozen(model, freeze)
 
 
 def _adapted(model: nnx.Module, config: TrainConfig) -> nnx.Module:

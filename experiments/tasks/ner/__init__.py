@@ -81,8 +81,7 @@ def batches(config: Config, data: Data, step: int, rows: Rows = ALL) -> Iterator
             mine = rows.of(index)
             yield Batch(*(text.padded([column[i] for i in mine], length) for column in columns))
         return
-    alike = text.alike(lengths, size, seed, step)
-    for index, length in text.with_buckets(alike, lengths, data.sizes):
+    for index, length in text.alike(lengths, size, seed, step, data.sizes):
         mine = rows.of(index)
         yield Batch(
             text.padded([split.words[i] for i in mine], length),

@@ -21,7 +21,8 @@ SHAPES = 6
 class Tokens(NamedTuple):
     """A sentence as tokens: their indices, the shape of each one's word, and where words start.
 
-    A word without tokens, or past the end of what the encoder reads, starts at -1.
+    A word without tokens, or past the end of what the encoder reads, starts at
+    ``finetuning.NONE``.
     """
 
     tokens: list[int]
@@ -48,10 +49,7 @@ def encode(tokenizer: Tokenizer, sentences: Sequence[list[str]]) -> list[Tokens]
     """Sentences, given as words, as tokens."""
     found = []
     for words, row in zip(sentences, tokenizer(sentences).rows, strict=True):
-        starts = [-1] * len(words)
-        for i in reversed(range(len(row.words))):
-            if row.words[i] >= 0:
-                starts[row.words[i]] = i
+        starts = finetuning.first_tokens(row, len(words))
         shapes = [0 if i < 0 else shape(words[i]) for i in row.words.tolist()]
         found.append(Tokens(row.tokens.tolist(), shapes, starts))
     return found

@@ -95,13 +95,11 @@ def batches(config: Config, data: Data, step: int, rows: Rows = ALL) -> Iterator
         f"{len(answerable)} of {len(every)} windows, of {questions} of {len(split.questions)} "
         f"questions, contain a reference answer of up to {config.longest} words"
     )
-    size, seed = config.batch_size, config.seed
     if isinstance(data.lexicon, Tokenizer):
         yield from _token_batches(config, data.lexicon, split, answerable, step, rows)
         return
     lengths = np.array([input_length(split, window) for window in answerable])
-    alike = text.alike(lengths, size, seed, step)
-    for index, length in text.with_buckets(alike, lengths, BUCKETS):
+    for index, length in text.alike(lengths, config.batch_size, config.seed, step, BUCKETS):
         chosen = [answerable[i] for i in rows.of(index)]
         offsets = [_passage_offset(split, window) for window in chosen]
         right = _right(config, split, chosen, offsets, length)

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from attention_jax.models import reader
@@ -15,12 +14,11 @@ from attention_jax.models.pretrained import Tokenizer
 from experiments.datasets import text
 from experiments.datasets.text import PAD
 from experiments.models import finetuning
+from experiments.models.finetuning import NONE
 from experiments.tasks.qa.answers import Split
 from experiments.tasks.qa.config import Config
 from experiments.tasks.qa.models import spans
 from experiments.training.task import Array
-
-NONE = -1  # the place of a word that the encoder does not read, and of padding
 
 
 class Encoded(NamedTuple):
@@ -48,9 +46,7 @@ def encode(tokenizer: Tokenizer, split: Split, windows: Sequence[Any]) -> list[E
     cut = [words[x.start : x.stop] for words, x in zip(passages, windows, strict=True)]
     found = []
     for row, words in zip(tokenizer([q.words for q in questions], cut).rows, cut, strict=True):
-        starts = [NONE] * len(words)
-        for i in reversed(np.flatnonzero(row.text == 1).tolist()):
-            starts[row.words[i]] = i
+        starts = finetuning.first_tokens(row, len(words), text=1)
         found.append(Encoded(row.tokens.tolist(), row.types.tolist(), starts))
     return found
 

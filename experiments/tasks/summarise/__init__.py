@@ -98,12 +98,8 @@ def batches(config: Config, data: Data, step: int, rows: Rows = ALL) -> Iterator
     split = data.splits["train"]
     lengths = np.array([len(row) for row in split.sources])
     longest = max(map(len, split.targets))  # one length for all targets, to compile less
-    size, seed = config.batch_size, config.seed
-    if config.model == "pretrained":
-        order = text.bucketed(lengths, size, seed, step, data.sizes)
-    else:
-        order = text.with_buckets(text.alike(lengths, size, seed, step), lengths, data.sizes)
-    for index, length in order:
+    order = text.bucketed if config.model == "pretrained" else text.alike
+    for index, length in order(lengths, config.batch_size, config.seed, step, data.sizes):
         mine = rows.of(index)
         yield Batch(
             text.padded([split.sources[i] for i in mine], length),
