@@ -50,8 +50,8 @@ class Softcap:
     cap: float
 
     def __post_init__(self) -> None:
-        if not self.cap > 0:
-            raise ValueError(f"cap must be a positive number, got {self.cap}")
+        if not 0.0 < self.cap < math.inf:
+            raise ValueError(f"cap must be positive and finite, got {self.cap}")
 
     def __call__(self, s: Float) -> Float:
         """The step on logits of any shape."""
@@ -413,6 +413,8 @@ def _check(expected: tuple[str, ...], *given: Any) -> tuple[Float, Float, Float,
     scale = 1.0 / math.sqrt(sizes["H"]) if scale is None else scale
     if np.ndim(scale) != 0:
         raise ValueError(f"scale must be one number, got shape {np.shape(scale)}")
+    if not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale}")
     if not 0.0 <= dropout_rate < 1.0:
         raise ValueError(f"dropout_rate must be in [0, 1), got {dropout_rate}")
     if dropout_rate > 0.0 and keep is None:

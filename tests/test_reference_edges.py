@@ -295,8 +295,11 @@ ERRORS = {
     "score must be Softcap or Bias, or a sequence of them, got [3.0]": wrong(score=[3.0]),
     "sinks must have shape [N] with N = 6, got (3,)": wrong(sinks=np.ones(K)),
     "scale must be one number, got shape (6,)": wrong(scale=np.ones(N)),
-    "cap must be a positive number, got 0.0": lambda: Softcap(0.0),
-    "cap must be a positive number, got nan": lambda: Softcap(math.nan),
+    "scale must be finite, got nan": wrong(scale=math.nan),
+    "scale must be finite, got -inf": wrong(scale=-math.inf),
+    "cap must be positive and finite, got 0.0": lambda: Softcap(0.0),
+    "cap must be positive and finite, got nan": lambda: Softcap(math.nan),
+    "cap must be positive and finite, got inf": lambda: Softcap(math.inf),
     "d_out must have shape [*B T N D] with *B = (2,), T = 5, N = 6, D = 13, got (13,)": (
         wrong_gradients(d_out=np.ones(D))
     ),

@@ -19,6 +19,7 @@ from attention_jax.core.axes import (
     AnyArray,
     Shape,
     accumulation_dtype,
+    check_finite,
     check_float_array,
     is_array,
     kind,
@@ -192,7 +193,7 @@ def _hint(x: Any, namespace: Any, argument: str, wrapped: str) -> str:
 
 
 def check_types(arrays: dict[str, Any], *, abstract: bool = False) -> None:
-    """Raises unless all are floating arrays; ``scale`` may also be a number.
+    """Raises unless all are floating arrays; ``scale`` may also be a finite number.
 
     Args:
       arrays: by argument name.
@@ -206,8 +207,10 @@ def check_types(arrays: dict[str, Any], *, abstract: bool = False) -> None:
                 raise TypeError(
                     f"scale must be a number, a floating array of shape [] or None, got {kind(x)}"
                 )
+            check_finite(name, x)
             continue
         check_float_array(name, x)
+        check_finite(name, x)
         if isinstance(x, jax.ShapeDtypeStruct) and not abstract:
             raise TypeError(f"{name} must be an array, got ShapeDtypeStruct: only explain takes it")
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -304,6 +305,20 @@ def as_float(name: str, x: Any) -> float:
     return float(x)
 
 
+def positive_float(name: str, x: Any) -> float:
+    """``x`` as a float; raises unless it is a number, positive and finite."""
+    x = as_float(name, x)
+    if not 0.0 < x < math.inf:
+        raise ValueError(f"{name} must be positive and finite, got {x}")
+    return x
+
+
+def check_finite(name: str, x: Any) -> None:
+    """Raises ValueError if ``x`` is a number that is NaN or infinite; arrays are not checked."""
+    if isinstance(x, (float, np.floating)) and not math.isfinite(x):
+        raise ValueError(f"{name} must be finite, got {x}")
+
+
 def int_array(name: str, x: Any, rank: int) -> None:
     """Raises unless ``x`` is a signed integer array of at least ``rank`` axes."""
     if not is_array(x) or not jnp.issubdtype(x.dtype, jnp.signedinteger):
@@ -333,10 +348,14 @@ def float_array(name: str, x: Any, ranks: tuple[int, ...] | None = None) -> None
         raise ValueError(f"{name} must have {allowed}, got shape {x.shape}")
 
 
-def per_example(name: str, x: Any) -> Any:
-    """``x`` if it is an int or an int array ``[*B]``; a NumPy scalar becomes an int."""
+def per_example(name: str, x: Any, least: int | None = None) -> Any:
+    """``x`` if it is an int or an int array ``[*B]``; a NumPy scalar becomes an int.
+
+    Args:
+      least: the least int that is allowed; arrays are not checked.
+    """
     if is_int(x):
-        return int(x)
+        return int(x) if least is None else int_at_least(name, x, least)
     if not is_array(x) or not jnp.issubdtype(x.dtype, jnp.signedinteger):
         raise TypeError(f"{name} must be an int or a signed integer array, got {kind(x)}")
     return x

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool
 
-from attention_jax.core.axes import is_array, kind
+from attention_jax.core.axes import int_at_least, is_array, kind
 from attention_jax.core.closures import conversions_explained
 from attention_jax.core.pytree import Value, children
 from attention_jax.masks.grid import Grid
@@ -160,6 +160,7 @@ class Mask(Value):
         >>> segments(np.array([0, 0, 1])).to_dense(3, 3).astype(int).tolist()
         [[1, 1, 0], [1, 1, 0], [0, 0, 1]]
         """
+        T, S = int_at_least("T", T, 0), int_at_least("S", S, 0)
         mask = self.resolve(T, S, N or 1)
         q, k = jnp.arange(T)[:, None], jnp.arange(S)[None, :]
 

@@ -71,7 +71,7 @@ def block_map(
 
     Raises:
       TypeError: ``mask`` is not a mask, or a size not an int.
-      ValueError: a block size below 1.
+      ValueError: a negative length, or a block size below 1.
 
     >>> from attention_jax import block_map, masks
     >>> print(block_map(masks.causal() & masks.window(256, 0), 1024, 1024))
@@ -84,8 +84,13 @@ def block_map(
     ····▒█▒·
     ·····▒█▒
     """
-    for name, size in (("block_q", block_q), ("block_k", block_k)):
-        int_at_least(name, size, 1)
+    for name, size, least in (
+        ("T", T, 0),
+        ("S", S, 0),
+        ("block_q", block_q, 1),
+        ("block_k", block_k, 1),
+    ):
+        int_at_least(name, size, least)
     if not (mask is None or isinstance(mask, Mask)):
         raise TypeError(
             f"mask must be a Mask or None, got {kind(mask)}: a bool array is masks.dense(array)"

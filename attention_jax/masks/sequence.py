@@ -61,7 +61,7 @@ def prefix(length: PerExample) -> Mask:
     """Query ``i`` attends to key ``j`` where ``j < length``; with ``| causal()``, prefix-LM.
 
     Args:
-      length: an int, or an int array ``[*B]``.
+      length: an int >= 0, or an int array ``[*B]``, in which negative lengths count as 0.
 
     >>> from attention_jax.masks import causal, prefix
     >>> print(prefix(3) | causal())
@@ -76,16 +76,16 @@ def prefix(length: PerExample) -> Mask:
 
     Source: Raffel et al. 2020, "Exploring the Limits of Transfer Learning" (T5), section 3.2.1.
     """
-    return Prefix(None, per_example("length", length))
+    return Prefix(None, per_example("length", length, least=0))
 
 
 def lengths(*, query: PerExample | None = None, key: PerExample | None = None) -> Mask:
     """Query ``i`` attends to key ``j`` where ``i < query`` and ``j < key``; None means no bound.
 
     Args:
-      query, key: how many queries and keys are real, ints or int arrays ``[*B]``; the rest is
-        padding and never affects a result. Both are keyword arguments: ``lengths(key=n)`` masks
-        padded keys.
+      query, key: how many queries and keys are real, ints >= 0 or int arrays ``[*B]``, in which
+        negative lengths count as 0; the rest is padding and never affects a result. Both are
+        keyword arguments: ``lengths(key=n)`` masks padded keys.
 
     >>> from attention_jax.masks import lengths
     >>> print(lengths(query=6, key=5))
@@ -99,8 +99,8 @@ def lengths(*, query: PerExample | None = None, key: PerExample | None = None) -
     ········
     """
     return Lengths(
-        None if query is None else per_example("query", query),
-        None if key is None else per_example("key", key),
+        None if query is None else per_example("query", query, least=0),
+        None if key is None else per_example("key", key, least=0),
     )
 
 

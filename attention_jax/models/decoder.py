@@ -11,7 +11,14 @@ from flax import nnx
 from jaxtyping import Float
 
 from attention_jax.cache import KVCache
-from attention_jax.core.axes import AnyArray, Shape, accumulation_dtype, check_positions
+from attention_jax.core.axes import (
+    AnyArray,
+    Shape,
+    accumulation_dtype,
+    check_finite,
+    check_positions,
+    positive_float,
+)
 from attention_jax.masks import Mask
 from attention_jax.models.layers import Layers, Stack, check_embeddings, positions_after
 from attention_jax.nn import Embeddings
@@ -47,6 +54,9 @@ class DecoderConfig:
 
     def __post_init__(self) -> None:
         check_embeddings(self)
+        check_finite("embedding_scale", self.embedding_scale)
+        if self.logits_softcap is not None:
+            positive_float("logits_softcap", self.logits_softcap)
 
 
 class Decoder(nnx.Module):

@@ -16,7 +16,14 @@ from attention_jax import masks, scores
 from attention_jax.api import attention
 from attention_jax.backends.arguments import as_mask
 from attention_jax.cache import KVCache
-from attention_jax.core.axes import AnyArray, int_at_least, kind, same_rank
+from attention_jax.core.axes import (
+    AnyArray,
+    check_finite,
+    int_at_least,
+    kind,
+    positive_float,
+    same_rank,
+)
 from attention_jax.core.dropout import check_rate
 from attention_jax.core.shards import split_along
 from attention_jax.masks import Mask
@@ -152,6 +159,9 @@ class Layers:
                 raise ValueError(f"{name} must be one of {values}, got {x!r}")
         for name in ("dropout_rate", "feed_forward_dropout_rate", "attention_dropout_rate"):
             check_rate(getattr(self, name), name)
+        check_finite("scale", self.scale)
+        if self.softcap is not None:
+            positive_float("softcap", self.softcap)
         if not isinstance(self.windows, (tuple, list)):
             raise TypeError(
                 f"windows must be a tuple with one window per layer, repeated if there are more "

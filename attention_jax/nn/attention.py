@@ -16,7 +16,7 @@ from jaxtyping import Float
 from attention_jax import cache as caches
 from attention_jax.api import attention as softmax_attention
 from attention_jax.api import attention_weights
-from attention_jax.backends.arguments import as_mask, as_scores, check_flag
+from attention_jax.backends.arguments import as_mask, as_scores, check_flag, check_types
 from attention_jax.cache import KVCache
 from attention_jax.core.axes import (
     AnyArray,
@@ -163,6 +163,7 @@ class MultiHeadAttention(nnx.Module):
                 f"num_heads must be a multiple of num_kv_heads, got {num_heads} and {num_kv_heads}"
             )
         check_rate(dropout_rate)
+        check_types({"scale": scale})
         as_scores(score)  # raises unless these are scores
         if rotary is not None and not isinstance(rotary, Rotary):
             raise TypeError(f"rotary must be a Rotary or None, got {kind(rotary)}")

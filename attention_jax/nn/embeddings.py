@@ -13,6 +13,7 @@ from jaxtyping import Float
 from attention_jax.core.axes import (
     AnyArray,
     check_broadcasts,
+    check_finite,
     check_positions,
     check_tokens,
     int_at_least,
@@ -83,6 +84,7 @@ class Embeddings(nnx.Module):
         int_at_least("types", types, 0)
         check_rngs(rngs)
         check_rate(dropout_rate)
+        check_finite("scale", scale)
         if positions not in POSITIONS:
             raise ValueError(f"positions must be one of {POSITIONS}, got {positions!r}")
 

@@ -175,8 +175,9 @@ class Llama3(Scaling):
 
 def _positive(value: Any, *names: str) -> None:
     for name in names:
-        if not getattr(value, name) > 0:
-            raise ValueError(f"{name} must be positive, got {getattr(value, name)!r}")
+        x = getattr(value, name)
+        if not 0 < x < math.inf:
+            raise ValueError(f"{name} must be positive and finite, got {x!r}")
 
 
 def frequencies(
@@ -208,8 +209,8 @@ def frequencies(
     """
     if width < 2 or width % 2:
         raise ValueError(f"width must be even and positive, got {width}")
-    if not theta > 0:
-        raise ValueError(f"theta must be positive, got {theta}")
+    if not 0 < theta < math.inf:
+        raise ValueError(f"theta must be positive and finite, got {theta}")
     f: Any = theta ** (-2.0 * np.arange(width // 2) / width)
     scale = 1.0
     if scaling is not None:

@@ -15,8 +15,10 @@ from attention_jax.core.axes import (
     AnyArray,
     PerExample,
     Size,
+    as_int,
     checked_align,
     float_array,
+    int_at_least,
     is_array,
     per_example,
 )
@@ -125,6 +127,7 @@ def alibi_slopes(num_heads: int, dtype: Any = np.float32) -> np.ndarray:
 
     Source: Press et al. 2022, "Train Short, Test Long", section 3.
     """
+    int_at_least("num_heads", num_heads, 1)
     power = 2 ** math.floor(math.log2(num_heads))
 
     def sequence(n: int) -> list[float]:
@@ -195,6 +198,7 @@ def relative_bias(
             f"table must have an even number of at least 4 buckets (bidirectional) or at least 2, "
             f"got shape {table.shape} [R N]"
         )
+    max_distance = as_int("max_distance", max_distance)
     if max_distance <= table.shape[0] // (4 if bidirectional else 2):
         raise ValueError(
             f"max_distance must exceed the exact distances of {table.shape[0]} buckets, got "
@@ -205,7 +209,7 @@ def relative_bias(
         offset=per_example("offset", offset),
         align=checked_align(align),
         bidirectional=bool(bidirectional),
-        max_distance=int(max_distance),
+        max_distance=max_distance,
     )
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, Self
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from attention_jax.core.axes import AnyArray, as_float, float_array
+from attention_jax.core.axes import AnyArray, float_array, positive_float
 from attention_jax.scores.base import Masking, Score
 
 
@@ -41,10 +40,7 @@ def softcap(cap: float) -> Score:
 
     Source: Gemma Team 2024, "Gemma 2", section 2.
     """
-    cap = as_float("cap", cap)
-    if not (cap > 0 and math.isfinite(cap)):
-        raise ValueError(f"cap must be positive and finite, got {cap}")
-    return Softcap(cap)
+    return Softcap(positive_float("cap", cap))
 
 
 class Bias(Score):

@@ -71,6 +71,7 @@ def wrong_drop_ins():
         ({"scale": True}, type_, "scale", "bool"),
         ({"scale": b()}, type_, "scale", "bool"),
         ({"scale": 1j}, type_, "scale", "complex"),
+        ({"scale": np.float32("nan")}, value, "scale must be finite", "nan"),
         ({"query_seq_lengths": f(B)}, type_, "query_seq_lengths must be integers", "float32"),
         ({"query_seq_lengths": [1.5, 2]}, type_, "query_seq_lengths must be integers", "float32"),
         ({"query_seq_lengths": b(B)}, type_, "query_seq_lengths must be integers", "bool"),
@@ -132,6 +133,7 @@ def wrong_positions():
         (lambda: rotary(width=3), value, "width must be even", "3"),
         (lambda: rotary(width=14), value, "width must be at most 12", "14"),
         (lambda: rotary(theta=0.0), value, "theta must be positive", "0"),
+        (lambda: rotary(theta=np.inf), value, "theta must be positive and finite", "inf"),
         (lambda: rotary(scaling=2.0), type_, "scaling must be a Scaling", "float"),
         (lambda: rotary(scaling=positions.DynamicNTK(2.0, 8)), value, "length must be given"),
         (
@@ -148,6 +150,7 @@ def wrong_positions():
         (lambda: positions.learned(f(3, 2), i(1) * 3), value, "positions", "0 to 2", "3 to 3"),
         (lambda: positions.learned(f(3, 2), -i(1)), value, "positions", "0 to 2", "-1 to -1"),
         (lambda: positions.Linear(0.0), value, "factor must be positive", "0.0"),
+        (lambda: positions.YaRN(np.inf, 8), value, "factor must be positive and finite", "inf"),
         (lambda: positions.DynamicNTK(2.0, 0), value, "original must be positive", "0"),
         (lambda: positions.Llama3(low=4.0, high=1.0), value, "low must be less", "4.0 and 1.0"),
         (lambda: empty(capacity=2).append(k, v), value, "capacity 2", "3 tokens", "larger"),

@@ -17,6 +17,7 @@ def wrong_models():
     from attention_jax.models import Layers, Sampling, beam_search, generate
 
     value, type_ = "ValueError", "TypeError"
+    nan = float("nan")
     stack = functools.partial(Layers, num_layers=1, num_heads=2)
     small = stack(features=8)
     config = models.DecoderConfig(10, small, positions="learned", max_length=6)
@@ -67,6 +68,20 @@ def wrong_models():
             type_,
             "windows must be a tuple",
             "windows=(4,)",
+        ),
+        (lambda: stack(features=8, scale=nan), value, "scale must be finite", "nan"),
+        (lambda: stack(features=8, softcap=0.0), value, "softcap must be positive", "0.0"),
+        (
+            lambda: models.DecoderConfig(10, small, logits_softcap=nan),
+            value,
+            "logits_softcap must be positive and finite",
+            "nan",
+        ),
+        (
+            lambda: models.DecoderConfig(10, small, embedding_scale=nan),
+            value,
+            "embedding_scale must be finite",
+            "nan",
         ),
         (
             lambda: stack(features=8, feed_forward_dropout_rate=1.0),

@@ -30,6 +30,9 @@ def wrong_modules():
         (lambda: new(value_dim=2.5), type_, "value_dim must be an int", "2.5"),
         (lambda: new(bias=("query", "keys")), value, "bias must name some of", "keys"),
         (lambda: new(bias=("query",), fused=True), value, "bias must be the same for", "fused"),
+        (lambda: new(scale=float("inf")), value, "scale must be finite", "inf"),
+        (lambda: new(scale="big"), type_, "scale must be a number", "'big'"),
+        (lambda: embed(scale=float("nan")), value, "scale must be finite", "nan"),
         (lambda: new(dropout_rate=1.0), value, "dropout_rate must be in [0, 1)", "1.0"),
         (
             lambda: new(context_features=6, rotary=positions.Rotary()),
