@@ -279,7 +279,7 @@ class Sorted(Mask):
 
 
 class Closed(Score):
-    """Holds an array from outside."""
+    """Closes over an array."""
 
     MASKING = Masking.NEVER
 
@@ -314,7 +314,7 @@ KINDS = np.zeros(1000, np.int32)
         ({"score": [Gate(), Boost(np.ones(8, np.float32), KINDS, KINDS)]}, "asked for"),
         ({"mask": ~(masks.causal() & Sorted())}, "mask Sorted uses sort, which a kernel does not"),
         ({"mask": AnyOf((masks.causal(), Sorted()))}, "mask Sorted uses sort"),
-        ({"score": Closed()}, "score Closed holds an array from outside"),
+        ({"score": Closed()}, "score Closed closes over an array"),
         ({"score": Summed(np.ones(4, np.float32))}, "score Summed does more with its arrays"),
         ({"score": score_at_positions(Summed(np.ones(4)), KINDS, KINDS)}, "score Summed"),
     ],

@@ -220,7 +220,7 @@ IDS = jnp.arange(1000)
         ({"mask": masks.mask_fn(lambda b, n, q, k: IDS[q] == IDS[k])}, "pass it as an argument"),
         (
             {"mask": masks.mask_fn(lambda b, n, q, k, x: jnp.take(x, q) == k, IDS)},
-            "look entries up",
+            "look up entries",
         ),
         (
             {"mask": masks.mask_fn(lambda b, n, q, k, x: x[:3].sum() + q > k, IDS)},

@@ -1,8 +1,9 @@
 """Our masks as the functions that FlashAttention 4 compiles into its kernel.
 
-Only ``fa4`` imports this, for a call that needs it: the package ``fa4_jax`` must be there. A
-function is called with one query and one key, in the kernel with its own integers, so it uses
-operators and look-ups alone. Arrays are operands of the kernel: other values do not compile again.
+``fa4`` imports this only for a call that needs it, because it needs the package ``fa4_jax``. A
+function is called with the indices of one query and one key, which in the kernel are of a type of
+its own, so it uses only operators and indexing. Arrays are operands of the kernel: new values do
+not compile again.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import Any
 
 import jax.numpy as jnp
 from fa4_jax import MaskMod, and_masks, static  # type: ignore[import-not-found]
+from jax.typing import ArrayLike
+from jaxtyping import Array, Int
 
 from attention_jax.core.axes import Sizes
 from attention_jax.masks import Band, Chunked, Dilated, Lengths, Mask, Segments
@@ -48,7 +51,7 @@ class LengthsFunction(MaskMod):  # type: ignore[misc]
 
 @dataclasses.dataclass(frozen=True)
 class SegmentsFunction(MaskMod):  # type: ignore[misc]
-    """Equal ids, none negative."""
+    """Equal ids that are not negative."""
 
     query: Any  # int32 [B T]
     key: Any  # int32 [B S]
@@ -69,7 +72,7 @@ class ChunkedFunction(MaskMod):  # type: ignore[misc]
 
 @dataclasses.dataclass(frozen=True)
 class DilatedFunction(MaskMod):  # type: ignore[misc]
-    """A multiple of the stride apart."""
+    """Distances that are multiples of the stride."""
 
     stride: int = static()
 
@@ -78,7 +81,7 @@ class DilatedFunction(MaskMod):  # type: ignore[misc]
 
 
 def function(parts: Sequence[Mask], sizes: Sizes) -> Any:
-    """The function of masks that must all hold; None where there are none."""
+    """One function for masks that must all hold; None if there are none."""
     functions = [_function(part, sizes) for part in parts]
     return and_masks(*functions) if len(functions) > 1 else next(iter(functions), None)
 
@@ -99,10 +102,12 @@ def _function(mask: Mask, sizes: Sizes) -> Any:
         return ChunkedFunction(mask.size)
     if isinstance(mask, Dilated):
         return DilatedFunction(mask.stride)
-    raise NotImplementedError(f"implementation 'fa4' cannot: mask {type(mask).__name__}")
+    raise NotImplementedError(
+        f"implementation 'fa4' cannot: mask {type(mask).__name__} has no function here"
+    )
 
 
-def _flat(x: Any, sizes: Sizes, *rest: int) -> Any:
+def _flat(x: ArrayLike, sizes: Sizes, *rest: int) -> Int[Array, "B ..."]:
     """Integers over ``*B`` and further axes as int32 ``[B ...]``."""
     x = jnp.broadcast_to(jnp.asarray(x), (*sizes.B, *rest))
     return x.astype(jnp.int32).reshape(-1, *rest)

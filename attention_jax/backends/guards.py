@@ -1,6 +1,6 @@
 """Raises clear errors for transformations that a third-party kernel does not support.
 
-Without them a user would see an error of some inner function that does not say what to do.
+Without them users would see an error from an internal function that does not say what to do.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ def guard(
 
     Args:
       arrays: floating arrays.
-      name: of the implementation.
-      argument: that chose it.
-      instead: how to call one that can.
+      name: the implementation.
+      instead: what to ask for instead, as it is written in a call.
+      argument: the argument that selects the implementation.
       forward_mode: whether the first derivative may be taken in forward mode.
       batched: why ``vmap`` is not supported; None if it is.
     """
@@ -41,7 +41,8 @@ def guard(
 
 
 _guard = Primitive("attention_guard")
-# The tangent of an array that has derivatives in reverse mode only: it may be transposed.
+# Marks the tangent of an array that has derivatives in reverse mode only: it can be transposed, but
+# not computed.
 _reverse = Primitive("attention_reverse_only")
 
 _guard.multiple_results = True
@@ -92,5 +93,5 @@ _reverse.def_abstract_eval(lambda aval, message: aval)
 mlir.register_lowering(_reverse, _refused)
 ad.primitive_jvps[_reverse] = _reverse_jvp
 ad.primitive_transposes[_reverse] = _reverse_transpose
-# Only in forward mode are there tangents to be mapped.
+# Tangents are mapped in forward mode only.
 batching.primitive_batchers[_reverse] = _refused

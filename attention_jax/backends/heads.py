@@ -162,8 +162,8 @@ def lift(
         names.append(remaining)
 
     mapped = head
-    # Along the other axes every array has size 1; the last reshape adds them to the results. Were
-    # they added sooner, XLA would not remove transposes that undo each other.
+    # Along the other axes every array has size 1, and the last reshape adds them to the results. If
+    # they were added earlier, XLA would not remove transposes that undo each other.
     mapped_levels = [level for level in levels if any(level in r for r in names)]
     spelled = [[a for a in named(o) if a not in levels or a in mapped_levels] for o in outputs]
     results, plan = spelled, []
@@ -222,9 +222,9 @@ def _on_each_device(
     *,
     kernel: bool = False,
 ) -> tuple[jax.Array, ...]:
-    """``run(local sizes, *shards)`` on each device: other axes than batch and heads are gathered.
+    """``run(local sizes, *shards)`` on each device: axes other than batch and heads are gathered.
 
-    If arrays are sharded differently, the first decides and the others are resharded.
+    Arrays that are sharded differently from the first are resharded like it.
 
     Args:
       kernel: whether ``run`` is a kernel, which has all mesh axes manual and whose results do not

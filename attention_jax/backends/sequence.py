@@ -1,7 +1,7 @@
 """Queries that are sharded along the sequence over explicit mesh axes.
 
-Each device gathers the keys and values and computes the results of its own queries, which stay
-sharded like these; gradients of keys and values are reduce-scattered. ``parallel`` has other
+Each device gathers the keys and values and computes the results of its own queries, so results are
+sharded like the queries; gradients of keys and values are reduce-scattered. ``parallel`` has other
 strategies, for use inside ``shard_map``.
 """
 
@@ -40,7 +40,7 @@ def spec_of_one_device(spec: Spec, call: Call) -> Spec:
 
     Args:
       spec: of all devices.
-      call: complete.
+      call: from ``complete``.
     """
     names, mesh = axes_of_queries(call), explicit_mesh([call.query])
     if not names or mesh is None:
@@ -80,14 +80,14 @@ def split(call: Call, sizes: Sizes) -> str | None:
             if over and over != mesh_axes.get(letter):
                 verb = "reshards" if letter in mesh_axes else "gathers"
                 moves.setdefault(f"{verb} {letter}", []).append(name)
-    said = [f"{_listed(axes)} over {over}" for over, axes in sharded.items()]
-    said += [f"{what} of {_listed(of)}" for what, of in moves.items()]
-    text = "; ".join(said)
+    phrases = [f"{_listed(axes)} over {over}" for over, axes in sharded.items()]
+    phrases += [f"{what} of {_listed(of)}" for what, of in moves.items()]
+    text = "; ".join(phrases)
     return text.replace("B0", "B") if len(sizes.B) == 1 else text
 
 
 def _names(call: Call) -> list[str]:
-    """What each array of a call is called in messages."""
+    """The name of each array of a call, for messages."""
     names = ["query", "key", "value", *(leaf.name for leaf in leaves((call.mask, call.score)))]
     names += [] if call.sinks is None else ["sinks"]
     return [*names, "scale", *(leaf.name for leaf in leaves(call.dropout))]
@@ -105,7 +105,7 @@ def over_queries(
 
     Args:
       run: from a call with some of the queries and all keys to output and lse.
-      call: complete.
+      call: from ``complete``.
       sizes: of all devices.
       names: from ``axes_of_queries``.
     """
@@ -165,7 +165,7 @@ def over_queries(
 
 
 def _with_numbers(call: Call, sizes: Sizes) -> Call:
-    """The call with the numbers of examples and heads as arrays, which are sharded like these."""
+    """The call with the numbers of its examples and heads as arrays, to be sharded with them."""
     numbers = {
         "examples": np.arange(math.prod(sizes.B), dtype=np.int32).reshape(sizes.B),
         "head_numbers": np.arange(sizes.N, dtype=np.int32),
@@ -183,8 +183,8 @@ def _letters(call: Call, batch: int) -> list[tuple[str, ...]]:
     return [tuple(x for a in each for x in (names if a == "B" else (a,))) for each in axes]
 
 
-def _from_start(value: V, start: Any) -> V:
-    """``value`` for queries from index ``start`` on; explicit positions are sharded already."""
+def _from_start(value: V, start: jax.Array) -> V:
+    """``value`` for the queries from ``start`` on; explicit positions are already sharded."""
     if not isinstance(value, AtPositions) or value.query_positions is not None:
         return value
     return dataclasses.replace(value, query_start=value.query_start + start)

@@ -4,7 +4,7 @@ A mask without arrays becomes one of its lazy masks, evaluated block by block wh
 segments and lengths become its segment ids. The kernel leaves fully masked rows undefined, so such
 queries, keys and values are zeroed before the call, and such rows of the output after it.
 
-It is differentiable once, in reverse mode, as the kernel is: no ``jvp``, no ``hessian``.
+Like the kernel, it can be differentiated once, in reverse mode: no ``jvp``, no ``hessian``.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Int
 
 from attention_jax import masks
 from attention_jax.backends.call import (
@@ -28,7 +29,7 @@ from attention_jax.backends.call import (
     symbolic_sizes_refused,
 )
 from attention_jax.backends.heads import kernel_on_each_device
-from attention_jax.core.axes import Sizes
+from attention_jax.core.axes import AnyArray, Sizes
 from attention_jax.core.closures import uses_arguments
 from attention_jax.core.softmax import zero_rows
 from attention_jax.masks import And, BlockSparse, Lengths, Mask, Not, Or, Segments, block_map
@@ -36,16 +37,16 @@ from attention_jax.masks.base import conjuncts, parts
 from attention_jax.masks.grid import Grid
 from attention_jax.scores import Softcap
 
-LANES = 128  # lengths are multiples of this, and so are blocks
+LANES = 128  # lengths and blocks are multiples of this
 BLOCKS = (512, 256, 128)
-# Segment ids of fully masked queries and keys, which differ.
+# Segment ids of fully masked queries and of fully masked keys, which match no others.
 NO_QUERY, NO_KEY = -1, -2
 # While tracing, masks are evaluated in blocks of this size.
 EVALUATED_BLOCK = 512
 
 
 class SplashMask(NamedTuple):
-    """A mask in splash's terms: all of these must hold."""
+    """A mask in splash's terms: a pair is visible where all of these hold."""
 
     static: Mask | None  # holds no arrays
     segments: Segments | None
@@ -64,7 +65,7 @@ class Splash(Backend):
     interpret: bool = False
 
     def why_unsupported(self, spec: Spec) -> str | None:
-        """What of a call splash attention does not do, or not do exactly, in words; or None."""
+        """Why splash attention does not compute a call exactly, in words; None if it does."""
         dtype = jnp.dtype(spec.dtype)
         if reason := symbolic_sizes_refused(spec.sizes):
             return reason
@@ -73,20 +74,20 @@ class Splash(Backend):
         if spec.partitioned:
             return "XLA cannot partition its kernel over Auto mesh axes: use Explicit or shard_map"
         if dtype not in (jnp.bfloat16, jnp.float32):
-            return f"{dtype.name}: its products are of bfloat16 or float32"
+            return f"{dtype.name}: its kernel supports bfloat16 and float32"
         if spec.dropout:
-            return "dropout has no place in its kernel"
+            return "dropout is not supported by its kernel"
         if reason := positions_refused(spec):
             return reason
         for score in spec.score:
             if not isinstance(score, Softcap):
                 return f"score {type(score).__name__}: its kernel supports only softcap"
         if len(spec.score) > 1:
-            return "more than one softcap: its kernel has one"
+            return "more than one softcap: its kernel applies one"
         if spec.score and spec.return_lse:
             return "lse with softcap: its kernel gives no gradient of the lse"
-        plan = _plan(spec.mask)
-        return plan if isinstance(plan, str) else None
+        kernel_mask = _kernel_mask(spec.mask)
+        return kernel_mask if isinstance(kernel_mask, str) else None
 
     def run(self, call: Call, spec: Spec) -> tuple[jax.Array, jax.Array]:
         def on_shard(call: Call, sizes: Sizes) -> tuple[jax.Array, jax.Array]:
@@ -95,13 +96,18 @@ class Splash(Backend):
         return kernel_on_each_device(on_shard, call, spec.sizes)
 
     def _run(self, call: Call, spec: Spec) -> tuple[jax.Array, jax.Array]:
-        z, plan = spec.sizes, _plan(call.mask)
-        if isinstance(plan, str):
-            raise NotImplementedError(f"implementation 'splash' cannot: {plan}")
+        z, kernel_mask = spec.sizes, _kernel_mask(call.mask)
+        if isinstance(kernel_mask, str):
+            raise NotImplementedError(f"implementation 'splash' cannot: {kernel_mask}")
         one: Callable[..., Any] = functools.partial(
-            _example, plan=plan, sizes=z, call=call, spec=spec, interpret=self.interpret
+            _example,
+            kernel_mask=kernel_mask,
+            sizes=z,
+            call=call,
+            spec=spec,
+            interpret=self.interpret,
         )
-        ids = _segment_ids(plan, z)
+        ids = _segment_ids(kernel_mask, z)
         B = math.prod(z.B)
         arrays = [x.reshape(B, *x.shape[len(z.B) :]) for x in call[:3]]
         out, lse = jax.vmap(one, in_axes=(0, 0, 0, None if ids is None else 0))(*arrays, ids)
@@ -130,18 +136,18 @@ def _block(length: int) -> int:
 # --- From our masks to splash's.
 
 
-def _plan(mask: Mask | None) -> SplashMask | str:
+def _kernel_mask(mask: Mask | None) -> SplashMask | str:
     """The mask in splash's terms, or why it has none."""
     static: Mask | None = None
     segments: list[Segments] = []
     lengths: list[Lengths] = []
     for part in conjuncts(mask):
         if any(isinstance(p, masks.MaskFn) for p in parts(part)):
-            return "mask_fn may depend on the example and its kernel has one mask for all"
+            return "mask_fn may depend on the example, but its kernel has one mask for all"
         if not jax.tree.leaves(part):
             if _differs_between_heads(part):
                 return (
-                    f"mask {type(part).__name__} may depend on the example or head and its kernel "
+                    f"mask {type(part).__name__} may depend on the example or head, but its kernel "
                     f"has one mask for all"
                 )
             static = part if static is None else static & part
@@ -151,11 +157,11 @@ def _plan(mask: Mask | None) -> SplashMask | str:
             lengths.append(part)
         else:
             return (
-                f"mask {type(part).__name__} holds arrays, known only at run time, and its kernel "
-                f"needs its mask while tracing"
+                f"mask {type(part).__name__} holds arrays, known only at run time, but its kernel "
+                f"needs the mask while tracing"
             )
     if len(segments) > 1:
-        return f"mask has {len(segments)} segments, its kernel takes one"
+        return f"mask combines {len(segments)} masks.segments, but its kernel takes one"
     return SplashMask(static, segments[0] if segments else None, tuple(lengths))
 
 
@@ -166,32 +172,35 @@ def _differs_between_heads(mask: Mask) -> bool:
 
 
 class Ids(NamedTuple):
-    """Ids known at run time: a query attends to keys with its id. ``[B T]`` and ``[B S]``."""
+    """Segment ids, known at run time: a query attends to the keys with the same id."""
 
-    query: jax.Array
-    key: jax.Array
+    query: Int[Array, "*B T"]
+    key: Int[Array, "*B S"]
 
 
-def _segment_ids(plan: SplashMask, sizes: Sizes) -> Ids | None:
+def _segment_ids(kernel_mask: SplashMask, sizes: Sizes) -> Ids | None:
     """Segments and lengths as ids; None if the mask has neither."""
-    if plan.segments is None and not plan.lengths:
+    if kernel_mask.segments is None and not kernel_mask.lengths:
         return None
     T, S = (
         jax.lax.broadcasted_iota(jnp.int32, (*sizes.B, size), len(sizes.B))
         for size in (sizes.T, sizes.S)
     )
     query, key = jnp.zeros_like(T), jnp.zeros_like(S)
-    if plan.segments is not None:
+    if kernel_mask.segments is not None:
         query, key = (
             jnp.broadcast_to(jnp.asarray(x).astype(jnp.int32), y.shape)
-            for x, y in ((plan.segments.query_ids, query), (plan.segments.key_ids, key))
+            for x, y in (
+                (kernel_mask.segments.query_ids, query),
+                (kernel_mask.segments.key_ids, key),
+            )
         )
     real_query, real_key = query >= 0, key >= 0
 
     def before(i: jax.Array, length: Any) -> jax.Array:
         return i < (length if isinstance(length, int) else length[..., None])
 
-    for part in plan.lengths:
+    for part in kernel_mask.lengths:
         if part.query is not None:
             real_query &= before(T, part.query)
         if part.key is not None:
@@ -252,27 +261,27 @@ def _lazy(mask: StaticMask, T: int, S: int) -> Any:
     kind = np.array(block_map.kinds(mask.mask, Grid(mask.T, mask.S, *size), 0, 0))
     if mask.S < S:  # the last block has padded keys
         kind[:, -1] = np.minimum(kind[:, -1], block_map.PARTIAL)
-    whole = {block_map.EMPTY: np.zeros(size, np.bool_), block_map.FULL: np.ones(size, np.bool_)}
+    uniform = {block_map.EMPTY: np.zeros(size, np.bool_), block_map.FULL: np.ones(size, np.bool_)}
 
     class Lazy(splash_attention.Mask):
-        """Equal to another of the same mask, so that heads and layers share its evaluation."""
+        """Compares equal to another of the same mask, so that heads and layers share blocks."""
 
         shape = (T, S)
-        same = mask, T, S
+        identity = mask, T, S
 
         def __getitem__(self, index: tuple[slice, slice]) -> np.ndarray:
             q, k = (slice(*i.indices(n)[:2]) for i, n in zip(index, self.shape, strict=True))
             (row, q0), (column, k0) = divmod(q.start, size[0]), divmod(k.start, size[1])
-            # Splash asks for every block, several times: most need no evaluation of the rule.
+            # Splash reads every block several times, and most are empty or full.
             aligned = (q0, k0, q.stop - q.start, k.stop - k.start) == (0, 0, *size)
-            found = whole.get(kind[row, column]) if aligned else None
+            found = uniform.get(kind[row, column]) if aligned else None
             return mask.pairs(q, k) if found is None else found
 
         def __eq__(self, other: object) -> bool:
-            return self.same == getattr(other, "same", None)
+            return self.identity == getattr(other, "identity", None)
 
         def __hash__(self) -> int:
-            return hash(self.same)
+            return hash(self.identity)
 
     return Lazy()
 
@@ -286,14 +295,14 @@ def _example(
     value: jax.Array,
     ids: Ids | None,
     *,
-    plan: SplashMask,
+    kernel_mask: SplashMask,
     sizes: Sizes,
     call: Call,
     spec: Spec,
     interpret: bool,
 ) -> tuple[jax.Array, jax.Array]:
     """Output ``[T N D]`` and lse ``[T N]``."""
-    z, mask = sizes, StaticMask(plan.static, sizes.T, sizes.S)
+    z, mask = sizes, StaticMask(kernel_mask.static, sizes.T, sizes.S)
     queries, keys = _visible(mask, ids)
     sinks = None if call.sinks is None else call.sinks.astype(jnp.float32)
     if isinstance(queries, np.ndarray) and not queries.any():
@@ -319,13 +328,13 @@ def _example(
     return _zeroed(queries, out), jnp.where(jnp.asarray(queries)[:, None], lse, fully_masked)
 
 
-def _zeroed(rows: Any, x: jax.Array) -> jax.Array:
+def _zeroed(rows: AnyArray, x: jax.Array) -> jax.Array:
     """``zero_rows``, which does nothing if all rows are known to be visible."""
     known = isinstance(rows, np.ndarray) and bool(rows.all())
     return zero_rows(None if known else jnp.asarray(rows), x)
 
 
-def _visible(mask: StaticMask, ids: Ids | None) -> tuple[Any, Any]:
+def _visible(mask: StaticMask, ids: Ids | None) -> tuple[AnyArray, AnyArray]:
     """Bool ``[T]`` and ``[S]``: the queries and keys that are not fully masked."""
     if ids is None:
         return mask.visible()
@@ -380,14 +389,14 @@ def _kernel(
 
 
 def _precisely(query: jax.Array) -> Any:
-    """Full precision in float32; in bfloat16 the compiler supports its default only."""
+    """Full precision in float32; in bfloat16 the compiler supports only its default."""
     return jax.default_matmul_precision("highest" if query.dtype == jnp.float32 else None)
 
 
 def _without_lse(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """``(query, key, value, sinks, ids) -> out``, each pass traced with the right precision.
+    """``(query, key, value, sinks, ids) -> out``, with the right precision in both passes.
 
-    JAX traces the passes of a gradient after a context around the kernel alone has been left.
+    Each pass sets it, because JAX traces them after it has left a context around the call.
     """
 
     @jax.custom_vjp
@@ -408,12 +417,12 @@ def _without_lse(kernel: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _with_lse(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """``(query, key, value, sinks, ids) -> out, lse``, with the gradient that the lse lacks::
+    """``(query, key, value, sinks, ids) -> out, lse``; adds the gradient of the lse::
 
         dquery_i = dlse_i sum_j p_ij key_j,   dkey_j = sum_i p_ij dlse_i query_i
         dsink = sum_i p_sink,i dlse_i
 
-    which is attention to the keys as values, and its gradient.
+    These are attention with the keys as values, and its gradient.
     """
 
     @jax.custom_vjp

@@ -115,7 +115,7 @@ class XLA(Backend):
 
 
 def attention_weights(call: Call, sizes: Sizes) -> Float[Array, "*B N T S"]:
-    """Probabilities."""
+    """The attention probabilities of all heads of all examples."""
 
     def weights(head: Head) -> tuple[jax.Array]:
         s, _, rows = logits(head)

@@ -134,7 +134,9 @@ class PallasGPU(PrimitiveBackend):
     def head_plan(self, spec: Spec) -> Plan:
         forward, backward = self._tiles(spec)
         if forward is None or backward is None:
-            raise NotImplementedError(f"pallas_gpu cannot: {self.why_unsupported(spec)}")
+            raise NotImplementedError(
+                f"implementation 'pallas_gpu' cannot: {self.why_unsupported(spec)}"
+            )
 
         def planned(one: Head) -> tuple[Head, Schedules, Launches]:
             schedules, launches = plan(one, forward, backward, interpret=self.interpret)

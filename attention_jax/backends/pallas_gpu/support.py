@@ -105,9 +105,9 @@ def _problem(value: Any) -> str | None:
     except NotImplementedError as error:
         return f"cannot run in a kernel: {error}"
     except (AttributeError, TypeError):  # a Lookup only supports indexing
-        return "does more with its arrays than look entries up: x[q], x[q, k]"
+        return "does more with its arrays than look up entries: x[q], x[q, k]"
     if any(np.ndim(x) for x in jaxpr.consts):
-        return "holds an array from outside: pass it as an argument, after the function"
+        return "closes over an array: pass it as an argument, after the function"
     if unknown := sorted({*_primitives(jaxpr.jaxpr)} - POINTWISE):
         return f"uses {', '.join(unknown)}, which a kernel does not support"
     return None
