@@ -70,7 +70,7 @@ def _write(p: OneHead, row: QueryBlock, buffers: list[Any], results: Any) -> lis
 
 def _normalizer(p: OneHead, row: QueryBlock) -> tuple[jax.Array, jax.Array]:
     """``m [t]`` and ``log l [t]`` of the forward pass, both finite."""
-    _, m, log_l = (p.rows(view, row.q0, p.grid.block_q) for view in p.rest[:RESULTS])
+    _, m, log_l = (p.rows(operand, row.q0, p.grid.block_q) for operand in p.rest[:RESULTS])
     return m, finite(log_l)
 
 
@@ -115,20 +115,20 @@ def tangent(static: Static, *arrays: Any) -> tuple[Any, ...]:
     def start(p: OneHead, row: QueryBlock) -> Any:
         t = p.grid.block_q
         dq = jnp.zeros_like(row.raw_q)  # of scale * q
-        if view := dot(p, index.query):
-            dq = dq + p.scale * p.rows(view, row.q0, t)
-        if view := dot(p, index.scale):
-            dq = dq + view.cut({}).astype(p.dtype) * row.raw_q
+        if operand := dot(p, index.query):
+            dq = dq + p.scale * p.rows(operand, row.q0, t)
+        if operand := dot(p, index.scale):
+            dq = dq + operand.cut({}).astype(p.dtype) * row.raw_q
         lse = _normalizer(p, row)
         return dq, lse, jnp.zeros((t,), p.dtype), jnp.zeros((t, p.D), p.dtype)
 
     def dscores(p: OneHead, row: QueryBlock, tile: Tile) -> list[Any]:
         tangents = []
-        for x, which, view, leaf in zip(
+        for x, which, operand, leaf in zip(
             tile.scores, index.score, p.score_leaves, p.score_axes, strict=True
         ):
             if x_dot := dot(p, which):
-                window = p.leaf_window(view, leaf, row.q0, tile.k0)
+                window = p.leaf_window(operand, leaf, row.q0, tile.k0)
                 tangents.append(as_tile(x_dot.cut(window), leaf).astype(x.dtype))
             elif jnp.issubdtype(x.dtype, jnp.inexact):
                 tangents.append(jnp.zeros_like(x))
@@ -141,8 +141,8 @@ def tangent(static: Static, *arrays: Any) -> tuple[Any, ...]:
         keys = tile.k0, p.grid.block_k
         s0 = product(tile.q, tile.k, 1, 1)
         ds0 = product(zero_rows(tile.visible and tile.visible.queries, dq), tile.k, 1, 1)
-        if view := dot(p, index.key):
-            dk = zero_rows(tile.visible and tile.visible.keys, p.rows(view, *keys))
+        if operand := dot(p, index.key):
+            dk = zero_rows(tile.visible and tile.visible.keys, p.rows(operand, *keys))
             ds0 = ds0 + product(tile.q, dk, 1, 1)
         s, ds = jax.jvp(tile.apply, (s0, tile.scores), (ds0, dscores(p, row, tile)))
         prob = _probabilities(s, lse)
@@ -151,16 +151,16 @@ def tangent(static: Static, *arrays: Any) -> tuple[Any, ...]:
             (lambda x: x) if tile.dropout_factor is None else (lambda x: x * tile.dropout_factor)
         )
         weighted = weighted + product(dropped(pds), p.unmasked_values(tile, s), 1, 0)
-        if view := dot(p, index.value):
-            dv = zero_rows(tile.visible and tile.visible.keys, p.rows(view, *keys))
+        if operand := dot(p, index.value):
+            dv = zero_rows(tile.visible and tile.visible.keys, p.rows(operand, *keys))
             weighted = weighted + product(dropped(prob), dv, 1, 0)
         return (dq, lse, dlse + pds.sum(-1), weighted), buffers
 
     def finish(p: OneHead, row: QueryBlock, state: Any, buffers: Any) -> Any:
         _, lse, dlse, weighted = state
         out = p.rows(p.rest[0], row.q0, p.grid.block_q)
-        if (view := dot(p, index.sink)) and p.sink is not None:
-            dlse = dlse + _probabilities(p.sink, lse)[:, 0] * view.cut({}).astype(p.dtype)
+        if (operand := dot(p, index.sink)) and p.sink is not None:
+            dlse = dlse + _probabilities(p.sink, lse)[:, 0] * operand.cut({}).astype(p.dtype)
         return _write(p, row, buffers, (weighted - dlse[:, None] * out, dlse))
 
     buffers = zeros(static, result_cores(static, arrays))
@@ -186,12 +186,12 @@ def backward(static: Static, *arrays: Any) -> tuple[Any, ...]:
         if which not in wrt:
             return buffers
         at = wrt.index(which)
-        view = MappedArray(buffers[at], static.out_dims[at], p.head_index)
+        result = MappedArray(buffers[at], static.out_dims[at], p.head_index)
         x = x.astype(buffers[at].dtype)
-        return [*buffers[:at], view.add(x, window), *buffers[at + 1 :]]
+        return [*buffers[:at], result.add(x, window), *buffers[at + 1 :]]
 
     def start(p: OneHead, row: QueryBlock) -> Any:
-        out, _, log_l, do, dlse = (p.rows(view, row.q0, p.grid.block_q) for view in p.rest)
+        out, _, log_l, do, dlse = (p.rows(operand, row.q0, p.grid.block_q) for operand in p.rest)
         # The output of a fully masked row is constant, so even a NaN cotangent must have no effect.
         dlse = jnp.where(log_l == -jnp.inf, jnp.zeros_like(dlse), dlse)
         delta = jnp.where(out == 0, jnp.zeros_like(out), do * out).sum(-1)

@@ -162,14 +162,16 @@ class OneHead:
     ) -> None:
         self.static, self.config, self.head_index = static, static.config, head_index
         n = static.structure.num_leaves
-        views = [MappedArray(x, d, head_index) for x, d in zip(arrays, static.in_dims, strict=True)]
-        self.views, self.rest = views[:n], views[n:]
-        head, schedule = primitive.as_head(jax.tree.unflatten(static.structure, self.views))
+        operands = [
+            MappedArray(x, d, head_index) for x, d in zip(arrays, static.in_dims, strict=True)
+        ]
+        self.operands, self.rest = operands[:n], operands[n:]
+        head, schedule = primitive.as_head(jax.tree.unflatten(static.structure, self.operands))
         self.head: Any  # a Head of MappedArrays
         self.head, self.schedule = head, schedule
         self.dtype = accumulation_dtype(arrays[0].dtype)
         (T, self.H), (S, _), (_, self.D) = (
-            primitive.core_shape(v.array.shape, v.dims) for v in views[:3]
+            primitive.core_shape(v.array.shape, v.dims) for v in operands[:3]
         )
         self.grid = Grid(T, S, self.config.block_q, self.config.block_k)
         scalar = lambda v: v.cut({})  # noqa: E731
@@ -183,13 +185,13 @@ class OneHead:
         self.dropout_leaves, self.dropout_structure = jax.tree.flatten(head.dropout)
         self.dropout_axes = leaves(head.dropout)
 
-    def core(self, view: MappedArray) -> tuple[int, ...]:
+    def core(self, operand: MappedArray) -> tuple[int, ...]:
         """The shape of one head of one example."""
-        return primitive.core_shape(view.array.shape, view.dims)
+        return primitive.core_shape(operand.array.shape, operand.dims)
 
-    def rows(self, view: MappedArray, start: Any, size: int) -> jax.Array:
+    def rows(self, operand: MappedArray, start: Any, size: int) -> jax.Array:
         """Rows ``start`` to ``start + size``, in the accumulation dtype."""
-        return view.cut({0: (start, size)}).astype(self.dtype)
+        return operand.cut({0: (start, size)}).astype(self.dtype)
 
     def row(self, i: Any) -> QueryBlock:
         """Block ``i`` of queries."""
@@ -205,10 +207,10 @@ class OneHead:
         k0 = jnp.minimum(j * s, self.grid.S - s)  # shifted back likewise
         k, v = self.rows(self.head.key, k0, s), self.rows(self.head.value, k0, s)
 
-        def local(views: list[MappedArray], axes: list[Leaf]) -> list[Any]:
+        def local(operands: list[MappedArray], axes: list[Leaf]) -> list[Any]:
             return [
                 as_tile(x.cut(self.leaf_window(x, leaf, row.q0, k0)), leaf)
-                for x, leaf in zip(views, axes, strict=True)
+                for x, leaf in zip(operands, axes, strict=True)
             ]
 
         arrays = local(self.score_leaves, self.score_axes)
@@ -242,10 +244,10 @@ class OneHead:
 
         return Tile(q, raw_q, k, v, k0, visible, kept, arrays, apply)
 
-    def leaf_window(self, view: MappedArray, leaf: Leaf, q0: Any, k0: Any) -> dict[int, Any]:
+    def leaf_window(self, operand: MappedArray, leaf: Leaf, q0: Any, k0: Any) -> dict[int, Any]:
         """The window of a mask's or score's array for the tile at ``(q0, k0)``."""
         windows = {"T": (q0, self.grid.block_q), "S": (k0, self.grid.block_k)}
-        shape = self.core(view)
+        shape = self.core(operand)
         return {
             d: windows[a]
             for d, a in enumerate(local_axes(leaf))

@@ -193,9 +193,9 @@ def columns(heads: Heads, j: Any, dk: MappedRef | None, dv: MappedRef | None) ->
 
     start = tuple(jnp.zeros((s, padded(width)), jnp.float32) for width in (first.H, first.D))
     sum_k, sum_v = heads.fold(of_head, start)
-    for view, x in ((dk, sum_k), (dv, sum_v)):
-        if view is not None:
-            first.put(view, x, k0, s)
+    for out, x in ((dk, sum_k), (dv, sum_v)):
+        if out is not None:
+            first.put(out, x, k0, s)
 
 
 def pairs(heads: Heads, i: Any, j: Any, leaf: int, out: MappedRef, *, number: bool) -> None:

@@ -97,14 +97,14 @@ def launch(
             at = outer_indices | dict(zip(inner, unravel(g, inner_sizes), strict=True))
             return tuple(at[level] for level in range(len(static.levels)))
 
-        views = [
+        outs = [
             MappedRef(ref, result.dims, head_index(np.int32(0)))
             for ref, result in zip(refs[len(arrays) :], results, strict=True)
         ]
         heads = Heads(
             math.prod(inner_sizes), lambda g: Refs(static, refs[: len(arrays)], head_index(g))
         )
-        kernel(heads, block, *views)
+        kernel(heads, block, *outs)
 
     shapes = [
         jax.ShapeDtypeStruct(primitive.mapped_shape(r.core, r.dims, static.levels), r.dtype)
@@ -128,8 +128,8 @@ def forward(static: Static, *arrays: Any) -> tuple[Any, ...]:
     results = [Result(*core, dims) for core, dims in zip(cores, static.out_dims, strict=True)]
     count = -(-cores[0][0][0] // tiles.block_q)
 
-    def kernel(heads: Heads, i: Any, *views: MappedRef) -> None:
-        kernels.forward(heads.first, i, *views)
+    def kernel(heads: Heads, i: Any, *outs: MappedRef) -> None:
+        kernels.forward(heads.first, i, *outs)
 
     return tuple(launch(static, arrays, results, kernel, count, tiles))
 
@@ -165,11 +165,11 @@ def _rows(
             core = primitive.core_shape(arrays[i].shape, static.in_dims[i])
         results.append(Result(core, jnp.float32, levels))
 
-    def kernel(heads: Heads, i: Any, *views: MappedRef) -> None:
-        given = dict(zip(wanted, views[1:], strict=True))
+    def kernel(heads: Heads, i: Any, *outs: MappedRef) -> None:
+        given = dict(zip(wanted, outs[1:], strict=True))
         dq, dscale = given.get(index.query), given.get(index.scale)
         dsink = None if index.sink is None else given.get(index.sink)
-        kernels.rows(heads.first, i, views[0], dq, dscale, dsink)
+        kernels.rows(heads.first, i, outs[0], dq, dscale, dsink)
 
     shift, *outs = launch(static, arrays, results, kernel, count, tiles)
     found = {}
@@ -203,8 +203,8 @@ def _columns(
             Result(core, arrays[i].dtype, dims[i]) for i, core in zip(wanted, cores, strict=True)
         ]
 
-        def kernel(heads: Heads, j: Any, *views: MappedRef, wanted: list[int] = wanted) -> None:
-            given = dict(zip(wanted, views, strict=True))
+        def kernel(heads: Heads, j: Any, *outs: MappedRef, wanted: list[int] = wanted) -> None:
+            given = dict(zip(wanted, outs, strict=True))
             kernels.columns(heads, j, given.get(index.key), given.get(index.value))
 
         count = -(-cores[0][0] // tiles.block_k)
@@ -239,11 +239,11 @@ def _has_pairs(
     head, _ = primitive.as_head(
         jax.tree.unflatten(static.structure, arrays[: static.structure.num_leaves])
     )
-    i, about = index.score[leaf], leaves(head.score)[leaf]
+    i, declared = index.score[leaf], leaves(head.score)[leaf]
     core = primitive.core_shape(arrays[i].shape, static.in_dims[i])
     if core == ():
         return True
-    return core == _lengths(static, arrays, index) and local_axes(about) == ("T", "S")
+    return core == _lengths(static, arrays, index) and local_axes(declared) == ("T", "S")
 
 
 def _pairs(

@@ -141,11 +141,11 @@ class Refs:
 
     def __init__(self, static: primitive.Static, refs: tuple[Any, ...], head_index: Any) -> None:
         count = static.structure.num_leaves
-        views = [MappedRef(r, d, head_index) for r, d in zip(refs, static.in_dims, strict=True)]
-        self.config, self.rest = static.config, views[count:]
+        operands = [MappedRef(r, d, head_index) for r, d in zip(refs, static.in_dims, strict=True)]
+        self.config, self.rest = static.config, operands[count:]
         self.head: Any  # a Head of MappedRefs
         self.head, self.schedules = primitive.as_head(
-            jax.tree.unflatten(static.structure, views[:count])
+            jax.tree.unflatten(static.structure, operands[:count])
         )
         head = self.head
         (self.T, self.H), (self.S, self.D) = head.query.core, head.value.core
@@ -154,13 +154,15 @@ class Refs:
         self.sink = None if head.sink is None else head.sink.entry().astype(jnp.float32)
         self.scores_mask = any(score.MASKING.adds for score in head.score)
 
-    def rows(self, view: MappedRef, start: Any, size: int, *, inside: bool = False) -> jax.Array:
+    def rows(self, operand: MappedRef, start: Any, size: int, *, inside: bool = False) -> jax.Array:
         """Loads rows of query, key, value or output: ``[size]``, or ``[size, padded(width)]``."""
-        return view.load((start, size), *((0, padded(n)) for n in view.core[1:]), inside=inside)
+        return operand.load(
+            (start, size), *((0, padded(n)) for n in operand.core[1:]), inside=inside
+        )
 
-    def put(self, view: MappedRef, x: jax.Array, start: Any, size: int) -> None:
+    def put(self, operand: MappedRef, x: jax.Array, start: Any, size: int) -> None:
         """Stores rows, see ``rows``."""
-        view.store(x, (start, size), *((0, padded(n)) for n in view.core[1:]))
+        operand.store(x, (start, size), *((0, padded(n)) for n in operand.core[1:]))
 
     def _local(
         self, value: Any, shape: tuple[int, int], q0: Any, k0: Any, look_ups: LookUps | None = None
@@ -168,15 +170,15 @@ class Refs:
         """A mask or scores with their arrays cut to a tile, in the shapes that rules expect."""
         windows = {"T": (q0, shape[0]), "S": (k0, shape[1])}
 
-        def local(view: MappedRef, leaf: Leaf) -> Any:
+        def local(operand: MappedRef, leaf: Leaf) -> Any:
             axes = local_axes(leaf)
-            if not view.core:
-                return view.entry()
+            if not operand.core:
+                return operand.entry()
             if not axes or not set(axes) <= windows.keys():  # a table that rules index
-                entry = view.entry if look_ups is None else look_ups.recorded(view.entry)
-                return Lookup(entry, view.core, view.ref.dtype)
-            x = view.load(
-                *(windows[a] if n > 1 else (0, 1) for a, n in zip(axes, view.core, strict=True))
+                entry = operand.entry if look_ups is None else look_ups.recorded(operand.entry)
+                return Lookup(entry, operand.core, operand.ref.dtype)
+            x = operand.load(
+                *(windows[a] if n > 1 else (0, 1) for a, n in zip(axes, operand.core, strict=True))
             )
             if axes == ("T",):
                 return x[:, None]
