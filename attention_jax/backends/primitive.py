@@ -27,11 +27,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.core import ShapedArray
+from jax.tree_util import PyTreeDef
+from jax.typing import DTypeLike
 
 from attention_jax.backends.call import Head
 from attention_jax.backends.mapped_axes import Dims as Dims
@@ -39,7 +42,7 @@ from attention_jax.backends.mapped_axes import Static as Static
 from attention_jax.backends.mapped_axes import core_shape as core_shape
 from attention_jax.backends.mapped_axes import mapped_shape as mapped_shape
 from attention_jax.backends.partition import over_devices
-from attention_jax.core.axes import LSE_NAME, OUT_NAME, Shape, accumulation_dtype
+from attention_jax.core.axes import LSE_NAME, OUT_NAME, AnyArray, Shape, accumulation_dtype
 from attention_jax.core.closures import varying_together
 from attention_jax.core.compat import (
     Primitive,
@@ -56,20 +59,26 @@ from attention_jax.core.compat import (
 
 RESULTS = 3  # out, m and log_l
 
+A = TypeVar("A")
+# The mesh axes that one axis of an array is sharded over.
+MeshAxes: TypeAlias = str | tuple[str, ...] | None
+
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
     """The functions that the primitives run, from ``(static, *arrays)`` to a tuple of arrays."""
 
-    forward: Callable[..., Any]
-    tangent: Callable[..., Any]
-    backward: Callable[..., Any]
-    plain: Callable[..., Any]  # head -> out, m, log_l: materialized
+    forward: Callable[..., tuple[jax.Array, ...]]
+    tangent: Callable[..., tuple[jax.Array, ...]]
+    backward: Callable[..., tuple[jax.Array, ...]]
+    plain: Callable[[Head], tuple[jax.Array, jax.Array, jax.Array]]  # out, m, log_l: materialized
 
 
-def mesh_axes(static: Static, avals: Sequence[Any], rank: int, dims: Dims) -> tuple[Any, ...]:
+def mesh_axes(
+    static: Static, avals: Sequence[ShapedArray], rank: int, dims: Dims
+) -> tuple[MeshAxes, ...]:
     """The explicit mesh axes of a result, whose mapped axes are sharded like those of operands."""
-    axes: list[Any] = [None] * rank
+    axes: list[MeshAxes] = [None] * rank
     for level, axis in enumerate(dims):
         if axis is not None:
             there = (
@@ -161,20 +170,24 @@ def make(name: str, kernel: Kernel, elsewhere: Kernel | None = None) -> HeadAtte
 
 # --- Operands: a head and a schedule as a flat list of arrays.
 
+# The differentiable ones, query, key, value, scores, sink and scale; then mask, dropout, b, n and
+# the schedule, which is the kernel's own. Leaves are arrays or whatever stands for them.
+Operands: TypeAlias = tuple[tuple[Any, ...], tuple[Any, ...]]
 
-def operands(head: Head, schedule: Any) -> Any:
-    """A pytree whose differentiable leaves come first."""
+
+def operands(head: Head, schedule: Any) -> Operands:
+    """A head and a schedule as a pytree whose differentiable leaves come first."""
     query, key, value, mask, score, sink, scale, dropout, b, n = head
     return (query, key, value, score, sink, scale), (mask, dropout, b, n, schedule)
 
 
-def as_head(tree: Any) -> tuple[Head, Any]:
+def as_head(tree: Operands) -> tuple[Head, Any]:
     """The inverse of ``operands``."""
     (query, key, value, score, sink, scale), (mask, dropout, b, n, schedule) = tree
     return Head(query, key, value, mask, score, sink, scale, dropout, b, n), schedule
 
 
-def num_differentiable(structure: Any) -> int:
+def num_differentiable(structure: PyTreeDef) -> int:
     """The number of leaves that can have tangents, which come first: query, ..., sink, scale."""
     differentiable, _ = jax.tree.unflatten(structure, range(structure.num_leaves))
     return len(jax.tree.leaves(differentiable))
@@ -185,9 +198,9 @@ def num_differentiable(structure: Any) -> int:
 
 def _register(
     primitive: Primitive,
-    run: Callable[..., Any],
-    elsewhere: Callable[..., Any],
-    shapes: Callable[..., Any],
+    run: Callable[..., Sequence[jax.Array]],
+    elsewhere: Callable[..., Sequence[jax.Array]],
+    shapes: Callable[[Static, Sequence[ShapedArray]], list[ShapedArray]],
 ) -> None:
     """Registers the implementation, shapes and lowering of a primitive."""
     primitive.multiple_results = True
@@ -198,7 +211,7 @@ def _register(
         mlir.register_lowering(primitive, _lowering(run, elsewhere), platform="cpu")
 
 
-def _results(static: Static, avals: Sequence[Any]) -> list[Any]:
+def _results(static: Static, avals: Sequence[ShapedArray]) -> list[ShapedArray]:
     """Shape and dtype of out, (m,) log_l: at least float32, which the caller casts."""
     query, _, value = (
         core_shape(x.shape, d) for x, d in zip(avals[:3], static.in_dims, strict=False)
@@ -211,7 +224,7 @@ def _results(static: Static, avals: Sequence[Any]) -> list[Any]:
     ]
 
 
-def _cotangents(static: Static, avals: Sequence[Any]) -> list[Any]:
+def _cotangents(static: Static, avals: Sequence[ShapedArray]) -> list[ShapedArray]:
     """Shape and dtype of the operands' cotangents."""
     return [
         _result(static, avals, core_shape(avals[i].shape, static.in_dims[i]), dims, avals[i].dtype)
@@ -219,7 +232,9 @@ def _cotangents(static: Static, avals: Sequence[Any]) -> list[Any]:
     ]
 
 
-def _result(static: Static, avals: Sequence[Any], core: Shape, dims: Dims, dtype: Any) -> Any:
+def _result(
+    static: Static, avals: Sequence[ShapedArray], core: Shape, dims: Dims, dtype: DTypeLike
+) -> ShapedArray:
     shape = mapped_shape(core, dims, static.levels)
     return like(avals[0], shape, dtype, mesh_axes(static, avals, len(shape), dims))
 
@@ -236,7 +251,7 @@ def _lowering(run: Callable[..., Any], elsewhere: Callable[..., Any]) -> Callabl
             with no_axes():
                 return list(fn(*arrays))
 
-        plain = [jax.core.ShapedArray(aval.shape, aval.dtype) for aval in ctx.avals_in]
+        plain = [ShapedArray(aval.shape, aval.dtype) for aval in ctx.avals_in]
         rule = mlir.lower_fun(without_axes, multiple_results=True)
         return rule(ctx.replace(avals_in=plain), *args)
 
@@ -254,7 +269,9 @@ def _lowering(run: Callable[..., Any], elsewhere: Callable[..., Any]) -> Callabl
     return rule
 
 
-def _all_heads(run: Callable[..., Any], static: Static, arrays: Sequence[Any]) -> Any:
+def _all_heads(
+    run: Callable[..., Sequence[jax.Array]], static: Static, arrays: Sequence[jax.Array]
+) -> tuple[jax.Array, ...]:
     """A kernel under ``vmap`` over all heads and examples, partitioned by XLA.
 
     For programs in which ``custom_partitioning`` cannot be used: it does not compile for TPUs
@@ -262,7 +279,7 @@ def _all_heads(run: Callable[..., Any], static: Static, arrays: Sequence[Any]) -
     callback of this process.
     """
 
-    def one_head(static: Static, *xs: Any) -> Any:
+    def one_head(static: Static, *xs: jax.Array) -> Sequence[jax.Array]:
         none = dataclasses.replace(
             static,
             levels=(),
@@ -276,8 +293,12 @@ def _all_heads(run: Callable[..., Any], static: Static, arrays: Sequence[Any]) -
 
 # --- Derivatives.
 
+Tangent: TypeAlias = AnyArray | ad.Zero
 
-def _forward_jvp(p: Primitives, primals: Any, tangents: Any, *, static: Static) -> Any:
+
+def _forward_jvp(
+    p: Primitives, primals: Sequence[AnyArray], tangents: Sequence[Tangent], *, static: Static
+) -> tuple[tuple[jax.Array, ...], tuple[Tangent, ...]]:
     """The jvp of forward: the primitive tangent."""
     out, m, log_l = p.forward.bind(*primals, static=static)
     # Residuals of the backward pass, named for policies of `jax.checkpoint`.
@@ -310,7 +331,7 @@ def _tangent_transpose(p: Primitives, cotangents: Any, *args: Any, static: Stati
     return [None] * n + list(p.backward.bind(*args[:n], *cotangents, static=static))
 
 
-def _varying(primals: Any, tangents: Any) -> tuple[int, ...]:
+def _varying(primals: Sequence[AnyArray], tangents: Sequence[Tangent]) -> tuple[int, ...]:
     """The indices of the operands that have a tangent."""
     return tuple(
         i
@@ -319,7 +340,7 @@ def _varying(primals: Any, tangents: Any) -> tuple[int, ...]:
     )
 
 
-def _zero(x: Any) -> Any:
+def _zero(x: AnyArray) -> ad.Zero:
     return ad.Zero(jax.typeof(x).to_tangent_aval())
 
 
@@ -328,40 +349,42 @@ def _zero(x: Any) -> Any:
 
 def _higher_jvp(
     primitive: Primitive,
-    plain: Callable[..., Any],
-    primals: Any,
-    tangents: Any,
+    plain: Callable[..., tuple[jax.Array, ...]],
+    primals: Sequence[AnyArray],
+    tangents: Sequence[Tangent],
     *,
     static: Static,
-) -> Any:
+) -> tuple[Sequence[jax.Array], Sequence[Tangent]]:
     """The jvp of tangent or backward, computed from its materialized formula."""
     wrt = _varying(primals, tangents)
 
-    def formula(*varying: Any) -> Any:
+    def formula(*varying: AnyArray) -> tuple[jax.Array, ...]:
         return _vmapped(plain, static)(*_replaced(primals, wrt, varying))
 
     _, dots = jax.jvp(formula, tuple(primals[i] for i in wrt), tuple(tangents[i] for i in wrt))
     return primitive.bind(*primals, static=static), dots
 
 
-def _plain_tangent(kernel: Kernel, static: Static, *arrays: Any) -> Any:
+def _plain_tangent(kernel: Kernel, static: Static, *arrays: AnyArray) -> tuple[jax.Array, ...]:
     """The materialized formula of tangent, for one head."""
     xs, tangents = _split(static, arrays)
     varying = tuple(xs[i] for i in static.wrt)
     return jax.jvp(_plain(kernel, static, xs), varying, tuple(tangents))[1]
 
 
-def _plain_backward(kernel: Kernel, static: Static, *arrays: Any) -> Any:
+def _plain_backward(kernel: Kernel, static: Static, *arrays: AnyArray) -> tuple[jax.Array, ...]:
     """The materialized formula of backward, for one head."""
     xs, cotangents = _split(static, arrays)
     _, vjp = jax.vjp(_plain(kernel, static, xs), *(xs[i] for i in static.wrt))
     return vjp(tuple(cotangents))
 
 
-def _plain(kernel: Kernel, static: Static, arrays: Sequence[Any]) -> Callable[..., Any]:
+def _plain(
+    kernel: Kernel, static: Static, arrays: Sequence[AnyArray]
+) -> Callable[..., tuple[jax.Array, jax.Array]]:
     """out and log_l as a function of the operands that vary."""
 
-    def formula(*varying: Any) -> Any:
+    def formula(*varying: AnyArray) -> tuple[jax.Array, jax.Array]:
         new = _replaced(arrays, static.wrt, varying)
         head, _ = as_head(jax.tree.unflatten(static.structure, new))
         out, m, log_l = kernel.plain(head)
@@ -370,13 +393,13 @@ def _plain(kernel: Kernel, static: Static, arrays: Sequence[Any]) -> Callable[..
     return formula
 
 
-def _split(static: Static, arrays: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+def _split(static: Static, arrays: Sequence[A]) -> tuple[list[A], list[A]]:
     """The operands and the tangents or cotangents, without the results between them."""
     n = static.structure.num_leaves
     return list(arrays[:n]), list(arrays[n + RESULTS :])
 
 
-def _replaced(arrays: Sequence[Any], where: Sequence[int], new: Sequence[Any]) -> list[Any]:
+def _replaced(arrays: Sequence[A], where: Sequence[int], new: Sequence[A]) -> list[A]:
     arrays = list(arrays)
     for i, x in zip(where, new, strict=True):
         arrays[i] = x
@@ -385,8 +408,11 @@ def _replaced(arrays: Sequence[Any], where: Sequence[int], new: Sequence[Any]) -
 
 # --- vmap: records the mapped axes.
 
+Arrays: TypeAlias = Sequence[AnyArray]
+Batched: TypeAlias = tuple[Sequence[jax.Array], list[int]]  # results, and the new axis of each
 
-def _batch_results(primitive: Primitive, args: Any, dims: Any, *, static: Static) -> Any:
+
+def _batch_results(primitive: Primitive, args: Arrays, dims: Dims, *, static: Static) -> Batched:
     """Batches forward or tangent; the new axis of a result is that of the query."""
     axis = dims[0] if dims[0] is not None else 0
     # m and log_l have one axis less than the query.
@@ -395,13 +421,15 @@ def _batch_results(primitive: Primitive, args: Any, dims: Any, *, static: Static
     return _batch(primitive, args, dims, axes, static)
 
 
-def _batch_cotangents(primitive: Primitive, args: Any, dims: Any, *, static: Static) -> Any:
+def _batch_cotangents(primitive: Primitive, args: Arrays, dims: Dims, *, static: Static) -> Batched:
     """Batches backward; the new axis of a cotangent is that of its operand."""
-    axes = [dims[i] if dims[i] is not None else 0 for i in static.wrt]
+    axes = [dims[i] or 0 for i in static.wrt]
     return _batch(primitive, args, dims, axes, static)
 
 
-def _batch(primitive: Primitive, args: Any, dims: Any, axes: list[int], static: Static) -> Any:
+def _batch(
+    primitive: Primitive, args: Arrays, dims: Dims, axes: list[int], static: Static
+) -> Batched:
     """Records a new mapped axis: ``dims`` of the operands and ``axes`` of the results."""
     size = next(x.shape[d] for x, d in zip(args, dims, strict=True) if d is not None)
     static = dataclasses.replace(
@@ -420,11 +448,13 @@ def _insert(new: int | None, old: Dims) -> Dims:
     return (new, *(d + 1 if d is not None and d >= new else d for d in old))
 
 
-def _vmapped(fn: Callable[..., Any], static: Static) -> Callable[..., Any]:
+def _vmapped(
+    fn: Callable[..., Sequence[jax.Array]], static: Static
+) -> Callable[..., tuple[jax.Array, ...]]:
     """``fn(static, *arrays)`` of one head, mapped over all levels by ``jax.vmap``."""
 
-    def run(*arrays: Any) -> tuple[Any, ...]:
-        mapped: Callable[..., Any] = lambda *xs: tuple(fn(static, *xs))  # noqa: E731
+    def run(*arrays: AnyArray) -> tuple[jax.Array, ...]:
+        mapped: Callable[..., tuple[jax.Array, ...]] = lambda *xs: tuple(fn(static, *xs))  # noqa: E731
         dims = static.in_dims
         in_axes = []
         for _ in static.levels:

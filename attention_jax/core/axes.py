@@ -23,15 +23,18 @@ import dataclasses
 import inspect
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Int
 
 AnyArray: TypeAlias = Array | np.ndarray
+# An index of a query, a key or a block: static, or known at run time.
+Index: TypeAlias = int | np.integer[Any] | Array
 
 # Names of results, for policies of jax.checkpoint.
 OUT_NAME, LSE_NAME = "attention_out", "attention_lse"
@@ -45,6 +48,16 @@ Key = Float[AnyArray, "*B S K H"]
 Value = Float[AnyArray, "*B S K D"]
 Output = Float[Array, "*B T N D"]
 Normalizer = Float[Array, "*B T N"]
+
+
+@runtime_checkable
+class HasDtype(Protocol):
+    """An array, its abstract value or a ``jax.ShapeDtypeStruct``."""
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of the entries."""
+
 
 # An int, or one int per example.
 PerExample = int | Int[AnyArray, "*B"]
@@ -72,7 +85,7 @@ class Sizes:
         """Query heads."""
         return self.K * self.G
 
-    def of_letters(self) -> dict[str, Any]:
+    def of_letters(self) -> dict[str, Size | Shape]:
         """The sizes by letter, for messages."""
         letters = {a: getattr(self, a) for a in ("T", "S", "N", "K", "H", "D")}
         return {"*B": self.B, **letters}
@@ -137,7 +150,7 @@ def brief_fields(x: Any, names: Sequence[str]) -> str:
     return f"{type(x).__name__}({shown})"
 
 
-def with_sizes(layout: str, sizes: Mapping[str, Any]) -> str:
+def with_sizes(layout: str, sizes: Mapping[str, Size | Shape]) -> str:
     """The letters of some axes, and the sizes of those that are known.
 
     >>> from attention_jax.core.axes import with_sizes
@@ -215,7 +228,7 @@ def check_query_key_value(query: Any, key: Any, value: Any) -> Sizes:
     return Sizes(B=tuple(B), T=T, S=S, K=K, G=N // K, H=H, D=D)
 
 
-def accumulation_dtype(dtype: Any) -> jnp.dtype:
+def accumulation_dtype(dtype: DTypeLike) -> jnp.dtype:
     """The dtype of softmax, lse and sums: at least float32.
 
     >>> import jax.numpy as jnp
@@ -237,7 +250,7 @@ def broadcasts_to(shape: Shape, full: Shape) -> bool:
     return missing >= 0 and all(a in (1, f) for a, f in zip(shape, full[missing:], strict=True))
 
 
-def same_rank(*arrays: Any) -> tuple[Any, ...]:
+def same_rank(*arrays: ArrayLike) -> tuple[jax.Array, ...]:
     """The arrays with leading axes of size 1, so that all have the same rank.
 
     Broadcasting adds these axes too, unless ``jax_numpy_rank_promotion`` forbids it.
@@ -348,7 +361,7 @@ def float_array(name: str, x: Any, ranks: tuple[int, ...] | None = None) -> None
         raise ValueError(f"{name} must have {allowed}, got shape {x.shape}")
 
 
-def per_example(name: str, x: Any, least: int | None = None) -> Any:
+def per_example(name: str, x: Any, least: int | None = None) -> int | AnyArray:
     """``x`` if it is an int or an int array ``[*B]``; a NumPy scalar becomes an int.
 
     Args:
@@ -397,7 +410,7 @@ def check_broadcasts(name: str, x: Any, shape: Shape) -> None:
         raise ValueError(f"{name} must broadcast to [*B T] = {shape}, got {x.shape}")
 
 
-def check_positions(positions: Any, name: str = "positions") -> Any:
+def check_positions(positions: Any, name: str = "positions") -> AnyArray:
     """The argument as an array; raises TypeError unless it holds integers."""
     if not is_array(positions):
         positions = np.asarray(positions)
@@ -413,7 +426,7 @@ def check_position_arrays(query_positions: Any, key_positions: Any) -> None:
     check_one_dtype("query_positions", query_positions, "key_positions", key_positions)
 
 
-def check_one_dtype(name: str, x: Any, other_name: str, other: Any) -> None:
+def check_one_dtype(name: str, x: HasDtype, other_name: str, other: HasDtype) -> None:
     """Raises TypeError unless the two arrays have one dtype."""
     if x.dtype != other.dtype:
         raise TypeError(

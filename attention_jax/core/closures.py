@@ -15,13 +15,14 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike, DTypeLike
 
-from attention_jax.core.axes import Shape, broadcasts_to, same_rank
+from attention_jax.core.axes import AnyArray, HasDtype, Shape, broadcasts_to, same_rank
 from attention_jax.core.compat import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun, run_again, varies
 from attention_jax.core.fingerprint import array_key, fingerprint
 
@@ -29,11 +30,16 @@ CUSTOM_JVP = "custom_jvp_call"
 # Primitives that call another jaxpr.
 CALLS = ("jit", CUSTOM_JVP)
 
+# What a function may close over, or take as an argument.
+ArrayOrScalar: TypeAlias = AnyArray | np.generic
+A = TypeVar("A", bound=ArrayLike)
+V = TypeVar("V")
+
 # The tile for which functions and rules are traced; unequal lengths reveal swapped axes.
 TILE = (16, 32)
 
 
-def tile_arguments(dtypes: Sequence[Any]) -> list[jax.ShapeDtypeStruct]:
+def tile_arguments(dtypes: Sequence[DTypeLike]) -> list[jax.ShapeDtypeStruct]:
     """The arguments ``(s, b, n, q, k)`` of a rule on ``TILE``, or the last of them.
 
     Args:
@@ -68,8 +74,11 @@ class Traced:
 
 
 def hoist(
-    fn: Callable[..., Any], arrays: tuple[Any, ...], dtypes: Sequence[Any], name: str
-) -> tuple[Traced, tuple[Any, ...]]:
+    fn: Callable[..., Any],
+    arrays: tuple[ArrayOrScalar, ...],
+    dtypes: Sequence[DTypeLike],
+    name: str,
+) -> tuple[Traced, tuple[ArrayOrScalar, ...]]:
     """``fn`` and ``arrays``, with the arrays that ``fn`` closes over added to the latter.
 
     Args:
@@ -168,7 +177,7 @@ def conversions_explained(name: str) -> Iterator[None]:
         ) from error
 
 
-def uses_arguments(fn: Callable[..., Any], *arguments: Any) -> bool:
+def uses_arguments(fn: Callable[..., Any], *arguments: ArrayLike) -> bool:
     """Whether the result of a function may depend on its arguments, found by tracing it.
 
     >>> from attention_jax.core.closures import uses_arguments
@@ -180,13 +189,17 @@ def uses_arguments(fn: Callable[..., Any], *arguments: Any) -> bool:
     return any(x is argument for x in used for argument in jaxpr.invars)
 
 
-def _jaxpr(fn: Callable[..., Any], arguments: Sequence[Any]) -> Any:
+def _jaxpr(
+    fn: Callable[..., Any], arguments: Sequence[ArrayLike | jax.ShapeDtypeStruct]
+) -> ClosedJaxpr:
     # A new function each time, because JAX caches traces by function, even if the values that it
     # closes over have changed.
     return jax.make_jaxpr(lambda *args: fn(*args))(*arguments)
 
 
-def _key(fn: Callable[..., Any], traced: ClosedJaxpr, arguments: Sequence[Any]) -> Hashable:
+def _key(
+    fn: Callable[..., Any], traced: ClosedJaxpr, arguments: Sequence[jax.ShapeDtypeStruct]
+) -> Hashable:
     """The fingerprint of a program and, if it has custom derivative rules, that of its gradient.
 
     Each trace creates new functions for such rules, so only their programs can be compared.
@@ -196,8 +209,8 @@ def _key(fn: Callable[..., Any], traced: ClosedJaxpr, arguments: Sequence[Any]) 
         return program
     floating = [i for i, x in enumerate(arguments) if _is_float(x)]
 
-    def gradient(cotangent: Any, *args: Any) -> Any:
-        def of_floats(*floats: Any) -> Any:
+    def gradient(cotangent: jax.Array, *args: jax.Array) -> tuple[jax.Array, ...]:
+        def of_floats(*floats: jax.Array) -> jax.Array:
             given = list(args)
             for i, x in zip(floating, floats, strict=True):
                 given[i] = x
@@ -227,10 +240,12 @@ def _check_arguments(name: str, fn: Callable[..., Any], indices: int, arrays: in
         ) from None
 
 
-def _over_tile(pair: Callable[..., Any], dtypes: Sequence[Any]) -> Callable[..., Any]:
+def _over_tile(
+    pair: Callable[..., ArrayLike], dtypes: Sequence[DTypeLike]
+) -> Callable[..., jax.Array]:
     """Applies a function of one pair to a tile."""
 
-    def run(*args: Any) -> Any:
+    def run(*args: ArrayLike) -> jax.Array:
         indices, arrays = args[: len(dtypes)], args[len(dtypes) :]
         indices = same_rank(*(jnp.asarray(x, d) for x, d in zip(indices, dtypes, strict=True)))
         return jnp.vectorize(lambda *xs: pair(*xs, *arrays))(*indices)
@@ -238,7 +253,7 @@ def _over_tile(pair: Callable[..., Any], dtypes: Sequence[Any]) -> Callable[...,
     return run
 
 
-def _pair(traced: ClosedJaxpr, arrays: tuple[Any, ...]) -> Callable[..., Any]:
+def _pair(traced: ClosedJaxpr, arrays: tuple[ArrayOrScalar, ...]) -> Callable[..., ArrayLike]:
     """The traced program as a function of indices, arrays and the arrays it closes over.
 
     JAX traces rules of ``jax.custom_jvp`` late, with the types of the first trace, which differ
@@ -249,18 +264,18 @@ def _pair(traced: ClosedJaxpr, arrays: tuple[Any, ...]) -> Callable[..., Any]:
     count = len(jaxpr.invars)
     kinds = [_is_float(x.aval) for x in (*jaxpr.invars, *jaxpr.constvars)]
 
-    def pair(*operands: Any) -> Any:
+    def pair(*operands: ArrayLike) -> ArrayLike:
         return _evaluate(jaxpr, operands)[0]
 
     rules = set(_rules(jaxpr))
     if CUSTOM_JVP not in rules or len(rules) > 1 or not _is_float(traced.out_avals[0]):
         return pair
 
-    def split(operands: Sequence[Any]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    def split(operands: Sequence[V]) -> tuple[tuple[V, ...], tuple[V, ...]]:
         both = list(zip(operands, kinds, strict=True))
         return tuple(x for x, kind in both if kind), tuple(x for x, kind in both if not kind)
 
-    def join(floats: Sequence[Any], others: Sequence[Any]) -> list[Any]:
+    def join(floats: Sequence[V], others: Sequence[V]) -> list[V]:
         each = {True: iter(floats), False: iter(others)}
         return [next(each[kind]) for kind in kinds]
 
@@ -294,7 +309,7 @@ def _pair(traced: ClosedJaxpr, arrays: tuple[Any, ...]) -> Callable[..., Any]:
     return run
 
 
-def _is_float(aval: Any) -> bool:
+def _is_float(aval: HasDtype) -> bool:
     return jnp.issubdtype(aval.dtype, jnp.inexact)
 
 
@@ -308,8 +323,8 @@ def _rules(jaxpr: Jaxpr) -> Iterator[str]:
 
 
 def _evaluate(
-    jaxpr: Jaxpr, operands: Sequence[Any], inline: tuple[str, ...] = ("jit",)
-) -> list[Any]:
+    jaxpr: Jaxpr, operands: Sequence[ArrayLike], inline: tuple[str, ...] = ("jit",)
+) -> list[ArrayLike]:
     """Evaluates a program, operation by operation.
 
     ``jaxpr_as_fun`` would run each operation under the mesh of its trace, but inside ``shard_map``
@@ -321,7 +336,7 @@ def _evaluate(
     """
     values = dict(zip((*jaxpr.invars, *jaxpr.constvars), operands, strict=True))
 
-    def read(x: Any) -> Any:
+    def read(x: Any) -> ArrayLike:
         return x.val if isinstance(x, Literal) else values[x]
 
     for e in jaxpr.eqns:
@@ -329,7 +344,7 @@ def _evaluate(
         call = next((name for name in ("jaxpr", "call_jaxpr") if name in params), "")
         program = params.get(call)
 
-        def inner(*xs: Any, program: Any = program) -> list[Any]:
+        def inner(*xs: ArrayLike, program: Any = program) -> list[ArrayLike]:
             return _evaluate(program.jaxpr, (*xs, *program.consts), inline)
 
         if e.primitive.name in inline:
@@ -342,7 +357,7 @@ def _evaluate(
     return [read(x) for x in jaxpr.outvars]
 
 
-def varying_together(arrays: Iterable[Any]) -> list[Any]:
+def varying_together(arrays: Iterable[A]) -> list[A]:
     """``arrays``, each cast to vary along all mesh axes along which some of them vary.
 
     ``shard_map`` tracks in the type of an array the mesh axes along which it varies. Functions of
@@ -358,7 +373,7 @@ def varying_together(arrays: Iterable[Any]) -> list[Any]:
     ]
 
 
-def of_tile(name: str, x: Any, shape: Shape, dtype: Any) -> Any:
+def of_tile(name: str, x: Any, shape: Shape, dtype: DTypeLike) -> AnyArray:
     """The result of a function, broadcast and cast to the shape and dtype of a tile.
 
     Raises:

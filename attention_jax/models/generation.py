@@ -9,17 +9,21 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Generator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
 
+from attention_jax.cache import KVCache
 from attention_jax.core.axes import brief_fields, int_at_least, is_array, kind
 from attention_jax.models import prompts
 from attention_jax.models.decoder import Decoder, first_tokens
 from attention_jax.models.encoder_decoder import EncoderDecoder, Memory
 from attention_jax.models.sampling import Choice, Processor, Sampling, as_choice
+
+Caches: TypeAlias = tuple[KVCache, ...]
 
 
 class Generated(NamedTuple):
@@ -33,10 +37,10 @@ class Generated(NamedTuple):
       caches: with all tokens except the last one, to resume from.
     """
 
-    tokens: Any
-    count: Any
-    log_probability: Any
-    caches: Any
+    tokens: Int[Array, "B new"]
+    count: Any  # int32 [B]; a narrower type would clash with tuple.count
+    log_probability: Float[Array, " B"]
+    caches: Caches
 
     def __repr__(self) -> str:
         return brief_fields(self, self._fields)
@@ -54,13 +58,10 @@ class _Settings(NamedTuple):
 class _Loop(NamedTuple):
     """The carry of the loop."""
 
-    step: Any
-    token: Any
-    """The last token of each row, ``[B]``."""
-    so_far: Any
-    """Prompts and generated tokens, ``[B T + new]``; -1 elsewhere."""
-    done: Any
-    """bool ``[B]``."""
+    step: Int[Array, ""]
+    token: Int[Array, " B"]  # the last one of each row
+    so_far: Int[Array, "B T+new"]  # prompts and generated tokens; -1 elsewhere
+    done: Bool[Array, " B"]
     result: Generated
 
 
@@ -191,7 +192,11 @@ def _prepare(
     source_real: Any = None,
     capacity: int | None = None,
     caches: Any = None,
-) -> tuple[Any, Any, Any]:
+) -> tuple[
+    tuple[nnx.GraphDef[Any], _Settings, nnx.State[Any, Any]],
+    tuple[jax.Array, jax.Array, Memory | None, jax.Array | None],
+    Caches,
+]:
     """Checks the arguments of ``generate``; returns those of ``_run``.
 
     They come in three groups: graph, settings and state; what the loop reads; caches.
@@ -239,14 +244,14 @@ def _row_keys(key: Any, rows: int) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnames=("caches",))
 def _run(
-    graph: Any,
+    graph: nnx.GraphDef[Any],
     settings: _Settings,
-    state: Any,
+    state: nnx.State[Any, Any],
     prompt: jax.Array,
     count: jax.Array,
     memory: Memory | None,
-    keys: Any,
-    caches: Any,
+    keys: jax.Array | None,
+    caches: Caches,
 ) -> Generated:
     """The whole loop, compiled."""
     model = _eval_model(graph, state)
@@ -260,7 +265,9 @@ def _run(
 
 
 def _steps(
-    fixed: Any, start: tuple[Any, ...], caches: Any
+    fixed: tuple[nnx.GraphDef[Any], _Settings, nnx.State[Any, Any]],
+    start: tuple[jax.Array, jax.Array, Memory | None, jax.Array | None],
+    caches: Caches,
 ) -> Generator[jax.Array, None, Generated]:
     """The loop on the host, with compiled steps."""
     graph, settings, state = fixed
@@ -277,46 +284,52 @@ def _steps(
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnames=("caches",))
 def _first_step(
-    graph: Any,
+    graph: nnx.GraphDef[Any],
     settings: _Settings,
-    state: Any,
+    state: nnx.State[Any, Any],
     prompt: jax.Array,
     count: jax.Array,
     memory: Memory | None,
-    keys: Any,
-    caches: Any,
-) -> tuple[_Loop, Any]:
+    keys: jax.Array | None,
+    caches: Caches,
+) -> tuple[_Loop, Caches]:
     model = _eval_model(graph, state)
     return _split_caches(_begin(model, settings, prompt, count, memory, keys, caches))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnames=("caches",))
 def _next_step(
-    graph: Any, settings: _Settings, state: Any, memory: Any, keys: Any, loop: _Loop, caches: Any
-) -> tuple[_Loop, Any]:
+    graph: nnx.GraphDef[Any],
+    settings: _Settings,
+    state: nnx.State[Any, Any],
+    memory: Memory | None,
+    keys: jax.Array | None,
+    loop: _Loop,
+    caches: Caches,
+) -> tuple[_Loop, Caches]:
     loop = loop._replace(result=loop.result._replace(caches=caches))
     return _split_caches(_step(_eval_model(graph, state), settings, memory, keys, loop))
 
 
-def _split_caches(loop: _Loop) -> tuple[_Loop, Any]:
+def _split_caches(loop: _Loop) -> tuple[_Loop, Caches]:
     """Loop and caches, of which only the caches are donated: yielded tokens must stay valid."""
-    return loop._replace(result=loop.result._replace(caches=None)), loop.result.caches
+    return loop._replace(result=loop.result._replace(caches=())), loop.result.caches
 
 
-def _eval_model(graph: Any, state: Any) -> Any:
+def _eval_model(graph: nnx.GraphDef[Any], state: nnx.State[Any, Any]) -> Any:
     model = nnx.merge(graph, state)
     model.eval()
     return model
 
 
 def _begin(
-    model: Any,
+    model: Decoder | EncoderDecoder,
     settings: _Settings,
     prompt: jax.Array,
     count: jax.Array,
     memory: Memory | None,
-    keys: Any,
-    caches: Any,
+    keys: jax.Array | None,
+    caches: Caches,
 ) -> _Loop:
     """Reads the prompt and chooses the first token."""
     B, new = prompt.shape[0], settings.max_new_tokens
@@ -333,7 +346,13 @@ def _begin(
     return _choose(settings, keys, start, logits)
 
 
-def _step(model: Any, settings: _Settings, memory: Any, keys: Any, loop: _Loop) -> _Loop:
+def _step(
+    model: Decoder | EncoderDecoder,
+    settings: _Settings,
+    memory: Memory | None,
+    keys: jax.Array | None,
+    loop: _Loop,
+) -> _Loop:
     """One step: the logits after the last token, and the choice of the next one."""
     caches = loop.result.caches
     logits, caches = prompts.next_logits(model, loop.token[:, None], ~loop.done, memory, caches)
@@ -342,7 +361,9 @@ def _step(model: Any, settings: _Settings, memory: Any, keys: Any, loop: _Loop) 
     )
 
 
-def _choose(settings: _Settings, keys: Any, loop: _Loop, logits: jax.Array) -> _Loop:
+def _choose(
+    settings: _Settings, keys: jax.Array | None, loop: _Loop, logits: Float[Array, "B V"]
+) -> _Loop:
     """Chooses a token in every row that has not ended."""
     step, done, result = loop.step, loop.done, loop.result
     at = None if keys is None else jax.vmap(lambda k: jax.random.fold_in(k, step))(keys)

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from attention_jax import cache as caches
 from attention_jax.api import attention as softmax_attention
 from attention_jax.api import attention_weights
-from attention_jax.backends.arguments import as_mask, as_scores, check_flag, check_types
+from attention_jax.backends.arguments import MaskLike, as_mask, as_scores, check_flag, check_types
 from attention_jax.cache import KVCache
 from attention_jax.core.axes import (
     AnyArray,
@@ -54,8 +54,8 @@ class KeysValues(NamedTuple):
       value: ``[*B S K D]``.
     """
 
-    key: Any
-    value: Any
+    key: Float[AnyArray, "*B S K H"]
+    value: Float[AnyArray, "*B S K D"]
 
     def __repr__(self) -> str:
         return brief_fields(self, self._fields)
@@ -232,7 +232,7 @@ class MultiHeadAttention(nnx.Module):
         x: Float[AnyArray, "*B T E"],
         context: Float[AnyArray, "*B S C"] | KeysValues | None = None,
         *,
-        mask: Any = None,
+        mask: MaskLike = None,
         score: Scores = (),
         positions: Any = None,
         cache: KVCache | None = None,
@@ -289,10 +289,14 @@ class MultiHeadAttention(nnx.Module):
         visible, new_cache = _both(self.mask, mask, whole=cache is None), None
         if cache is not None:
             key, value, visible, new_cache = caches.extend(
-                cache, key, value, mask=visible, count=count
+                cache,
+                key,
+                value,
+                mask=visible,  # type: ignore[arg-type]  # a bool array raises an error
+                count=count,
             )
             scores = caches.placed_scores(cache, scores, T, count=count)
-        options = {
+        options: dict[str, Any] = {
             "mask": visible,
             "score": scores,
             "sinks": None if self.sinks is None else self.sinks[...],
@@ -391,7 +395,9 @@ class MultiHeadAttention(nnx.Module):
         if not isinstance(context, KeysValues):
             check_tokens("context", context, "[*B S C]", self.context_features or self.features)
 
-    def _project(self, x: Any, context: Any, *wanted: str) -> list[jax.Array]:
+    def _project(
+        self, x: AnyArray | None, context: AnyArray | None, *wanted: str
+    ) -> list[jax.Array]:
         """Heads ``[*B T N H]`` by name: queries of ``x``, keys and values of ``context``."""
         shapes = {
             "query": (self.num_heads, self.head_dim),
@@ -409,7 +415,9 @@ class MultiHeadAttention(nnx.Module):
                     heads[name] = part.reshape(*part.shape[:-1], *shapes[name])
         return [heads[name] for name in wanted]
 
-    def _normed_and_rotated(self, heads: jax.Array, norm: Any, positions: Any) -> jax.Array:
+    def _normed_and_rotated(
+        self, heads: jax.Array, norm: Callable[..., jax.Array] | None, positions: Any
+    ) -> jax.Array:
         """Queries or keys, normalized and rotated."""
         heads = heads if norm is None else norm(heads)
         return heads if self.rotary is None else self.rotary(heads, positions)
@@ -454,9 +462,9 @@ def _held(value: Any) -> Any:
     return nnx.data(value) if jax.tree.leaves(value) else value
 
 
-def _both(own: Mask | None, mask: Any, *, whole: bool) -> Any:
+def _both(own: Mask | None, mask: MaskLike, *, whole: bool) -> MaskLike:
     """The masks of module and call combined; a bool array is passed on if it is the only one."""
     if own is None or mask is None or not (whole or isinstance(mask, Mask)):
         return own if mask is None else mask
-    given: Any = as_mask(mask)
-    return own & given
+    given = as_mask(mask)
+    return own if given is None else own & given

@@ -109,7 +109,13 @@ def attention_fn(
     # Not `mask != 0`, which promotes the dtype of the mask.
     visible = None if mask is None else _pairs("mask", mask, sizes).astype(bool)
 
-    def attend(q: Any, k: Any, v: Any, bias: Any, visible: Any) -> jax.Array:
+    def attend(
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        bias: jax.Array | None,
+        visible: jax.Array | None,
+    ) -> jax.Array:
         drop = {"dropout_rate": rate, "dropout_key": dropout_rng} if rate else {}
         return attention(q, k, v, **_options(bias, visible, is_causal), **drop)
 
@@ -121,14 +127,20 @@ def attention_fn(
     return attend(query, key, value, bias, visible)
 
 
-def _promoted(query: Any, key: Any, value: Any, dtype: Any, promote_dtype: Any) -> Any:
+def _promoted(
+    query: AnyArray,
+    key: AnyArray,
+    value: AnyArray,
+    dtype: Any,
+    promote_dtype: Callable[..., Any] | None,
+) -> tuple[jax.Array, ...]:
     if dtype is not None and not _is_floating(dtype):
         raise TypeError(f"dtype must be floating or None, got {dtype!r}")
     arrays = _arrays(query, key, value)
     if promote_dtype is not None:
         if not callable(promote_dtype):
             raise TypeError(f"promote_dtype must be a function or None, got {promote_dtype!r}")
-        return promote_dtype(arrays, dtype=dtype)
+        return tuple(promote_dtype(arrays, dtype=dtype))
     dtype = jnp.result_type(*arrays) if dtype is None else dtype
     return tuple(jnp.asarray(x, dtype) for x in arrays)
 
@@ -170,7 +182,7 @@ def _sow(module: Any, weights: jax.Array) -> None:
         raise TypeError(f"module must be a Flax module or None, got {type(module).__name__}")
 
 
-def _options(bias: Any, visible: Any, is_causal: bool) -> dict[str, Any]:
+def _options(bias: jax.Array | None, visible: jax.Array | None, is_causal: bool) -> dict[str, Any]:
     mask = None if visible is None else masks.dense(visible)
     if is_causal:
         mask = masks.causal() if mask is None else mask & masks.causal()
@@ -182,7 +194,7 @@ def _with_one_dropout_mask(
 ) -> Callable[..., jax.Array]:
     """``attend`` mapped over heads and examples, so that all have the indices ``b = n = 0``."""
 
-    def run(q: Any, k: Any, v: Any, *arrays: Any) -> jax.Array:
+    def run(q: jax.Array, k: jax.Array, v: jax.Array, *arrays: jax.Array | None) -> jax.Array:
         k, v = (jnp.repeat(x, group, axis=-2) for x in (k, v))
         # Heads become batch axes, of one head each: [*B N T 1 H].
         q, k, v = (jnp.swapaxes(x, -2, -3)[..., None, :] for x in (q, k, v))
@@ -191,7 +203,9 @@ def _with_one_dropout_mask(
         )
         return jnp.swapaxes(mapped(batch + 1, q, k, v, *arrays)[..., 0, :], -2, -3)
 
-    def mapped(levels: int, q: Any, k: Any, v: Any, *arrays: Any) -> jax.Array:
+    def mapped(
+        levels: int, q: jax.Array, k: jax.Array, v: jax.Array, *arrays: jax.Array | None
+    ) -> jax.Array:
         if not levels:
             return attend(q, k, v, *arrays)
         axes = tuple(None if x is None or x.shape[0] == 1 else 0 for x in arrays)
@@ -200,7 +214,7 @@ def _with_one_dropout_mask(
             for x, axis in zip(arrays, axes, strict=True)
         )
 
-        def one(q: Any, k: Any, v: Any, *arrays: Any) -> jax.Array:
+        def one(q: jax.Array, k: jax.Array, v: jax.Array, *arrays: jax.Array | None) -> jax.Array:
             return mapped(levels - 1, q, k, v, *arrays)
 
         return jax.vmap(one, in_axes=(0, 0, 0, *axes))(q, k, v, *arrays)
@@ -219,10 +233,10 @@ def dot_product_attention(
     is_causal: Flag = False,
     query_seq_lengths: ArrayLike | Sequence[int] | None = None,
     key_value_seq_lengths: ArrayLike | Sequence[int] | None = None,
-    local_window_size: int | np.integer[Any] | Sequence[Any] | None = None,
+    local_window_size: int | np.integer[Any] | Sequence[int | np.integer[Any]] | None = None,
     implementation: str | None = None,
     return_residual: Flag = False,
-) -> Any:
+) -> jax.Array | tuple[jax.Array, jax.Array]:
     """``attention`` with the arguments of ``jax.nn.dot_product_attention``.
 
     Args:
@@ -325,7 +339,7 @@ def _pairs(name: str, x: Any, sizes: Sizes) -> jax.Array:
     return x
 
 
-def _bias(bias: Any, sizes: Sizes) -> jax.Array:
+def _bias(bias: ArrayLike, sizes: Sizes) -> jax.Array:
     bias = _pairs("bias", bias, sizes)
     if not jnp.issubdtype(bias.dtype, jnp.floating):
         raise TypeError(
@@ -361,7 +375,7 @@ def _window(size: Any) -> tuple[int, int]:
     return left, right
 
 
-def _scale(scale: Any) -> Any:
+def _scale(scale: ArrayLike | None) -> ArrayLike | None:
     """Also accepts NumPy numbers and integer arrays, as ``jax.nn`` does."""
     if isinstance(scale, (np.integer, np.floating)):
         return float(scale)

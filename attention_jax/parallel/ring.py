@@ -1,8 +1,8 @@
 """``ring``: keys and values travel around the devices while each computes with those it holds.
 
 Forward, a running softmax merges the chunks; sinks join at the end. Backward, keys and values go
-round again together with their accumulated gradients, and every chunk's share follows from the
-normalizer of all keys, which is not recomputed.
+around again together with their accumulated gradients, to which each chunk adds its contribution,
+computed from the normalizer of all keys.
 
 Source: Liu et al. 2023, "Ring Attention with Blockwise Transformers for Near-Infinite Context".
 """
@@ -13,11 +13,13 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
+from jaxtyping import Array, Float, Int
 
 from attention_jax import backends
 from attention_jax.backends import Backend, Spec
@@ -27,6 +29,7 @@ from attention_jax.backends.guards import guard
 from attention_jax.core import softmax
 from attention_jax.core.axes import accumulation_dtype
 from attention_jax.core.closures import varying_together
+from attention_jax.core.dropout import Dropout
 from attention_jax.core.positions import Contiguous
 from attention_jax.core.pytree import leaves
 from attention_jax.core.softmax import finite
@@ -34,25 +37,29 @@ from attention_jax.parallel.shards import Shard, along_keys
 
 
 class Arrays(NamedTuple):
-    """All arrays of a shard: those that travel with the keys, and those that stay."""
+    """All arrays of a shard: those that travel with the keys, and those that stay.
 
-    key: Any
-    value: Any
-    key_positions: Any  # None: they count up
-    travelling: list[Any]  # of masks and scores
-    query: Any
-    scale: Any
-    sinks: Any
-    staying: list[Any]  # of masks and scores
-    others: Any  # of dropout, and the positions of queries
+    As a pytree it also holds one bool per array, such as whether the array varies.
+    """
+
+    key: Float[Array, "*B S K H"]
+    value: Float[Array, "*B S K D"]
+    key_positions: Int[Array, "*B S"] | None  # None: they count up
+    travelling: list[jax.Array]  # of masks and scores
+    query: Float[Array, "*B T N H"]
+    scale: Float[Array, ""]
+    sinks: Float[Array, " N"] | None
+    staying: list[jax.Array]  # of masks and scores
+    others: tuple[Dropout | None, jax.Array | Contiguous | None]  # with the positions of queries
 
 
+V = TypeVar("V")
 TRAVEL = ("key", "value", "key_positions", "travelling")
 
 
 @dataclasses.dataclass(frozen=True)
 class Ring:
-    """The loop around the devices; all but arrays.
+    """The loop around the devices, without its arrays.
 
     Attributes:
       shard: one device's share, of which only what is not an array is used.
@@ -68,8 +75,8 @@ class Ring:
         """The shard's arrays."""
         call, keys = self.shard.call, self.shard.keys
         both = (call.mask, call.score)
-        travelling: list[Any] = []
-        staying: list[Any] = []
+        travelling: list[jax.Array] = []
+        staying: list[jax.Array] = []
         for x, goes in zip(jax.tree.leaves(both), self._travels(), strict=True):
             (travelling if goes else staying).append(x)
         return Arrays(
@@ -93,7 +100,7 @@ class Ring:
         ]
         return [axis is not None and not whole for axis, whole in where]
 
-    def call(self, x: Arrays, step: Any) -> Call:
+    def call(self, x: Arrays, step: jax.Array) -> Call:
         """The call of this device's queries and the keys that it holds after ``step`` steps."""
         shard = self.shard
         owner = lax.rem(shard.index - step + shard.devices, shard.devices)
@@ -120,7 +127,7 @@ class Ring:
         spec = spec_of(call, self.shard.sizes, **self.spec)
         return self.choose(spec), spec
 
-    def rotate(self, x: Any) -> Any:
+    def rotate(self, x: V) -> V:
         """Passes arrays on to the next device."""
         n = self.shard.devices
         pairs = [(i, (i + 1) % n) for i in range(n)]
@@ -135,7 +142,7 @@ class Ring:
         rows = (*z.B, z.T, z.N)
         count = math.prod(rows)
 
-        def visit(state: softmax.State, x: Arrays, step: Any) -> softmax.State:
+        def visit(state: softmax.State, x: Arrays, step: jax.Array) -> softmax.State:
             call = self.call(x, step)
             backend, spec = self.backend(call)
             out, m, log_l = backend.chunk(call, spec)
@@ -144,7 +151,9 @@ class Ring:
             found = softmax.State(jnp.where(total == 0, -jnp.inf, m), total, out * total[:, None])
             return softmax.merge(state, found)
 
-        def body(carry: Any, step: Any) -> Any:
+        def body(
+            carry: tuple[softmax.State, dict[str, Any]], step: jax.Array
+        ) -> tuple[tuple[softmax.State, dict[str, Any]], None]:
             state, moving = carry
             following = self.rotate(moving)  # under way while this device computes
             return (visit(state, x._replace(**moving), step), following), None
@@ -182,10 +191,10 @@ class Ring:
         )
         travel = [jax.tree.leaves(kinds)[i] for i in chosen]
 
-        def add(x: Arrays, step: Any, sums: list[Any]) -> list[Any]:
+        def add(x: Arrays, step: jax.Array, sums: list[jax.Array]) -> list[jax.Array]:
             flat = jax.tree.leaves(x)
 
-            def floats(*moving: Any) -> list[Any]:
+            def floats(*moving: jax.Array) -> list[jax.Array]:
                 given = list(flat)
                 for i, y in zip(chosen, moving, strict=True):
                     given[i] = y
@@ -202,7 +211,9 @@ class Ring:
             parts = pull(list(found))
             return [s + p.astype(s.dtype) for s, p in zip(sums, parts, strict=True)]
 
-        def body(carry: Any, step: Any) -> Any:
+        def body(
+            carry: tuple[dict[str, Any], list[jax.Array]], step: jax.Array
+        ) -> tuple[tuple[dict[str, Any], list[jax.Array]], None]:
             moving, sums = carry
             following = self.rotate(moving)
             sums = add(x._replace(**moving), step, sums)
@@ -214,11 +225,11 @@ class Ring:
         for i, total in zip(chosen, sums, strict=True):
             result[i] = total.astype(flat[i].dtype)
         found: Arrays = jax.tree.unflatten(structure, result)
-        if varies.sinks:
+        if varies.sinks and x.sinks is not None:
             found = found._replace(sinks=_d_sinks(x.sinks, results, d_out, d_lse))
         return found
 
-    def _rotated(self, sums: list[Any], travel: list[bool]) -> list[Any]:
+    def _rotated(self, sums: list[jax.Array], travel: list[bool]) -> list[jax.Array]:
         return [self.rotate(s) if goes else s for s, goes in zip(sums, travel, strict=True)]
 
     def _operands(self, varies: Arrays, call: Call) -> list[int]:
@@ -228,12 +239,12 @@ class Ring:
         masks = len(jax.tree.leaves(self.shard.call.mask))
         # A score at positions has these among its arrays, which are integers.
         given = [
-            moves
+            bool(moves)
             for moves, old in zip(both[masks:], jax.tree.leaves(self.shard.call.score), strict=True)
             if jnp.issubdtype(old.dtype, jnp.inexact)
         ]
         scores = iter(given)
-        flags = [varies.query, varies.key, varies.value]
+        flags = [bool(each) for each in (varies.query, varies.key, varies.value)]
         flags += [
             next(scores) if jnp.issubdtype(old.dtype, jnp.inexact) else False
             for old in jax.tree.leaves(call.score)
@@ -245,12 +256,14 @@ def _moving(x: Arrays) -> dict[str, Any]:
     return {name: getattr(x, name) for name in TRAVEL}
 
 
-def _varying_like(arrays: Sequence[Any], x: Any) -> list[Any]:
+def _varying_like(arrays: Sequence[jax.Array], x: jax.Array) -> list[jax.Array]:
     """``arrays`` that vary along the mesh axes along which ``x`` does."""
     return varying_together([x, *arrays])[1:]
 
 
-def _d_sinks(sinks: Any, results: Results, d_out: jax.Array, d_lse: jax.Array) -> jax.Array:
+def _d_sinks(
+    sinks: Float[Array, " N"], results: Results, d_out: jax.Array, d_lse: jax.Array
+) -> Float[Array, " N"]:
     """``dsink = sum_i p_sink,i (dlse_i - do_i . out_i)``."""
     out, m, log_l = results
     p = jnp.exp((sinks.astype(m.dtype) - m) - finite(log_l))
@@ -260,7 +273,7 @@ def _d_sinks(sinks: Any, results: Results, d_out: jax.Array, d_lse: jax.Array) -
 
 
 def attend(
-    shard: Shard, asked: tuple[Any, ...] | None, spec: dict[str, Any]
+    shard: Shard, asked: tuple[str | Backend, ...] | None, spec: dict[str, Any]
 ) -> tuple[jax.Array, jax.Array]:
     """Output and lse of this device's queries.
 
@@ -300,18 +313,21 @@ def _with_gradient(ring: Ring) -> Callable[[Arrays], tuple[jax.Array, jax.Array]
     def fn(x: Arrays) -> tuple[jax.Array, jax.Array]:
         return finished(x, ring.forward(x))
 
-    def fwd(marked: Arrays) -> Any:
+    def fwd(
+        marked: Arrays,
+    ) -> tuple[tuple[jax.Array, jax.Array], tuple[Arrays, Results, _Static]]:
         x = jax.tree.map(lambda each: each.value, marked)
         varies = jax.tree.map(lambda each: each.perturbed and _is_float(each.value), marked)
         results = ring.forward(x)
         return finished(x, results), (x, results, _Static(varies))
 
-    def bwd(residuals: Any, cotangents: Any) -> Any:
+    def bwd(
+        residuals: tuple[Arrays, Results, _Static],
+        cotangents: Sequence[jax.Array | SymbolicZero],
+    ) -> tuple[Arrays]:
         x, results, varies = residuals
         d_out, d_lse = (
-            jnp.zeros_like(like)
-            if isinstance(d, jax.custom_derivatives.SymbolicZero)
-            else d.astype(like.dtype)
+            jnp.zeros_like(like) if isinstance(d, SymbolicZero) else d.astype(like.dtype)
             for d, like in zip(cotangents, (results.out, results.m), strict=True)
         )
         d_out, d_lse, *_ = varying_together([d_out, d_lse, x.query])
@@ -321,13 +337,13 @@ def _with_gradient(ring: Ring) -> Callable[[Arrays], tuple[jax.Array, jax.Array]
     return fn
 
 
-def _wide(dtype: Any) -> Any:
+def _wide(dtype: jnp.dtype) -> jnp.dtype:
     """The dtype of a sum of cotangents; a function may have complex arrays."""
     is_complex = jnp.issubdtype(dtype, jnp.complexfloating)
     return dtype if is_complex else accumulation_dtype(dtype)
 
 
-def _is_float(x: Any) -> bool:
+def _is_float(x: jax.Array) -> bool:
     return bool(jnp.issubdtype(x.dtype, jnp.inexact))
 
 
@@ -336,13 +352,13 @@ def _is_float(x: Any) -> bool:
 class _Static:
     """Bools that belong to the structure of the residuals."""
 
-    value: Any
+    value: Arrays
 
     def __hash__(self) -> int:
         return hash(tuple(jax.tree.leaves(self.value)))
 
 
-def _choose(asked: tuple[Any, ...] | None, spec: Spec) -> Backend:
+def _choose(asked: tuple[str | Backend, ...] | None, spec: Spec) -> Backend:
     """The first backend of those asked for that computes with some of the keys at a time."""
     names = tuple(name for name, _ in backends.preference(spec)) if asked is None else asked
     known = backends.IMPLEMENTATIONS

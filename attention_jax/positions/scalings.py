@@ -94,11 +94,12 @@ def _ntk(f: np.ndarray, factor: Any, width: int) -> Any:
     if width == 2:
         return f  # the one pair has i = 0
     power = -2.0 * np.arange(width // 2) / width * (width / (width - 2))
-    if isinstance(factor, jax.Array):
-        factor, f, power = same_rank(
-            factor[..., None], jnp.asarray(f, factor.dtype), jnp.asarray(power, factor.dtype)
-        )
-    return f * factor**power
+    if not isinstance(factor, jax.Array):
+        return f * factor**power
+    factor, f_, power_ = same_rank(
+        factor[..., None], jnp.asarray(f, factor.dtype), jnp.asarray(power, factor.dtype)
+    )
+    return f_ * factor**power_
 
 
 def _widest() -> Any:

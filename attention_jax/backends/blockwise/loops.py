@@ -10,14 +10,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
 
 from attention_jax.backends import primitive
 from attention_jax.backends.primitive import Dims, Static
@@ -30,7 +31,7 @@ from attention_jax.backends.tile import (
     unmasked_values,
     visible_pairs,
 )
-from attention_jax.core.axes import Shape, accumulation_dtype
+from attention_jax.core.axes import Index, Shape, accumulation_dtype
 from attention_jax.core.dropout import Dropout
 from attention_jax.core.pytree import Leaf, leaves
 from attention_jax.core.softmax import zero_rows
@@ -51,7 +52,9 @@ class Loops:
     only_shared_keys: bool  # batch only heads that share their keys
 
 
-def loop_operands(static: Static, arrays: Sequence[Any]) -> tuple[Static, tuple[Any, ...]]:
+def loop_operands(
+    static: Static, arrays: Sequence[jax.Array]
+) -> tuple[Static, tuple[jax.Array, ...]]:
     """The operands of the loops, given those of another backend that falls back to them.
 
     Args:
@@ -68,10 +71,12 @@ def loop_operands(static: Static, arrays: Sequence[Any]) -> tuple[Static, tuple[
     return static, (*(arrays[i] for i in order), *arrays[count:])
 
 
-def with_loop_operands(run: Callable[..., Any]) -> Callable[..., Any]:
+def with_loop_operands(
+    run: Callable[..., tuple[jax.Array, ...]],
+) -> Callable[..., tuple[jax.Array, ...]]:
     """``run(static, *arrays)`` of the loops as a function of another backend's operands."""
 
-    def wrapped(static: Static, *arrays: Any) -> Any:
+    def wrapped(static: Static, *arrays: jax.Array) -> tuple[jax.Array, ...]:
         static, arrays = loop_operands(static, arrays)
         return run(static, *arrays)
 
@@ -79,6 +84,9 @@ def with_loop_operands(run: Callable[..., Any]) -> Callable[..., Any]:
 
 
 # --- Cutting tiles out of arrays with mapped axes, and writing them back.
+
+# From an axis of one head to the start and size of a slice; other axes are whole.
+Window: TypeAlias = Mapping[int, tuple[Index, int]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,21 +97,22 @@ class MappedArray:
     dims: Dims
     head_index: tuple[jax.Array, ...]
 
-    def _window(self, window: dict[int, tuple[Any, int]]) -> tuple[list[Any], list[int]]:
-        starts: list[Any] = []
+    def _window(self, window: Window) -> tuple[list[Index], list[int]]:
+        starts: list[Index] = []
         sizes: list[int] = []
         core = 0
         for axis, length in enumerate(self.array.shape):
             if axis in self.dims:
-                start, size = self.head_index[self.dims.index(axis)], 1
-            else:
-                start, size = window.get(core, (0, length))
-                core += 1
+                starts.append(self.head_index[self.dims.index(axis)])
+                sizes.append(1)
+                continue
+            start, size = window.get(core, (0, length))
+            core += 1
             starts.append(start if isinstance(start, jax.Array) else np.int32(start))
             sizes.append(size)
         return starts, sizes
 
-    def cut(self, window: dict[int, tuple[Any, int]]) -> jax.Array:
+    def cut(self, window: Window) -> jax.Array:
         """The slice of one head of one example, whose axes are cut to ``window``.
 
         Args:
@@ -113,12 +122,12 @@ class MappedArray:
         cut = _slice(self.array, starts, sizes)
         return cut.reshape([n for a, n in enumerate(sizes) if a not in self.dims])
 
-    def put(self, x: jax.Array, window: dict[int, tuple[Any, int]]) -> jax.Array:
+    def put(self, x: jax.Array, window: Window) -> jax.Array:
         """The whole array with the slice that ``cut`` returns set to ``x``."""
         starts, sizes = self._window(window)
         return _update(self.array, x.reshape(sizes), starts)
 
-    def add(self, x: jax.Array, window: dict[int, tuple[Any, int]]) -> jax.Array:
+    def add(self, x: jax.Array, window: Window) -> jax.Array:
         """The whole array with ``x`` added to the slice that ``cut`` returns."""
         starts, sizes = self._window(window)
         x = x.reshape(sizes)
@@ -137,18 +146,18 @@ class Tile(NamedTuple):
     raw_q: jax.Array  # [t H]
     k: jax.Array  # [s H]
     v: jax.Array  # [s D]
-    k0: Any  # index of the first key
+    k0: jax.Array  # index of the first key
     visible: Visible | None  # None: all pairs
     dropout_factor: jax.Array | None  # [t s]: what dropout multiplies probabilities by
-    scores: list[Any]  # the arrays of the scores, cut to the tile
+    scores: list[jax.Array]  # the arrays of the scores, cut to the tile
     apply: Callable[..., jax.Array]  # (logits, arrays of the scores) -> logits
 
 
 class QueryBlock(NamedTuple):
     """One block of queries of one head of one example."""
 
-    i: Any  # index of the block
-    q0: Any  # index of the first query
+    i: Index  # of the block
+    q0: jax.Array  # index of the first query
     q: jax.Array  # [t H], scaled
     raw_q: jax.Array  # [t H]
     own: jax.Array | None  # bool [t], False for queries of the previous block; None: all True
@@ -158,7 +167,7 @@ class OneHead:
     """One head of one example: cuts query blocks and tiles out of the operands."""
 
     def __init__(
-        self, static: Static, arrays: tuple[Any, ...], head_index: tuple[Any, ...]
+        self, static: Static, arrays: tuple[jax.Array, ...], head_index: tuple[jax.Array, ...]
     ) -> None:
         self.static, self.config, self.head_index = static, static.config, head_index
         n = static.structure.num_leaves
@@ -189,11 +198,11 @@ class OneHead:
         """The shape of one head of one example."""
         return primitive.core_shape(operand.array.shape, operand.dims)
 
-    def rows(self, operand: MappedArray, start: Any, size: int) -> jax.Array:
+    def rows(self, operand: MappedArray, start: Index, size: int) -> jax.Array:
         """Rows ``start`` to ``start + size``, in the accumulation dtype."""
         return operand.cut({0: (start, size)}).astype(self.dtype)
 
-    def row(self, i: Any) -> QueryBlock:
+    def row(self, i: Index) -> QueryBlock:
         """Block ``i`` of queries."""
         t, T = self.grid.block_q, self.grid.T
         q0 = jnp.minimum(i * t, T - t)  # the last block is shifted back to end with the array
@@ -201,13 +210,13 @@ class OneHead:
         own = None if T % t == 0 else q0 + jnp.arange(t, dtype=jnp.int32) >= i * t
         return QueryBlock(i, q0, raw * self.scale, raw, own)
 
-    def tile(self, row: QueryBlock, j: Any, masked: bool) -> Tile:
+    def tile(self, row: QueryBlock, j: Index, masked: bool) -> Tile:
         """The tile of a row with key block ``j``."""
         t, s = self.grid.block_q, self.grid.block_k
         k0 = jnp.minimum(j * s, self.grid.S - s)  # shifted back likewise
         k, v = self.rows(self.head.key, k0, s), self.rows(self.head.value, k0, s)
 
-        def local(operands: list[MappedArray], axes: list[Leaf]) -> list[Any]:
+        def local(operands: list[MappedArray], axes: list[Leaf]) -> list[jax.Array]:
             return [
                 as_tile(x.cut(self.leaf_window(x, leaf, row.q0, k0)), leaf)
                 for x, leaf in zip(operands, axes, strict=True)
@@ -238,13 +247,13 @@ class OneHead:
             probability = dropout.keep_probability
             kept = jnp.where(keep, 1 / probability, jnp.zeros_like(probability))
 
-        def apply(logits: jax.Array, arrays: Any) -> jax.Array:
+        def apply(logits: jax.Array, arrays: list[jax.Array]) -> jax.Array:
             scores = jax.tree.unflatten(self.score_structure, arrays)
             return apply_scores(logits, scores, visible, self.b, self.n, row.q0, k0)
 
         return Tile(q, raw_q, k, v, k0, visible, kept, arrays, apply)
 
-    def leaf_window(self, operand: MappedArray, leaf: Leaf, q0: Any, k0: Any) -> dict[int, Any]:
+    def leaf_window(self, operand: MappedArray, leaf: Leaf, q0: Index, k0: Index) -> Window:
         """The window of a mask's or score's array for the tile at ``(q0, k0)``."""
         windows = {"T": (q0, self.grid.block_q), "S": (k0, self.grid.block_k)}
         shape = self.core(operand)
@@ -266,6 +275,9 @@ class OneHead:
         return index, full, visited
 
 
+Buffers: TypeAlias = list[jax.Array]
+
+
 class Formula(NamedTuple):
     """A fold over the key blocks that a query block visits.
 
@@ -274,13 +286,14 @@ class Formula(NamedTuple):
     """
 
     start: Callable[[OneHead, QueryBlock], Any]  # -> state
-    step: Callable[[OneHead, QueryBlock, Tile, Any, Any], Any]  # state, buffers -> state, buffers
-    finish: Callable[[OneHead, QueryBlock, Any, Any], Any]  # state, buffers -> buffers
+    # The last two arguments are state and buffers.
+    step: Callable[[OneHead, QueryBlock, Tile, Any, Buffers], tuple[Any, Buffers]]
+    finish: Callable[[OneHead, QueryBlock, Any, Buffers], Buffers]
 
 
 def over_query_blocks(
-    static: Static, arrays: tuple[Any, ...], buffers: Any, formula: Formula
-) -> Any:
+    static: Static, arrays: tuple[jax.Array, ...], buffers: Buffers, formula: Formula
+) -> Buffers:
     """``formula`` on every query block of every head of every example.
 
     Query blocks run from the last to the first: the last block may have been shifted back onto
@@ -288,17 +301,17 @@ def over_query_blocks(
     """
     config: Loops = static.config
 
-    def head(e: Any, buffers: Any) -> Any:
+    def head(e: Index, buffers: Buffers) -> Buffers:
         one = OneHead(static, arrays, unravel(e, static.levels))
         count = one.grid.rows
 
-        def one_row(r: Any, buffers: Any) -> Any:
+        def one_row(r: Index, buffers: Buffers) -> Buffers:
             row = one.row(count - 1 - r)
 
-            def visit(j: Any, masked: bool, carry: Any) -> Any:
+            def visit(j: Index, masked: bool, carry: tuple[Any, Buffers]) -> tuple[Any, Buffers]:
                 return formula.step(one, row, one.tile(row, j, masked), *carry)
 
-            carry: Any = (formula.start(one, row), buffers)
+            carry = (formula.start(one, row), buffers)
             if config.single and not config.some_partial:
                 carry = visit(jnp.int32(0), False, carry)
             else:
@@ -327,7 +340,7 @@ def over_query_blocks(
     return lax.fori_loop(jnp.int32(0), jnp.asarray(heads, jnp.int32), head, buffers)
 
 
-def unravel(e: Any, levels: Shape) -> tuple[Any, ...]:
+def unravel(e: Index, levels: Shape) -> tuple[jax.Array, ...]:
     """The index along each mapped axis of element ``e``, like ``jnp.unravel_index``."""
     indices = []
     for size in reversed(levels):
@@ -337,7 +350,7 @@ def unravel(e: Any, levels: Shape) -> tuple[Any, ...]:
     return tuple(reversed(indices))
 
 
-def zeros(static: Static, cores: list[tuple[tuple[int, ...], Any]]) -> list[jax.Array]:
+def zeros(static: Static, cores: list[tuple[Shape, DTypeLike]]) -> list[jax.Array]:
     """Zeros for results whose shapes without mapped axes, and dtypes, are ``cores``."""
     return [
         jnp.zeros(primitive.mapped_shape(core, dims, static.levels), dtype)
