@@ -12,72 +12,14 @@ from contract import needs_native
 from helpers import jax_normal, mostly_slow, slow
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from parallel_calls import DEVICES, SPLIT, B, H, N, T, auto_mesh, inputs, sharded
 
 import attention_jax as aj
 from attention_jax import masks, parallel, scores, testing
 from attention_jax.core.axes import Sizes
-from attention_jax.core.pytree import leaves
 from attention_jax.masks import block_map
 from attention_jax.masks.at_positions import mask_at_positions
 from experiments.programs import counts
-
-B, T, N, K, H = 2, 24, 8, 4, 8
-DEVICES = 4
-SPLIT = P(None, "seq")
-
-
-def auto_mesh(devices=DEVICES):
-    auto = (AxisType.Auto,)
-    return jax.make_mesh((devices,), ("seq",), axis_types=auto, devices=jax.devices()[:devices])
-
-
-def specs(value):
-    """How the arrays of masks and scores are split: by query, or by key alone."""
-
-    def spec(x, leaf):
-        letter = "T" if "T" in leaf.axes else "S"
-        axes = leaf.axes[-x.ndim :] if x.ndim else ()  # an array may leave out its first axes
-        split = [a == letter and n > 1 for a, n in zip(axes, x.shape, strict=False)]
-        return P(*("seq" if each else None for each in split))
-
-    arrays = zip(jax.tree.leaves(value), leaves(value), strict=True)
-    return jax.tree.unflatten(jax.tree.structure(value), [spec(*each) for each in arrays])
-
-
-def sharded(strategy, devices=DEVICES, **fixed):
-    """``parallel.attention`` of whole arrays, as a function like ``attention``."""
-
-    def fn(query, key, value, *, mask=None, score=(), sinks=None, scale=None, **options):
-        def local(query, key, value, mask, score, sinks, scale):
-            return parallel.attention(
-                query,
-                key,
-                value,
-                axis_name="seq",
-                strategy=strategy,
-                mask=mask,
-                score=score,
-                sinks=sinks,
-                scale=scale,
-                **options,
-                **fixed,
-            )
-
-        score = tuple(score) if isinstance(score, (tuple, list)) else (score,)
-        arrays = P(*(None,) * (query.ndim - 3), "seq")
-        mapped = jax.shard_map(
-            local,
-            mesh=auto_mesh(devices),
-            in_specs=(arrays, arrays, arrays, specs(mask), specs(score), P(), P()),
-            out_specs=arrays,
-        )
-        return mapped(query, key, value, mask, score, sinks, scale)
-
-    return fn
-
-
-def inputs():
-    return [jax_normal(0, B, T, N, H), jax_normal(1, B, T, K, H), jax_normal(2, B, T, K, H)]
 
 
 def everything(fn, query, key, value, bias, sinks, table, weight):
@@ -318,103 +260,6 @@ def test_orders_are_permutations(order):
     permutation, inverse = order(48, 4)
     np.testing.assert_array_equal(permutation[inverse], np.arange(48))
     np.testing.assert_array_equal(np.sort(permutation), np.arange(48))
-
-
-# --- What is refused.
-
-
-def local_call(**options):
-    mapped = jax.shard_map(
-        functools.partial(parallel.attention, **({"axis_name": "seq"} | options)),
-        mesh=auto_mesh(),
-        in_specs=SPLIT,
-        out_specs=SPLIT,
-    )
-    return jax.eval_shape(mapped, *inputs())
-
-
-LOCAL = T // DEVICES
-WRONG = [
-    ({"axis_name": "model"}, ValueError, "axis_name is 'model'.*its axes are 'seq'"),
-    (
-        {"query_positions": np.zeros(T, np.int32)},
-        ValueError,
-        r"query_positions has shape \(24,\), expected \[T\] or \[\*B T\] with .* T = 6",
-    ),
-    (
-        {"score": scores.bias(np.zeros((LOCAL, LOCAL), np.float32))},
-        ValueError,
-        r"array of scores.bias has shape \(6, 6\), expected an axis of S = 24",
-    ),
-    (
-        {"mask": masks.segments(np.zeros(LOCAL, np.int32), np.zeros(7, np.int32))},
-        ValueError,
-        "key_ids of masks.segments .* S = 6, the keys of this device, or S = 24",
-    ),
-    ({"strategy": "ring", "implementation": "cudnn"}, NotImplementedError, "cudnn cannot"),
-]
-
-
-IDS = masks.segments(np.zeros(T, np.int32))  # the ids of all devices for the local queries
-
-
-@pytest.mark.parametrize(
-    ("options", "words", "letters"),
-    [
-        ({"query_positions": np.zeros(T, np.int32)}, "expected .* T = 6", "T is"),
-        ({"mask": IDS}, r"shape \(24,\)", "T is"),
-        ({"mask": IDS, "strategy": "ring"}, r"shape \(24,\)", "T is"),
-        ({"mask": np.ones((5, T), bool)}, r"shape \(5, 24\)", "T is"),
-        ({"mask": np.ones((5, T), bool), "strategy": "ring"}, r"shape \(5, 6\)", "T and S are"),
-    ],
-)
-def test_errors_about_lengths_say_that_they_are_local(options, words, letters):
-    local = rf"\({letters} (a )?local lengths?; axis_name 'seq' has 4 devices\)"
-    with pytest.raises(ValueError, match=f"{words}.*{local}"):
-        local_call(**options)
-
-
-def test_other_errors_do_not_mention_lengths():
-    with pytest.raises(ValueError, match=r"dropout_rate") as raised:
-        local_call(dropout_rate=1.5)
-    assert "local" not in str(raised.value)
-
-
-@pytest.mark.parametrize(("options", "error", "words"), WRONG)
-def test_wrong_arguments(options, error, words):
-    with pytest.raises(error, match=words):
-        local_call(**options)
-
-
-def test_heads_must_be_divided_evenly():
-    q, k = jax_normal(0, B, T, 6, H), jax_normal(1, B, T, 6, H)
-    with pytest.raises(ValueError, match=r'"heads" divides heads among the 4 .* has 6 \(N\)'):
-        sharded("heads")(q, k, k)
-    q, k = jax_normal(0, B, T, 4, H), jax_normal(1, B, T, 2, H)
-    with pytest.raises(ValueError, match=r'key has 2 \(K\): use strategy "ring" or "gather"'):
-        sharded("heads")(q, k, k)
-
-
-@pytest.mark.parametrize(
-    ("order", "T", "n", "error", "words"),
-    [
-        (parallel.zigzag, 20, 4, ValueError, "T must be a multiple of 2 n = 8, got 20"),
-        (parallel.striped, 10, 4, ValueError, "T must be a multiple of n = 4, got 10"),
-        (parallel.striped, 10, 0, ValueError, "n must be at least 1, got 0"),
-    ],
-)
-def test_lengths_that_devices_do_not_divide(order, T, n, error, words):
-    with pytest.raises(error, match=words):
-        order(T, n)
-
-
-def test_a_ring_is_differentiated_once_in_reverse_mode():
-    fn = sharded("ring")
-    arrays = inputs()
-    with pytest.raises(NotImplementedError, match=r"strategy 'ring' cannot.*forward-mode"):
-        jax.jit(lambda *xs: jax.jvp(fn, xs, xs)).lower(*arrays)
-    with pytest.raises(NotImplementedError, match=r"strategy 'ring' cannot.*only once"):
-        jax.jit(jax.hessian(lambda q: (fn(q, *arrays[1:]) ** 2).sum())).lower(arrays[0])
 
 
 # --- Under an Explicit mesh, by itself.

@@ -16,7 +16,8 @@ from attention_jax import masks, testing
 from attention_jax.core import dropout
 from attention_jax.core.axes import Sizes
 from attention_jax.testing import problems, rules
-from attention_jax.testing.cases import MASKS, OPTIONS, SCORES, pairwise, possible
+from attention_jax.testing.cases import MASKS, OPTIONS, SCORES, possible
+from attention_jax.testing.pairwise import pairwise
 
 right = functools.partial(attention_jax.attention, implementation="xla")
 

@@ -81,9 +81,11 @@ def sharding_rule(
 ) -> SdyShardingRule:
     """Allows the mapped axes to be sharded, consistently across all arrays.
 
+    >>> import jax
     >>> from attention_jax.backends.mapped_axes import Static
     >>> from attention_jax.backends.partition import sharding_rule
-    >>> static = Static(None, None, levels=(8,), in_dims=((0,), (None,)), out_dims=((1,),))
+    >>> dims = {"in_dims": ((0,), (None,)), "out_dims": ((1,),)}
+    >>> static = Static(jax.tree.structure(0), None, levels=(8,), **dims)
     >>> rule = sharding_rule(static, [2, 1], [2])
     >>> rule.operand_mappings, rule.result_mappings
     ((('level0', 'operand0_1'), ('operand1_0',)), (('result0_0', 'level0'),))

@@ -39,6 +39,7 @@ from jax.typing import DTypeLike
 from attention_jax.backends.call import Head
 from attention_jax.backends.mapped_axes import Dims as Dims
 from attention_jax.backends.mapped_axes import Static as Static
+from attention_jax.backends.mapped_axes import batch_cotangents, batch_results, vmapped
 from attention_jax.backends.mapped_axes import core_shape as core_shape
 from attention_jax.backends.mapped_axes import mapped_shape as mapped_shape
 from attention_jax.backends.partition import over_devices
@@ -152,9 +153,9 @@ def make(name: str, kernel: Kernel, elsewhere: Kernel | None = None) -> HeadAtte
     _register(p.tangent, kernel.tangent, other.tangent, _results)
     _register(p.backward, kernel.backward, other.backward, _cotangents)
 
-    batching.primitive_batchers[p.forward] = functools.partial(_batch_results, p.forward)
-    batching.primitive_batchers[p.tangent] = functools.partial(_batch_results, p.tangent)
-    batching.primitive_batchers[p.backward] = functools.partial(_batch_cotangents, p.backward)
+    batching.primitive_batchers[p.forward] = functools.partial(batch_results, p.forward)
+    batching.primitive_batchers[p.tangent] = functools.partial(batch_results, p.tangent)
+    batching.primitive_batchers[p.backward] = functools.partial(batch_cotangents, p.backward)
 
     ad.primitive_jvps[p.forward] = functools.partial(_forward_jvp, p)
     ad.primitive_transposes[p.tangent] = functools.partial(_tangent_transpose, p)
@@ -288,7 +289,7 @@ def _all_heads(
         )
         return run(none, *xs)
 
-    return _vmapped(one_head, static)(*arrays)
+    return vmapped(one_head, static)(*arrays)
 
 
 # --- Derivatives.
@@ -359,7 +360,7 @@ def _higher_jvp(
     wrt = _varying(primals, tangents)
 
     def formula(*varying: AnyArray) -> tuple[jax.Array, ...]:
-        return _vmapped(plain, static)(*_replaced(primals, wrt, varying))
+        return vmapped(plain, static)(*_replaced(primals, wrt, varying))
 
     _, dots = jax.jvp(formula, tuple(primals[i] for i in wrt), tuple(tangents[i] for i in wrt))
     return primitive.bind(*primals, static=static), dots
@@ -404,75 +405,3 @@ def _replaced(arrays: Sequence[A], where: Sequence[int], new: Sequence[A]) -> li
     for i, x in zip(where, new, strict=True):
         arrays[i] = x
     return arrays
-
-
-# --- vmap: records the mapped axes.
-
-Arrays: TypeAlias = Sequence[AnyArray]
-Batched: TypeAlias = tuple[Sequence[jax.Array], list[int]]  # results, and the new axis of each
-
-
-def _batch_results(primitive: Primitive, args: Arrays, dims: Dims, *, static: Static) -> Batched:
-    """Batches forward or tangent; the new axis of a result is that of the query."""
-    axis = dims[0] if dims[0] is not None else 0
-    # m and log_l have one axis less than the query.
-    ranks = (sum(d is not None for d in out) for out in static.out_dims)
-    axes = [min(axis, (2 if i == 0 else 1) + rank) for i, rank in enumerate(ranks)]
-    return _batch(primitive, args, dims, axes, static)
-
-
-def _batch_cotangents(primitive: Primitive, args: Arrays, dims: Dims, *, static: Static) -> Batched:
-    """Batches backward; the new axis of a cotangent is that of its operand."""
-    axes = [dims[i] or 0 for i in static.wrt]
-    return _batch(primitive, args, dims, axes, static)
-
-
-def _batch(
-    primitive: Primitive, args: Arrays, dims: Dims, axes: list[int], static: Static
-) -> Batched:
-    """Records a new mapped axis: ``dims`` of the operands and ``axes`` of the results."""
-    size = next(x.shape[d] for x, d in zip(args, dims, strict=True) if d is not None)
-    static = dataclasses.replace(
-        static,
-        levels=(size, *static.levels),
-        in_dims=tuple(_insert(d, old) for d, old in zip(dims, static.in_dims, strict=True)),
-        out_dims=tuple(_insert(a, old) for a, old in zip(axes, static.out_dims, strict=True)),
-    )
-    return primitive.bind(*args, static=static), axes
-
-
-def _insert(new: int | None, old: Dims) -> Dims:
-    """``old`` after a mapped axis is inserted at ``new``, which becomes the outermost level."""
-    if new is None:
-        return (None, *old)
-    return (new, *(d + 1 if d is not None and d >= new else d for d in old))
-
-
-def _vmapped(
-    fn: Callable[..., Sequence[jax.Array]], static: Static
-) -> Callable[..., tuple[jax.Array, ...]]:
-    """``fn(static, *arrays)`` of one head, mapped over all levels by ``jax.vmap``."""
-
-    def run(*arrays: AnyArray) -> tuple[jax.Array, ...]:
-        mapped: Callable[..., tuple[jax.Array, ...]] = lambda *xs: tuple(fn(static, *xs))  # noqa: E731
-        dims = static.in_dims
-        in_axes = []
-        for _ in static.levels:
-            in_axes.append(tuple(d[0] for d in dims))
-            dims = tuple(map(_without_first, dims))
-        for axes, size in reversed(list(zip(in_axes, static.levels, strict=True))):
-            mapped = jax.vmap(mapped, in_axes=axes, out_axes=0, axis_size=size)
-        results = []
-        for x, dims_of_x in zip(mapped(*arrays), static.out_dims, strict=True):
-            x = x.sum(tuple(i for i, d in enumerate(dims_of_x) if d is None))
-            kept = [d for d in dims_of_x if d is not None]
-            results.append(jnp.moveaxis(x, range(len(kept)), kept))
-        return tuple(results)
-
-    return run
-
-
-def _without_first(dims: Dims) -> Dims:
-    """The mapped axes after the outermost one is removed."""
-    first, *rest = dims
-    return tuple(d - 1 if d is not None and first is not None and d > first else d for d in rest)

@@ -39,10 +39,8 @@ from attention_jax.scores import Softcap
 
 LANES = 128  # lengths and blocks are multiples of this
 BLOCKS = (512, 256, 128)
-# Segment ids of fully masked queries and of fully masked keys, which match no others.
-NO_QUERY, NO_KEY = -1, -2
-# While tracing, masks are evaluated in blocks of this size.
-EVALUATED_BLOCK = 512
+NO_QUERY, NO_KEY = -1, -2  # segment ids of fully masked queries and keys, which match no others
+EVALUATED_BLOCK = 512  # while tracing, masks are evaluated in blocks of this size
 
 
 class SplashMask(NamedTuple):

@@ -32,6 +32,7 @@ CALLS = ("jit", CUSTOM_JVP)
 
 # What a function may close over, or take as an argument.
 ArrayOrScalar: TypeAlias = AnyArray | np.generic
+Arrays: TypeAlias = tuple[ArrayLike, ...]
 A = TypeVar("A", bound=ArrayLike)
 V = TypeVar("V")
 
@@ -279,8 +280,8 @@ def _pair(traced: ClosedJaxpr, arrays: tuple[ArrayOrScalar, ...]) -> Callable[..
         each = {True: iter(floats), False: iter(others)}
         return [next(each[kind]) for kind in kinds]
 
-    def along(floats: Any, dots: Any, others: Any) -> Any:
-        def program(*floats: Any) -> Any:
+    def along(floats: Arrays, dots: Arrays, others: Arrays) -> jax.Array:
+        def program(*floats: ArrayLike) -> jax.Array:
             operands = join(floats, others)
             return jaxpr_as_fun(ClosedJaxpr(jaxpr, operands[count:]))(*operands[:count])[0]
 
@@ -292,17 +293,20 @@ def _pair(traced: ClosedJaxpr, arrays: tuple[ArrayOrScalar, ...]) -> Callable[..
     derivative = jax.make_jaxpr(along)(floats, floats, others)
 
     @jax.custom_jvp
-    def with_rule(floats: Any, others: Any) -> Any:
+    def with_rule(floats: Arrays, others: Arrays) -> ArrayLike:
         return _evaluate(jaxpr, join(floats, others), inline=CALLS)[0]
 
     @with_rule.defjvp
-    def _(primals: Any, tangents: Any) -> Any:
+    def _(
+        primals: tuple[Arrays, Arrays], tangents: tuple[Arrays, Arrays]
+    ) -> tuple[ArrayLike, ArrayLike]:
         (floats, others), (dots, _) = primals, tangents
         out = with_rule(floats, others)
         (dot,) = _evaluate(derivative.jaxpr, (*floats, *dots, *others, *derivative.consts))
-        return tuple(varying_together((out, dot)))
+        out, dot = varying_together((out, dot))
+        return out, dot
 
-    def run(*operands: Any) -> Any:
+    def run(*operands: ArrayLike) -> ArrayLike:
         inside = bool(jax.sharding.get_abstract_mesh().manual_axes)
         return with_rule(*split(operands)) if inside else pair(*operands)
 

@@ -17,7 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from attention_jax.cache import KVCache
-from attention_jax.core.axes import brief_fields, int_at_least, is_array, kind
+from attention_jax.core.axes import AnyArray, brief_fields, int_at_least, is_array, kind
 from attention_jax.models import prompts
 from attention_jax.models.decoder import Decoder, first_tokens
 from attention_jax.models.encoder_decoder import EncoderDecoder, Memory
@@ -72,13 +72,13 @@ def generate(
     max_new_tokens: int,
     real: Any = None,
     sampling: Sampling | Choice | Processor | Sequence[Processor] | None = None,
-    key: Any = None,
+    key: AnyArray | None = None,
     stop: Any = (),
     pad_token: int = 0,
     source: Any = None,
     source_real: Any = None,
     capacity: int | None = None,
-    caches: Any = None,
+    caches: Caches | None = None,
 ) -> Generated:
     """The tokens that follow each prompt.
 
@@ -179,19 +179,19 @@ def stream(
 
 
 def _prepare(
-    model: Any,
+    model: Decoder | EncoderDecoder,
     prompt: Any,
     *,
     max_new_tokens: int,
     sampling: Any = None,
-    key: Any = None,
+    key: AnyArray | None = None,
     stop: Any = (),
     pad_token: int = 0,
     real: Any = None,
     source: Any = None,
     source_real: Any = None,
     capacity: int | None = None,
-    caches: Any = None,
+    caches: Caches | None = None,
 ) -> tuple[
     tuple[nnx.GraphDef[Any], _Settings, nnx.State[Any, Any]],
     tuple[jax.Array, jax.Array, Memory | None, jax.Array | None],
@@ -316,7 +316,7 @@ def _split_caches(loop: _Loop) -> tuple[_Loop, Caches]:
     return loop._replace(result=loop.result._replace(caches=())), loop.result.caches
 
 
-def _eval_model(graph: nnx.GraphDef[Any], state: nnx.State[Any, Any]) -> Any:
+def _eval_model(graph: nnx.GraphDef[Any], state: nnx.State[Any, Any]) -> Decoder | EncoderDecoder:
     model = nnx.merge(graph, state)
     model.eval()
     return model

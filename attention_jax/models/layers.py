@@ -14,16 +14,9 @@ from jaxtyping import Bool, Float
 
 from attention_jax import masks, scores
 from attention_jax.api import attention
-from attention_jax.backends.arguments import as_mask
+from attention_jax.backends.arguments import as_mask, check_types
 from attention_jax.cache import KVCache
-from attention_jax.core.axes import (
-    AnyArray,
-    check_finite,
-    int_at_least,
-    kind,
-    positive_float,
-    same_rank,
-)
+from attention_jax.core.axes import AnyArray, int_at_least, kind, positive_float, same_rank
 from attention_jax.core.dropout import check_rate
 from attention_jax.core.shards import split_along
 from attention_jax.masks import Mask
@@ -159,7 +152,7 @@ class Layers:
                 raise ValueError(f"{name} must be one of {values}, got {x!r}")
         for name in ("dropout_rate", "feed_forward_dropout_rate", "attention_dropout_rate"):
             check_rate(getattr(self, name), name)
-        check_finite("scale", self.scale)
+        check_types({"scale": self.scale})
         if self.softcap is not None:
             positive_float("softcap", self.softcap)
         if not isinstance(self.windows, (tuple, list)):
@@ -355,13 +348,8 @@ class Stack(nnx.Module):
         if self.alibi:
             found.append(scores.alibi())
         if self.relative is not None:
-            found.append(
-                scores.relative_bias(
-                    self.relative[...],
-                    bidirectional=not self.causal,
-                    max_distance=self.max_distance,
-                )
-            )
+            bias = functools.partial(scores.relative_bias, max_distance=self.max_distance)
+            found.append(bias(self.relative[...], bidirectional=not self.causal))
         return tuple(found)
 
 

@@ -52,10 +52,10 @@ True
 """
 
 from attention_jax.nn import pooling as pooling
-from attention_jax.nn.attention import KeysValues as KeysValues
 from attention_jax.nn.attention import MultiHeadAttention as MultiHeadAttention
 from attention_jax.nn.blocks import Block as Block
 from attention_jax.nn.blocks import Residual as Residual
+from attention_jax.nn.context import KeysValues as KeysValues
 from attention_jax.nn.drop_in import attention_fn as attention_fn
 from attention_jax.nn.drop_in import dot_product_attention as dot_product_attention
 from attention_jax.nn.embeddings import Embeddings as Embeddings

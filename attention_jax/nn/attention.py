@@ -6,7 +6,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Collection
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,6 @@ from attention_jax.cache import KVCache
 from attention_jax.core.axes import (
     AnyArray,
     Size,
-    brief_fields,
     check_tokens,
     int_at_least,
     kind,
@@ -30,6 +29,7 @@ from attention_jax.core.axes import (
 from attention_jax.core.dropout import check_rate
 from attention_jax.masks import Mask
 from attention_jax.mechanisms.as_attention import check_attention, check_weights
+from attention_jax.nn.context import KeysValues, check_batch, check_context
 from attention_jax.nn.linear import BIAS_INIT, KERNEL_INIT, linear, names_with_bias
 from attention_jax.nn.logical import logical
 from attention_jax.nn.rngs import check_rngs, dropout_key
@@ -44,21 +44,6 @@ SHARDED: dict[tuple[str, ...], str] = {
     ("key",): "kv_heads",
     ("value",): "kv_heads",
 }
-
-
-class KeysValues(NamedTuple):
-    """Keys and values of a context, projected once for many calls.
-
-    Attributes:
-      key: ``[*B S K H]``.
-      value: ``[*B S K D]``.
-    """
-
-    key: Float[AnyArray, "*B S K H"]
-    value: Float[AnyArray, "*B S K D"]
-
-    def __repr__(self) -> str:
-        return brief_fields(self, self._fields)
 
 
 class MultiHeadAttention(nnx.Module):
@@ -371,29 +356,17 @@ class MultiHeadAttention(nnx.Module):
                     "cache must be None with a context: project it once, with keys_values"
                 )
             self._check_context(context)
-            own = x.shape[:-2]
-            batch = own if isinstance(context, KeysValues) else context.shape[:-2]
-            if batch != own:
-                raise ValueError(
-                    f"context has batch axes {batch} (*B) but x has {own}: they must be equal"
-                )
+            check_batch(context, x)
         T: Size = x.shape[-2]
         return T
 
     def _check_context(self, context: Any) -> None:
-        if isinstance(context, Mask) or getattr(context, "dtype", None) == jnp.bool_:
-            raise TypeError("context must be tokens to attend to, got a mask: pass it as mask=")
-        if self.rotary is not None:
-            raise ValueError(
-                "context must be None with rotary: positions of two sequences are not comparable"
-            )
-        if "query" in self.together[0] and len(self.together[0]) > 1:
-            raise ValueError(
-                "context must be None if query, key and value are fused: create the module with "
-                "context_features"
-            )
-        if not isinstance(context, KeysValues):
-            check_tokens("context", context, "[*B S C]", self.context_features or self.features)
+        check_context(
+            context,
+            self.context_features or self.features,
+            rotary=self.rotary is not None,
+            fused="query" in self.together[0] and len(self.together[0]) > 1,
+        )
 
     def _project(
         self, x: AnyArray | None, context: AnyArray | None, *wanted: str

@@ -14,7 +14,7 @@ numerics a promise where rounding matters: long sums, large logits, low precisio
 padded   a promise with NaN and inf planted in padding
 empty    a promise with no keys, no queries, no examples or queries that attend to no key
 kernel   core promises that reach most of a kernel, for interpreters, which are slow
-narrow   a promise within the reach of the narrowest functions: one width, no grouped heads
+narrow   a promise that even limited functions can keep: one width, no grouped heads
 placed   a promise with positions of queries and keys
 ======== ===========================================================================================
 """
@@ -25,18 +25,16 @@ import dataclasses
 import functools
 import itertools
 import math
-import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from attention_jax.core.axes import Sizes
-
-Row = dict[str, Any]
+from attention_jax.testing.pairwise import pairwise
 
 # Primes, none twice in one call.
 SMALL = Sizes(B=(2,), T=23, S=37, K=2, G=3, H=11, D=7)
 LONG = dataclasses.replace(SMALL, T=151, S=293)
-# What the narrowest of functions can do: as many key heads as query heads, one width.
+# What even limited functions support: as many key heads as query heads, one width.
 NARROW = dataclasses.replace(SMALL, K=3, G=1, D=11)
 
 
@@ -45,17 +43,17 @@ class Case:
     """One call of attention: what the axes are and which options it uses.
 
     Attributes:
-      name: a few words that tell the case from all others; also the seed of the numbers.
+      name: a few words, unique among all cases; also the seed of the numbers.
       sizes: the sizes of the axes, by letter.
       dtype: of query, key, value, sinks and the arrays of scores.
       mask, score: the name of a kind in ``rules``.
       bias: the axes that a bias array has, of ``B N T S`` (``b``: the last of ``*B`` only); it
         broadcasts along the others.
       bias_dtype: of a bias array, where it is not ``dtype``.
-      sinks: is there a sink per head.
+      sinks: whether there is a sink per head.
       scale: None for the default, else a number, passed as an array and differentiated.
       dropout_rate: the probability of dropping a probability.
-      lse: is the normalizer returned, and does the loss depend on it.
+      lse: whether the normalizer is returned and the loss depends on it.
       magnitude: a factor of the query: 300 gives logits up to a thousand.
       positions: of queries and keys: ``"shuffled"``, with gaps and negative ones among the keys, or
         ``"per example"``, from another start in each; empty for none.
@@ -158,66 +156,6 @@ def possible(row: Mapping[str, Any]) -> bool:
     return square or row.get("lengths", "T == S").endswith("T == S")
 
 
-def pairwise(
-    options: Mapping[str, Sequence[Any]], possible: Callable[[Row], bool] = lambda row: True
-) -> list[Row]:
-    """Few choices of every option, such that every two values of two options meet in one.
-
-    Greedy and deterministic: each row starts from two values that have not met and takes, option
-    by option, the value that meets most others for the first time; of equals, one drawn by lot.
-
-    Args:
-      options: name -> values; a value must be hashable.
-      possible: may these values (of some options) stand in one row; must allow the first value of
-        each option with all values of the others.
-
-    >>> from attention_jax.testing.cases import pairwise
-    >>> for row in pairwise({"a": (0, 1), "b": (0, 1), "c": (0, 1)}):
-    ...     print(*row.values())
-    0 0 0
-    1 1 0
-    0 1 1
-    1 0 1
-
-    Source: Cohen et al. 1997, "The AETG System: An Approach to Testing Based on Combinatorial
-    Design".
-    """
-    names = list(options)
-    order = {name: i for i, name in enumerate(names)}
-    # By lot, with a fixed seed: taking turns would keep options of two values in step for ever.
-    lot = random.Random(0)
-
-    def meet(a: tuple[str, Any], b: tuple[str, Any]) -> tuple[Any, Any]:
-        return (a, b) if order[a[0]] < order[b[0]] else (b, a)
-
-    def first(pairs: Iterable[tuple[str, str]]) -> Iterator[tuple[Any, Any]]:
-        for a, b in pairs:  # along diagonals, so that the first rows differ in every option
-            for shift, (i, x) in itertools.product(range(len(options[b])), enumerate(options[a])):
-                y = options[b][(i + shift) % len(options[b])]
-                if possible({a: x, b: y}):
-                    yield (a, x), (b, y)
-
-    seeds = list(first(itertools.combinations(names, 2)))
-    missing = set(seeds)
-    rows = []
-    for seed in seeds:
-        if seed not in missing:
-            continue
-        row = dict(seed)
-        for name in names:
-            if name not in row:
-                row[name] = max(
-                    (x for x in options[name] if possible({**row, name: x})),
-                    key=lambda x, name=name: (  # type: ignore[misc]
-                        sum(meet((name, x), other) in missing for other in row.items()),
-                        lot.random(),
-                    ),
-                )
-        missing -= {meet(a, b) for a, b in itertools.combinations(row.items(), 2)}
-        rows.append({name: row[name] for name in names})
-    return rows
-
-
 @functools.cache  # a constant, which takes a second to compute
 def _every_pair() -> tuple[Case, ...]:
     patterns = [
@@ -237,7 +175,7 @@ def _every_pair() -> tuple[Case, ...]:
         fields = {name: row[name] for name in OPTIONS if name in Case.__annotations__}
         if row["score"] in ("bias", "bias, softcap"):
             fields["bias"] = next(turns)
-        if row["score"] == "-inf bias":  # with neither T nor S it would hide everything
+        if row["score"] == "-inf bias":  # with neither T nor S it would mask everything
             fields["bias"] = next(p for p in turns if {*p} & {"T", "S"})
         result.append(
             Case(
