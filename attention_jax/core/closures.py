@@ -33,6 +33,7 @@ CALLS = ("jit", CUSTOM_JVP)
 # What a function may close over, or take as an argument.
 ArrayOrScalar: TypeAlias = AnyArray | np.generic
 Arrays: TypeAlias = tuple[ArrayLike, ...]
+Split: TypeAlias = tuple[Arrays, Arrays]  # floating arrays, and others
 A = TypeVar("A", bound=ArrayLike)
 V = TypeVar("V")
 
@@ -297,9 +298,7 @@ def _pair(traced: ClosedJaxpr, arrays: tuple[ArrayOrScalar, ...]) -> Callable[..
         return _evaluate(jaxpr, join(floats, others), inline=CALLS)[0]
 
     @with_rule.defjvp
-    def _(
-        primals: tuple[Arrays, Arrays], tangents: tuple[Arrays, Arrays]
-    ) -> tuple[ArrayLike, ArrayLike]:
+    def _(primals: Split, tangents: Split) -> tuple[ArrayLike, ArrayLike]:
         (floats, others), (dots, _) = primals, tangents
         out = with_rule(floats, others)
         (dot,) = _evaluate(derivative.jaxpr, (*floats, *dots, *others, *derivative.consts))
