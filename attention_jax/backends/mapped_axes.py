@@ -48,11 +48,12 @@ def mapped_shape(core: Shape, dims: Dims, levels: Shape) -> Shape:
 
 # --- The vmap rules of primitives: they only record the new axis.
 
-Arrays: TypeAlias = Sequence[AnyArray]
 Batched: TypeAlias = tuple[Sequence[jax.Array], list[int]]  # results, and the new axis of each
 
 
-def batch_results(primitive: Primitive, args: Arrays, dims: Dims, *, static: Static) -> Batched:
+def batch_results(
+    primitive: Primitive, args: Sequence[AnyArray], dims: Dims, *, static: Static
+) -> Batched:
     """Batches forward or tangent; the new axis of a result is that of the query."""
     axis = dims[0] if dims[0] is not None else 0
     # m and log_l have one axis less than the query.
@@ -61,14 +62,16 @@ def batch_results(primitive: Primitive, args: Arrays, dims: Dims, *, static: Sta
     return _batch(primitive, args, dims, axes, static)
 
 
-def batch_cotangents(primitive: Primitive, args: Arrays, dims: Dims, *, static: Static) -> Batched:
+def batch_cotangents(
+    primitive: Primitive, args: Sequence[AnyArray], dims: Dims, *, static: Static
+) -> Batched:
     """Batches backward; the new axis of a cotangent is that of its operand."""
     axes = [dims[i] or 0 for i in static.wrt]
     return _batch(primitive, args, dims, axes, static)
 
 
 def _batch(
-    primitive: Primitive, args: Arrays, dims: Dims, axes: list[int], static: Static
+    primitive: Primitive, args: Sequence[AnyArray], dims: Dims, axes: list[int], static: Static
 ) -> Batched:
     """Records a new mapped axis: ``dims`` of the operands and ``axes`` of the results."""
     size = next(x.shape[d] for x, d in zip(args, dims, strict=True) if d is not None)

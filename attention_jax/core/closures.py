@@ -32,8 +32,8 @@ CALLS = ("jit", CUSTOM_JVP)
 
 # What a function may close over, or take as an argument.
 ArrayOrScalar: TypeAlias = AnyArray | np.generic
-Arrays: TypeAlias = tuple[ArrayLike, ...]
-Split: TypeAlias = tuple[Arrays, Arrays]  # floating arrays, and others
+# Floating arrays, and others.
+Split: TypeAlias = tuple[tuple[ArrayLike, ...], tuple[ArrayLike, ...]]
 A = TypeVar("A", bound=ArrayLike)
 V = TypeVar("V")
 
@@ -281,7 +281,9 @@ def _pair(traced: ClosedJaxpr, arrays: tuple[ArrayOrScalar, ...]) -> Callable[..
         each = {True: iter(floats), False: iter(others)}
         return [next(each[kind]) for kind in kinds]
 
-    def along(floats: Arrays, dots: Arrays, others: Arrays) -> jax.Array:
+    def along(
+        floats: tuple[ArrayLike, ...], dots: tuple[ArrayLike, ...], others: tuple[ArrayLike, ...]
+    ) -> jax.Array:
         def program(*floats: ArrayLike) -> jax.Array:
             operands = join(floats, others)
             return jaxpr_as_fun(ClosedJaxpr(jaxpr, operands[count:]))(*operands[:count])[0]
@@ -294,7 +296,7 @@ def _pair(traced: ClosedJaxpr, arrays: tuple[ArrayOrScalar, ...]) -> Callable[..
     derivative = jax.make_jaxpr(along)(floats, floats, others)
 
     @jax.custom_jvp
-    def with_rule(floats: Arrays, others: Arrays) -> ArrayLike:
+    def with_rule(floats: tuple[ArrayLike, ...], others: tuple[ArrayLike, ...]) -> ArrayLike:
         return _evaluate(jaxpr, join(floats, others), inline=CALLS)[0]
 
     @with_rule.defjvp
