@@ -2,8 +2,8 @@
 
 An adapter: it accepts the calls that cuDNN computes exactly, refuses the others, and adds what the
 kernel does not guarantee. Fully masked queries and keys are zeroed before the call, and such rows
-of the output after it, so that NaN in padding reaches neither the output nor a gradient. The kernel
-is only asked for queries that attend to at least one key.
+of the output after it, so that NaN in padding reaches neither the output nor a gradient. In every
+call to the kernel, each query attends to at least one key.
 
 Like ``jax.nn``'s call to cuDNN, it can be differentiated once, in reverse mode: ``jvp`` and
 ``hessian`` are refused. They would need cuDNN's backward pass without its forward pass, which no
