@@ -34,11 +34,16 @@ def positions(T, S):
     return np.arange(T)[:, None], np.arange(S)[None, :]
 
 
-def number(rng, low, high):
-    """An int, or one int per example, and the same as an array that broadcasts."""
+def number(rng, low, high, least=None):
+    """An int, or one int per example, and the same as an array that broadcasts.
+
+    Args:
+      least: of an int; entries of an array go down to ``low``.
+    """
     x = rng.integers(low, high, B).astype(np.int32)
     if rng.random() < 0.5:
-        return int(x[0]), x[0]
+        one = x[0] if least is None else max(x[0], np.int32(least))
+        return int(one), one
     return x, x[:, None, None, None]
 
 
@@ -53,12 +58,12 @@ def band(rng, T, S):
 
 def some_lengths(rng, T, S):
     i, j = positions(T, S)
-    (query, q), (key, k) = number(rng, -1, T + 2), number(rng, -1, S + 2)
+    (query, q), (key, k) = number(rng, -1, T + 2, least=0), number(rng, -1, S + 2, least=0)
     return Known(masks.lengths(query=query, key=key), (i < q) & (j < k), True)
 
 
 def some_prefix(rng, T, S):
-    length, n = number(rng, -1, S + 2)
+    length, n = number(rng, -1, S + 2, least=0)
     return Known(masks.prefix(length), positions(T, S)[1] < n, True)
 
 
