@@ -35,6 +35,7 @@ from experiments.training.task import (
 from experiments.training.text_config import PretrainedConfig
 
 FINETUNED = ("pretrained", "pretrained_adapted")  # models that start from a checkpoint
+NORMALIZED = ("text_cnn", "attention", "attention_cnn", "transformer")  # may normalize embeddings
 Score = Callable[[np.ndarray, np.ndarray], Metrics]
 
 
@@ -60,11 +61,19 @@ class Config(PretrainedConfig):
     """Occurrences in the training split that a word needs to enter the vocabulary."""
     longest: int = 64
     """Words per sentence at most; pretrained reads what its checkpoint does."""
+    normalize_embeddings: bool = False
+    """Normalize word embeddings to mean 0 and variance 1 over the words of the training split, as
+    in the paper on adversarial training of classifiers (Miyato 2017)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least_1(self, "word_width", "filters", "least", "longest")
         below_1(self, "feature_dropout", "word_dropout")
+        if self.normalize_embeddings and self.model not in NORMALIZED:
+            raise ValueError(
+                f"normalize_embeddings needs a model that learns its word embeddings from the task "
+                f"({', '.join(NORMALIZED)}), got model {self.model}"
+            )
 
 
 SMOKE = Config(
@@ -184,7 +193,11 @@ def init(config: Config, data: Data, rngs: nnx.Rngs) -> Model:
     if isinstance(data.words, finetuning.Subwords):
         rate, marks = config.feature_dropout, data.words.marks()
         return finetuning.build(config, data.classes, marks, dropout_rate=rate, rngs=rngs)
-    return sentences.build(config, len(data.words), len(data.classes), rngs)
+    vocabulary, frequencies = len(data.words), None
+    if config.normalize_embeddings:
+        words = np.concatenate([np.asarray(row, np.int32) for row in data.splits["train"].rows])
+        frequencies = np.bincount(words, minlength=vocabulary) / words.size
+    return sentences.build(config, vocabulary, len(data.classes), rngs, frequencies)
 
 
 def batches(config: Config, data: Data, step: int, rows: Rows = ALL) -> Iterator[Batch]:
