@@ -300,6 +300,32 @@ def _fewshot(arguments: Sequence[str]) -> int:
         return interrupted(state, "resume with", ["fewshot", *arguments])
 
 
+def _sweep(arguments: Sequence[str]) -> int:
+    """``TASK [--minutes M] [--option value ...]``; options of the task are fixed in all trials."""
+    from experiments.training import sweep
+
+    if not arguments or arguments[0].startswith("-"):
+        if asks_for_help(arguments):
+            parse(sweep.Options, arguments, "sweep TASK")
+        raise ValueError(f"sweep needs a task: {', '.join(TASKS)}")
+    name, *rest = arguments
+    if name not in TASKS:
+        raise ValueError(unknown("task", name, TASKS))
+    if asks_for_help(rest):
+        parse(sweep.Options, rest, f"sweep {name}")
+    task = load(name)
+    own, searched = hints(type(next(iter(task.presets.values())))), hints(sweep.Options)
+    own.pop("model")
+    values = read(own | searched, rest, f"sweep {name}")
+    options = sweep.Options(**{key: x for key, x in values.items() if key in searched})
+    fixed = {key: x for key, x in values.items() if key not in searched}
+    try:
+        return sweep.main(task, options, fixed)
+    except KeyboardInterrupt:
+        state = f"finished trials are in {options.results / f'{name}.jsonl'}"
+        return interrupted(state, "resume with", ["sweep", *arguments])
+
+
 def _walkthrough(arguments: Sequence[str]) -> int:
     from experiments import walkthrough
 
@@ -332,6 +358,11 @@ COMMANDS = {
         "compare [--option ...]",
         "checks all implementations against the float64 oracle",
         _compare,
+    ),
+    "sweep": Command(
+        "sweep TASK [--minutes M] [--option ...]",
+        "searches the hyperparameters of each model",
+        _sweep,
     ),
     "fewshot": Command(
         "fewshot [--option ...]", "trains with few labeled examples, plots accuracy", _fewshot

@@ -21,6 +21,7 @@ from experiments.tasks.common import check_attends, check_length, random_indices
 from experiments.training import config as configs
 from experiments.training.config import at_least_1, below_1
 from experiments.training.losses import cross_entropy, logits, scores
+from experiments.training.search import Log, OneOf, Space
 from experiments.training.task import (
     ALL,
     Array,
@@ -36,6 +37,29 @@ from experiments.training.text_config import PretrainedConfig
 
 FINETUNED = ("pretrained", "pretrained_adapted")  # models that start from a checkpoint
 NORMALIZED = ("text_cnn", "attention", "attention_cnn", "transformer")  # may normalize embeddings
+
+RATES, DECAYS = Log(5e-4, 1e-2), OneOf((0.0, 0.05, 0.2))
+SPACES: Mapping[str, Space] = {
+    "text_cnn": {
+        "learning_rate": RATES,
+        "weight_decay": DECAYS,
+        "feature_dropout": OneOf((0.3, 0.5, 0.7)),
+        "word_dropout": OneOf((0.0, 0.1, 0.3)),
+    },
+    "attention": {
+        "learning_rate": RATES,
+        "weight_decay": DECAYS,
+        "dropout": OneOf((0.1, 0.3, 0.5)),
+        "word_dropout": OneOf((0.0, 0.1, 0.3)),
+    },
+    "attention_cnn": {
+        "learning_rate": RATES,
+        "weight_decay": DECAYS,
+        "dropout": OneOf((0.1, 0.3, 0.5)),
+        "word_dropout": OneOf((0.0, 0.1, 0.3)),
+    },
+    "pretrained": finetuning.SPACE,
+}
 Score = Callable[[np.ndarray, np.ndarray], Metrics]
 
 
@@ -315,6 +339,7 @@ def task(
         name=name,
         presets=presets,
         changes=changes or {},
+        spaces=SPACES,
         data=functools.partial(load, classes, read, symbols=symbols),
         init=init,
         batches=batches,
