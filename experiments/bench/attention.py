@@ -1,6 +1,6 @@
 """``bench``: speed, memory and first-call time, side by side with other libraries.
 
-    python -m experiments bench                  # everything, about 12 minutes on 2 cores
+    python -m experiments bench                  # everything, about 15 minutes on 2 cores
     python -m experiments bench --only decode    # one section
     python -m experiments bench --scaling        # how cost grows with length, instead
 
