@@ -300,15 +300,21 @@ def sample(config: Config, model: Model, data: Data, sentence: str | None) -> st
 
 
 def look(config: Config, model: Model, data: Data, sentence: str | None) -> list[AttentionView]:
-    """Attention weights of the encoder on one sentence."""
+    """Attention weights of the encoder on one sentence, and its class."""
     ladder = configs.choices(type(config), "model")
     check_attends(config, *(x for x in ladder if x not in ("naive_bayes", "text_cnn")))
-    sentence = data.splits["test"].texts[0] if sentence is None else sentence
+    test = data.splits["test"]
+    known = data.classes[test.labels[0]] if sentence is None else None
+    sentence = test.texts[0] if sentence is None else sentence
     row = encode(config, data, sentence)
-    _, weights = record_weights(model, np.array([row], np.int32))
+    output, weights = record_weights(model, np.array([row], np.int32))
     words = data.words
     tokens = words.strings(row) if isinstance(words, finetuning.Subwords) else sentence.split()
-    return self_attention("encoder", tokens, weights)
+    p = np.asarray(jax.nn.softmax(jnp.asarray(output)[0].astype(jnp.float32)))
+    guess = data.classes[int(p.argmax())]
+    note = f"The class: {guess}, with probability {p.max():.2f}"
+    note += "" if known is None else f"; {verdict(guess, known)}"
+    return [view._replace(note=note) for view in self_attention("encoder", tokens, weights)]
 
 
 def task(
