@@ -199,12 +199,23 @@ class EvaluateOptions:
 
 @dataclasses.dataclass(frozen=True)
 class TextOptions:
-    """Options of ``sample`` and ``look``."""
+    """Options of ``sample``."""
 
     text: str | None = None
     """A text of your own; default an example of the test split."""
     out: Path | None = None
-    """The file to write; default, of ``look``, look.html in the folder of the run."""
+    """The file to write."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LookOptions(TextOptions):
+    """Options of ``look``."""
+
+    out: Path | None = None
+    """The file to write; default look.html, or compare.html, in the folder of the run."""
+    compare: bool = False
+    """Compare with the weights before training, those of the checkpoint for the model pretrained.
+    """
 
 
 def _evaluate(arguments: Sequence[str]) -> int:
@@ -240,9 +251,9 @@ def _sample(arguments: Sequence[str]) -> int:
 
 def _look(arguments: Sequence[str]) -> int:
     folder, rest = _split_run("look", arguments)
-    options = parse(TextOptions, rest, "look RUN")
+    options = parse(LookOptions, rest, "look RUN")
 
-    from experiments.report import look
+    from experiments.report import change, look
     from experiments.training import runs
 
     run = runs.load(folder, load)
@@ -250,9 +261,16 @@ def _look(arguments: Sequence[str]) -> int:
         raise ValueError(f"{run.task.name} has no attention page; its pictures are in {folder}")
     views = run.task.look(run.config, run.model, run.data, options.text)
     model = getattr(run.config, "model", "")
-    file = folder / "look.html" if options.out is None else options.out
+    name = "compare.html" if options.compare else "look.html"
+    file = folder / name if options.out is None else options.out
     subtitle = f"weights of step {run.step}, preset {run.preset}, seed {run.config.seed}"
-    look.write(file, f"{run.task.name}: {model}", subtitle, views)
+    if options.compare:
+        before = run.task.look(run.config, runs.untrained(run), run.data, options.text)
+        subtitle = f"before training, and after it: {subtitle}"
+        text = change.page(f"{run.task.name}: {model}", subtitle, before, views)
+        file.write_text(text, encoding="utf-8")
+    else:
+        look.write(file, f"{run.task.name}: {model}", subtitle, views)
     print(f"wrote {file}")
     return 0
 
@@ -261,8 +279,8 @@ def _split_run(command: str, arguments: Sequence[str]) -> tuple[Path, Sequence[s
     """The folder of the run, which comes first, and the other arguments."""
     if not arguments or arguments[0].startswith("-"):
         if arguments and arguments[0] in HELP:
-            options = EvaluateOptions if command == "evaluate" else TextOptions
-            parse(options, arguments, f"{command} RUN")
+            kinds = {"evaluate": EvaluateOptions, "sample": TextOptions, "look": LookOptions}
+            parse(kinds[command], arguments, f"{command} RUN")
         known = sorted(str(file.parent) for file in Path("runs").glob("*/*/run.json"))
         raise ValueError(f"{command} needs the folder of a run: {', '.join(known) or 'none here'}")
     return Path(arguments[0]), arguments[1:]
@@ -300,6 +318,32 @@ def _fewshot(arguments: Sequence[str]) -> int:
         return interrupted(state, "resume with", ["fewshot", *arguments])
 
 
+def _sweep(arguments: Sequence[str]) -> int:
+    """``TASK [--minutes M] [--option value ...]``; options of the task are fixed in all trials."""
+    from experiments.training import sweep
+
+    if not arguments or arguments[0].startswith("-"):
+        if asks_for_help(arguments):
+            parse(sweep.Options, arguments, "sweep TASK")
+        raise ValueError(f"sweep needs a task: {', '.join(TASKS)}")
+    name, *rest = arguments
+    if name not in TASKS:
+        raise ValueError(unknown("task", name, TASKS))
+    if asks_for_help(rest):
+        parse(sweep.Options, rest, f"sweep {name}")
+    task = load(name)
+    own, searched = hints(type(next(iter(task.presets.values())))), hints(sweep.Options)
+    own.pop("model")
+    values = read(own | searched, rest, f"sweep {name}")
+    options = sweep.Options(**{key: x for key, x in values.items() if key in searched})
+    fixed = {key: x for key, x in values.items() if key not in searched}
+    try:
+        return sweep.main(task, options, fixed)
+    except KeyboardInterrupt:
+        state = f"finished trials are in {options.results / f'{name}.jsonl'}"
+        return interrupted(state, "resume with", ["sweep", *arguments])
+
+
 def _walkthrough(arguments: Sequence[str]) -> int:
     from experiments import walkthrough
 
@@ -325,13 +369,20 @@ COMMANDS = {
     "evaluate": Command("evaluate RUN [--split NAME]", "scores a trained model again", _evaluate),
     "sample": Command("sample RUN [--text TEXT]", "prints outputs of a trained model", _sample),
     "look": Command(
-        "look RUN [--text TEXT]", "writes a page that shows its attention weights", _look
+        "look RUN [--text TEXT] [--compare]",
+        "writes a page that shows its attention weights",
+        _look,
     ),
     "report": Command("report", "writes the pages and plots in experiments/results", _report),
     "compare": Command(
         "compare [--option ...]",
         "checks all implementations against the float64 oracle",
         _compare,
+    ),
+    "sweep": Command(
+        "sweep TASK [--minutes M] [--option ...]",
+        "searches the hyperparameters of each model",
+        _sweep,
     ),
     "fewshot": Command(
         "fewshot [--option ...]", "trains with few labeled examples, plots accuracy", _fewshot

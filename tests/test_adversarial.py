@@ -9,11 +9,12 @@ import pytest
 from flax import nnx
 
 from attention_jax.nn import Embeddings, moved_embeddings
+from experiments.models.sentences import NormalizedEmbeddings
 from experiments.tasks import load
 from experiments.training import adversarial
 from experiments.training.config import TrainConfig
 from experiments.training.steps import trainer
-from experiments.training.task import Loss
+from experiments.training.task import ALL, Loss
 from experiments.training.train import train
 
 
@@ -162,6 +163,87 @@ def test_text_task_trains_adversarially(tmp_path, name, model):
     config = dataclasses.replace(task.presets["smoke"], model=model, adversarial=0.1, steps=1)
     found = train(task, config, task.data(config), tmp_path)
     assert found.progress.step == 1
+
+
+# --- Classification, with normalized embeddings.
+
+FREQUENCIES = np.array([0, 0, 0.1, 0.5, 0.4])
+
+
+def test_normalized_embeddings_have_mean_0_and_variance_1_over_the_words_of_the_data():
+    options = {"embedding_init": nnx.initializers.normal(1.0), "rngs": nnx.Rngs(0)}
+    embed = NormalizedEmbeddings(5, 7, frequencies=FREQUENCIES, **options)
+    table = np.asarray(embed.tokens[...], np.float64)
+    vectors = np.asarray(embed(np.arange(5)[None])[0], np.float64)
+    np.testing.assert_allclose(FREQUENCIES @ vectors, 0, atol=1e-6)
+    np.testing.assert_allclose(FREQUENCIES @ vectors**2, 1, rtol=1e-4)
+    mean = FREQUENCIES @ table
+    expected = (table - mean) / np.sqrt(FREQUENCIES @ (table - mean) ** 2)
+    np.testing.assert_allclose(vectors, expected, rtol=1e-4, atol=1e-5)
+    larger = nnx.merge(*nnx.split(embed))
+    larger.tokens[...] = 10 * embed.tokens[...] + 3
+    np.testing.assert_allclose(larger(np.arange(5)[None])[0], vectors, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["text_cnn", "attention_cnn"])
+def test_classifier_trains_on_its_loss_and_that_of_its_perturbed_embeddings(model):
+    task, epsilon = load({"text_cnn": "trec", "attention_cnn": "sst2"}[model]), 0.3
+    config = task.configured(
+        "smoke", model=model, normalize_embeddings=True, adversarial=epsilon, clip=1e9
+    )
+    data = task.data(config)
+    batch = next(task.batches(config, data, 0, ALL))
+    module = task.init(config, data, nnx.Rngs(0))
+    module.eval()  # without dropout
+    graph, parameters, rest = nnx.split(module, nnx.Param, ...)
+
+    def total(parameters, perturb):
+        found = task.loss(
+            config, moved_embeddings(nnx.merge(graph, parameters, rest), perturb), batch
+        )
+        return found.total, found.number
+
+    _, _, gradient = adversarial.value_and_grad(total, parameters, epsilon)
+
+    def at(parameters, perturbations):  # the loss, with one perturbation for each look-up
+        remaining = iter(perturbations)
+        return total(parameters, lambda x: x + next(remaining, 0))[0]
+
+    found = []
+    total(parameters, lambda x: found.append(x) or x)
+    assert len(found) == {"text_cnn": 1, "attention_cnn": 2}[model]
+    zeros = [jnp.zeros_like(x) for x in found]
+    g = [np.asarray(x, np.float64) for x in jax.grad(at, argnums=1)(parameters, zeros)]
+    real = np.asarray(batch.words != 0)[..., None]
+    rs = []
+    for i in range(len(batch.words)):  # the formula, for one sentence
+        x = np.stack([np.asarray(one[i], np.float64) * real[i] for one in found])
+        size = epsilon * np.linalg.norm(x) / np.linalg.norm([one[i] for one in g])
+        rs.append([size * one[i] for one in g])
+    worst = [jnp.asarray([r[n] for r in rs], jnp.float32) for n in range(len(found))]
+    assert at(parameters, worst) > at(parameters, zeros)
+    expected = jax.grad(lambda p: at(p, zeros) + at(p, worst))(parameters)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4), gradient, expected
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strength", [0.03, 0.1, 0.3])
+def test_classifier_trains_with_normalized_embeddings(tmp_path, strength):
+    task = load("trec")
+    config = task.configured(
+        "smoke", model="attention", normalize_embeddings=True, adversarial=strength, steps=2
+    )
+    found = train(task, config, task.data(config), tmp_path)
+    assert found.progress.step == 2
+
+
+@pytest.mark.parametrize("model", ["naive_bayes", "pretrained"])
+def test_model_without_embeddings_of_its_own_cannot_normalize_them(model):
+    with pytest.raises(ValueError, match=f"normalize_embeddings needs a model .* model {model}"):
+        load("trec").configured("smoke", model=model, normalize_embeddings=True)
 
 
 def test_negative_size_raises():

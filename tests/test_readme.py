@@ -35,6 +35,7 @@ WORK = (
     "experiments.bench.compare.main",
     "experiments.bench.attention.main",
     "experiments.tasks.fewshot.sweep.main",
+    "experiments.training.sweep.main",
     "experiments.walkthrough.main",
     "experiments.plan.command.main",
 )

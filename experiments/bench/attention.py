@@ -1,6 +1,6 @@
 """``bench``: speed, memory and first-call time, side by side with other libraries.
 
-    python -m experiments bench                  # everything, about 12 minutes on 2 cores
+    python -m experiments bench                  # everything, about 15 minutes on 2 cores
     python -m experiments bench --only decode    # one section
     python -m experiments bench --scaling        # how cost grows with length, instead
 
@@ -31,7 +31,7 @@ import jax
 import attention_jax as aj
 from attention_jax.backends import Blockwise
 from attention_jax.backends.blockwise.run import SPEED
-from experiments.bench import scaling
+from experiments.bench import finetuning, scaling
 from experiments.bench.contenders import (
     TIMED,
     have_torch,
@@ -72,6 +72,7 @@ Section = Literal[
     "memory",
     "step",
     "tasks",
+    "finetune",
     "generate",
     "cache",
     "short",
@@ -321,6 +322,21 @@ def tasks(options: Options) -> list[Measurement]:
     return measurements
 
 
+def finetune(options: Options) -> list[Measurement]:
+    """Fine-tuning a published encoder on sentences, in batches of similar length."""
+    measurements = []
+    with finetuning.checkpoint() as folder:
+        for freeze in (False, True):
+            work = finetuning.FineTuning(freeze=freeze)
+            contenders = {"ours": finetuning.ours(work, folder)}
+            if have_transformers():
+                contenders["transformers"] = finetuning.transformers(work, folder)
+            seconds = in_turns(contenders, _fewer(options))
+            note, targets = work.note(seconds["ours"]), {"transformers": 1.0}
+            measurements.append(Measurement("finetune", str(work), seconds, 0.0, targets, note))
+    return measurements
+
+
 def generate(options: Options) -> list[Measurement]:
     """Greedy decoding with caches: short and long prompts, few and many new tokens."""
     measurements = []
@@ -396,6 +412,7 @@ SECTIONS: dict[str, Callable[[Options], list[Measurement]]] = {
     "memory": memory,
     "step": step,
     "tasks": tasks,
+    "finetune": finetune,
     "generate": generate,
     "cache": cache,
     "short": short,

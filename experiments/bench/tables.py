@@ -15,7 +15,8 @@ import numpy as np
 
 from experiments.bench.contenders import have_torch
 
-MODELS = ("step", "generate", "cache", "tasks")  # sections on whole models, in their own table
+# Sections on whole models, in their own table.
+MODELS = ("step", "finetune", "generate", "cache", "tasks")
 TUNING = ("short", "blocks")  # sections that tune the library, run only by name
 
 

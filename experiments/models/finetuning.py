@@ -19,6 +19,7 @@ from attention_jax.models.pretrained.folders import read_config
 from attention_jax.nn.linear import Linear
 from experiments.datasets import text
 from experiments.datasets.text import PAD
+from experiments.training.search import Log, OneOf, Space
 from experiments.training.task import Array
 from experiments.training.text_config import PretrainedConfig
 
@@ -39,6 +40,14 @@ OPTIONS: Mapping[str, Any] = {
     "minutes": 15.0,
 }
 SMOKE: Mapping[str, Any] = {**OPTIONS, "batch_size": 4, "steps": 3}
+
+# The options that a sweep of ``pretrained`` searches.
+SPACE: Space = {
+    "learning_rate": Log(5e-5, 5e-4),
+    "layer_decay": OneOf((0.8, 0.9, 1.0)),
+    "weight_decay": OneOf((0.0, 0.01, 0.1)),
+    "dropout": OneOf((0.0, 0.1, 0.2)),
+}
 
 NONE = -1  # the place of a word that the encoder does not read
 PADDING = 0.08  # of the tokens of an epoch; batches between two lengths add a little

@@ -11,8 +11,9 @@ import numpy as np
 from flax import nnx
 
 from attention_jax.models import Encoder, EncoderConfig
-from attention_jax.nn import Embeddings
+from attention_jax.nn import Embeddings, Frozen
 from attention_jax.nn.linear import Linear
+from attention_jax.positions.vectors import rows
 from experiments.datasets.text import PAD, UNKNOWN
 from experiments.training import text_config
 from experiments.training.task import Array
@@ -59,6 +60,35 @@ class Convolutions(nnx.Module):
         return jnp.concatenate([jnp.where(real[..., None], y, 0).max(1) for y in outputs], axis=-1)
 
 
+class NormalizedEmbeddings(Embeddings):
+    """Embeddings whose vectors have mean 0 and variance 1 over the words of the training split::
+
+        mean, variance = sum_k f_k e_k, sum_k f_k (e_k - mean)^2     f_k the frequency of word k
+        vector of k    = (e_k - mean) / sqrt(variance)
+
+    A model cannot escape a perturbation of these vectors by making its embeddings larger.
+
+    Source: Miyato et al. 2017, "Adversarial Training Methods for Semi-Supervised Text
+    Classification", equation 1.
+    """
+
+    def __init__(
+        self, vocabulary: int, features: int, *, frequencies: np.ndarray, **options: Any
+    ) -> None:
+        """See ``Embeddings``; ``frequencies [V]`` are positive for some words and sum to 1."""
+        super().__init__(vocabulary, features, **options)
+        self.frequencies = Frozen(jnp.asarray(frequencies, jnp.float32))
+
+    def vectors(self, tokens: Any) -> jax.Array:
+        """The normalized vectors, ``[*B T]`` to ``[*B T E]``, without positions."""
+        table, f = self.tokens[...], self.frequencies[...].astype(self.tokens.dtype)
+        mean = f @ table
+        variance = f @ jnp.square(table - mean)
+        x = (rows(table, tokens, "tokens") - mean) * jax.lax.rsqrt(variance + SMALLEST)
+        return x if self.moved is None else self.moved(x)
+
+
+SMALLEST = 1e-8  # added to variances of about 4e-4, so that equal vectors do not divide by 0
 WIDTHS = (3, 4, 5)
 
 
@@ -68,9 +98,23 @@ class TextCNN(nnx.Module):
     Source: Kim 2014, "Convolutional Neural Networks for Sentence Classification" (CNN-rand).
     """
 
-    def __init__(self, config: Any, vocabulary: int, classes: int, rngs: nnx.Rngs) -> None:
-        init = nnx.initializers.normal(0.25)
-        self.embed = Embeddings(vocabulary, config.word_width, embedding_init=init, rngs=rngs)
+    def __init__(
+        self,
+        config: Any,
+        vocabulary: int,
+        classes: int,
+        rngs: nnx.Rngs,
+        *,
+        frequencies: np.ndarray | None = None,
+    ) -> None:
+        options: dict[str, Any] = {"embedding_init": nnx.initializers.normal(0.25), "rngs": rngs}
+        self.embed = (
+            Embeddings(vocabulary, config.word_width, **options)
+            if frequencies is None
+            else NormalizedEmbeddings(
+                vocabulary, config.word_width, frequencies=frequencies, **options
+            )
+        )
         self.noise = WordDropout(config.word_dropout, rngs=rngs)
         self.features = Convolutions(config.word_width, config.filters, WIDTHS, rngs=rngs)
         self.dropout = nnx.Dropout(config.feature_dropout, rngs=rngs)
@@ -91,7 +135,14 @@ class SelfAttention(nnx.Module):
     """
 
     def __init__(
-        self, config: Any, vocabulary: int, classes: int, rngs: nnx.Rngs, *, convolve: bool
+        self,
+        config: Any,
+        vocabulary: int,
+        classes: int,
+        rngs: nnx.Rngs,
+        *,
+        convolve: bool,
+        frequencies: np.ndarray | None = None,
     ) -> None:
         E = config.width
         self.noise = WordDropout(config.word_dropout, rngs=rngs)
@@ -107,6 +158,16 @@ class SelfAttention(nnx.Module):
             ),
             rngs=rngs,
         )
+        if frequencies is not None:
+            self.encoder.embed = NormalizedEmbeddings(
+                vocabulary,
+                E,
+                frequencies=frequencies,
+                positions=config.vectors,
+                max_length=config.longest,
+                dropout_rate=config.dropout,
+                rngs=rngs,
+            )
         self.features = nnx.data(None)
         width = E
         if convolve:
@@ -152,9 +213,24 @@ class WordDropout(nnx.Module):
             self.deterministic = deterministic
 
 
-def build(config: Any, vocabulary: int, classes: int, rngs: nnx.Rngs) -> nnx.Module:
-    """The trained model that ``config.model`` names."""
+def build(
+    config: Any,
+    vocabulary: int,
+    classes: int,
+    rngs: nnx.Rngs,
+    frequencies: np.ndarray | None = None,
+) -> nnx.Module:
+    """The trained model that ``config.model`` names.
+
+    Args:
+      config: the options.
+      vocabulary, classes: how many there are.
+      rngs: for parameters and dropout.
+      frequencies: of the words in the training split, ``[V]``, for normalized embeddings.
+    """
     if config.model == "text_cnn":
-        return TextCNN(config, vocabulary, classes, rngs)
+        return TextCNN(config, vocabulary, classes, rngs, frequencies=frequencies)
     convolve = config.model == "attention_cnn"
-    return SelfAttention(config, vocabulary, classes, rngs, convolve=convolve)
+    return SelfAttention(
+        config, vocabulary, classes, rngs, convolve=convolve, frequencies=frequencies
+    )

@@ -7,6 +7,8 @@ A record is a line of ``TASK.jsonl`` (``runs.record``). Runs that differ only in
 from __future__ import annotations
 
 import collections
+import dataclasses
+import itertools
 import json
 import re
 from pathlib import Path
@@ -39,10 +41,13 @@ DATA_OPTIONS = ("corpus", "graph")
 def read(file: Path) -> list[Record]:
     """The records of a file; of several with the same configuration, the last.
 
+    Options that a record lacks, since its run is older than they are, have their defaults.
+
     Raises:
       ValueError: a line is not a record, or one of another task.
     """
     latest: dict[str, Record] = {}
+    defaults: dict[str, Any] = {}
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
         try:
             record = json.loads(line)
@@ -62,8 +67,16 @@ def read(file: Path) -> list[Record]:
             )
         if record["task"] != file.stem:
             raise ValueError(f"{where} is a record of {record['task']}, not {file.stem}")
+        defaults = defaults or _defaults(file.stem)
+        record["config"] = {**defaults, **record["config"]}
         latest[json.dumps([record["config"], record.get("preset")], sort_keys=True)] = record
     return list(latest.values())
+
+
+def _defaults(name: str) -> dict[str, Any]:
+    """The options of a task as its configuration declares them, without a preset."""
+    kind = type(next(iter(tasks.load(name).presets.values())))
+    return {field.name: field.default for field in dataclasses.fields(kind)}
 
 
 def ladders(name: str, records: list[Record]) -> dict[str, list[Rung]]:
@@ -147,6 +160,26 @@ def _rung_name(record: Record, all_records: list[Record]) -> str:
         if any(other["config"].get(option) != x for other in alike)
     ]
     return ", ".join([record["model"], *differing])
+
+
+def exceptions(ladder: list[Rung]) -> list[str]:
+    """Where a rung is not better than the one below it by more than the spread, in words."""
+    if not ladder:
+        return []
+    metric, larger = ladder[0].runs[0]["metric"], ladder[0].runs[0]["larger"]
+    found = []
+    for below, above in itertools.pairwise(ladder):
+        gain = above.mean(metric) - below.mean(metric)
+        gain = gain if larger else -gain
+        spread = max(below.spread(metric), above.spread(metric))
+        lower, upper = (
+            f"{rung.name} ({format_score(metric, rung.mean(metric))})" for rung in (below, above)
+        )
+        if abs(gain) <= spread:
+            found.append(f"{upper} and {lower} are within the spread")
+        elif gain < 0:
+            found.append(f"{lower} is better than {upper}")
+    return found
 
 
 # --- Formatting of scores. Those that match no pattern have 3 decimals.

@@ -1,9 +1,10 @@
 """``report``: the pages and plots of ``experiments/results``, from the records there.
 
-``TASK.jsonl`` has a line for each run (``runs.record``). ``README.md`` gets a section for each
-task: a table with mean and spread over seeds, whether each rung of the ladder is better than the
-one before it, and a plot. ``SPEED.md`` gets the measurements of ``bench`` and ``card`` (see
-``speed`` and ``gpu``), and so does the paragraph on GPUs in the repository's README.
+``TASK.jsonl`` has a line for each run (``runs.record``). ``README.md`` opens with the classic
+ladders (see ``classic``) and gets a section for each task: a table with mean and spread over seeds,
+whether each rung of the ladder is better than the one before it, and a plot. ``SPEED.md`` gets the
+measurements of ``bench`` and ``card`` (see ``speed`` and ``gpu``), and so does the paragraph on
+GPUs in the repository's README.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ import statistics
 from pathlib import Path
 
 from experiments import tasks
-from experiments.report import gpu, plots, speed
+from experiments.report import classic, gpu, plots, speed
 from experiments.report.ladders import (
     PERCENT,
+    exceptions,
     format_score,
     ladders,
     metric_label,
@@ -134,7 +136,8 @@ NOTES = {
 
 def page(found: dict[str, Ladders]) -> str:
     """The page of all tasks, from the ladders of those that were run."""
-    sections = [INTRODUCTION, *(section(name, found.get(name, {})) for name in tasks.TASKS)]
+    tables = (section(name, found.get(name, {})) for name in tasks.TASKS)
+    sections = [INTRODUCTION, classic.section(found), *tables]
     return "\n\n".join(sections) + "\n"
 
 
@@ -223,26 +226,13 @@ def table(ladder: list[Rung]) -> list[str]:
 def comment(ladder: list[Rung]) -> str:
     """Where a model is no better than the one above it. The first row of a model counts."""
     ladder = [next(rows) for _, rows in itertools.groupby(ladder, key=lambda rung: rung.model)]
-    first = ladder[0].runs[0]
-    metric, larger = first["metric"], first["larger"]
-    exceptions = []
-    for below, above in itertools.pairwise(ladder):
-        gain = above.mean(metric) - below.mean(metric)
-        gain = gain if larger else -gain
-        spread = max(below.spread(metric), above.spread(metric))
-        lower, upper = (
-            f"{rung.name} ({format_score(metric, rung.mean(metric))})" for rung in (below, above)
-        )
-        if abs(gain) <= spread:
-            exceptions.append(f"{upper} and {lower} are within the spread")
-        elif gain < 0:
-            exceptions.append(f"{lower} is better than {upper}")
+    found = exceptions(ladder)
     single = " Rows with one seed have no spread." if _single_seed(ladder) else ""
     if len(ladder) < 2:
         return f"Only one model of the ladder.{single}"
-    if not exceptions:
+    if not found:
         return f"Each model is better than the one above it.{single}"
-    listed = "; ".join(exceptions)
+    listed = "; ".join(found)
     return f"Each model is better than the one above it, with exceptions: {listed}.{single}"
 
 

@@ -21,6 +21,7 @@ from experiments.tasks.common import check_attends, check_length, random_indices
 from experiments.training import config as configs
 from experiments.training.config import at_least_1, below_1
 from experiments.training.losses import cross_entropy, logits, scores
+from experiments.training.search import Log, OneOf, Space
 from experiments.training.task import (
     ALL,
     Array,
@@ -35,6 +36,30 @@ from experiments.training.task import (
 from experiments.training.text_config import PretrainedConfig
 
 FINETUNED = ("pretrained", "pretrained_adapted")  # models that start from a checkpoint
+NORMALIZED = ("text_cnn", "attention", "attention_cnn", "transformer")  # may normalize embeddings
+
+RATES, DECAYS = Log(5e-4, 1e-2), OneOf((0.0, 0.05, 0.2))
+SPACES: Mapping[str, Space] = {
+    "text_cnn": {
+        "learning_rate": RATES,
+        "weight_decay": DECAYS,
+        "feature_dropout": OneOf((0.3, 0.5, 0.7)),
+        "word_dropout": OneOf((0.0, 0.1, 0.3)),
+    },
+    "attention": {
+        "learning_rate": RATES,
+        "weight_decay": DECAYS,
+        "dropout": OneOf((0.1, 0.3, 0.5)),
+        "word_dropout": OneOf((0.0, 0.1, 0.3)),
+    },
+    "attention_cnn": {
+        "learning_rate": RATES,
+        "weight_decay": DECAYS,
+        "dropout": OneOf((0.1, 0.3, 0.5)),
+        "word_dropout": OneOf((0.0, 0.1, 0.3)),
+    },
+    "pretrained": finetuning.SPACE,
+}
 Score = Callable[[np.ndarray, np.ndarray], Metrics]
 
 
@@ -60,11 +85,19 @@ class Config(PretrainedConfig):
     """Occurrences in the training split that a word needs to enter the vocabulary."""
     longest: int = 64
     """Words per sentence at most; pretrained reads what its checkpoint does."""
+    normalize_embeddings: bool = False
+    """Normalize word embeddings to mean 0 and variance 1 over the words of the training split, as
+    in the paper on adversarial training of classifiers (Miyato 2017)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least_1(self, "word_width", "filters", "least", "longest")
         below_1(self, "feature_dropout", "word_dropout")
+        if self.normalize_embeddings and self.model not in NORMALIZED:
+            raise ValueError(
+                f"normalize_embeddings needs a model that learns its word embeddings from the task "
+                f"({', '.join(NORMALIZED)}), got model {self.model}"
+            )
 
 
 SMOKE = Config(
@@ -184,7 +217,11 @@ def init(config: Config, data: Data, rngs: nnx.Rngs) -> Model:
     if isinstance(data.words, finetuning.Subwords):
         rate, marks = config.feature_dropout, data.words.marks()
         return finetuning.build(config, data.classes, marks, dropout_rate=rate, rngs=rngs)
-    return sentences.build(config, len(data.words), len(data.classes), rngs)
+    vocabulary, frequencies = len(data.words), None
+    if config.normalize_embeddings:
+        words = np.concatenate([np.asarray(row, np.int32) for row in data.splits["train"].rows])
+        frequencies = np.bincount(words, minlength=vocabulary) / words.size
+    return sentences.build(config, vocabulary, len(data.classes), rngs, frequencies)
 
 
 def batches(config: Config, data: Data, step: int, rows: Rows = ALL) -> Iterator[Batch]:
@@ -263,15 +300,21 @@ def sample(config: Config, model: Model, data: Data, sentence: str | None) -> st
 
 
 def look(config: Config, model: Model, data: Data, sentence: str | None) -> list[AttentionView]:
-    """Attention weights of the encoder on one sentence."""
+    """Attention weights of the encoder on one sentence, and its class."""
     ladder = configs.choices(type(config), "model")
     check_attends(config, *(x for x in ladder if x not in ("naive_bayes", "text_cnn")))
-    sentence = data.splits["test"].texts[0] if sentence is None else sentence
+    test = data.splits["test"]
+    known = data.classes[test.labels[0]] if sentence is None else None
+    sentence = test.texts[0] if sentence is None else sentence
     row = encode(config, data, sentence)
-    _, weights = record_weights(model, np.array([row], np.int32))
+    output, weights = record_weights(model, np.array([row], np.int32))
     words = data.words
     tokens = words.strings(row) if isinstance(words, finetuning.Subwords) else sentence.split()
-    return self_attention("encoder", tokens, weights)
+    p = np.asarray(jax.nn.softmax(jnp.asarray(output)[0].astype(jnp.float32)))
+    guess = data.classes[int(p.argmax())]
+    note = f"The class: {guess}, with probability {p.max():.2f}"
+    note += "" if known is None else f"; {verdict(guess, known)}"
+    return [view._replace(note=note) for view in self_attention("encoder", tokens, weights)]
 
 
 def task(
@@ -302,6 +345,7 @@ def task(
         name=name,
         presets=presets,
         changes=changes or {},
+        spaces=SPACES,
         data=functools.partial(load, classes, read, symbols=symbols),
         init=init,
         batches=batches,

@@ -20,6 +20,7 @@ from experiments.datasets import text
 from experiments.models.inference import full_batches
 from experiments.tasks.common import check_attends
 from experiments.training import config as configs
+from experiments.training import search
 from experiments.training.losses import cross_entropy, logits, scores
 from experiments.training.task import (
     ALL,
@@ -67,6 +68,12 @@ class Config(configs.TrainConfig):
         configs.softmax_only(self)  # the figure shows its weights
         if self.shift < 0:
             raise ValueError(f"shift must be at least 0, got {self.shift}")
+
+
+SPACES = {
+    "logistic": {name: search.USUAL[name] for name in ("learning_rate", "weight_decay")},
+    **dict.fromkeys(("cnn", "vit"), search.USUAL),
+}
 
 
 class Split(NamedTuple):
@@ -238,6 +245,7 @@ def task(
     return Task(
         name=name,
         presets=presets,
+        spaces=SPACES,
         data=load,
         init=init,
         batches=batches,

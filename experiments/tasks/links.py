@@ -43,7 +43,7 @@ from experiments.datasets import text
 from experiments.datasets.files import path
 from experiments.models.inference import full_batches
 from experiments.tasks.common import check_attends, random_indices
-from experiments.training import text_config
+from experiments.training import search, text_config
 from experiments.training.config import TrainConfig, at_least_1, below_1, heads_divide, softmax_only
 from experiments.training.losses import cross_entropy, logits
 from experiments.training.task import (
@@ -117,6 +117,8 @@ PRESETS = {
         dtype="bfloat16",
     ),
 }
+
+SPACES = dict.fromkeys(("distmult", "attention"), search.USUAL)
 
 
 class Data(NamedTuple):
@@ -337,6 +339,7 @@ def look(config: Config, model: Model, data: Data, given: str | None) -> list[At
 TASK = Task(
     name="links",
     presets=PRESETS,
+    spaces=SPACES,
     data=load,
     init=init,
     batches=batches,

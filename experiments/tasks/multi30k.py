@@ -36,6 +36,7 @@ from experiments.datasets.files import lines
 from experiments.datasets.text import END, PAD, START
 from experiments.models.seq2seq import Seq2Seq, decode_rows, transformer_config
 from experiments.tasks.common import check_attends, check_length, random_indices
+from experiments.training import search
 from experiments.training.config import at_least_1, softmax_only
 from experiments.training.losses import cross_entropy
 from experiments.training.task import (
@@ -116,6 +117,8 @@ PRESETS = {
         dtype="bfloat16",
     ),
 }
+
+SPACES = dict.fromkeys(("gru", "gru_attention", "transformer"), search.USUAL)
 
 BUCKETS = (16, 24, 40, 64, 96)
 
@@ -323,6 +326,7 @@ def _token_text(data: Data, token: int) -> str:
 TASK = Task(
     name="multi30k",
     presets=PRESETS,
+    spaces=SPACES,
     data=load,
     init=init,
     batches=batches,

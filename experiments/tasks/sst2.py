@@ -4,8 +4,9 @@
 
     python -m experiments train sst2                              # attention and convolutions
     python -m experiments train sst2 --model naive_bayes
+    python -m experiments train sst2 --normalize-embeddings --adversarial 0.1
 
-The models are those of ``trec``.
+The models are those of ``trec``, and so is adversarial training.
 
 Data: the Stanford Sentiment Treebank with two classes, R. Socher et al., "Recursive Deep Models for
 Semantic Compositionality Over a Sentiment Treebank", 2013: 6,920 training, 872 validation and 1,821

@@ -6,12 +6,16 @@
     python -m experiments train trec --model text_cnn             # without attention
     python -m experiments train trec --mask window --positions rotary
     python -m experiments train trec --model pretrained           # a published encoder, fine-tuned
+    python -m experiments train trec --normalize-embeddings --adversarial 0.1
 
 Models: ``naive_bayes`` on words and bigrams; ``text_cnn`` (Kim 2014, CNN-rand); ``attention``, a
 transformer encoder with mean pooling; ``attention_cnn``, convolutions over the word embeddings and
 the encoder's output; ``pretrained``, all-MiniLM-L6-v2, an encoder of 22 million parameters that
 was trained on much text, with a linear layer on the mean of its outputs. All are fine-tuned but
 the embeddings. ``--checkpoint FOLDER`` starts from another checkpoint; see ``finetuning``.
+With ``--normalize-embeddings``, ``--adversarial`` is the training of Miyato et al. 2017; its size
+is relative to the norm of a sentence's embeddings, which for ``T`` words is about ``sqrt(T *
+width)``, so that 0.1 perturbs ten words by a norm of 3.6.
 
 Data: TREC questions with six classes, X. Li and D. Roth, "Learning Question Classifiers", 2002,
 5,452 for training, of which a fixed, stratified tenth is held out for validation, and 500 for test.

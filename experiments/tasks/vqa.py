@@ -40,7 +40,7 @@ from experiments.datasets import text
 from experiments.datasets.text import PAD, START
 from experiments.models.inference import full_batches
 from experiments.tasks.common import verdict
-from experiments.training import text_config
+from experiments.training import search, text_config
 from experiments.training.losses import cross_entropy, logits, scores
 from experiments.training.task import (
     ALL,
@@ -113,6 +113,8 @@ PRESETS = {
         dtype="bfloat16",
     ),
 }
+
+SPACES = dict.fromkeys(("question", "image", "joint", "cross"), search.USUAL)
 
 
 class Examples(NamedTuple):
@@ -393,6 +395,7 @@ def look(config: Config, model: Model, data: Data, given: str | None) -> list[At
 TASK = Task(
     name="vqa",
     presets=PRESETS,
+    spaces=SPACES,
     data=load,
     init=init,
     batches=batches,

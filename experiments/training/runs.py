@@ -198,6 +198,15 @@ def load(folder: Path, load_task: Callable[[str], Task[Any, Any]]) -> Run:
     return Run(folder, task, content["preset"], config, data, model, step)
 
 
+def untrained(run: Run) -> Any:
+    """The model of a run as it was before its first step, in evaluation mode."""
+    rngs = nnx.Rngs(run.config.seed)
+    model = tuning.prepared(run.task.init(run.config, run.data, rngs), run.config)
+    if isinstance(model, nnx.Module):
+        model.eval()
+    return model
+
+
 def record(
     task: Task[Any, Any],
     config: TrainConfig,

@@ -17,6 +17,7 @@ import numpy as np
 from flax import nnx
 
 from experiments.training.config import TrainConfig
+from experiments.training.search import Space
 
 C = TypeVar("C", bound=TrainConfig)
 D = TypeVar("D")
@@ -206,6 +207,8 @@ class Task(Generic[C, D]):
     """How the metric was computed, where a standard has a name for that (sacreBLEU's signature)."""
     changes: Mapping[tuple[str, str], Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     """Options that a model has in a preset in place of the preset's own, by preset and model."""
+    spaces: Mapping[str, Space] = dataclasses.field(default_factory=dict)
+    """The options of each trained model that ``sweep`` searches, by model."""
     real: Callable[[Batch], Array] | None = None
     """Which tokens of a batch are real, False for padding: the run reports how much padding it
     had."""

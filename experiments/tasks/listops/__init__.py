@@ -34,7 +34,7 @@ from attention_jax.nn import record_weights
 from experiments.datasets import text
 from experiments.models.inference import map_by_length
 from experiments.tasks.common import check_attends, check_length, verdict
-from experiments.tasks.listops.config import PRESETS, Config
+from experiments.tasks.listops.config import PRESETS, SPACES, Config
 from experiments.tasks.listops.data import Batch, Data, Examples, batches, buckets, load
 from experiments.tasks.listops.expressions import WORDS, evaluate_words
 from experiments.tasks.listops.models import Recurrent, Transformer
@@ -131,6 +131,7 @@ def look(config: Config, model: Model, data: Data, given: str | None) -> list[At
 TASK = Task(
     name="listops",
     presets=PRESETS,
+    spaces=SPACES,
     data=load,
     init=init,
     batches=batches,

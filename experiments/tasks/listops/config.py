@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+from experiments.training import search
 from experiments.training.config import at_least_1
 from experiments.training.text_config import TextConfig
 
@@ -80,3 +81,5 @@ PRESETS = {
         dtype="bfloat16",
     ),
 }
+
+SPACES = dict.fromkeys(("gru", "transformer", "window", "linear"), search.USUAL)

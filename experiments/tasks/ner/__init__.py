@@ -35,7 +35,7 @@ from experiments.datasets.text import PAD
 from experiments.models.inference import map_by_length
 from experiments.tasks.common import check_attends, random_indices
 from experiments.tasks.ner.bio import agreement, spans
-from experiments.tasks.ner.config import BUCKETS, CHANGES, PRESETS, Config
+from experiments.tasks.ner.config import BUCKETS, CHANGES, PRESETS, SPACES, Config
 from experiments.tasks.ner.data import (
     IGNORED,
     Batch,
@@ -211,6 +211,7 @@ def look(config: Config, model: Model, data: Data, given: str | None) -> list[At
 TASK = Task(
     name="ner",
     presets=PRESETS,
+    spaces=SPACES,
     data=load,
     init=init,
     batches=batches,

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Literal
 
 from experiments.models import finetuning
+from experiments.training import search
 from experiments.training.config import at_least_1, below_1, even
 from experiments.training.text_config import PretrainedConfig
 
@@ -72,6 +73,8 @@ PRESETS = {
         ema=0.999,
     ),
 }
+
+SPACES = {**dict.fromkeys(("gru", "transformer"), search.USUAL), "pretrained": finetuning.SPACE}
 
 # The model ``pretrained``; see ``classification.PRETRAINED``.
 CHANGES = {

@@ -47,7 +47,7 @@ from experiments.models.inference import map_by_length
 from experiments.tasks.common import check_attends, random_indices
 from experiments.tasks.qa import answers, finetuned
 from experiments.tasks.qa.answers import LONGEST_QUESTION, Passage, Question, Split
-from experiments.tasks.qa.config import BUCKETS, CHANGES, PRESETS, Config
+from experiments.tasks.qa.config import BUCKETS, CHANGES, PRESETS, SPACES, Config
 from experiments.tasks.qa.data import (
     Batch,
     Data,
@@ -307,6 +307,7 @@ def look(config: Config, model: Model, data: Data, given: str | None) -> list[At
 TASK = Task(
     name="qa",
     presets=PRESETS,
+    spaces=SPACES,
     data=load,
     init=init,
     batches=batches,

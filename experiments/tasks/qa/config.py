@@ -7,6 +7,7 @@ from typing import Literal
 
 from experiments.models import finetuning
 from experiments.tasks.qa.answers import LONGEST_QUESTION
+from experiments.training import search
 from experiments.training.config import at_least_1, below_1, even
 from experiments.training.text_config import PretrainedConfig
 
@@ -92,6 +93,8 @@ PRESETS = {
         ema=0.999,
     ),
 }
+
+SPACES = {**dict.fromkeys(("gru", "transformer"), search.USUAL), "pretrained": finetuning.SPACE}
 
 CHANGES = {
     ("cpu", "pretrained"): {

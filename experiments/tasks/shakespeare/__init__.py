@@ -33,7 +33,7 @@ from attention_jax.models import Decoder, Sampling, generate
 from attention_jax.nn import record_weights
 from experiments.datasets import text
 from experiments.tasks.common import check_attends, check_length
-from experiments.tasks.shakespeare.config import PRESETS, Config
+from experiments.tasks.shakespeare.config import PRESETS, SPACES, Config
 from experiments.tasks.shakespeare.data import Data, batches, load
 from experiments.tasks.shakespeare.models import Recurrent, transformer
 from experiments.tasks.shakespeare.ngrams import NGrams
@@ -153,6 +153,7 @@ def look(config: Config, model: Model, data: Data, given: str | None) -> list[At
 TASK = Task(
     name="shakespeare",
     presets=PRESETS,
+    spaces=SPACES,
     data=load,
     init=init,
     batches=batches,

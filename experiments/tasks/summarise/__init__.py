@@ -39,7 +39,7 @@ from experiments.datasets.text import PAD, START, UNKNOWN
 from experiments.models.seq2seq import Seq2Seq, decode, decode_rows, transformer_config
 from experiments.tasks.common import check_attends, random_indices
 from experiments.tasks.summarise import finetuned, rouge
-from experiments.tasks.summarise.config import BUCKETS, CHANGES, PRESETS, Config
+from experiments.tasks.summarise.config import BUCKETS, CHANGES, PRESETS, SPACES, Config
 from experiments.tasks.summarise.copier import Copier
 from experiments.tasks.summarise.data import (
     OTHERS,
@@ -208,6 +208,7 @@ def look(config: Config, model: Model, data: Data, given: str | None) -> list[At
 TASK = Task(
     name="summarise",
     presets=PRESETS,
+    spaces=SPACES,
     data=load,
     init=init,
     batches=batches,

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Literal
 
 from experiments.models import finetuning
+from experiments.training import search
 from experiments.training.config import at_least_1, softmax_only
 from experiments.training.text_config import PretrainedConfig
 
@@ -81,6 +82,11 @@ PRESETS = {
         ema=0.999,
         dtype="bfloat16",
     ),
+}
+
+SPACES = {
+    **dict.fromkeys(("gru", "gru_attention", "transformer", "copier"), search.USUAL),
+    "pretrained": finetuning.SPACE,
 }
 
 CHANGES = {
