@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from helpers import slow
 
 from attention_jax.models import (
     Decoder,
@@ -77,12 +78,7 @@ def results(name, way=None):
 
 @pytest.mark.parametrize(
     ("name", "way"),
-    [
-        pytest.param(n, w, marks=[] if (n, w) in quick else [pytest.mark.slow])
-        for quick in [{("decoder", "scan, remat")}]
-        for n in MODELS
-        for w in WAYS
-    ],
+    [slow(n, w) for n in MODELS for w in WAYS],
 )
 def test_results_and_gradients_are_the_same(name, way):
     found, right = results(name, way), results(name)
@@ -132,6 +128,7 @@ def test_weights_are_recorded():
     assert len(weights) == 4
 
 
+@pytest.mark.slow
 def test_parameters_adapters_and_files_are_those_of_a_plain_stack(tmp_path):
     more = {"gated": True, "norm": "rms", "bias": False, "feed_forward_bias": False}
     more |= {"activation": "silu", "windows": (None,)}
