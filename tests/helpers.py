@@ -19,23 +19,29 @@ def normal(seed, *shape, dtype=np.float32):
 
 def jax_normal(seed, *shape, dtype=None):
     """Normally distributed numbers as a JAX array: float64 under x64, else float32."""
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+    return _as_jax(np.random.default_rng(seed).normal(size=shape), dtype)
+
+
+def _as_jax(x, dtype=None):
+    """NumPy converts: for JAX, each new shape would be a program to compile."""
+    return jnp.asarray(x.astype(jax.dtypes.canonicalize_dtype(x.dtype) if dtype is None else dtype))
 
 
 def inputs(seed=0, *, B, T, S, N, K, H, D, dtype=None):
     """Query ``[*B T N H]``, key ``[*B S K H]`` and value ``[*B S K D]``, as JAX arrays."""
     rng = np.random.default_rng(seed)
     shapes = (*B, T, N, H), (*B, S, K, H), (*B, S, K, D)
-    return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
+    return [_as_jax(rng.normal(size=shape), dtype) for shape in shapes]
 
 
 def randomized(module, seed=0):
     """Makes every parameter random, since zeros and ones hide mistakes."""
     state = nnx.state(module, nnx.Param)
-    leaves, tree = jax.tree.flatten(state)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    leaves = [x + 0.3 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-    nnx.update(module, jax.tree.unflatten(tree, leaves))
+    rng = np.random.default_rng(seed)
+    moved = jax.tree.map(
+        lambda x: _as_jax(np.asarray(x) + 0.3 * rng.normal(size=x.shape), x.dtype), state
+    )
+    nnx.update(module, moved)
     return module
 
 

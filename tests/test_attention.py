@@ -157,8 +157,8 @@ def partial_problems():
     ("name", "implementation"),
     [
         ("query", "blockwise"),
-        ("mask", "blockwise"),
-        ("numbers", "blockwise"),
+        slow("mask", "blockwise"),
+        slow("numbers", "blockwise"),
         slow("value", "blockwise"),
         slow("score", "blockwise"),
         slow("mask", "xla"),
@@ -242,7 +242,7 @@ def test_a_python_int_is_a_scale():
     ("dtype", "implementation"),
     [
         ("bfloat16", "blockwise"),
-        ("float64", "blockwise"),
+        slow("float64", "blockwise"),
         ("float16", "xla"),
         ("float64", "xla"),
         slow("float16", "blockwise"),

@@ -92,7 +92,7 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", ["static mask", slow("mask and scores")])
+@pytest.mark.parametrize("name", [slow("static mask"), slow("mask and scores")])
 def test_the_block_size_does_not_matter(name):
     q, k, v = inputs()
     options = OPTIONS[name]
@@ -120,7 +120,7 @@ def test_the_block_size_does_not_matter(name):
     ("heads", "T", "each"),
     [
         (1, 20, False),
-        (8, 20, True),
+        slow(8, 20, True),
         (100, 2, False),
         slow(1, 2, False),
         slow(1, 20, True),
@@ -159,6 +159,7 @@ def test_the_number_of_batched_heads_does_not_matter(heads, T, each, monkeypatch
     assert set(looped) == {4 * N // min(heads, most)}
 
 
+@pytest.mark.slow
 def test_batched_heads_where_a_mapped_axis_comes_last():
     """The mapped axis is the outermost, and after the one that is split in two."""
     small = Blockwise(3, 4, batch_pairs=8 * 3 * 4)  # 8 of the heads of 4 examples with 4 heads

@@ -79,7 +79,7 @@ def test_a_rolling_cache_equals_a_window(cuts, capacity):
     assert not cached.overflowed.any()
 
 
-@pytest.mark.parametrize("cuts", CUTS)
+@pytest.mark.parametrize("cuts", mostly_slow(CUTS, {"at once"}))
 def test_a_rolling_cache_without_a_mask_is_a_window_of_its_capacity(cuts):
     arrays, cached, parts = inputs(), empty(WINDOW, rolling=True), []
     for part in cut(arrays, CUTS[cuts]):
@@ -88,7 +88,7 @@ def test_a_rolling_cache_without_a_mask_is_a_window_of_its_capacity(cuts):
     close(jnp.concatenate(parts, axis=1), whole(arrays, MASKS["window"]))
 
 
-@pytest.mark.parametrize("rolling", [False, True])
+@pytest.mark.parametrize("rolling", [slow(False), True])
 def test_rows_of_different_lengths(rolling):
     """Prompts padded on the right, then one token each; padding holds NaN."""
     arrays, count = inputs(T=6), np.array([5, 2])
@@ -179,7 +179,7 @@ def leaves_close(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-@pytest.mark.parametrize("rolling", [False, True])
+@pytest.mark.parametrize("rolling", [slow(False), True])
 def test_appending_other_tokens_after_a_rollback(rolling):
     """With a window of 4 in a rolling cache of 6 slots, up to 3 tokens can be dropped."""
     arrays, tried, mask = inputs(), inputs(T=3, batch=(B,)), MASKS["window"]

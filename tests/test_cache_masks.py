@@ -195,7 +195,7 @@ def test_a_score_gives_the_same_logits_with_a_cache(name, rolling, cuts):
 
 @pytest.mark.parametrize(
     ("rolling", "implementation"),
-    [(False, "xla"), (True, "blockwise"), slow(True, "xla"), slow(False, "blockwise")],
+    [slow(False, "xla"), (True, "blockwise"), slow(True, "xla"), slow(False, "blockwise")],
 )
 def test_attention_with_a_cache_equals_the_whole_sequence(rolling, implementation):
     mask, score = BOTH & masks.window(2, None), (SCORES["relative_bias"], *SCORES["several"])

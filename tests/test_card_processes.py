@@ -101,6 +101,7 @@ def fake(tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_nothing_stops_at_a_failure(fake):
     found = fake(60.0, sleepy=SLEEPY)
     by_item = {}

@@ -245,6 +245,7 @@ def test_checkpoint_of_another_model_raises(tmp_path, state):
         checkpoints.restore(LAST, nnx.state(nnx.Linear(2, 1, rngs=nnx.Rngs(0)), nnx.Param))
 
 
+@pytest.mark.slow
 def test_full_disk_warns_and_keeps_the_checkpoint_before(tmp_path):
     # A limit on file sizes acts like a full disk: the write fails half-way.
     code = f"""if True:

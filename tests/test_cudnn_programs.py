@@ -162,6 +162,6 @@ def test_vmap_of_a_shared_bias_is_refused():
         return output(q, k, v, score=scores.bias(shared_bias[:1]))
 
     with pytest.raises(
-        NotImplementedError, match=r"under vmap the bias of score must have .* 'xla' can"
+        NotImplementedError, match=r"under vmap the bias of score must have .* Ask for .*'xla'"
     ):
         compiled(jax.vmap(one), *inputs(B=(2,)))

@@ -82,6 +82,7 @@ def test_a_prefix_lm_attends_to_the_whole_prompt():
         assert likeliest.tolist() == row
 
 
+@pytest.mark.slow
 def test_a_stop_token_ends_only_its_row():
     model = decoder()
     tokens, real = padded("right")

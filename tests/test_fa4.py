@@ -164,6 +164,7 @@ def test_windows_are_those_of_the_kernel(name, calls):
     assert call["k"].shape == call["v"].shape == (6, T, K, H)
 
 
+@pytest.mark.slow
 def test_windows_are_aligned_at_the_last_key(calls):
     output(*inputs(S=14), mask=masks.causal(align="end"))
     output(*inputs(S=14), mask=masks.causal(4))
@@ -175,6 +176,7 @@ def test_windows_are_aligned_at_the_last_key(calls):
     assert (third.left, third.right, third.offset.tolist()) == (None, 0, [0] * 6)
 
 
+@pytest.mark.slow
 def test_arrays_are_operands_of_the_function(calls):
     mask = masks.causal() & masks.lengths(key=lengths) & masks.segments(ids) & masks.chunked(4)
     output(*inputs(), mask=mask)
@@ -343,6 +345,7 @@ def loss(query, *x, **options):
     return output(query, *x, **options).astype(F32).sum()
 
 
+@pytest.mark.slow
 def test_forward_mode(calls):
     query, key, value = inputs()
 

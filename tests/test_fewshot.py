@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import needs_files
+from helpers import mostly_slow, needs_files
 
 from attention_jax.nn import Frozen
 from experiments.datasets import text
@@ -122,7 +122,7 @@ def test_pretraining_learns_and_is_reproducible(data):
         jax.tree.map(np.testing.assert_array_equal, one.weights, results.weights)
 
 
-@pytest.mark.parametrize("model", fewshot.PRETRAINED)
+@pytest.mark.parametrize("model", mostly_slow(fewshot.PRETRAINED, {"finetuned"}))
 def test_training_starts_from_the_pretrained_encoder(data, model):
     config = configured(model=model)
     calls = []

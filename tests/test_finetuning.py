@@ -156,6 +156,7 @@ def test_words_of_a_passage_start_at_their_first_tokens(folder):
     assert row.starts[-1] == qa_tokens.NONE
 
 
+@pytest.mark.slow
 def test_spans_past_the_end_of_what_is_read_have_no_probability(folder):
     config = configured(folder, "qa")
     reader = qa.init(config, qa.load(config), nnx.Rngs(0))

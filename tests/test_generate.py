@@ -48,6 +48,7 @@ def test_tokens_outside_the_vocabulary_raise(decode, token):
         decode(decoder(), PROMPT, max_new_tokens=1, stop=token)
 
 
+@pytest.mark.slow
 def test_padding_may_hold_anything():
     model, junk = decoder(), np.where(REAL, PROMPT, -7)
     expected = generate(model, np.where(REAL, PROMPT, 0), real=REAL, max_new_tokens=NEW)

@@ -113,6 +113,7 @@ def test_names_of_labels_are_read_and_saved(saved):
     assert pretrained.load(folder, config=renamed).config.labels == ("x", "y", "z")
 
 
+@pytest.mark.slow
 def test_heads_in_bfloat16(saved, tmp_path, standard_promotion):
     folder, _ = saved("bert tags")
     model = pretrained.load(folder, param_dtype=jnp.bfloat16)

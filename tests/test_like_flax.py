@@ -122,7 +122,7 @@ def test_linen(case):
     compare(case, run, parameters, *modules)
 
 
-@pytest.mark.parametrize("case", pairwise.cases(NNX, fast=2))
+@pytest.mark.parametrize("case", pairwise.cases(NNX, fast=1))
 def test_nnx(case):
     arrays, mask = inputs(case)
     dtype, param_dtype = case["dtypes"]

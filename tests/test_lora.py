@@ -76,7 +76,7 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", mostly_slow(MODELS, {"decoder", "fused"}))
+@pytest.mark.parametrize("name", mostly_slow(MODELS, {"fused"}))
 def test_adapters_start_at_zero_and_merging_keeps_the_outputs(name):
     make, call = MODELS[name]
     model = make()
@@ -120,6 +120,7 @@ def test_a_named_head_trains_in_full():
     assert names(only, nnx.Param) == {"classify.kernel", "classify.bias"}
 
 
+@pytest.mark.slow
 def test_gradients_are_of_adapters_only_and_a_step_reduces_the_loss():
     new = adapted(classifier(), train=("classify",))
     labels = jnp.array([0, 1])

@@ -262,6 +262,7 @@ def test_scores_are_applied_before_the_mechanism():
 # --- Top k.
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_all_keys_are_softmax_attention_and_equal_scores_take_the_first():
     from attention_jax import attention
@@ -381,6 +382,7 @@ def test_routing_is_causal_by_position_not_by_order():
         np.testing.assert_allclose(out[b, :, n], exact, rtol=1e-11, atol=1e-13)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_centroids_move_to_the_means_of_their_clusters():
     moved = update_centroids(CENTROIDS, QUERY, KEY, decay=0.9, mask=PADDING)

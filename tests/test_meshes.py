@@ -100,7 +100,7 @@ def test_attention_and_its_gradient(mesh, name, implementation):
     chex.assert_trees_all_close(jax.device_get(got), jax.device_get(gradient), atol=1e-4)
 
 
-@pytest.mark.parametrize("in_use", [True, False])
+@pytest.mark.parametrize("in_use", [slow(True), False])
 def test_outside_of_jit(mesh, in_use):
     arrays = inputs()
     run = functools.partial(everything, implementation="blockwise")
@@ -197,6 +197,7 @@ def test_explain_says_nothing_of_arrays_that_are_not_split(mesh):
     assert "split" not in str(aj.explain(x, x, x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["blockwise", slow("xla")])
 def test_vmap_over_a_sharded_axis(mesh, implementation):
     arrays = [inputs()[name] for name in ("query", "key", "value")]
@@ -262,6 +263,7 @@ def test_modules_and_drop_ins(mesh):
     chex.assert_trees_all_close(np.asarray(got), np.asarray(expected), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_function_that_closes_over_a_number_inside_shard_map():
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
     x = jax_normal(0, B, T, 2, H)

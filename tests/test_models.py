@@ -182,6 +182,7 @@ def test_decoders_are_causal():
     assert np.abs(a[:, -1] - b[:, -1]).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_the_mask_of_the_layers_is_combined_with_others_and_alibi():
     i, j = np.arange(T)[:, None], np.arange(T)
     mask = masks.chunked(4)
@@ -232,6 +233,7 @@ def test_padding_does_not_change_the_result(name):
     close(got[:1] if classes else got[:1, :4], alone)
 
 
+@pytest.mark.slow
 def test_masks_of_a_call_compose():
     model, x = decoder("learned"), tokens(0, B, T)
     documents = np.array([[0] * 4 + [1] * 5] * B)

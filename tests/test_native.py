@@ -248,6 +248,7 @@ assert (before == after).all()
 """
 
 
+@pytest.mark.slow
 def test_a_fork_leaves_parent_and_child_running():
     subprocess.run([sys.executable, "-c", FORK], check=True, timeout=120)
 

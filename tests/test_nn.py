@@ -150,6 +150,7 @@ def test_caches_do_not_change_the_result(name, cuts):
     close(jnp.concatenate(parts, axis=1), whole)
 
 
+@pytest.mark.slow
 def test_rolling_caches_do_not_change_scores():
     score = scores.alibi(), scores.relative_bias(normal(0, 8, 4), max_distance=6)
     module, x = new(mask=masks.window(2, 0), score=score), normal(0, B, T, E)
@@ -160,6 +161,7 @@ def test_rolling_caches_do_not_change_scores():
     close(jnp.concatenate(parts, axis=1), module(x))
 
 
+@pytest.mark.slow
 def test_a_prefix_is_bidirectional_with_a_cache():
     module, x = new(mask=masks.prefix(3) | masks.causal()), normal(0, B, T, E)
     cache, parts = module.init_cache((B,), T), []

@@ -31,6 +31,7 @@ def block(rngs, order="pre", cross=False, dropout_rate=0.0):
     )
 
 
+@pytest.mark.slow
 def test_norm_positions_of_a_block():
     x, context = normal(0, B, T, E), normal(1, B, S, 6)
     for order in ("pre", "post", "both"):
@@ -159,6 +160,7 @@ def test_pooling_ignores_padding():
     close(first(x)[:, 0], jnp.broadcast_to(first.token[...], (B, E)))
 
 
+@pytest.mark.slow
 def test_dynamic_ntk_is_per_row():
     rotary = positions.Rotary(scaling=positions.DynamicNTK(2.0, 4))
     x, at = normal(0, B, T, 2, 8), np.stack([np.arange(T), np.arange(T) % 3])

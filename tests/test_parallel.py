@@ -63,7 +63,7 @@ def on_one_device():
 @pytest.mark.parametrize(
     ("strategy", "implementation"),
     [
-        ("ring", "blockwise"),
+        slow("ring", "blockwise"),
         slow("ring", "xla"),
         slow("gather", "xla"),
         slow("gather", "blockwise"),
@@ -135,7 +135,7 @@ def test_a_ring_of_the_native_kernel(case):
 
 
 @pytest.mark.parametrize("order", [parallel.zigzag, slow(parallel.striped)])
-@pytest.mark.parametrize("strategy", ["ring", "gather", slow("heads")])
+@pytest.mark.parametrize("strategy", [slow("ring"), "gather", slow("heads")])
 def test_positions_in_another_order(strategy, order):
     order = order(T, DEVICES)
     options = {"score": scores.alibi(), "dropout_rate": 0.3, "dropout_key": jax.random.key(3)}
@@ -170,6 +170,7 @@ def test_positions_in_another_order(strategy, order):
     chex.assert_trees_all_close(got, expected, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transformed", [lambda fn: fn, slow(jax.value_and_grad)])
 def test_outside_of_jit(transformed):
     query, *rest = (x[:, :4] for x in inputs())
@@ -266,7 +267,7 @@ def test_orders_are_permutations(order):
 
 
 @pytest.mark.parametrize("implementation", ["xla", slow("blockwise")])
-@pytest.mark.parametrize("positions", [None, np.arange(5, 5 + T, dtype=np.int32)])
+@pytest.mark.parametrize("positions", [slow(None), np.arange(5, 5 + T, dtype=np.int32)])
 def test_plain_attention_of_a_sharded_sequence(positions, implementation):
     mesh = jax.make_mesh((2, 4), ("data", "seq"), axis_types=(AxisType.Explicit,) * 2)
 

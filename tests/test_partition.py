@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from contract import needs_native
-from helpers import jax_normal, mostly_slow
+from helpers import jax_normal, mostly_slow, slow
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -123,8 +123,8 @@ TRANSFORMED = {
 }
 
 
-@pytest.mark.parametrize("in_use", [True, False])
-@pytest.mark.parametrize("name", mostly_slow(TRANSFORMED, {"forward", "gradient", "vmap"}))
+@pytest.mark.parametrize("in_use", [True, slow(False)])
+@pytest.mark.parametrize("name", mostly_slow(TRANSFORMED, {"gradient", "vmap"}))
 def test_batch_and_heads_need_no_collective(mesh, name, in_use):
     fn, arrays = TRANSFORMED[name], [inputs()[x] for x in ("query", "key", "value")]
     sharded = [put(mesh, ("data", None, "model"), x) for x in arrays]
@@ -149,6 +149,7 @@ def test_each_device_computes_its_share_only(mesh):
     assert share < whole / 4  # of 8 devices
 
 
+@pytest.mark.slow
 def test_sums_over_sharded_examples_are_summed_over_devices(mesh):
     """The bias is shared by all examples: its gradient is summed once over the data axis."""
     arrays, specs = inputs(), SPECS["batch and heads"]
@@ -173,6 +174,7 @@ def test_outside_of_jit(mesh):
     chex.assert_trees_all_close(np.asarray(out), np.asarray(attend(*arrays)), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_settings_of_the_caller_hold_while_xla_compiles(mesh):
     """XLA asks for each device's program while it compiles, outside of the caller's context."""
     with jax.enable_x64(True):

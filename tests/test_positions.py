@@ -107,6 +107,7 @@ def test_only_the_distance_matters():
     assert np.abs(logits(0) - np.einsum("btnh,bsnh->bnts", q, k)).max() > 0.1
 
 
+@pytest.mark.slow
 def test_rotary_under_transformations():
     x, at = jnp.asarray(normal(0, B, T, N, H)), jnp.arange(T) + jnp.array([[0], [9]])
     whole = positions.rotary(x, at)

@@ -144,6 +144,7 @@ def test_long_lists_of_tensors_are_truncated(saved):
     assert str(error.value).count("is missing") == 8
 
 
+@pytest.mark.slow
 def test_overflow_in_float16_raises(saved):
     def large(arrays):
         arrays["transformer.ln_f.weight"] = np.full(8, 1e5, np.float32)

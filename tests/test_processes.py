@@ -100,6 +100,7 @@ def recorded(seen):
     return dataclasses.replace(task, init=init, evaluate=evaluate)
 
 
+@pytest.mark.slow
 def test_a_model_is_created_in_shards():
     seen = []
     task = recorded(seen)

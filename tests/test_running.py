@@ -1,9 +1,12 @@
 """Stacks with rematerialization, and in one scan."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
 from flax import nnx
+from helpers import slow
 
 from attention_jax.models import (
     Decoder,
@@ -55,10 +58,11 @@ MODELS = {
 }
 
 
-def results(name, **way):
+@functools.cache
+def results(name, way=None):
     """Result and gradient of one call, and the result of the next, with new dropout."""
     make, call = MODELS[name]
-    graph, parameters, rest = nnx.split(make(**way), nnx.Param, ...)
+    graph, parameters, rest = nnx.split(make(**WAYS.get(way, {})), nnx.Param, ...)
 
     @jax.jit
     def run(parameters, rest):
@@ -74,15 +78,10 @@ def results(name, **way):
 
 @pytest.mark.parametrize(
     ("name", "way"),
-    [
-        pytest.param(n, w, marks=[] if (n, w) in quick else [pytest.mark.slow])
-        for quick in [{("decoder", "scan, remat")}]
-        for n in MODELS
-        for w in WAYS
-    ],
+    [slow(n, w) for n in MODELS for w in WAYS],
 )
 def test_results_and_gradients_are_the_same(name, way):
-    found, right = results(name, **WAYS[way]), results(name)
+    found, right = results(name, way), results(name)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(right), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
@@ -129,6 +128,7 @@ def test_weights_are_recorded():
     assert len(weights) == 4
 
 
+@pytest.mark.slow
 def test_parameters_adapters_and_files_are_those_of_a_plain_stack(tmp_path):
     more = {"gated": True, "norm": "rms", "bias": False, "feed_forward_bias": False}
     more |= {"activation": "silu", "windows": (None,)}

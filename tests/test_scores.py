@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import jax.test_util
 import numpy as np
 import pytest
+from helpers import mostly_slow
 from hypothesis import given, settings
 
 from attention_jax import attention_weights, scores
@@ -217,7 +218,13 @@ def test_alibi_slopes_are_the_published_ones_for_any_number_of_heads():
 DIFFERENTIABLE = {name: score for name, (score, _) in RULES.items() if jax.tree.leaves(score)}
 
 
-@pytest.mark.parametrize("name", [n for n in DIFFERENTIABLE if "offset" not in n])
+@pytest.mark.parametrize(
+    "name",
+    mostly_slow(
+        [n for n in DIFFERENTIABLE if "offset" not in n],
+        {"bias", "alibi slopes", "relative_bias", "relative_embedding", "score_fn arrays"},
+    ),
+)
 def test_gradients_of_every_array_of_a_score(name, x64):
     score = in_float64(DIFFERENTIABLE[name])
     if "bias" in name and "relative" not in name:  # differences of infinities are NaN

@@ -174,6 +174,7 @@ def test_specs_are_those_of_flax():
     )
 
 
+@pytest.mark.slow
 def test_a_module_created_under_a_mesh_is_not_sharded():
     with jax.set_mesh(mesh_of(data=8)):
         kernel = FeedForward(8, 16, rngs=nnx.Rngs(0)).up.kernel[...]
@@ -208,6 +209,7 @@ def test_an_optimizer_is_sharded_as_its_parameters():
     assert placed[0].count.spec == P()
 
 
+@pytest.mark.slow
 def test_created_in_shards_equals_created_whole():
     mesh, rules = mesh_of(data=4, model=2), sharding.rules(data="data", model="model", fsdp=True)
     created = nnx.state(sharding.create(lambda: decoder(num_layers=1), mesh, rules))

@@ -158,6 +158,7 @@ def test_copier_matches_its_formula(copier):
             np.testing.assert_allclose(np.exp(log_p[b, t]), p, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_padding_does_not_change_the_copier(copier):
     real = SOURCE != PAD
     other = np.where(real, SOURCE, 9)

@@ -54,6 +54,7 @@ def test_draws_are_in_their_ranges_and_depend_on_seed_model_and_trial_alone():
         assert other != draws[0]
 
 
+@pytest.mark.slow
 def test_every_model_starts_with_its_preset_and_the_best_trial_is_printed(options, capsys):
     assert sweep.main(TASK, options) == 0
     trials = [json.loads(x) for x in lines(options)]

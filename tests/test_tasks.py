@@ -162,7 +162,7 @@ def test_long_prompts_are_rejected():
         shakespeare.prompt_of(config, "x" * 17)
 
 
-@pytest.mark.parametrize("model", [slow("gru"), "gru_attention", "transformer"])
+@pytest.mark.parametrize("model", [slow("gru"), slow("gru_attention"), "transformer"])
 def test_language_models_are_causal(model):
     config = dataclasses.replace(shakespeare.PRESETS["smoke"], model=model)
     data = shakespeare.load(config)

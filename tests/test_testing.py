@@ -123,12 +123,14 @@ def test_empty_rows_mishandled():
     assert {"out", "lse"} <= failing(large, "empty rows by mask")
 
 
+@pytest.mark.slow
 def test_masked_keys_that_leak():
     large = functools.partial(formula, hidden=-1e9)
     assert failing(large, "planted", planted=False, mask="causal") == set()
     assert "out" in failing(large, "planted")
 
 
+@pytest.mark.slow
 def test_query_heads_in_another_order():
     def repeat(x, G, axis):
         return jnp.concatenate([x] * G, axis)
@@ -139,6 +141,7 @@ def test_query_heads_in_another_order():
     assert failing(wrong, "plain", sizes=one) == set()
 
 
+@pytest.mark.slow
 def test_a_bias_without_gradient():
     wrong = with_options(score=lambda score: jax.tree.map(jax.lax.stop_gradient, score))
     assert failing(wrong, "planted, bias") == {"d bias.array"}
@@ -170,6 +173,7 @@ def test_sinks_ignored_or_counted_twice():
     assert failing(twice, "plain", sinks=True) == {*ALL, "d sinks"}
 
 
+@pytest.mark.slow
 def test_half_precision_intermediates():
     def rounded(x):
         return x.astype(jnp.bfloat16).astype(x.dtype)
@@ -296,6 +300,7 @@ def test_peers_in_float64():
     assert found == {"jax.nn": "wrong", "linen": "ok", "nnx": "wrong"}
 
 
+@pytest.mark.slow
 def test_the_lse_of_jax_nn_has_no_gradient_and_is_rounded():
     found = verdicts(testing.jax_nn, "plain, narrow", lse=True)
     assert {what for what, verdict in found.items() if verdict != "ok"} == {"d query", "d key"}

@@ -174,6 +174,7 @@ def test_average_forgets_the_initial_weights_and_then_moves_slowly():
     assert float(optimizers.average(0.0, 1.0, 0.99, 10_000)) == pytest.approx(0.01, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_average_is_what_is_evaluated_and_saved(tmp_path):
     trained = train_line(tmp_path, ema=0.9, steps=20)
     averaged = nnx.state(trained.model, nnx.Param)

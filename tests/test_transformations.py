@@ -20,7 +20,7 @@ from attention_jax import attention, masks, scores
 
 B, T, S, N, K, H, D = 2, 5, 7, 4, 2, 3, 2
 pytestmark = pytest.mark.usefixtures("small_blocks", "x64")
-each_setting = pytest.mark.parametrize("setting", ["everything", slow("plain")])
+each_setting = pytest.mark.parametrize("setting", ["plain", slow("everything")])
 KEY = jax.random.key(0)
 
 
@@ -211,12 +211,14 @@ def test_arrays_of_learned_scores_have_derivatives_to_second_order():
 # --- Control flow.
 
 
+@pytest.mark.slow
 def test_checkpoint():
     p, f, plain = setup("everything", "blockwise", "xla")
     expected = jax.jit(jax.grad(scalar(plain)))(p)
     close(jax.jit(jax.grad(jax.checkpoint(scalar(f))))(p), expected)
 
 
+@pytest.mark.slow
 def test_scan_over_layers_and_its_gradient():
     x, scales = jax_normal(0, B, T, N, H), jnp.array([0.3, -0.5, 0.9])
     mask = masks.causal()
@@ -290,7 +292,7 @@ SPECS["heads"] |= {"sinks": P("x"), "bias": P("x"), "slopes": P("x")}
 
 @pytest.mark.parametrize(
     ("over", "implementation"),
-    [("batch", "blockwise"), ("heads", None), slow("batch", None), slow("heads", "blockwise")],
+    [slow("batch", "blockwise"), ("heads", None), slow("batch", None), slow("heads", "blockwise")],
 )
 def test_shard_map_and_its_gradients(over, implementation):
     devices = 8 if over == "batch" else 2

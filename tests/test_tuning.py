@@ -156,6 +156,7 @@ def test_low_rank_leaves_a_decoder_as_it_is():
 # --- Muon.
 
 
+@pytest.mark.slow
 def test_muon_orthogonalizes_the_matrices_of_layers_and_only_those():
     model = Decoder(DecoderConfig(10, LAYERS), rngs=nnx.Rngs(0))
     weights = nnx.state(model, nnx.Param)
