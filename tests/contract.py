@@ -77,12 +77,12 @@ needs_native = pytest.mark.skipif(library.load().why_not is not None, reason="no
 def by_default(name, case):
     """Whether a default run checks this case; the rest is slow.
 
-    The blockwise backend in small blocks runs all core cases. ``xla``, the plain formula, runs
-    those that are empty rows or smoke tests. The others share code with these two.
+    The blockwise backend in blocks of 16 x 32 runs all its core cases. ``xla``, the plain formula,
+    runs those that are pairs, empty rows or smoke tests. The others share code with these two.
     """
     if name in ("blockwise", "blockwise 7x5", "native 96", "auto"):
         return "smoke" in case.tags and case.name != "everything"
-    if name == "xla" and not case.tags & {"empty", "smoke"}:
+    if name == "xla" and not case.tags & {"pair", "empty", "smoke"}:
         return False
     return "core" in case.tags
 

@@ -23,7 +23,7 @@ def jax_normal(seed, *shape, dtype=None):
 
 
 def _as_jax(x, dtype=None):
-    """NumPy converts: for JAX, each new shape would be a program to compile."""
+    """Converted by NumPy: JAX would compile a program for each new shape."""
     return jnp.asarray(x.astype(jax.dtypes.canonicalize_dtype(x.dtype) if dtype is None else dtype))
 
 

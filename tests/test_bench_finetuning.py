@@ -58,7 +58,6 @@ def test_our_steps_change_what_is_trained(tiny, freeze):
     assert len(set(losses)) == 3
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("freeze", [False, True])
 def test_both_compute_the_same_logits_and_train_the_same_weights(tiny, freeze):
     pytest.importorskip("transformers")

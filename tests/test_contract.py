@@ -21,6 +21,7 @@ def test_equals_the_oracle(name, case):
 
 
 def test_a_default_run_has_every_mask_score_and_dtype():
-    found = [case for name in CHECKS for case in CHECKS[name] if by_default(name, case)]
+    everywhere = [name for name in CHECKS if not name.startswith("native")]  # needs a compiler
+    found = [case for name in everywhere for case in CHECKS[name] if by_default(name, case)]
     for option, values in (("mask", MASKS), ("score", SCORES), ("dtype", OPTIONS["dtype"])):
         assert {getattr(case, option) for case in found} >= {*values}

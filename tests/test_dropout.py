@@ -104,7 +104,6 @@ def test_examples_heads_queries_keys_and_seeds_are_independent():
     assert correlation(keep, keep_all(jax.random.key(2), keep.shape, 0.5)) < 5
 
 
-@pytest.mark.slow
 def test_every_implementation_and_block_size_drops_the_same_pairs():
     B, T, S, K, N, rate = 2, 7, 11, 2, 4, 0.4
     key = jax.random.key(5)

@@ -82,7 +82,6 @@ def test_symbolic_lengths_are_refused_by_what_has_blocks():
         export.export(jax.jit(fn))(*shapes((B,), T, S))
 
 
-@pytest.mark.slow
 def test_weights_modules_and_models():
     def weights(q, k):
         return aj.attention_weights(q, k, mask=masks.causal())
@@ -101,7 +100,7 @@ def test_weights_modules_and_models():
         close(run, exported, jax.random.normal(jax.random.key(0), (3, 7, 16)))
 
 
-@pytest.mark.parametrize("positions", [slow("learned"), slow("sinusoidal")])
+@pytest.mark.parametrize("positions", ["learned", slow("sinusoidal")])
 def test_a_decoder(positions):
     layers = Layers(features=16, num_heads=4, num_layers=2, windows=(None, 4))
     config = DecoderConfig(layers=layers, vocabulary=13, max_length=64, positions=positions)

@@ -122,7 +122,7 @@ def test_pretraining_learns_and_is_reproducible(data):
         jax.tree.map(np.testing.assert_array_equal, one.weights, results.weights)
 
 
-@pytest.mark.parametrize("model", mostly_slow(fewshot.PRETRAINED, {"finetuned"}))
+@pytest.mark.parametrize("model", mostly_slow(fewshot.PRETRAINED, {"adapted"}))
 def test_training_starts_from_the_pretrained_encoder(data, model):
     config = configured(model=model)
     calls = []

@@ -231,6 +231,19 @@ def test_vmap_over_the_arrays_of_a_mask():
     np.testing.assert_array_equal(mapped, mask.to_dense(T, S, B=B))
 
 
+def test_to_dense_uses_what_a_function_closes_over_now():
+    width = np.array(1)
+    mask = masks.mask_fn(lambda b, n, q, k: k < width)
+    assert mask.to_dense(1, 4).sum() == 1
+    width[...] = 3
+    assert mask.to_dense(1, 4).sum() == 3
+    numbers = [1]
+    mask = masks.mask_fn(lambda b, n, q, k: k < numbers[0])
+    assert mask.to_dense(1, 4).sum() == 1
+    numbers[0] = 3
+    assert mask.to_dense(1, 4).sum() == 3
+
+
 @each_rule
 def test_printing_draws_a_picture(mask, rule, T, S):
     lines = str(mask).splitlines()

@@ -78,7 +78,7 @@ def results(name, way=None):
 
 @pytest.mark.parametrize(
     ("name", "way"),
-    [slow(n, w) for n in MODELS for w in WAYS],
+    [(n, w) if (n, w) == ("decoder", "scan, remat") else slow(n, w) for n in MODELS for w in WAYS],
 )
 def test_results_and_gradients_are_the_same(name, way):
     found, right = results(name, way), results(name)

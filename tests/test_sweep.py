@@ -10,6 +10,7 @@ import pytest
 
 from experiments import tasks
 from experiments.__main__ import main
+from experiments.options import hints, read
 from experiments.training import sweep, train
 from experiments.training.config import TrainConfig, choices
 from experiments.training.search import Log, OneOf, sample
@@ -208,3 +209,11 @@ def test_sweep_of_a_task_from_the_command_line(tmp_path, capsys):
     assert [trial["steps"] for trial in trials] == [2, 2]
     assert main(arguments) == 0
     assert len((tmp_path / "trec.jsonl").read_text().splitlines()) == 2
+
+
+def test_options_are_printed_as_the_command_line_takes_them():
+    task = tasks.load("trec")
+    given = {"normalize_embeddings": True, "learning_rate": 0.01}
+    arguments = [x for option in given.items() for x in sweep.as_arguments(*option)]
+    assert read(hints(type(task.presets["cpu"])), arguments, "train trec") == given
+    assert sweep.as_arguments("cosine", False) == ["--no-cosine"]

@@ -100,7 +100,8 @@ class CuDNN(Backend):
             (scale is None, "scale is an array, but cuDNN needs a number known while tracing"),
             (
                 scale is not None and not (scale > 0.0 and math.isfinite(scale)),
-                f"scale is {scale}, which must be positive and finite: kernels may scale maxima",
+                f"scale is {scale}, which must be positive and finite: cuDNN may apply it after "
+                "taking row maxima",
             ),
         )
         if reason := symbolic_sizes_refused(z) or positions_refused(spec):

@@ -161,7 +161,20 @@ class Mask(Value):
         [[1, 1, 0], [1, 1, 0], [0, 0, 1]]
         """
         T, S = int_at_least("T", T, 0), int_at_least("S", S, 0)
-        return _dense(self, T, S, B, N)
+        mask = self.resolve(T, S, N or 1)
+        # Not jitted: JAX caches traces by function, even if what it closes over has changed.
+        q, k = jnp.arange(T)[:, None], jnp.arange(S)[None, :]
+
+        def one(b: Any, n: Any) -> Any:
+            return jnp.broadcast_to(jnp.asarray(mask.mask(b, n, q, k)), (T, S))
+
+        fn: Callable[..., Any] = one
+        if N is not None:
+            fn = jax.vmap(fn, in_axes=(None, 0))
+        if B is not None:
+            fn = jax.vmap(fn, in_axes=(0, None))
+        result: jax.Array = fn(0 if B is None else jnp.arange(B), 0 if N is None else jnp.arange(N))
+        return result
 
     def __str__(self) -> str:
         """A picture of example 0, head 0: ``█`` visible, ``▒`` partly, ``·`` masked."""
@@ -189,23 +202,6 @@ class Mask(Value):
                     largest = max(largest, abs(x))
         length = 8 if largest < 8 else 4 * largest
         return T or S or length, S or T or length
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))  # one program instead of many small ones
-def _dense(mask: Mask, T: int, S: int, B: int | None, N: int | None) -> jax.Array:
-    mask = mask.resolve(T, S, N or 1)
-    q, k = jnp.arange(T)[:, None], jnp.arange(S)[None, :]
-
-    def one(b: Any, n: Any) -> Any:
-        return jnp.broadcast_to(jnp.asarray(mask.mask(b, n, q, k)), (T, S))
-
-    fn: Callable[..., Any] = one
-    if N is not None:
-        fn = jax.vmap(fn, in_axes=(None, 0))
-    if B is not None:
-        fn = jax.vmap(fn, in_axes=(0, None))
-    result: jax.Array = fn(0 if B is None else jnp.arange(B), 0 if N is None else jnp.arange(N))
-    return result
 
 
 def _array_sizes(mask: Mask) -> dict[str, int]:

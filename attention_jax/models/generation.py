@@ -78,7 +78,7 @@ def generate(
     source: Any = None,
     source_real: Any = None,
     capacity: int | None = None,
-    caches: Caches | None = None,
+    caches: Sequence[KVCache] | None = None,
 ) -> Generated:
     """The tokens that follow each prompt.
 
@@ -191,7 +191,7 @@ def _prepare(
     source: Any = None,
     source_real: Any = None,
     capacity: int | None = None,
-    caches: Caches | None = None,
+    caches: Sequence[KVCache] | None = None,
 ) -> tuple[
     tuple[nnx.GraphDef[Any], _Settings, nnx.State[Any, Any]],
     tuple[jax.Array, jax.Array, Memory | None, jax.Array | None],
@@ -222,7 +222,7 @@ def _prepare(
     stops = prompts.as_stop(stop, model.vocabulary)
     settings = _Settings(max_new_tokens, choice, stops, prompts.as_pad(pad_token))
     graph, state = nnx.split(model)
-    return (graph, settings, state), (prompt, count, memory, keys), caches
+    return (graph, settings, state), (prompt, count, memory, keys), tuple(caches)
 
 
 def _row_keys(key: Any, rows: int) -> jax.Array:

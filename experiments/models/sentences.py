@@ -60,6 +60,9 @@ class Convolutions(nnx.Module):
         return jnp.concatenate([jnp.where(real[..., None], y, 0).max(1) for y in outputs], axis=-1)
 
 
+SMALLEST = 1e-8  # added to a variance, so that equal vectors do not divide by 0
+
+
 class NormalizedEmbeddings(Embeddings):
     """Embeddings whose vectors have mean 0 and variance 1 over the words of the training split::
 
@@ -88,7 +91,6 @@ class NormalizedEmbeddings(Embeddings):
         return x if self.moved is None else self.moved(x)
 
 
-SMALLEST = 1e-8  # added to variances of about 4e-4, so that equal vectors do not divide by 0
 WIDTHS = (3, 4, 5)
 
 

@@ -52,8 +52,8 @@ def page(
         raise ValueError("a page needs at least one view, got none")
     if [_axes(view) for view in before] != [_axes(view) for view in after]:
         raise ValueError(
-            "before and after training the model must read and write the same tokens, to be "
-            "compared: choose another text, or one that the model reads as a whole"
+            "the tokens before and after training differ, so the two cannot be compared: choose "
+            "a text that the model reads as a whole"
         )
     content = "\n".join(_section(*pair) for pair in zip(before, after, strict=True))
     parts = {

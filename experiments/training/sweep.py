@@ -240,12 +240,20 @@ def summary(
     before = trials[0]["validation"]
     preset = "diverged" if before is None else f"{before[task.metric]:.4f}"
     changed = {**fixed, **best["options"]}
-    given = [x for name, value in changed.items() for x in (flag(name), str(value))]
+    given = [x for name, value in changed.items() for x in as_arguments(name, value)]
     command = " ".join([PROGRAM, "train", task.name, "--preset", options.preset])
     return (
         f"{model}: {budget}; best on validation {score}, the preset {preset}\n"
         f"    {' '.join([command, '--model', model, *given])}"
     )
+
+
+def as_arguments(name: str, value: Any) -> list[str]:
+    """An option as the command line takes it."""
+    if isinstance(value, bool):
+        return [flag(name) if value else flag(f"no_{name}")]
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return [flag(name), *map(str, values)]
 
 
 def best_of(trials: list[Record]) -> Record | None:
