@@ -117,7 +117,7 @@ def test_long_text_has_no_labels_on_its_maps_but_is_written_once():
     "other", [view(0, ["The", "red", "fox"]), view(0, TOKENS[:2]), view(0, title="decoder")]
 )
 def test_views_of_other_tokens_raise(other):
-    with pytest.raises(ValueError, match="same tokens, to be compared: choose another text"):
+    with pytest.raises(ValueError, match="differ, so the two cannot be compared: choose a text"):
         change.page("heading", "subtitle", [other], [view(1)])
 
 

@@ -217,3 +217,10 @@ def test_options_are_printed_as_the_command_line_takes_them():
     arguments = [x for option in given.items() for x in sweep.as_arguments(*option)]
     assert read(hints(type(task.presets["cpu"])), arguments, "train trec") == given
     assert sweep.as_arguments("cosine", False) == ["--no-cosine"]
+
+
+def test_the_command_has_the_time_limit_that_ended_the_best_trial(options):
+    trial = {"steps": 2, "seconds": 30.0, "metric": "error", "larger": False, "options": {}}
+    trial |= {"validation": {"error": 0.1}, "config": {"steps": 4, "minutes": 0.5}}
+    assert "--minutes 0.5" in sweep.summary(TASK, "near", options, {}, [trial])
+    assert "--minutes" not in sweep.summary(TASK, "near", options, {}, [trial | {"steps": 4}])

@@ -348,8 +348,9 @@ class Stack(nnx.Module):
         if self.alibi:
             found.append(scores.alibi())
         if self.relative is not None:
-            bias = functools.partial(scores.relative_bias, max_distance=self.max_distance)
-            found.append(bias(self.relative[...], bidirectional=not self.causal))
+            table, both = self.relative[...], not self.causal
+            bias = scores.relative_bias(table, bidirectional=both, max_distance=self.max_distance)
+            found.append(bias)
         return tuple(found)
 
 

@@ -240,6 +240,8 @@ def summary(
     before = trials[0]["validation"]
     preset = "diverged" if before is None else f"{before[task.metric]:.4f}"
     changed = {**fixed, **best["options"]}
+    if best["steps"] < best["config"]["steps"]:  # its time was up
+        changed["minutes"] = best["config"]["minutes"]
     given = [x for name, value in changed.items() for x in as_arguments(name, value)]
     command = " ".join([PROGRAM, "train", task.name, "--preset", options.preset])
     return (
