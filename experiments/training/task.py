@@ -130,7 +130,7 @@ def encoder_and_decoder(
 
 Record = dict[str, Any]  # the result of a run: a line of TASK.jsonl, see `runs.record`
 
-COLORS = ("#7a7a7a", "#1b9e77", "#d95f02", "#4a5fc1", "#b0307a", "#8a6d00")
+COLORS = ("#7a7a7a", "#1b9e77", "#d95f02", "#4a5fc1", "#b0307a", "#8a6d00", "#1f2d3d")
 
 
 class Rung(NamedTuple):
