@@ -118,16 +118,22 @@ def listing() -> str:
 # --- Runs.
 
 
+def _split_task(command: str, arguments: Sequence[str]) -> tuple[str, Sequence[str]]:
+    """The name of the task, which comes first, and the other arguments."""
+    if not arguments:
+        raise ValueError(f"{command} needs a task: {', '.join(TASKS)}")
+    name, *rest = arguments
+    if name not in TASKS:
+        raise ValueError(unknown("task", name, TASKS))
+    return name, rest
+
+
 def _train(arguments: Sequence[str]) -> int:
     """``TASK [--preset NAME] [--option value ...]``."""
     if arguments and arguments[0] in HELP:
         print(listing())
         return 0
-    if not arguments:
-        raise ValueError(f"train needs a task: {', '.join(TASKS)}")
-    name, *rest = arguments
-    if name not in TASKS:
-        raise ValueError(unknown("task", name, TASKS))
+    name, rest = _split_task("train", arguments)
 
     from jax.errors import JaxRuntimeError
 
@@ -322,13 +328,11 @@ def _sweep(arguments: Sequence[str]) -> int:
     """``TASK [--minutes M] [--option value ...]``; options of the task are fixed in all trials."""
     from experiments.training import sweep
 
-    if not arguments or arguments[0].startswith("-"):
+    if arguments and arguments[0].startswith("-"):
         if asks_for_help(arguments):
             parse(sweep.Options, arguments, "sweep TASK")
-        raise ValueError(f"sweep needs a task: {', '.join(TASKS)}")
-    name, *rest = arguments
-    if name not in TASKS:
-        raise ValueError(unknown("task", name, TASKS))
+        arguments = ()
+    name, rest = _split_task("sweep", arguments)
     if asks_for_help(rest):
         parse(sweep.Options, rest, f"sweep {name}")
     task = load(name)

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import base64
 import html
-import re
 import struct
 import zlib
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
+from experiments.report.look import filled
 from experiments.training.task import AttentionView
 
 TEMPLATE = Path(__file__).with_name("change.html")
@@ -56,13 +56,8 @@ def page(
             "a text that the model reads as a whole"
         )
     content = "\n".join(_section(*pair) for pair in zip(before, after, strict=True))
-    parts = {
-        "heading": html.escape(heading),
-        "subtitle": html.escape(subtitle),
-        "content": content,
-    }
-    template = TEMPLATE.read_text(encoding="utf-8")
-    return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], template)
+    heading, subtitle = html.escape(heading), html.escape(subtitle)
+    return filled(TEMPLATE, heading=heading, subtitle=subtitle, content=content)
 
 
 def changes(before: np.ndarray, after: np.ndarray) -> np.ndarray:

@@ -7,7 +7,6 @@ A record is a line of ``TASK.jsonl`` (``runs.record``). Runs that differ only in
 from __future__ import annotations
 
 import collections
-import dataclasses
 import itertools
 import json
 import re
@@ -67,16 +66,16 @@ def read(file: Path) -> list[Record]:
             )
         if record["task"] != file.stem:
             raise ValueError(f"{where} is a record of {record['task']}, not {file.stem}")
-        defaults = defaults or _defaults(file.stem)
+        defaults = defaults or configs.defaults(type(_preset(file.stem)))
         record["config"] = {**defaults, **record["config"]}
         latest[json.dumps([record["config"], record.get("preset")], sort_keys=True)] = record
     return list(latest.values())
 
 
-def _defaults(name: str) -> dict[str, Any]:
-    """The options of a task as its configuration declares them, without a preset."""
-    kind = type(next(iter(tasks.load(name).presets.values())))
-    return {field.name: field.default for field in dataclasses.fields(kind)}
+def _preset(name: str) -> TrainConfig:
+    """The first preset of a task."""
+    first: TrainConfig = next(iter(tasks.load(name).presets.values()))
+    return first
 
 
 def ladders(name: str, records: list[Record]) -> dict[str, list[Rung]]:
@@ -84,7 +83,7 @@ def ladders(name: str, records: list[Record]) -> dict[str, list[Rung]]:
 
     A task with one data set has one ladder, under the empty name.
     """
-    default = configs.as_json(next(iter(tasks.load(name).presets.values())))
+    default = configs.as_json(_preset(name))
 
     def data(config: dict[str, Any]) -> str:
         return " ".join(str(config[option]) for option in DATA_OPTIONS if option in config)

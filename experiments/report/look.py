@@ -42,9 +42,13 @@ def page(heading: str, subtitle: str, views: Sequence[AttentionView]) -> str:
         raise ValueError("a page needs at least one view, got none")
     # Only "<" could end the script element; escaped, it is the same JSON.
     data = json.dumps([_as_json(view) for view in views]).replace("<", "\\u003c")
-    parts = {"heading": html.escape(heading), "subtitle": html.escape(subtitle), "data": data}
-    template = TEMPLATE.read_text(encoding="utf-8")
-    return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], template)
+    return filled(TEMPLATE, heading=html.escape(heading), subtitle=html.escape(subtitle), data=data)
+
+
+def filled(template: Path, **parts: str) -> str:
+    """The text of a template, with each ``{{name}}`` replaced by the part of this name."""
+    text = template.read_text(encoding="utf-8")
+    return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], text)
 
 
 def write(file: Path, heading: str, subtitle: str, views: Sequence[AttentionView]) -> None:

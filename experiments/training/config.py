@@ -136,6 +136,11 @@ def as_json(config: TrainConfig) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
+def defaults(kind: type[TrainConfig]) -> dict[str, Any]:
+    """The options as a task declares them, without a preset: those that older records lack."""
+    return {field.name: field.default for field in dataclasses.fields(kind)}
+
+
 def from_json(kind: type[C], values: dict[str, Any], where: str) -> C:
     """The configuration that ``as_json`` wrote.
 

@@ -184,8 +184,7 @@ def load(folder: Path, load_task: Callable[[str], Task[Any, Any]]) -> Run:
     kind = type(next(iter(task.presets.values())))
     config = configs.from_json(kind, content["config"], str(file))
     data = task.data(config)
-    model = tuning.prepared(task.init(config, data, nnx.Rngs(config.seed)), config)
-    step = 0
+    model, step = initial(task, config, data), 0
     if isinstance(model, nnx.Module):
         graph, weights, *others = nnx.split(model, nnx.Param, ...)
         if jax.tree.leaves(weights):
@@ -198,10 +197,14 @@ def load(folder: Path, load_task: Callable[[str], Task[Any, Any]]) -> Run:
     return Run(folder, task, content["preset"], config, data, model, step)
 
 
+def initial(task: Task[Any, Any], config: Any, data: Any) -> Any:
+    """The model before its first step."""
+    return tuning.prepared(task.init(config, data, nnx.Rngs(config.seed)), config)
+
+
 def untrained(run: Run) -> Any:
     """The model of a run as it was before its first step, in evaluation mode."""
-    rngs = nnx.Rngs(run.config.seed)
-    model = tuning.prepared(run.task.init(run.config, run.data, rngs), run.config)
+    model = initial(run.task, run.config, run.data)
     if isinstance(model, nnx.Module):
         model.eval()
     return model

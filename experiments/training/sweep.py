@@ -170,9 +170,8 @@ def _config(
 
 def _is_of(trial: Record, task: Task[Any, Any], config: TrainConfig, preset: str) -> bool:
     """Whether a trial ran with this configuration; options that are newer have their defaults."""
-    defaults = {field.name: field.default for field in dataclasses.fields(config)}
     wanted = json.loads(json.dumps(configs.as_json(config), default=str))
-    ran = {**defaults, **trial["config"]}
+    ran = {**configs.defaults(type(config)), **trial["config"]}
     same = all(ran.get(name) == x for name, x in wanted.items() if name != "minutes")
     cut = trial["steps"] < config.steps and not trial["finished"]  # by a shorter time
     longer = (config.minutes or math.inf) > (trial["config"]["minutes"] or math.inf)

@@ -22,7 +22,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from experiments.training import runs, tuning
+from experiments.training import runs
 from experiments.training.checkpoints import BEST, LAST, Checkpoints
 from experiments.training.layout import agreed, connect, layout
 from experiments.training.progress import Progress, one_line
@@ -92,7 +92,7 @@ def train(
     flags = Flags() if flags is None else flags
     split = layout(flags.mesh, fsdp=flags.fsdp, devices=config.devices)
     model = split.create(
-        lambda: tuning.prepared(task.init(config, data, nnx.Rngs(config.seed)), config),
+        lambda: runs.initial(task, config, data),
         traced=getattr(config, "model", None) not in task.untraced,
     )
     progress = Progress(task.metric, task.larger)
