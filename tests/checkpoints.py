@@ -10,7 +10,7 @@ from flax import nnx
 
 from attention_jax import models
 from attention_jax.models import pretrained
-from attention_jax.models.pretrained import safetensors
+from attention_jax.models.pretrained import tensor_files
 from attention_jax.positions import Rotary
 
 TOKENS = np.array([[3, 1, 4]])
@@ -92,7 +92,7 @@ def checkpoint(kind):
     """The tensors and the configuration entries of a model."""
     with tempfile.TemporaryDirectory() as folder:
         pretrained.save(make(kind), folder)
-        arrays = dict(safetensors.File(Path(folder) / "model.safetensors"))
+        arrays = dict(tensor_files.File(Path(folder) / "model.safetensors"))
         return arrays, json.loads((Path(folder) / "config.json").read_text())
 
 
@@ -153,7 +153,7 @@ def saved(tmp_path):
     def write(kind, change=lambda arrays: arrays, **entries):
         arrays, config = checkpoint(kind)
         arrays, config = change(dict(arrays)), config | entries
-        safetensors.write(tmp_path / "model.safetensors", arrays, arrays.values())
+        tensor_files.write(tmp_path / "model.safetensors", arrays, arrays.values())
         (tmp_path / "config.json").write_text(json.dumps(config))
         return tmp_path, make(kind)
 

@@ -10,7 +10,7 @@ from flax import nnx
 
 from attention_jax import models, nn
 from attention_jax.models import pretrained
-from attention_jax.models.pretrained import folders, safetensors
+from attention_jax.models.pretrained import folders, tensor_files
 
 STEPS = "replace", "link", "remove", "fsync", "open"
 
@@ -45,7 +45,7 @@ def killed_at(patch, k, after):
 
 def write(path, value):
     arrays = {"x": np.full(3, value, np.float32)}
-    safetensors.write(path, arrays, arrays.values())
+    tensor_files.write(path, arrays, arrays.values())
 
 
 def save(folder, version):
@@ -187,7 +187,7 @@ def table(model):
 def test_a_save_replaces_shards(tmp_path):
     pretrained.save(decoder(0), tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "model-00001-of-00001.safetensors")
-    names = safetensors.File(tmp_path / "model-00001-of-00001.safetensors")
+    names = tensor_files.File(tmp_path / "model-00001-of-00001.safetensors")
     index = {"weight_map": dict.fromkeys(names, "model-00001-of-00001.safetensors")}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     np.testing.assert_array_equal(table(pretrained.load(tmp_path)), table(decoder(0)))
@@ -249,4 +249,4 @@ def test_objects_other_than_models_are_not_saved(tmp_path):
         pretrained.save(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), tmp_path)
     arrays = {"x": np.ones(2, np.complex64)}
     with pytest.raises(ValueError, match="x has dtype complex64"):
-        safetensors.write(tmp_path / "x", arrays, arrays.values())
+        tensor_files.write(tmp_path / "x", arrays, arrays.values())

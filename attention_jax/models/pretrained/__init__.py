@@ -2,7 +2,7 @@
 
 ``load`` reads a folder with ``config.json`` and ``model.safetensors`` (or shards and their index);
 ``save`` writes one that ``load`` and Hugging Face's ``from_pretrained`` read. Nothing is
-downloaded, and torch is not needed:
+downloaded, and torch is not needed. The extra ``pretrained`` installs what reads the files:
 
 >>> import tempfile
 >>> import numpy as np
@@ -70,9 +70,9 @@ from attention_jax.models.pretrained import (
     gpt2,
     llama,
     matching,
-    safetensors,
     sentences,
     t5,
+    tensor_files,
     vit,
 )
 from attention_jax.models.pretrained.family import Family
@@ -331,7 +331,7 @@ def save(
     entries = {"dtype": dtypes.pop() if len(dtypes) == 1 else "float32"} | entries
 
     def write_weights(path: Path) -> None:
-        safetensors.write(path, shapes, map(array, tensors))
+        tensor_files.write(path, shapes, map(array, tensors))
 
     if jax.process_index() > 0:  # the first process writes, the others send it their shards
         for tensor in tensors:

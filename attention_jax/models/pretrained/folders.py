@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from attention_jax.models.pretrained import safetensors
+from attention_jax.models.pretrained import tensor_files
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
@@ -37,7 +37,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     return read_json(folder / CONFIG)
 
 
-def weights(folder: Path, entries: Mapping[str, Any]) -> list[safetensors.File]:
+def weights(folder: Path, entries: Mapping[str, Any]) -> list[tensor_files.File]:
     """The files with the tensors: the one that the configuration names, a single file, or shards.
 
     Raises:
@@ -62,7 +62,7 @@ def weights(folder: Path, entries: Mapping[str, Any]) -> list[safetensors.File]:
     for x in names:
         if not (folder / x).exists():
             raise FileNotFoundError(f"{folder} must have {x}, which its {CONFIG} or index names")
-    return [safetensors.File(folder / x) for x in sorted(set(names))]
+    return [tensor_files.File(folder / x) for x in sorted(set(names))]
 
 
 def replace(

@@ -6,7 +6,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from attention_jax.models.pretrained import safetensors
+from attention_jax.models.pretrained import tensor_files
 from attention_jax.nn import low_rank_state, with_low_rank
 
 
@@ -26,19 +26,19 @@ def save_adapters(model: Any, file: str | PathLike[str]) -> None:
     >>> import tempfile
     >>> from pathlib import Path
     >>> from flax import nnx
-    >>> from attention_jax.models.pretrained import safetensors, save_adapters
+    >>> from attention_jax.models.pretrained import save_adapters, tensor_files
     >>> from attention_jax.nn import MultiHeadAttention, low_rank
     >>> module = MultiHeadAttention(8, num_heads=2, rngs=nnx.Rngs(0))
     >>> file = Path(tempfile.mkdtemp()) / "adapters.safetensors"
     >>> save_adapters(low_rank(module, rank=1, where=("query",), rngs=nnx.Rngs(1)), file)
-    >>> sorted(safetensors.File(file))
+    >>> sorted(tensor_files.File(file))
     ['query.lora_a', 'query.lora_b']
     """
     file = Path(file)
     if file.is_dir():
         raise IsADirectoryError(f"file must not be a folder, got {str(file)!r}")
     state = low_rank_state(model)
-    safetensors.write(file, state, state.values())
+    tensor_files.write(file, state, state.values())
 
 
 def load_adapters(model: Any, file: str | PathLike[str]) -> Any:
@@ -73,5 +73,5 @@ def load_adapters(model: Any, file: str | PathLike[str]) -> Any:
     """
     if not Path(file).is_file():
         raise FileNotFoundError(f"file must exist, written by save_adapters, got {str(file)!r}")
-    stored = safetensors.File(Path(file))
+    stored = tensor_files.File(Path(file))
     return with_low_rank(model, {name: stored[name] for name in stored})

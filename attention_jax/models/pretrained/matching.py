@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import operator
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 
 from attention_jax.models.pretrained.family import Family
-from attention_jax.models.pretrained.safetensors import File
+from attention_jax.models.pretrained.tensor_files import File
 from attention_jax.models.pretrained.tensors import Tensor
 
 Place = tuple[File, str]
@@ -168,8 +169,7 @@ def _equal(a: Place, b: Place) -> bool:
     x, y = one.entries[name], other.entries[theirs]
     if one is other and name == theirs:
         return True
-    chunks: Iterator[Any] = zip(one.chunks(name), other.chunks(theirs), strict=False)
-    return (x.dtype, x.shape) == (y.dtype, y.shape) and all(p == q for p, q in chunks)
+    return x == y and all(map(operator.eq, one.chunks(name), other.chunks(theirs)))
 
 
 def _differs(copy: str, original: str) -> str:
