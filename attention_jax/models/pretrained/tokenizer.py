@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from attention_jax.core.axes import int_at_least
-from attention_jax.models.pretrained import folders
+from attention_jax.models.pretrained import folders, hub
 
 FILE, SETTINGS = "tokenizer.json", "tokenizer_config.json"
 NO_LIMIT = 10**9  # Hugging Face's model_max_length of models without positions is 1e30
@@ -200,15 +200,16 @@ class Tokenizer:
         )
 
 
-def load_tokenizer(folder: str | PathLike[str]) -> Tokenizer:
+def load_tokenizer(folder: str | PathLike[str], *, revision: str | None = None) -> Tokenizer:
     """Reads the tokenizer of a checkpoint from ``tokenizer.json``.
 
     Args:
-      folder: of a checkpoint. Its ``config.json``, if there is one, says how many tokens the model
-        knows and reads.
+      folder: of a checkpoint, or ``"org/name"`` on the Hugging Face hub. Its ``config.json``, if
+        there is one, says how many tokens the model knows and reads.
+      revision: branch, tag or commit of that repository; default: its main branch.
 
     Raises:
-      FileNotFoundError: no such folder, or no ``tokenizer.json`` in it.
+      FileNotFoundError: no such folder or repository, or no ``tokenizer.json`` in it.
       ModuleNotFoundError: the package ``tokenizers`` is not installed.
       ValueError: the vocabulary is not that of the model; an invalid file.
 
@@ -228,7 +229,7 @@ def load_tokenizer(folder: str | PathLike[str]) -> Tokenizer:
     >>> batch.offsets[0].tolist()
     [[0, 9], [10, 12], [13, 16]]
     """
-    folder = Path(folder)
+    folder = hub.local(folder, revision)
     if not folder.is_dir():
         raise FileNotFoundError(f"folder must be that of a checkpoint, got {str(folder)!r}")
     if not (folder / FILE).exists():
