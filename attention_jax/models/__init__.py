@@ -59,8 +59,9 @@ An encoder-decoder, and a vision transformer:
 (2, 3)
 
 ``models.pretrained`` loads and saves checkpoints in Hugging Face's format, with their tokenizers;
-``embed`` makes vectors of texts; ``nn.low_rank`` fine-tunes any of these models with few
-parameters; ``models.sharding`` splits them over devices.
+``embed`` makes vectors of texts; ``resize_vocabulary`` and ``resize_image`` change the size of a
+model; ``nn.low_rank`` fine-tunes any of these models with few parameters; ``models.sharding``
+splits them over devices.
 """
 
 from attention_jax.models import pretrained as pretrained
@@ -90,6 +91,8 @@ from attention_jax.models.heads import reader as reader
 from attention_jax.models.heads import tagger as tagger
 from attention_jax.models.layers import Layers as Layers
 from attention_jax.models.layers import Relative as Relative
+from attention_jax.models.resize import resize_image as resize_image
+from attention_jax.models.resize import resize_vocabulary as resize_vocabulary
 from attention_jax.models.sampling import Sampling as Sampling
 from attention_jax.models.sentences import Embedder as Embedder
 from attention_jax.models.sentences import EmbedderConfig as EmbedderConfig
@@ -127,6 +130,8 @@ __all__ = [
     "label_ids",
     "pretrained",
     "reader",
+    "resize_image",
+    "resize_vocabulary",
     "sampling",
     "sharding",
     "stream",
