@@ -3,9 +3,14 @@
 ``IMPLEMENTATIONS`` are functions with the signature of ``attention``; add a new backend
 there, and the cases it must pass to ``CHECKS``. The blockwise and native backends also run with
 small blocks: with their own, a small case is a single tile.
+
+The tests run a share of the catalogue. To check one function on all of it, call
+``testing.check(fn)``; ``python -m experiments compare`` does so for every backend and other
+libraries.
 """
 
 import functools
+import itertools
 
 import pytest
 from compiling import default_options
@@ -37,8 +42,38 @@ IMPLEMENTATIONS = {
     "auto": implementation(None),
 }
 
-PROMISES = testing.cases(tag="promise")
+# Without the narrow ones, which repeat others for functions that support little else.
+PROMISES = tuple(x for x in testing.cases(tag="promise") if "narrow" not in x.tags)
 PAIRS = testing.cases(tag="pair")
+
+
+def values(case):
+    """The value of every option of a case."""
+    z = case.sizes
+    lengths = "T == 1" if z.T == 1 else f"T - S > 0: {z.T > z.S}, < 0: {z.T < z.S}"
+    sizes = {"lengths": lengths, "heads": (z.K, z.G), "batch": z.B, "widths": (z.H, z.D)}
+    options = ("mask", "score", "dtype", "scale", "sinks", "dropout_rate", "magnitude", "lse")
+    named = sizes | {name: getattr(case, name) for name in options}
+    return set(named.items()) | {("long", "long" in case.tags)}
+
+
+def pairs_of_values(case):
+    """Every two values, except mask and score, which are applied in turn; the axes of a bias."""
+    every = itertools.combinations(sorted(values(case), key=str), 2)
+    pairs = {pair for pair in every if {name for name, _ in pair} != {"mask", "score"}}
+    return pairs | ({("bias", case.bias)} if "bias" in case.score.split(", ") else set())
+
+
+def covering(cases, has, first=()):
+    """Few of these cases, found greedily, that with ``first`` have what all of them have."""
+    found = {case: has(case) for case in cases}
+    missing = set().union(*found.values()).difference(*map(has, first))
+    chosen = set()
+    while missing:
+        best = max(cases, key=lambda case: len(found[case] & missing))
+        missing -= found[best]
+        chosen.add(best)
+    return tuple(case for case in cases if case in chosen)
 
 
 def by_native(cases):
@@ -54,17 +89,21 @@ def by_native(cases):
     ]
 
 
-# Every implementation is checked on every promise. Each pair of options is checked on at least one
-# of them, since masks, scores and dropout are shared; ``testing.check(fn)`` checks them all.
+# Every implementation is checked on every promise. Every two values of two options are checked on
+# either xla (short sequences) or blockwise (long ones), since masks, scores and dropout are shared.
+# The native kernel, which compiles in a fifth of the time, also has every mask with every score.
+QUICK = tuple(case for case in PROMISES if "core" in case.tags)
+QUICK_PAIRS = covering(PAIRS, values, QUICK)
+COVERING = QUICK_PAIRS + covering(PAIRS, pairs_of_values, QUICK_PAIRS)
+SHORT, LONG = ([x for x in COVERING if tag in x.tags] for tag in ("small", "long"))
 CHECKS = {
-    "xla": PROMISES + testing.cases(tag="small"),
-    "blockwise": testing.cases(tag="numerics") + testing.cases(tag="padded"),
-    "blockwise 16x32": PROMISES + testing.cases(tag="long"),
-    "blockwise 7x5": [case for case in testing.cases(tag="small") if "core" in case.tags],
-    "native": by_native(PROMISES + testing.cases(tag="small")),
-    "native 96": by_native(
-        testing.cases(tag="long") + tuple(case for case in PROMISES if "core" in case.tags)
-    ),
+    "xla": [*PROMISES, *SHORT],
+    "blockwise": [x for x in QUICK if x.tags & {"numerics", "padded"}],
+    "blockwise 16x32": [*PROMISES, *LONG],
+    # Heads are batched together, which compiles slowly: every value but those of masks.
+    "blockwise 7x5": covering(SHORT, lambda case: {x for x in values(case) if x[0] != "mask"}),
+    "native": by_native([*PROMISES, *testing.cases(tag="small")]),
+    "native 96": by_native([*QUICK, *testing.cases(tag="long")]),
     # Compiled with XLA's default options; all other tests are compiled fast.
     "auto": testing.cases(tag="numerics"),
 }
@@ -77,14 +116,14 @@ needs_native = pytest.mark.skipif(library.load().why_not is not None, reason="no
 def by_default(name, case):
     """Whether a default run checks this case; the rest is slow.
 
-    The blockwise backend in blocks of 16 x 32 runs all its core cases. ``xla``, the plain formula,
-    runs those that are pairs, empty rows or smoke tests. The others share code with these two.
+    Each implementation on the smoke tests; the core promises in blocks of 16 x 32 and on the native
+    kernel; and each value of each option once.
     """
-    if name in ("blockwise", "blockwise 7x5", "native 96", "auto"):
+    if name not in ("xla", "blockwise 16x32", "native"):
         return "smoke" in case.tags and case.name != "everything"
-    if name == "xla" and not case.tags & {"pair", "empty", "smoke"}:
-        return False
-    return "core" in case.tags
+    if case in QUICK:
+        return name != "xla" or "smoke" in case.tags
+    return case in QUICK_PAIRS
 
 
 def parameters(name, cases, tag=None):
