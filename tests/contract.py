@@ -90,20 +90,23 @@ def by_native(cases):
 
 
 # Every implementation is checked on every promise. Every two values of two options are checked on
-# either xla (short sequences) or blockwise (long ones), since masks, scores and dropout are shared.
-# The native kernel, which compiles in a fifth of the time, also has every mask with every score.
-QUICK = tuple(case for case in PROMISES if "core" in case.tags)
+# blockwise (long sequences), the native kernel, which compiles in a fifth of the time and has all
+# pairs that it supports, or xla (what is left), since masks, scores and dropout are shared.
+QUICK = [case for case in PROMISES if "core" in case.tags and case.name != "everything"]
 QUICK_PAIRS = covering(PAIRS, values, QUICK)
-COVERING = QUICK_PAIRS + covering(PAIRS, pairs_of_values, QUICK_PAIRS)
-SHORT, LONG = ([x for x in COVERING if tag in x.tags] for tag in ("small", "long"))
+NATIVE = by_native(PAIRS)
+LONG = [x for x in covering(PAIRS, pairs_of_values, QUICK_PAIRS) + QUICK_PAIRS if "long" in x.tags]
+SMALL = [x for x in PAIRS if "small" in x.tags and x not in QUICK_PAIRS]
+REST = covering(SMALL, pairs_of_values, [*LONG, *NATIVE])
+SHORT = {*REST, *covering(SMALL, values, REST), *QUICK_PAIRS}.difference(LONG)
 CHECKS = {
     "xla": [*PROMISES, *SHORT],
     "blockwise": [x for x in QUICK if x.tags & {"numerics", "padded"}],
     "blockwise 16x32": [*PROMISES, *LONG],
     # Heads are batched together, which compiles slowly: every value but those of masks.
-    "blockwise 7x5": covering(SHORT, lambda case: {x for x in values(case) if x[0] != "mask"}),
-    "native": by_native([*PROMISES, *testing.cases(tag="small")]),
-    "native 96": by_native([*QUICK, *testing.cases(tag="long")]),
+    "blockwise 7x5": covering(SMALL, lambda case: {x for x in values(case) if x[0] != "mask"}),
+    "native": [*by_native(PROMISES), *(x for x in NATIVE if "small" in x.tags)],
+    "native 96": [*by_native(QUICK), *(x for x in NATIVE if "long" in x.tags)],
     # Compiled with XLA's default options; all other tests are compiled fast.
     "auto": testing.cases(tag="numerics"),
 }
@@ -119,11 +122,9 @@ def by_default(name, case):
     Each implementation on the smoke tests; the core promises in blocks of 16 x 32 and on the native
     kernel; and each value of each option once.
     """
-    if name not in ("xla", "blockwise 16x32", "native"):
-        return "smoke" in case.tags and case.name != "everything"
     if case in QUICK:
-        return name != "xla" or "smoke" in case.tags
-    return case in QUICK_PAIRS
+        return "smoke" in case.tags or name in ("blockwise 16x32", "native")
+    return case in QUICK_PAIRS and name in ("xla", "blockwise 16x32", "native")
 
 
 def parameters(name, cases, tag=None):

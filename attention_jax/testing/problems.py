@@ -158,8 +158,12 @@ def tries(p: Problem, number: int) -> Tries:
         return moved.astype(x.dtype)
 
     def one(x: Inputs, order: Order) -> Tries:
-        arrays = {name: reordered(name, getattr(x, name), order) for name in x._fields[:3]}
-        x = x._replace(**arrays, d_out=reordered("out", x.d_out, order))
+        x = x._replace(
+            query=reordered("query", x.query, order),
+            key=reordered("key", x.key, order),
+            value=reordered("value", x.value, order),
+            d_out=reordered("out", x.d_out, order),
+        )
         keep = None if p.keep is None else reordered("pairs", p.keep, order)
         return Tries(x, reordered("pairs", p.seen, order), keep, order)
 
