@@ -1,4 +1,4 @@
-"""Few cases that combine each value of each argument with each value of every other argument."""
+"""Few cases in which each value of an argument meets each value of every other argument."""
 
 import itertools
 
@@ -12,7 +12,7 @@ def cases(arguments, fast, alone=()):
     Args:
       arguments: the values of each argument, by its name.
       fast: how many cases are in a default run; they cover the most pairs.
-      alone: arguments whose values are in some case each, but not with each value of the others.
+      alone: arguments whose values each occur in some case, but are not paired.
     """
     chosen = [
         {name: arguments[name][i] for name, i in case.items()}
@@ -25,7 +25,7 @@ def cases(arguments, fast, alone=()):
 
 
 def _covering(arguments, alone):
-    """Greedily: of random cases with the first uncovered pair, that with the most such pairs."""
+    """Greedily: of random cases with the first missing pair, that with the most missing pairs."""
     rng = np.random.default_rng(0)
     places = {name: range(len(arguments[name])) for name in sorted(arguments)}
 
