@@ -370,12 +370,12 @@ SETTINGS = {
 HIDING = ["offsets", "window", "segments", "-inf bias", "without sinks"]
 HIDING = [f"{implementation}, {x}" for implementation in ("xla", "blockwise") for x in HIDING]
 OTHERS = ["weights", "positions", "cache", "linear mechanisms", "dense mechanisms", "tagger"]
-KEYED = ["xla, dropout", "blockwise, dropout", "sampled tokens"]
+KEYED = ["xla, dropout", "blockwise, dropout"]
 OF_SETTING = {
     "nans": [*HIDING, *OTHERS, "decoder", "sampled tokens", "searched tokens"],
     # What has primitives or derivatives of its own.
     "checks": ["xla, segments", "blockwise, offsets", "linear mechanisms", "cache", *KEYED],
-    "raw keys": [*KEYED, "drop-ins", "linear mechanisms", "classifier"],
+    "raw keys": [*KEYED, "drop-ins", "linear mechanisms", "classifier", "sampled tokens"],
     "rbg": KEYED,
     "raw rbg": ["xla, dropout", "drop-ins"],
 }
