@@ -24,7 +24,7 @@ import numpy as np
 from attention_jax.masks import Mask
 from attention_jax.testing.cases import Case
 from attention_jax.testing.cases import cases as catalogue
-from attention_jax.testing.problems import Inputs, Problem, oracle, plain, problem, variants
+from attention_jax.testing.problems import Inputs, Problem, oracle, plain, problem, reordered, tries
 from attention_jax.testing.rules import positions
 
 # How often the plain formula is tried. The worst error counts, or four standard deviations if that
@@ -172,20 +172,26 @@ def trial(
     """
     p = problem(case)
     right = oracle(p, gradients)
-    inputs, order = variants(p, TRIES)
+    inputs, *others = tries(p, TRIES)
     evaluated = _evaluate(
         functools.partial(plain, p),
         inputs,
-        (p.seen, p.keep, order),
+        tuple(others),
         case,
         gradients,
         compiler_options,
-        axes=(0, 0, (None, None, 0)),
+        mapped=True,
     )
+    orders = [jax.tree.map(lambda x, i=i: x[i], others[-1]) for i in range(TRIES)]
     plainly, eps = _named(p, evaluated), float(jnp.finfo(case.dtype).eps)
     allowed = {}
     for name, x in right.items():
-        errors = np.stack([_errors(one, x) for one in plainly[name]])
+        errors = np.stack(
+            [
+                _errors(one, reordered(name, x, order))
+                for one, order in zip(plainly[name], orders, strict=True)
+            ]
+        )
         deviation = np.linalg.norm(errors) / math.sqrt(max(errors.size, 1))
         off = max(np.max(errors, initial=0.0), DEVIATIONS * deviation)
         largest = np.max(np.abs(x), initial=0.0, where=np.isfinite(x))
@@ -291,11 +297,11 @@ def _evaluate(
     case: Case,
     gradients: bool,
     options: Mapping[str, Any] | None,
-    axes: Any = None,
+    mapped: bool = False,
 ) -> tuple[tuple[Any, ...], Inputs | None]:
     """``call(x, *others)``, one program, and the gradient of ``sum d_out * out + d_lse * lse``.
 
-    All of it mapped over ``axes`` of ``x``, the cotangents and ``others``, if given.
+    If ``mapped``, over the first axis of every array.
     """
     arguments = x._replace(d_out=None, d_lse=None)
     # Cotangents come transposed: in use they are rarely laid out as the outputs are.
@@ -311,8 +317,8 @@ def _evaluate(
         given = (jnp.moveaxis(cotangents[0], -1, -3), cotangents[1])
         return results, pull(tuple(d.astype(r.dtype) for d, r in zip(given, results, strict=False)))
 
-    if axes is not None:
-        program = jax.vmap(program, in_axes=axes)
+    if mapped:
+        program = jax.vmap(program)
     with jax.enable_x64(case.dtype == "float64"):
         compiled = jax.jit(program, compiler_options=dict(options) if options else None)
         results, pulled = jax.tree.map(np.asarray, compiled(arguments, cotangents, others))

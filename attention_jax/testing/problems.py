@@ -117,11 +117,38 @@ class Order(NamedTuple):
     D: Any  # entries of value
 
 
-def variants(p: Problem, number: int) -> tuple[Inputs, Order]:
+class Tries(NamedTuple):
+    """What the plain formula is tried on; every leaf has one entry per try along a new axis."""
+
+    inputs: Inputs
+    seen: Any  # bool [tries *B N T S]
+    keep: Any  # bool [tries *B N T S] or None
+    order: Order
+
+
+# The axes of a result, and of its gradient, that are reordered.
+REORDERED: dict[str, dict[int, str]] = {
+    "query": {-1: "H"},
+    "key": {-3: "S", -1: "H"},
+    "value": {-3: "S", -1: "D"},
+    "out": {-1: "D"},
+    "pairs": {-1: "S"},
+}
+
+
+def reordered(name: str, x: np.ndarray, order: Order) -> np.ndarray:
+    """``x``, the array or the gradient of this name, in this order."""
+    for axis, letter in REORDERED.get(name.removeprefix("d "), {}).items():
+        x = np.take(x, getattr(order, letter), axis)
+    return x
+
+
+def tries(p: Problem, number: int) -> Tries:
     """The clean inputs as they are, then moved by one rounding each and in another order.
 
-    All stacked along a new first axis. A sum's rounding error may be small by luck, one number's
-    most of all: the worst error of several is what the formula's error is.
+    A sum's rounding error may be small by luck, one number's most of all: the worst error of
+    several is what the formula's error is. NumPy reorders: each gather and scatter in the plain
+    formula would make it slower to compile.
     """
     rng, z = np.random.default_rng(0), p.case.sizes
     eps = float(jnp.finfo(p.case.dtype).eps)
@@ -130,24 +157,33 @@ def variants(p: Problem, number: int) -> tuple[Inputs, Order]:
         moved = np.asarray(x, np.float64) * (1.0 + eps * rng.choice((-1.0, 1.0), x.shape))
         return moved.astype(x.dtype)
 
-    pairs = [(p.clean, Order(np.False_, *map(np.arange, (z.S, z.H, z.D))))]
+    def one(x: Inputs, order: Order) -> Tries:
+        x = x._replace(
+            query=reordered("query", x.query, order),
+            key=reordered("key", x.key, order),
+            value=reordered("value", x.value, order),
+            d_out=reordered("out", x.d_out, order),
+        )
+        keep = None if p.keep is None else reordered("pairs", p.keep, order)
+        return Tries(x, reordered("pairs", p.seen, order), keep, order)
+
+    every = [one(p.clean, Order(np.False_, *map(np.arange, (z.S, z.H, z.D))))]
     for i in range(1, number):
         order = Order(np.bool_(i % 2), *map(rng.permutation, (z.S, z.H, z.D)))
-        pairs.append((jax.tree.map(rounded, p.clean), order))
-    stacked: tuple[Inputs, Order] = jax.tree.map(lambda *x: np.stack(x), *pairs)
+        every.append(one(jax.tree.map(rounded, p.clean), order))
+    stacked: Tries = jax.tree.map(lambda *x: np.stack(x), *every)
     return stacked
 
 
 def plain(p: Problem, x: Inputs, seen: Any, keep: Any, order: Order) -> tuple[Any, ...]:
     """The formula, materialized, all of it in the case's dtype: what tolerances are derived from.
 
-    Given what is visible and what dropout keeps, bool ``[*B N T S]``.
+    Given what is visible and what dropout keeps, bool ``[*B N T S]``. These and the arrays of ``x``
+    but for those of scores are in this order already.
     """
     dtype, G = x.query.dtype, p.case.sizes.G
     low = jnp.finfo(dtype).min / 2  # where hidden: finite, so that nothing becomes NaN
-    q, k = x.query[..., order.H], jnp.repeat(x.key[..., order.H], G, axis=-2)
-    v = jnp.repeat(x.value[..., order.D], G, axis=-2)
-    k, v, seen = k[..., order.S, :, :], v[..., order.S, :, :], seen[..., order.S]
+    q, k, v = x.query, jnp.repeat(x.key, G, axis=-2), jnp.repeat(x.value, G, axis=-2)
     scale = jnp.asarray(p.case.sizes.H**-0.5 if x.scale is None else x.scale, dtype)
     q = q * jnp.where(order.first, scale, 1)
     s = jnp.einsum("...tnh,...snh->...nts", q, k) * jnp.where(order.first, 1, scale)
@@ -170,8 +206,8 @@ def plain(p: Problem, x: Inputs, seen: Any, keep: Any, order: Order) -> tuple[An
     lse = jnp.where(empty, -jnp.inf, m + jnp.log(total))[..., 0]
     weights = (e / total)[..., :-1]
     if keep is not None:
-        weights = jnp.where(keep[..., order.S], weights / (1 - p.case.dropout_rate), 0)
-    out = jnp.einsum("...nts,...snd->...tnd", weights, v)[..., jnp.argsort(order.D)]
+        weights = jnp.where(keep, weights / (1 - p.case.dropout_rate), 0)
+    out = jnp.einsum("...nts,...snd->...tnd", weights, v)
     return (out, jnp.moveaxis(lse, -2, -1))[: 1 + p.case.lse]
 
 

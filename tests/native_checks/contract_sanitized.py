@@ -16,7 +16,7 @@ NAMES = ("everything", "planted, bias", "lse, long, bfloat16", "traced layout")
 
 def main(built):
     library.path = lambda: pathlib.Path(built)
-    cases = [case for name in NAMES for case in testing.cases(name=name)]
+    cases = [testing.trial(case) for name in NAMES for case in testing.cases(name=name)]
     for backend in (Native(block_k=96, few_queries=0), Native(few_queries=1000)):
         report = testing.check(functools.partial(attention, implementation=backend), cases=cases)
         wrong = [row for row in report.rows if row.verdict != "ok"]
