@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from attention_jax.nn import record_weights
+from experiments.models.inference import record_weights
 from experiments.tasks import (
     digits,
     fashion,

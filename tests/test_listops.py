@@ -11,6 +11,7 @@ from helpers import slow
 from experiments.tasks import listops
 from experiments.tasks.listops.data import examples, load
 from experiments.tasks.listops.expressions import WORDS, apply, evaluate_words, values
+from experiments.training.losses import logits
 
 CONFIG = dataclasses.replace(listops.PRESETS["smoke"], longest=64, nesting=6)
 
@@ -66,9 +67,9 @@ def test_padding_does_not_change_predictions(data, model):
     classifier = listops.init(config, data, nnx.Rngs(0))
     classifier.eval()
     row = data.splits["test"].rows[0]
-    alone = classifier(np.array([row], np.int32))
+    alone = logits(classifier, np.array([row], np.int32))
     longer = np.array([row + [0] * 9, [*row, *row][: len(row) + 9]], np.int32)
-    np.testing.assert_allclose(alone[0], classifier(longer)[0], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(alone[0], logits(classifier, longer)[0], rtol=1e-4, atol=1e-5)
 
 
 def test_each_expression_is_scored_once(data, monkeypatch):
@@ -128,12 +129,18 @@ def test_loss_is_that_of_the_whole_plus_the_mean_over_lists(data, model):
     classifier.eval()
     tokens, of_lists = (np.array([x], np.int32) for x in (row, values(row)))
     batch = listops.Batch(tokens, np.array([9], np.int32), of_lists)
-    logits, lists = (np.asarray(x) for x in classifier.each(tokens))
-    log_p = (logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True))[0]
+    outermost = dataclasses.replace(CONFIG, asked="outermost")
+
+    @nnx.jit
+    def compute(classifier):
+        losses = [listops.loss(config, classifier, batch) for config in (CONFIG, outermost)]
+        return classifier.each(tokens), [loss.total for loss in losses]
+
+    each, (total, alone) = compute(classifier)
+    x, lists = map(np.asarray, each)
+    log_p = (x - np.logaddexp.reduce(x, axis=-1, keepdims=True))[0]
     at = (8, 6) if model == "gru" else (0, 3)
     assert np.nonzero(lists[0])[0].tolist() == sorted(at)
     whole, inner = -log_p[at[0], 9], -log_p[at[1], 4]
-    total = listops.loss(CONFIG, classifier, batch).total
     np.testing.assert_allclose(total, whole + (whole + inner) / 2, rtol=1e-5)
-    alone = listops.loss(dataclasses.replace(CONFIG, asked="outermost"), classifier, batch).total
     np.testing.assert_allclose(alone, whole, rtol=1e-5)

@@ -284,7 +284,6 @@ def test_hostile_and_invisible_tokens_are_shown_as_text(browse):
 ACTS = {
     "pointed at": "q(5).dispatchEvent(new PointerEvent('pointerover', { bubbles: true }))",
     "in focus": "q(5).focus()",
-    "clicked": "q(5).click()",
     "walked to": "q(4).focus(); q(4).dispatchEvent(key('ArrowRight'))",
     "left": (
         "q(5).click(); q(2).dispatchEvent(new PointerEvent('pointerover', { bubbles: true }));"
@@ -294,7 +293,7 @@ ACTS = {
 
 
 @in_browser
-@pytest.mark.parametrize("act", mostly_slow(ACTS, {"clicked", "left"}))
+@pytest.mark.parametrize("act", mostly_slow(ACTS, {"left"}))
 def test_query_is_selected(act, browse):
     encoder = view()
     found = browse([encoder], "layer=0&head=1&token=1", ACTS[act])
@@ -343,8 +342,7 @@ def test_error_of_the_page_is_reported(browse):
 
 
 @in_browser
-@pytest.mark.parametrize("width", [1280, 400])
-def test_long_sequence_scrolls_within_its_panels(width, tmp_path):
+def test_long_sequence_scrolls_within_its_panels(tmp_path):
     words = [f"word{i}" for i in range(256)]
     script = """
     const inside = (pane, item) => {
@@ -364,8 +362,10 @@ def test_long_sequence_scrolls_within_its_panels(width, tmp_path):
     write_with(script, tmp_path / "look.html", views)
     # A browser window cannot be as narrow as a phone; a frame can.
     (tmp_path / "frame.html").write_text(
-        "<p id=layout></p><script>onmessage = event => { layout.textContent = event.data }</script>"
-        f"<iframe src=look.html#token=200 width={width} height=900 frameborder=0></iframe>"
+        "<p id=layout></p>"
+        "<script>onmessage = event => { layout.textContent += event.data + ';' }</script>"
+        "<iframe src=look.html#token=200 width=1280 height=900 frameborder=0></iframe>"
+        "<iframe src=look.html#token=200 width=400 height=900 frameborder=0></iframe>"
     )
-    layout = run(tmp_path / "frame.html").id("layout")["text"]
-    assert layout == f"{width} true true true true true"
+    layouts = run(tmp_path / "frame.html").id("layout")["text"].split(";")
+    assert sorted(layouts[:-1]) == [f"{width} true true true true true" for width in (1280, 400)]

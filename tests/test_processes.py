@@ -67,9 +67,7 @@ def expected(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "mesh", ["data=2,model=2,context=2", "context=4", "model=2", "data=2,context=2"]
-)
+@pytest.mark.parametrize("mesh", ["data=2,model=2,context=2", "context=4", "model=2"])
 def test_a_decoder_is_trained_over_a_mesh(tmp_path, expected, mesh):
     fsdp = () if mesh == "model=2" else ("--fsdp",)
     found = losses(tmp_path / "run", "--steps", "2", "--mesh", mesh, *fsdp)
@@ -357,7 +355,7 @@ def train_until_killed(folder, steps, killed):
 
     saved, until = folder / "checkpoints" / "last", time.monotonic() + TIMEOUT
     before = last()
-    with started(folder, steps, pause=1.0) as running:
+    with started(folder, steps, pause=0.3) as running:
         while last() == before:
             assert all(process.poll() is None for process in running)
             assert time.monotonic() < until

@@ -18,6 +18,7 @@ from experiments.tasks.qa.answers import Passage, Question, Split
 from experiments.tasks.qa.data import Window, load
 from experiments.tasks.qa.features import Rarity
 from experiments.tasks.qa.models import MASKED, Overlap, spans
+from experiments.training.losses import logits
 
 CONFIG = qa.PRESETS["smoke"]
 
@@ -287,7 +288,7 @@ def test_padding_does_not_change_scores(data, model):
         suffixes=np.where(long.words == 0, 3, long.suffixes),
         features=np.where(long.words[..., None] == 0, 99, long.features),
     )
-    first, second, third = (np.asarray(reader(x)) for x in (short, long, dirty))
+    first, second, third = (np.asarray(logits(reader, x)) for x in (short, long, dirty))
     np.testing.assert_allclose(first, second[:3, :32], atol=1e-4)
     np.testing.assert_allclose(second[:3], third[:3], atol=1e-4)
     assert (second[:3, 32:] == MASKED).all()
@@ -295,16 +296,15 @@ def test_padding_does_not_change_scores(data, model):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_loss_and_gradient_are_finite(data, smoothing):
-    config, reader = build(data, label_smoothing=smoothing)
+def test_loss_and_gradient_are_finite(data):
+    config, reader = build(data, label_smoothing=0.1)
     batch = next(qa.batches(config, data, 0))
 
     def mean(reader):
         total, number = qa.loss(config, reader, batch)
         return total / number
 
-    value, gradient = nnx.value_and_grad(mean)(reader)
+    value, gradient = nnx.jit(nnx.value_and_grad(mean))(reader)
     assert 0 < value < 20
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(gradient))
 

@@ -128,6 +128,13 @@ def test_weights_are_recorded():
     assert len(weights) == 4
 
 
+def test_recorded_weights_keep_the_order_of_the_model_under_jit():
+    model = decoder(num_layers=11)
+    _, weights = nnx.eval_shape(lambda: record_weights(model, TOKENS))
+    numbers = [int(path.split(".")[2]) for path in weights]
+    assert numbers == list(range(11))  # sorted by name, 10 would come before 2
+
+
 @pytest.mark.slow
 def test_parameters_adapters_and_files_are_those_of_a_plain_stack(tmp_path):
     more = {"gated": True, "norm": "rms", "bias": False, "feed_forward_bias": False}

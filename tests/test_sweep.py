@@ -1,7 +1,10 @@
 """The hyperparameter search: its draws, its budget, and how it resumes."""
 
+import contextlib
 import dataclasses
+import io
 import json
+import shutil
 from typing import Literal
 
 import line
@@ -32,9 +35,22 @@ TASK = dataclasses.replace(
 )
 
 
+def options_in(folder):
+    return Options(preset="smoke", trials=3, out=folder / "runs", results=folder / "sweeps")
+
+
 @pytest.fixture
 def options(tmp_path):
-    return Options(preset="smoke", trials=3, out=tmp_path / "runs", results=tmp_path / "sweeps")
+    return options_in(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a finished sweep, and what it printed."""
+    folder, printed = tmp_path_factory.mktemp("finished"), io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        assert sweep.main(TASK, options_in(folder)) == 0
+    return folder, printed.getvalue()
 
 
 def lines(options):
@@ -55,9 +71,9 @@ def test_draws_are_in_their_ranges_and_depend_on_seed_model_and_trial_alone():
         assert other != draws[0]
 
 
-@pytest.mark.slow
-def test_every_model_starts_with_its_preset_and_the_best_trial_is_printed(options, capsys):
-    assert sweep.main(TASK, options) == 0
+def test_every_model_starts_with_its_preset_and_the_best_trial_is_printed(finished):
+    folder, printed = finished
+    options = options_in(folder)
     trials = [json.loads(x) for x in lines(options)]
     assert [(trial["model"], trial["trial"]) for trial in trials] == [
         (model, number) for model in ("near", "far") for number in range(3)
@@ -71,16 +87,18 @@ def test_every_model_starts_with_its_preset_and_the_best_trial_is_printed(option
         assert "test" not in trial
     best = min(trials[:3], key=lambda trial: trial["validation"]["error"])
     assert best["trial"] > 0  # the preset hardly learns
-    printed = capsys.readouterr().out
     assert f"best on validation error {best['validation']['error']:.4f}, the preset" in printed
     rate = best["options"]["learning_rate"]
     assert f"train line --preset smoke --model near --learning-rate {rate}" in printed
     assert not list(options.out.rglob("checkpoints"))
 
 
-def test_finished_trials_are_not_repeated_and_others_continue(options, monkeypatch, capsys):
-    sweep.main(TASK, options)
-    before, printed = lines(options), capsys.readouterr().out.split("\n\n")[-1]
+def test_finished_trials_are_not_repeated_and_others_continue(
+    finished, tmp_path, monkeypatch, capsys
+):
+    folder, printed = finished
+    options = options_in(shutil.copytree(folder, tmp_path / "copy"))
+    before, printed = lines(options), printed.split("\n\n")[-1]
     with monkeypatch.context() as patch:
         patch.setattr(train, "train", lambda *_: pytest.fail("trained again"))
         sweep.main(TASK, options)

@@ -9,9 +9,9 @@ import pytest
 from flax import nnx
 from helpers import needs_files, slow
 
-from attention_jax.nn import record_weights
 from experiments.datasets import text
 from experiments.models import seq2seq
+from experiments.models.inference import record_weights
 from experiments.models.seq2seq import Seq2Seq, greedy
 from experiments.tasks import (
     digits,
@@ -20,6 +20,7 @@ from experiments.tasks import (
     shakespeare,
 )
 from experiments.training import text_config
+from experiments.training.losses import logits
 from experiments.training.text_config import TextConfig
 
 # --- Options of attention.
@@ -35,9 +36,11 @@ def test_named_mechanisms_are_causal(attention):
     tokens = data.bytes[None, :16]
     other = tokens.copy()
     other[0, -1] += 1
-    np.testing.assert_allclose(model(tokens)[:, :-1], model(other)[:, :-1], atol=1e-6)
+    ours = logits(model, tokens)
+    np.testing.assert_allclose(ours[:, :-1], logits(model, other)[:, :-1], atol=1e-6)
     plain = shakespeare.init(shakespeare.PRESETS["smoke"], data, nnx.Rngs(0))
-    assert float(jnp.abs(model(tokens) - plain(tokens)).max()) > 1e-4
+    plain.eval()
+    assert float(jnp.abs(ours - logits(plain, tokens)).max()) > 1e-4
     with pytest.raises(NotImplementedError, match=f"{attention}.* has no softmax weights"):
         shakespeare.look(config, model, data, None)
 
@@ -59,20 +62,31 @@ def test_mechanisms_are_rejected_by_tasks_that_need_weights_or_caches():
         TextConfig(attention="fast")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("mask", ["global", "window", "window_prefix", "chunked", "dilated"])
-@pytest.mark.parametrize(
-    "positions", ["none", "sinusoidal", "learned", "rotary", "alibi", "relative"]
-)
-def test_masks_and_positions_have_their_effect(mask, positions):
-    config = dataclasses.replace(
-        load("trec").presets["smoke"], model="attention", mask=mask, positions=positions, window=1
-    )
-    data = load("trec").data(config)
-    model = load("trec").init(config, data, nnx.Rngs(0))
+WORDS = np.array([[5, 6, 7, 8, 9, 5]], np.int32)
+
+
+def classifier(**options):
+    """One of ``trec``, in evaluation mode."""
+    task = load("trec")
+    config = dataclasses.replace(task.presets["smoke"], model="attention", window=1, **options)
+    model = task.init(config, task.data(config), nnx.Rngs(0))
     model.eval()
-    words = np.array([[5, 6, 7, 8, 9, 5]], np.int32)
-    _, weights = record_weights(model, words)
+    return model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mask", "positions"),
+    [
+        ("global", "sinusoidal"),
+        ("window", "rotary"),
+        ("window_prefix", "alibi"),
+        ("chunked", "relative"),
+        ("dilated", "learned"),
+    ],
+)
+def test_masks_hide_keys_with_any_positions(mask, positions):
+    _, weights = record_weights(classifier(mask=mask, positions=positions), WORDS)
     (layer,) = weights.values()
     i, j = np.arange(6)[:, None], np.arange(6)
     expected = {
@@ -83,10 +97,16 @@ def test_masks_and_positions_have_their_effect(mask, positions):
         "dilated": (i - j) % 2 == 0,
     }[mask]
     np.testing.assert_array_equal(np.asarray(layer[0, 0]) > 0, expected)
-    swapped = words[:, [1, 0, 2, 3, 4, 5]]
-    moved = float(jnp.abs(model(words) - model(swapped)).max())
-    if mask == "global":
-        assert (moved < 1e-5) == (positions == "none")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "positions", ["none", "sinusoidal", "learned", "rotary", "alibi", "relative"]
+)
+def test_the_order_of_words_matters_with_positions(positions):
+    both = np.concatenate([WORDS, WORDS[:, [1, 0, 2, 3, 4, 5]]])
+    first, swapped = logits(classifier(positions=positions), both)
+    assert (float(jnp.abs(first - swapped).max()) < 1e-5) == (positions == "none")
 
 
 @pytest.mark.slow
@@ -97,7 +117,7 @@ def test_flax_attention_matches_ours(mask):
     theirs = dataclasses.replace(ours, attention="flax")
     data = task.data(ours)
     tokens = data.bytes[None, :16]
-    actual, expected = (task.init(c, data, nnx.Rngs(0))(tokens) for c in (ours, theirs))
+    actual, expected = (logits(task.init(c, data, nnx.Rngs(0)), tokens) for c in (ours, theirs))
     np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -171,8 +191,9 @@ def test_language_models_are_causal(model):
     tokens = data.bytes[None, :16]
     other = tokens.copy()
     other[0, -1] += 1
-    np.testing.assert_allclose(lm(tokens)[:, :-1], lm(other)[:, :-1], atol=1e-6)
-    assert np.abs(lm(tokens)[:, -1] - lm(other)[:, -1]).max() > 1e-4
+    first, second = (np.asarray(logits(lm, x)) for x in (tokens, other))
+    np.testing.assert_allclose(first[:, :-1], second[:, :-1], atol=1e-6)
+    assert np.abs(first[:, -1] - second[:, -1]).max() > 1e-4
 
 
 # --- Translation.
@@ -184,11 +205,13 @@ def test_greedy_picks_the_likeliest_token_and_ignores_padding(attend):
     model = Seq2Seq(12, 8, attend=attend, rngs=nnx.Rngs(0))
     source = np.array([[5, 6, 7, 0, 0], [8, 9, 10, 11, 5]], np.int32)
     tokens = np.asarray(greedy(model, source, start=2, stop=3, limit=6))
+    whole = nnx.jit(lambda model, source, target: model(source, target))
     for row in range(2):
         alone = source[row : row + 1, : 3 if row == 0 else 5]
         target = [2]
         for t in range(6):
-            token = int(model(alone, np.array([target]))[0, -1].argmax())
+            prefix = np.array([target + [0] * (6 - len(target))], np.int32)  # the model is causal
+            token = int(whole(model, alone, prefix)[0, t].argmax())
             assert tokens[row, t] == token
             if token == 3:
                 break
@@ -214,11 +237,16 @@ def test_smoothed_loss_matches_smoothed_targets():
     model = multi30k.init(config, data, nnx.Rngs(0))
     model.eval()
     batch = next(multi30k.batches(config, data, 0))
-    loss = multi30k.loss(config, model, batch)
-    logits = multi30k.logits_of(model, batch.source, batch.target[:, :-1])
     targets = batch.target[:, 1:]
-    smooth = optax.smooth_labels(jax.nn.one_hot(targets, logits.shape[-1]), 0.1)
-    each = optax.softmax_cross_entropy(logits, smooth)
+
+    @nnx.jit
+    def both(model):
+        loss = multi30k.loss(config, model, batch)
+        logits = multi30k.logits_of(model, batch.source, batch.target[:, :-1])
+        smooth = optax.smooth_labels(jax.nn.one_hot(targets, logits.shape[-1]), 0.1)
+        return loss, optax.softmax_cross_entropy(logits, smooth)
+
+    loss, each = both(model)
     assert float(loss.total) == pytest.approx(float(each[targets != 0].sum()), rel=1e-4)
     assert int(loss.number) == (targets != 0).sum()
 

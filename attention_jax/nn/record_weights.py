@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -27,7 +28,8 @@ def record_weights(model: nnx.Module, *args: Any, **options: Any) -> tuple[Any, 
 
     Returns:
       The result of the model, and a dict from the path of each attention module that was called to
-      its weights ``[*B N T S]``, without dropout, in the order of the model.
+      its weights ``[*B N T S]``, without dropout, in the order of the model, also under
+      ``nnx.jit``.
 
     Raises:
       ValueError: the model has no ``MultiHeadAttention``.
@@ -49,7 +51,7 @@ def record_weights(model: nnx.Module, *args: Any, **options: Any) -> tuple[Any, 
     copy.eval()
     # Weights recorded inside a rematerialized or scanned layer would be leaked tracers.
     copy.set_attributes(remat=False, scan=False, raise_if_not_found=False)
-    found: dict[str, Any] = {}
+    found: OrderedDict[str, Any] = OrderedDict()  # jit returns the keys of a dict sorted
 
     def recorded(path: str, attend: Callable[..., Any]) -> Callable[..., Any]:
         def attend_and_record(query: Any, key: Any, value: Any, **options: Any) -> Any:
@@ -68,4 +70,5 @@ def record_weights(model: nnx.Module, *args: Any, **options: Any) -> tuple[Any, 
     if not found:
         raise ValueError("model must hold a MultiHeadAttention, got a model without")
     result = copy(*args, **options)
-    return result, {path: weights for path, weights in found.items() if weights is not None}
+    called = ((path, weights) for path, weights in found.items() if weights is not None)
+    return result, OrderedDict(called)

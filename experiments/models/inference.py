@@ -1,4 +1,4 @@
-"""Batched inference: batches of similar length, and batches of one fixed size."""
+"""Inference: batches of similar length or of one fixed size, and attention weights."""
 
 from __future__ import annotations
 
@@ -6,10 +6,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 import numpy as np
+from flax import nnx
 
+from attention_jax import nn
 from experiments.datasets import text
 
 R = TypeVar("R")
+
+record_weights = nnx.jit(nn.record_weights)
+"""``attention_jax.nn.record_weights`` as one program: op by op it would compile dozens."""
 
 
 def map_by_length(

@@ -111,6 +111,7 @@ class Seq2Seq(nnx.Module):
         """``[... 3E]`` to ``[... V]``, in float32."""
         return self.head(self.dropout(jnp.tanh(self.combine(features)))).astype(jnp.float32)
 
+    @nnx.jit
     def weights(self, source: Array, target: Array) -> jax.Array:
         """Attention weights ``[B T S]`` of each target token over the source."""
         memory = self.encode(source)

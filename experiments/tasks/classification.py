@@ -12,11 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from attention_jax.nn import record_weights
 from experiments.datasets import text
 from experiments.datasets.text import PAD
 from experiments.models import finetuning, sentences
-from experiments.models.inference import map_by_length
+from experiments.models.inference import map_by_length, record_weights
 from experiments.tasks.common import check_attends, check_length, random_indices, verdict
 from experiments.training import config as configs
 from experiments.training.config import at_least_1, below_1

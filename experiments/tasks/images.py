@@ -15,9 +15,8 @@ from flax import nnx
 
 from attention_jax.core.axes import AnyArray
 from attention_jax.models import Layers, VisionConfig, VisionTransformer
-from attention_jax.nn import record_weights
 from experiments.datasets import text
-from experiments.models.inference import full_batches
+from experiments.models.inference import full_batches, record_weights
 from experiments.tasks.common import check_attends
 from experiments.training import config as configs
 from experiments.training import search

@@ -38,10 +38,9 @@ from flax import nnx
 
 from attention_jax.models import Layers
 from attention_jax.models.layers import Stack
-from attention_jax.nn import record_weights
 from experiments.datasets import text
 from experiments.datasets.files import path
-from experiments.models.inference import full_batches
+from experiments.models.inference import full_batches, record_weights
 from experiments.tasks.common import check_attends, random_indices
 from experiments.training import search, text_config
 from experiments.training.config import TrainConfig, at_least_1, below_1, heads_divide, softmax_only

@@ -30,10 +30,10 @@ import numpy as np
 from flax import nnx
 
 from attention_jax.models import EncoderDecoder
-from attention_jax.nn import record_weights
 from experiments.datasets import text
 from experiments.datasets.files import lines
 from experiments.datasets.text import END, PAD, START
+from experiments.models.inference import record_weights
 from experiments.models.seq2seq import Seq2Seq, decode_rows, transformer_config
 from experiments.tasks.common import check_attends, check_length, random_indices
 from experiments.training import search

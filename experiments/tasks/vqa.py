@@ -33,12 +33,11 @@ import numpy as np
 from flax import nnx
 
 from attention_jax.models.layers import Stack
-from attention_jax.nn import record_weights
 from attention_jax.nn.embeddings import Embeddings
 from attention_jax.nn.linear import Linear
 from experiments.datasets import text
 from experiments.datasets.text import PAD, START
-from experiments.models.inference import full_batches
+from experiments.models.inference import full_batches, record_weights
 from experiments.tasks.common import verdict
 from experiments.training import search, text_config
 from experiments.training.losses import cross_entropy, logits, scores

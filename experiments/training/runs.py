@@ -192,7 +192,9 @@ def load(folder: Path, load_task: Callable[[str], Task[Any, Any]]) -> Run:
             if best is None:
                 raise ValueError(f"{folder} has no weights yet: it was never evaluated")
             weights, step = best.state, best.step
-        model = nnx.merge(graph, weights, *others)
+        # Where `train` has them: in the same process, nothing is compiled again.
+        placed = jax.device_put((weights, *others), jax.devices()[0])
+        model = nnx.merge(graph, *placed)
         model.eval()
     return Run(folder, task, content["preset"], config, data, model, step)
 

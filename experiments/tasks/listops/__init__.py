@@ -30,9 +30,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from attention_jax.nn import record_weights
 from experiments.datasets import text
-from experiments.models.inference import map_by_length
+from experiments.models.inference import map_by_length, record_weights
 from experiments.tasks.common import check_attends, check_length, verdict
 from experiments.tasks.listops.config import PRESETS, SPACES, Config
 from experiments.tasks.listops.data import Batch, Data, Examples, batches, buckets, load

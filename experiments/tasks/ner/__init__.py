@@ -29,10 +29,9 @@ import numpy as np
 from flax import nnx
 
 from attention_jax.models.pretrained import Tokenizer
-from attention_jax.nn import record_weights
 from experiments.datasets import text
 from experiments.datasets.text import PAD
-from experiments.models.inference import map_by_length
+from experiments.models.inference import map_by_length, record_weights
 from experiments.tasks.common import check_attends, random_indices
 from experiments.tasks.ner.bio import agreement, spans
 from experiments.tasks.ner.config import BUCKETS, CHANGES, PRESETS, SPACES, Config

@@ -39,11 +39,10 @@ import numpy as np
 from flax import nnx
 
 from attention_jax.models.pretrained import Tokenizer
-from attention_jax.nn import record_weights
 from experiments.datasets import text
 from experiments.datasets.text import END, PAD, START
 from experiments.models import finetuning
-from experiments.models.inference import map_by_length
+from experiments.models.inference import map_by_length, record_weights
 from experiments.tasks.common import check_attends, random_indices
 from experiments.tasks.qa import answers, finetuned
 from experiments.tasks.qa.answers import LONGEST_QUESTION, Passage, Question, Split

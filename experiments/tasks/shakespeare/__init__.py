@@ -30,8 +30,8 @@ from flax import nnx
 
 from attention_jax.mechanisms import NAMED
 from attention_jax.models import Decoder, Sampling, generate
-from attention_jax.nn import record_weights
 from experiments.datasets import text
+from experiments.models.inference import record_weights
 from experiments.tasks.common import check_attends, check_length
 from experiments.tasks.shakespeare.config import PRESETS, SPACES, Config
 from experiments.tasks.shakespeare.data import Data, batches, load

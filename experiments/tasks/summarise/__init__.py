@@ -24,7 +24,7 @@ references, the best counts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -33,9 +33,9 @@ from flax import nnx
 
 from attention_jax.models import EncoderDecoder
 from attention_jax.models.pretrained import Tokenizer
-from attention_jax.nn import record_weights
 from experiments.datasets import text
 from experiments.datasets.text import PAD, START, UNKNOWN
+from experiments.models.inference import record_weights
 from experiments.models.seq2seq import Seq2Seq, decode, decode_rows, transformer_config
 from experiments.tasks.common import check_attends, random_indices
 from experiments.tasks.summarise import finetuned, rouge
@@ -143,11 +143,17 @@ def summarise(config: Config, model: Model, data: Data, split: Split, size: int 
     )
     if tokenizer:
         return [tokenizer.decode(row) for row in rows]
-    known = data.vocabulary.numbers()
-    summaries = []
-    for row, source in zip(rows, split.words, strict=True):
-        words = [*data.vocabulary.words, *others_of(known, source)]
-        summaries.append(" ".join(words[x] for x in row))
+    return [" ".join(x) for x in written(data.vocabulary, rows, split.words)]
+
+
+def written(
+    vocabulary: text.Words, rows: Sequence[list[int]], sources: Sequence[list[str]]
+) -> list[list[str]]:
+    """The words of decoded rows: those of the vocabulary, and words copied from the sources."""
+    known, summaries = vocabulary.numbers(), []
+    for row, source in zip(rows, sources, strict=True):
+        words = [*vocabulary.words, *others_of(known, source)]
+        summaries.append([words[x] for x in row])
     return summaries
 
 
@@ -189,11 +195,12 @@ def look(config: Config, model: Model, data: Data, given: str | None) -> list[At
     first = data.splits["test"].texts[0].source
     split = as_split(config, data, first if given is None else given)
     words, source = split.words[0], np.array(split.sources, np.int32)
-    target = np.array([[START, *decode(model, source, longest_summary(config, data))[0]]], np.int32)
+    rows = decode(model, source, longest_summary(config, data))
+    target = np.array([[START, *rows[0]]], np.int32)
     if isinstance(data.vocabulary, Tokenizer):
         summary = data.vocabulary.strings(target[0])
     else:
-        summary = ["<s>", *summarise(config, model, data, split)[0].split()]
+        summary = ["<s>", *written(data.vocabulary, rows, [words])[0]]
     if isinstance(model, Seq2Seq):
         weights = np.asarray(model.weights(source, target))[:, None]
         return [AttentionView("summary to source", summary, words, weights)]

@@ -101,6 +101,7 @@ class Copier(EncoderDecoder):
         copied = jnp.where(same, self.copy_weights(x, memory), 0).astype(jnp.float32).sum(-1)
         return jnp.log(g * generated + (1 - g) * copied + TINY)
 
+    @nnx.jit
     def copied_from(self, source: Array, target: Array) -> jax.Array:
         """``a [B T S]`` for each word of the target."""
         memory = self.encode(source)
