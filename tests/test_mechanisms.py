@@ -230,7 +230,7 @@ def test_vmap_equals_the_batch_axis_and_no_keys_give_zero(name):
 
 def test_weights_sum_to_1():
     query, vector = QUERY.astype(np.float32), VECTOR.astype(np.float32)
-    weights = additive_weights(query, query[:, :3], vector)
+    weights = jax.jit(additive_weights)(query, query[:, :3], vector)
     assert weights.shape == (B, N, T, 3)
     np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-6)
 
@@ -241,15 +241,16 @@ def test_weights_sum_to_1():
 @pytest.mark.usefixtures("x64")
 def test_inverted_weights_sum_to_1_over_queries_and_slots_average():
     ones = np.ones((B, S, K, 1))
-    won = inverted_attention(QUERY, KEY, ones).sum(axis=(1,))  # over queries: all of each key
+    shares, average = MECHANISMS["inverted"][0], MECHANISMS["slot"][0]
+    won = np.sum(shares(QUERY, KEY, ones), axis=1)  # over queries: all of each key
     np.testing.assert_allclose(won, S, rtol=1e-12)
-    np.testing.assert_allclose(slot_attention(QUERY, KEY, ones), 1, rtol=1e-12)
+    np.testing.assert_allclose(average(QUERY, KEY, ones), 1, rtol=1e-12)
 
 
 def test_a_slot_whose_weights_underflow_still_has_a_mean():
     query = np.float32([100, -100]).reshape(2, 1, 1)
     key, value = np.float32([1, 2]).reshape(2, 1, 1), np.float32([3, 5]).reshape(2, 1, 1)
-    out = slot_attention(query, key, value)  # the second slot's shares are e^-200 and e^-400
+    out = MECHANISMS["slot"][0](query, key, value)  # the second slot's shares are e^-200 and e^-400
     np.testing.assert_allclose(out.ravel(), [4, 3], rtol=1e-6)
 
 
@@ -288,7 +289,7 @@ def test_performer_features_approximate_softmax():
     errors = []
     for count in (64, 4096):
         features = performer_features(jax.random.key(0), 64, count)
-        out = linear_attention(q, k, v, features=features)
+        out = jax.jit(functools.partial(linear_attention, features=features))(q, k, v)
         errors.append(float(np.abs(out - exact).mean()))
     assert errors[1] < 0.35 * errors[0]  # 1 / sqrt(64) of it, and some of chance
     assert errors[1] < 0.05
@@ -298,7 +299,8 @@ def test_performer_features_stay_finite():
     rng = np.random.default_rng(0)
     q, k, v = (30 * rng.normal(size=(64, 1, 16)).astype(np.float32) for _ in range(3))
     features = performer_features(jax.random.key(0), 16, 64)
-    assert np.isfinite(linear_attention(q, k, v, features=features)).all()
+    run = jax.jit(functools.partial(linear_attention, features=features))
+    assert np.isfinite(run(q, k, v)).all()
     with pytest.raises(ValueError, match="width H = 8"):
         linear_attention(q, k, v, features=performer_features(jax.random.key(0), 8, 64))
 
@@ -372,7 +374,7 @@ def test_decoding_from_cached_latents_equals_all_at_once(latents):
 def test_routing_is_causal_by_position_not_by_order():
     rng = np.random.default_rng(0)
     q, k, v = (rng.normal(size=(B, 40, n, H)) for n in (N, K, K))
-    out = routing(q, k, v, mask=masks.causal())
+    out = jax.jit(functools.partial(routing, mask=masks.causal()))(q, k, v)
     before = np.tril(np.ones((40, 40), bool))
     for b, n in np.ndindex(B, N):
         of_q, of_k = (x @ CENTROIDS[n // G].T for x in (q[b, :, n], k[b, :, n // G]))
