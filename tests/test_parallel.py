@@ -80,6 +80,7 @@ PROMISES = {
     "length 0, sinks": ["ring"],
     "planted, segments, long": ["ring", "gather", "heads"],
     "empty rows by both": ["ring", "gather", "heads"],
+    "bias of one batch axis": ["ring", "gather", "heads"],  # and of one query
     "large logits, bfloat16": ["ring"],
     "lse, long, bfloat16": ["ring"],
     "nothing visible": ["ring"],
