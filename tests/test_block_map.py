@@ -189,26 +189,6 @@ def test_compositions_combine_their_parts(p):
     np.testing.assert_array_equal(dense, np.broadcast_to(visible, dense.shape))
 
 
-@pytest.mark.slow
-@settings(max_examples=10)
-@given(st.tuples(*[compositions(ATOMS + SQUARE_ATOMS)] * 3))
-def test_laws_of_boolean_algebra(trees):
-    a, b, c = (build(tree, 12, 12).mask for tree in trees)
-    laws = [
-        (~(a & b), ~a | ~b),
-        (~(a | b), ~a & ~b),
-        (a & (b | c), a & b | a & c),
-        (a | (b & c), (a | b) & (a | c)),
-        (a & b, b & a),
-        (a | (a & b), a),
-        (~~a, a),
-    ]
-    for left, right in laws:
-        np.testing.assert_array_equal(
-            left.to_dense(12, 12, B=B, N=N), right.to_dense(12, 12, B=B, N=N)
-        )
-
-
 # --- Block maps.
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import slow
+from helpers import jax_normal, slow
 from jax import export
 
 import attention_jax as aj
@@ -20,7 +20,7 @@ def shapes(b, t, s):
 
 
 def arrays(b, t, s):
-    return [jax.random.normal(jax.random.key(i), x.shape) for i, x in enumerate(shapes(b, t, s))]
+    return [jax_normal(i, *x.shape) for i, x in enumerate(shapes(b, t, s))]
 
 
 def close(fn, exported, *args):
@@ -51,19 +51,23 @@ def test_a_symbolic_batch(implementation):
         return everything(implementation, q, k)
 
     exported = export.export(jax.jit(fn))(*shapes((B,), 20, 20))
-    for b in (1, 3):
-        close(fn, exported, *arrays((b,), 20, 20))
+    q, k = arrays((3,), 20, 20)
+    expected = jax.jit(fn)(q, k)
+    for b in (1, 3):  # the first example has the same dropout in a batch of one
+        for x, y in zip(
+            jax.tree.leaves(exported.call(q[:b], k[:b])), jax.tree.leaves(expected), strict=True
+        ):
+            np.testing.assert_allclose(x, y[:b], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
     "mask",
     [
         masks.causal(align="end"),
-        slow(masks.causal()),
         slow(masks.window(2, 0) & masks.prefix(4)),
         slow(masks.mask_fn(lambda b, n, q, k: (q + k) % 3 > 0)),
     ],
-    ids=["causal at the end", "causal", "window", "mask_fn"],
+    ids=["causal at the end", "window", "mask_fn"],
 )
 def test_symbolic_lengths(mask):
     def fn(q, k):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from contract import needs_native
 from flax import nnx
-from helpers import jax_normal, mostly_slow, slow
+from helpers import jax_normal, slow
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -79,25 +79,45 @@ def put(mesh, spec, x):
     return jax.device_put(x, NamedSharding(mesh, P(*spec)))
 
 
-@pytest.mark.parametrize("implementation", ["blockwise", slow("xla")])
-@pytest.mark.parametrize("name", mostly_slow(SPECS, {"batch and heads"}))
-def test_attention_and_its_gradient(mesh, name, implementation):
+@functools.partial(jax.jit, static_argnames="implementation")
+def output_and_gradient(arrays, lengths, implementation):
     def loss(arrays):
         out, lse = everything(**arrays, lengths=lengths, implementation=implementation)
         return (out**2).sum() + lse.sum(), out
 
+    (_, out), gradient = jax.value_and_grad(loss, has_aux=True)(arrays)
+    return out, gradient
+
+
+@functools.cache
+def on_one_device(implementation):
     arrays = inputs()
     lengths = arrays.pop("lengths")
-    both = jax.jit(jax.value_and_grad(loss, has_aux=True))
-    (_, expected), gradient = both(arrays)
-    specs = SPECS[name]
-    lengths = put(mesh, specs.get("lengths", ()), lengths)
+    return jax.device_get(output_and_gradient(arrays, lengths, implementation))
+
+
+@pytest.mark.parametrize(
+    ("name", "implementation"),
+    [
+        ("batch and heads", "blockwise"),
+        slow("length", "blockwise"),
+        slow("more shards than heads", "blockwise"),
+        slow("in conflict", "blockwise"),
+        slow("batch and heads", "xla"),
+        slow("batch", "xla"),
+        slow("heads", "xla"),
+        slow("keys alone", "xla"),
+    ],
+)
+def test_attention_and_its_gradient(mesh, name, implementation):
+    specs, arrays = SPECS[name], inputs()
+    lengths = put(mesh, specs.get("lengths", ()), arrays.pop("lengths"))
     sharded = {k: put(mesh, specs[k], x) if k in specs else x for k, x in arrays.items()}
-    both = jax.jit(jax.value_and_grad(loss, has_aux=True))
-    (_, out), got = both(sharded)
+    out, got = output_and_gradient(sharded, lengths, implementation)
+    expected, gradient = on_one_device(implementation)
     assert jax.typeof(out).sharding.spec == P(*OUT[name])
-    chex.assert_trees_all_close(np.asarray(out), np.asarray(expected), atol=1e-5)
-    chex.assert_trees_all_close(jax.device_get(got), jax.device_get(gradient), atol=1e-4)
+    chex.assert_trees_all_close(np.asarray(out), expected, atol=1e-5)
+    chex.assert_trees_all_close(jax.device_get(got), gradient, atol=1e-4)
 
 
 @pytest.mark.parametrize("in_use", [slow(True), False])
@@ -207,11 +227,11 @@ def test_vmap_over_a_sharded_axis(mesh, implementation):
         out = jax.vmap(one)(*arrays)
         return (out**2).sum(), out
 
-    both = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)
+    both = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))
     (_, expected), gradient = both(*arrays)
     with jax.set_mesh(mesh):
         sharded = [put(mesh, ("data", None, "model"), x) for x in arrays]
-        (_, out), got = jax.jit(both)(*sharded)
+        (_, out), got = both(*sharded)
     assert jax.typeof(out).sharding.spec == P("data", None, "model", None)
     chex.assert_trees_all_close(np.asarray(out), np.asarray(expected), atol=1e-5)
     chex.assert_trees_all_close(jax.device_get(got), jax.device_get(gradient), atol=1e-4)
@@ -237,9 +257,9 @@ def test_weights_and_mechanisms(mesh):
         lambda q, k, v: mechanisms.topk_attention(q, k, v, k=3),
         lambda q, k, v: mechanisms.retention(q, k, v),
     )
-    for fn in fns:
+    for fn in map(jax.jit, fns):
         expected = fn(q, k, v)
-        out = jax.jit(fn)(*(put(mesh, ("data", None, "model"), x) for x in (q, k, v)))
+        out = fn(*(put(mesh, ("data", None, "model"), x) for x in (q, k, v)))
         chex.assert_trees_all_close(np.asarray(out), np.asarray(expected), atol=1e-5)
 
 
@@ -253,8 +273,8 @@ def test_modules_and_drop_ins(mesh):
     with jax.set_mesh(mesh):
         sharded = put(mesh, ("data",), x)
         for module in (ours, flax):
-            expected = np.asarray(module(x))
-            got = jax.jit(lambda x, module=module: module(x))(sharded)
+            run = jax.jit(lambda x, module=module: module(x))
+            expected, got = np.asarray(run(x)), run(sharded)
             chex.assert_trees_all_close(np.asarray(got), expected, atol=1e-5)
         got = nn.dot_product_attention(
             *(put(mesh, ("data", None, "model"), q),) * 3, is_causal=True
@@ -277,5 +297,5 @@ def test_a_function_that_closes_over_a_number_inside_shard_map():
 
     mapped = jax.shard_map(summed, mesh=mesh, in_specs=(P("data"), P()), out_specs=P())
     got = jax.jit(jax.grad(mapped, argnums=(0, 1)))(x, 1.1)
-    expected = jax.grad(loss, argnums=(0, 1))(x, 1.1)
+    expected = jax.jit(jax.grad(loss, argnums=(0, 1)))(x, 1.1)
     chex.assert_trees_all_close(got, expected, rtol=1e-4, atol=1e-5)

@@ -15,7 +15,7 @@ from attention_jax.models import Layers, Relative
 from attention_jax.nn import Embeddings, record_weights
 
 V, B, T, S = 13, 2, 9, 5
-SMALL = Layers(features=12, num_layers=2, num_heads=3, hidden=16)
+SMALL = Layers(features=12, num_layers=1, num_heads=3, hidden=16)
 
 
 def tokens(seed, *shape):
@@ -43,10 +43,16 @@ DECODERS = {
         ),
     ),
     "relative, a window": models.DecoderConfig(
-        V, layers(relative=Relative(8, 6), windows=(4,), scale=1.0)
+        V, layers(num_layers=2, relative=Relative(8, 6), windows=(4,), scale=1.0)
     ),
     "alibi, a mask": models.DecoderConfig(
-        V, layers(alibi=True, mask=masks.window(5, 0) | masks.prefix(2), windows=(None, 4))
+        V,
+        layers(
+            num_layers=2,
+            alibi=True,
+            mask=masks.window(5, 0) | masks.prefix(2),
+            windows=(None, 4),
+        ),
     ),
     "capped, both norms": models.DecoderConfig(
         V,
@@ -82,7 +88,7 @@ def test_caches_do_not_change_the_result(name):
     model, x = decoder(name), tokens(0, B, T)
     whole = call(model, x)
     assert whole.shape == (B, T, V)
-    for cuts in ([T], [4, 4, 1], [1] * T):
+    for cuts in ([4, 4, 1], [1] * T):
         caches, start, parts = model.init_caches((B,), T), 0, []
         for n in cuts:
             logits, caches = step(model, x[:, start : start + n], caches, np.array([n, n]))
@@ -96,16 +102,16 @@ def test_caches_do_not_change_the_result(name):
     "name", ["learned", "rotary, windows", "relative, a window", "alibi, a mask"]
 )
 def test_ragged_chunks_do_not_change_the_result(name):
-    """Row 0 gets 6 tokens and then 3, row 1 gets 2 and then 4, in chunks with padding last."""
+    """Row 0 gets 4 tokens and then 3, row 1 gets 2 and then 4, in chunks with padding last."""
     model, x = decoder(name), tokens(0, B, T)
     whole, caches = call(model, x), model.init_caches((B,), T)
-    first = np.stack([x[0, :6], np.concatenate([x[1, :2], [0] * 4])])
-    second = np.stack([np.concatenate([x[0, 6:], [0]]), x[1, 2:6]])
-    a, caches = step(model, first, caches, np.array([6, 2]))
+    first = np.stack([x[0, :4], np.concatenate([x[1, :2], [0] * 2])])
+    second = np.stack([np.concatenate([x[0, 4:7], [0]]), x[1, 2:6]])
+    a, caches = step(model, first, caches, np.array([4, 2]))
     b, caches = step(model, second, caches, np.array([3, 4]))
-    close(a[0], whole[0, :6], atol=1e-4)
+    close(a[0], whole[0, :4], atol=1e-4)
     close(a[1, :2], whole[1, :2], atol=1e-4)
-    close(b[0, :3], whole[0, 6:], atol=1e-4)
+    close(b[0, :3], whole[0, 4:7], atol=1e-4)
     close(b[1], whole[1, 2:6], atol=1e-4)
 
 
@@ -142,11 +148,12 @@ def prefix_decoder(**changes):
 def test_the_prompt_of_a_prefix_lm_is_bidirectional():
     model, x = prefix_decoder(), tokens(0, B, T)
     lengths = np.array([4, 6])
-    whole = model(x, prefix=lengths)
+    run = nnx.jit(lambda model, x: model(x, prefix=lengths))
+    whole = np.asarray(run(model, x))
     for j in range(T):
         other = x.copy()
         other[:, j] = (other[:, j] + 1) % V
-        changed = np.abs(model(other, prefix=lengths) - whole).max(-1) > 1e-6
+        changed = np.abs(np.asarray(run(model, other)) - whole).max(-1) > 1e-6
         for row, n in enumerate(lengths):
             i = np.arange(T)
             np.testing.assert_array_equal(changed[row], (j <= i) | ((j < n) & (i < n)))
@@ -155,17 +162,16 @@ def test_the_prompt_of_a_prefix_lm_is_bidirectional():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("windows", [(None,), (3, None)])
-def test_caches_of_a_prefix_lm_do_not_change_the_result(windows):
-    model, x = prefix_decoder(windows=windows), tokens(0, B, T)
+def test_caches_of_a_prefix_lm_do_not_change_the_result():
+    model, x = prefix_decoder(windows=(3, None)), tokens(0, B, T)
     lengths = np.array([4, 2])
-    whole = model(x, prefix=lengths)
+    whole = nnx.jit(lambda model, x: model(x, prefix=lengths))(model, x)
     prompt, caches = step(model, x[:, :4], model.init_caches((B,), T), lengths)
     close(prompt[0], whole[0, :4], atol=1e-4)
     close(prompt[1, :2], whole[1, :2], atol=1e-4)
     rest = np.stack([x[0, 4:9], x[1, 2:7]])
     parts = []
-    for part in np.split(rest, [1, 2], axis=1):
+    for part in np.split(rest, [4], axis=1):
         logits, caches = step(model, part, caches, np.full(B, part.shape[1]))
         parts.append(logits)
     close(jnp.concatenate(parts, 1), jnp.stack([whole[0, 4:9], whole[1, 2:7]]), atol=1e-4)
@@ -186,27 +192,27 @@ def test_decoders_are_causal():
 def test_the_mask_of_the_layers_is_combined_with_others_and_alibi():
     i, j = np.arange(T)[:, None], np.arange(T)
     mask = masks.chunked(4)
-    config = models.DecoderConfig(V, layers(num_layers=1, mask=mask, alibi=True))
+    config = models.DecoderConfig(V, layers(mask=mask, alibi=True))
     model = randomized(models.Decoder(config, rngs=nnx.Rngs(0)))
-    _, found = record_weights(model, tokens(0, 1, T))
-    (weights,) = found.values()
+    record = nnx.jit(lambda model: record_weights(model, tokens(0, 1, T))[1])
+    (weights,) = record(model).values()
     np.testing.assert_array_equal(weights[0, 0] > 0, (j <= i) & (i // 4 == j // 4))
-    without = dataclasses.replace(config, layers=layers(num_layers=1, mask=mask))
+    without = dataclasses.replace(config, layers=layers(mask=mask))
     plain = models.Decoder(without, rngs=nnx.Rngs(0))
     nnx.update(plain, nnx.state(model))
-    (flat,) = record_weights(plain, tokens(0, 1, T))[1].values()
+    (flat,) = record(plain).values()
     slopes = np.asarray(scores.alibi_slopes(3))
     far = np.exp(-slopes[:, None, None] * np.abs(i - j)) * flat[0]
     close(weights[0], far / far.sum(-1, keepdims=True))
 
 
 def test_the_window_of_an_encoder_is_centered():
-    config = models.EncoderConfig(V, layers(num_layers=1, windows=(4,)), max_length=T)
+    config = models.EncoderConfig(V, layers(windows=(4,)), max_length=T)
     model, x = randomized(models.Encoder(config, rngs=nnx.Rngs(0))), tokens(0, 1, T)
     for j in range(T):
         other = x.copy()
         other[0, j] = (other[0, j] + 1) % V
-        changed = np.abs(call(model, x) - call(model, other)).max(axis=(0, 2)) > 1e-6
+        changed = np.abs(np.subtract(call(model, x), call(model, other))).max(axis=(0, 2)) > 1e-6
         i = np.arange(T)
         np.testing.assert_array_equal(changed, (i - 2 <= j) & (j <= i + 1))
 
@@ -221,7 +227,9 @@ ENCODERS = {
 
 @pytest.mark.parametrize("name", mostly_slow(ENCODERS, {"tokens", "mean"}))
 def test_padding_does_not_change_the_result(name):
-    config = models.EncoderConfig(V, layers(order="post"), max_length=T, **ENCODERS[name])
+    config = models.EncoderConfig(
+        V, layers(num_layers=2, order="post"), max_length=T, **ENCODERS[name]
+    )
     classes = name in ("classes", "mean")
     if classes:
         config = models.ClassifierConfig(config, ("a", "b", "c", "d"))
@@ -238,9 +246,10 @@ def test_masks_of_a_call_compose():
     model, x = decoder("learned"), tokens(0, B, T)
     documents = np.array([[0] * 4 + [1] * 5] * B)
     at = np.array([[0, 1, 2, 3, 0, 1, 2, 3, 4]] * B)
-    packed = model(x, mask=masks.segments(documents), positions=at)
-    close(packed[:, :4], model(x[:, :4]))
-    close(packed[:, 4:], model(x[:, 4:]))
+    run = nnx.jit(lambda model, x: model(x, mask=masks.segments(documents), positions=at))
+    packed = run(model, x)
+    close(packed[:, :4], call(model, x[:, :4]))
+    close(packed[:, 4:], call(model, x[:, 4:]))
 
 
 KINDS = {
@@ -273,7 +282,7 @@ def beside_padding(x, side, fill=-1):
 )
 def test_positions_start_after_the_padding(kind):
     config, changes = KINDS[kind]
-    config = models.DecoderConfig(V, layers(num_layers=1, **changes), **config)
+    config = models.DecoderConfig(V, layers(**changes), **config)
     model, x = randomized(models.Decoder(config, rngs=nnx.Rngs(0))), tokens(0, B, T)
     expected = call(model, x)
     for side, part in SIDES.items():
@@ -284,11 +293,11 @@ def test_positions_start_after_the_padding(kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["learned", "sinusoidal", "rotary"])
+@pytest.mark.parametrize("kind", ["learned", "rotary"])
 def test_positions_of_an_encoder_start_after_the_padding(kind):
     config, changes = KINDS[kind]
     config = {"positions": None, **config}
-    config = models.EncoderConfig(V, layers(num_layers=1, **changes), types=2, **config)
+    config = models.EncoderConfig(V, layers(**changes), types=2, **config)
     config = models.ClassifierConfig(config, ("a", "b", "c"))  # of the first token that is real
     model, x = randomized(models.Classifier(config, rngs=nnx.Rngs(0))), tokens(0, B, T)
     run = nnx.jit(lambda m, x, types, real: m(x, types=types, real=real))
@@ -299,11 +308,11 @@ def test_positions_of_an_encoder_start_after_the_padding(kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["learned", "sinusoidal", "rotary", "relative"])
+@pytest.mark.parametrize("kind", ["sinusoidal", "rotary", "relative"])
 def test_positions_of_both_sequences_start_after_the_padding(kind):
     config, changes = KINDS[kind]
     config = {"positions": None, **config}
-    one = layers(num_layers=1, **changes)
+    one = layers(**changes)
     config = models.EncoderDecoderConfig(V, one, one, **config)
     model = randomized(models.EncoderDecoder(config, rngs=nnx.Rngs(0)))
     source, target = tokens(0, B, T), tokens(1, B, T)
@@ -335,7 +344,7 @@ SEQUENCES = {
     "T5": models.EncoderDecoderConfig(
         V,
         layers(relative=Relative(8, 6), scale=1.0, bias=False, norm="rms"),
-        layers(relative=Relative(8, 6), scale=1.0, bias=False, norm="rms", num_layers=3),
+        layers(relative=Relative(8, 6), scale=1.0, bias=False, norm="rms", num_layers=2),
         positions=None,
         tied=False,
         head_scale=0.5,
@@ -354,7 +363,7 @@ def test_encoder_decoder(name):
     memory = nnx.jit(lambda m, a, real: m.encode(a, real=real))(model, source, real)
     decode = nnx.jit(lambda m, x, memory, caches: m.decode(x, memory, caches=caches))
     caches, parts = model.init_caches((B,), T), []
-    for cut in np.split(target, [5, 6, 7], axis=1):
+    for cut in np.split(target, [4, 8], axis=1):
         logits, caches = decode(model, cut, memory, caches)
         parts.append(logits)
     close(jnp.concatenate(parts, axis=1), whole, atol=1e-4)
@@ -366,12 +375,12 @@ def test_vision(pool):
     model = randomized(models.VisionTransformer(config, rngs=nnx.Rngs(0)))
     images = np.random.default_rng(0).normal(size=(B, 4, 6, 3)).astype(np.float32)
     assert call(model, images).shape == (B, 5)
-    assert model.tokens(images).shape == (B, 6 + (pool == "class"), 12)
+    tokens = nnx.eval_shape(lambda model: model.tokens(images), model)
+    assert tokens.shape == (B, 6 + (pool == "class"), 12)
     other = images.copy()
     other[:, :2, 2:4] += 1  # the second patch of the first row
-    changed = np.abs(
-        model.embed(models.vision.patches(images, 2)) - model.embed(models.vision.patches(other, 2))
-    ).max(axis=(0, 2))
+    embed = nnx.jit(lambda model, x: model.embed(models.vision.patches(x, 2)))
+    changed = np.abs(np.subtract(embed(model, images), embed(model, other))).max(axis=(0, 2))
     assert (changed > 1e-6).tolist() == [False, True, False, False, False, False]
 
 
@@ -395,9 +404,6 @@ def test_every_parameter_learns(name):
         return optax.softmax_cross_entropy_with_integer_labels(logits, (x + 1) % V).mean()
 
     more = {"types": x % 2} if name == "encoder" else {}
-    value, gradients = nnx.jit(nnx.value_and_grad(loss))(model)
-    for path, leaf in nnx.to_flat_state(gradients):
-        assert np.abs(leaf.get_value()).max() > 1e-9, path
     optimizer = nnx.Optimizer(model, optax.adam(3e-2), wrt=nnx.Param)
 
     @nnx.jit
@@ -405,11 +411,14 @@ def test_every_parameter_learns(name):
     def step(model, optimizer):
         now, gradients = nnx.value_and_grad(loss)(model)
         optimizer.update(model, gradients)
-        return now
+        return now, gradients
 
-    for _ in range(15):
-        last = step(model, optimizer)
-    assert last < 0.7 * value
+    first, gradients = step(model, optimizer)
+    for path, leaf in nnx.to_flat_state(gradients):
+        assert np.abs(leaf.get_value()).max() > 1e-9, path
+    for _ in range(14):
+        last, _ = step(model, optimizer)
+    assert last < 0.7 * first
 
 
 def test_equal_configurations_are_equal():
@@ -432,7 +441,7 @@ def test_equal_configurations_are_equal():
 def test_bfloat16_computation_with_float32_logits():
     config = dataclasses.replace(DECODERS["learned"], layers=layers(dtype=jnp.bfloat16))
     model, x = models.Decoder(config, rngs=nnx.Rngs(0)), tokens(0, B, T)
-    logits, caches = model(x, caches=model.init_caches((B,), T))
+    logits, caches = nnx.eval_shape(lambda m: m(x, caches=m.init_caches((B,), T)), model)
     assert logits.dtype == jnp.float32
     assert caches[0].key.dtype == jnp.bfloat16
     assert jax.tree.leaves(nnx.state(model, nnx.Param))[0].dtype == jnp.float32

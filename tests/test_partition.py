@@ -1,5 +1,6 @@
 """Arrays that are sharded over Auto mesh axes: who computes what, and what is sent."""
 
+import contextlib
 import functools
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from contract import needs_native
-from helpers import jax_normal, mostly_slow, slow
+from helpers import jax_normal, slow
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -60,9 +61,14 @@ def everything(query, key, value, bias, sinks, implementation="blockwise"):
     )
 
 
-def loss(arrays, implementation="blockwise"):
-    out, lse = everything(**arrays, implementation=implementation)
-    return (out**2).sum() + lse.sum()
+@functools.partial(jax.jit, static_argnames="implementation")
+def results_and_gradient(arrays, implementation="blockwise"):
+    def loss(arrays):
+        out, lse = everything(**arrays, implementation=implementation)
+        return (out**2).sum() + lse.sum(), (out, lse)
+
+    (_, results), gradient = jax.value_and_grad(loss, has_aux=True)(arrays)
+    return results, gradient
 
 
 SPECS = {
@@ -77,23 +83,26 @@ SPECS = {
 }
 
 
+@pytest.fixture(scope="module")
+def on_one_device():
+    return jax.device_get(results_and_gradient(inputs()))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SPECS)
-def test_output_and_gradient_equal_those_of_one_device(mesh, name):
-    arrays, specs = inputs(), SPECS[name]
-    sharded = {k: put(mesh, specs[k], x) if k in specs else x for k, x in arrays.items()}
-    expected, got = jax.jit(everything)(**arrays), jax.jit(everything)(**sharded)
-    chex.assert_trees_all_close(jax.device_get(got), jax.device_get(expected), atol=1e-5)
-    expected, got = jax.jit(jax.grad(loss))(arrays), jax.jit(jax.grad(loss))(sharded)
-    chex.assert_trees_all_close(jax.device_get(got), jax.device_get(expected), atol=1e-4)
+def test_output_and_gradient_equal_those_of_one_device(mesh, name, on_one_device):
+    specs = SPECS[name]
+    sharded = {k: put(mesh, specs[k], x) if k in specs else x for k, x in inputs().items()}
+    (results, gradient), (expected, d_expected) = results_and_gradient(sharded), on_one_device
+    chex.assert_trees_all_close(jax.device_get(results), expected, atol=1e-5)
+    chex.assert_trees_all_close(jax.device_get(gradient), d_expected, atol=1e-4)
 
 
 @needs_native
 def test_the_native_kernel_runs_on_each_devices_share(mesh):
     arrays, specs = inputs(), SPECS["batch and heads"]
     sharded = {k: put(mesh, specs[k], x) for k, x in arrays.items()}
-    both = jax.value_and_grad(functools.partial(loss, implementation="native"))
-    expected, got = jax.jit(both)(arrays), jax.jit(both)(sharded)
+    expected, got = (results_and_gradient(x, "native") for x in (arrays, sharded))
     chex.assert_trees_all_close(jax.device_get(got), jax.device_get(expected), atol=1e-4)
     own = ("query", "key", "value")
     run = lambda q, k, v: aj.attention(q, k, v, implementation="native")  # noqa: E731
@@ -123,18 +132,27 @@ TRANSFORMED = {
 }
 
 
-@pytest.mark.parametrize("in_use", [True, slow(False)])
-@pytest.mark.parametrize("name", mostly_slow(TRANSFORMED, {"gradient", "vmap"}))
+@pytest.mark.parametrize(
+    ("name", "in_use"),
+    [
+        slow("forward", False),
+        slow("forward", True),
+        ("gradient", True),
+        slow("gradient", False),
+        slow("jvp", True),
+        ("vmap", True),
+        slow("gradient of gradient", False),
+        slow("checkpoint in scan", True),
+    ],
+)
 def test_batch_and_heads_need_no_collective(mesh, name, in_use):
     fn, arrays = TRANSFORMED[name], [inputs()[x] for x in ("query", "key", "value")]
     sharded = [put(mesh, ("data", None, "model"), x) for x in arrays]
     expected = jax.jit(fn)(*arrays)
-    if in_use:
-        with jax.set_mesh(mesh):
-            got, sent = jax.jit(fn)(*sharded), collectives(fn, *sharded)
-    else:
-        got, sent = jax.jit(fn)(*sharded), collectives(fn, *sharded)
-    assert not sent
+    with jax.set_mesh(mesh) if in_use else contextlib.nullcontext():
+        compiled = jax.jit(fn).lower(*sharded).compile()
+    got = compiled(*sharded)
+    assert not counts(compiled.as_text())
     for x in jax.tree.leaves(got):
         assert x.sharding.spec == P("data", None, "model")
     chex.assert_trees_all_close(jax.device_get(got), jax.device_get(expected), atol=1e-4)
@@ -152,11 +170,14 @@ def test_each_device_computes_its_share_only(mesh):
 @pytest.mark.slow
 def test_sums_over_sharded_examples_are_summed_over_devices(mesh):
     """The bias is shared by all examples: its gradient is summed once over the data axis."""
-    arrays, specs = inputs(), SPECS["batch and heads"]
-    sharded = {k: put(mesh, specs[k], x) for k, x in arrays.items()}
-    only_bias = jax.grad(lambda bias, rest: (everything(bias=bias, **rest)[0] ** 2).sum())
-    bias = sharded.pop("bias")
-    assert collectives(only_bias, bias, sharded) == ["all-reduce"]
+    specs = SPECS["batch and heads"]
+    bias, *arrays = (put(mesh, specs[k], inputs()[k]) for k in ("bias", "query", "key", "value"))
+
+    def loss(bias, *arrays):
+        score = scores.bias(bias)
+        return (aj.attention(*arrays, score=score, implementation="blockwise") ** 2).sum()
+
+    assert collectives(jax.grad(loss), bias, *arrays) == ["all-reduce"]
 
 
 @pytest.mark.slow
@@ -164,7 +185,9 @@ def test_second_derivatives_under_vmap(mesh):
     arrays = [jax_normal(i, 8, 3, 2, 4) for i in range(3)]
     hessian = jax.vmap(jax.hessian(squares))
     got = jax.jit(hessian)(*(put(mesh, ("data", None, "model"), x) for x in arrays))
-    chex.assert_trees_all_close(jax.device_get(got), jax.device_get(hessian(*arrays)), atol=1e-4)
+    chex.assert_trees_all_close(
+        jax.device_get(got), jax.device_get(jax.jit(hessian)(*arrays)), atol=1e-4
+    )
 
 
 def test_outside_of_jit(mesh):

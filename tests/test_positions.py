@@ -79,9 +79,12 @@ def twin_rotary(x, at, theta, width, interleaved, scaling):
     return out
 
 
-@pytest.mark.parametrize("interleaved", [False, True])
-@pytest.mark.parametrize("width", [2, 8, None])
-@pytest.mark.parametrize("name", SCALINGS)
+@pytest.mark.parametrize(
+    ("name", "width", "interleaved"),
+    [(name, None, False) for name in SCALINGS]
+    + [(name, 8, True) for name in SCALINGS]
+    + [("none", 2, True), ("ntk", 2, False), ("dynamic, longer", 2, True), ("yarn", 2, False)],
+)
 def test_rotary_equals_its_twin(name, width, interleaved):
     x, at = normal(0, B, T, N, H), np.array([[0, 1, 2, 5, 5, 39, 3], [7, 6, 5, 4, 3, 2, 1]])
     scaling, theta = SCALINGS[name], 500.0

@@ -1,7 +1,6 @@
 """Models whose parameters are sharded: by which rules, what devices send, and what is computed."""
 
 import functools
-import itertools
 import tracemalloc
 
 import chex
@@ -12,7 +11,7 @@ import optax
 import pytest
 from flax import nnx
 from flax.core import spmd
-from helpers import mostly_slow
+from helpers import mostly_slow, slow
 from jax.sharding import PartitionSpec as P
 
 from attention_jax.models import (
@@ -87,7 +86,6 @@ MODELS = {
         "attention_dropout_rate": 0.2,
     },
 }
-FAST = {("grouped, gated, rotary", "fsdp and model", "Auto")}
 
 
 def loss_and_gradient(graph, state, rest, tokens):
@@ -112,9 +110,16 @@ def on_one_device(model):
 @pytest.mark.parametrize(
     ("model", "name", "kind"),
     [
-        pytest.param(m, n, k, marks=[] if (m, n, k) in FAST else [pytest.mark.slow])
-        for (i, m), (j, n) in itertools.product(enumerate(MODELS), enumerate(WAYS))
-        for k in [list(KINDS)[(i + j + 1) % 2]]  # every pair of the three
+        slow("plain", "data", "Auto"),
+        slow("plain", "model", "Auto"),
+        slow("grouped, gated, rotary", "fsdp and model", "Auto"),
+        slow("grouped, gated, rotary", "model", "Explicit"),
+        slow("fused, scan, remat", "fsdp", "Explicit"),
+        slow("fused, scan, remat", "data and model", "Auto"),
+        slow("relative", "data", "Explicit"),
+        slow("relative", "fsdp", "Auto"),
+        slow("relative", "data and model", "Explicit"),
+        slow("relative", "fsdp and model", "Explicit"),
     ],
 )
 def test_loss_and_gradient_equal_those_of_one_device(model, name, kind):

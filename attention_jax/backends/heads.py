@@ -108,6 +108,9 @@ def lift(
       reshape: remove mapped axes of size 1 by a reshape; if False, map over them too, because XLA
         does not update a KV cache in place if a reshaped view of it is passed to a kernel.
 
+    >>> import numpy as np
+    >>> from attention_jax.backends.heads import lift
+    >>> from attention_jax.core.axes import Sizes
     >>> sizes = Sizes(B=(2,), T=3, S=5, K=2, G=2, H=7, D=7)
     >>> query, key = np.ones((2, 3, 4, 7)), np.ones((2, 5, 2, 7))
     >>> inputs = "*B T N H", "*B S K H"

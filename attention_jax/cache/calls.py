@@ -176,17 +176,18 @@ def attend(
     Raises:
       ValueError: see ``extend`` and ``placed_scores``.
 
-    >>> import jax.numpy as jnp
+    >>> import jax
     >>> import numpy as np
     >>> from attention_jax import attention
     >>> from attention_jax.cache import attend, init
     >>> from attention_jax.masks import window
     >>> x = np.random.default_rng(0).normal(size=(5, 1, 2)).astype(np.float32)  # T N H
     >>> empty = init((), capacity=5, num_kv_heads=1, head_dim=2)
-    >>> first, cache = attend(empty, x[:3], x[:3], x[:3])
-    >>> second, cache = attend(cache, x[3:], x[3:], x[3:])
+    >>> step = jax.jit(attend)
+    >>> first, cache = step(empty, x[:3], x[:3], x[:3])
+    >>> second, cache = step(cache, x[3:], x[3:], x[3:])
     >>> whole = attention(x, x, x, mask=window(None, 0))
-    >>> bool(jnp.allclose(jnp.concatenate([first, second]), whole, atol=1e-6))
+    >>> np.allclose(np.concatenate([first, second]), whole, atol=1e-6)
     True
     """
     for name in ("query_positions", "key_positions"):

@@ -32,6 +32,7 @@ def spec_of(x: Any) -> tuple[Any, ...]:
 def without(axes: Any, used: Iterable[Any]) -> Any:
     """The mesh axes of one array axis, without those that other array axes use.
 
+    >>> from attention_jax.core.shards import without
     >>> without(("data", "model"), ["data", None])
     'model'
     """

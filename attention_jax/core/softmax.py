@@ -63,10 +63,11 @@ def average(
 
     >>> import jax
     >>> import jax.numpy as jnp
+    >>> import numpy as np
     >>> from attention_jax.core.softmax import average
     >>> s, v = jnp.array([[0.0, 1.0]]), jnp.array([[1.0], [2.0]])
     >>> out, m, log_l = average(s, v)
-    >>> bool(jnp.allclose(out, jax.nn.softmax(s) @ v))
+    >>> np.allclose(out, jax.nn.softmax(s) @ v)
     True
     """
     s, sink, m = _less_maximum(s, sink, visible_rows)
@@ -216,12 +217,13 @@ def update(
 
     >>> import jax
     >>> import jax.numpy as jnp
+    >>> import numpy as np
     >>> from attention_jax.core.softmax import finish, start, update
     >>> s, v = jnp.array([[0.0, 1.0, 2.0]]), jnp.array([[1.0], [2.0], [3.0]])
     >>> halves = update(update(start(1, 1, jnp.float32), s[:, :1], v[:1]), s[:, 1:], v[1:])
     >>> out, m, log_l = finish(halves)
     >>> lse = m + log_l
-    >>> bool(jnp.allclose(out, jax.nn.softmax(s) @ v)), bool(jnp.allclose(lse, jax.nn.logsumexp(s)))
+    >>> np.allclose(out, jax.nn.softmax(s) @ v), np.allclose(lse, jax.nn.logsumexp(s))
     (True, True)
     """
     m = jnp.maximum(state.maximum, logits.max(axis=-1))
@@ -241,11 +243,12 @@ def merge(a: State, b: State) -> State:
 
     >>> import jax
     >>> import jax.numpy as jnp
+    >>> import numpy as np
     >>> from attention_jax.core.softmax import finish, merge, start, update
     >>> s, v = jnp.array([[0.0, 1.0]]), jnp.array([[1.0], [2.0]])
     >>> empty = start(1, 1, jnp.float32)
     >>> merged = merge(update(empty, s[:, :1], v[:1]), update(empty, s[:, 1:], v[1:]))
-    >>> bool(jnp.allclose(finish(merged)[0], jax.nn.softmax(s) @ v))
+    >>> np.allclose(finish(merged)[0], jax.nn.softmax(s) @ v)
     True
     """
     m = jnp.maximum(a.maximum, b.maximum)

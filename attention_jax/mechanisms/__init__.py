@@ -23,15 +23,17 @@ function                                          weights                       
 
 The recurrent ones return their state, so that a sequence can be resumed, by one token or by many:
 
+>>> import functools
 >>> import jax
 >>> import numpy as np
 >>> from attention_jax import masks, mechanisms
 >>> x = jax.random.normal(jax.random.key(0), (1, 9, 2, 4))
->>> causal = masks.causal()
->>> whole = mechanisms.linear_attention(x, x, x, mask=causal)
+>>> attend = functools.partial(mechanisms.linear_attention, mask=masks.causal(), return_state=True)
+>>> attend = jax.jit(attend)
+>>> whole, _ = attend(x, x, x)
 >>> first, last = x[:, :8], x[:, 8:]
->>> _, state = mechanisms.linear_attention(first, first, first, mask=causal, return_state=True)
->>> out = mechanisms.linear_attention(last, last, last, mask=causal, state=state)
+>>> _, state = attend(first, first, first)
+>>> out, _ = attend(last, last, last, state=state)
 >>> bool(np.allclose(out, whole[:, 8:], atol=1e-5))
 True
 

@@ -159,15 +159,19 @@ def linear_attention(
       TypeError, ValueError: an argument is wrong; the message names it.
       NotImplementedError: any other mask.
 
+    >>> import functools
+    >>> import jax
     >>> import numpy as np
     >>> from attention_jax import masks
     >>> from attention_jax.mechanisms import linear_attention
     >>> q, v = np.zeros((3, 1, 2), np.float32), np.float32([1, 3, 8]).reshape(3, 1, 1)
-    >>> linear_attention(q, q, v, mask=masks.causal()).ravel().tolist()  # running means
-    [1.0, 2.0, 4.0]
-    >>> _, state = linear_attention(q[:2], q[:2], v[:2], mask=masks.causal(), return_state=True)
-    >>> one = slice(2, 3)
-    >>> linear_attention(q[one], q[one], v[one], mask=masks.causal(), state=state).item()
+    >>> attend = functools.partial(linear_attention, mask=masks.causal(), return_state=True)
+    >>> attend = jax.jit(attend)
+    >>> out, state = attend(q[:2], q[:2], v[:2])
+    >>> out.ravel().tolist()  # running means
+    [1.0, 2.0]
+    >>> out, state = attend(q[2:], q[2:], v[2:], state=state)
+    >>> out.item()
     4.0
 
     Source: Katharopoulos et al. 2020, "Transformers are RNNs".

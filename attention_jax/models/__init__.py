@@ -1,7 +1,7 @@
 """Transformers built from ``nn``: decoder, encoder, encoder-decoder and vision, one file each.
 
 A configuration is a frozen value; ``Layers`` describes the stack that all models share. A decoder
-with grouped heads, rotary positions and one local layer:
+with grouped heads, rotary positions and a local layer, called under ``nnx.jit`` as one program:
 
 >>> import jax
 >>> import numpy as np
@@ -11,12 +11,13 @@ with grouped heads, rotary positions and one local layer:
 ...     Decoder, DecoderConfig, Encoder, EncoderConfig, EncoderDecoder, EncoderDecoderConfig,
 ...     Layers, Sampling, VisionConfig, VisionTransformer, beam_search, generate, tagger)
 >>> from attention_jax.positions import Rotary
->>> layers = Layers(features=8, num_layers=2, num_heads=4, num_kv_heads=2, rotary=Rotary(),
-...                 windows=(4, None), norm="rms", gated=True, activation="silu")
+>>> layers = Layers(features=8, num_layers=1, num_heads=4, num_kv_heads=2, rotary=Rotary(),
+...                 windows=(4,), norm="rms", gated=True, activation="silu")
 >>> decoder = Decoder(DecoderConfig(vocabulary=10, layers=layers), rngs=nnx.Rngs(0))
+>>> run = nnx.jit(lambda model, *inputs, **options: model(*inputs, **options))
 >>> prompts = np.array([[0, 0, 5, 7], [3, 1, 4, 1]])
 >>> real = np.array([[False, False, True, True], [True] * 4])  # False for padding
->>> decoder(prompts, real=real).shape
+>>> run(decoder, prompts, real=real).shape
 (2, 4, 10)
 
 Generation by sampling or beam search, for prompts of different lengths, padded on either side.
@@ -32,19 +33,19 @@ come, and ``models.sampling`` has processors of logits that compose:
 An encoder over packed documents: masks of a call are combined with those of the configuration.
 
 >>> config = EncoderConfig(vocabulary=10, max_length=6,
-...                        layers=Layers(features=8, num_layers=2, num_heads=2, windows=(3, None)))
+...                        layers=Layers(features=8, num_layers=1, num_heads=2, windows=(3,)))
 >>> encoder = Encoder(config, rngs=nnx.Rngs(0))
 >>> documents = np.repeat([[0, 1]], 3, axis=1)
 >>> positions = np.array([[0, 1, 2, 0, 1, 2]])
 >>> mask = masks.segments(documents)
->>> encoder(np.ones((1, 6), int), mask=mask, positions=positions).shape
+>>> run(encoder, np.ones((1, 6), int), mask=mask, positions=positions).shape
 (1, 6, 8)
 
 Heads over an encoder: ``Classifier``, ``Tagger`` and ``Reader``; here a fresh one on an encoder
 that is already trained:
 
 >>> tag = tagger(encoder, ["O", "B", "I"], rngs=nnx.Rngs(0))
->>> tag(np.ones((1, 6), int)).shape
+>>> run(tag, np.ones((1, 6), int)).shape
 (1, 6, 3)
 
 An encoder-decoder, and a vision transformer:
@@ -55,7 +56,8 @@ An encoder-decoder, and a vision transformer:
 >>> generate(translate, start, source=source, max_new_tokens=2).tokens.shape
 (1, 2)
 >>> vision = VisionConfig(image=(4, 4), patch=2, channels=1, classes=3, layers=plain)
->>> VisionTransformer(vision, rngs=nnx.Rngs(0))(np.ones((2, 4, 4, 1), np.float32)).shape
+>>> classify = VisionTransformer(vision, rngs=nnx.Rngs(0))
+>>> run(classify, np.ones((2, 4, 4, 1), np.float32)).shape
 (2, 3)
 
 ``models.pretrained`` loads and saves checkpoints in Hugging Face's format, with their tokenizers;

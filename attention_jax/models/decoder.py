@@ -65,7 +65,7 @@ class Decoder(nnx.Module):
     >>> import numpy as np
     >>> from flax import nnx
     >>> from attention_jax.models import Decoder, DecoderConfig, Layers
-    >>> config = DecoderConfig(vocabulary=10, layers=Layers(features=8, num_layers=2, num_heads=2),
+    >>> config = DecoderConfig(vocabulary=10, layers=Layers(features=8, num_layers=1, num_heads=2),
     ...                        positions="sinusoidal")
     >>> model = Decoder(config, rngs=nnx.Rngs(0))
     >>> tokens = np.array([[3, 1, 4, 1]])

@@ -77,7 +77,7 @@ class Encoder(nnx.Module):
     >>> from flax import nnx
     >>> from attention_jax.models import Encoder, EncoderConfig, Layers
     >>> config = EncoderConfig(vocabulary=10, max_length=4, pooler=True,
-    ...                        layers=Layers(features=8, num_layers=2, num_heads=2, order="post"))
+    ...                        layers=Layers(features=8, num_layers=1, num_heads=2, order="post"))
     >>> tokens, real = np.array([[3, 1, 4, 0]]), np.array([[True, True, True, False]])
     >>> encoder = Encoder(config, rngs=nnx.Rngs(0))
     >>> x = encoder(tokens, real=real)

@@ -80,7 +80,7 @@ class EncoderDecoder(nnx.Module):
     >>> import numpy as np
     >>> from flax import nnx
     >>> from attention_jax.models import EncoderDecoder, EncoderDecoderConfig, Layers
-    >>> layers = Layers(features=8, num_layers=2, num_heads=2)
+    >>> layers = Layers(features=8, num_layers=1, num_heads=2)
     >>> model = EncoderDecoder(EncoderDecoderConfig(10, layers, layers), rngs=nnx.Rngs(0))
     >>> model(np.array([[3, 1, 4, 1]]), np.array([[5, 9]])).shape
     (1, 2, 10)

@@ -115,7 +115,7 @@ class Classifier(nnx.Module):
     >>> import numpy as np
     >>> from flax import nnx
     >>> from attention_jax.models import Classifier, ClassifierConfig, EncoderConfig, Layers
-    >>> layers = Layers(features=8, num_layers=2, num_heads=2, order="post")
+    >>> layers = Layers(features=8, num_layers=1, num_heads=2, order="post")
     >>> encoder = EncoderConfig(vocabulary=10, layers=layers, max_length=4, pool="mean")
     >>> model = Classifier(ClassifierConfig(encoder, ("no", "yes", "maybe")), rngs=nnx.Rngs(0))
     >>> model(np.array([[3, 1, 4, 0]]), real=np.array([[True, True, True, False]])).shape
@@ -157,7 +157,7 @@ class Tagger(nnx.Module):
     >>> import numpy as np
     >>> from flax import nnx
     >>> from attention_jax.models import EncoderConfig, Layers, Tagger, TaggerConfig
-    >>> layers = Layers(features=8, num_layers=2, num_heads=2, order="post")
+    >>> layers = Layers(features=8, num_layers=1, num_heads=2, order="post")
     >>> encoder = EncoderConfig(vocabulary=10, layers=layers, max_length=4)
     >>> model = Tagger(TaggerConfig(encoder, ("O", "B", "I")), rngs=nnx.Rngs(0))
     >>> model(np.array([[3, 1, 4, 0]]), real=np.array([[True, True, True, False]])).shape
@@ -199,7 +199,7 @@ class Reader(nnx.Module):
     >>> import numpy as np
     >>> from flax import nnx
     >>> from attention_jax.models import EncoderConfig, Layers, Reader, ReaderConfig
-    >>> layers = Layers(features=8, num_layers=2, num_heads=2, order="post")
+    >>> layers = Layers(features=8, num_layers=1, num_heads=2, order="post")
     >>> encoder = EncoderConfig(vocabulary=10, layers=layers, max_length=4, types=2)
     >>> model = Reader(ReaderConfig(encoder), rngs=nnx.Rngs(0))
     >>> logits = model(np.array([[3, 1, 4, 1]]), types=np.array([[0, 0, 1, 1]]))

@@ -46,7 +46,7 @@ class Embedder(nnx.Module):
     >>> import numpy as np
     >>> from flax import nnx
     >>> from attention_jax.models import Embedder, EmbedderConfig, EncoderConfig, Layers
-    >>> layers = Layers(features=8, num_layers=2, num_heads=2, order="post")
+    >>> layers = Layers(features=8, num_layers=1, num_heads=2, order="post")
     >>> config = EmbedderConfig(EncoderConfig(vocabulary=10, layers=layers, pool="mean"))
     >>> x = Embedder(config, rngs=nnx.Rngs(0))(np.array([[3, 1, 4], [1, 5, 9]]))
     >>> x.shape, np.allclose((x * x).sum(-1), 1, atol=1e-5)

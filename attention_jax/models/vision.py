@@ -67,7 +67,7 @@ class VisionTransformer(nnx.Module):
     >>> from flax import nnx
     >>> from attention_jax.models import Layers, VisionConfig, VisionTransformer
     >>> config = VisionConfig(image=(8, 8), patch=4, channels=1, classes=3,
-    ...                       layers=Layers(features=8, num_layers=2, num_heads=2))
+    ...                       layers=Layers(features=8, num_layers=1, num_heads=2))
     >>> VisionTransformer(config, rngs=nnx.Rngs(0))(np.ones((2, 8, 8, 1), np.float32)).shape
     (2, 3)
 

@@ -20,6 +20,7 @@ They combine: one mesh axis for each. Under explicit axes, the default of ``jax.
 >>> import functools
 >>> import jax
 >>> import jax.numpy as jnp
+>>> import numpy as np
 >>> import attention_jax as aj
 >>> from attention_jax import masks, parallel
 >>> from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
@@ -30,7 +31,7 @@ They combine: one mesh axis for each. Under explicit axes, the default of ``jax.
 >>> def split(*spec):
 ...     shards = [jax.device_put(x, NamedSharding(mesh, P(*spec))) for x in (q, k, v)]
 ...     out = aj.attention(*shards, mask=masks.causal())
-...     assert jnp.allclose(jax.device_get(out), whole, atol=1e-5)
+...     assert np.allclose(jax.device_get(out), whole, atol=1e-5)
 ...     print(jax.typeof(out).sharding.spec, "--", aj.explain(*shards).split)
 >>> split("x")  # batch
 P('x', None, None, None) -- B over x
@@ -68,7 +69,7 @@ and ``heads`` support what ``attention`` does.
 ...         parallel.attention, axis_name="x", strategy=strategy, mask=masks.causal()
 ...     )
 ...     attend = jax.shard_map(local, mesh=auto, in_specs=P(None, "x"), out_specs=P(None, "x"))
-...     print(strategy, bool(jnp.allclose(jax.jit(attend)(q, k, v), whole, atol=1e-5)))
+...     print(strategy, np.allclose(jax.jit(attend)(q, k, v), whole, atol=1e-5))
 gather True
 ring True
 heads True
@@ -88,7 +89,7 @@ where a device's queries and keys are, and masks, scores and dropout follow them
 ...         query_positions=positions, key_positions=positions,
 ...     )
 >>> out = attend(order.permutation, *(x[:, order.permutation] for x in (q, k, v)))
->>> bool(jnp.allclose(out[:, order.inverse], whole, atol=1e-5))
+>>> np.allclose(out[:, order.inverse], whole, atol=1e-5)
 True
 
 In a model, permute tokens and their positions once, before the embeddings, and undo it after the
@@ -103,7 +104,7 @@ The devices must divide the length: pad the sequence, and mask the keys that are
 ... @functools.partial(jax.shard_map, mesh=auto, in_specs=P(None, "x"), out_specs=P(None, "x"))
 ... def attend(q, k, v):
 ...     return parallel.attention(q, k, v, axis_name="x", strategy="ring", mask=mask)
->>> bool(jnp.allclose(attend(q, k, v)[:, :real], whole[:, :real], atol=1e-5))
+>>> np.allclose(attend(q, k, v)[:, :real], whole[:, :real], atol=1e-5)
 True
 
 Arrays of masks and scores belong to a device as its queries and keys do: ``masks.segments`` takes

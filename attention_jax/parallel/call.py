@@ -107,7 +107,7 @@ def attention(
 
     >>> import functools
     >>> import jax
-    >>> import jax.numpy as jnp
+    >>> import numpy as np
     >>> import attention_jax as aj
     >>> from jax.sharding import PartitionSpec as P
     >>> auto = (jax.sharding.AxisType.Auto,)
@@ -120,7 +120,7 @@ def attention(
     >>> attend = jax.jit(jax.shard_map(ring, mesh=mesh, in_specs=split, out_specs=split))
     >>> out = attend(q, k, v)
     >>> whole = aj.attention(q, k, v, mask=aj.masks.causal())
-    >>> bool(jnp.allclose(out, whole, atol=1e-5))
+    >>> np.allclose(out, whole, atol=1e-5)
     True
 
     Source: Liu et al. 2023, "Ring Attention with Blockwise Transformers for Near-Infinite Context";

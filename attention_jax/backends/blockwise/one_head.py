@@ -61,11 +61,12 @@ def one_head_forward(
 
     >>> import jax
     >>> import jax.numpy as jnp
+    >>> import numpy as np
     >>> from attention_jax.backends.blockwise.one_head import one_head_forward
     >>> q = jnp.eye(4)
     >>> with jax.disable_jit():  # a breakpoint in formulas.forward stops at every tile
     ...     out, lse = one_head_forward(q, q, q, block=(2, 2))
-    >>> bool(jnp.allclose(out, jax.nn.softmax(q / 2) @ q))
+    >>> np.allclose(out, jax.nn.softmax(q / 2) @ q)
     True
     """
     options = {"mask": mask, "score": score, "scale": scale}
@@ -103,12 +104,13 @@ def one_head_backward(
 
     >>> import jax
     >>> import jax.numpy as jnp
+    >>> import numpy as np
     >>> from attention_jax.backends.blockwise.one_head import one_head_backward
     >>> q = jnp.eye(4)
     >>> def loss(v):
     ...     return (jax.nn.softmax(q / 2) @ v).sum()
     >>> got = one_head_backward(q, q, q, jnp.ones((4, 4)), block=(2, 2))
-    >>> bool(jnp.allclose(got.value, jax.grad(loss)(q), atol=1e-6))
+    >>> np.allclose(got.value, jax.grad(loss)(q), atol=1e-6)
     True
     """
     options = {"mask": mask, "score": score, "scale": scale}
