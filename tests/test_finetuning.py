@@ -101,6 +101,57 @@ def test_marked_nouns_are_read_at_their_first_marks(folder):
     np.testing.assert_allclose(model(tokens)[0], model.classify(both), atol=1e-5)
 
 
+def test_token_dropout_masks_neither_special_tokens_nor_marks(tmp_path):
+    tiny_bert.write(tmp_path, [*tiny_bert.TOKENS, "[MASK]"])
+    config = configured(tmp_path, "relations", token_dropout=0.5)
+    data = load("relations").data(config)
+    model = load("relations").init(config, data, nnx.Rngs(0))
+    row = data.words.encode("the <e1> cat </e1> sat on a <e2> mat </e2>" + " x" * 400)
+    tokens = np.array([[*row, 0, 0]], np.int32)
+    noisy = np.asarray(model.noise(tokens))
+    changed = noisy != tokens
+    assert data.words.strings(np.unique(noisy[changed])) == ["[MASK]"]
+    kept = np.isin(tokens, [tiny_bert.TOKENS.index(x) for x in ("[PAD]", "[CLS]", "[SEP]", *"§¶")])
+    assert not changed[kept].any()
+    assert 0.4 < changed[~kept].mean() < 0.6
+    assert np.any(model.noise(tokens) != noisy)  # another draw
+    trained = model(tokens)
+    model.eval()
+    np.testing.assert_array_equal(model.noise(tokens), tokens)
+    np.testing.assert_array_equal(model(tokens), model(tokens))
+    assert np.any(np.asarray(model(tokens)) != np.asarray(trained))
+
+
+def test_token_dropout_needs_a_mask_token(folder):
+    config = configured(folder, "trec", token_dropout=0.1)
+    with pytest.raises(ValueError, match=r"token_dropout needs a checkpoint with .*\[MASK\]"):
+        load("trec").init(config, load("trec").data(config), nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("pool", ["mean", "first"])
+def test_pool_is_what_is_classified(folder, pool):
+    config = configured(folder, "trec", pool=pool)
+    data = load("trec").data(config)
+    model = load("trec").init(config, data, nnx.Rngs(0))
+    model.eval()
+    tokens = np.array([[*data.splits["test"].rows[0], 0]], np.int32)
+    x = model.model.encoder.hidden(tokens, real=tokens != 0)
+    vector = x[:, :-1].mean(axis=1)
+    if pool == "first":
+        vector = jnp.tanh(model.model.encoder.pooler(x[:, 0]))
+    np.testing.assert_allclose(model(tokens), model.model.classify(vector), atol=1e-5)
+
+
+def test_pretrained_reads_the_treebank_as_ordinary_text(folder):
+    config = configured(folder, "sst2")
+    words = load("sst2").data(config).words
+    treebank, usual = "it does n't work -lrb- yet -rrb-", "it doesn't work (yet)"
+    assert words.encode(treebank) == words.encode(usual)
+    assert words.encode(usual) == finetuning.Subwords(words.tokenizer).encode(usual)
+    plain = load("trec").data(configured(folder, "trec")).words
+    assert plain.encode(treebank) != plain.encode(usual)
+
+
 def test_a_word_is_tagged_by_its_first_token(folder):
     config = configured(folder, "ner")
     data = ner.load(config)
@@ -239,6 +290,13 @@ def test_options_that_have_no_effect_raise(folder):
         dataclasses.replace(ner.PRESETS["smoke"], model="gru", checkpoint=str(folder))
     with pytest.raises(ValueError, match="mask must be global for pretrained"):
         configured(folder, "trec", mask="window")
+    with pytest.raises(ValueError, match="pool needs the model pretrained, got model text_cnn"):
+        load("trec").configured("smoke", model="text_cnn", pool="first")
+    with pytest.raises(ValueError, match="token_dropout needs the model pretrained, got model att"):
+        load("trec").configured("smoke", model="attention", token_dropout=0.1)
+    config = configured(folder, "relations", pool="first")
+    with pytest.raises(ValueError, match="pool must be mean where marked words are classified"):
+        load("relations").init(config, load("relations").data(config), nnx.Rngs(0))
 
 
 def test_a_mechanism_in_place_of_attention_raises(folder):
