@@ -33,7 +33,26 @@ def wrong_models():
     plain = models.EncoderConfig(10, small)
     fresh = functools.partial(models.classifier, rngs=nnx.Rngs(0))
     free = models.Decoder(other, rngs=nnx.Rngs(0))
+    one_row, tokens = real[:1], "real must be bool of the tokens' shape (2, 3)"
+    vectors = f(B, 3, 8)
     return [
+        (lambda: encoder(prompt, real=one_row), value, tokens, "(1, 3)"),
+        (lambda: encoder.pooled(vectors, one_row), value, tokens, "(1, 3)"),
+        (lambda: encoder.stack(vectors, real=one_row), value, tokens, "(1, 3)"),
+        (lambda: encoder.embed(prompt, real=one_row[0]), value, tokens, "(3,)"),
+        (lambda: decoder(prompt, real=one_row), value, tokens, "(1, 3)"),
+        (
+            lambda: both(prompt, prompt, source_real=one_row),
+            value,
+            "source_real must be bool of the source's shape (2, 3)",
+            "(1, 3)",
+        ),
+        (
+            lambda: both(prompt, prompt, target_real=one_row),
+            value,
+            "target_real must be bool of the target's shape (2, 3)",
+            "(1, 3)",
+        ),
         (
             lambda: stack(features=9),
             value,
