@@ -163,10 +163,11 @@ def test_a_token_out_of_range_trains_no_row():
 
 
 def test_logits_of_a_token_out_of_range_are_nan_under_jit():
-    encoder = Encoder(EncoderConfig(13, Layers(8, 1, 2), pool="mean"), rngs=nnx.Rngs(0))
+    layers = Layers(features=8, num_layers=1, num_heads=2)
+    encoder = Encoder(EncoderConfig(13, layers), rngs=nnx.Rngs(0))
     head = classifier(encoder, ["a", "b"], pool="mean", rngs=nnx.Rngs(0))
     tokens = np.array([[3, 13, 1], [3, 2, 1]], np.int32)
-    with pytest.raises(ValueError, match="tokens must be from 0 to 12, .* got 1 to 13"):
+    with pytest.raises(ValueError, match=r"tokens must be from 0 to 12, .* got 1 to 13"):
         head(tokens)
     found = nnx.jit(lambda model, tokens: model(tokens))(head, tokens)
     assert np.isnan(found[0]).all()

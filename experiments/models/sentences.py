@@ -148,6 +148,17 @@ class SelfAttention(nnx.Module):
     ) -> None:
         E = config.width
         self.noise = WordDropout(config.word_dropout, rngs=rngs)
+        embed = None
+        if frequencies is not None:
+            embed = NormalizedEmbeddings(
+                vocabulary,
+                E,
+                frequencies=frequencies,
+                positions=config.vectors,
+                max_length=config.longest,
+                dropout_rate=config.dropout,
+                rngs=rngs,
+            )
         self.encoder = Encoder(
             EncoderConfig(
                 vocabulary,
@@ -158,18 +169,9 @@ class SelfAttention(nnx.Module):
                 pool="mean",
                 dropout_rate=config.dropout,
             ),
+            embed=embed,
             rngs=rngs,
         )
-        if frequencies is not None:
-            self.encoder.embed = NormalizedEmbeddings(
-                vocabulary,
-                E,
-                frequencies=frequencies,
-                positions=config.vectors,
-                max_length=config.longest,
-                dropout_rate=config.dropout,
-                rngs=rngs,
-            )
         self.features = nnx.data(None)
         width = E
         if convolve:
