@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tiny_bert
 from flax import nnx
-from helpers import slow
+from helpers import mostly_slow, slow
 
 from experiments.__main__ import main
 from experiments.models import finetuning
@@ -21,7 +21,7 @@ from experiments.tasks.ner.data import IGNORED
 from experiments.tasks.qa import finetuned as qa_tokens
 from experiments.tasks.qa.data import windows
 from experiments.training import tuning
-from experiments.training.train import train
+from experiments.training.train import prepare, train
 
 TASKS = ("trec", "sst2", "relations", "ner", "qa", "summarise", "fewshot")
 
@@ -56,6 +56,17 @@ def test_options_of_models_fit_their_presets(name):
     task = load(name)
     for preset, model in task.changes:
         assert task.configured(preset, model=model).model == model
+
+
+@pytest.mark.filterwarnings("ignore:.*cut to max_length")
+@pytest.mark.parametrize("name", mostly_slow(TASKS, {"sst2"}))
+def test_the_preset_for_a_card_can_take_a_step(folder, name):
+    given = {"model": "pretrained", "checkpoint": str(folder), "synthetic": True, "batch_size": 8}
+    config = load(name).configured("accelerator", **given)
+    assert config.dtype == "bfloat16"
+    data = load(name).data(config)
+    with jax.numpy_dtype_promotion("standard"):  # Flax's LayerNorm computes in float32
+        assert prepare(load(name), config, data).training is not None
 
 
 def test_a_model_has_options_of_its_own_below_those_given():

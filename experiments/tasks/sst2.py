@@ -63,6 +63,12 @@ CHANGES = {
         "evaluations": 3,
     },
     ("smoke", "pretrained"): finetuning.SMOKE,
+    ("accelerator", "pretrained"): {
+        **finetuning.ACCELERATOR,
+        "feature_dropout": 0.1,
+        "steps": 430,
+        "evaluations": 8,
+    },
 }
 
 TASK = classification.task("sst2", CLASSES, read, PRESETS, changes=CHANGES, ordinary=text.ordinary)
