@@ -137,7 +137,7 @@ def _train(arguments: Sequence[str]) -> int:
 
     from jax.errors import JaxRuntimeError
 
-    from experiments.training.runs import Flags, folder_of
+    from experiments.training.runs import Flags, folder_of, identity
     from experiments.training.train import run
 
     task = load(name)
@@ -154,6 +154,8 @@ def _train(arguments: Sequence[str]) -> int:
     flags = Flags(**{key: value for key, value in values.items() if key in hints(Flags)})
     changes = {key: value for key, value in values.items() if key not in hints(Flags)}
     config = task.configured(preset, **changes)
+    folder = folder_of(task, config, preset=preset, flags=flags)
+    before = identity(folder)
     try:
         with contextlib.ExitStack() as stack:
             if flags.process:  # process 0 prints
@@ -163,9 +165,12 @@ def _train(arguments: Sequence[str]) -> int:
     except JaxRuntimeError as problem:
         if flags.coordinator is None:
             raise
-        return lost(problem, folder_of(task, config, preset=preset, flags=flags))
+        return lost(problem, folder)
     except KeyboardInterrupt:
-        state, resumable = _what_is_saved(folder_of(task, config, preset=preset, flags=flags))
+        if flags.overwrite and before is not None and identity(folder) == before:
+            state = f"{folder} still has the run before"
+            return interrupted(state, "start again with", ["train", *arguments])
+        state, resumable = _what_is_saved(folder)
         again = [argument for argument in arguments if argument not in ("--overwrite", "--resume")]
         advice = "resume it with" if resumable else "start it again with"
         return interrupted(state, advice, ["train", *again, "--resume"])

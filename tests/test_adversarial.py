@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from attention_jax.models import encoder
 from attention_jax.nn import Embeddings, moved_embeddings
+from experiments.models import sentences
 from experiments.models.sentences import NormalizedEmbeddings
 from experiments.tasks import load
 from experiments.training import adversarial
@@ -252,6 +254,23 @@ def test_classifier_trains_with_normalized_embeddings(tmp_path):
     )
     found = train(task, config, task.data(config), tmp_path)
     assert found.progress.step == 2
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_embeddings_are_built_once(monkeypatch, normalize):
+    built = []
+
+    class Counted(sentences.NormalizedEmbeddings if normalize else Embeddings):
+        def __init__(self, *arguments, **options):
+            built.append(arguments)
+            super().__init__(*arguments, **options)
+
+    monkeypatch.setattr(encoder, "Embeddings", Counted)
+    monkeypatch.setattr(sentences, "NormalizedEmbeddings", Counted)
+    config = load("trec").configured("smoke", model="attention", normalize_embeddings=normalize)
+    model = load("trec").init(config, load("trec").data(config), nnx.Rngs(0))
+    assert len(built) == 1
+    assert type(model.encoder.embed) is Counted
 
 
 @pytest.mark.parametrize("model", ["naive_bayes", "pretrained"])

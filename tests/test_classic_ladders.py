@@ -57,9 +57,9 @@ def test_exception_is_named_with_the_reason(scores, said):
 
 
 def test_smaller_is_better_where_the_records_say_so():
-    rungs = [rung(step.model, x, larger=False) for step, x in zip(STEPS, (3, 2, 1), strict=True)]
+    rungs = [rung(step.model, x, x, larger=False) for step, x in zip(STEPS, (3, 2, 1), strict=True)]
     assert classic.verdict(TREC, rungs).startswith("The order holds.")
-    worse = [rung(step.model, x, larger=False) for step, x in zip(STEPS, (3, 2, 4), strict=True)]
+    worse = [rung(step.model, x, x, larger=False) for step, x in zip(STEPS, (3, 2, 4), strict=True)]
     assert "CNN (200.0) is better than both (400.0)" in classic.verdict(TREC, worse)
 
 
@@ -73,8 +73,50 @@ def test_missing_rung_is_not_run_yet_and_the_order_holds_only_so_far():
 
 
 def test_rung_with_one_seed_has_no_spread_unless_it_was_fitted_by_counting():
-    verdict = classic.verdict(TREC, [BAYES, rung("text_cnn", 0.9), BOTH])
-    assert verdict == "The order holds. One seed, hence no spread: CNN."
+    holds = "The order holds. One seed, hence no spread:"
+    one = rung("attention_cnn", 0.99)
+    assert classic.verdict(TREC, [BAYES, CNN, one]) == f"{holds} both."
+    assert classic.verdict(TREC, [BAYES, CNN, BOTH]) == "The order holds."
+
+
+@pytest.mark.parametrize(
+    ("score", "way"), [(0.7, "behind"), (0.9, "level with"), (0.99, "ahead of")]
+)
+def test_a_difference_without_a_spread_is_no_verdict(score, way):
+    one, other = rung("text_cnn", 0.9), rung("attention_cnn", score)
+    first, why = "CNN (90.0) is ahead of classic (80.0)", " Because of the data."
+    second = f"both ({100 * score:.1f}) is {way} CNN (90.0)"
+    assert classic.verdict(TREC, [BAYES, one, other]) == (
+        f"There is no verdict on the order, with one seed each: {first}; {second}."
+        f"{why if way == 'behind' else ''}"
+    )
+    assert classic.verdict(TREC, [BAYES, one]) == (
+        f"There is no verdict on the order so far, with one seed each: {first}. Not run yet: both."
+    )
+
+
+def test_pairs_with_a_spread_are_judged_beside_others_without():
+    one = rung("text_cnn", 0.9)
+    undecided = "No verdict with one seed each: CNN (90.0) is ahead of classic (80.0)."
+    better, worse = rung("attention_cnn", 0.98, 0.99), rung("attention_cnn", 0.5, 0.51)
+    assert classic.verdict(TREC, [BAYES, one, better]) == (
+        f"The order holds where there is a spread. {undecided}"
+    )
+    assert classic.verdict(TREC, [BAYES, one, worse]) == (
+        "The order does not hold: CNN (90.0) is better than both (50.5). "
+        f"{undecided} Because of the data."
+    )
+
+
+def test_smaller_is_ahead_where_the_records_say_so():
+    pair = (rung("naive_bayes", 3, larger=False), rung("text_cnn", 2, larger=False))
+    assert "is ahead of" in classic._difference(pair)
+
+
+def test_models_that_are_fitted_by_counting_need_one_seed():
+    counted = [rung("naive_bayes", x, name=str(x)) for x in (0.7, 0.8)]
+    assert classic._has_spread((counted[0], counted[1]))
+    assert not classic._has_spread((BAYES, rung("text_cnn", 0.9)))
 
 
 def test_shorter_training_of_a_rung_that_falls_behind_is_named():

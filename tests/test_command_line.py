@@ -223,6 +223,25 @@ def test_interrupted_command_says_what_to_type(
     assert printed.endswith(line)
 
 
+def test_an_interrupt_before_a_run_is_replaced_says_that_it_is_still_there(
+    monkeypatch, tmp_path, capsys
+):
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    folder = Path("runs/trec/attention-smoke-seed0")
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text("{}")
+    monkeypatch.setattr("experiments.training.train.run", interrupted)
+    arguments = "train trec --preset smoke --model attention --overwrite"
+    assert main(arguments.split()) == 130
+    assert capsys.readouterr().err == (
+        f"interrupted: {folder} still has the run before; start again with: "
+        f"python -m experiments {arguments}\n"
+    )
+
+
 @pytest.mark.slow
 def test_interrupted_process_prints_no_traceback():
     start = time.monotonic()

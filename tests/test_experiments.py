@@ -107,6 +107,52 @@ def test_run_is_not_replaced_by_default(trained, capsys):
         assert word in error
 
 
+def contents(folder):
+    """The bytes of all files of a run."""
+    return {str(x): x.read_bytes() for x in sorted(folder.rglob("*")) if x.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ("--model pretrained --checkpoint /nowhere", "folder must be that of a checkpoint"),
+        ("--freeze 9", "freeze must be at most 1"),
+        ("--positions alibi --attention flax", "attention flax does not support scores"),
+        ("--mesh data=3", "batch_size must be a multiple of accumulate x data, 3, got 16"),
+        ("--model naive_bayes --low-rank 2", "low_rank needs a model that is trained"),
+        ("--save-every 0", "save_every must be at least 1"),
+        ("--record {file}", "record must be a folder, got the file"),
+    ],
+)
+def test_a_run_is_not_replaced_by_one_that_cannot_start(trained, options, error, capsys):
+    folder, given = trained
+    before = contents(folder)
+    words = options.format(file=folder / "run.json").split()
+    assert run("train", "trec", *given, "--name", folder.name, "--overwrite", *words) == 2
+    assert error in capsys.readouterr().err
+    assert contents(folder) == before
+
+
+def test_a_model_that_cannot_start_leaves_no_run_behind(tmp_path, capsys):
+    options = ("--preset", "smoke", "--model", "attention", "--out", tmp_path)
+    assert run("train", "trec", *options, "--positions", "alibi", "--attention", "flax") == 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_replaced_run_leaves_nothing_behind(tmp_path):
+    options = ("--preset", "smoke", "--model", "naive_bayes", "--out", tmp_path, "--name", "x")
+    assert run("train", "trec", *options) == 0
+    folder = tmp_path / "trec" / "x"
+    (folder / "checkpoints").mkdir()
+    (folder / "log.jsonl").write_text("old")
+    (folder / "record.json").write_text("old")
+    assert run("train", "trec", *options, "--seed", 1, "--overwrite") == 0
+    assert json.loads((folder / "run.json").read_text())["config"]["seed"] == 1
+    assert json.loads((folder / "record.json").read_text())["seed"] == 1
+    assert not (folder / "checkpoints").exists()
+    assert not (folder / "log.jsonl").exists()
+
+
 def test_run_with_another_configuration_is_not_resumed(trained, capsys):
     _, options = trained
     assert run("train", "trec", *options, "--width", 32, "--resume") == 2

@@ -21,7 +21,7 @@ from experiments.tasks.qa import finetuned as qa_tokens
 from experiments.tasks.qa.data import windows
 from experiments.training import tuning
 from experiments.training.losses import logits
-from experiments.training.train import train
+from experiments.training.train import prepare, train
 
 TASKS = ("trec", "sst2", "relations", "ner", "qa", "summarise", "fewshot")
 
@@ -56,6 +56,17 @@ def test_options_of_models_fit_their_presets(name):
     task = load(name)
     for preset, model in task.changes:
         assert task.configured(preset, model=model).model == model
+
+
+@pytest.mark.filterwarnings("ignore:.*cut to max_length")
+@pytest.mark.parametrize("name", mostly_slow(TASKS, {"sst2"}))
+def test_the_preset_for_a_card_can_take_a_step(folder, name):
+    given = {"model": "pretrained", "checkpoint": str(folder), "synthetic": True, "batch_size": 8}
+    config = load(name).configured("accelerator", **given)
+    assert config.dtype == "bfloat16"
+    data = load(name).data(config)
+    with jax.numpy_dtype_promotion("standard"):  # Flax's LayerNorm computes in float32
+        assert prepare(load(name), config, data).training is not None
 
 
 def test_a_model_has_options_of_its_own_below_those_given():
@@ -104,6 +115,57 @@ def test_marked_nouns_are_read_at_their_first_marks(folder):
         return model(tokens)[0], model.classify(both)
 
     np.testing.assert_allclose(*compute(model), atol=1e-5)
+
+
+def test_token_dropout_masks_neither_special_tokens_nor_marks(tmp_path):
+    tiny_bert.write(tmp_path, [*tiny_bert.TOKENS, "[MASK]"])
+    config = configured(tmp_path, "relations", token_dropout=0.5)
+    data = load("relations").data(config)
+    model = load("relations").init(config, data, nnx.Rngs(0))
+    row = data.words.encode("the <e1> cat </e1> sat on a <e2> mat </e2>" + " x" * 400)
+    tokens = np.array([[*row, 0, 0]], np.int32)
+    noisy = np.asarray(model.noise(tokens))
+    changed = noisy != tokens
+    assert data.words.strings(np.unique(noisy[changed])) == ["[MASK]"]
+    kept = np.isin(tokens, [tiny_bert.TOKENS.index(x) for x in ("[PAD]", "[CLS]", "[SEP]", *"§¶")])
+    assert not changed[kept].any()
+    assert 0.4 < changed[~kept].mean() < 0.6
+    assert np.any(model.noise(tokens) != noisy)  # another draw
+    trained = model(tokens)
+    model.eval()
+    np.testing.assert_array_equal(model.noise(tokens), tokens)
+    np.testing.assert_array_equal(model(tokens), model(tokens))
+    assert np.any(np.asarray(model(tokens)) != np.asarray(trained))
+
+
+def test_token_dropout_needs_a_mask_token(folder):
+    config = configured(folder, "trec", token_dropout=0.1)
+    with pytest.raises(ValueError, match=r"token_dropout needs a checkpoint with .*\[MASK\]"):
+        load("trec").init(config, load("trec").data(config), nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("pool", ["mean", "first"])
+def test_pool_is_what_is_classified(folder, pool):
+    config = configured(folder, "trec", pool=pool)
+    data = load("trec").data(config)
+    model = load("trec").init(config, data, nnx.Rngs(0))
+    model.eval()
+    tokens = np.array([[*data.splits["test"].rows[0], 0]], np.int32)
+    x = model.model.encoder.hidden(tokens, real=tokens != 0)
+    vector = x[:, :-1].mean(axis=1)
+    if pool == "first":
+        vector = jnp.tanh(model.model.encoder.pooler(x[:, 0]))
+    np.testing.assert_allclose(model(tokens), model.model.classify(vector), atol=1e-5)
+
+
+def test_pretrained_reads_the_treebank_as_ordinary_text(folder):
+    config = configured(folder, "sst2")
+    words = load("sst2").data(config).words
+    treebank, usual = "it does n't work -lrb- yet -rrb-", "it doesn't work (yet)"
+    assert words.encode(treebank) == words.encode(usual)
+    assert words.encode(usual) == finetuning.Subwords(words.tokenizer).encode(usual)
+    plain = load("trec").data(configured(folder, "trec")).words
+    assert plain.encode(treebank) != plain.encode(usual)
 
 
 def test_a_word_is_tagged_by_its_first_token(folder):
@@ -244,6 +306,13 @@ def test_options_that_have_no_effect_raise(folder):
         dataclasses.replace(ner.PRESETS["smoke"], model="gru", checkpoint=str(folder))
     with pytest.raises(ValueError, match="mask must be global for pretrained"):
         configured(folder, "trec", mask="window")
+    with pytest.raises(ValueError, match="pool needs the model pretrained, got model text_cnn"):
+        load("trec").configured("smoke", model="text_cnn", pool="first")
+    with pytest.raises(ValueError, match="token_dropout needs the model pretrained, got model att"):
+        load("trec").configured("smoke", model="attention", token_dropout=0.1)
+    config = configured(folder, "relations", pool="first")
+    with pytest.raises(ValueError, match="pool must be mean where marked words are classified"):
+        load("relations").init(config, load("relations").data(config), nnx.Rngs(0))
 
 
 def test_a_mechanism_in_place_of_attention_raises(folder):

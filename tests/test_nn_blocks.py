@@ -10,6 +10,7 @@ from flax import nnx
 from helpers import close, linear, normal, randomized
 
 from attention_jax import masks, nn, positions
+from attention_jax.models import Encoder, EncoderConfig, Layers, classifier
 
 B, T, S, E = 2, 7, 5, 12
 
@@ -136,6 +137,39 @@ def test_embeddings():
     close(m.logits(expected), expected @ m.tokens[...].T)
     plain = nn.Embeddings(10, 6, positions="sinusoidal", rngs=nnx.Rngs(0))
     close(plain(tokens), plain.tokens[...][tokens] + positions.sinusoidal(np.arange(3), 6))
+
+
+@pytest.mark.parametrize("name", ["tokens", "positions", "types"])
+@pytest.mark.parametrize("wrong", [-1, 5, 2**31 - 1])
+def test_an_index_out_of_range_raises_and_is_nan_under_jit(name, wrong):
+    embed = nn.Embeddings(5, 4, positions="learned", max_length=5, types=5, rngs=nnx.Rngs(0))
+    good = dict.fromkeys(("tokens", "positions", "types"), np.array([[3, 1], [4, 0]], np.int32))
+    bad = {**good, name: np.array([[3, wrong], [4, 0]], np.int32)}
+    with pytest.raises(ValueError, match=f"{name} must be from 0 to 4, .*, got"):
+        embed(**bad)
+    found = nnx.jit(lambda embed, indices: embed(**indices))(embed, bad)
+    assert np.isnan(found[0, 1]).all()
+    right = np.array([[True, False], [True, True]])
+    np.testing.assert_allclose(found[right], embed(**good)[right], rtol=1e-6)
+
+
+def test_a_token_out_of_range_trains_no_row():
+    embed = nn.Embeddings(5, 4, rngs=nnx.Rngs(0))
+    total = nnx.jit(nnx.grad(lambda embed, tokens: embed(tokens).sum()))
+    gradient = total(embed, np.array([[3, 5, -1]], np.int32))["tokens"][...]
+    np.testing.assert_array_equal(gradient, np.eye(5)[3][:, None] * np.ones(4))
+
+
+def test_logits_of_a_token_out_of_range_are_nan_under_jit():
+    layers = Layers(features=8, num_layers=1, num_heads=2)
+    encoder = Encoder(EncoderConfig(13, layers), rngs=nnx.Rngs(0))
+    head = classifier(encoder, ["a", "b"], pool="mean", rngs=nnx.Rngs(0))
+    tokens = np.array([[3, 13, 1], [3, 2, 1]], np.int32)
+    with pytest.raises(ValueError, match=r"tokens must be from 0 to 12, .* got 1 to 13"):
+        head(tokens)
+    found = nnx.jit(lambda model, tokens: model(tokens))(head, tokens)
+    assert np.isnan(found[0]).all()
+    np.testing.assert_allclose(found[1:], head(tokens[1:]), rtol=1e-5)
 
 
 def test_one_plus_rms_norm():

@@ -206,10 +206,9 @@ def test_other_processes_learn_that_the_first_could_not_start(monkeypatch):
         raise OSError("No space left on device")
 
     sent = []
-    monkeypatch.setattr(runs, "start", full)
     monkeypatch.setattr(runs, "agreed", sent.append)
     with pytest.raises(OSError, match="No space left"):
-        runs.start_together(None, None, preset="cpu", flags=Flags())
+        runs.together(full, None, None, preset="cpu", flags=Flags())
     assert sent == [1]
 
 

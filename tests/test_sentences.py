@@ -31,6 +31,12 @@ def test_sentence_data_has_its_published_sizes(name, sizes):
         assert set(split.labels) == set(range(len(data.classes)))
 
 
+@needs_files
+def test_letters_with_accents_are_read():
+    texts = load("sst2").data(load("sst2").presets["cpu"]).splits["train"].texts
+    assert any(text.startswith("béart and berling are both superb") for text in texts)
+
+
 def test_naive_bayes_matches_its_formula():
     rows, labels = [[4, 5], [4, 6], [7, 5, 5]], np.array([0, 0, 1])
     model = sentences.NaiveBayes(rows, labels)

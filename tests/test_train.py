@@ -47,6 +47,17 @@ def test_dropout_differs_between_steps_and_is_off_in_evaluation(tmp_path):
     assert trained.model.dropout.deterministic
 
 
+def test_a_step_is_traced_once(tmp_path):
+    traced = []
+
+    def loss(config, model, batch):
+        traced.append(1)
+        return LINE.loss(config, model, batch)
+
+    train_line(tmp_path, dataclasses.replace(LINE, loss=loss), steps=3)
+    assert len(traced) == 1
+
+
 def test_model_without_parameters_is_not_trained(tmp_path):
     task = dataclasses.replace(LINE, init=lambda *_: "counted", evaluate=lambda *_: {"error": 0.5})
     trained = train_line(tmp_path, task)

@@ -398,10 +398,11 @@ def check_tokens(name: str, x: Any, layout: str, width: int) -> None:
 
 
 def check_real(real: Any, shape: Shape) -> None:
-    """Raises unless ``real`` is a padding mask ``[*B T]``: bool, False for padding."""
+    """Raises unless ``real`` is a padding mask of the tokens' shape ``[*B T]``: bool."""
     if not is_array(real) or real.dtype != np.bool_:
         raise TypeError(f"real must be a bool array (False for padding), got {kind(real)}")
-    check_broadcasts("real", real, shape)
+    if real.shape != shape:
+        raise ValueError(f"real must have the tokens' shape [*B T] = {shape}, got {real.shape}")
 
 
 def check_broadcasts(name: str, x: Any, shape: Shape) -> None:

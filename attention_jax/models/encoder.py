@@ -87,24 +87,43 @@ class Encoder(nnx.Module):
     Source: Devlin et al. 2019, "BERT".
     """
 
-    def __init__(self, config: EncoderConfig, *, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, config: EncoderConfig, *, embed: Embeddings | None = None, rngs: nnx.Rngs
+    ) -> None:
+        """Creates the encoder.
+
+        Args:
+          config: of the model.
+          embed: embeddings to use in place of those that ``config`` describes, such as a subclass.
+          rngs: for parameters and dropout.
+
+        Raises:
+          ValueError: ``embed`` of another vocabulary or width.
+        """
         check_rngs(rngs)
         layers = config.layers
         E = layers.features
         norm = layers.new_norm(rngs)
         self.config = config
-        self.embed = Embeddings(
-            config.vocabulary,
-            E,
-            positions=config.positions,
-            max_length=config.max_length,
-            scale=config.embedding_scale,
-            types=config.types,
-            norm=norm if config.embedding_norm else None,
-            dropout_rate=config.dropout_rate,
-            **layers.dtypes,
-            rngs=rngs,
-        )
+        if embed is None:
+            embed = Embeddings(
+                config.vocabulary,
+                E,
+                positions=config.positions,
+                max_length=config.max_length,
+                scale=config.embedding_scale,
+                types=config.types,
+                norm=norm if config.embedding_norm else None,
+                dropout_rate=config.dropout_rate,
+                **layers.dtypes,
+                rngs=rngs,
+            )
+        elif embed.tokens[...].shape != (config.vocabulary, E):
+            raise ValueError(
+                f"embed must have a table of the shape (vocabulary, features) "
+                f"{(config.vocabulary, E)}, got {embed.tokens[...].shape}"
+            )
+        self.embed = embed
         self.stack = Stack(layers, causal=False, rngs=rngs)
         self.pooler = self.transform = self.transform_norm = nnx.data(None)
         self.token_bias = nnx.data(None)

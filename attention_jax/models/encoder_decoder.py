@@ -139,6 +139,9 @@ class EncoderDecoder(nnx.Module):
           ValueError: a token that is not in the vocabulary. Under ``jit``, where tokens are not
             known, the logits of all tokens that attend to it are NaN instead.
         """
+        source, target = check_positions(source, "source"), check_positions(target, "target")
+        as_real(source_real, source.shape, name="source_real", of="the source's")
+        as_real(target_real, target.shape, name="target_real", of="the target's")
         memory = self.encode(source, real=source_real)
         return self.decode(target, memory, real=target_real)
 

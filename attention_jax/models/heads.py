@@ -249,7 +249,8 @@ def classifier(
     Args:
       encoder: a trained one, from ``pretrained.load`` for example. It is not changed.
       labels: names of the classes.
-      pool: ``"first"``, the vector of the first token, or ``"mean"``, of all tokens.
+      pool: ``"first"``, the vector of the first token, or ``"mean"``, of all tokens, which
+        ``pretrained.save`` refuses, since Hugging Face has no such classifier.
       pooler: whether the pooled vector goes through the encoder's pooler, a fresh one if it has
         none. Default: as BERT does, with ``"first"`` only; Hugging Face can read no other.
       dropout_rate: of the pooled vector; default: that of the encoder.

@@ -27,6 +27,7 @@ from attention_jax.nn.blocks import ORDERS
 from attention_jax.nn.embeddings import POSITIONS
 from attention_jax.nn.feed_forward import ACTIVATIONS
 from attention_jax.nn.logical import logical
+from attention_jax.nn.padding import as_real
 from attention_jax.positions import Rotary
 
 _VECTOR = logical("norm")
@@ -284,6 +285,7 @@ class Stack(nnx.Module):
         if caches is not None and prefix is None and self.prefix_lm:
             new = jnp.asarray(x.shape[-2] if count is None else count, jnp.int32)
             prefix = jnp.where(caches[0].length == 0, new, 0)  # the first call is the prompt
+        real = as_real(real, x.shape[:-1])
         mask = both(self._causal_mask(prefix), both(padding(real), mask))
         options = {"mask": mask, "score": self._score(), "positions": positions}
         each: list[dict[str, Any]] = [{} for _ in self.blocks]

@@ -100,10 +100,6 @@ def _tokens(tokens: Any, real: Any, name: str, vocabulary: int) -> tuple[Any, An
         raise ValueError(f"{name} must have shape [B T], T at least 1, got {tokens.shape}")
     of = f"the {name}'s"
     argument = "real" if name == "prompt" else f"{name}_real"
-    if real is not None and np.shape(real) != tokens.shape:
-        raise ValueError(
-            f"{argument} must be bool of {of} shape {tokens.shape}, got shape {np.shape(real)}"
-        )
     real = as_real(real, tokens.shape, name=argument, of=of)
     tokens = filled(tokens, real)
     if not isinstance(tokens, jax.core.Tracer) and tokens.size:

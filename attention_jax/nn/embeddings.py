@@ -122,7 +122,8 @@ class Embeddings(nnx.Module):
 
         Raises:
           ValueError: a token, position or type is out of range. Under ``jit``, where values are not
-            known, its vector is NaN instead.
+            known, its vector is NaN instead, as in ``jax.numpy.take``, so that the loss is NaN too;
+            a clipped index would silently train another row. Negative ones are out of range.
           TypeError: not integers.
         """
         tokens = check_positions(tokens, "tokens")

@@ -8,27 +8,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attention_jax.core.axes import Shape, broadcasts_to, is_array
+from attention_jax.core.axes import Shape, is_array
 
 
 def as_real(real: Any, shape: Shape, *, name: str = "real", of: str = "the tokens'") -> Any:
     """The argument as a bool array of the tokens' shape; None, no padding, stays None.
 
+    It does not broadcast: one row for a batch is more often a mistake than the padding of all rows.
+
     Raises:
-      ValueError: another dtype, or a shape that does not broadcast to that of the tokens.
+      ValueError: another dtype or shape.
     """
     if real is None:
         return None
     if not is_array(real):
         real = np.asarray(real)
-    if real.dtype != bool or not broadcasts_to(real.shape, shape):
+    if real.dtype != bool or real.shape != shape:
         raise ValueError(
             f"{name} must be bool of {of} shape {shape}, False for padding, got "
             f"{real.dtype}{real.shape}"
         )
-    if real.shape == shape:
-        return real
-    return (jnp if isinstance(real, jax.Array) else np).broadcast_to(real, shape)
+    return real
 
 
 def filled(x: Any, real: Any) -> Any:

@@ -44,7 +44,6 @@ def mean(
         total, count = wide.sum(axis=-2), x.shape[-2]
         return (total / max(count, 1)).astype(x.dtype)
     check_real(real, x.shape[:-1])
-    real = jnp.broadcast_to(real, x.shape[:-1])
     total = jnp.where(real[..., None], wide, 0).sum(axis=-2)
     number = jnp.maximum(jnp.sum(real, axis=-1, dtype=total.dtype), 1)
     return (total / number[..., None]).astype(x.dtype)
@@ -67,6 +66,7 @@ def first(
     x = jnp.asarray(x)
     if real is None:
         return x[..., 0, :]
+    check_real(real, x.shape[:-1])
     at = jnp.argmax(jnp.asarray(real), axis=-1)
     return jnp.take_along_axis(x, at[..., None, None], axis=-2)[..., 0, :]
 

@@ -83,6 +83,32 @@ def subwords(texts: Iterable[str], size: int) -> Any:
     return tokenizer
 
 
+# How the Penn Treebank writes what ordinary text, which checkpoints were trained on, does not.
+TREEBANK = {
+    "-lrb-": "(",
+    "-rrb-": ")",
+    " n't": "n't",
+    "``": '"',
+    "''": '"',
+    "`": "'",
+    "\\/": "/",
+    "\\*": "*",
+}
+
+
+def ordinary(text: str) -> str:
+    """A lower-cased text of the Penn Treebank as ordinary text, for a pretrained tokenizer.
+
+    Spaces before punctuation stay, since such a tokenizer splits there in any case.
+
+    >>> ordinary("`` it does n't work '' -lrb- yet -rrb-")
+    '" it doesn\'t work " ( yet )'
+    """
+    for treebank, usual in TREEBANK.items():
+        text = text.replace(treebank, usual)
+    return text
+
+
 def bucket(length: int, sizes: Sequence[int] = BUCKETS) -> int:
     """The shortest bucket that holds a sequence.
 

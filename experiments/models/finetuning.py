@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from attention_jax.models.pretrained.hub import local
 from attention_jax.nn.linear import Linear
 from experiments.datasets import text
 from experiments.datasets.text import PAD
+from experiments.models.sentences import WordDropout
 from experiments.training.search import Log, OneOf, Space
 from experiments.training.task import Array
 from experiments.training.text_config import PretrainedConfig
@@ -41,6 +42,14 @@ OPTIONS: Mapping[str, Any] = {
     "minutes": 15.0,
 }
 SMOKE: Mapping[str, Any] = {**OPTIONS, "batch_size": 4, "steps": 3}
+# For one GPU, where the embeddings cost little. Not yet run on one: only traced, in the tests.
+ACCELERATOR: Mapping[str, Any] = {
+    **OPTIONS,
+    "batch_size": 64,
+    "freeze": None,
+    "dtype": "bfloat16",
+    "minutes": None,
+}
 
 # The options that a sweep of ``pretrained`` searches.
 SPACE: Space = {
@@ -143,6 +152,8 @@ class Subwords:
     symbols: tuple[tuple[str, str], ...] = ()
     """Words that are written as a symbol of the vocabulary: those that mark the nouns of a
     relation."""
+    ordinary: Callable[[str], str] = str
+    """What is read in place of a text, if the data are not written as ordinary text."""
 
     def __len__(self) -> int:
         return self.tokenizer.vocabulary
@@ -162,6 +173,7 @@ class Subwords:
         return self.tokenizer.strings(row)
 
     def _written(self, text: str) -> str:
+        text = self.ordinary(text)
         for word, symbol in self.symbols:
             text = text.replace(word, symbol)
         return text
@@ -184,16 +196,38 @@ class Subwords:
             found.append(int(inside[0]))
         return tuple(found)
 
+    def noise(self, rate: float, *, rngs: nnx.Rngs) -> WordDropout | None:
+        """Replaces random tokens by ``[MASK]`` in training, but neither special ones nor marks.
+
+        Args:
+          rate: probability of each token; None is returned for 0.
+          rngs: for dropout.
+
+        Raises:
+          ValueError: the vocabulary lacks ``[MASK]``.
+        """
+        if not rate:
+            return None
+        mask = self.tokenizer.backend.token_to_id("[MASK]")
+        if mask is None:
+            raise ValueError(
+                "token_dropout needs a checkpoint with the token [MASK] in its vocabulary"
+            )
+        (empty,) = self.tokenizer([""]).rows
+        kept = (PAD, *empty.tokens.tolist(), *self.marks())
+        return WordDropout(rate, unknown=mask, kept=kept, rngs=rngs)
+
 
 class Sentences(nnx.Module):
     """A head of classes on a pretrained encoder, from tokens padded with ``PAD``."""
 
-    def __init__(self, model: Classifier) -> None:
-        self.model = model
+    def __init__(self, model: Classifier, noise: WordDropout | None = None) -> None:
+        self.model, self.noise = model, noise
 
     def __call__(self, tokens: Array) -> jax.Array:
         """Tokens ``[B T]`` to logits ``[B C]``."""
-        return self.model(tokens, real=jnp.asarray(tokens) != PAD)
+        read = tokens if self.noise is None else self.noise(tokens)
+        return self.model(read, real=jnp.asarray(tokens) != PAD)
 
 
 class Marked(nnx.Module):
@@ -210,9 +244,10 @@ class Marked(nnx.Module):
         marks: tuple[int, ...],
         *,
         dropout_rate: float,
+        noise: WordDropout | None = None,
         rngs: nnx.Rngs,
     ) -> None:
-        self.encoder, self.marks = encoder, marks
+        self.encoder, self.marks, self.noise = encoder, marks, noise
         self.dropout = nnx.Dropout(dropout_rate, rngs=rngs)
         E = encoder.config.layers.features
         self.classify = Linear(len(marks) * E, classes, rngs=rngs)
@@ -220,7 +255,8 @@ class Marked(nnx.Module):
     def __call__(self, tokens: Array) -> jax.Array:
         """Tokens ``[B T]`` to logits ``[B C]``; without a mark its first token is read."""
         tokens = jnp.asarray(tokens)
-        x = self.encoder.hidden(tokens, real=tokens != PAD)
+        read = tokens if self.noise is None else self.noise(tokens)
+        x = self.encoder.hidden(read, real=tokens != PAD)
         places = jnp.stack([jnp.argmax(tokens == mark, axis=1) for mark in self.marks], axis=1)
         x = jnp.take_along_axis(x, places[..., None], axis=1)
         return self.classify(self.dropout(x.reshape(len(x), -1)))
@@ -232,14 +268,36 @@ def build(
     marks: tuple[int, ...],
     *,
     dropout_rate: float,
+    pool: str = "mean",
+    noise: WordDropout | None = None,
     rngs: nnx.Rngs,
 ) -> Any:
-    """The classifier of the model ``pretrained``: of marks if there are any, else of the mean."""
+    """The classifier of the model ``pretrained``: of marks if there are any, else of one vector.
+
+    Args:
+      config: the options.
+      labels: names of the classes.
+      marks: tokens whose vectors are classified; if there are none, ``pool`` makes the vector.
+      dropout_rate: of what is classified.
+      pool: ``"mean"`` of all tokens, or ``"first"``, the first token by way of BERT's pooler.
+      noise: replaces tokens in training.
+      rngs: for the head and dropout.
+
+    Raises:
+      ValueError: another ``pool`` than the mean beside marks.
+    """
+    if marks and pool != "mean":
+        raise ValueError(
+            f"pool must be mean where marked words are classified in place of a pooled vector, got "
+            f"{pool}"
+        )
     body = encoder(config)
     if marks:
-        model: Any = Marked(body, len(labels), marks, dropout_rate=dropout_rate, rngs=rngs)
+        model: Any = Marked(
+            body, len(labels), marks, dropout_rate=dropout_rate, noise=noise, rngs=rngs
+        )
     else:
-        head = classifier(body, labels, pool="mean", dropout_rate=dropout_rate, rngs=rngs)
-        model = Sentences(head)
+        head = classifier(body, labels, pool=pool, dropout_rate=dropout_rate, rngs=rngs)
+        model = Sentences(head, noise)
     model.train()
     return model

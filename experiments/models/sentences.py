@@ -148,6 +148,17 @@ class SelfAttention(nnx.Module):
     ) -> None:
         E = config.width
         self.noise = WordDropout(config.word_dropout, rngs=rngs)
+        embed = None
+        if frequencies is not None:
+            embed = NormalizedEmbeddings(
+                vocabulary,
+                E,
+                frequencies=frequencies,
+                positions=config.vectors,
+                max_length=config.longest,
+                dropout_rate=config.dropout,
+                rngs=rngs,
+            )
         self.encoder = Encoder(
             EncoderConfig(
                 vocabulary,
@@ -158,18 +169,9 @@ class SelfAttention(nnx.Module):
                 pool="mean",
                 dropout_rate=config.dropout,
             ),
+            embed=embed,
             rngs=rngs,
         )
-        if frequencies is not None:
-            self.encoder.embed = NormalizedEmbeddings(
-                vocabulary,
-                E,
-                frequencies=frequencies,
-                positions=config.vectors,
-                max_length=config.longest,
-                dropout_rate=config.dropout,
-                rngs=rngs,
-            )
         self.features = nnx.data(None)
         width = E
         if convolve:
@@ -192,22 +194,30 @@ class SelfAttention(nnx.Module):
 
 
 class WordDropout(nnx.Module):
-    """Replaces random words by the unknown word in training, so that its embedding is trained.
+    """Replaces random words in training: by the unknown word, so that its embedding is trained.
 
     Source: Iyyer et al. 2015, "Deep Unordered Composition Rivals Syntactic Methods".
     """
 
-    def __init__(self, rate: float, *, rngs: nnx.Rngs) -> None:
-        self.rate, self.deterministic = rate, False
+    def __init__(
+        self,
+        rate: float,
+        *,
+        unknown: int = UNKNOWN,
+        kept: tuple[int, ...] = (PAD,),
+        rngs: nnx.Rngs,
+    ) -> None:
+        """``rate`` is the probability of each word, except ``kept``, to become ``unknown``."""
+        self.rate, self.unknown, self.kept, self.deterministic = rate, unknown, kept, False
         self.rngs = rngs.dropout.fork()
 
     def __call__(self, words: Array) -> jax.Array:
-        """``[B T]`` to ``[B T]``; padding is kept."""
+        """``[B T]`` to ``[B T]``."""
         words = jnp.asarray(words)
         if self.deterministic or not self.rate:
             return words
-        drop = jax.random.bernoulli(self.rngs(), self.rate, words.shape) & (words != PAD)
-        return jnp.where(drop, UNKNOWN, words)
+        drop = jax.random.bernoulli(self.rngs(), self.rate, words.shape)
+        return jnp.where(drop & ~jnp.isin(words, jnp.array(self.kept)), self.unknown, words)
 
     def set_view(self, deterministic: bool | None = None) -> None:
         """Called by ``nnx.view``."""

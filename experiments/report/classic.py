@@ -152,6 +152,9 @@ def _minutes(rung: Rung) -> float:
 def verdict(ladder: Ladder, rungs: list[Rung]) -> str:
     """Whether each rung is better than the one below it, and where it is not.
 
+    Two rungs are compared if one of them has several seeds, whose spread the difference must
+    exceed, or if both are fitted without a seed.
+
     Args:
       ladder: the models, in order.
       rungs: all rungs of its data set.
@@ -163,23 +166,51 @@ def verdict(ladder: Ladder, rungs: list[Rung]) -> str:
     if len(run) < 2:
         return " ".join(["There is nothing to compare.", *tail])
     so_far = " so far" if missing else ""
-    found = exceptions(run)
-    if not found:
-        parts = [f"The order holds{so_far}."]
+    pairs = list(itertools.pairwise(run))
+    undecided = [pair for pair in pairs if not _has_spread(pair)]
+    found = [x for pair in pairs if pair not in undecided for x in exceptions(list(pair))]
+    seen = "; ".join(map(_difference, undecided))
+    if len(undecided) == len(pairs):
+        parts = [f"There is no verdict on the order{so_far}, with one seed each: {seen}."]
+    elif not found:
+        parts = [f"The order holds{so_far}{' where there is a spread' if undecided else ''}."]
     elif any(" is better than " in x for x in found):
         parts = [f"The order does not hold{so_far}: {'; '.join(found)}."]
     else:
         parts = [f"The order is not established{so_far}: {'; '.join(found)}."]
+    if undecided and len(undecided) < len(pairs):
+        parts.append(f"No verdict with one seed each: {seen}.")
     parts += _shorter(run) + _longer(chosen, rungs)
-    parts += [ladder.why] if found and ladder.why else []
+    parts += [ladder.why] if (found or " is behind " in seen) and ladder.why else []
     strengths = len([x for step in ladder.steps if step.adversarial for x in _of(step, rungs)])
     if strengths:
         kinds = "One strength was" if strengths == 1 else f"{strengths} strengths were"
         parts.append(f"{kinds} tried.")
-    single = [x.name for x in run if len(x.runs) == 1 and x.runs[0]["parameters"]]
+    told = [rung for pair in undecided for rung in pair]
+    single = [x.name for x in run if len(x.runs) == 1 and not _fitted(x) and x not in told]
     if single:
         parts.append(f"One seed, hence no spread: {', '.join(single)}.")
     return " ".join([*parts, *tail])
+
+
+def _has_spread(pair: tuple[Rung, Rung]) -> bool:
+    """Whether a difference of two rungs can be told from chance."""
+    return any(len(rung.runs) > 1 for rung in pair) or all(map(_fitted, pair))
+
+
+def _difference(pair: tuple[Rung, Rung]) -> str:
+    """Which of two rungs has the better score, in words that are no verdict."""
+    below, above = pair
+    metric, larger = below.runs[0]["metric"], below.runs[0]["larger"]
+    gain = above.mean(metric) - below.mean(metric)
+    way = "level with" if not gain else "ahead of" if (gain > 0) == larger else "behind"
+    one, other = (f"{x.name} ({format_score(metric, x.mean(metric))})" for x in (above, below))
+    return f"{one} is {way} {other}"
+
+
+def _fitted(rung: Rung) -> bool:
+    """Whether the model has no weights, so that every seed gives the same score."""
+    return not rung.runs[0]["parameters"]
 
 
 def _shorter(rungs: list[Rung]) -> list[str]:

@@ -75,7 +75,13 @@ class Config(PretrainedConfig):
     feature_dropout: float = 0.5
     """Dropout rate of the features that the classifier reads."""
     word_dropout: float = 0.1
-    """Probability of replacing a word by the unknown word in training."""
+    """Probability of replacing a word by the unknown word in training; not for pretrained, which
+    has token_dropout."""
+    token_dropout: float = 0.0
+    """pretrained: probability of replacing a token by [MASK] in training."""
+    pool: Literal["mean", "first"] = "mean"
+    """pretrained: what is classified, the mean over all tokens, as in the training of
+    all-MiniLM-L6-v2, or the first token by way of BERT's pooler."""
     word_width: int = 300
     """Width of the word embeddings of text_cnn."""
     filters: int = 100
@@ -91,7 +97,11 @@ class Config(PretrainedConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least_1(self, "word_width", "filters", "least", "longest")
-        below_1(self, "feature_dropout", "word_dropout")
+        below_1(self, "feature_dropout", "word_dropout", "token_dropout")
+        if self.model not in FINETUNED:
+            for name, default in (("token_dropout", 0.0), ("pool", "mean")):
+                if getattr(self, name) != default:
+                    raise ValueError(f"{name} needs the model pretrained, got model {self.model}")
         if self.normalize_embeddings and self.model not in NORMALIZED:
             raise ValueError(
                 f"normalize_embeddings needs a model that learns its word embeddings from the task "
@@ -185,12 +195,13 @@ def load(
     read: Callable[[], dict[str, Labeled]],
     config: Config,
     symbols: tuple[tuple[str, str], ...] = (),
+    ordinary: Callable[[str], str] = str,
 ) -> Data:
     """The splits, encoded with the vocabulary of the training split or of the checkpoint."""
     raw = synthetic(len(classes)) if config.synthetic else read()
     words: text.Words | finetuning.Subwords
     if pretrained := config.model in FINETUNED:
-        words = finetuning.Subwords(finetuning.tokenizer(config), symbols)
+        words = finetuning.Subwords(finetuning.tokenizer(config), symbols, ordinary)
     else:
         words = text.Words.of(raw["train"].texts, config.least)
     splits = {}
@@ -214,8 +225,15 @@ def init(config: Config, data: Data, rngs: nnx.Rngs) -> Model:
     if config.model == "naive_bayes":
         return sentences.NaiveBayes(data.splits["train"].rows, data.splits["train"].labels)
     if isinstance(data.words, finetuning.Subwords):
-        rate, marks = config.feature_dropout, data.words.marks()
-        return finetuning.build(config, data.classes, marks, dropout_rate=rate, rngs=rngs)
+        return finetuning.build(
+            config,
+            data.classes,
+            data.words.marks(),
+            dropout_rate=config.feature_dropout,
+            pool=config.pool,
+            noise=data.words.noise(config.token_dropout, rngs=rngs),
+            rngs=rngs,
+        )
     vocabulary, frequencies = len(data.words), None
     if config.normalize_embeddings:
         words = np.concatenate([np.asarray(row, np.int32) for row in data.splits["train"].rows])
@@ -326,6 +344,7 @@ def task(
     metric: str = "accuracy",
     changes: Mapping[tuple[str, str], Mapping[str, Any]] | None = None,
     symbols: tuple[tuple[str, str], ...] = (),
+    ordinary: Callable[[str], str] = str,
 ) -> Task[Config, Data]:
     """Builds a sentence classification task.
 
@@ -339,13 +358,14 @@ def task(
       changes: options that models have in a preset in place of its own.
       symbols: words of the data that pretrained reads as a symbol of its vocabulary, by which it
         then classifies; see ``finetuning.Marked``.
+      ordinary: from a text of the data to what pretrained reads in its place.
     """
     return Task(
         name=name,
         presets=presets,
         changes=changes or {},
         spaces=SPACES,
-        data=functools.partial(load, classes, read, symbols=symbols),
+        data=functools.partial(load, classes, read, symbols=symbols, ordinary=ordinary),
         init=init,
         batches=batches,
         loss=loss,

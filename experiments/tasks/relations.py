@@ -136,6 +136,12 @@ CHANGES = {
         "evaluations": 4,
     },
     ("smoke", "pretrained"): finetuning.SMOKE,
+    ("accelerator", "pretrained"): {
+        **finetuning.ACCELERATOR,
+        "feature_dropout": 0.1,
+        "steps": 560,
+        "evaluations": 5,
+    },
 }
 SYMBOLS = (("<e1>", "§"), ("</e1>", "§"), ("<e2>", "¶"), ("</e2>", "¶"))  # rare in any text
 

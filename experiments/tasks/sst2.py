@@ -12,10 +12,12 @@ Data: the Stanford Sentiment Treebank with two classes, R. Socher et al., "Recur
 Semantic Compositionality Over a Sentiment Treebank", 2013: 6,920 training, 872 validation and 1,821
 test sentences. Most published results also train on the ten times as many phrases of the trees;
 this task uses sentences only. For research use with citation; no license is stated. Lower-cased.
+The model ``pretrained`` reads the Treebank's tokens as ordinary text, see ``text.ordinary``.
 """
 
 from __future__ import annotations
 
+from experiments.datasets import text
 from experiments.datasets.files import lines
 from experiments.models import finetuning
 from experiments.tasks import classification
@@ -48,7 +50,7 @@ def read() -> dict[str, Labeled]:
     """The published splits."""
     files = {"train": "train", "validation": "dev", "test": "test"}
     return {
-        split: classification.labeled(lines(f"{FOLDER}/stsa.binary.{name}", encoding="latin-1"))
+        split: classification.labeled(lines(f"{FOLDER}/stsa.binary.{name}"))
         for split, name in files.items()
     }
 
@@ -61,6 +63,12 @@ CHANGES = {
         "evaluations": 3,
     },
     ("smoke", "pretrained"): finetuning.SMOKE,
+    ("accelerator", "pretrained"): {
+        **finetuning.ACCELERATOR,
+        "feature_dropout": 0.1,
+        "steps": 430,
+        "evaluations": 8,
+    },
 }
 
-TASK = classification.task("sst2", CLASSES, read, PRESETS, changes=CHANGES)
+TASK = classification.task("sst2", CLASSES, read, PRESETS, changes=CHANGES, ordinary=text.ordinary)

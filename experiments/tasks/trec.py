@@ -70,6 +70,12 @@ CHANGES = {
         "evaluations": 4,
     },
     ("smoke", "pretrained"): finetuning.SMOKE,
+    ("accelerator", "pretrained"): {
+        **finetuning.ACCELERATOR,
+        "feature_dropout": 0.1,
+        "steps": 460,
+        "evaluations": 6,
+    },
 }
 
 TASK = classification.task("trec", CLASSES, read, PRESETS, changes=CHANGES)

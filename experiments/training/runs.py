@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import importlib.util
 import json
 import os
 import platform
@@ -71,6 +72,14 @@ class Flags:
     process: int | None = None
     """Which of them this is, from 0. Process 0 prints and records."""
 
+    def __post_init__(self) -> None:
+        if self.save_every is not None and self.save_every < 1:
+            raise ValueError(f"save_every must be at least 1, got {self.save_every}")
+        if self.record is not None and self.record.exists() and not self.record.is_dir():
+            raise ValueError(f"record must be a folder, got the file {self.record}")
+        if self.tensorboard and importlib.util.find_spec("tensorboardX") is None:
+            raise ModuleNotFoundError("No module named 'tensorboardX'", name="tensorboardX")
+
 
 def folder_of(task: Task[Any, Any], config: TrainConfig, *, preset: str, flags: Flags) -> Path:
     """The folder of a run."""
@@ -79,8 +88,15 @@ def folder_of(task: Task[Any, Any], config: TrainConfig, *, preset: str, flags: 
     return flags.out / task.name / (flags.name or default)
 
 
-def start_together(task: Task[Any, Any], config: TrainConfig, *, preset: str, flags: Flags) -> Path:
-    """``start`` in the first process, while the others wait.
+def together(
+    function: Callable[..., Path],
+    task: Task[Any, Any],
+    config: TrainConfig,
+    *,
+    preset: str,
+    flags: Flags,
+) -> Path:
+    """``check`` or ``start`` in the first process, while the others wait.
 
     Raises:
       Exception: that of the first process; ValueError in the others.
@@ -88,7 +104,7 @@ def start_together(task: Task[Any, Any], config: TrainConfig, *, preset: str, fl
     problem: Exception | None = None
     if jax.process_index() == 0:
         try:
-            start(task, config, preset=preset, flags=flags)
+            function(task, config, preset=preset, flags=flags)
         except Exception as raised:  # noqa: BLE001 - the others wait in any case
             problem = raised
     failed = agreed(int(problem is not None))
@@ -99,8 +115,8 @@ def start_together(task: Task[Any, Any], config: TrainConfig, *, preset: str, fl
     return folder_of(task, config, preset=preset, flags=flags)
 
 
-def start(task: Task[Any, Any], config: TrainConfig, *, preset: str, flags: Flags) -> Path:
-    """Makes the folder of a run, or finds it to resume.
+def check(task: Task[Any, Any], config: TrainConfig, *, preset: str, flags: Flags) -> Path:
+    """The folder of a run, which may be started, resumed or replaced there; changes nothing.
 
     Raises:
       ValueError: the run exists and the flags say neither resume nor overwrite; or it cannot be
@@ -123,16 +139,34 @@ def start(task: Task[Any, Any], config: TrainConfig, *, preset: str, flags: Flag
                 f"{folder} cannot be resumed: it was started with another configuration: "
                 f"{'; '.join(changed)}"
             )
-    elif folder.exists():
+    return folder
+
+
+def start(task: Task[Any, Any], config: TrainConfig, *, preset: str, flags: Flags) -> Path:
+    """Makes the folder of a run, or finds it to resume; removes what a replaced run left there.
+
+    Raises:
+      ValueError: see ``check``.
+    """
+    folder = check(task, config, preset=preset, flags=flags)
+    file = folder / FILE
+    if flags.overwrite or not file.exists():
         for name in ("checkpoints", "tensorboard", "profile"):
             shutil.rmtree(folder / name, ignore_errors=True)
-        (folder / "log.jsonl").unlink(missing_ok=True)
+        for name in ("log.jsonl", "record.json"):
+            (folder / name).unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     content = {"task": task.name, "preset": preset, "config": configs.as_json(config)}
     unfinished = folder / f"{FILE}.unfinished"  # renamed once it is whole
     unfinished.write_text(json.dumps(content, indent=1) + "\n")
     os.replace(unfinished, file)
     return folder
+
+
+def identity(folder: Path) -> tuple[int, int] | None:
+    """What tells the run in a folder from one that replaces it; None if there is no run."""
+    file = folder / FILE
+    return (file.stat().st_ino, file.stat().st_mtime_ns) if file.exists() else None
 
 
 def _read(file: Path) -> dict[str, Any]:

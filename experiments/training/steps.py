@@ -54,6 +54,8 @@ class Trainer(NamedTuple):
     update: Callable[[State, Batch, int], tuple[State, jax.Array, jax.Array, jax.Array]]
     """One step: the new state, the loss, the number of its terms, and the norm of the gradient. The
     batch has the rows of this process; the old state is donated."""
+    check: Callable[[State, Batch], None]
+    """Traces a step without running it, so that what an option breaks is raised early."""
     model: Callable[[Any], Model]
     """The model with these weights, in evaluation mode."""
     rows: Rows
@@ -99,11 +101,25 @@ def trainer(
         model.eval()
         return model
 
+    def on_mesh() -> contextlib.AbstractContextManager[Any]:
+        return jax.set_mesh(layout.mesh) if layout.mesh.size > 1 else contextlib.nullcontext()
+
     def step(state: State, batch: Batch, step: int) -> Any:
-        with jax.set_mesh(layout.mesh) if layout.mesh.size > 1 else contextlib.nullcontext():
+        with on_mesh():
             return update(state, layout.put_batch(batch), step, on_devices)
 
-    return Trainer(initial=initial, put=layout.put, update=step, model=evaluated, rows=layout.rows)
+    def check(state: State, batch: Batch) -> None:
+        with on_mesh():
+            update.trace(state, layout.put_batch(batch), 0, on_devices)
+
+    return Trainer(
+        initial=initial,
+        put=layout.put,
+        update=step,
+        check=check,
+        model=evaluated,
+        rows=layout.rows,
+    )
 
 
 def _update(
@@ -113,7 +129,7 @@ def _update(
     optimizer: optax.GradientTransformation,
     layout: Layout,
     placed: Any,
-) -> Callable[[State, Batch, Any, Any], tuple[State, jax.Array, jax.Array, jax.Array]]:
+) -> jax.stages.Wrapped:
     """``Trainer.update``; its last argument is the part of the model that is not trained.
 
     Args:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -27,11 +27,19 @@ from experiments.training.checkpoints import BEST, LAST, Checkpoints
 from experiments.training.layout import agreed, connect, layout
 from experiments.training.progress import Progress, one_line
 from experiments.training.runs import Flags
-from experiments.training.steps import State, trainer
+from experiments.training.steps import State, Trainer, trainer
 from experiments.training.task import Batch, C, D, Model, Record, Task
 
 # Steps after which several processes agree on whether the time is up.
 CLOCK = 10
+
+
+class Prepared(NamedTuple):
+    """What a run needs for its first step."""
+
+    model: Model
+    training: Trainer | None
+    """None for a model without parameters."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,12 +54,17 @@ class Trained:
 
 
 def run(task: Task[C, D], config: C, *, preset: str, flags: Flags) -> Record:
-    """Trains, scores the test split and writes the record; returns it (in process 0)."""
+    """Trains, scores the test split and writes the record; returns it (in process 0).
+
+    A run that is replaced stays as it is until the first step of the new one can be taken.
+    """
     connect(flags.coordinator, flags.processes, flags.process)
-    layout(flags.mesh, fsdp=flags.fsdp, devices=config.devices)  # raises before there is a folder
-    folder = runs.start_together(task, config, preset=preset, flags=flags)
+    layout(flags.mesh, fsdp=flags.fsdp, devices=config.devices)  # raises before data are read
+    runs.together(runs.check, task, config, preset=preset, flags=flags)
     data = task.data(config)
-    trained = train(task, config, data, folder, flags)
+    prepared = prepare(task, config, data, flags)
+    folder = runs.together(runs.start, task, config, preset=preset, flags=flags)
+    trained = train(task, config, data, folder, flags, prepared)
     progress = trained.progress
     test = task.evaluate(config, trained.model, data, "test")
     if jax.process_index() > 0:
@@ -80,26 +93,48 @@ def run(task: Task[C, D], config: C, *, preset: str, flags: Flags) -> Record:
     return record
 
 
-def train(
-    task: Task[C, D], config: C, data: D, folder: Path, flags: Flags | None = None
-) -> Trained:
-    """Runs the loop.
-
-    Raises:
-      FloatingPointError: the loss became NaN or infinite; the message names the step and a file
-        that holds the batch.
-    """
+def prepare(task: Task[C, D], config: C, data: D, flags: Flags | None = None) -> Prepared:
+    """Makes the model and traces its first step, which raises what is wrong with any option."""
     flags = Flags() if flags is None else flags
     split = layout(flags.mesh, fsdp=flags.fsdp, devices=config.devices)
     model = split.create(
         lambda: runs.initial(task, config, data),
         traced=getattr(config, "model", None) not in task.untraced,
     )
-    progress = Progress(task.metric, task.larger)
     if not count_parameters(model):
+        return Prepared(model, None)
+    training = trainer(task.loss, config, model, split)
+    training.check(training.initial, next(task.batches(config, data, 0, training.rows)))
+    return Prepared(model, training)
+
+
+def train(
+    task: Task[C, D],
+    config: C,
+    data: D,
+    folder: Path,
+    flags: Flags | None = None,
+    prepared: Prepared | None = None,
+) -> Trained:
+    """Runs the loop.
+
+    Args:
+      task, config, data: what is trained.
+      folder: of the run.
+      flags: of the command.
+      prepared: what ``prepare`` returned for them; default: it is called here.
+
+    Raises:
+      FloatingPointError: the loss became NaN or infinite; the message names the step and a file
+        that holds the batch.
+    """
+    flags = Flags() if flags is None else flags
+    prepared = prepare(task, config, data, flags) if prepared is None else prepared
+    model, training = prepared
+    progress = Progress(task.metric, task.larger)
+    if training is None:
         scores = task.evaluate(config, model, data, "validation")
         return Trained(model, None, progress.closed(scores))
-    training = trainer(task.loss, config, model, split)
     state, checkpoints = training.put(training.initial), Checkpoints(folder / "checkpoints")
     if flags.resume and (saved := checkpoints.restore(LAST, state)) is not None:
         state, progress = saved.state, Progress.from_notes(progress, saved.notes)

@@ -13,7 +13,7 @@ def wrong_models():
     """Of models and decoding, likewise."""
     from flax import nnx
 
-    from attention_jax import models
+    from attention_jax import models, nn
     from attention_jax.models import Layers, Sampling, beam_search, generate
 
     value, type_ = "ValueError", "TypeError"
@@ -33,7 +33,32 @@ def wrong_models():
     plain = models.EncoderConfig(10, small)
     fresh = functools.partial(models.classifier, rngs=nnx.Rngs(0))
     free = models.Decoder(other, rngs=nnx.Rngs(0))
+    one_row, tokens = real[:1], "real must be bool of the tokens' shape (2, 3)"
+    vectors, rngs = f(B, 3, 8), nnx.Rngs(0)
     return [
+        (
+            lambda: models.Encoder(plain, embed=nn.Embeddings(9, 8, rngs=rngs), rngs=rngs),
+            value,
+            "embed must have a table of the shape (vocabulary, features) (10, 8)",
+            "(9, 8)",
+        ),
+        (lambda: encoder(prompt, real=one_row), value, tokens, "(1, 3)"),
+        (lambda: encoder.pooled(vectors, one_row), value, tokens, "(1, 3)"),
+        (lambda: encoder.stack(vectors, real=one_row), value, tokens, "(1, 3)"),
+        (lambda: encoder.embed(prompt, real=one_row[0]), value, tokens, "(3,)"),
+        (lambda: decoder(prompt, real=one_row), value, tokens, "(1, 3)"),
+        (
+            lambda: both(prompt, prompt, source_real=one_row),
+            value,
+            "source_real must be bool of the source's shape (2, 3)",
+            "(1, 3)",
+        ),
+        (
+            lambda: both(prompt, prompt, target_real=one_row),
+            value,
+            "target_real must be bool of the target's shape (2, 3)",
+            "(1, 3)",
+        ),
         (
             lambda: stack(features=9),
             value,

@@ -67,6 +67,7 @@ from jax.sharding import Mesh
 
 from attention_jax.models.decoder import DecoderConfig
 from attention_jax.models.encoder import EncoderConfig
+from attention_jax.models.heads import ClassifierConfig
 from attention_jax.models.layers import Layers
 from attention_jax.models.pretrained import (
     bert,
@@ -308,7 +309,8 @@ def save(
       config: more entries for ``config.json``, ``eos_token_id`` for example.
 
     Raises:
-      NotImplementedError: no family has such a model.
+      NotImplementedError: no family has such a model; among them a classifier of the mean of all
+        tokens, which Hugging Face has no class for: ``nnx.state(model)`` can be saved.
       ValueError: the model does not match its ``config``, since it has adapters or other
         parameters; an entry in ``config`` that would change the model.
       TypeError: not a model of ``attention_jax.models``.
@@ -381,6 +383,12 @@ def _to_hf(config: Any, more: dict[str, Any]) -> tuple[Family, dict[str, Any]]:
             if _read_back(family, config, entries | more) != again:
                 raise ValueError(f"config must not change the model, got {more}")
             return family, entries | more
+    if isinstance(config, ClassifierConfig) and config.encoder.pool != "first":
+        raise NotImplementedError(
+            f"no checkpoint of Hugging Face's has a classifier of the {config.encoder.pool} of all "
+            f"tokens: put a head on the first one, classifier(..., pool='first'), or save "
+            f"nnx.state(model) instead"
+        )
     raise NotImplementedError(
         f"no family of checkpoints can express this model: {config}. Save its nnx.state instead"
     )

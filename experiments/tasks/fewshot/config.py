@@ -110,9 +110,13 @@ _CPU = {
     "evaluations": 1,
     "feature_dropout": 0.1,
 }
+_ACCELERATOR = {**_CPU, "freeze": None, "dtype": "bfloat16", "minutes": None}
+_ADAPTED = {"learning_rate": 2e-3, "layer_decay": 1.0}
 CHANGES = {
     ("cpu", "pretrained"): _CPU,
-    ("cpu", "pretrained_adapted"): {**_CPU, "learning_rate": 2e-3, "layer_decay": 1.0},
+    ("cpu", "pretrained_adapted"): {**_CPU, **_ADAPTED},
     ("smoke", "pretrained"): finetuning.SMOKE,
     ("smoke", "pretrained_adapted"): finetuning.SMOKE,
+    ("accelerator", "pretrained"): _ACCELERATOR,
+    ("accelerator", "pretrained_adapted"): {**_ACCELERATOR, **_ADAPTED},
 }

@@ -84,4 +84,9 @@ CHANGES = {
         "evaluations": 4,
     },
     ("smoke", "pretrained"): finetuning.SMOKE,
+    ("accelerator", "pretrained"): {
+        **finetuning.ACCELERATOR,
+        "steps": 425,
+        "evaluations": 5,
+    },
 }

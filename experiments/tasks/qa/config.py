@@ -106,4 +106,10 @@ CHANGES = {
         "evaluations": 2,
     },
     ("smoke", "pretrained"): finetuning.SMOKE,
+    ("accelerator", "pretrained"): {
+        **finetuning.ACCELERATOR,
+        "steps": 400,
+        "learning_rate": 3e-4,
+        "evaluations": 4,
+    },
 }

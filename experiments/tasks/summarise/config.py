@@ -99,4 +99,11 @@ CHANGES = {
         "evaluations": 3,
     },
     ("smoke", "pretrained"): {**finetuning.SMOKE, "depth": 1},
+    ("accelerator", "pretrained"): {
+        **finetuning.ACCELERATOR,
+        "learning_rate": 6e-4,
+        "layer_decay": 0.5,
+        "steps": 3000,
+        "evaluations": 5,
+    },
 }
