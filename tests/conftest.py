@@ -62,17 +62,18 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("default")
 
 
+def pytest_collection_modifyitems(items):
+    """Examples in docstrings run as pasted, without the names of their module."""
+    for item in items:
+        if isinstance(item, doctest.DoctestItem):
+            item.dtest.globs.clear()
+            item.dtest.globs["__name__"] = "__main__"
+
+
 def pytest_collection_finish():
     """Freezes all imported objects, so that the garbage collector does not scan them again."""
     gc.collect()
     gc.freeze()
-
-
-def pytest_itemcollected(item):
-    """Examples in docstrings run as pasted, without the names of their module."""
-    if isinstance(item, doctest.DoctestItem):
-        item.dtest.globs.clear()
-        item.dtest.globs["__name__"] = "__main__"
 
 
 @pytest.fixture

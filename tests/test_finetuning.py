@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tiny_bert
 from flax import nnx
+from helpers import mostly_slow
 
 from experiments.__main__ import main
 from experiments.models import finetuning
