@@ -48,6 +48,45 @@ that is already trained:
 >>> run(tag, np.ones((1, 6), int)).shape
 (1, 6, 3)
 
+Fine-tuning, from the folder of a checkpoint to predictions. Here the checkpoint is a tiny one that
+is made first; ``pretrained.minilm()`` is the folder of a real one:
+
+>>> import pathlib, tempfile
+>>> import optax, tokenizers
+>>> from attention_jax.models import classifier, pretrained
+>>> folder = pathlib.Path(tempfile.mkdtemp())
+>>> words = {"[PAD]": 0, "[UNK]": 1, "good": 2, "bad": 3, "film": 4}
+>>> made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
+>>> made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+>>> made.save(str(folder / "tokenizer.json"))
+>>> post = Layers(features=8, num_layers=1, num_heads=2, order="post")
+>>> bert = EncoderConfig(len(words), post, types=2, embedding_norm=True)
+>>> pretrained.save(Encoder(bert, rngs=nnx.Rngs(0)), folder)
+
+>>> tokenizer = pretrained.load_tokenizer(folder)
+>>> encoder = pretrained.load(folder, config={"architectures": ["BertModel"]})
+>>> model = classifier(encoder, ["negative", "positive"], pool="mean", rngs=nnx.Rngs(0))
+>>> optimizer = nnx.Optimizer(model, optax.adamw(1e-2), wrt=nnx.Param)
+>>> @nnx.jit
+... def step(model, optimizer, batch, labels):
+...     def loss(model):
+...         logits = model(batch.tokens, real=batch.real, types=batch.types)
+...         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+...     value, gradient = nnx.value_and_grad(loss)(model)
+...     optimizer.update(model, gradient)
+...     return value
+>>> texts, labels = ["a good film", "good", "bad film", "a bad one"], np.array([1, 1, 0, 0])
+>>> batch = pretrained.pad(tokenizer(texts).rows)
+>>> model.train()  # enables dropout
+>>> losses = [float(step(model, optimizer, batch, labels)) for _ in range(20)]
+>>> losses[-1] < losses[0] / 2
+True
+>>> model.eval()
+>>> new = pretrained.pad(tokenizer(["a good one", "a bad film"]).rows)
+>>> logits = model(new.tokens, real=new.real, types=new.types)
+>>> [model.config.labels[i] for i in np.argmax(logits, axis=-1)]
+['positive', 'negative']
+
 An encoder-decoder, and a vision transformer:
 
 >>> plain = Layers(features=8, num_layers=1, num_heads=2)

@@ -97,7 +97,7 @@ TREEBANK = {
 
 
 def ordinary(text: str) -> str:
-    """A lower-cased text of the Penn Treebank as ordinary text, for a pretrained tokenizer.
+    r"""A lower-cased text of the Penn Treebank as ordinary text, for a pretrained tokenizer.
 
     Spaces before punctuation stay, since such a tokenizer splits there in any case.
 

@@ -16,8 +16,7 @@ from __future__ import annotations
 
 import base64
 import html
-import struct
-import zlib
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -181,13 +180,8 @@ def _mix(color: tuple[int, int, int], strength: float) -> tuple[int, ...]:
 
 def _png(pixels: np.ndarray) -> bytes:
     """A PNG file of colors ``[height width 3]``, uint8."""
-    height, width, _ = pixels.shape
+    from matplotlib.image import imsave
 
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        checked = kind + data
-        return struct.pack(">I", len(data)) + checked + struct.pack(">I", zlib.crc32(checked))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    rows = b"".join(b"\0" + row.tobytes() for row in pixels)  # 0: no filter
-    parts = (chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b""))
-    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+    file = io.BytesIO()
+    imsave(file, pixels, format="png")
+    return file.getvalue()
