@@ -5,7 +5,6 @@ import pytest
 from checkpoints import assert_same
 
 from attention_jax.models import pretrained
-from attention_jax.models.pretrained import bert, gpt2, llama, t5, vit
 from attention_jax.models.pretrained.hf_config import HFConfig
 from attention_jax.positions import Llama3, Rotary, YaRN
 
@@ -105,7 +104,7 @@ HARMFUL = [
     ("vit", {"patch_size": [16, 8]}, "patch_size = (16, 8) is not supported, only squares"),
     ("gpt2", {"quantization_config": {"bits": 4}}, "config={'quantization_config': None} ignores"),
 ]
-FAMILIES = {kind: family for family in (bert, gpt2, llama, t5, vit) for kind in family.MODEL_TYPES}
+FAMILIES = {kind: family for family in pretrained.FAMILIES for kind in family.MODEL_TYPES}
 LLAMA_SIZES = {
     "vocab_size": 5,
     "hidden_size": 16,

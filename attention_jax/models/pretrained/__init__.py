@@ -67,6 +67,7 @@ from attention_jax.models.layers import Layers
 from attention_jax.models.pretrained import (
     bert,
     folders,
+    gemma,
     gpt2,
     llama,
     matching,
@@ -112,7 +113,7 @@ __all__ = [
     "save_adapters",
 ]
 
-FAMILIES: tuple[Family, ...] = (bert, gpt2, llama, t5, vit)
+FAMILIES: tuple[Family, ...] = (bert, gpt2, *llama.FAMILIES, *gemma.FAMILIES, t5, vit)
 
 
 def load(
