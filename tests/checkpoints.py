@@ -40,6 +40,12 @@ T5 = models.Layers(
 )
 
 
+# What the encoders of other families have beside what a BERT has.
+ENCODERS = {
+    "roberta": {"first_position": 2, "pooler": True, "pooler_dropout": True},
+}
+
+
 def bert_model(**head):
     options = {"types": 2, "embedding_norm": True, "max_length": 6, **head}
     return models.Encoder(models.EncoderConfig(11, BERT, **options), rngs=nnx.Rngs(0))
@@ -67,6 +73,8 @@ def make(kind):
             return models.VisionTransformer(config, rngs=rngs)
         case "bert":
             return bert_model(pooler=True)
+        case name if name in ENCODERS:
+            return bert_model(**ENCODERS[name])
         case "bert tokens":
             return bert_model(head="tokens")
         case "bert classes":

@@ -5,7 +5,6 @@ import pytest
 from checkpoints import assert_same
 
 from attention_jax.models import pretrained
-from attention_jax.models.pretrained import bert, gpt2, llama, t5, vit
 from attention_jax.models.pretrained.hf_config import HFConfig
 from attention_jax.positions import Llama3, Rotary, YaRN
 
@@ -46,6 +45,15 @@ PUBLISHED = {
                 "version": "4.1.0.dev0",
             },
             "sbert_ce_default_activation_function": "torch.nn.modules.linear.Identity",
+        },
+    ),
+    "xlm-roberta-base": (
+        "roberta",
+        {
+            "model_type": "xlm-roberta",
+            "architectures": ["XLMRobertaModel"],
+            "output_past": True,
+            "position_embedding_type": "absolute",
         },
     ),
     "SmolLM": (
@@ -99,13 +107,22 @@ HARMFUL = [
     ("bert", {"pooler_type": "mean"}, "pooler_type = 'mean' is not supported"),
     ("bert", {"pruned_heads": {"0": [1]}}, "pruned_heads = {'0': [1]} is not supported"),
     ("bert", {"is_encoder_decoder": True}, "is_encoder_decoder = True is not supported"),
+    ("roberta", {"pad_token_id": None}, "pad_token_id must be a token, got None"),
+    ("xlm-roberta", {"max_position_embeddings": 2}, "max_position_embeddings must be above 2"),
+    ("camembert", {"position_embedding_type": "relative_key"}, "'relative_key' is not supported"),
+    ("camembert", {"tie_word_embeddings": False}, "tie_word_embeddings = False is not supported"),
+    (
+        "roberta",
+        {"architectures": ["RobertaForMaskedLM"], "hidden_act": "relu"},
+        "hidden_act = 'relu' is not supported with the head of tokens",
+    ),
     ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "truncate": 1}}, "truncate"),
     ("t5", {"feed_forward_proj": None}, "feed_forward_proj must be a name, got None"),
     ("vit", {"image_size": [224]}, "image_size must be one or two positive integers, got [224]"),
     ("vit", {"patch_size": [16, 8]}, "patch_size = (16, 8) is not supported, only squares"),
     ("gpt2", {"quantization_config": {"bits": 4}}, "config={'quantization_config': None} ignores"),
 ]
-FAMILIES = {kind: family for family in (bert, gpt2, llama, t5, vit) for kind in family.MODEL_TYPES}
+FAMILIES = {kind: family for family in pretrained.FAMILIES for kind in family.MODEL_TYPES}
 LLAMA_SIZES = {
     "vocab_size": 5,
     "hidden_size": 16,
@@ -115,7 +132,7 @@ LLAMA_SIZES = {
 }
 T5_SIZES = {"d_kv": 2, "d_ff": 8, "num_layers": 1, "num_heads": 2}
 SIZES = {
-    "bert": LLAMA_SIZES,
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert"), LLAMA_SIZES),
     "gpt2": {"vocab_size": 5, "n_embd": 8, "n_layer": 1, "n_head": 2},
     "llama": LLAMA_SIZES,
     "mistral": LLAMA_SIZES,
@@ -147,6 +164,8 @@ def test_harmful_entries_raise(kind, entries, message):
         ("mistral", "MistralForSequenceClassification"),
         ("gemma2", "Gemma2Model"),
         ("bert", "BertForMultipleChoice"),
+        ("roberta", "RobertaForMultipleChoice"),
+        ("xlm-roberta", "XLMRobertaForCausalLM"),
         ("gpt2", "GPT2ForSequenceClassification"),
         ("t5", "T5EncoderModel"),
         ("vit", "ViTForMaskedImageModeling"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -38,11 +39,16 @@ class EncoderConfig:
       vocabulary: number of tokens (V).
       layers: the stack.
       positions: vectors added to those of the tokens: ``"learned"``, ``"sinusoidal"`` or None.
-      max_length: rows of learned positions.
+      max_length: number of learned positions.
+      first_position: row of the table of positions for the first token, 2 in RoBERTa; the rows
+        before it are not used.
       embedding_scale: of the token vectors, before positions are added.
       types: number of token types (segments), 0 for none.
       embedding_norm: whether the embeddings are normalized.
-      pooler: whether the pooled vector goes through a projection and tanh.
+      pooler: whether the pooled vector goes through a projection and an activation.
+      pooler_activation: of the pooler, ``"tanh"`` or one of those of ``Layers``. Without a pooler,
+        that of the one that ``models.classifier`` adds.
+      pooler_dropout: whether a ``Classifier`` applies its dropout in front of the pooler too.
       pool: ``"first"``, the first real token (the class token), or ``"mean"`` of the real tokens.
       head: ``"tokens"``, logits of the vocabulary for each token; or None. The heads of
         ``models.heads`` stand on an encoder without one.
@@ -53,10 +59,13 @@ class EncoderConfig:
     layers: Layers
     positions: str | None = "learned"
     max_length: int | None = 512
+    first_position: int = 0
     embedding_scale: float = 1.0
     types: int = 0
     embedding_norm: bool = False
     pooler: bool = False
+    pooler_activation: str = "tanh"
+    pooler_dropout: bool = False
     pool: str = "first"
     head: str | None = None
     dropout_rate: float = 0.0
@@ -64,10 +73,16 @@ class EncoderConfig:
     def __post_init__(self) -> None:
         check_embeddings(self)
         int_at_least("types", self.types, 0)
+        int_at_least("first_position", self.first_position, 0)
         if self.head not in HEADS:
             raise ValueError(f"head must be one of {HEADS}, got {self.head!r}")
         if self.pool not in POOLS:
             raise ValueError(f"pool must be one of {POOLS}, got {self.pool!r}")
+        if self.pooler_activation not in ACTIVATIONS:
+            raise ValueError(
+                f"pooler_activation must be one of {sorted(ACTIVATIONS)}, got "
+                f"{self.pooler_activation!r}"
+            )
 
 
 class Encoder(nnx.Module):
@@ -98,6 +113,7 @@ class Encoder(nnx.Module):
             E,
             positions=config.positions,
             max_length=config.max_length,
+            first_position=config.first_position,
             scale=config.embedding_scale,
             types=config.types,
             norm=norm if config.embedding_norm else None,
@@ -163,12 +179,28 @@ class Encoder(nnx.Module):
         x = self.embed(tokens, positions=positions, types=types, real=real)
         return self.stack(x, real=real, mask=mask, positions=positions)
 
-    def pooled(self, x: Float[AnyArray, "*B T E"], real: Any = None) -> jax.Array:
-        """One vector for the sequence, ``[*B E]``, through the pooler if there is one."""
+    def pooled(
+        self,
+        x: Float[AnyArray, "*B T E"],
+        real: Any = None,
+        *,
+        dropout: Callable[[jax.Array], jax.Array] | None = None,
+    ) -> jax.Array:
+        """One vector for the sequence, ``[*B E]``, through the pooler if there is one.
+
+        Args:
+          x: the vectors of the tokens, from ``hidden``.
+          real: bool ``[*B T]``, False for padding.
+          dropout: of a head, applied in front of the pooler with ``pooler_dropout``.
+        """
         x = jnp.asarray(x)
         real = as_real(real, x.shape[:-1])
         x = pooling.first(x, real) if self.config.pool == "first" else pooling.mean(x, real)
-        return x if self.pooler is None else jnp.tanh(self.pooler(x))
+        if self.pooler is None:
+            return x
+        if self.config.pooler_dropout and dropout is not None:
+            x = dropout(x)
+        return ACTIVATIONS[self.config.pooler_activation](self.pooler(x))
 
     def token_logits(self, x: Float[AnyArray, "*B T E"]) -> jax.Array:
         """``norm(activation(x W)) . table + bias``: ``[*B T E]`` to ``[*B T V]``."""

@@ -102,6 +102,7 @@ class Block(nnx.Module):
         cross_attention: MultiHeadAttention | None = None,
         order: str = "pre",
         dropout_rate: float = 0.0,
+        attention_dropout_rate: float | None = None,
         rngs: nnx.Rngs | None = None,
     ) -> None:
         """Wraps each sublayer into a ``Residual``.
@@ -113,13 +114,15 @@ class Block(nnx.Module):
           cross_attention: attention to a context, between the two.
           order: ``"pre"``, ``"post"`` or ``"both"``; see ``Residual``.
           dropout_rate: of the output of each sublayer.
+          attention_dropout_rate: of the output of the self-attention; default ``dropout_rate``.
           rngs: for dropout.
         """
 
-        def residual(sublayer: Any) -> Residual:
-            return Residual(sublayer, norm, order=order, dropout_rate=dropout_rate, rngs=rngs)
+        def residual(sublayer: Any, rate: float = dropout_rate) -> Residual:
+            return Residual(sublayer, norm, order=order, dropout_rate=rate, rngs=rngs)
 
-        self.attention = residual(attention)
+        rate = dropout_rate if attention_dropout_rate is None else attention_dropout_rate
+        self.attention = residual(attention, rate)
         self.cross_attention = nnx.data(
             None if cross_attention is None else residual(cross_attention)
         )

@@ -21,6 +21,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,
+    "tanh": jnp.tanh,
 }
 
 
@@ -58,7 +59,8 @@ class FeedForward(nnx.Module):
         Args:
           features: width of the model (E).
           hidden: width between the projections.
-          activation: ``"gelu"`` (exact), ``"gelu_tanh"``, ``"relu"``, ``"silu"``, or a function.
+          activation: ``"gelu"`` (exact), ``"gelu_tanh"``, ``"relu"``, ``"silu"``, ``"tanh"``, or a
+            function.
           gated: adds a third projection, see above.
           bias: whether the projections have a bias.
           dropout_rate: of the hidden activations.
