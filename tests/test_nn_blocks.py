@@ -10,7 +10,8 @@ from flax import nnx
 from helpers import close, linear, normal, randomized
 
 from attention_jax import masks, nn, positions
-from attention_jax.models.layers import Layers, Stack
+from attention_jax.models.layers import Layers
+from attention_jax.models.stack import Stack
 
 B, T, S, E = 2, 7, 5, 12
 

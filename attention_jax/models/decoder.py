@@ -20,7 +20,9 @@ from attention_jax.core.axes import (
     positive_float,
 )
 from attention_jax.masks import Mask
-from attention_jax.models.layers import Layers, Stack, check_embeddings, positions_after
+from attention_jax.models.layers import Layers, check_embeddings
+from attention_jax.models.stack import Stack
+from attention_jax.models.tokens import positions_after
 from attention_jax.nn import Embeddings
 from attention_jax.nn.linear import linear
 from attention_jax.nn.padding import as_real, places

@@ -19,7 +19,8 @@ from attention_jax.core.axes import (
     same_rank,
 )
 from attention_jax.masks import Mask
-from attention_jax.models.layers import Layers, Stack, check_embeddings
+from attention_jax.models.layers import Layers, check_embeddings
+from attention_jax.models.stack import Stack
 from attention_jax.nn import Embeddings, pooling
 from attention_jax.nn.feed_forward import ACTIVATIONS
 from attention_jax.nn.linear import linear

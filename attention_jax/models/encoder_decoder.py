@@ -13,7 +13,9 @@ from jaxtyping import Float
 from attention_jax.cache import KVCache
 from attention_jax.core.axes import AnyArray, accumulation_dtype, brief_fields, check_positions
 from attention_jax.models.decoder import check_capacity, first_tokens
-from attention_jax.models.layers import Layers, Stack, check_embeddings, padding, positions_after
+from attention_jax.models.layers import Layers, check_embeddings
+from attention_jax.models.stack import Stack
+from attention_jax.models.tokens import padding, positions_after
 from attention_jax.nn import Embeddings, FeedForward, Residual
 from attention_jax.nn.linear import linear
 from attention_jax.nn.padding import as_real, places

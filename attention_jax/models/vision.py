@@ -13,7 +13,8 @@ from jaxtyping import Float
 from attention_jax.core.axes import AnyArray, accumulation_dtype, int_at_least, same_rank
 from attention_jax.core.dropout import check_rate
 from attention_jax.core.shards import gathered
-from attention_jax.models.layers import Layers, Stack
+from attention_jax.models.layers import Layers
+from attention_jax.models.stack import Stack
 from attention_jax.nn import AttentionPooling, ClassToken, pooling
 from attention_jax.nn.embeddings import EMBED_INIT
 from attention_jax.nn.linear import linear
