@@ -14,6 +14,8 @@ with warnings.catch_warnings():
     transformers = pytest.importorskip("transformers")
 
 
+from checkpoints import write_modules  # noqa: E402
+
 from attention_jax.models import pretrained  # noqa: E402
 from attention_jax.models.pretrained.hf_config import HFConfig  # noqa: E402
 
@@ -32,6 +34,16 @@ BERT = {
     "max_position_embeddings": 20,
 }
 ROBERTA = BERT | {"type_vocab_size": 3, "pad_token_id": 2, "layer_norm_eps": 1e-3}
+ELECTRA = BERT | {"embedding_size": 16, "type_vocab_size": 3, "layer_norm_eps": 1e-3}
+MPNET = BERT | {"layer_norm_eps": 1e-3}
+DISTILBERT = {
+    "vocab_size": V,
+    "dim": 24,
+    "n_layers": 2,
+    "n_heads": 3,
+    "hidden_dim": 40,
+    "max_position_embeddings": 20,
+}
 LLAMA = {
     "vocab_size": V,
     "hidden_size": 20,
@@ -93,6 +105,29 @@ MODELS = {
     ),
     "camembert tags": ("CamembertForTokenClassification", ROBERTA | {"hidden_act": "relu"}),
     "roberta spans": ("RobertaForQuestionAnswering", ROBERTA),
+    "distilbert": ("DistilBertModel", DISTILBERT | {"activation": "relu"}),
+    "distilbert tokens": ("DistilBertForMaskedLM", DISTILBERT | {"activation": "relu"}),
+    "distilbert classes": (
+        "DistilBertForSequenceClassification",
+        DISTILBERT | {"num_labels": 3, "seq_classif_dropout": 0.4},
+    ),
+    "distilbert tags": ("DistilBertForTokenClassification", DISTILBERT | {"dropout": 0.3}),
+    "distilbert spans": ("DistilBertForQuestionAnswering", DISTILBERT),
+    "electra": ("ElectraModel", ELECTRA),
+    "electra replaced": ("ElectraForPreTraining", ELECTRA | {"hidden_act": "relu"}),
+    "electra tokens": ("ElectraForMaskedLM", ELECTRA),
+    "electra of one width": ("ElectraForMaskedLM", ELECTRA | {"embedding_size": 24}),
+    "electra classes": (
+        "ElectraForSequenceClassification",
+        ELECTRA | {"num_labels": 3, "hidden_act": "relu"},
+    ),
+    "electra tags": ("ElectraForTokenClassification", ELECTRA),
+    "electra spans": ("ElectraForQuestionAnswering", ELECTRA),
+    "mpnet": ("MPNetModel", MPNET | {"hidden_act": "relu"}),
+    "mpnet tokens": ("MPNetForMaskedLM", MPNET),
+    "mpnet classes": ("MPNetForSequenceClassification", MPNET | {"num_labels": 3}),
+    "mpnet tags": ("MPNetForTokenClassification", MPNET),
+    "mpnet spans": ("MPNetForQuestionAnswering", MPNET),
     "gpt2": (
         "GPT2LMHeadModel",
         {
@@ -176,7 +211,7 @@ MODELS = {
 }
 
 WITH_LABELS = ("ForSequenceClassification", "ForTokenClassification")
-WITH_TYPES = {"bert", "roberta", "xlm-roberta", "camembert"}
+WITH_TYPES = {"bert", "roberta", "xlm-roberta", "camembert", "electra"}
 PADDING = 2  # where positions count from padding, no other token may be equal to it
 SAME = {"xlm-roberta", "camembert"}  # written as another family unless asked otherwise
 LEFT_OUT = {"vit": [r"pooler\..*"]}  # which ours does not have
@@ -201,7 +236,7 @@ def tokens(seed, shape=(B, T)):
 def encoded(name, real):
     """The arguments of an encoder of texts: tokens, and their types if it has any."""
     types = {"types": tokens(2) % 2} if name.split()[0] in WITH_TYPES else {}
-    return np.where(real, tokens(0), PADDING), types
+    return np.where(real, tokens(0), 1 if name.startswith("mpnet") else PADDING), types
 
 
 def theirs(name, model, real=REAL):
@@ -293,7 +328,7 @@ def test_hugging_face_loads_what_we_save(name, folders, tmp_path):
     assert pretrained.load(tmp_path).config == model.config
 
 
-@pytest.mark.parametrize("name", ["roberta", "xlm-roberta classes"])
+@pytest.mark.parametrize("name", ["roberta", "xlm-roberta classes", "mpnet"])
 def test_padding_on_the_left(name, folders):
     path, _ = folders(name)
     real = REAL[:, ::-1]
@@ -303,6 +338,25 @@ def test_padding_on_the_left(name, folders):
         assert len(expected) == 1
     got = np.asarray(ours(name, pretrained.load(path), real))
     assert_same(name, got if got.ndim > 2 else got[real[:, 0]], expected, real=real)
+
+
+EMBEDDERS = [("roberta tokens", "mean"), ("mpnet", "mean"), ("distilbert classes", "cls")]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(("name", "pool"), EMBEDDERS)
+def test_sentence_embeddings(name, pool, tmp_path):
+    """From a checkpoint of any head, which is left out without a warning."""
+    model = peer(name)
+    model.save_pretrained(tmp_path)
+    write_modules(tmp_path, pool=pool)
+    with torch.no_grad():
+        ids, mask = encoded(name, REAL)[0], torch.tensor(REAL.astype(int))
+        x = model.base_model(torch.tensor(ids), attention_mask=mask).last_hidden_state
+    kept = mask[..., None]
+    x = x[:, 0] if pool == "cls" else (x * kept).sum(1) / kept.sum(1)
+    expected = torch.nn.functional.normalize(x).numpy()
+    assert_same("", pretrained.load_embedder(tmp_path)(ids, real=REAL), expected)
 
 
 def loaded(cls, folder):
@@ -341,6 +395,9 @@ SIZES = {
     "RobertaConfig": BERT,
     "XLMRobertaConfig": BERT,
     "CamembertConfig": BERT,
+    "DistilBertConfig": DISTILBERT,
+    "ElectraConfig": BERT,
+    "MPNetConfig": BERT,
     "GPT2Config": MODELS["gpt2"][1],
     "LlamaConfig": LLAMA,
     "MistralConfig": LLAMA,
@@ -354,7 +411,8 @@ REQUIRED = {"vocab_size", "hidden_size", "intermediate_size", "d_model", "d_kv",
 @pytest.mark.parametrize("name", SIZES)
 def test_defaults_of_missing_entries_equal_hugging_face(name):
     numbers = "num_hidden_layers", "num_attention_heads", "num_layers", "num_heads"
-    needed = {*REQUIRED, *numbers, "n_embd", "n_layer", "n_head"}
+    distilbert = "dim", "hidden_dim", "n_layers", "n_heads"
+    needed = {*REQUIRED, *numbers, *distilbert, "n_embd", "n_layer", "n_head"}
     given = {key: x for key, x in SIZES[name].items() if key in needed}
     if "hidden_size" in given:
         given |= {"hidden_size": 24}  # an even width of a head

@@ -384,7 +384,8 @@ def _headless(
         raise ValueError(f"pool must be one of {POOLS}, got {pool!r}")
     copy = nnx.clone(encoder)
     copy.config = dataclasses.replace(encoder.config, head=None, pool=pool, pooler=pooler)
-    copy.transform = copy.transform_norm = copy.token_bias = nnx.data(None)
+    copy.transform = copy.transform_norm = nnx.data(None)
+    copy.token_bias = copy.replaced = nnx.data(None)
     if not pooler:
         copy.pooler = nnx.data(None)
     elif copy.pooler is None:

@@ -1,6 +1,7 @@
 """Checkpoints in Hugging Face's format: encoders, decoders, encoder-decoders and vision.
 
-BERT, RoBERTa, XLM-RoBERTa, CamemBERT; GPT-2, Llama, Mistral, Gemma 2; T5; ViT.
+BERT, RoBERTa, XLM-RoBERTa, CamemBERT, DistilBERT, ELECTRA, MPNet; GPT-2, Llama, Mistral, Gemma 2;
+T5; ViT.
 
 ``load`` reads a folder with ``config.json`` and ``model.safetensors`` (or shards and their index);
 ``save`` writes one that ``load`` and Hugging Face's ``from_pretrained`` read. Nothing is
@@ -77,10 +78,13 @@ from attention_jax.models.pretrained import (
     vit,
 )
 from attention_jax.models.pretrained.bert import BERT
+from attention_jax.models.pretrained.distilbert import DISTILBERT
+from attention_jax.models.pretrained.electra import ELECTRA
 from attention_jax.models.pretrained.encoders import EncoderFamily
 from attention_jax.models.pretrained.family import Family
 from attention_jax.models.pretrained.hf_config import HFConfig
 from attention_jax.models.pretrained.lora import load_adapters, save_adapters
+from attention_jax.models.pretrained.mpnet import MPNET
 from attention_jax.models.pretrained.roberta import ROBERTA
 from attention_jax.models.pretrained.sentences import minilm
 from attention_jax.models.pretrained.tensors import Tensor
@@ -116,7 +120,7 @@ __all__ = [
     "save_adapters",
 ]
 
-FAMILIES: tuple[Family, ...] = (BERT, ROBERTA, gpt2, llama, t5, vit)
+FAMILIES: tuple[Family, ...] = (BERT, ROBERTA, DISTILBERT, ELECTRA, MPNET, gpt2, llama, t5, vit)
 
 
 def load(

@@ -92,7 +92,7 @@ class EncoderFamily:
       heads: for each head, its tensors and their places in our model.
       architectures: the heads that are read, by the end of Hugging Face's name of the model.
       entries: the names of sizes and rates in ``config.json``. What has no name is left at its
-        default: no types, and an epsilon of 1e-12.
+        default: no types, an epsilon of 1e-12, embeddings of the width of the model.
       stack: the name of the layers.
       layer: the tensors of a layer and their places.
       only: entries with the values that are supported, the first by default.
@@ -188,12 +188,15 @@ class EncoderFamily:
             ),
             max_length=max(longest - first, 1),
             first_position=first,
+            embedding_features=number(hf, "embedding_features", 128)
+            if "embedding_features" in entries
+            else None,
             types=number(hf, "types", 2) if "types" in entries else 0,
             embedding_norm=True,
             pooler=head == "classes" or (head is None and _has_pooler(names)),
             pooler_activation=self.pooler_activation,
             pooler_dropout=self.pooler_dropout,
-            head="tokens" if head == "tokens" else None,
+            head=head if head in ("tokens", "replaced") else None,
             dropout_rate=dropout,
         )
         if head == "classes":
@@ -221,6 +224,7 @@ class EncoderFamily:
             "norm_epsilon": layers.norm_epsilon,
             "max_length": encoder.max_length + encoder.first_position,  # type: ignore[operator]
             "types": encoder.types,
+            "embedding_features": encoder.embedding_features or layers.features,
         }
         x: dict[str, Any] = {
             "model_type": kind,
@@ -250,6 +254,8 @@ class EncoderFamily:
         for name, place in EMBEDDINGS.items():
             if place != "types" or encoder.types:
                 yield from _part(f"{start}embeddings.{name}", (*root, "embed", place))
+        if encoder.embedding_features is not None:
+            yield from linear(f"{start}embeddings_project", (*root, "project"))
         for i in range(encoder.layers.num_layers):
             paths = block((*root, "stack"), i)
             for name, place in self.layer.items():

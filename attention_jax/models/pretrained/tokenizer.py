@@ -24,7 +24,7 @@ NO_LIMIT = 10**9  # Hugging Face's model_max_length of models without positions 
 ROUND = 64  # tables of embeddings are padded to multiples of this, for speed
 # Models that were distilled from XLM-RoBERTa have more rows than its vocabulary.
 LARGER = {250_002: 250_037}
-FROM_PADDING = {"roberta": 1, "xlm-roberta": 1, "camembert": 1}
+FROM_PADDING = {"roberta": 1, "xlm-roberta": 1, "camembert": 1, "mpnet": 1}
 
 
 class Row(NamedTuple):
