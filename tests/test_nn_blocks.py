@@ -19,7 +19,7 @@ B, T, S, E = 2, 7, 5, 12
 # --- Blocks.
 
 
-def block(rngs, order="pre", cross=False, dropout_rate=0.0):
+def block(rngs, order="pre", cross=False, dropout_rate=0.0, **options):
     return nn.Block(
         nn.MultiHeadAttention(E, 3, mask=masks.causal(), rngs=rngs),
         nn.FeedForward(E, 20, dropout_rate=dropout_rate, rngs=rngs),
@@ -29,6 +29,7 @@ def block(rngs, order="pre", cross=False, dropout_rate=0.0):
         else None,
         order=order,
         dropout_rate=dropout_rate,
+        **options,
         rngs=rngs,
     )
 
@@ -36,19 +37,42 @@ def block(rngs, order="pre", cross=False, dropout_rate=0.0):
 @pytest.mark.slow
 def test_norm_positions_of_a_block():
     x, context = normal(0, B, T, E), normal(1, B, S, 6)
-    for order in ("pre", "post", "both"):
-        module = randomized(block(nnx.Rngs(0), order, cross=True))
+    for order, scale in (("pre", 1.0), ("post", 0.3), ("both", 0.3), ("after", 0.3)):
+        module = randomized(block(nnx.Rngs(0), order, cross=True, scale=scale))
         y = x
         for part in ("attention", "cross_attention", "feed_forward"):
             r = getattr(module, part)
-            inner = r.norm(y) if order != "post" else y
+            inner = r.norm(y) if order in ("pre", "both") else y
             added = r.sublayer(inner, *[context] * (part == "cross_attention"))
-            if order == "both":
+            if order in ("both", "after"):
                 added = r.norm_after(added)
-            y = y + added
+            y = y + scale * added
             if order == "post":
                 y = r.norm(y)
         close(module(x, context), y)
+
+
+@pytest.mark.slow
+def test_parallel_sublayers_read_the_same_input():
+    x, module = normal(0, B, T, E), randomized(block(nnx.Rngs(0), scale=0.3, parallel=True))
+    first, second = module.attention, module.feed_forward
+    added = first.sublayer(first.norm(x)) + second.sublayer(second.norm(x))
+    close(module(x), x + 0.3 * added)
+    for options in ({"order": "post"}, {"cross": True}):
+        with pytest.raises(ValueError, match="parallel must be False with a cross-attention or"):
+            block(nnx.Rngs(0), parallel=True, **options)
+
+
+@pytest.mark.slow
+def test_a_fused_feed_forward_layer_is_the_same():
+    m = randomized(nn.FeedForward(E, 20, gated=True, fused=True, rngs=nnx.Rngs(0)))
+    other = nn.FeedForward(E, 20, gated=True, rngs=nnx.Rngs(0))
+    for name in ("kernel", "bias"):
+        gate, up = jnp.split(getattr(m.gate_up, name)[...], 2, axis=-1)
+        getattr(other.gate, name)[...], getattr(other.up, name)[...] = gate, up
+    other.down = m.down
+    x = normal(0, B, T, E)
+    close(m(x), other(x), atol=1e-5)
 
 
 @pytest.mark.parametrize("gated", [False, True])

@@ -40,6 +40,7 @@ class DecoderConfig:
         rotary positions for example.
       max_length: rows of learned positions; without those, the length the model was trained for.
       embedding_scale: of the token vectors.
+      head_scale: of the input of the head.
       tied: whether the output head shares the table of token vectors.
       logits_softcap: of the output logits.
       dropout_rate: of the embeddings.
@@ -50,6 +51,7 @@ class DecoderConfig:
     positions: str | None = None
     max_length: int | None = None
     embedding_scale: float = 1.0
+    head_scale: float = 1.0
     tied: bool = True
     logits_softcap: float | None = None
     dropout_rate: float = 0.0
@@ -57,6 +59,7 @@ class DecoderConfig:
     def __post_init__(self) -> None:
         check_embeddings(self)
         check_finite("embedding_scale", self.embedding_scale)
+        check_finite("head_scale", self.head_scale)
         if self.logits_softcap is not None:
             positive_float("logits_softcap", self.logits_softcap)
 
@@ -191,6 +194,8 @@ class Decoder(nnx.Module):
     def logits(self, x: Float[AnyArray, "*B T E"]) -> jax.Array:
         """The output head: ``[*B T E]`` to ``[*B T V]``, in float32 or wider."""
         x = jnp.asarray(x)
+        if self.config.head_scale != 1.0:
+            x = x * jnp.asarray(self.config.head_scale, x.dtype)
         y = self.embed.logits(x) if self.head is None else self.head(x)
         y = y.astype(accumulation_dtype(y.dtype))
         cap = self.config.logits_softcap

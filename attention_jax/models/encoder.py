@@ -118,7 +118,10 @@ class Encoder(nnx.Module):
         E = layers.features
         width = config.embedding_features or E
         norm = functools.partial(layers.new_norm(rngs), width)
-        project = functools.partial(linear, axes=("embed", None), **layers.dtypes, rngs=rngs)
+
+        def project(inputs: int, outputs: int) -> nnx.Linear:
+            return linear(inputs, outputs, axes=("embed", None), **layers.dtypes, rngs=rngs)
+
         self.config = config
         self.embed = Embeddings(
             config.vocabulary,

@@ -12,7 +12,7 @@ from flax import nnx
 
 from attention_jax.api import attention
 from attention_jax.backends.arguments import as_mask, check_types
-from attention_jax.core.axes import int_at_least, kind, positive_float
+from attention_jax.core.axes import check_finite, int_at_least, kind, positive_float
 from attention_jax.core.dropout import check_rate
 from attention_jax.masks import Mask
 from attention_jax.models.running import Remat, period
@@ -68,10 +68,14 @@ class Layers:
       gated: whether the feed-forward layer is gated, as SwiGLU; see ``nn.FeedForward``.
       norm: ``"layer"``, ``"rms"`` or ``"one_plus_rms"``.
       norm_epsilon: added to the variance.
-      order: position of the norms, ``"pre"``, ``"post"`` or ``"both"``; see ``nn.Residual``.
+      order: position of the norms, ``"pre"``, ``"post"``, ``"both"`` or ``"after"``; see
+        ``nn.Residual``.
+      parallel: whether attention and feed-forward layer read the same input; see ``nn.Block``.
+      residual_scale: of the output of each sublayer, before it is added.
       bias: which projections of the attention have a bias; see ``nn.MultiHeadAttention``.
       feed_forward_bias: whether the projections of the feed-forward layer have a bias.
-      fused: project query, key and value in one product.
+      fused: project query, key and value in one product, and so the two of a gated feed-forward
+        layer.
       rotary: rotary positions; or a tuple with those of each layer, repeated if there are more
         layers, where None is a layer without positions.
       relative: T5's relative position bias.
@@ -85,7 +89,8 @@ class Layers:
         None: no window.
       scale: of the logits of attention; default ``1 / sqrt(H)``.
       softcap: of the logits of attention.
-      query_key_norm: normalize queries and keys per head.
+      query_key_norm: normalize queries and keys: True, each head; ``"joint"``, all heads of a token
+        together.
       sinks: give each head a learned logit in the denominator of its softmax.
       gate: gate the heads; see ``nn.MultiHeadAttention``.
       dropout_rate: of the output of each sublayer.
@@ -115,6 +120,8 @@ class Layers:
     norm: str = "layer"
     norm_epsilon: float = 1e-5
     order: str = "pre"
+    parallel: bool = False
+    residual_scale: float = 1.0
     bias: bool | tuple[str, ...] = True
     feed_forward_bias: bool = True
     fused: bool = False
@@ -126,7 +133,7 @@ class Layers:
     windows: tuple[int | None, ...] = (None,)
     scale: float | None = None
     softcap: float | None = None
-    query_key_norm: bool = False
+    query_key_norm: bool | str = False
     sinks: bool = False
     gate: bool = False
     dropout_rate: float = 0.0
@@ -154,6 +161,11 @@ class Layers:
         if self.attention_output_dropout_rate is not None:
             check_rate(self.attention_output_dropout_rate, "attention_output_dropout_rate")
         check_types({"scale": self.scale})
+        check_finite("residual_scale", self.residual_scale)
+        if self.query_key_norm not in (False, True, "joint"):
+            raise ValueError(
+                f"query_key_norm must be False, True or 'joint', got {self.query_key_norm!r}"
+            )
         if self.softcap is not None:
             positive_float("softcap", self.softcap)
         if not isinstance(self.windows, (tuple, list)):

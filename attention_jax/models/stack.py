@@ -23,7 +23,7 @@ from attention_jax.positions import Rotary
 
 
 class Stack(nnx.Module):
-    """Layers in sequence; with the norms in front of the sublayers, a final norm too."""
+    """Layers in sequence, then a final norm, unless each layer ends with one (``"post"``)."""
 
     def __init__(
         self,
@@ -195,6 +195,7 @@ def _block(
         scale=config.scale,
         score=() if config.softcap is None else scores.softcap(config.softcap),
         norm=norm if config.query_key_norm else None,
+        joint_norm=config.query_key_norm == "joint",
         sinks=config.sinks,
         gate=config.gate,
         dropout_rate=config.attention_dropout_rate,
@@ -212,6 +213,7 @@ def _block(
         config.hidden,  # type: ignore[arg-type]
         activation=config.activation,
         gated=config.gated,
+        fused=config.fused,
         bias=config.feed_forward_bias,
         dropout_rate=config.feed_forward_dropout_rate,
         **config.dtypes,
@@ -223,6 +225,8 @@ def _block(
         norm=norm,
         cross_attention=cross,
         order=config.order,
+        scale=config.residual_scale,
+        parallel=config.parallel,
         dropout_rate=config.dropout_rate,
         attention_dropout_rate=config.attention_output_dropout_rate,
         rngs=rngs,
