@@ -1,5 +1,6 @@
 """Small models of every family, and checkpoint folders like published ones."""
 
+import dataclasses
 import functools
 import json
 import tempfile
@@ -40,9 +41,22 @@ T5 = models.Layers(
 )
 
 
-def bert_model(**head):
+# What the encoders of other families have beside what a BERT has.
+ENCODERS = {
+    "roberta": {"first_position": 2, "pooler": True, "pooler_dropout": True},
+    "distilbert": {"types": 0, "pooler_activation": "relu"},
+    "electra": {"embedding_features": 4, "pooler_activation": "gelu", "pooler_dropout": True},
+    "mpnet": {"first_position": 2, "types": 0, "pooler": True, "pooler_dropout": True},
+}
+ENCODER_LAYERS = {
+    "distilbert": {"attention_output_dropout_rate": 0.0},
+    "mpnet": {"relative": models.Relative()},
+}
+
+
+def bert_model(layers=BERT, **head):
     options = {"types": 2, "embedding_norm": True, "max_length": 6, **head}
-    return models.Encoder(models.EncoderConfig(11, BERT, **options), rngs=nnx.Rngs(0))
+    return models.Encoder(models.EncoderConfig(11, layers, **options), rngs=nnx.Rngs(0))
 
 
 @functools.cache
@@ -67,6 +81,9 @@ def make(kind):
             return models.VisionTransformer(config, rngs=rngs)
         case "bert":
             return bert_model(pooler=True)
+        case name if name in ENCODERS:
+            layers = dataclasses.replace(BERT, **ENCODER_LAYERS.get(name, {}))
+            return bert_model(layers, **ENCODERS[name])
         case "bert tokens":
             return bert_model(head="tokens")
         case "bert classes":

@@ -56,6 +56,24 @@ def test_a_fresh_head_computes_from_the_vectors_of_the_encoder(kind, head):
     assert model.encoder.token_bias is None
 
 
+@pytest.mark.parametrize("both", [True, False])
+def test_dropout_in_front_of_the_pooler_too(both):
+    encoder = checkpoints.bert_model(pooler=True, pooler_dropout=both, pooler_activation="relu")
+    x = np.random.default_rng(0).normal(size=(2, 3, 8)).astype(np.float32)
+    got = encoder.pooled(x, dropout=lambda y: 3 * y)
+    expected = np.maximum(encoder.pooler((3 if both else 1) * x[:, 0]), 0)
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+    model = models.classifier(encoder, ["a", "b"], dropout_rate=0.5, rngs=nnx.Rngs(0))
+    assert model.config.encoder.pooler_dropout == both
+
+
+def test_dropout_in_front_of_spans():
+    model = models.reader(checkpoints.make("bert"), dropout_rate=0.5, rngs=nnx.Rngs(0))
+    np.testing.assert_array_equal(model(TOKENS).start, model(TOKENS).start)
+    model.train()
+    assert np.abs(model(TOKENS).start - model(TOKENS).start).max() > 1e-3
+
+
 def test_a_fresh_head_does_not_share_arrays_with_the_encoder():
     encoder = checkpoints.make("bert")
     before = np.array(encoder.embed.tokens[...])

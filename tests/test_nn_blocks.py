@@ -10,6 +10,8 @@ from flax import nnx
 from helpers import close, linear, normal, randomized
 
 from attention_jax import masks, nn, positions
+from attention_jax.models.layers import Layers
+from attention_jax.models.stack import Stack
 
 B, T, S, E = 2, 7, 5, 12
 
@@ -162,6 +164,27 @@ def test_embeddings():
     close(m.logits(expected), expected @ m.tokens[...].T)
     plain = nn.Embeddings(10, 6, positions="sinusoidal", rngs=nnx.Rngs(0))
     close(plain(tokens), plain.tokens[...][tokens] + positions.sinusoidal(np.arange(3), 6))
+
+
+def test_positions_that_start_at_a_later_row_of_the_table():
+    m = nn.Embeddings(5, 6, positions="learned", max_length=3, first_position=2, rngs=nnx.Rngs(0))
+    assert m.positions[...].shape == (5, 6)
+    tokens, real = np.array([[4, 3, 1]]), np.array([[False, True, True]])
+    close(m(tokens), m.tokens[...][tokens] + m.positions[...][2:])
+    close(m(tokens, real=real)[:, 1:], m.tokens[...][tokens[:, 1:]] + m.positions[...][2:4])
+    for at in (-1, 3):  # counted from the first position, whatever the rows
+        with pytest.raises(ValueError, match=f"positions must be from 0 to 2, .* got .*{at}"):
+            m(tokens, positions=np.array([[0, 1, at]]))
+
+
+def test_the_output_of_the_attention_has_a_dropout_rate_of_its_own():
+    sizes = {"features": E, "num_layers": 1, "num_heads": 3, "order": "post"}
+    for given, expected in [(0.0, (0.0, 0.5)), (None, (0.5, 0.5)), (0.2, (0.2, 0.5))]:
+        config = Layers(**sizes, dropout_rate=0.5, attention_output_dropout_rate=given)
+        (block,) = Stack(config, causal=False, rngs=nnx.Rngs(0)).blocks
+        assert (block.attention.dropout.rate, block.feed_forward.dropout.rate) == expected
+    with pytest.raises(ValueError, match="attention_output_dropout_rate must be"):
+        Layers(**sizes, attention_output_dropout_rate=1.5)
 
 
 def test_one_plus_rms_norm():

@@ -47,6 +47,36 @@ PUBLISHED = {
             "sbert_ce_default_activation_function": "torch.nn.modules.linear.Identity",
         },
     ),
+    "xlm-roberta-base": (
+        "roberta",
+        {
+            "model_type": "xlm-roberta",
+            "architectures": ["XLMRobertaModel"],
+            "output_past": True,
+            "position_embedding_type": "absolute",
+        },
+    ),
+    "distilbert-base-uncased": (
+        "distilbert",
+        {
+            "architectures": ["DistilBertModel"],
+            "sinusoidal_pos_embds": False,
+            "tie_weights_": True,
+            "qa_dropout": 0.1,
+            "seq_classif_dropout": 0.2,
+        },
+    ),
+    "electra-small-generator, headless": (
+        "electra",
+        {
+            "summary_activation": "gelu",
+            "summary_last_dropout": 0.1,
+            "summary_type": "first",
+            "summary_use_proj": True,
+            "position_embedding_type": "absolute",
+        },
+    ),
+    "mpnet-base": ("mpnet", {"relative_attention_num_buckets": 32, "_num_labels": 2}),
     "SmolLM": (
         "llama tied",
         {
@@ -98,6 +128,21 @@ HARMFUL = [
     ("bert", {"pooler_type": "mean"}, "pooler_type = 'mean' is not supported"),
     ("bert", {"pruned_heads": {"0": [1]}}, "pruned_heads = {'0': [1]} is not supported"),
     ("bert", {"is_encoder_decoder": True}, "is_encoder_decoder = True is not supported"),
+    ("roberta", {"pad_token_id": None}, "pad_token_id must be a token, got None"),
+    ("xlm-roberta", {"max_position_embeddings": 2}, "max_position_embeddings must be above 2"),
+    ("camembert", {"position_embedding_type": "relative_key"}, "'relative_key' is not supported"),
+    ("camembert", {"tie_word_embeddings": False}, "tie_word_embeddings = False is not supported"),
+    ("distilbert", {"tie_weights_": False}, "tie_weights_ = False is not supported"),
+    ("distilbert", {"qa_dropout": 1.5}, "qa_dropout must be in [0, 1), got 1.5"),
+    ("distilbert", {"hidden_act": "relu"}, "hidden_act = 'relu' is unknown"),
+    ("electra", {"embedding_size": 0}, "embedding_size must be a positive number, got 0"),
+    ("mpnet", {"relative_attention_num_buckets": 16}, "= 16 is not supported, only 32"),
+    ("mpnet", {"classifier_dropout": 0.1}, "classifier_dropout = 0.1 is unknown"),
+    (
+        "roberta",
+        {"architectures": ["RobertaForMaskedLM"], "hidden_act": "relu"},
+        "hidden_act = 'relu' is not supported with the head of tokens",
+    ),
     ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "truncate": 1}}, "truncate"),
     ("t5", {"feed_forward_proj": None}, "feed_forward_proj must be a name, got None"),
     ("vit", {"image_size": [224]}, "image_size must be one or two positive integers, got [224]"),
@@ -114,7 +159,9 @@ LLAMA_SIZES = {
 }
 T5_SIZES = {"d_kv": 2, "d_ff": 8, "num_layers": 1, "num_heads": 2}
 SIZES = {
-    "bert": LLAMA_SIZES,
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert"), LLAMA_SIZES),
+    **dict.fromkeys(("electra", "mpnet"), LLAMA_SIZES),
+    "distilbert": {"vocab_size": 5, "dim": 8, "hidden_dim": 8, "n_layers": 1, "n_heads": 2},
     "gpt2": {"vocab_size": 5, "n_embd": 8, "n_layer": 1, "n_head": 2},
     "llama": LLAMA_SIZES,
     "mistral": LLAMA_SIZES,
@@ -146,6 +193,11 @@ def test_harmful_entries_raise(kind, entries, message):
         ("mistral", "MistralForSequenceClassification"),
         ("gemma2", "Gemma2Model"),
         ("bert", "BertForMultipleChoice"),
+        ("roberta", "RobertaForMultipleChoice"),
+        ("xlm-roberta", "XLMRobertaForCausalLM"),
+        ("distilbert", "DistilBertForMultipleChoice"),
+        ("electra", "ElectraForCausalLM"),
+        ("mpnet", "MPNetForMultipleChoice"),
         ("gpt2", "GPT2ForSequenceClassification"),
         ("t5", "T5EncoderModel"),
         ("vit", "ViTForMaskedImageModeling"),

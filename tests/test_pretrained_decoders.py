@@ -38,6 +38,27 @@ LLAMA = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+GPT_NEOX = {
+    "vocab_size": V,
+    "hidden_size": 24,
+    "intermediate_size": 28,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "layer_norm_eps": 0.1,
+    "rotary_pct": 0.4,
+    "rotary_emb_base": 50,
+    "hidden_act": "gelu_fast",
+}
+OPT = {
+    "vocab_size": V,
+    "hidden_size": 20,
+    "word_embed_proj_dim": 20,
+    "ffn_dim": 28,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 13,
+}
 WINDOWS = {"use_sliding_window": True, "sliding_window": 4}
 MODELS = {
     "qwen2": ("Qwen2ForCausalLM", LLAMA | WINDOWS | {"max_window_layers": 1}),
@@ -83,6 +104,16 @@ MODELS = {
                 "full_attention": {"rope_type": "linear", "factor": 3.0, "rope_theta": 50.0},
             },
         },
+    ),
+    "gpt_neox": ("GPTNeoXForCausalLM", GPT_NEOX),
+    "gpt_neox, in sequence": (
+        "GPTNeoXForCausalLM",
+        GPT_NEOX | {"use_parallel_residual": False, "attention_bias": False, "rotary_pct": 1.0},
+    ),
+    "opt": ("OPTForCausalLM", OPT),
+    "opt, norms after": (
+        "OPTForCausalLM",
+        OPT | {"do_layer_norm_before": False, "enable_bias": False, "tie_word_embeddings": False},
     ),
 }
 
@@ -167,17 +198,20 @@ def test_hugging_face_loads_what_we_save(name, loaded, tmp_path):
     assert pretrained.load(tmp_path).config == ours.config
 
 
-SIZES = {key: LLAMA[key] for key in list(LLAMA)[:5]} | {"hidden_size": 24}
+SIZES = {key: LLAMA[key] for key in list(LLAMA)[:5]} | {"hidden_size": 32}
 
 
 @pytest.mark.parametrize("name", dict.fromkeys(cls for cls, _ in MODELS.values()))
 def test_defaults_of_missing_entries_equal_hugging_face(name):
-    config = getattr(transformers, name).config_class(**SIZES)
+    given = dict(SIZES)
+    if name.startswith("OPT"):
+        given["ffn_dim"] = given.pop("intermediate_size")
+    config = getattr(transformers, name).config_class(**given)
     whole = config.to_dict()
     whole.pop("architectures", None)
     (family,) = (x for x in pretrained.FAMILIES if config.model_type in x.MODEL_TYPES)
     configs = []
-    for entries in (SIZES, whole):
+    for entries in (given, whole):
         x = HFConfig({"model_type": config.model_type, **entries})
         configs.append(family.from_hf(x, set()))
         x.finish("model")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -27,7 +29,7 @@ from attention_jax.nn.logical import logical
 from attention_jax.nn.padding import as_real, places
 from attention_jax.nn.rngs import check_rngs
 
-HEADS = (None, "tokens")
+HEADS = (None, "tokens", "replaced")
 POOLS = ("first", "mean")
 
 
@@ -39,13 +41,21 @@ class EncoderConfig:
       vocabulary: number of tokens (V).
       layers: the stack.
       positions: vectors added to those of the tokens: ``"learned"``, ``"sinusoidal"`` or None.
-      max_length: rows of learned positions.
+      max_length: number of learned positions.
+      first_position: row of the table of positions for the first token, 2 in RoBERTa; the rows
+        before it are not used.
       embedding_scale: of the token vectors, before positions are added.
+      embedding_features: width of the embeddings, which are projected to that of the model if it is
+        another one; default: that of the model.
       types: number of token types (segments), 0 for none.
       embedding_norm: whether the embeddings are normalized.
-      pooler: whether the pooled vector goes through a projection and tanh.
+      pooler: whether the pooled vector goes through a projection and an activation.
+      pooler_activation: of the pooler, ``"tanh"`` or one of those of ``Layers``. Without a pooler,
+        that of the one that ``models.classifier`` adds.
+      pooler_dropout: whether a ``Classifier`` applies its dropout in front of the pooler too.
       pool: ``"first"``, the first real token (the class token), or ``"mean"`` of the real tokens.
-      head: ``"tokens"``, logits of the vocabulary for each token; or None. The heads of
+      head: ``"tokens"``, logits of the vocabulary for each token; ``"replaced"``, one logit for
+        each token, that it is not the original one (ELECTRA); or None. The heads of
         ``models.heads`` stand on an encoder without one.
       dropout_rate: of the embeddings.
     """
@@ -54,10 +64,14 @@ class EncoderConfig:
     layers: Layers
     positions: str | None = "learned"
     max_length: int | None = 512
+    first_position: int = 0
     embedding_scale: float = 1.0
+    embedding_features: int | None = None
     types: int = 0
     embedding_norm: bool = False
     pooler: bool = False
+    pooler_activation: str = "tanh"
+    pooler_dropout: bool = False
     pool: str = "first"
     head: str | None = None
     dropout_rate: float = 0.0
@@ -65,14 +79,24 @@ class EncoderConfig:
     def __post_init__(self) -> None:
         check_embeddings(self)
         int_at_least("types", self.types, 0)
+        int_at_least("first_position", self.first_position, 0)
+        if self.embedding_features is not None:
+            int_at_least("embedding_features", self.embedding_features, 1)
+        if self.embedding_features == self.layers.features:  # so that equal models compare equal
+            object.__setattr__(self, "embedding_features", None)
         if self.head not in HEADS:
             raise ValueError(f"head must be one of {HEADS}, got {self.head!r}")
         if self.pool not in POOLS:
             raise ValueError(f"pool must be one of {POOLS}, got {self.pool!r}")
+        if self.pooler_activation not in ACTIVATIONS:
+            raise ValueError(
+                f"pooler_activation must be one of {sorted(ACTIVATIONS)}, got "
+                f"{self.pooler_activation!r}"
+            )
 
 
 class Encoder(nnx.Module):
-    """A bidirectional encoder of tokens, with or without logits of the vocabulary.
+    """A bidirectional encoder of tokens, with or without a head of its pretraining.
 
     >>> import numpy as np
     >>> from flax import nnx
@@ -92,13 +116,19 @@ class Encoder(nnx.Module):
         check_rngs(rngs)
         layers = config.layers
         E = layers.features
-        norm = layers.new_norm(rngs)
+        width = config.embedding_features or E
+        norm = functools.partial(layers.new_norm(rngs), width)
+
+        def project(inputs: int, outputs: int) -> nnx.Linear:
+            return linear(inputs, outputs, axes=("embed", None), **layers.dtypes, rngs=rngs)
+
         self.config = config
         self.embed = Embeddings(
             config.vocabulary,
-            E,
+            width,
             positions=config.positions,
             max_length=config.max_length,
+            first_position=config.first_position,
             scale=config.embedding_scale,
             types=config.types,
             norm=norm if config.embedding_norm else None,
@@ -107,13 +137,15 @@ class Encoder(nnx.Module):
             rngs=rngs,
         )
         self.stack = Stack(layers, causal=False, rngs=rngs)
+        self.project = nnx.data(None if width == E else project(width, E))
         self.pooler = self.transform = self.transform_norm = nnx.data(None)
-        self.token_bias = nnx.data(None)
+        self.token_bias = self.replaced = nnx.data(None)
         if config.pooler:
-            self.pooler = linear(E, E, axes=("embed", None), **layers.dtypes, rngs=rngs)
+            self.pooler = project(E, E)
+        if config.head == "replaced":
+            self.transform, self.replaced = project(E, E), project(E, 1)
         if config.head == "tokens":
-            self.transform = linear(E, E, axes=("embed", None), **layers.dtypes, rngs=rngs)
-            self.transform_norm = norm()
+            self.transform, self.transform_norm = project(E, width), norm()
             self.token_bias = nnx.Param(
                 jnp.zeros(config.vocabulary, layers.param_dtype), **logical("vocab")
             )
@@ -125,7 +157,7 @@ class Encoder(nnx.Module):
         real: Any = None,
         **options: Any,
     ) -> jax.Array:
-        """The output of the head: ``[*B T V]``, or ``[*B T E]`` without one.
+        """The output of the head, ``[*B T V]`` or ``[*B T]``; without one, ``[*B T E]``.
 
         Args:
           tokens: integers ``[*B T]``.
@@ -135,6 +167,8 @@ class Encoder(nnx.Module):
         x = self.hidden(tokens, real=real, **options)
         if self.config.head == "tokens":
             return self.token_logits(x)
+        if self.config.head == "replaced":
+            return self.replaced_logits(x)
         return x
 
     def hidden(
@@ -162,14 +196,31 @@ class Encoder(nnx.Module):
         real = as_real(real, tokens.shape)
         positions = places(positions, real)
         x = self.embed(tokens, positions=positions, types=types, real=real)
+        x = x if self.project is None else self.project(x)
         return self.stack(x, real=real, mask=mask, positions=positions)
 
-    def pooled(self, x: Float[AnyArray, "*B T E"], real: Any = None) -> jax.Array:
-        """One vector for the sequence, ``[*B E]``, through the pooler if there is one."""
+    def pooled(
+        self,
+        x: Float[AnyArray, "*B T E"],
+        real: Any = None,
+        *,
+        dropout: Callable[[jax.Array], jax.Array] | None = None,
+    ) -> jax.Array:
+        """One vector for the sequence, ``[*B E]``, through the pooler if there is one.
+
+        Args:
+          x: the vectors of the tokens, from ``hidden``.
+          real: bool ``[*B T]``, False for padding.
+          dropout: of a head, applied in front of the pooler with ``pooler_dropout``.
+        """
         x = jnp.asarray(x)
         real = as_real(real, x.shape[:-1])
         x = pooling.first(x, real) if self.config.pool == "first" else pooling.mean(x, real)
-        return x if self.pooler is None else jnp.tanh(self.pooler(x))
+        if self.pooler is None:
+            return x
+        if self.config.pooler_dropout and dropout is not None:
+            x = dropout(x)
+        return ACTIVATIONS[self.config.pooler_activation](self.pooler(x))
 
     def token_logits(self, x: Float[AnyArray, "*B T E"]) -> jax.Array:
         """``norm(activation(x W)) . table + bias``: ``[*B T E]`` to ``[*B T V]``."""
@@ -179,3 +230,12 @@ class Encoder(nnx.Module):
         wide = accumulation_dtype(y.dtype)
         logits, bias = same_rank(y.astype(wide), self.token_bias[...].astype(wide))  # type: ignore[index]
         return logits + bias
+
+    def replaced_logits(self, x: Float[AnyArray, "*B T E"]) -> jax.Array:
+        """``activation(x W) v + b``, ``[*B T E]`` to ``[*B T]``, in float32 or wider.
+
+        Source: Clark et al. 2020, "ELECTRA".
+        """
+        x = ACTIVATIONS[self.config.layers.activation](self.transform(jnp.asarray(x)))  # type: ignore[misc]
+        y = self.replaced(x)[..., 0]  # type: ignore[misc]
+        return y.astype(accumulation_dtype(y.dtype))

@@ -89,12 +89,15 @@ class ReaderConfig:
 
     Attributes:
       encoder: of question and passage, without a head; it needs no ``pooler``.
+      dropout_rate: of the vectors of the tokens, before the head.
     """
 
     encoder: EncoderConfig
+    dropout_rate: float = 0.0
 
     def __post_init__(self) -> None:
         check_encoder(self)
+        check_rate(self.dropout_rate)
 
 
 class SpanLogits(NamedTuple):
@@ -148,7 +151,8 @@ class Classifier(nnx.Module):
           **options: ``types``, ``mask`` and ``positions`` of ``Encoder.hidden``.
         """
         x = self.encoder.hidden(tokens, real=real, **options)
-        return _wide(self.classify(self.dropout(self.encoder.pooled(x, real))))
+        x = self.encoder.pooled(x, real, dropout=self.dropout)
+        return _wide(self.classify(self.dropout(x)))
 
 
 class Tagger(nnx.Module):
@@ -221,6 +225,7 @@ class Reader(nnx.Module):
         """
         self.config = config
         self.encoder = given_or_new(config.encoder, encoder, rngs)
+        self.dropout = _dropout(config.dropout_rate, rngs)
         self.spans = _logits(config.encoder, 2, rngs)
 
     def __call__(self, tokens: Any, *, real: Any = None, **options: Any) -> SpanLogits:
@@ -231,7 +236,8 @@ class Reader(nnx.Module):
           real: bool ``[*B T]``, False for padding.
           **options: ``types``, ``mask`` and ``positions`` of ``Encoder.hidden``.
         """
-        y = _wide(self.spans(self.encoder.hidden(tokens, real=real, **options)))
+        x = self.encoder.hidden(tokens, real=real, **options)
+        y = _wide(self.spans(self.dropout(x)))
         return SpanLogits(y[..., 0], y[..., 1])
 
 
@@ -312,12 +318,13 @@ def tagger(
     return _evaluating(Tagger(config, encoder=copy, rngs=rngs))
 
 
-def reader(encoder: Encoder, *, rngs: nnx.Rngs) -> Reader:
+def reader(encoder: Encoder, *, dropout_rate: float = 0.0, rngs: nnx.Rngs) -> Reader:
     """Puts a fresh head of spans on an encoder.
 
     Args:
       encoder: a trained one, from ``pretrained.load`` for example. It is not changed.
-      rngs: for the head.
+      dropout_rate: of the vectors of the tokens.
+      rngs: for the head and dropout.
 
     Returns:
       A model with a copy of the encoder, without its pooler, in evaluation mode.
@@ -334,7 +341,7 @@ def reader(encoder: Encoder, *, rngs: nnx.Rngs) -> Reader:
     (1, 3)
     """
     copy = _headless(encoder, rngs)
-    return _evaluating(Reader(ReaderConfig(copy.config), encoder=copy, rngs=rngs))
+    return _evaluating(Reader(ReaderConfig(copy.config, dropout_rate), encoder=copy, rngs=rngs))
 
 
 def label_ids(labels: Sequence[str], names: Iterable[str]) -> np.ndarray:
@@ -377,7 +384,8 @@ def _headless(
         raise ValueError(f"pool must be one of {POOLS}, got {pool!r}")
     copy = nnx.clone(encoder)
     copy.config = dataclasses.replace(encoder.config, head=None, pool=pool, pooler=pooler)
-    copy.transform = copy.transform_norm = copy.token_bias = nnx.data(None)
+    copy.transform = copy.transform_norm = nnx.data(None)
+    copy.token_bias = copy.replaced = nnx.data(None)
     if not pooler:
         copy.pooler = nnx.data(None)
     elif copy.pooler is None:

@@ -63,7 +63,8 @@ class Layers:
       num_kv_heads: key-value heads (K); default N.
       head_dim: width of a head (H); default E / N.
       hidden: width of the feed-forward layer; default 4 E.
-      activation: of the feed-forward layer: ``"gelu"``, ``"gelu_tanh"``, ``"relu"``, ``"silu"``.
+      activation: of the feed-forward layer: ``"gelu"``, ``"gelu_tanh"``, ``"relu"``, ``"silu"``,
+        ``"tanh"``.
       gated: whether the feed-forward layer is gated, as SwiGLU; see ``nn.FeedForward``.
       norm: ``"layer"``, ``"rms"`` or ``"one_plus_rms"``.
       norm_epsilon: added to the variance.
@@ -93,6 +94,7 @@ class Layers:
       sinks: give each head a learned logit in the denominator of its softmax.
       gate: gate the heads; see ``nn.MultiHeadAttention``.
       dropout_rate: of the output of each sublayer.
+      attention_output_dropout_rate: of the output of the attention; default ``dropout_rate``.
       feed_forward_dropout_rate: of the hidden activations of the feed-forward layer.
       attention_dropout_rate: of the attention probabilities.
       attention: ``attention``, or a mechanism in its place; see ``nn.MultiHeadAttention``.
@@ -135,6 +137,7 @@ class Layers:
     sinks: bool = False
     gate: bool = False
     dropout_rate: float = 0.0
+    attention_output_dropout_rate: float | None = None
     feed_forward_dropout_rate: float = 0.0
     attention_dropout_rate: float = 0.0
     attention: Callable[..., Any] = attention
@@ -155,6 +158,8 @@ class Layers:
                 raise ValueError(f"{name} must be one of {values}, got {x!r}")
         for name in ("dropout_rate", "feed_forward_dropout_rate", "attention_dropout_rate"):
             check_rate(getattr(self, name), name)
+        if self.attention_output_dropout_rate is not None:
+            check_rate(self.attention_output_dropout_rate, "attention_output_dropout_rate")
         check_types({"scale": self.scale})
         check_finite("residual_scale", self.residual_scale)
         if self.query_key_norm not in (False, True, "joint"):

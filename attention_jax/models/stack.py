@@ -228,6 +228,7 @@ def _block(
         scale=config.residual_scale,
         parallel=config.parallel,
         dropout_rate=config.dropout_rate,
+        attention_dropout_rate=config.attention_output_dropout_rate,
         rngs=rngs,
     )
 

@@ -124,6 +124,7 @@ class Block(nnx.Module):
         scale: float = 1.0,
         parallel: bool = False,
         dropout_rate: float = 0.0,
+        attention_dropout_rate: float | None = None,
         rngs: nnx.Rngs | None = None,
     ) -> None:
         """Wraps each sublayer into a ``Residual``.
@@ -137,6 +138,7 @@ class Block(nnx.Module):
           scale: of the output of each sublayer.
           parallel: see above; each sublayer has a norm of its own.
           dropout_rate: of the output of each sublayer.
+          attention_dropout_rate: of the output of the self-attention; default ``dropout_rate``.
           rngs: for dropout.
 
         Raises:
@@ -146,11 +148,12 @@ class Block(nnx.Module):
             raise ValueError("parallel must be False with a cross-attention or order='post'")
         self.parallel = parallel
 
-        def residual(sublayer: Any) -> Residual:
+        def residual(sublayer: Any, rate: float = dropout_rate) -> Residual:
             options: dict[str, Any] = {"order": order, "scale": scale, "rngs": rngs}
-            return Residual(sublayer, norm, dropout_rate=dropout_rate, **options)
+            return Residual(sublayer, norm, dropout_rate=rate, **options)
 
-        self.attention = residual(attention)
+        rate = dropout_rate if attention_dropout_rate is None else attention_dropout_rate
+        self.attention = residual(attention, rate)
         self.cross_attention = nnx.data(
             None if cross_attention is None else residual(cross_attention)
         )

@@ -1,4 +1,7 @@
-"""Checkpoints in Hugging Face's format: BERT, GPT-2, Llama, Mistral, Gemma 2, T5 and ViT.
+"""Checkpoints in Hugging Face's format: encoders, decoders, encoder-decoders and vision.
+
+BERT, RoBERTa, XLM-RoBERTa, CamemBERT, DistilBERT, ELECTRA, MPNet; GPT-2, Llama, Mistral, Gemma 2;
+T5; ViT.
 
 ``load`` reads a folder with ``config.json`` and ``model.safetensors`` (or shards and their index);
 ``save`` writes one that ``load`` and Hugging Face's ``from_pretrained`` read. Nothing is
@@ -17,8 +20,8 @@ downloaded, and torch is not needed:
 >>> generate(model, np.array([[3, 1]]), max_new_tokens=3).tokens.shape
 (1, 3)
 
-A BERT checkpoint with a head is a ``Classifier``, ``Tagger`` or ``Reader``. To fine-tune one with
-other labels, or without a head, put a fresh one on its encoder:
+An encoder with a head is a ``Classifier``, ``Tagger`` or ``Reader``. To fine-tune one with other
+labels, or without a head, put a fresh one on it:
 
 >>> from attention_jax.models import Encoder, EncoderConfig, classifier
 >>> bert = EncoderConfig(10, Layers(features=8, num_layers=1, num_heads=2, order="post"), types=2,
@@ -65,20 +68,27 @@ from attention_jax.models.decoder import DecoderConfig
 from attention_jax.models.encoder import EncoderConfig
 from attention_jax.models.layers import Layers
 from attention_jax.models.pretrained import (
-    bert,
     folders,
     gemma,
     gpt2,
+    gpt_neox,
     llama,
     matching,
+    opt,
     safetensors,
     sentences,
     t5,
     vit,
 )
+from attention_jax.models.pretrained.bert import BERT
+from attention_jax.models.pretrained.distilbert import DISTILBERT
+from attention_jax.models.pretrained.electra import ELECTRA
+from attention_jax.models.pretrained.encoders import EncoderFamily
 from attention_jax.models.pretrained.family import Family
 from attention_jax.models.pretrained.hf_config import HFConfig
 from attention_jax.models.pretrained.lora import load_adapters, save_adapters
+from attention_jax.models.pretrained.mpnet import MPNET
+from attention_jax.models.pretrained.roberta import ROBERTA
 from attention_jax.models.pretrained.sentences import minilm
 from attention_jax.models.pretrained.tensors import Tensor
 from attention_jax.models.pretrained.tokenizer import (
@@ -113,7 +123,20 @@ __all__ = [
     "save_adapters",
 ]
 
-FAMILIES: tuple[Family, ...] = (bert, gpt2, *llama.FAMILIES, *gemma.FAMILIES, t5, vit)
+FAMILIES: tuple[Family, ...] = (
+    BERT,
+    ROBERTA,
+    DISTILBERT,
+    ELECTRA,
+    MPNET,
+    gpt2,
+    *llama.FAMILIES,
+    *gemma.FAMILIES,
+    gpt_neox,
+    opt,
+    t5,
+    vit,
+)
 
 
 def load(
@@ -144,8 +167,8 @@ def load(
       rules: how to shard, from ``sharding.rules``.
 
     Returns:
-      An ``Encoder``, ``Classifier``, ``Tagger`` or ``Reader`` (BERT), ``Decoder`` (GPT-2, Llama,
-      Mistral, Gemma 2), ``EncoderDecoder`` (T5) or ``VisionTransformer`` (ViT).
+      An ``Encoder``, ``Classifier``, ``Tagger`` or ``Reader`` (encoders like BERT), ``Decoder``
+      (GPT-2, Llama, Mistral, Gemma 2), ``EncoderDecoder`` (T5) or ``VisionTransformer`` (ViT).
 
     Raises:
       FileNotFoundError: no such folder, no configuration, or no tensors.
@@ -199,7 +222,8 @@ def load(
     leaves = dict(nnx.to_flat_state(state))
     tensors = {tensor.name: tensor for tensor in family.tensors(ours)}
     used, left_out, errors = matching.match(found, tensors, family, family.optional(ours), copies)
-    if errors := errors + matching.mismatches(used, tensors, leaves):
+    architecture = str((entries.get("architectures") or [""])[0])
+    if errors := errors + matching.mismatches(used, tensors, leaves, architecture):
         raise ValueError(f"the tensors do not fit this {model_type}: " + "; ".join(errors))
     arrays = random_state(leaves, seed)
     placements = None
@@ -235,7 +259,8 @@ def load_embedder(
     """Loads sentence embeddings, pooled and normalized as the checkpoint describes.
 
     Args:
-      folder: of a BERT checkpoint with ``modules.json``, as sentence-transformers writes it.
+      folder: of the checkpoint of an encoder like BERT, with ``modules.json``, as
+        sentence-transformers writes it.
       config, ignore, **options: of ``load``.
 
     Returns:
@@ -265,13 +290,16 @@ def load_embedder(
     """
     described = sentences.describe(Path(folder))
     entries = folders.read_config(described.encoder) | dict(config or {})
-    if entries.get("model_type") not in bert.MODEL_TYPES:
+    model_type = entries.get("model_type")
+    encoders = {x: y for y in FAMILIES if isinstance(y, EncoderFamily) for x in y.MODEL_TYPES}
+    if model_type not in encoders:
         raise ValueError(
-            f"{described.encoder} must be a checkpoint of {' or '.join(bert.MODEL_TYPES)} for "
-            f"sentence embeddings, got model_type {entries.get('model_type')!r}"
+            f"{described.encoder} must have a model_type of {', '.join(encoders)} for sentence "
+            f"embeddings, got {model_type!r}"
         )
-    overrides = {"architectures": ["BertModel"], **(config or {})}
-    heads = (r"pooler\..*", *bert.HEADLESS)
+    family = encoders[model_type]
+    overrides = {"architectures": [family.headless(model_type)], **(config or {})}
+    heads = (r"pooler\..*", *family.head_tensors)
     encoder = load(described.encoder, config=overrides, ignore=(*ignore, *heads), **options)
     encoder.config = dataclasses.replace(encoder.config, pool=described.pool)
     ours = EmbedderConfig(encoder.config, described.normalize, described.max_length)
