@@ -1,7 +1,7 @@
 """Checkpoints in Hugging Face's format: encoders, decoders, encoder-decoders and vision.
 
-BERT, RoBERTa, XLM-RoBERTa, CamemBERT, DistilBERT, ELECTRA, MPNet; GPT-2, Llama, Mistral, Gemma 2;
-T5; ViT.
+BERT, RoBERTa, XLM-RoBERTa, CamemBERT, DistilBERT, ELECTRA, MPNet; GPT-2, GPT-NeoX, OPT, Llama,
+Mistral, Qwen2, Qwen3, Gemma 1 to 3 (text), SmolLM2, SmolLM3, Phi-3, OLMo 2, Granite; T5; ViT.
 
 ``load`` reads a folder with ``config.json`` and ``model.safetensors`` (or shards and their index);
 ``save`` writes one that ``load`` and Hugging Face's ``from_pretrained`` read. Nothing is
@@ -168,7 +168,7 @@ def load(
 
     Returns:
       An ``Encoder``, ``Classifier``, ``Tagger`` or ``Reader`` (encoders like BERT), ``Decoder``
-      (GPT-2, Llama, Mistral, Gemma 2), ``EncoderDecoder`` (T5) or ``VisionTransformer`` (ViT).
+      (GPT-2, Llama and the like), ``EncoderDecoder`` (T5) or ``VisionTransformer`` (ViT).
 
     Raises:
       FileNotFoundError: no such folder, no configuration, or no tensors.

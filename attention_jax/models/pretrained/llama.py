@@ -15,9 +15,10 @@ from flax import nnx
 from attention_jax.models.decoder import Decoder, DecoderConfig
 from attention_jax.models.layers import Layers
 from attention_jax.models.pretrained.hf_config import ACTIVATION_NAMES, HFConfig
-from attention_jax.models.pretrained.rope import partial_factor, rope_parameters, rotary
+from attention_jax.models.pretrained.rope import ORIGINAL, partial_factor, rope_parameters, rotary
 from attention_jax.models.pretrained.tensors import Tensor, block, linear, norm
 from attention_jax.nn.linear import names_with_bias
+from attention_jax.positions import LongRoPE
 
 Options = dict[str, Any]
 
@@ -132,7 +133,9 @@ class Llama:
         if "activation" not in layers:
             layers["activation"] = hf.activation("hidden_act", "silu")
         if "rotary" not in layers:
-            layers["rotary"] = rotary(hf, longest, theta=defaults["rope_theta"])
+            layers["rotary"] = rotary(
+                hf, longest, theta=defaults["rope_theta"], head_dim=layers["head_dim"]
+            )
         return DecoderConfig(
             vocabulary=hf.number("vocab_size"),
             layers=Layers(**layers),
@@ -295,7 +298,7 @@ def _smollm3(hf: HFConfig, layers: Options, longest: int) -> Options:
     window = window if hf.flag("use_sliding_window", False) else None
     hf.take("max_window_layers", None)  # in published files; the family does not use it
     types = sliding(window, [not x for x in given[:num_layers]])
-    positions = rotary(hf, longest, theta=2_000_000.0)
+    positions = rotary(hf, longest, theta=2_000_000.0, head_dim=layers["head_dim"])
     return {
         "windows": windows_by_layer(hf, num_layers, window, types),
         "rotary": tuple(positions if x else None for x in given[:num_layers]),
@@ -313,8 +316,16 @@ def _smollm3_entries(config: DecoderConfig) -> Options:
 
 # --- Phi-3.
 
+_OLDER = {"su", "yarn"}
+
 
 def _phi3(hf: HFConfig, layers: Options, longest: int) -> Options:
+    hf.unused.setdefault(ORIGINAL, 4096)
+    for entry in ("rope_scaling", "rope_parameters"):
+        scaling: Any = hf.unused.get(entry)
+        # Older names; the first files have "yarn" for what has never been YaRN.
+        if isinstance(scaling, dict) and {scaling.get("rope_type", scaling.get("type"))} & _OLDER:
+            hf.unused[entry] = scaling | {"rope_type": "longrope"}
     return {
         "windows": (or_null(hf, "sliding_window", None),),
         "rotary": rotary(hf, longest, partial=1.0, head_dim=layers["head_dim"]),
@@ -330,8 +341,12 @@ def _phi3_entries(config: DecoderConfig) -> Options:
     layers = config.layers
     positions: Any = layers.rotary
     partial = {"partial_rotary_factor": partial_factor(positions, layers.head_dim)}  # type: ignore[arg-type]
+    original = {}
+    if isinstance(positions.scaling, LongRoPE):  # there, its value takes precedence
+        original = {ORIGINAL: positions.scaling.original}
     return {
         **_mistral_entries(config),
+        **original,
         "rope_parameters": rope_parameters(positions) | partial,
         "resid_pdrop": layers.dropout_rate,
         "embd_pdrop": config.dropout_rate,
