@@ -117,6 +117,18 @@ MODELS = {
             },
         },
     ),
+    "mixtral": ("MixtralForCausalLM", LLAMA | {"num_local_experts": 5, "sliding_window": 4}),
+    "qwen3_moe": (
+        "Qwen3MoeForCausalLM",
+        LLAMA | {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 12},
+    ),
+    "qwen3_moe, normalized": (
+        "Qwen3MoeForCausalLM",
+        LLAMA
+        | WINDOWS
+        | {"num_experts": 4, "norm_topk_prob": True, "num_experts_per_tok": 2}
+        | {"moe_intermediate_size": 12, "attention_bias": True},
+    ),
     "gpt_neox": ("GPTNeoXForCausalLM", GPT_NEOX),
     "gpt_neox, in sequence": (
         "GPTNeoXForCausalLM",

@@ -1,10 +1,8 @@
 """Configurations of decoders as they are published: what is read, and what is refused."""
 
-import dataclasses
-
 import pytest
 
-from attention_jax.models import pretrained
+from attention_jax.models import Experts, pretrained
 from attention_jax.models.pretrained.hf_config import HFConfig
 from attention_jax.positions import Linear, LongRoPE, Rotary
 
@@ -148,6 +146,37 @@ GPT_NEOX = sizes(512, 2048, 6, 8, None, 50_304, 2048) | {  # pythia-70m
     "tie_word_embeddings": False,
     "use_parallel_residual": True,
 }
+MIXTRAL = sizes(4096, 14_336, 32, 32, 8, 32_000, 32_768) | {  # Mixtral-8x7B-v0.1
+    "hidden_act": "silu",
+    "num_experts_per_tok": 2,
+    "num_local_experts": 8,
+    "output_router_logits": False,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 1000000.0,
+    "router_aux_loss_coef": 0.02,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+}
+QWEN3_MOE = sizes(2048, 6144, 48, 32, 4, 151_936, 40_960) | {  # Qwen3-30B-A3B
+    "attention_bias": False,
+    "decoder_sparse_step": 1,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "max_window_layers": 48,
+    "mlp_only_layers": [],
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "output_router_logits": False,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 1000000.0,
+    "router_aux_loss_coef": 0.001,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "use_sliding_window": False,
+}
 OPT = COMMON | {  # opt-125m
     "_remove_final_layer_norm": False,
     "activation_dropout": 0.0,
@@ -175,6 +204,8 @@ FILES = {
     "phi3": PHI3,
     "olmo2": OLMO2,
     "granite": GRANITE,
+    "mixtral": MIXTRAL,
+    "qwen3_moe": QWEN3_MOE,
     "gpt_neox": GPT_NEOX,
     "opt": OPT,
 }
@@ -203,6 +234,8 @@ EXPECTED = {
     "phi3": {"fused": True, "windows": (2047,) * 32, "rotary": Rotary(), "bias": False},
     "olmo2": {"order": "after", "query_key_norm": "joint"},
     "granite": {"scale": 0.015625, "residual_scale": 0.22},
+    "mixtral": {"experts": Experts(8, 2), "windows": (None,) * 32, "hidden": 14_336},
+    "qwen3_moe": {"experts": Experts(128, 8), "query_key_norm": True, "hidden": 768},
     "gpt_neox": {"parallel": True, "fused": True, "rotary": Rotary(width=16), "bias": True},
     "opt": {"activation": "relu", "order": "pre", "dropout_rate": 0.1},
 }
@@ -211,8 +244,8 @@ EXPECTED = {
 @pytest.mark.parametrize("kind", FILES)
 def test_published_files_are_read_and_written(kind):
     config = configured(kind)
-    layers = dataclasses.asdict(config.layers) | {"rotary": config.layers.rotary}
-    assert {name: layers[name] for name in EXPECTED[kind]} == EXPECTED[kind]
+    layers = config.layers
+    assert {name: getattr(layers, name) for name in EXPECTED[kind]} == EXPECTED[kind]
     family, entries = pretrained._to_hf(config, {})
     assert (family, entries["model_type"]) == (FAMILIES[kind], kind)
 
@@ -265,6 +298,9 @@ REFUSED = [
     ("phi3", {"mlp_bias": True}, "mlp_bias = True is not supported"),
     ("phi3", {"lm_head_bias": True}, "lm_head_bias = True is not supported"),
     ("phi3", {"partial_rotary_factor": 0.16}, "must give an even number of rotated features"),
+    ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise = 0.1 is not supported"),
+    ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step = 2 is not supported"),
+    ("qwen3_moe", {"mlp_only_layers": [0]}, "mlp_only_layers = [0] is not supported"),
     ("olmo2", {"clip_qkv": 8.0}, "clip_qkv = 8.0 is unknown"),
     ("granite", {"logits_scaling": 0}, "logits_scaling must be a positive number"),
     ("gpt_neox", {"rotary_pct": 1.5}, "partial_rotary_factor must be in (0, 1], got 1.5"),
