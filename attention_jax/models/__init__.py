@@ -110,6 +110,7 @@ __all__ = [
     "EncoderConfig",
     "EncoderDecoder",
     "EncoderDecoderConfig",
+    "Experts",
     "Generated",
     "Layers",
     "Reader",
