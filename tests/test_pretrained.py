@@ -36,6 +36,26 @@ BERT = {
 ROBERTA = BERT | {"type_vocab_size": 3, "pad_token_id": 2, "layer_norm_eps": 1e-3}
 ELECTRA = BERT | {"embedding_size": 16, "type_vocab_size": 3, "layer_norm_eps": 1e-3}
 MPNET = BERT | {"layer_norm_eps": 1e-3}
+MODERNBERT = {
+    "vocab_size": V,
+    "hidden_size": 24,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 3,
+    "intermediate_size": 20,
+    "max_position_embeddings": 20,
+    "local_attention": 5,
+    "norm_eps": 1e-3,
+    "pad_token_id": 2,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "cls_token_id": 0,
+    "sep_token_id": 1,
+    "rope_parameters": {
+        "full_attention": {"rope_type": "default", "rope_theta": 500.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+    },
+}
+BIASED = {"norm_bias": True, "attention_bias": True, "mlp_bias": True, "classifier_bias": True}
 DISTILBERT = {
     "vocab_size": V,
     "dim": 24,
@@ -128,6 +148,26 @@ MODELS = {
     "mpnet classes": ("MPNetForSequenceClassification", MPNET | {"num_labels": 3}),
     "mpnet tags": ("MPNetForTokenClassification", MPNET),
     "mpnet spans": ("MPNetForQuestionAnswering", MPNET),
+    "modernbert": ("ModernBertModel", MODERNBERT),
+    "modernbert tokens": (
+        "ModernBertForMaskedLM",
+        MODERNBERT | {"hidden_activation": "silu", "classifier_activation": "relu"},
+    ),
+    "modernbert tokens, biased": ("ModernBertForMaskedLM", MODERNBERT | BIASED),
+    "modernbert classes": (
+        "ModernBertForSequenceClassification",
+        MODERNBERT | {"num_labels": 3, "classifier_dropout": 0.2, "mlp_dropout": 0.1},
+    ),
+    "modernbert mean classes": (
+        "ModernBertForSequenceClassification",
+        MODERNBERT | BIASED | {"classifier_pooling": "mean", "attention_dropout": 0.1},
+    ),
+    "modernbert tags": (
+        "ModernBertForTokenClassification",
+        MODERNBERT
+        | {"layer_types": [*["sliding_attention", "full_attention"] * 2, "full_attention"]},
+    ),
+    "modernbert spans": ("ModernBertForQuestionAnswering", MODERNBERT),
     "gpt2": (
         "GPT2LMHeadModel",
         {
@@ -328,7 +368,7 @@ def test_hugging_face_loads_what_we_save(name, folders, tmp_path):
     assert pretrained.load(tmp_path).config == model.config
 
 
-@pytest.mark.parametrize("name", ["roberta", "xlm-roberta classes", "mpnet"])
+@pytest.mark.parametrize("name", ["roberta", "xlm-roberta classes", "mpnet", "modernbert"])
 def test_padding_on_the_left(name, folders):
     path, _ = folders(name)
     real = REAL[:, ::-1]
@@ -398,6 +438,7 @@ SIZES = {
     "DistilBertConfig": DISTILBERT,
     "ElectraConfig": BERT,
     "MPNetConfig": BERT,
+    "ModernBertConfig": MODERNBERT,
     "GPT2Config": MODELS["gpt2"][1],
     "LlamaConfig": LLAMA,
     "MistralConfig": LLAMA,

@@ -72,6 +72,7 @@ from attention_jax.models.decoder import Decoder as Decoder
 from attention_jax.models.decoder import DecoderConfig as DecoderConfig
 from attention_jax.models.encoder import Encoder as Encoder
 from attention_jax.models.encoder import EncoderConfig as EncoderConfig
+from attention_jax.models.encoder import Pooler as Pooler
 from attention_jax.models.encoder_decoder import EncoderDecoder as EncoderDecoder
 from attention_jax.models.encoder_decoder import EncoderDecoderConfig as EncoderDecoderConfig
 from attention_jax.models.generation import Generated as Generated
@@ -111,6 +112,7 @@ __all__ = [
     "EncoderDecoderConfig",
     "Generated",
     "Layers",
+    "Pooler",
     "Reader",
     "ReaderConfig",
     "Relative",

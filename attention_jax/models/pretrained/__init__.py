@@ -1,7 +1,7 @@
 """Checkpoints in Hugging Face's format: encoders, decoders, encoder-decoders and vision.
 
-BERT, RoBERTa, XLM-RoBERTa, CamemBERT, DistilBERT, ELECTRA, MPNet; GPT-2, Llama, Mistral, Gemma 2;
-T5; ViT.
+BERT, RoBERTa, XLM-RoBERTa, CamemBERT, DistilBERT, ELECTRA, MPNet, ModernBERT; GPT-2, Llama,
+Mistral, Gemma 2; T5; ViT.
 
 ``load`` reads a folder with ``config.json`` and ``model.safetensors`` (or shards and their index);
 ``save`` writes one that ``load`` and Hugging Face's ``from_pretrained`` read. Nothing is
@@ -80,10 +80,10 @@ from attention_jax.models.pretrained import (
 from attention_jax.models.pretrained.bert import BERT
 from attention_jax.models.pretrained.distilbert import DISTILBERT
 from attention_jax.models.pretrained.electra import ELECTRA
-from attention_jax.models.pretrained.encoders import EncoderFamily
 from attention_jax.models.pretrained.family import Family
 from attention_jax.models.pretrained.hf_config import HFConfig
 from attention_jax.models.pretrained.lora import load_adapters, save_adapters
+from attention_jax.models.pretrained.modernbert import MODERNBERT
 from attention_jax.models.pretrained.mpnet import MPNET
 from attention_jax.models.pretrained.roberta import ROBERTA
 from attention_jax.models.pretrained.sentences import minilm
@@ -120,7 +120,8 @@ __all__ = [
     "save_adapters",
 ]
 
-FAMILIES: tuple[Family, ...] = (BERT, ROBERTA, DISTILBERT, ELECTRA, MPNET, gpt2, llama, t5, vit)
+ENCODERS = (BERT, ROBERTA, DISTILBERT, ELECTRA, MPNET, MODERNBERT)
+FAMILIES: tuple[Family, ...] = (*ENCODERS, gpt2, llama, t5, vit)
 
 
 def load(
@@ -275,7 +276,7 @@ def load_embedder(
     described = sentences.describe(Path(folder))
     entries = folders.read_config(described.encoder) | dict(config or {})
     model_type = entries.get("model_type")
-    encoders = {x: y for y in FAMILIES if isinstance(y, EncoderFamily) for x in y.MODEL_TYPES}
+    encoders = {x: family for family in ENCODERS for x in family.MODEL_TYPES}
     if model_type not in encoders:
         raise ValueError(
             f"{described.encoder} must have a model_type of {', '.join(encoders)} for sentence "
