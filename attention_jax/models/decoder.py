@@ -17,6 +17,7 @@ from attention_jax.core.axes import (
     accumulation_dtype,
     check_finite,
     check_positions,
+    int_at_least,
     positive_float,
 )
 from attention_jax.masks import Mask
@@ -39,6 +40,8 @@ class DecoderConfig:
       positions: vectors added to those of the tokens: ``"learned"``, ``"sinusoidal"``; None, with
         rotary positions for example.
       max_length: rows of learned positions; without those, the length the model was trained for.
+      first_position: row of the table of positions for the first token, 2 in OPT; the rows before
+        it are not used.
       embedding_scale: of the token vectors.
       head_scale: of the input of the head.
       tied: whether the output head shares the table of token vectors.
@@ -50,6 +53,7 @@ class DecoderConfig:
     layers: Layers
     positions: str | None = None
     max_length: int | None = None
+    first_position: int = 0
     embedding_scale: float = 1.0
     head_scale: float = 1.0
     tied: bool = True
@@ -58,6 +62,7 @@ class DecoderConfig:
 
     def __post_init__(self) -> None:
         check_embeddings(self)
+        int_at_least("first_position", self.first_position, 0)
         check_finite("embedding_scale", self.embedding_scale)
         check_finite("head_scale", self.head_scale)
         if self.logits_softcap is not None:
@@ -91,6 +96,7 @@ class Decoder(nnx.Module):
             layers.features,
             positions=config.positions,
             max_length=config.max_length,
+            first_position=config.first_position,
             scale=config.embedding_scale,
             dropout_rate=config.dropout_rate,
             **layers.dtypes,

@@ -69,9 +69,12 @@ from attention_jax.models.encoder import EncoderConfig
 from attention_jax.models.layers import Layers
 from attention_jax.models.pretrained import (
     folders,
+    gemma,
     gpt2,
+    gpt_neox,
     llama,
     matching,
+    opt,
     safetensors,
     sentences,
     t5,
@@ -121,7 +124,8 @@ __all__ = [
 ]
 
 ENCODERS = (BERT, ROBERTA, DISTILBERT, ELECTRA, MPNET, MODERNBERT)
-FAMILIES: tuple[Family, ...] = (*ENCODERS, gpt2, llama, t5, vit)
+DECODERS: tuple[Family, ...] = (gpt2, *llama.FAMILIES, *gemma.FAMILIES, gpt_neox, opt)
+FAMILIES: tuple[Family, ...] = (*ENCODERS, *DECODERS, t5, vit)
 
 
 def load(
