@@ -102,6 +102,13 @@ def make(kind):
         case "vit":
             config = models.VisionConfig((4, 4), 2, models.Layers(**SMALL), channels=1)
             return models.VisionTransformer(config, rngs=rngs)
+        case "clip":
+            layers = models.Layers(**SMALL, activation="quick_gelu")
+            text = models.DecoderConfig(11, layers, positions="learned", max_length=6)
+            image = {"channels": 1, "patch_bias": False, "embedding_norm": True}
+            vision = models.VisionConfig((4, 4), 2, layers, **image)
+            config = models.DualEncoderConfig(text, vision, 6, end=10)
+            return models.DualEncoder(config, rngs=rngs)
         case "bert":
             return bert_model(pooler=True)
         case name if name in ENCODERS:

@@ -100,6 +100,23 @@ VIT = {
 }
 
 
+CLIP = {
+    "projection_dim": 10,
+    "text_config": {
+        "vocab_size": V,
+        "hidden_size": 20,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 30,
+        "max_position_embeddings": 15,
+        "eos_token_id": V - 1,
+        "bos_token_id": 0,
+        "layer_norm_eps": 1e-3,
+    },
+    "vision_config": {**VIT, "hidden_act": "relu", "layer_norm_eps": 1e-3},
+}
+
+
 def scaled(**parameters):
     return {**LLAMA, "rope_parameters": {**ROPE, **parameters}}
 
@@ -246,6 +263,11 @@ MODELS = {
         "T5ForConditionalGeneration",
         T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
     ),
+    "clip": ("CLIPModel", CLIP),
+    "clip of the first release": (
+        "CLIPModel",
+        CLIP | {"text_config": CLIP["text_config"] | {"eos_token_id": 2, "attention_dropout": 0.1}},
+    ),
     "vit": ("ViTModel", VIT),
     "vit classes": ("ViTForImageClassification", VIT | {"num_labels": 5, "qkv_bias": False}),
 }
@@ -279,11 +301,22 @@ def encoded(name, real):
     return np.where(real, tokens(0), 1 if name.startswith("mpnet") else PADDING), types
 
 
+def ended(real):
+    """Texts that end with the last token of the vocabulary, which is padding too."""
+    last = real & ~np.pad(real, ((0, 0), (0, 1)))[:, 1:]
+    return np.where(real & ~last, tokens(0), V - 1)
+
+
 def theirs(name, model, real=REAL):
     with torch.no_grad():
         if name.startswith("vit"):
             images = np.random.default_rng(0).normal(size=(B, 2, 12, 12)).astype(np.float32)
             out = model(torch.tensor(images))
+        elif name.startswith("clip"):
+            images = np.random.default_rng(0).normal(size=(B, 2, 12, 12)).astype(np.float32)
+            mask = torch.tensor(real.astype(int))
+            out = model(torch.tensor(ended(real)), torch.tensor(images), mask)
+            return out.logits_per_text.numpy()
         elif name.startswith("t5"):
             out = model(
                 input_ids=torch.tensor(tokens(0)),
@@ -305,6 +338,9 @@ def ours(name, model, real=REAL):
     if name.startswith("vit"):
         images = np.random.default_rng(0).normal(size=(B, 2, 12, 12)).astype(np.float32)
         return model(images.transpose(0, 2, 3, 1))
+    if name.startswith("clip"):
+        images = np.random.default_rng(0).normal(size=(B, 2, 12, 12)).astype(np.float32)
+        return model(ended(real), images.transpose(0, 2, 3, 1), real=real)
     if name.startswith("t5"):
         return model(tokens(0), tokens(1, (B, 6)), source_real=REAL)
     ids, types = encoded(name, real)
@@ -445,6 +481,7 @@ SIZES = {
     "Gemma2Config": LLAMA,
     "T5Config": T5,
     "ViTConfig": VIT,
+    "CLIPConfig": CLIP,
 }
 REQUIRED = {"vocab_size", "hidden_size", "intermediate_size", "d_model", "d_kv", "d_ff"}
 

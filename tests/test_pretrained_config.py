@@ -99,6 +99,16 @@ PUBLISHED = {
             "sparse_pred_ignore_index": -100,
         },
     ),
+    "clip-vit-base-patch32": (
+        "clip",
+        {
+            "initializer_factor": 1.0,
+            "logit_scale_init_value": 2.6592,
+            "_commit_hash": None,
+            "text_config_dict": {"dropout": 0.0, "projection_dim": 512, "top_p": 1.0},
+            "vision_config_dict": None,
+        },
+    ),
     "mpnet-base": ("mpnet", {"relative_attention_num_buckets": 32, "_num_labels": 2}),
     "SmolLM": (
         "llama tied",
@@ -161,6 +171,13 @@ HARMFUL = [
     ("electra", {"embedding_size": 0}, "embedding_size must be a positive number, got 0"),
     ("mpnet", {"relative_attention_num_buckets": 16}, "= 16 is not supported, only 32"),
     ("mpnet", {"classifier_dropout": 0.1}, "classifier_dropout = 0.1 is unknown"),
+    ("clip", {"text_config": {"dropout": 0.1}}, "dropout = 0.1 is not supported"),
+    (
+        "clip",
+        {"vision_config": {"new": 1}},
+        "of vision_config is not supported: new = 1",
+    ),
+    ("clip", {"text_config": 3}, "text_config must be an object, got 3"),
     ("modernbert", {"classifier_pooling": "max"}, "must be one of ['cls', 'mean'], got 'max'"),
     ("modernbert", {"decoder_bias": False}, "decoder_bias = False is not supported"),
     ("modernbert", {"layer_types": ["chunked_attention"]}, "layer_types must be 1 of"),
@@ -195,6 +212,7 @@ SIZES = {
     "gemma2": LLAMA_SIZES,
     "t5": {"vocab_size": 5, "d_model": 8, **T5_SIZES},
     "vit": LLAMA_SIZES,
+    "clip": {},
 }
 
 
@@ -226,6 +244,7 @@ def test_harmful_entries_raise(kind, entries, message):
         ("electra", "ElectraForCausalLM"),
         ("mpnet", "MPNetForMultipleChoice"),
         ("modernbert", "ModernBertForMultipleChoice"),
+        ("clip", "CLIPForImageClassification"),
         ("gpt2", "GPT2ForSequenceClassification"),
         ("t5", "T5EncoderModel"),
         ("vit", "ViTForMaskedImageModeling"),
@@ -248,6 +267,15 @@ def test_defaults_equal_those_of_hugging_face():
     assert (gemma.max_length, gemma.layers.windows) == (8192, (4096,))
     gemma = configured("gemma2", attn_logit_softcapping=None, final_logit_softcapping=None)
     assert (gemma.layers.softcap, gemma.logits_softcap) == (None, None)
+
+
+def test_defaults_and_precedence_of_clip():
+    config = configured("clip", text_config={"eos_token_id": 2, "num_hidden_layers": 3})
+    assert (config.end, config.features, config.text.max_length) == (None, 512, 77)
+    assert (config.text.layers.num_layers, config.vision.layers.num_heads) == (3, 12)
+    both = {"text_config": {"hidden_size": 16}, "text_config_dict": {"hidden_size": 24}}
+    config = configured("clip", **both)
+    assert (config.end, config.text.layers.features) == (49_407, 24)
 
 
 def test_layers_of_modernbert_alternate():

@@ -64,7 +64,7 @@ class Layers:
       head_dim: width of a head (H); default E / N.
       hidden: width of the feed-forward layer; default 4 E.
       activation: of the feed-forward layer: ``"gelu"``, ``"gelu_tanh"``, ``"relu"``, ``"silu"``,
-        ``"tanh"``.
+        ``"quick_gelu"`` or ``"tanh"``.
       gated: whether the feed-forward layer is gated, as SwiGLU; see ``nn.FeedForward``.
       norm: ``"layer"``, ``"rms"`` or ``"one_plus_rms"``.
       norm_epsilon: added to the variance.

@@ -1,7 +1,7 @@
 """Checkpoints in Hugging Face's format: encoders, decoders, encoder-decoders and vision.
 
 BERT, RoBERTa, XLM-RoBERTa, CamemBERT, DistilBERT, ELECTRA, MPNet, ModernBERT; GPT-2, Llama,
-Mistral, Gemma 2; T5; ViT.
+Mistral, Gemma 2; T5; ViT; CLIP.
 
 ``load`` reads a folder with ``config.json`` and ``model.safetensors`` (or shards and their index);
 ``save`` writes one that ``load`` and Hugging Face's ``from_pretrained`` read. Nothing is
@@ -68,6 +68,7 @@ from attention_jax.models.decoder import DecoderConfig
 from attention_jax.models.encoder import EncoderConfig
 from attention_jax.models.layers import Layers
 from attention_jax.models.pretrained import (
+    clip,
     folders,
     gemma,
     gpt2,
@@ -107,6 +108,7 @@ from attention_jax.models.pretrained.variables import (
 )
 from attention_jax.models.sentences import Embedder, EmbedderConfig
 from attention_jax.models.sharding import Rules, shardings
+from attention_jax.models.vision import VisionConfig
 
 __all__ = [
     "Padded",
@@ -125,7 +127,7 @@ __all__ = [
 
 ENCODERS = (BERT, ROBERTA, DISTILBERT, ELECTRA, MPNET, MODERNBERT)
 DECODERS: tuple[Family, ...] = (gpt2, *llama.FAMILIES, *gemma.FAMILIES, gpt_neox, opt)
-FAMILIES: tuple[Family, ...] = (*ENCODERS, *DECODERS, t5, vit)
+FAMILIES: tuple[Family, ...] = (*ENCODERS, *DECODERS, t5, vit, clip)
 
 
 def load(
@@ -157,7 +159,8 @@ def load(
 
     Returns:
       An ``Encoder``, ``Classifier``, ``Tagger`` or ``Reader`` (encoders like BERT), ``Decoder``
-      (GPT-2, Llama, Mistral, Gemma 2), ``EncoderDecoder`` (T5) or ``VisionTransformer`` (ViT).
+      (GPT-2, Llama, Mistral, Gemma 2), ``EncoderDecoder`` (T5), ``VisionTransformer`` (ViT)
+      or ``DualEncoder`` (CLIP).
 
     Raises:
       FileNotFoundError: no such folder, no configuration, or no tensors.
@@ -402,15 +405,15 @@ def _read_back(family: Family, config: Any, entries: Mapping[str, Any]) -> Any:
 
 
 def _with_layers(config: Any, changes: Mapping[str, Any]) -> Any:
-    """The configuration with changes in all its ``Layers``, those of its encoder included."""
+    """The configuration with changes in all its ``Layers``, those of its encoders included."""
     fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    new = {
+    new: dict[str, Any] = {
         name: dataclasses.replace(x, **changes)
         for name, x in fields.items()
         if isinstance(x, Layers)
     }
-    if isinstance(encoder := fields.get("encoder"), EncoderConfig):
-        new["encoder"] = _with_layers(encoder, changes)
+    towers = EncoderConfig, DecoderConfig, VisionConfig
+    new |= {name: _with_layers(x, changes) for name, x in fields.items() if isinstance(x, towers)}
     return dataclasses.replace(config, **new)
 
 
