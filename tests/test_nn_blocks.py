@@ -75,6 +75,36 @@ def test_a_fused_feed_forward_layer_is_the_same():
     close(m(x), other(x), atol=1e-5)
 
 
+@pytest.mark.parametrize("normalize", [False, True])
+def test_mixture_of_experts(normalize):
+    """Values and gradients equal those of all experts for all tokens, masked by the weights."""
+    options = {"experts": 5, "per_token": 2, "normalize": normalize}
+    m = randomized(nn.MixtureOfExperts(E, 7, **options, rngs=nnx.Rngs(0)))
+    x = jnp.asarray(normal(0, B, T, E))
+    x = x.at[1].set(x[1, :1])  # tokens that all choose the same experts, none of which is dropped
+    graph, state = nnx.split(m)
+
+    def dense(m, x):
+        p = jax.nn.softmax(x @ m.router.kernel[...])
+        least = jnp.sort(p, axis=-1)[..., -2:-1]
+        p = jnp.where(p >= least, p, 0.0)
+        p = p / p.sum(axis=-1, keepdims=True) if normalize else p
+        gate, up = (jnp.einsum("bte,xef->btxf", x, k[...]) for k in (m.gate, m.up))
+        return jnp.einsum("btxf,xfe,btx->bte", jax.nn.silu(gate) * up, m.down[...], p)
+
+    def run(call):
+        def total(state, x):
+            y = call(nnx.merge(graph, state), x)
+            return (y**2).sum(), y
+
+        return jax.jit(jax.grad(total, argnums=(0, 1), has_aux=True))(state, x)
+
+    got, expected = run(lambda m, x: m(x)), run(dense)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        close(a, b, atol=1e-3)
+    assert np.abs(got[1]).max() > 0.1
+
+
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu", "silu", jnp.tanh])
 def test_feed_forward(activation, gated):

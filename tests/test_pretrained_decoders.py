@@ -1,5 +1,6 @@
 """Checkpoints of decoders: hidden states, logits and cached steps equal those of Hugging Face."""
 
+import tempfile
 import warnings
 
 import numpy as np
@@ -59,6 +60,16 @@ OPT = {
     "num_attention_heads": 4,
     "max_position_embeddings": 13,
 }
+LONGROPE = LLAMA | {
+    "hidden_size": 24,
+    "original_max_position_embeddings": 16,
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 50.0,
+        "short_factor": [1.0, 1.3, 2.0],
+        "long_factor": [1.5, 3.0, 5.0],
+    },
+}
 WINDOWS = {"use_sliding_window": True, "sliding_window": 4}
 MODELS = {
     "qwen2": ("Qwen2ForCausalLM", LLAMA | WINDOWS | {"max_window_layers": 1}),
@@ -79,6 +90,7 @@ MODELS = {
         "Phi3ForCausalLM",
         LLAMA | {"partial_rotary_factor": 0.7, "tie_word_embeddings": True},
     ),
+    "phi3, longrope": ("Phi3ForCausalLM", LONGROPE),
     "olmo2": ("Olmo2ForCausalLM", LLAMA | {"attention_bias": True}),
     "granite": (
         "GraniteForCausalLM",
@@ -104,6 +116,18 @@ MODELS = {
                 "full_attention": {"rope_type": "linear", "factor": 3.0, "rope_theta": 50.0},
             },
         },
+    ),
+    "mixtral": ("MixtralForCausalLM", LLAMA | {"num_local_experts": 5, "sliding_window": 4}),
+    "qwen3_moe": (
+        "Qwen3MoeForCausalLM",
+        LLAMA | {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 12},
+    ),
+    "qwen3_moe, normalized": (
+        "Qwen3MoeForCausalLM",
+        LLAMA
+        | WINDOWS
+        | {"num_experts": 4, "norm_topk_prob": True, "num_experts_per_tok": 2}
+        | {"moe_intermediate_size": 12, "attention_bias": True},
     ),
     "gpt_neox": ("GPTNeoXForCausalLM", GPT_NEOX),
     "gpt_neox, in sequence": (
@@ -151,16 +175,21 @@ def assert_same(ours, expected, real):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4)
 
 
+def loaded_from(model):
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return pretrained.load(folder)
+
+
 @pytest.fixture(scope="module")
-def loaded(tmp_path_factory):
+def loaded():
     """Each model of Hugging Face, and ours loaded from what it writes."""
     made = {}
 
     def load(name):
         if name not in made:
-            path, model = tmp_path_factory.mktemp("checkpoint"), peer(name)
-            model.save_pretrained(path)
-            made[name] = model, pretrained.load(path)
+            model = peer(name)
+            made[name] = model, loaded_from(model)
         return made[name]
 
     return load
@@ -196,6 +225,21 @@ def test_hugging_face_loads_what_we_save(name, loaded, tmp_path):
     for a, b in zip(theirs(back.eval(), REAL), theirs(model, REAL), strict=True):
         np.testing.assert_allclose(a[REAL], b[REAL], rtol=1e-6, atol=1e-6)
     assert pretrained.load(tmp_path).config == ours.config
+
+
+def test_longrope_of_longer_sequences(monkeypatch):
+    """Hugging Face takes the longest row of a batch, ours each row alone."""
+    entries = LONGROPE | {"original_max_position_embeddings": 8}
+    monkeypatch.setitem(MODELS, "longer", ("Phi3ForCausalLM", entries))
+    model, everything = peer("longer"), np.ones((B, T), bool)
+    ours = loaded_from(model)
+    assert_same((ours(TOKENS),), theirs(model, everything)[1:], everything)
+    short = ours(TOKENS[:, :8])
+    assert np.abs(short - np.asarray(ours(TOKENS))[:, :8]).max() > 0.01
+    with pytest.raises(
+        NotImplementedError, match="cache cannot be used with LongRoPE beyond its 8"
+    ):
+        ours(TOKENS, caches=ours.init_caches((B,), T))
 
 
 SIZES = {key: LLAMA[key] for key in list(LLAMA)[:5]} | {"hidden_size": 32}

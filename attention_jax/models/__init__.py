@@ -91,6 +91,7 @@ from attention_jax.models.heads import classifier as classifier
 from attention_jax.models.heads import label_ids as label_ids
 from attention_jax.models.heads import reader as reader
 from attention_jax.models.heads import tagger as tagger
+from attention_jax.models.layers import Experts as Experts
 from attention_jax.models.layers import Layers as Layers
 from attention_jax.models.layers import Relative as Relative
 from attention_jax.models.sampling import Sampling as Sampling

@@ -52,6 +52,25 @@ class Relative:
         int_at_least("max_distance", self.max_distance, 1)
 
 
+@dataclasses.dataclass(frozen=True)
+class Experts:
+    """A mixture of experts in the place of the feed-forward layer; see ``nn.MixtureOfExperts``.
+
+    Attributes:
+      number: of experts (X).
+      per_token: how many experts a token uses.
+      normalize: divide the weights of a token's experts by their sum.
+    """
+
+    number: int
+    per_token: int
+    normalize: bool = True
+
+    def __post_init__(self) -> None:
+        int_at_least("number", self.number, 1)
+        int_at_least("per_token", self.per_token, 1)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Layers:
     """Configuration of a stack of layers, alike except for their windows and rotary positions.
@@ -66,6 +85,8 @@ class Layers:
       activation: of the feed-forward layer: ``"gelu"``, ``"gelu_tanh"``, ``"relu"``, ``"silu"``,
         ``"quick_gelu"`` or ``"tanh"``.
       gated: whether the feed-forward layer is gated, as SwiGLU; see ``nn.FeedForward``.
+      experts: a mixture of gated feed-forward layers of width ``hidden``; needs ``gated`` and no
+        ``feed_forward_bias``.
       norm: ``"layer"``, ``"rms"`` or ``"one_plus_rms"``.
       norm_epsilon: added to the variance.
       norm_bias: whether norms have a bias; RMS norms never do.
@@ -120,6 +141,7 @@ class Layers:
     hidden: int | None = None
     activation: str = "gelu"
     gated: bool = False
+    experts: Experts | None = None
     norm: str = "layer"
     norm_epsilon: float = 1e-5
     norm_bias: bool = True
@@ -166,6 +188,8 @@ class Layers:
         if self.attention_output_dropout_rate is not None:
             check_rate(self.attention_output_dropout_rate, "attention_output_dropout_rate")
         check_types({"scale": self.scale})
+        if self.experts is not None and (not self.gated or self.feed_forward_bias):
+            raise ValueError("experts needs gated=True and feed_forward_bias=False")
         check_finite("residual_scale", self.residual_scale)
         if self.query_key_norm not in (False, True, "joint"):
             raise ValueError(

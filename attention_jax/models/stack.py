@@ -17,7 +17,7 @@ from attention_jax.masks import Mask
 from attention_jax.models.layers import Layers
 from attention_jax.models.running import run, scan
 from attention_jax.models.tokens import both, padding
-from attention_jax.nn import Block, FeedForward, MultiHeadAttention
+from attention_jax.nn import Block, FeedForward, MixtureOfExperts, MultiHeadAttention
 from attention_jax.nn.logical import logical
 
 
@@ -201,17 +201,7 @@ def _block(
     own = heads(mask=mask, rotary=config.rotaries[i])
     if context_features is not None:
         cross = heads(context_features=context_features)
-    feed_forward = FeedForward(
-        config.features,
-        config.hidden,  # type: ignore[arg-type]
-        activation=config.activation,
-        gated=config.gated,
-        fused=config.fused,
-        bias=config.feed_forward_bias,
-        dropout_rate=config.feed_forward_dropout_rate,
-        **config.dtypes,
-        rngs=rngs,
-    )
+    feed_forward = _feed_forward(config, rngs)
     return Block(
         own,
         feed_forward,
@@ -225,6 +215,22 @@ def _block(
         attention_norm=config.first_norm or i > 0,
         rngs=rngs,
     )
+
+
+def _feed_forward(config: Layers, rngs: nnx.Rngs) -> FeedForward | MixtureOfExperts:
+    sizes: Any = config.features, config.hidden
+    options = {
+        "activation": config.activation,
+        "dropout_rate": config.feed_forward_dropout_rate,
+        **config.dtypes,
+        "rngs": rngs,
+    }
+    if config.experts is not None:
+        experts, per_token = config.experts.number, config.experts.per_token
+        options |= {"experts": experts, "per_token": per_token}
+        return MixtureOfExperts(*sizes, normalize=config.experts.normalize, **options)
+    bias, fused = config.feed_forward_bias, config.fused
+    return FeedForward(*sizes, gated=config.gated, fused=fused, bias=bias, **options)
 
 
 def _window_mask(window: int | None, causal: bool) -> Mask | None:

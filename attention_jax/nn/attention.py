@@ -33,7 +33,7 @@ from attention_jax.nn.context import KeysValues, check_batch, check_context
 from attention_jax.nn.linear import BIAS_INIT, KERNEL_INIT, linear, names_with_bias
 from attention_jax.nn.logical import logical
 from attention_jax.nn.rngs import check_rngs, dropout_key
-from attention_jax.positions import DynamicNTK, Rotary
+from attention_jax.positions import Rotary
 from attention_jax.scores import Score
 
 Scores = Score | tuple[Score, ...]
@@ -347,11 +347,11 @@ class MultiHeadAttention(nnx.Module):
                 f"{self.context_features} (context_features)"
             )
         scaling: Any = None if self.rotary is None else self.rotary.scaling
-        dynamic = isinstance(scaling, DynamicNTK)
+        dynamic = scaling is not None and scaling.depends_on_length
         if cache is not None and dynamic and (cache.rolling or cache.capacity > scaling.original):
             raise NotImplementedError(
-                f"cache cannot be used with DynamicNTK beyond its {scaling.original} original "
-                f"tokens: cached keys would have to be rotated again; use another scaling"
+                f"cache cannot be used with {type(scaling).__name__} beyond its {scaling.original} "
+                f"original tokens: cached keys would have to be rotated again; use another scaling"
             )
         if context is not None:
             if cache is not None:

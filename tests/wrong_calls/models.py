@@ -69,6 +69,13 @@ def wrong_models():
             "windows must be a tuple",
             "windows=(4,)",
         ),
+        (
+            lambda: stack(features=8, experts=models.Experts(4, 2)),
+            value,
+            "experts needs gated=True and feed_forward_bias=False",
+        ),
+        (lambda: stack(features=8, query_key_norm="all"), value, "query_key_norm must be", "'all'"),
+        (lambda: stack(features=8, residual_scale=nan), value, "residual_scale must be finite"),
         (lambda: stack(features=8, rotary=()), value, "rotary must have an entry"),
         (
             lambda: stack(features=8, rotary=(None, 1e4)),

@@ -1,7 +1,8 @@
 """Checkpoints in Hugging Face's format: encoders, decoders, encoder-decoders and vision.
 
-BERT, RoBERTa, XLM-RoBERTa, CamemBERT, DistilBERT, ELECTRA, MPNet, ModernBERT; GPT-2, Llama,
-Mistral, Gemma 2; T5; ViT; CLIP.
+BERT, RoBERTa, XLM-RoBERTa, CamemBERT, DistilBERT, ELECTRA, MPNet, ModernBERT; GPT-2, GPT-NeoX, OPT,
+Llama, Mistral, Qwen2, Qwen3, Gemma 1 to 3 (text), SmolLM2, SmolLM3, Phi-3, OLMo 2, Granite,
+Mixtral, Qwen3-MoE; T5; ViT; CLIP.
 
 ``load`` reads a folder with ``config.json`` and ``model.safetensors`` (or shards and their index);
 ``save`` writes one that ``load`` and Hugging Face's ``from_pretrained`` read. Nothing is
@@ -73,11 +74,16 @@ from attention_jax.models.pretrained import (
     gemma,
     gpt2,
     gpt_neox,
+    granite,
     llama,
     matching,
+    mistral,
     opt,
+    phi3,
+    qwen,
     safetensors,
     sentences,
+    smollm3,
     t5,
     vit,
 )
@@ -126,7 +132,18 @@ __all__ = [
 ]
 
 ENCODERS = (BERT, ROBERTA, DISTILBERT, ELECTRA, MPNET, MODERNBERT)
-DECODERS: tuple[Family, ...] = (gpt2, *llama.FAMILIES, *gemma.FAMILIES, gpt_neox, opt)
+DECODERS: tuple[Family, ...] = (
+    gpt2,
+    *llama.FAMILIES,
+    *mistral.FAMILIES,
+    *qwen.FAMILIES,
+    *smollm3.FAMILIES,
+    *phi3.FAMILIES,
+    *granite.FAMILIES,
+    *gemma.FAMILIES,
+    gpt_neox,
+    opt,
+)
 FAMILIES: tuple[Family, ...] = (*ENCODERS, *DECODERS, t5, vit, clip)
 
 
@@ -159,8 +176,8 @@ def load(
 
     Returns:
       An ``Encoder``, ``Classifier``, ``Tagger`` or ``Reader`` (encoders like BERT), ``Decoder``
-      (GPT-2, Llama, Mistral, Gemma 2), ``EncoderDecoder`` (T5), ``VisionTransformer`` (ViT)
-      or ``DualEncoder`` (CLIP).
+      (GPT-2, Llama and the like), ``EncoderDecoder`` (T5), ``VisionTransformer`` (ViT) or
+      ``DualEncoder`` (CLIP).
 
     Raises:
       FileNotFoundError: no such folder, no configuration, or no tensors.
@@ -221,11 +238,14 @@ def load(
     placements = None
     if mesh is not None:
         placements = dict(nnx.to_flat_state(shardings(state, mesh, rules)))
-    for name, (file, theirs) in used.items():
-        tensor = tensors[name]
-        placed = None if placements is None else placements[tensor.path].get_value()
-        x = tensor.form.into(file[theirs])
-        arrays[tensor.path] = converted(theirs, x, param_dtype, placed)
+    by_path: dict[Any, list[str]] = {}
+    for name, tensor in tensors.items():
+        by_path.setdefault(tensor.path, []).append(name)
+    for path, together in by_path.items():
+        placed = None if placements is None else placements[path].get_value()
+        parts = [tensors[name].form.into(used[name][0][used[name][1]]) for name in together]
+        x = np.stack(parts) if tensors[together[0]].stacked else parts[0]
+        arrays[path] = converted(used[together[0]][1], x, param_dtype, placed)
     if placements is not None:
         for path in leaves.keys() - {tensors[name].path for name in used}:
             arrays[path] = jax.device_put(arrays[path], placements[path].get_value())

@@ -65,7 +65,7 @@ def _gemma3(hf: HFConfig, layers: Options, longest: int) -> Options:
     for kind, (entry, theta) in THETAS.items():
         parameters = {"rope_theta": hf.take(entry, theta)} | dict(given.get(kind) or {})
         parameters |= scaling if kind == "full_attention" else {}
-        rotaries[kind] = of_parameters(hf, parameters, longest)
+        rotaries[kind] = of_parameters(hf, parameters, longest, layers["head_dim"])
     return {
         **_activation(hf),
         "scale": hf.number("query_pre_attn_scalar", 256) ** -0.5,

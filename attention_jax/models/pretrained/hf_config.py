@@ -15,6 +15,7 @@ HARMLESS = {
     "_num_labels",
     "architectures",
     "attn_implementation",
+    "auto_map",  # of code beside the file, which is not run
     "bos_token_id",
     "cache_implementation",
     "chunk_size_feed_forward",  # does not change the result

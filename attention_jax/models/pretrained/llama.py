@@ -6,17 +6,16 @@ They share one way to read and write; a ``Llama`` describes what is different in
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from flax import nnx
 
 from attention_jax.models.decoder import Decoder, DecoderConfig
-from attention_jax.models.layers import Layers
+from attention_jax.models.layers import Experts, Layers
 from attention_jax.models.pretrained.hf_config import ACTIVATION_NAMES, HFConfig
-from attention_jax.models.pretrained.rope import partial_factor, rope_parameters, rotary
-from attention_jax.models.pretrained.tensors import Tensor, block, linear, norm
+from attention_jax.models.pretrained.rope import rope_parameters, rotary
+from attention_jax.models.pretrained.tensors import Path, Tensor, block, expert, linear, norm
 from attention_jax.nn.linear import names_with_bias
 
 Options = dict[str, Any]
@@ -61,6 +60,7 @@ class Llama:
       defaults: of entries that a file may omit, where they differ from ``DEFAULTS``.
       biases: entries of the file that add biases; in other families they must be false.
       layers: options of ``Layers`` that all models of the family have.
+      experts: the names of a mixture of experts and of each expert's gate, up and down.
       padding: the token of padding by default, which must be in the vocabulary.
       only: entries that state what always holds, with the values they may have.
       read: reads further entries into options of ``Layers``, given those read before and the
@@ -75,6 +75,7 @@ class Llama:
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     biases: tuple[str, ...] = ("attention_bias",)
     layers: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    experts: tuple[str, str, str, str] = ("mlp", "gate_proj", "up_proj", "down_proj")
     padding: int = 0
     only: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
     read: Callable[[HFConfig, Options, int], Options] = _nothing
@@ -132,7 +133,9 @@ class Llama:
         if "activation" not in layers:
             layers["activation"] = hf.activation("hidden_act", "silu")
         if "rotary" not in layers:
-            layers["rotary"] = rotary(hf, longest, theta=defaults["rope_theta"])
+            layers["rotary"] = rotary(
+                hf, longest, theta=defaults["rope_theta"], head_dim=layers["head_dim"]
+            )
         return DecoderConfig(
             vocabulary=hf.number("vocab_size"),
             layers=Layers(**layers),
@@ -196,6 +199,9 @@ class Llama:
                 for theirs, ours in (("q", "query_norm"), ("k", "key_norm")):
                     path = *paths["attention"], ours
                     yield from norm(f"{at}.self_attn.{theirs}_norm", path, bias=False)
+            if layers.experts is not None:
+                yield from self._experts(at, paths["feed_forward"], layers.experts.number)
+                products = {}
             for theirs, ours in products.items():
                 path = *paths["feed_forward"], ours
                 yield from linear(f"{at}.mlp.{theirs}_proj", path, bias=layers.feed_forward_bias)
@@ -204,6 +210,13 @@ class Llama:
         yield from norm("model.norm", ("stack", "norm"), bias=False)
         if not config.tied:
             yield from linear("lm_head", ("head",), bias=False)
+
+    def _experts(self, at: str, path: Path, number: int) -> Iterator[Tensor]:
+        module, *names = self.experts
+        yield from linear(f"{at}.{module}.gate", (*path, "router"), bias=False)
+        for theirs, ours in zip(names, ("gate", "up", "down"), strict=True):
+            for i in range(number):
+                yield expert(f"{at}.{module}.experts.{i}.{theirs}", (*path, ours), i)
 
 
 # --- Entries of several families.
@@ -246,129 +259,23 @@ def window_entries(layers: Layers) -> Options:
     return {"sliding_window": window, "layer_types": types}
 
 
-# --- Mistral.
-
-
-def _mistral(hf: HFConfig, layers: Options, longest: int) -> Options:
-    window = or_null(hf, "sliding_window", 4096)
-    hf.same("sliding_window_size", window)
-    return {"windows": (window,)}
-
-
-def _mistral_entries(config: DecoderConfig) -> Options:
+def one_window(config: DecoderConfig) -> Options:
+    """The entry of a window that all layers have; ValueError for different ones."""
     (window,) = set(config.layers.windows)
     return {"sliding_window": window}
 
 
-# --- Qwen2 and Qwen3.
+def read_routing(hf: HFConfig) -> None:
+    """Reads entries of a mixture of experts that are about its loss in training."""
+    for entry in ("output_router_logits", "router_aux_loss_coef"):
+        hf.take(entry, None)
 
 
-def _qwen(hf: HFConfig, layers: Options, longest: int) -> Options:
-    window, num_layers = or_null(hf, "sliding_window", 4096), layers["num_layers"]
-    window = window if hf.flag("use_sliding_window", False) else None
-    first = hf.take("max_window_layers", 28)
-    if not isinstance(first, int) or first < 0:
-        hf.errors.append(f"max_window_layers must be a number of layers, got {first!r}")
-        first = 0
-    types = sliding(window, [i >= first for i in range(num_layers)])
-    return {"windows": windows_by_layer(hf, num_layers, window, types)}
-
-
-def _qwen_entries(config: DecoderConfig) -> Options:
-    x = window_entries(config.layers)
-    return x | {"use_sliding_window": x["sliding_window"] is not None}
-
-
-# --- SmolLM3.
-
-
-def _smollm3(hf: HFConfig, layers: Options, longest: int) -> Options:
-    num_layers = layers["num_layers"]
-    every = hf.number("no_rope_layer_interval", 4)
-    given = hf.take("no_rope_layers", None)  # in spite of its name, 1 for rotary positions
-    if given is None:
-        given = [int((i + 1) % every != 0) for i in range(num_layers)]
-    if not isinstance(given, list) or len(given) < num_layers or not set(given) <= {0, 1}:
-        hf.errors.append(f"no_rope_layers must be {num_layers} of 0 and 1, got {given!r}")
-        given = [1] * num_layers
-    window = or_null(hf, "sliding_window", None)
-    window = window if hf.flag("use_sliding_window", False) else None
-    hf.take("max_window_layers", None)  # in published files; the family does not use it
-    types = sliding(window, [not x for x in given[:num_layers]])
-    positions = rotary(hf, longest, theta=2_000_000.0)
-    return {
-        "windows": windows_by_layer(hf, num_layers, window, types),
-        "rotary": tuple(positions if x else None for x in given[:num_layers]),
-    }
-
-
-def _smollm3_entries(config: DecoderConfig) -> Options:
-    (positions,) = {x for x in config.layers.rotaries if x is not None}
-    return {
-        **_qwen_entries(config),
-        "rope_parameters": rope_parameters(positions),
-        "no_rope_layers": [int(x is not None) for x in config.layers.rotaries],
-    }
-
-
-# --- Phi-3.
-
-
-def _phi3(hf: HFConfig, layers: Options, longest: int) -> Options:
-    return {
-        "windows": (or_null(hf, "sliding_window", None),),
-        "rotary": rotary(hf, longest, partial=1.0, head_dim=layers["head_dim"]),
-        "dropout_rate": hf.rate("resid_pdrop", 0.0),
-    }
-
-
-def _phi3_decoder(hf: HFConfig, layers: Options) -> Options:
-    return {"dropout_rate": hf.rate("embd_pdrop", 0.0)}
-
-
-def _phi3_entries(config: DecoderConfig) -> Options:
-    layers = config.layers
-    positions: Any = layers.rotary
-    partial = {"partial_rotary_factor": partial_factor(positions, layers.head_dim)}  # type: ignore[arg-type]
-    return {
-        **_mistral_entries(config),
-        "rope_parameters": rope_parameters(positions) | partial,
-        "resid_pdrop": layers.dropout_rate,
-        "embd_pdrop": config.dropout_rate,
-    }
-
-
-# --- Granite.
-
-
-def _granite(hf: HFConfig, layers: Options, longest: int) -> Options:
-    return {
-        "scale": float(hf.number("attention_multiplier", 1.0)),
-        "residual_scale": float(hf.number("residual_multiplier", 1.0)),
-    }
-
-
-def _granite_decoder(hf: HFConfig, layers: Options) -> Options:
-    return {
-        "embedding_scale": float(hf.number("embedding_multiplier", 1.0)),
-        "head_scale": 1 / hf.number("logits_scaling", 1.0),
-    }
-
-
-def _granite_entries(config: DecoderConfig) -> Options:
-    return {
-        "attention_multiplier": config.layers.scale,
-        "residual_multiplier": config.layers.residual_scale,
-        "embedding_multiplier": config.embedding_scale,
-        "logits_scaling": _inverse(config.head_scale),
-    }
-
-
-def _inverse(x: float) -> float:
-    """The ``y`` with ``1 / y == x``, despite rounding."""
-    near = 1 / x
-    tries = float(round(near)), near, math.nextafter(near, 0), math.nextafter(near, math.inf)
-    return next((y for y in tries if y and 1 / y == x), near)
+def experts_of(layers: Layers) -> Experts:
+    """The mixture of experts; NotImplementedError if there is none."""
+    if layers.experts is None:
+        raise NotImplementedError("experts must be given")
+    return layers.experts
 
 
 NO = (False, None)
@@ -380,69 +287,10 @@ FAMILIES = (
         only={"is_llama_config": (True, None), "rope_interleaved": NO},
     ),
     Llama(
-        model_type="mistral",
-        name="Mistral",
-        defaults={"max_position_embeddings": 131_072, "num_key_value_heads": 8},
-        biases=(),
-        read=_mistral,
-        write=_mistral_entries,
-    ),
-    Llama(
-        model_type="qwen2",
-        name="Qwen2",
-        defaults={"max_position_embeddings": 32_768, "num_key_value_heads": 32},
-        biases=(),
-        layers={"bias": ("query", "key", "value")},
-        only={"use_mrope": NO},
-        read=_qwen,
-        write=_qwen_entries,
-    ),
-    Llama(
-        model_type="qwen3",
-        name="Qwen3",
-        defaults={"max_position_embeddings": 32_768, "num_key_value_heads": 32, "head_dim": 128},
-        layers={"query_key_norm": True},
-        read=_qwen,
-        write=_qwen_entries,
-    ),
-    Llama(
-        model_type="smollm3",
-        name="SmolLM3",
-        defaults={
-            "max_position_embeddings": 32_768,
-            "num_key_value_heads": 4,
-            "tie_word_embeddings": True,
-        },
-        biases=("attention_bias", "mlp_bias"),
-        padding=128_004,
-        read=_smollm3,
-        write=_smollm3_entries,
-    ),
-    Llama(
-        model_type="phi3",
-        name="Phi3",
-        defaults={"max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
-        biases=(),
-        layers={"fused": True},
-        padding=32_000,
-        only={"lm_head_bias": NO, "full_attn_mod": (1, None), "interpolate_factor": (1, None)},
-        read=_phi3,
-        read_decoder=_phi3_decoder,
-        write=_phi3_entries,
-    ),
-    Llama(
         model_type="olmo2",
         name="Olmo2",
         defaults={"rms_norm_eps": 1e-5},
         layers={"order": "after", "query_key_norm": "joint"},
         padding=1,
-    ),
-    Llama(
-        model_type="granite",
-        name="Granite",
-        biases=("attention_bias", "mlp_bias"),
-        read=_granite,
-        read_decoder=_granite_decoder,
-        write=_granite_entries,
     ),
 )

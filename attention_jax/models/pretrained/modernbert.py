@@ -8,7 +8,7 @@ from attention_jax.models.encoder import EncoderConfig, Pooler
 from attention_jax.models.layers import Layers
 from attention_jax.models.pretrained.encoders import EncoderFamily
 from attention_jax.models.pretrained.hf_config import ACTIVATION_NAMES, HFConfig
-from attention_jax.models.pretrained.rope import rope_parameters, rotary
+from attention_jax.models.pretrained.rope import an_object, of_parameters, rope_parameters
 from attention_jax.positions import Rotary
 
 GLOBAL, LOCAL = "full_attention", "sliding_attention"
@@ -38,7 +38,8 @@ class _ModernBert(EncoderFamily):
         num_layers = hf.number("num_hidden_layers")
         longest = hf.number("max_position_embeddings", 8192)
         types = _layer_types(hf, num_layers)
-        rotaries = _rotaries(hf, longest)
+        E, num_heads = hf.number("hidden_size"), hf.number("num_attention_heads")
+        rotaries = _rotaries(hf, longest, E // num_heads)
         windows = {GLOBAL: None, LOCAL: 2 * (hf.number("local_attention", 128) // 2) + 1}
         bias, norm_bias = hf.flag("classifier_bias", False), hf.flag("norm_bias", False)
         activation = hf.activation("classifier_activation", "gelu")
@@ -47,9 +48,9 @@ class _ModernBert(EncoderFamily):
         if pooling not in POOLS:
             hf.errors.append(f"classifier_pooling must be one of {list(POOLS)}, got {pooling!r}")
         layers = Layers(
-            features=hf.number("hidden_size"),
+            features=E,
             num_layers=num_layers,
-            num_heads=hf.number("num_attention_heads"),
+            num_heads=num_heads,
             hidden=hf.number("intermediate_size"),
             activation=hf.activation("hidden_activation", "gelu"),
             gated=True,
@@ -124,17 +125,17 @@ def _layer_types(hf: HFConfig, num_layers: int) -> list[str]:
     return types
 
 
-def _rotaries(hf: HFConfig, longest: int) -> dict[str, Rotary]:
+def _rotaries(hf: HFConfig, longest: int, head_dim: int) -> dict[str, Rotary]:
     """Those of each kind of layer; a scaling in the older format applies to both."""
-    given, scaling = hf.take("rope_parameters", None) or {}, hf.take("rope_scaling", None) or {}
-    if not isinstance(given, dict) or not given.keys() <= THETAS.keys():
+    given, scaling = an_object(hf, "rope_parameters"), an_object(hf, "rope_scaling")
+    if not given.keys() <= THETAS.keys():
         hf.errors.append(f"rope_parameters must have entries {list(THETAS)}, got {given!r}")
         given = {}
     found = {}
     for kind, (name, default) in THETAS.items():
         parameters = {"rope_theta": hf.take(name, default), **(given.get(kind) or {}), **scaling}
-        each = HFConfig({"rope_parameters": parameters})
-        found[kind] = rotary(each, longest)
+        each = HFConfig({})
+        found[kind] = of_parameters(each, parameters, longest, head_dim)
         hf.errors += [f"{kind}: {error}" for error in each.errors]
     return found
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from attention_jax.models.pretrained.hf_config import HFConfig
-from attention_jax.positions import DynamicNTK, Linear, Llama3, Rotary, Scaling, YaRN
+from attention_jax.positions import DynamicNTK, Linear, Llama3, LongRoPE, Rotary, Scaling, YaRN
 
 ORIGINAL = "original_max_position_embeddings"
 
@@ -20,7 +20,7 @@ def rotary(
     theta_name: str = "rope_theta",
     partial: float | None = None,
     partial_name: str = "partial_rotary_factor",
-    head_dim: int = 0,
+    head_dim: int,
 ) -> Rotary:
     """Reads ``rope_scaling``, the older entry, or else ``rope_parameters``.
 
@@ -34,7 +34,7 @@ def rotary(
       theta_name, partial_name: of the entries at the top level.
       partial: the default share of a head that is rotated; None for a model that always rotates
         whole heads.
-      head_dim: width of a head, for models that rotate a part.
+      head_dim: width of a head.
     """
     parameters: dict[str, Any] = {}
     for name in ("rope_parameters", "rope_scaling"):
@@ -43,16 +43,20 @@ def rotary(
     parameters.setdefault("partial_rotary_factor", hf.take(partial_name, partial))
     original = hf.take(ORIGINAL, None)
     kind = parameters.get("rope_type", parameters.get("type"))
-    if original is not None and kind in ("yarn", "llama3"):
+    if original is not None and kind in ("yarn", "llama3", "longrope"):
         parameters[ORIGINAL] = original
     width = None
     if partial is not None:
         width = _width(hf, parameters.pop("partial_rotary_factor"), head_dim)
-    return of_parameters(hf, parameters, longest, width=width)
+    return of_parameters(hf, parameters, longest, head_dim, width)
 
 
 def of_parameters(
-    hf: HFConfig, parameters: Mapping[str, Any], longest: int, *, width: int | None = None
+    hf: HFConfig,
+    parameters: Mapping[str, Any],
+    longest: int,
+    head_dim: int,
+    width: int | None = None,
 ) -> Rotary:
     """Rotary positions from the entries of one object; errors are added to those of ``hf``."""
     parameters = dict(parameters)
@@ -72,6 +76,9 @@ def of_parameters(
     except (KeyError, TypeError, ValueError) as e:
         reason = f"{e.args[0]} is missing" if isinstance(e, KeyError) else e
         hf.errors.append(f"rope type {kind!r}: {reason}")
+    pairs = (width or head_dim) // 2
+    if isinstance(scaling, LongRoPE) and len(scaling.short) != pairs:
+        hf.errors.append(f"short_factor must have {pairs} numbers, got {len(scaling.short)}")
     if parameters:
         hf.errors.append(f"rope type {kind!r}: entries {sorted(parameters)} are not supported")
     return Rotary(theta=float(theta), width=width, scaling=scaling)
@@ -138,7 +145,16 @@ def _scaling(kind: Any, parameters: dict[str, Any], longest: int) -> Scaling | N
             low=float(take("low_freq_factor")),
             high=float(take("high_freq_factor")),
         )
-    raise ValueError("not supported, only 'default', 'linear', 'dynamic', 'yarn', 'llama3'")
+    if kind == "longrope":
+        original, factor = int(take(ORIGINAL, None) or longest), take("factor", None)
+        scale = take("attention_factor", None)
+        if scale is None:
+            growth = longest / original if factor is None else float(factor)
+            scale = math.sqrt(1 + math.log(growth) / math.log(original)) if growth > 1 else 1.0
+        return LongRoPE(take("short_factor"), take("long_factor"), original, float(scale))
+    raise ValueError(
+        "not supported, only 'default', 'linear', 'dynamic', 'yarn', 'llama3', 'longrope'"
+    )
 
 
 def _growth(factor: float, mscale: Any) -> float:
@@ -163,6 +179,9 @@ def rope_parameters(rotary: Rotary) -> dict[str, Any]:
         case Llama3(factor, original, low, high):
             x |= {"rope_type": "llama3", "factor": factor, ORIGINAL: original}
             return x | {"low_freq_factor": low, "high_freq_factor": high}
+        case LongRoPE(short, long, original, attention_factor):
+            x |= {"rope_type": "longrope", ORIGINAL: original, "attention_factor": attention_factor}
+            return x | {"short_factor": list(short), "long_factor": list(long)}
     raise NotImplementedError(f"config.json has no name for {type(rotary.scaling).__name__}")
 
 
