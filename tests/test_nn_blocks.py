@@ -217,6 +217,23 @@ def test_the_output_of_the_attention_has_a_dropout_rate_of_its_own():
         Layers(**sizes, attention_output_dropout_rate=1.5)
 
 
+def test_norms_without_bias_and_a_first_layer_without_a_norm():
+    sizes = {"features": E, "num_layers": 2, "num_heads": 3}
+    stack = Stack(
+        Layers(**sizes, norm_bias=False, first_norm=False), causal=False, rngs=nnx.Rngs(0)
+    )
+    first, second = stack.blocks
+    assert first.attention.norm is None
+    assert {x.norm.bias for x in (first.feed_forward, second.attention)} == {None}
+    assert stack.norm.bias is None
+    x = normal(0, B, T, E)
+    close(first.attention(x), x + first.attention.sublayer(x))
+    with pytest.raises(ValueError, match="first_norm must be True with scan, and with another"):
+        Layers(**sizes, first_norm=False, order="post")
+    with pytest.raises(ValueError, match="order must be 'pre' without a norm, got 'both'"):
+        nn.Residual(lambda x: x, None, order="both")
+
+
 def test_one_plus_rms_norm():
     x = normal(0, B, T, E)
     m = randomized(nn.OnePlusRMSNorm(E, epsilon=1e-3, rngs=nnx.Rngs(0)))

@@ -36,6 +36,26 @@ BERT = {
 ROBERTA = BERT | {"type_vocab_size": 3, "pad_token_id": 2, "layer_norm_eps": 1e-3}
 ELECTRA = BERT | {"embedding_size": 16, "type_vocab_size": 3, "layer_norm_eps": 1e-3}
 MPNET = BERT | {"layer_norm_eps": 1e-3}
+MODERNBERT = {
+    "vocab_size": V,
+    "hidden_size": 24,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 3,
+    "intermediate_size": 20,
+    "max_position_embeddings": 20,
+    "local_attention": 5,
+    "norm_eps": 1e-3,
+    "pad_token_id": 2,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "cls_token_id": 0,
+    "sep_token_id": 1,
+    "rope_parameters": {
+        "full_attention": {"rope_type": "default", "rope_theta": 500.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+    },
+}
+BIASED = {"norm_bias": True, "attention_bias": True, "mlp_bias": True, "classifier_bias": True}
 DISTILBERT = {
     "vocab_size": V,
     "dim": 24,
@@ -77,6 +97,23 @@ VIT = {
     "image_size": 12,
     "patch_size": 4,
     "num_channels": 2,
+}
+
+
+CLIP = {
+    "projection_dim": 10,
+    "text_config": {
+        "vocab_size": V,
+        "hidden_size": 20,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 30,
+        "max_position_embeddings": 15,
+        "eos_token_id": V - 1,
+        "bos_token_id": 0,
+        "layer_norm_eps": 1e-3,
+    },
+    "vision_config": {**VIT, "hidden_act": "relu", "layer_norm_eps": 1e-3},
 }
 
 
@@ -128,6 +165,26 @@ MODELS = {
     "mpnet classes": ("MPNetForSequenceClassification", MPNET | {"num_labels": 3}),
     "mpnet tags": ("MPNetForTokenClassification", MPNET),
     "mpnet spans": ("MPNetForQuestionAnswering", MPNET),
+    "modernbert": ("ModernBertModel", MODERNBERT),
+    "modernbert tokens": (
+        "ModernBertForMaskedLM",
+        MODERNBERT | {"hidden_activation": "silu", "classifier_activation": "relu"},
+    ),
+    "modernbert tokens, biased": ("ModernBertForMaskedLM", MODERNBERT | BIASED),
+    "modernbert classes": (
+        "ModernBertForSequenceClassification",
+        MODERNBERT | {"num_labels": 3, "classifier_dropout": 0.2, "mlp_dropout": 0.1},
+    ),
+    "modernbert mean classes": (
+        "ModernBertForSequenceClassification",
+        MODERNBERT | BIASED | {"classifier_pooling": "mean", "attention_dropout": 0.1},
+    ),
+    "modernbert tags": (
+        "ModernBertForTokenClassification",
+        MODERNBERT
+        | {"layer_types": [*["sliding_attention", "full_attention"] * 2, "full_attention"]},
+    ),
+    "modernbert spans": ("ModernBertForQuestionAnswering", MODERNBERT),
     "gpt2": (
         "GPT2LMHeadModel",
         {
@@ -206,6 +263,11 @@ MODELS = {
         "T5ForConditionalGeneration",
         T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
     ),
+    "clip": ("CLIPModel", CLIP),
+    "clip of the first release": (
+        "CLIPModel",
+        CLIP | {"text_config": CLIP["text_config"] | {"eos_token_id": 2, "attention_dropout": 0.1}},
+    ),
     "vit": ("ViTModel", VIT),
     "vit classes": ("ViTForImageClassification", VIT | {"num_labels": 5, "qkv_bias": False}),
 }
@@ -239,11 +301,22 @@ def encoded(name, real):
     return np.where(real, tokens(0), 1 if name.startswith("mpnet") else PADDING), types
 
 
+def ended(real):
+    """Texts that end with the last token of the vocabulary, which is padding too."""
+    last = real & ~np.pad(real, ((0, 0), (0, 1)))[:, 1:]
+    return np.where(real & ~last, tokens(0), V - 1)
+
+
 def theirs(name, model, real=REAL):
     with torch.no_grad():
         if name.startswith("vit"):
             images = np.random.default_rng(0).normal(size=(B, 2, 12, 12)).astype(np.float32)
             out = model(torch.tensor(images))
+        elif name.startswith("clip"):
+            images = np.random.default_rng(0).normal(size=(B, 2, 12, 12)).astype(np.float32)
+            mask = torch.tensor(real.astype(int))
+            out = model(torch.tensor(ended(real)), torch.tensor(images), mask)
+            return out.logits_per_text.numpy()
         elif name.startswith("t5"):
             out = model(
                 input_ids=torch.tensor(tokens(0)),
@@ -265,6 +338,9 @@ def ours(name, model, real=REAL):
     if name.startswith("vit"):
         images = np.random.default_rng(0).normal(size=(B, 2, 12, 12)).astype(np.float32)
         return model(images.transpose(0, 2, 3, 1))
+    if name.startswith("clip"):
+        images = np.random.default_rng(0).normal(size=(B, 2, 12, 12)).astype(np.float32)
+        return model(ended(real), images.transpose(0, 2, 3, 1), real=real)
     if name.startswith("t5"):
         return model(tokens(0), tokens(1, (B, 6)), source_real=REAL)
     ids, types = encoded(name, real)
@@ -328,7 +404,7 @@ def test_hugging_face_loads_what_we_save(name, folders, tmp_path):
     assert pretrained.load(tmp_path).config == model.config
 
 
-@pytest.mark.parametrize("name", ["roberta", "xlm-roberta classes", "mpnet"])
+@pytest.mark.parametrize("name", ["roberta", "xlm-roberta classes", "mpnet", "modernbert"])
 def test_padding_on_the_left(name, folders):
     path, _ = folders(name)
     real = REAL[:, ::-1]
@@ -398,12 +474,14 @@ SIZES = {
     "DistilBertConfig": DISTILBERT,
     "ElectraConfig": BERT,
     "MPNetConfig": BERT,
+    "ModernBertConfig": MODERNBERT,
     "GPT2Config": MODELS["gpt2"][1],
     "LlamaConfig": LLAMA,
     "MistralConfig": LLAMA,
     "Gemma2Config": LLAMA,
     "T5Config": T5,
     "ViTConfig": VIT,
+    "CLIPConfig": CLIP,
 }
 REQUIRED = {"vocab_size", "hidden_size", "intermediate_size", "d_model", "d_kv", "d_ff"}
 

@@ -1,4 +1,4 @@
-"""Transformers built from ``nn``: decoder, encoder, encoder-decoder and vision, one file each.
+"""Transformers built from ``nn``: decoder, encoder, encoder-decoder, vision, dual encoder.
 
 A configuration is a frozen value; ``Layers`` describes the stack that all models share. A decoder
 with grouped heads, rotary positions and one local layer:
@@ -70,8 +70,11 @@ from attention_jax.models.beam_search import Beams as Beams
 from attention_jax.models.beam_search import beam_search as beam_search
 from attention_jax.models.decoder import Decoder as Decoder
 from attention_jax.models.decoder import DecoderConfig as DecoderConfig
+from attention_jax.models.dual_encoder import DualEncoder as DualEncoder
+from attention_jax.models.dual_encoder import DualEncoderConfig as DualEncoderConfig
 from attention_jax.models.encoder import Encoder as Encoder
 from attention_jax.models.encoder import EncoderConfig as EncoderConfig
+from attention_jax.models.encoder import Pooler as Pooler
 from attention_jax.models.encoder_decoder import EncoderDecoder as EncoderDecoder
 from attention_jax.models.encoder_decoder import EncoderDecoderConfig as EncoderDecoderConfig
 from attention_jax.models.generation import Generated as Generated
@@ -104,6 +107,8 @@ __all__ = [
     "ClassifierConfig",
     "Decoder",
     "DecoderConfig",
+    "DualEncoder",
+    "DualEncoderConfig",
     "Embedder",
     "EmbedderConfig",
     "Encoder",
@@ -113,6 +118,7 @@ __all__ = [
     "Experts",
     "Generated",
     "Layers",
+    "Pooler",
     "Reader",
     "ReaderConfig",
     "Relative",

@@ -34,6 +34,33 @@ POOLS = ("first", "mean")
 
 
 @dataclasses.dataclass(frozen=True)
+class Pooler:
+    """Configuration of a pooler, ``norm(activation(x W + b))`` of the pooled vector ``x``.
+
+    Attributes:
+      activation: as for ``Layers``.
+      bias: whether the projection has a bias.
+      norm: whether the result is normalized.
+      dropout: whether a ``Classifier`` applies its dropout to ``x`` too.
+      tokens: whether a ``Tagger`` and a ``Reader`` apply the pooler to each token.
+    """
+
+    activation: str = "tanh"
+    bias: bool = True
+    norm: bool = False
+    dropout: bool = False
+    tokens: bool = False
+
+    def __post_init__(self) -> None:
+        _check_activation("activation", self.activation)
+
+
+def _check_activation(name: str, x: Any) -> None:
+    if x not in ACTIVATIONS:
+        raise ValueError(f"{name} must be one of {sorted(ACTIVATIONS)}, got {x!r}")
+
+
+@dataclasses.dataclass(frozen=True)
 class EncoderConfig:
     """Configuration of an ``Encoder``.
 
@@ -41,7 +68,7 @@ class EncoderConfig:
       vocabulary: number of tokens (V).
       layers: the stack.
       positions: vectors added to those of the tokens: ``"learned"``, ``"sinusoidal"`` or None.
-      max_length: number of learned positions.
+      max_length: number of learned positions; without those, the length the model was trained for.
       first_position: row of the table of positions for the first token, 2 in RoBERTa; the rows
         before it are not used.
       embedding_scale: of the token vectors, before positions are added.
@@ -50,13 +77,14 @@ class EncoderConfig:
       types: number of token types (segments), 0 for none.
       embedding_norm: whether the embeddings are normalized.
       pooler: whether the pooled vector goes through a projection and an activation.
-      pooler_activation: of the pooler, ``"tanh"`` or one of those of ``Layers``. Without a pooler,
-        that of the one that ``models.classifier`` adds.
-      pooler_dropout: whether a ``Classifier`` applies its dropout in front of the pooler too.
+      pooler_config: of the pooler; without one, of the pooler that ``models.classifier`` adds.
       pool: ``"first"``, the first real token (the class token), or ``"mean"`` of the real tokens.
       head: ``"tokens"``, logits of the vocabulary for each token; ``"replaced"``, one logit for
         each token, that it is not the original one (ELECTRA); or None. The heads of
         ``models.heads`` stand on an encoder without one.
+      head_activation: of the projection in front of the logits of the vocabulary; default: that of
+        the layers.
+      head_bias: whether that projection has a bias.
       dropout_rate: of the embeddings.
     """
 
@@ -70,10 +98,11 @@ class EncoderConfig:
     types: int = 0
     embedding_norm: bool = False
     pooler: bool = False
-    pooler_activation: str = "tanh"
-    pooler_dropout: bool = False
+    pooler_config: Pooler = Pooler()
     pool: str = "first"
     head: str | None = None
+    head_activation: str | None = None
+    head_bias: bool = True
     dropout_rate: float = 0.0
 
     def __post_init__(self) -> None:
@@ -88,11 +117,10 @@ class EncoderConfig:
             raise ValueError(f"head must be one of {HEADS}, got {self.head!r}")
         if self.pool not in POOLS:
             raise ValueError(f"pool must be one of {POOLS}, got {self.pool!r}")
-        if self.pooler_activation not in ACTIVATIONS:
-            raise ValueError(
-                f"pooler_activation must be one of {sorted(ACTIVATIONS)}, got "
-                f"{self.pooler_activation!r}"
-            )
+        if self.head_activation is not None:
+            _check_activation("head_activation", self.head_activation)
+        if self.head_activation == self.layers.activation:
+            object.__setattr__(self, "head_activation", None)
 
 
 class Encoder(nnx.Module):
@@ -119,8 +147,9 @@ class Encoder(nnx.Module):
         width = config.embedding_features or E
         norm = functools.partial(layers.new_norm(rngs), width)
 
-        def project(inputs: int, outputs: int) -> nnx.Linear:
-            return linear(inputs, outputs, axes=("embed", None), **layers.dtypes, rngs=rngs)
+        def project(inputs: int, outputs: int, bias: bool = True) -> nnx.Linear:
+            axes = ("embed", None)
+            return linear(inputs, outputs, axes=axes, use_bias=bias, **layers.dtypes, rngs=rngs)
 
         self.config = config
         self.embed = Embeddings(
@@ -138,17 +167,27 @@ class Encoder(nnx.Module):
         )
         self.stack = Stack(layers, causal=False, rngs=rngs)
         self.project = nnx.data(None if width == E else project(width, E))
-        self.pooler = self.transform = self.transform_norm = nnx.data(None)
+        self.pooler: nnx.Linear | None = nnx.data(None)
+        self.pooler_norm: Any = nnx.data(None)
+        self.transform = self.transform_norm = nnx.data(None)
         self.token_bias = self.replaced = nnx.data(None)
         if config.pooler:
-            self.pooler = project(E, E)
+            self.add_pooler(rngs)
         if config.head == "replaced":
             self.transform, self.replaced = project(E, E), project(E, 1)
         if config.head == "tokens":
-            self.transform, self.transform_norm = project(E, width), norm()
+            self.transform = project(E, width, config.head_bias)
+            self.transform_norm = norm()
             self.token_bias = nnx.Param(
                 jnp.zeros(config.vocabulary, layers.param_dtype), **logical("vocab")
             )
+
+    def add_pooler(self, rngs: nnx.Rngs) -> None:
+        """Creates the pooler that the configuration describes."""
+        layers, pooler = self.config.layers, self.config.pooler_config
+        E, options = layers.features, {"axes": ("embed", None), **layers.dtypes, "rngs": rngs}
+        self.pooler = linear(E, E, use_bias=pooler.bias, **options)
+        self.pooler_norm = nnx.data(layers.new_norm(rngs)() if pooler.norm else None)
 
     def __call__(
         self,
@@ -211,21 +250,26 @@ class Encoder(nnx.Module):
         Args:
           x: the vectors of the tokens, from ``hidden``.
           real: bool ``[*B T]``, False for padding.
-          dropout: of a head, applied in front of the pooler with ``pooler_dropout``.
+          dropout: of a head, applied in front of the pooler if that is configured so.
         """
         x = jnp.asarray(x)
         real = as_real(real, x.shape[:-1])
         x = pooling.first(x, real) if self.config.pool == "first" else pooling.mean(x, real)
         if self.pooler is None:
             return x
-        if self.config.pooler_dropout and dropout is not None:
+        if self.config.pooler_config.dropout and dropout is not None:
             x = dropout(x)
-        return ACTIVATIONS[self.config.pooler_activation](self.pooler(x))
+        return self.projected(x)
+
+    def projected(self, x: Float[AnyArray, "*B E"]) -> jax.Array:
+        """The pooler's ``norm(activation(x W + b))`` of any vectors; see ``Pooler``."""
+        y = ACTIVATIONS[self.config.pooler_config.activation](self.pooler(jnp.asarray(x)))  # type: ignore[misc]
+        return y if self.pooler_norm is None else self.pooler_norm(y)
 
     def token_logits(self, x: Float[AnyArray, "*B T E"]) -> jax.Array:
         """``norm(activation(x W)) . table + bias``: ``[*B T E]`` to ``[*B T V]``."""
-        x = self.transform(jnp.asarray(x))  # type: ignore[misc]
-        x = self.transform_norm(ACTIVATIONS[self.config.layers.activation](x))  # type: ignore[misc]
+        activation = ACTIVATIONS[self.config.head_activation or self.config.layers.activation]
+        x = self.transform_norm(activation(self.transform(jnp.asarray(x))))  # type: ignore[misc]
         y = self.embed.logits(x)
         wide = accumulation_dtype(y.dtype)
         logits, bias = same_rank(y.astype(wide), self.token_bias[...].astype(wide))  # type: ignore[index]

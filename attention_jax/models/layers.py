@@ -83,12 +83,15 @@ class Layers:
       head_dim: width of a head (H); default E / N.
       hidden: width of the feed-forward layer; default 4 E.
       activation: of the feed-forward layer: ``"gelu"``, ``"gelu_tanh"``, ``"relu"``, ``"silu"``,
-        ``"tanh"``.
+        ``"quick_gelu"`` or ``"tanh"``.
       gated: whether the feed-forward layer is gated, as SwiGLU; see ``nn.FeedForward``.
       experts: a mixture of gated feed-forward layers of width ``hidden``; needs ``gated`` and no
         ``feed_forward_bias``.
       norm: ``"layer"``, ``"rms"`` or ``"one_plus_rms"``.
       norm_epsilon: added to the variance.
+      norm_bias: whether norms have a bias; RMS norms never do.
+      first_norm: whether the attention of the first layer has a norm, which normalized embeddings
+        do not need; see ``nn.Block``.
       order: position of the norms, ``"pre"``, ``"post"``, ``"both"`` or ``"after"``; see
         ``nn.Residual``.
       parallel: whether attention and feed-forward layer read the same input; see ``nn.Block``.
@@ -141,6 +144,8 @@ class Layers:
     experts: Experts | None = None
     norm: str = "layer"
     norm_epsilon: float = 1e-5
+    norm_bias: bool = True
+    first_norm: bool = True
     order: str = "pre"
     parallel: bool = False
     residual_scale: float = 1.0
@@ -217,10 +222,18 @@ class Layers:
             else head_dim,
             "hidden": 4 * self.features if self.hidden is None else self.hidden,
             "windows": self._each(self.windows),
+            "attention_output_dropout_rate": None
+            if self.attention_output_dropout_rate == self.dropout_rate
+            else self.attention_output_dropout_rate,
             "rotary": self._rotary(),
         }
         for name, x in resolved.items():
             object.__setattr__(self, name, x)
+        if not self.first_norm and (self.order != "pre" or self.scan):
+            raise ValueError(
+                f"first_norm must be True with scan, and with another order than 'pre', got "
+                f"order={self.order!r}, scan={self.scan}"
+            )
         if self.scan and self.num_layers > 1 and self.period == self.num_layers:
             raise ValueError(
                 f"scan needs windows that repeat, and rotary with them, with a period below "
@@ -263,6 +276,8 @@ class Layers:
 
         def make(features: int = self.features, *, rngs: nnx.Rngs = rngs) -> nnx.Module:
             norm = NORMS[self.norm]
+            if self.norm == "layer":
+                norm = functools.partial(norm, use_bias=self.norm_bias)
             return norm(features, epsilon=self.norm_epsilon, **self.dtypes, rngs=rngs)
 
         return make

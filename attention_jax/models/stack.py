@@ -19,7 +19,6 @@ from attention_jax.models.running import run, scan
 from attention_jax.models.tokens import both, padding
 from attention_jax.nn import Block, FeedForward, MixtureOfExperts, MultiHeadAttention
 from attention_jax.nn.logical import logical
-from attention_jax.positions import Rotary
 
 
 class Stack(nnx.Module):
@@ -50,10 +49,7 @@ class Stack(nnx.Module):
         layer_masks = [both(_window_mask(window, causal), config.mask) for window in self.windows]
         self.period = config.period
         self.blocks = nnx.List(
-            [
-                _block(config, mask, rotary, context_features, rngs)
-                for mask, rotary in zip(layer_masks, config.rotaries, strict=True)
-            ]
+            [_block(config, i, mask, context_features, rngs) for i, mask in enumerate(layer_masks)]
         )
         norm = config.new_norm(rngs)
         self.norm = nnx.data(None if config.order == "post" else norm())
@@ -177,12 +173,9 @@ class Stack(nnx.Module):
 
 
 def _block(
-    config: Layers,
-    mask: Mask | None,
-    rotary: Rotary | None,
-    context_features: int | None,
-    rngs: nnx.Rngs,
+    config: Layers, i: int, mask: Mask | None, context_features: int | None, rngs: nnx.Rngs
 ) -> Block:
+    """Layer ``i``."""
     norm = config.new_norm(rngs)
     heads = functools.partial(
         MultiHeadAttention,
@@ -205,7 +198,7 @@ def _block(
         rngs=rngs,
     )
     cross = None
-    own = heads(mask=mask, rotary=rotary)
+    own = heads(mask=mask, rotary=config.rotaries[i])
     if context_features is not None:
         cross = heads(context_features=context_features)
     feed_forward = _feed_forward(config, rngs)
@@ -219,6 +212,7 @@ def _block(
         parallel=config.parallel,
         dropout_rate=config.dropout_rate,
         attention_dropout_rate=config.attention_output_dropout_rate,
+        attention_norm=config.first_norm or i > 0,
         rngs=rngs,
     )
 

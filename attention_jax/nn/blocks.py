@@ -41,7 +41,7 @@ class Residual(nnx.Module):
     def __init__(
         self,
         sublayer: Callable[..., Any],
-        norm: Callable[[], nnx.Module],
+        norm: Callable[[], nnx.Module] | None,
         *,
         order: str = "pre",
         scale: float = 1.0,
@@ -52,22 +52,25 @@ class Residual(nnx.Module):
 
         Args:
           sublayer: a module, or any function of ``x``.
-          norm: constructor of a norm.
+          norm: constructor of a norm; None for none.
           order: ``"pre"``, ``"post"``, ``"both"`` or ``"after"``, see above.
           scale: of the output of the sublayer.
           dropout_rate: of the output of the sublayer.
           rngs: for dropout.
 
         Raises:
-          ValueError: an unknown order.
+          ValueError: an unknown order; no norm with an order other than ``"pre"``.
         """
         if order not in ORDERS:
             raise ValueError(f"order must be one of {ORDERS}, got {order!r}")
+        if norm is None and order != "pre":
+            raise ValueError(f"order must be 'pre' without a norm, got {order!r}")
         check_rate(dropout_rate)
         check_finite("scale", scale)
         self.sublayer, self.order, self.scale = sublayer, order, scale
-        self.norm = nnx.data(None if order == "after" else norm())
-        self.norm_after = nnx.data(norm() if order in ("both", "after") else None)
+        before, after = order != "after", order in ("both", "after")
+        self.norm = nnx.data(norm() if norm is not None and before else None)
+        self.norm_after = nnx.data(norm() if norm is not None and after else None)
         self.dropout = nnx.Dropout(dropout_rate, rngs=rngs if dropout_rate else None)
 
     def __call__(self, x: Any, *args: Any, **options: Any) -> Any:
@@ -125,6 +128,7 @@ class Block(nnx.Module):
         parallel: bool = False,
         dropout_rate: float = 0.0,
         attention_dropout_rate: float | None = None,
+        attention_norm: bool = True,
         rngs: nnx.Rngs | None = None,
     ) -> None:
         """Wraps each sublayer into a ``Residual``.
@@ -139,6 +143,7 @@ class Block(nnx.Module):
           parallel: see above; each sublayer has a norm of its own.
           dropout_rate: of the output of each sublayer.
           attention_dropout_rate: of the output of the self-attention; default ``dropout_rate``.
+          attention_norm: whether the self-attention has a norm.
           rngs: for dropout.
 
         Raises:
@@ -148,12 +153,12 @@ class Block(nnx.Module):
             raise ValueError("parallel must be False with a cross-attention or order='post'")
         self.parallel = parallel
 
-        def residual(sublayer: Any, rate: float = dropout_rate) -> Residual:
+        def residual(sublayer: Any, rate: float = dropout_rate, normed: bool = True) -> Residual:
             options: dict[str, Any] = {"order": order, "scale": scale, "rngs": rngs}
-            return Residual(sublayer, norm, dropout_rate=rate, **options)
+            return Residual(sublayer, norm if normed else None, dropout_rate=rate, **options)
 
         rate = dropout_rate if attention_dropout_rate is None else attention_dropout_rate
-        self.attention = residual(attention, rate)
+        self.attention = residual(attention, rate, attention_norm)
         self.cross_attention = nnx.data(
             None if cross_attention is None else residual(cross_attention)
         )

@@ -21,6 +21,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "tanh": jnp.tanh,
 }
 
@@ -60,8 +61,8 @@ class FeedForward(nnx.Module):
         Args:
           features: width of the model (E).
           hidden: width between the projections.
-          activation: ``"gelu"`` (exact), ``"gelu_tanh"``, ``"relu"``, ``"silu"``, ``"tanh"``, or a
-            function.
+          activation: ``"gelu"`` (exact), ``"gelu_tanh"``, ``"relu"``, ``"silu"``,
+            ``"quick_gelu"``, ``"tanh"``, or a function.
           gated: adds a third projection, see above.
           fused: project gate and up in one product; no effect if not gated.
           bias: whether the projections have a bias.

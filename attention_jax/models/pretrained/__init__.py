@@ -1,8 +1,8 @@
 """Checkpoints in Hugging Face's format: encoders, decoders, encoder-decoders and vision.
 
-BERT, RoBERTa, XLM-RoBERTa, CamemBERT, DistilBERT, ELECTRA, MPNet; GPT-2, GPT-NeoX, OPT, Llama,
-Mistral, Qwen2, Qwen3, Gemma 1 to 3 (text), SmolLM2, SmolLM3, Phi-3, OLMo 2, Granite, Mixtral,
-Qwen3-MoE; T5; ViT.
+BERT, RoBERTa, XLM-RoBERTa, CamemBERT, DistilBERT, ELECTRA, MPNet, ModernBERT; GPT-2, GPT-NeoX, OPT,
+Llama, Mistral, Qwen2, Qwen3, Gemma 1 to 3 (text), SmolLM2, SmolLM3, Phi-3, OLMo 2, Granite,
+Mixtral, Qwen3-MoE; T5; ViT; CLIP.
 
 ``load`` reads a folder with ``config.json`` and ``model.safetensors`` (or shards and their index);
 ``save`` writes one that ``load`` and Hugging Face's ``from_pretrained`` read. Nothing is
@@ -69,6 +69,7 @@ from attention_jax.models.decoder import DecoderConfig
 from attention_jax.models.encoder import EncoderConfig
 from attention_jax.models.layers import Layers
 from attention_jax.models.pretrained import (
+    clip,
     folders,
     gemma,
     gpt2,
@@ -89,10 +90,10 @@ from attention_jax.models.pretrained import (
 from attention_jax.models.pretrained.bert import BERT
 from attention_jax.models.pretrained.distilbert import DISTILBERT
 from attention_jax.models.pretrained.electra import ELECTRA
-from attention_jax.models.pretrained.encoders import EncoderFamily
 from attention_jax.models.pretrained.family import Family
 from attention_jax.models.pretrained.hf_config import HFConfig
 from attention_jax.models.pretrained.lora import load_adapters, save_adapters
+from attention_jax.models.pretrained.modernbert import MODERNBERT
 from attention_jax.models.pretrained.mpnet import MPNET
 from attention_jax.models.pretrained.roberta import ROBERTA
 from attention_jax.models.pretrained.sentences import minilm
@@ -113,6 +114,7 @@ from attention_jax.models.pretrained.variables import (
 )
 from attention_jax.models.sentences import Embedder, EmbedderConfig
 from attention_jax.models.sharding import Rules, shardings
+from attention_jax.models.vision import VisionConfig
 
 __all__ = [
     "Padded",
@@ -129,12 +131,8 @@ __all__ = [
     "save_adapters",
 ]
 
-FAMILIES: tuple[Family, ...] = (
-    BERT,
-    ROBERTA,
-    DISTILBERT,
-    ELECTRA,
-    MPNET,
+ENCODERS = (BERT, ROBERTA, DISTILBERT, ELECTRA, MPNET, MODERNBERT)
+DECODERS: tuple[Family, ...] = (
     gpt2,
     *llama.FAMILIES,
     *mistral.FAMILIES,
@@ -145,9 +143,8 @@ FAMILIES: tuple[Family, ...] = (
     *gemma.FAMILIES,
     gpt_neox,
     opt,
-    t5,
-    vit,
 )
+FAMILIES: tuple[Family, ...] = (*ENCODERS, *DECODERS, t5, vit, clip)
 
 
 def load(
@@ -179,7 +176,8 @@ def load(
 
     Returns:
       An ``Encoder``, ``Classifier``, ``Tagger`` or ``Reader`` (encoders like BERT), ``Decoder``
-      (GPT-2, Llama and the like), ``EncoderDecoder`` (T5) or ``VisionTransformer`` (ViT).
+      (GPT-2, Llama and the like), ``EncoderDecoder`` (T5), ``VisionTransformer`` (ViT) or
+      ``DualEncoder`` (CLIP).
 
     Raises:
       FileNotFoundError: no such folder, no configuration, or no tensors.
@@ -305,7 +303,7 @@ def load_embedder(
     described = sentences.describe(Path(folder))
     entries = folders.read_config(described.encoder) | dict(config or {})
     model_type = entries.get("model_type")
-    encoders = {x: y for y in FAMILIES if isinstance(y, EncoderFamily) for x in y.MODEL_TYPES}
+    encoders = {x: family for family in ENCODERS for x in family.MODEL_TYPES}
     if model_type not in encoders:
         raise ValueError(
             f"{described.encoder} must have a model_type of {', '.join(encoders)} for sentence "
@@ -427,15 +425,15 @@ def _read_back(family: Family, config: Any, entries: Mapping[str, Any]) -> Any:
 
 
 def _with_layers(config: Any, changes: Mapping[str, Any]) -> Any:
-    """The configuration with changes in all its ``Layers``, those of its encoder included."""
+    """The configuration with changes in all its ``Layers``, those of its encoders included."""
     fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    new = {
+    new: dict[str, Any] = {
         name: dataclasses.replace(x, **changes)
         for name, x in fields.items()
         if isinstance(x, Layers)
     }
-    if isinstance(encoder := fields.get("encoder"), EncoderConfig):
-        new["encoder"] = _with_layers(encoder, changes)
+    towers = EncoderConfig, DecoderConfig, VisionConfig
+    new |= {name: _with_layers(x, changes) for name, x in fields.items() if isinstance(x, towers)}
     return dataclasses.replace(config, **new)
 
 

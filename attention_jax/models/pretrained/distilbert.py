@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from attention_jax.models.encoder import Pooler
 from attention_jax.models.pretrained.encoders import EncoderFamily
 
 DISTILBERT = EncoderFamily(
@@ -42,7 +43,7 @@ DISTILBERT = EncoderFamily(
     },
     # Sinusoidal positions only start the table, which is stored in any case.
     only={"sinusoidal_pos_embds": (False, True), "tie_weights_": (True,)},
-    pooler_activation="relu",
+    pooler=Pooler("relu"),
     attention_output_dropout=False,
     head_dropout={"classes": ("seq_classif_dropout", 0.2), "spans": ("qa_dropout", 0.1)},
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from attention_jax.models.encoder import Pooler
 from attention_jax.models.pretrained.encoders import ARCHITECTURES, ENTRIES, EncoderFamily
 
 ELECTRA = EncoderFamily(
@@ -32,7 +33,6 @@ ELECTRA = EncoderFamily(
         "summary_type",
         "summary_use_proj",
     ),
-    pooler_activation="gelu",
-    pooler_dropout=True,
-    token_activation="gelu",
+    pooler=Pooler("gelu", dropout=True),
+    head_activation="gelu",
 )

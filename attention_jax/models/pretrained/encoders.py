@@ -6,13 +6,14 @@ The encoder stands alone, or with a head of tokens, classes, tags or spans.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from flax import nnx
 
-from attention_jax.models.encoder import Encoder, EncoderConfig
+from attention_jax.models.encoder import Encoder, EncoderConfig, Pooler
 from attention_jax.models.heads import (
     Classifier,
     ClassifierConfig,
@@ -76,6 +77,9 @@ CLASSIFIER_DROPOUT: Mapping[str, tuple[str, float | None]] = {
 }
 
 
+PLAIN = Pooler()
+
+
 def _shared(default: Mapping[str, Any]) -> Any:
     """The default of a field. A dataclass refuses one that is not hashable."""
     return dataclasses.field(default_factory=lambda: default)
@@ -98,15 +102,16 @@ class EncoderFamily:
       only: entries with the values that are supported, the first by default.
       unread: entries without an effect on our models.
       left_out: patterns of tensors of heads that no model has.
-      pooler_activation, pooler_dropout: of ``EncoderConfig``.
+      pooler: of ``EncoderConfig.pooler_config``.
       attention_output_dropout: whether the output of the attention has dropout.
-      token_activation: of the head of tokens; None for that of the layers.
+      head_activation: of the head of tokens; None for that of the layers.
       head_dropout: for each head, the entry for its dropout and the default, None for that of the
         encoder. Without an entry, classes and tags have that of the encoder, spans none.
       padding: the token of padding, by default. Positions count from the next number on. None:
         positions count from 0.
       padding_entry: whether ``pad_token_id`` says which token that is.
       relative: whether there is a relative position bias, T5's with its default sizes.
+      embeddings, after: the tensors of the embeddings and those after the layers, and their places.
     """
 
     NAMES: Mapping[str, str]
@@ -122,14 +127,15 @@ class EncoderFamily:
     only: Mapping[str, tuple[Any, ...]] = _shared({})
     unread: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
-    pooler_activation: str = "tanh"
-    pooler_dropout: bool = False
+    pooler: Pooler = PLAIN
     attention_output_dropout: bool = True
-    token_activation: str | None = None
+    head_activation: str | None = None
     head_dropout: Mapping[str, tuple[str, float | None]] = _shared(CLASSIFIER_DROPOUT)
     padding: int | None = None
     padding_entry: bool = False
     relative: bool = False
+    embeddings: Mapping[str, str] = _shared(EMBEDDINGS)
+    after: Mapping[str, str] = _shared({})
 
     @property
     def MODEL_TYPES(self) -> tuple[str, ...]:
@@ -151,34 +157,38 @@ class EncoderFamily:
         kind = hf.take("model_type", self.MODEL_TYPES[0])
         known = {x + end: h for x in self.NAMES.values() for end, h in self.architectures.items()}
         head = known[hf.architecture(known, self.headless(kind))]
-        entries, number = self.entries, self._number
-        dropout = hf.rate(entries["dropout"], 0.1)
-        given = hf.unused.get(entries["activation"])
-        activation = hf.activation(entries["activation"], "gelu")
-        if head == "tokens" and self.token_activation not in (None, activation):
-            hf.errors.append(
-                f"{entries['activation']} = {given!r} is not supported with the head of tokens, "
-                f"whose activation is always {self.token_activation!r}"
-            )
-        hf.only("position_embedding_type", "absolute", None)
         hf.only("tie_word_embeddings", True)
         for name, allowed in self.only.items():
             hf.only(name, *allowed)
         for name in self.unread:
             hf.take(name, None)
-        rates = self._head_rates(hf, dropout)
+        encoder = self.encoder_from_hf(hf, head, names)
+        rates = self._head_rates(hf, encoder.dropout_rate)
+        if head == "classes":
+            return ClassifierConfig(encoder, hf.labels(), rates[head])
+        if head == "tags":
+            return TaggerConfig(encoder, hf.labels(), rates[head])
+        if head == "spans":
+            return ReaderConfig(encoder, rates[head])
+        return encoder
+
+    def encoder_from_hf(self, hf: HFConfig, head: str | None, names: set[str]) -> EncoderConfig:
+        """The encoder, with or without a pooler as its head needs it."""
+        entries, number = self.entries, self._number
+        dropout = hf.rate(entries["dropout"], 0.1)
+        hf.only("position_embedding_type", "absolute", None)
         first = self._first_position(hf)
         longest = number(hf, "max_length", 512)
         if longest <= first:
             hf.errors.append(f"{entries['max_length']} must be above {first}, got {longest}")
-        encoder = EncoderConfig(
+        return EncoderConfig(
             vocabulary=number(hf, "vocabulary"),
             layers=Layers(
                 features=number(hf, "features"),
                 num_layers=number(hf, "num_layers"),
                 num_heads=number(hf, "num_heads"),
                 hidden=number(hf, "hidden"),
-                activation=activation,
+                activation=hf.activation(entries["activation"], "gelu"),
                 norm_epsilon=number(hf, "norm_epsilon", 1e-12),
                 order="post",
                 relative=Relative() if self.relative else None,
@@ -194,24 +204,33 @@ class EncoderFamily:
             types=number(hf, "types", 2) if "types" in entries else 0,
             embedding_norm=True,
             pooler=head == "classes" or (head is None and _has_pooler(names)),
-            pooler_activation=self.pooler_activation,
-            pooler_dropout=self.pooler_dropout,
+            pooler_config=self.pooler,
             head=head if head in ("tokens", "replaced") else None,
+            head_activation=self.head_activation,
             dropout_rate=dropout,
         )
-        if head == "classes":
-            return ClassifierConfig(encoder, hf.labels(), rates[head])
-        if head == "tags":
-            return TaggerConfig(encoder, hf.labels(), rates[head])
-        if head == "spans":
-            return ReaderConfig(encoder, rates[head])
-        return encoder
 
     def to_hf(self, config: Config) -> dict[str, Any]:
         """Hugging Face's configuration from ours."""
         encoder, head = _encoder(config), _head(config)
-        layers, kind = encoder.layers, self.MODEL_TYPES[0]
-        ends = {h: end for end, h in self.architectures.items()}
+        kind, ends = self.MODEL_TYPES[0], {h: end for end, h in self.architectures.items()}
+        x: dict[str, Any] = {
+            "model_type": kind,
+            "architectures": [self.NAMES[kind] + ends[head]],
+            **self.encoder_to_hf(encoder),
+        }
+        if isinstance(config, ClassifierConfig | TaggerConfig):
+            x |= labels(config.labels)
+        if not isinstance(config, EncoderConfig) and head in self.head_dropout and head:
+            name, default = self.head_dropout[head]
+            default = encoder.dropout_rate if default is None else default
+            if config.dropout_rate != default:
+                x[name] = config.dropout_rate
+        return x
+
+    def encoder_to_hf(self, encoder: EncoderConfig) -> dict[str, Any]:
+        """The entries of the encoder."""
+        layers = encoder.layers
         values = {
             "vocabulary": encoder.vocabulary,
             "features": layers.features,
@@ -226,20 +245,9 @@ class EncoderFamily:
             "types": encoder.types,
             "embedding_features": encoder.embedding_features or layers.features,
         }
-        x: dict[str, Any] = {
-            "model_type": kind,
-            "architectures": [self.NAMES[kind] + ends[head]],
-            **{name: values[ours] for ours, name in self.entries.items()},
-        }
+        x = {name: values[ours] for ours, name in self.entries.items()}
         if self.padding_entry:
             x["pad_token_id"] = encoder.first_position - 1
-        if isinstance(config, ClassifierConfig | TaggerConfig):
-            x |= labels(config.labels)
-        if not isinstance(config, EncoderConfig) and head is not None and head in self.head_dropout:
-            name, default = self.head_dropout[head]
-            default = layers.dropout_rate if default is None else default
-            if config.dropout_rate != default:
-                x[name] = config.dropout_rate
         return x
 
     def model(self, config: Config, rngs: nnx.Rngs) -> Encoder | Classifier | Tagger | Reader:
@@ -251,23 +259,25 @@ class EncoderFamily:
         encoder, head = _encoder(config), _head(config)
         start = "" if head is None else self.PREFIX
         root: Path = () if encoder is config else ("encoder",)
-        for name, place in EMBEDDINGS.items():
+        part = functools.partial(_part, encoder)
+        for name, place in self.embeddings.items():
             if place != "types" or encoder.types:
-                yield from _part(f"{start}embeddings.{name}", (*root, "embed", place))
+                yield from part(f"{start}embeddings.{name}", (*root, "embed", place))
         if encoder.embedding_features is not None:
-            yield from linear(f"{start}embeddings_project", (*root, "project"))
+            yield from part(f"{start}embeddings_project", (*root, "project"))
         for i in range(encoder.layers.num_layers):
             paths = block((*root, "stack"), i)
             for name, place in self.layer.items():
-                part, *inside = place.split(".")
-                yield from _part(f"{start}{self.stack}.{i}.{name}", (*paths[part], *inside))
-        if self.relative:
-            name = f"{start}encoder.relative_attention_bias.weight"
-            yield Tensor(name, (*root, "stack", "relative"))
+                first, *inside = place.split(".")
+                if place != "attention_norm" or i > 0 or encoder.layers.first_norm:
+                    yield from part(f"{start}{self.stack}.{i}.{name}", (*paths[first], *inside))
+        for name, place in self.after.items():
+            yield from part(f"{start}{name}", (*root, "stack", place))
         if head is None and encoder.pooler:
-            yield from linear(f"{start}pooler.dense", (*root, "pooler"))
+            yield from part(f"{start}pooler.dense", (*root, "pooler"))
         for name, place in self.heads.get(head or "", {}).items():
-            yield from _part(name, (*root, place) if place == "pooler" else (place,))
+            of_encoder = place in ("pooler", "pooler_norm")
+            yield from part(name, (*root, place) if of_encoder else (place,))
 
     def optional(self, config: Config) -> tuple[str, ...]:
         """Tensors of heads that this model does not have."""
@@ -309,17 +319,25 @@ def _of_module(name: str) -> str:
     return rf"{re.escape(name.split('.')[0])}\..*"
 
 
-def _part(name: str, path: Path) -> Iterator[Tensor]:
-    """A norm, a table or a projection, as its place says."""
+def _part(encoder: EncoderConfig, name: str, path: Path) -> Iterator[Tensor]:
+    """A norm, a table or a projection, as its place says; with a bias as the encoder says."""
     place = str(path[-1])
-    if place.endswith("norm"):
-        yield from norm(name, path)
-    elif place == "token_bias":
+    if place == "token_bias":
         yield Tensor(name, path)
-    elif place in EMBEDDINGS.values():
+    elif place in ("tokens", "positions", "types", "relative"):
         yield Tensor(f"{name}.weight", path)
+    elif "norm" in place:
+        yield from norm(name, path, bias=encoder.layers.norm_bias)
     else:
-        yield from linear(name, path)
+        yield from linear(name, path, bias=_has_bias(encoder, path))
+
+
+def _has_bias(encoder: EncoderConfig, path: Path) -> bool:
+    if "blocks" in path:
+        layers = encoder.layers
+        return layers.feed_forward_bias if "feed_forward" in path else bool(layers.bias)
+    biases = {"pooler": encoder.pooler_config.bias, "transform": encoder.head_bias}
+    return biases.get(str(path[-1]), True)
 
 
 def _has_pooler(names: set[str]) -> bool:

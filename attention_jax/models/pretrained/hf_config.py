@@ -107,6 +107,7 @@ ACTIVATIONS = {
     "gelu_python": "gelu",
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
     "relu": "relu",
     "silu": "silu",
     "swish": "silu",
@@ -114,6 +115,7 @@ ACTIVATIONS = {
 ACTIVATION_NAMES = {
     "gelu": "gelu",
     "gelu_tanh": "gelu_pytorch_tanh",
+    "quick_gelu": "quick_gelu",
     "relu": "relu",
     "silu": "silu",
 }

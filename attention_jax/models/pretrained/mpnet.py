@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from attention_jax.models.encoder import Pooler
 from attention_jax.models.pretrained.encoders import ENTRIES, EncoderFamily
 
 MPNET = EncoderFamily(
@@ -34,9 +35,10 @@ MPNET = EncoderFamily(
     },
     # Hugging Face computes with 32 buckets whatever the entry says.
     only={"relative_attention_num_buckets": (32,)},
-    pooler_dropout=True,
-    token_activation="gelu",
+    pooler=Pooler(dropout=True),
+    head_activation="gelu",
     head_dropout={},
     padding=1,  # whatever pad_token_id says
     relative=True,
+    after={"encoder.relative_attention_bias": "relative"},
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from attention_jax.models.encoder import Pooler
 from attention_jax.models.pretrained.encoders import EncoderFamily
 
 ROBERTA = EncoderFamily(
@@ -21,8 +22,8 @@ ROBERTA = EncoderFamily(
         "tags": {"classifier": "classify"},
         "spans": {"qa_outputs": "spans"},
     },
-    pooler_dropout=True,
-    token_activation="gelu",
+    pooler=Pooler(dropout=True),
+    head_activation="gelu",
     padding=1,
     padding_entry=True,
 )
