@@ -1,5 +1,6 @@
 """Small models of every family, and checkpoint folders like published ones."""
 
+import dataclasses
 import functools
 import json
 import tempfile
@@ -40,9 +41,45 @@ T5 = models.Layers(
 )
 
 
-def bert_model(**head):
+DROPOUT_TWICE = models.Pooler(dropout=True)
+# What the encoders of other families have beside what a BERT has.
+ENCODERS = {
+    "roberta": {"first_position": 2, "pooler": True, "pooler_config": DROPOUT_TWICE},
+    "distilbert": {"types": 0, "pooler_config": models.Pooler("relu")},
+    "electra": {"embedding_features": 4, "pooler_config": models.Pooler("gelu", dropout=True)},
+    "mpnet": {
+        "first_position": 2,
+        "types": 0,
+        "pooler": True,
+        "pooler_config": DROPOUT_TWICE,
+    },
+    "modernbert": {
+        "types": 0,
+        "positions": None,
+        "max_length": 8192,
+        "pooler_config": models.Pooler("gelu", bias=False, norm=True, tokens=True),
+        "head_bias": False,
+    },
+}
+ENCODER_LAYERS = {
+    "distilbert": {"attention_output_dropout_rate": 0.0},
+    "mpnet": {"relative": models.Relative()},
+    "modernbert": {
+        **PLAIN,
+        "order": "pre",
+        "norm_epsilon": 1e-5,
+        "norm_bias": False,
+        "first_norm": False,
+        "gated": True,
+        "fused": True,
+        "rotary": Rotary(160_000.0),
+    },
+}
+
+
+def bert_model(layers=BERT, **head):
     options = {"types": 2, "embedding_norm": True, "max_length": 6, **head}
-    return models.Encoder(models.EncoderConfig(11, BERT, **options), rngs=nnx.Rngs(0))
+    return models.Encoder(models.EncoderConfig(11, layers, **options), rngs=nnx.Rngs(0))
 
 
 @functools.cache
@@ -65,8 +102,18 @@ def make(kind):
         case "vit":
             config = models.VisionConfig((4, 4), 2, models.Layers(**SMALL), channels=1)
             return models.VisionTransformer(config, rngs=rngs)
+        case "clip":
+            layers = models.Layers(**SMALL, activation="quick_gelu")
+            text = models.DecoderConfig(11, layers, positions="learned", max_length=6)
+            image = {"channels": 1, "patch_bias": False, "embedding_norm": True}
+            vision = models.VisionConfig((4, 4), 2, layers, **image)
+            config = models.DualEncoderConfig(text, vision, 6, end=10)
+            return models.DualEncoder(config, rngs=rngs)
         case "bert":
             return bert_model(pooler=True)
+        case name if name in ENCODERS:
+            layers = dataclasses.replace(BERT, **ENCODER_LAYERS.get(name, {}))
+            return bert_model(layers, **ENCODERS[name])
         case "bert tokens":
             return bert_model(head="tokens")
         case "bert classes":

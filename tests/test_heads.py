@@ -56,6 +56,25 @@ def test_a_fresh_head_computes_from_the_vectors_of_the_encoder(kind, head):
     assert model.encoder.token_bias is None
 
 
+@pytest.mark.parametrize("both", [True, False])
+def test_dropout_in_front_of_the_pooler_too(both):
+    config = models.Pooler(activation="relu", dropout=both)
+    encoder = checkpoints.bert_model(pooler=True, pooler_config=config)
+    x = np.random.default_rng(0).normal(size=(2, 3, 8)).astype(np.float32)
+    got = encoder.pooled(x, dropout=lambda y: 3 * y)
+    expected = np.maximum(encoder.pooler((3 if both else 1) * x[:, 0]), 0)
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+    model = models.classifier(encoder, ["a", "b"], dropout_rate=0.5, rngs=nnx.Rngs(0))
+    assert model.config.encoder.pooler_config == config
+
+
+def test_dropout_in_front_of_spans():
+    model = models.reader(checkpoints.make("bert"), dropout_rate=0.5, rngs=nnx.Rngs(0))
+    np.testing.assert_array_equal(model(TOKENS).start, model(TOKENS).start)
+    model.train()
+    assert np.abs(model(TOKENS).start - model(TOKENS).start).max() > 1e-3
+
+
 def test_a_fresh_head_does_not_share_arrays_with_the_encoder():
     encoder = checkpoints.make("bert")
     before = np.array(encoder.embed.tokens[...])
@@ -74,6 +93,29 @@ def test_a_fresh_head_is_saved_and_loaded(head, tmp_path):
     with pytest.warns(UserWarning, match=r"left out (classifier|qa_outputs)\.weight"):
         encoder = pretrained.load(tmp_path, config={"architectures": ["BertModel"]})
     assert_same(encoder, model.encoder)
+
+
+FAMILIES = {  # each with a head that is unlike that of BERT
+    "roberta": "classes",
+    "distilbert": "spans",
+    "electra": "classes",
+    "mpnet": "classes",
+    "modernbert": "tags",
+}
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_a_fresh_head_of_another_family_is_saved(kind, tmp_path):
+    model = FRESH[FAMILIES[kind]](checkpoints.make(kind))
+    pretrained.save(model, tmp_path)
+    entries = json.loads((tmp_path / "config.json").read_text())
+    assert entries["model_type"] == kind
+    again = pretrained.load(tmp_path)
+    assert again.config == model.config
+    assert_same(again, model)
+    if kind == "modernbert":  # its pooler is applied to each token
+        x = model.encoder.projected(model.encoder.hidden(TOKENS))
+        np.testing.assert_allclose(model(TOKENS), model.classify(x), rtol=1e-5, atol=1e-6)
 
 
 def test_the_mean_of_all_tokens_has_no_hugging_face_class(tmp_path):

@@ -34,7 +34,7 @@ DECODERS = {
         layers(
             num_layers=3,
             windows=(3, None),
-            rotary=positions.Rotary(),
+            rotary=(positions.Rotary(), None, positions.Rotary(100.0)),
             head_dim=4,
             num_kv_heads=1,
             norm="rms",
@@ -434,6 +434,17 @@ def test_equal_configurations_are_equal():
     )
     assert short == long
     assert hash(short) == hash(long)
+
+
+def test_rotary_positions_of_each_layer():
+    near, far = positions.Rotary(), positions.Rotary(1e6)
+    one, two = layers(rotary=near), layers(rotary=(near, None), num_layers=3)
+    assert one == layers(rotary=(near,)) == layers(rotary=[near, near])
+    assert one.rotaries == (near, near)
+    assert two.rotary == two.rotaries == (near, None, near)
+    assert (two.period, layers(rotary=(near, far), num_layers=4).period) == (3, 2)
+    model = models.Decoder(models.DecoderConfig(V, two), rngs=nnx.Rngs(0))
+    assert [block.attention.sublayer.rotary for block in model.stack.blocks] == [near, None, near]
 
 
 @pytest.mark.slow

@@ -27,7 +27,12 @@ def by_hand(m, x, context=None, visible=None, cap=None, turn=None):
     q = linear(m.query, x).reshape(*x.shape[:-1], m.num_heads, m.head_dim)
     k = linear(m.key, context).reshape(*context.shape[:-1], m.num_kv_heads, m.head_dim)
     v = linear(m.value, context).reshape(*context.shape[:-1], m.num_kv_heads, m.value_dim)
-    if m.query_norm is not None:
+    if m.joint_norm:
+        q, k = (
+            np.asarray(norm(a.reshape(*x.shape[:-1], -1))).reshape(a.shape)
+            for norm, a in ((m.query_norm, q), (m.key_norm, k))
+        )
+    elif m.query_norm is not None:
         q, k = np.asarray(m.query_norm(q)), np.asarray(m.key_norm(k))
     if turn is not None:
         q, k = np.asarray(turn(q)), np.asarray(turn(k))
@@ -52,6 +57,7 @@ OPTIONS = {
     "one head for all": {"num_kv_heads": 1, "bias": False},
     "biases": {"bias": ("query", "out")},
     "norm": {"norm": nnx.RMSNorm, "scale": 0.7},
+    "joint norm": {"norm": nnx.RMSNorm, "joint_norm": True, "num_kv_heads": 2},
     "sinks": {"sinks": True},
     "gate": {"gate": True, "value_dim": 4},
     "gate without bias": {"gate": True, "bias": ("key",)},

@@ -11,6 +11,7 @@ from helpers import close, linear, normal, randomized
 
 from attention_jax import masks, nn, positions
 from attention_jax.models import Encoder, EncoderConfig, Layers, classifier
+from attention_jax.models.stack import Stack
 
 B, T, S, E = 2, 7, 5, 12
 
@@ -18,7 +19,7 @@ B, T, S, E = 2, 7, 5, 12
 # --- Blocks.
 
 
-def block(rngs, order="pre", cross=False, dropout_rate=0.0):
+def block(rngs, order="pre", cross=False, dropout_rate=0.0, **options):
     return nn.Block(
         nn.MultiHeadAttention(E, 3, mask=masks.causal(), rngs=rngs),
         nn.FeedForward(E, 20, dropout_rate=dropout_rate, rngs=rngs),
@@ -28,6 +29,7 @@ def block(rngs, order="pre", cross=False, dropout_rate=0.0):
         else None,
         order=order,
         dropout_rate=dropout_rate,
+        **options,
         rngs=rngs,
     )
 
@@ -35,19 +37,72 @@ def block(rngs, order="pre", cross=False, dropout_rate=0.0):
 @pytest.mark.slow
 def test_norm_positions_of_a_block():
     x, context = normal(0, B, T, E), normal(1, B, S, 6)
-    for order in ("pre", "post", "both"):
-        module = randomized(block(nnx.Rngs(0), order, cross=True))
+    for order, scale in (("pre", 1.0), ("post", 0.3), ("both", 0.3), ("after", 0.3)):
+        module = randomized(block(nnx.Rngs(0), order, cross=True, scale=scale))
         y = x
         for part in ("attention", "cross_attention", "feed_forward"):
             r = getattr(module, part)
-            inner = r.norm(y) if order != "post" else y
+            inner = r.norm(y) if order in ("pre", "both") else y
             added = r.sublayer(inner, *[context] * (part == "cross_attention"))
-            if order == "both":
+            if order in ("both", "after"):
                 added = r.norm_after(added)
-            y = y + added
+            y = y + scale * added
             if order == "post":
                 y = r.norm(y)
         close(module(x, context), y)
+
+
+@pytest.mark.slow
+def test_parallel_sublayers_read_the_same_input():
+    x, module = normal(0, B, T, E), randomized(block(nnx.Rngs(0), scale=0.3, parallel=True))
+    first, second = module.attention, module.feed_forward
+    added = first.sublayer(first.norm(x)) + second.sublayer(second.norm(x))
+    close(module(x), x + 0.3 * added)
+    for options in ({"order": "post"}, {"cross": True}):
+        with pytest.raises(ValueError, match="parallel must be False with a cross-attention or"):
+            block(nnx.Rngs(0), parallel=True, **options)
+
+
+@pytest.mark.slow
+def test_a_fused_feed_forward_layer_is_the_same():
+    m = randomized(nn.FeedForward(E, 20, gated=True, fused=True, rngs=nnx.Rngs(0)))
+    other = nn.FeedForward(E, 20, gated=True, rngs=nnx.Rngs(0))
+    for name in ("kernel", "bias"):
+        gate, up = jnp.split(getattr(m.gate_up, name)[...], 2, axis=-1)
+        getattr(other.gate, name)[...], getattr(other.up, name)[...] = gate, up
+    other.down = m.down
+    x = normal(0, B, T, E)
+    close(m(x), other(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_mixture_of_experts(normalize):
+    """Values and gradients equal those of all experts for all tokens, masked by the weights."""
+    options = {"experts": 5, "per_token": 2, "normalize": normalize}
+    m = randomized(nn.MixtureOfExperts(E, 7, **options, rngs=nnx.Rngs(0)))
+    x = jnp.asarray(normal(0, B, T, E))
+    x = x.at[1].set(x[1, :1])  # tokens that all choose the same experts, none of which is dropped
+    graph, state = nnx.split(m)
+
+    def dense(m, x):
+        p = jax.nn.softmax(x @ m.router.kernel[...])
+        least = jnp.sort(p, axis=-1)[..., -2:-1]
+        p = jnp.where(p >= least, p, 0.0)
+        p = p / p.sum(axis=-1, keepdims=True) if normalize else p
+        gate, up = (jnp.einsum("bte,xef->btxf", x, k[...]) for k in (m.gate, m.up))
+        return jnp.einsum("btxf,xfe,btx->bte", jax.nn.silu(gate) * up, m.down[...], p)
+
+    def run(call):
+        def total(state, x):
+            y = call(nnx.merge(graph, state), x)
+            return (y**2).sum(), y
+
+        return jax.jit(jax.grad(total, argnums=(0, 1), has_aux=True))(state, x)
+
+    got, expected = run(lambda m, x: m(x)), run(dense)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        close(a, b, atol=1e-3)
+    assert np.abs(got[1]).max() > 0.1
 
 
 @pytest.mark.parametrize("gated", [False, True])
@@ -170,6 +225,44 @@ def test_logits_of_a_token_out_of_range_are_nan_under_jit():
     found = nnx.jit(lambda model, tokens: model(tokens))(head, tokens)
     assert np.isnan(found[0]).all()
     np.testing.assert_allclose(found[1:], head(tokens[1:]), rtol=1e-5)
+
+
+def test_positions_that_start_at_a_later_row_of_the_table():
+    m = nn.Embeddings(5, 6, positions="learned", max_length=3, first_position=2, rngs=nnx.Rngs(0))
+    assert m.positions[...].shape == (5, 6)
+    tokens, real = np.array([[4, 3, 1]]), np.array([[False, True, True]])
+    close(m(tokens), m.tokens[...][tokens] + m.positions[...][2:])
+    close(m(tokens, real=real)[:, 1:], m.tokens[...][tokens[:, 1:]] + m.positions[...][2:4])
+    for at in (-1, 3):  # counted from the first position, whatever the rows
+        with pytest.raises(ValueError, match=f"positions must be from 0 to 2, .* got .*{at}"):
+            m(tokens, positions=np.array([[0, 1, at]]))
+
+
+def test_the_output_of_the_attention_has_a_dropout_rate_of_its_own():
+    sizes = {"features": E, "num_layers": 1, "num_heads": 3, "order": "post"}
+    for given, expected in [(0.0, (0.0, 0.5)), (None, (0.5, 0.5)), (0.2, (0.2, 0.5))]:
+        config = Layers(**sizes, dropout_rate=0.5, attention_output_dropout_rate=given)
+        (block,) = Stack(config, causal=False, rngs=nnx.Rngs(0)).blocks
+        assert (block.attention.dropout.rate, block.feed_forward.dropout.rate) == expected
+    with pytest.raises(ValueError, match="attention_output_dropout_rate must be"):
+        Layers(**sizes, attention_output_dropout_rate=1.5)
+
+
+def test_norms_without_bias_and_a_first_layer_without_a_norm():
+    sizes = {"features": E, "num_layers": 2, "num_heads": 3}
+    stack = Stack(
+        Layers(**sizes, norm_bias=False, first_norm=False), causal=False, rngs=nnx.Rngs(0)
+    )
+    first, second = stack.blocks
+    assert first.attention.norm is None
+    assert {x.norm.bias for x in (first.feed_forward, second.attention)} == {None}
+    assert stack.norm.bias is None
+    x = normal(0, B, T, E)
+    close(first.attention(x), x + first.attention.sublayer(x))
+    with pytest.raises(ValueError, match="first_norm must be True with scan, and with another"):
+        Layers(**sizes, first_norm=False, order="post")
+    with pytest.raises(ValueError, match="order must be 'pre' without a norm, got 'both'"):
+        nn.Residual(lambda x: x, None, order="both")
 
 
 def test_one_plus_rms_norm():

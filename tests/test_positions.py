@@ -13,7 +13,7 @@ from helpers import normal
 
 from attention_jax import attention, masks, positions
 from attention_jax.nn import Embeddings
-from attention_jax.positions import NTK, DynamicNTK, Linear, Llama3, YaRN
+from attention_jax.positions import NTK, DynamicNTK, Linear, Llama3, LongRoPE, YaRN
 
 B, T, N, H = 2, 7, 3, 12
 SCALINGS = {
@@ -96,6 +96,23 @@ def test_rotary_equals_its_twin(name, width, interleaved):
     traced = jax.jit(lambda x, at, length: run(x, at, length=length))(x, at, LENGTH)
     np.testing.assert_allclose(traced, expected, atol=1e-5)
     assert (width == 2) or (np.abs(expected - x) > 1e-3).any(axis=(0, 1, 2))[: width or H].all()
+
+
+def test_longrope_divides_each_frequency():
+    scaling = LongRoPE(
+        short=(1.0, 2.0, 3.0), long=(2.0, 4.0, 9.0), original=5, attention_factor=1.5
+    )
+    plain = np.array(positions.frequencies(6)[0])
+    for length, divisors in ((5, scaling.short), (6, scaling.long)):
+        f, factor = positions.frequencies(6, scaling=scaling, length=length)
+        np.testing.assert_allclose(f, plain / divisors, rtol=1e-6)
+        assert factor == 1.5
+    # Each row has its own length.
+    x, at = normal(0, 2, 3, 1, 6), np.array([[2, 3, 4], [3, 4, 5]])
+    rows = positions.Rotary(scaling=scaling)(x, at)
+    for i, length in enumerate((5, 6)):
+        alone = positions.rotary(x[i], at[i], scaling=scaling, length=length)
+        np.testing.assert_allclose(rows[i], alone, atol=1e-6)
 
 
 def test_only_the_distance_matters():

@@ -14,6 +14,8 @@ with warnings.catch_warnings():
     transformers = pytest.importorskip("transformers")
 
 
+from checkpoints import write_modules  # noqa: E402
+
 from attention_jax.models import pretrained  # noqa: E402
 from attention_jax.models.pretrained.hf_config import HFConfig  # noqa: E402
 
@@ -29,6 +31,37 @@ BERT = {
     "num_hidden_layers": 2,
     "num_attention_heads": 3,
     "intermediate_size": 40,
+    "max_position_embeddings": 20,
+}
+ROBERTA = BERT | {"type_vocab_size": 3, "pad_token_id": 2, "layer_norm_eps": 1e-3}
+ELECTRA = BERT | {"embedding_size": 16, "type_vocab_size": 3, "layer_norm_eps": 1e-3}
+MPNET = BERT | {"layer_norm_eps": 1e-3}
+MODERNBERT = {
+    "vocab_size": V,
+    "hidden_size": 24,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 3,
+    "intermediate_size": 20,
+    "max_position_embeddings": 20,
+    "local_attention": 5,
+    "norm_eps": 1e-3,
+    "pad_token_id": 2,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "cls_token_id": 0,
+    "sep_token_id": 1,
+    "rope_parameters": {
+        "full_attention": {"rope_type": "default", "rope_theta": 500.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+    },
+}
+BIASED = {"norm_bias": True, "attention_bias": True, "mlp_bias": True, "classifier_bias": True}
+DISTILBERT = {
+    "vocab_size": V,
+    "dim": 24,
+    "n_layers": 2,
+    "n_heads": 3,
+    "hidden_dim": 40,
     "max_position_embeddings": 20,
 }
 LLAMA = {
@@ -67,6 +100,23 @@ VIT = {
 }
 
 
+CLIP = {
+    "projection_dim": 10,
+    "text_config": {
+        "vocab_size": V,
+        "hidden_size": 20,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 30,
+        "max_position_embeddings": 15,
+        "eos_token_id": V - 1,
+        "bos_token_id": 0,
+        "layer_norm_eps": 1e-3,
+    },
+    "vision_config": {**VIT, "hidden_act": "relu", "layer_norm_eps": 1e-3},
+}
+
+
 def scaled(**parameters):
     return {**LLAMA, "rope_parameters": {**ROPE, **parameters}}
 
@@ -84,6 +134,57 @@ MODELS = {
         BERT | {"id2label": {0: "O", 1: "B", 2: "I"}, "label2id": {"O": 0, "B": 1, "I": 2}},
     ),
     "bert spans": ("BertForQuestionAnswering", BERT),
+    "roberta": ("RobertaModel", ROBERTA),
+    "roberta tokens": ("RobertaForMaskedLM", ROBERTA),
+    "xlm-roberta classes": (
+        "XLMRobertaForSequenceClassification",
+        ROBERTA | {"num_labels": 3, "classifier_dropout": 0.3},
+    ),
+    "camembert tags": ("CamembertForTokenClassification", ROBERTA | {"hidden_act": "relu"}),
+    "roberta spans": ("RobertaForQuestionAnswering", ROBERTA),
+    "distilbert": ("DistilBertModel", DISTILBERT | {"activation": "relu"}),
+    "distilbert tokens": ("DistilBertForMaskedLM", DISTILBERT | {"activation": "relu"}),
+    "distilbert classes": (
+        "DistilBertForSequenceClassification",
+        DISTILBERT | {"num_labels": 3, "seq_classif_dropout": 0.4},
+    ),
+    "distilbert tags": ("DistilBertForTokenClassification", DISTILBERT | {"dropout": 0.3}),
+    "distilbert spans": ("DistilBertForQuestionAnswering", DISTILBERT),
+    "electra": ("ElectraModel", ELECTRA),
+    "electra replaced": ("ElectraForPreTraining", ELECTRA | {"hidden_act": "relu"}),
+    "electra tokens": ("ElectraForMaskedLM", ELECTRA),
+    "electra of one width": ("ElectraForMaskedLM", ELECTRA | {"embedding_size": 24}),
+    "electra classes": (
+        "ElectraForSequenceClassification",
+        ELECTRA | {"num_labels": 3, "hidden_act": "relu"},
+    ),
+    "electra tags": ("ElectraForTokenClassification", ELECTRA),
+    "electra spans": ("ElectraForQuestionAnswering", ELECTRA),
+    "mpnet": ("MPNetModel", MPNET | {"hidden_act": "relu"}),
+    "mpnet tokens": ("MPNetForMaskedLM", MPNET),
+    "mpnet classes": ("MPNetForSequenceClassification", MPNET | {"num_labels": 3}),
+    "mpnet tags": ("MPNetForTokenClassification", MPNET),
+    "mpnet spans": ("MPNetForQuestionAnswering", MPNET),
+    "modernbert": ("ModernBertModel", MODERNBERT),
+    "modernbert tokens": (
+        "ModernBertForMaskedLM",
+        MODERNBERT | {"hidden_activation": "silu", "classifier_activation": "relu"},
+    ),
+    "modernbert tokens, biased": ("ModernBertForMaskedLM", MODERNBERT | BIASED),
+    "modernbert classes": (
+        "ModernBertForSequenceClassification",
+        MODERNBERT | {"num_labels": 3, "classifier_dropout": 0.2, "mlp_dropout": 0.1},
+    ),
+    "modernbert mean classes": (
+        "ModernBertForSequenceClassification",
+        MODERNBERT | BIASED | {"classifier_pooling": "mean", "attention_dropout": 0.1},
+    ),
+    "modernbert tags": (
+        "ModernBertForTokenClassification",
+        MODERNBERT
+        | {"layer_types": [*["sliding_attention", "full_attention"] * 2, "full_attention"]},
+    ),
+    "modernbert spans": ("ModernBertForQuestionAnswering", MODERNBERT),
     "gpt2": (
         "GPT2LMHeadModel",
         {
@@ -162,11 +263,19 @@ MODELS = {
         "T5ForConditionalGeneration",
         T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
     ),
+    "clip": ("CLIPModel", CLIP),
+    "clip of the first release": (
+        "CLIPModel",
+        CLIP | {"text_config": CLIP["text_config"] | {"eos_token_id": 2, "attention_dropout": 0.1}},
+    ),
     "vit": ("ViTModel", VIT),
     "vit classes": ("ViTForImageClassification", VIT | {"num_labels": 5, "qkv_bias": False}),
 }
 
-WITH_LABELS = ("BertForSequenceClassification", "BertForTokenClassification")
+WITH_LABELS = ("ForSequenceClassification", "ForTokenClassification")
+WITH_TYPES = {"bert", "roberta", "xlm-roberta", "camembert", "electra"}
+PADDING = 2  # where positions count from padding, no other token may be equal to it
+SAME = {"xlm-roberta", "camembert"}  # written as another family unless asked otherwise
 LEFT_OUT = {"vit": [r"pooler\..*"]}  # which ours does not have
 
 
@@ -186,11 +295,28 @@ def tokens(seed, shape=(B, T)):
     return np.random.default_rng(seed).integers(3, V, shape)
 
 
-def theirs(name, model):
+def encoded(name, real):
+    """The arguments of an encoder of texts: tokens, and their types if it has any."""
+    types = {"types": tokens(2) % 2} if name.split()[0] in WITH_TYPES else {}
+    return np.where(real, tokens(0), 1 if name.startswith("mpnet") else PADDING), types
+
+
+def ended(real):
+    """Texts that end with the last token of the vocabulary, which is padding too."""
+    last = real & ~np.pad(real, ((0, 0), (0, 1)))[:, 1:]
+    return np.where(real & ~last, tokens(0), V - 1)
+
+
+def theirs(name, model, real=REAL):
     with torch.no_grad():
         if name.startswith("vit"):
             images = np.random.default_rng(0).normal(size=(B, 2, 12, 12)).astype(np.float32)
             out = model(torch.tensor(images))
+        elif name.startswith("clip"):
+            images = np.random.default_rng(0).normal(size=(B, 2, 12, 12)).astype(np.float32)
+            mask = torch.tensor(real.astype(int))
+            out = model(torch.tensor(ended(real)), torch.tensor(images), mask)
+            return out.logits_per_text.numpy()
         elif name.startswith("t5"):
             out = model(
                 input_ids=torch.tensor(tokens(0)),
@@ -198,32 +324,37 @@ def theirs(name, model):
                 decoder_input_ids=torch.tensor(tokens(1, (B, 6))),
             )
         else:
-            types = {"token_type_ids": torch.tensor(tokens(2) % 2)} if "bert" in name else {}
-            mask = torch.tensor(REAL.astype(int))
-            out = model(torch.tensor(tokens(0)), attention_mask=mask, **types)
-    if name == "bert spans":
+            ids, types = encoded(name, real)
+            options = {"attention_mask": torch.tensor(real.astype(int))}
+            if types:
+                options["token_type_ids"] = torch.tensor(types["types"])
+            out = model(torch.tensor(ids), **options)
+    if name.endswith("spans"):
         return torch.stack([out.start_logits, out.end_logits], dim=-1).numpy()
     return (out.logits if hasattr(out, "logits") else out.last_hidden_state).numpy()
 
 
-def ours(name, model):
+def ours(name, model, real=REAL):
     if name.startswith("vit"):
         images = np.random.default_rng(0).normal(size=(B, 2, 12, 12)).astype(np.float32)
         return model(images.transpose(0, 2, 3, 1))
+    if name.startswith("clip"):
+        images = np.random.default_rng(0).normal(size=(B, 2, 12, 12)).astype(np.float32)
+        return model(ended(real), images.transpose(0, 2, 3, 1), real=real)
     if name.startswith("t5"):
         return model(tokens(0), tokens(1, (B, 6)), source_real=REAL)
-    types = {"types": tokens(2) % 2} if "bert" in name else {}
-    out = model(tokens(0), real=REAL, **types)
-    return np.stack(out, axis=-1) if name == "bert spans" else out
+    ids, types = encoded(name, real)
+    out = model(ids, real=real, **types)
+    return np.stack(out, axis=-1) if name.endswith("spans") else out
 
 
-def assert_same(name, a, b, atol=1e-4):
+def assert_same(name, a, b, atol=1e-4, real=REAL):
     a, b = np.asarray(a), np.asarray(b)
     assert a.shape == b.shape
     if a.shape[:2] == (B, T):  # results at padding are undefined
         # Dynamic scaling follows the length: theirs includes padding, ours is that of each row.
-        whole = REAL.all(1, keepdims=True) if name == "llama dynamic" else True
-        a, b = a[REAL & whole], b[REAL & whole]
+        whole = real.all(1, keepdims=True) if name == "llama dynamic" else True
+        a, b = a[real & whole], b[real & whole]
     assert np.ptp(a) > 0.1  # otherwise the comparison is empty
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=atol)
 
@@ -254,7 +385,9 @@ def test_logits_equal_hugging_face(name, folders):
 def test_hugging_face_loads_what_we_save(name, folders, tmp_path):
     path, expected = folders(name)
     model = pretrained.load(path, ignore=LEFT_OUT.get(name, ()))
-    pretrained.save(model, tmp_path)
+    kind = name.split()[0]
+    config = {"model_type": kind, "architectures": [MODELS[name][0]]} if kind in SAME else {}
+    pretrained.save(model, tmp_path, config=config)
     cls = getattr(transformers, MODELS[name][0])
     back, report = cls.from_pretrained(
         tmp_path, attn_implementation="eager", output_loading_info=True
@@ -264,11 +397,42 @@ def test_hugging_face_loads_what_we_save(name, folders, tmp_path):
         lost = {k: v for k, v in lost.items() if any("pooler" not in str(n) for n in v)}
     assert not lost
     assert_same(name, theirs(name, back.eval()), expected)
-    if MODELS[name][0] in WITH_LABELS:
+    if MODELS[name][0].endswith(WITH_LABELS):
         cls = getattr(transformers, MODELS[name][0])
         assert back.config.id2label == cls.config_class(**MODELS[name][1]).id2label
         assert tuple(back.config.label2id) == model.config.labels
     assert pretrained.load(tmp_path).config == model.config
+
+
+@pytest.mark.parametrize("name", ["roberta", "xlm-roberta classes", "mpnet", "modernbert"])
+def test_padding_on_the_left(name, folders):
+    path, _ = folders(name)
+    real = REAL[:, ::-1]
+    expected = theirs(name, loaded(MODELS[name][0], path), real)
+    if expected.ndim == 2:  # they take the first token, ours is the first one that is real
+        expected = expected[real[:, 0]]
+        assert len(expected) == 1
+    got = np.asarray(ours(name, pretrained.load(path), real))
+    assert_same(name, got if got.ndim > 2 else got[real[:, 0]], expected, real=real)
+
+
+EMBEDDERS = [("roberta tokens", "mean"), ("mpnet", "mean"), ("distilbert classes", "cls")]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(("name", "pool"), EMBEDDERS)
+def test_sentence_embeddings(name, pool, tmp_path):
+    """From a checkpoint of any head, which is left out without a warning."""
+    model = peer(name)
+    model.save_pretrained(tmp_path)
+    write_modules(tmp_path, pool=pool)
+    with torch.no_grad():
+        ids, mask = encoded(name, REAL)[0], torch.tensor(REAL.astype(int))
+        x = model.base_model(torch.tensor(ids), attention_mask=mask).last_hidden_state
+    kept = mask[..., None]
+    x = x[:, 0] if pool == "cls" else (x * kept).sum(1) / kept.sum(1)
+    expected = torch.nn.functional.normalize(x).numpy()
+    assert_same("", pretrained.load_embedder(tmp_path)(ids, real=REAL), expected)
 
 
 def loaded(cls, folder):
@@ -304,12 +468,20 @@ def test_rotary_entries_mean_the_same_as_in_hugging_face(entries, tmp_path):
 
 SIZES = {
     "BertConfig": BERT,
+    "RobertaConfig": BERT,
+    "XLMRobertaConfig": BERT,
+    "CamembertConfig": BERT,
+    "DistilBertConfig": DISTILBERT,
+    "ElectraConfig": BERT,
+    "MPNetConfig": BERT,
+    "ModernBertConfig": MODERNBERT,
     "GPT2Config": MODELS["gpt2"][1],
     "LlamaConfig": LLAMA,
     "MistralConfig": LLAMA,
     "Gemma2Config": LLAMA,
     "T5Config": T5,
     "ViTConfig": VIT,
+    "CLIPConfig": CLIP,
 }
 REQUIRED = {"vocab_size", "hidden_size", "intermediate_size", "d_model", "d_kv", "d_ff"}
 
@@ -317,7 +489,8 @@ REQUIRED = {"vocab_size", "hidden_size", "intermediate_size", "d_model", "d_kv",
 @pytest.mark.parametrize("name", SIZES)
 def test_defaults_of_missing_entries_equal_hugging_face(name):
     numbers = "num_hidden_layers", "num_attention_heads", "num_layers", "num_heads"
-    needed = {*REQUIRED, *numbers, "n_embd", "n_layer", "n_head"}
+    distilbert = "dim", "hidden_dim", "n_layers", "n_heads"
+    needed = {*REQUIRED, *numbers, *distilbert, "n_embd", "n_layer", "n_head"}
     given = {key: x for key, x in SIZES[name].items() if key in needed}
     if "hidden_size" in given:
         given |= {"hidden_size": 24}  # an even width of a head

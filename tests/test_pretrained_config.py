@@ -5,9 +5,8 @@ import pytest
 from checkpoints import assert_same
 
 from attention_jax.models import pretrained
-from attention_jax.models.pretrained import bert, gpt2, llama, t5, vit
 from attention_jax.models.pretrained.hf_config import HFConfig
-from attention_jax.positions import Llama3, Rotary, YaRN
+from attention_jax.positions import Linear, Llama3, Rotary, YaRN
 
 saved = pytest.fixture(checkpoints.saved)
 
@@ -48,6 +47,69 @@ PUBLISHED = {
             "sbert_ce_default_activation_function": "torch.nn.modules.linear.Identity",
         },
     ),
+    "xlm-roberta-base": (
+        "roberta",
+        {
+            "model_type": "xlm-roberta",
+            "architectures": ["XLMRobertaModel"],
+            "output_past": True,
+            "position_embedding_type": "absolute",
+        },
+    ),
+    "distilbert-base-uncased": (
+        "distilbert",
+        {
+            "architectures": ["DistilBertModel"],
+            "sinusoidal_pos_embds": False,
+            "tie_weights_": True,
+            "qa_dropout": 0.1,
+            "seq_classif_dropout": 0.2,
+        },
+    ),
+    "electra-small-generator, headless": (
+        "electra",
+        {
+            "summary_activation": "gelu",
+            "summary_last_dropout": 0.1,
+            "summary_type": "first",
+            "summary_use_proj": True,
+            "position_embedding_type": "absolute",
+        },
+    ),
+    "ModernBERT-base": (
+        "modernbert",
+        {
+            "architectures": ["ModernBertModel"],
+            "rope_parameters": None,
+            "layer_types": None,
+            "global_attn_every_n_layers": 3,
+            "global_rope_theta": 160_000.0,
+            "local_attention": 128,
+            "local_rope_theta": 10_000.0,
+            "classifier_activation": "gelu",
+            "classifier_pooling": "cls",
+            "classifier_dropout": 0.0,
+            "decoder_bias": True,
+            "deterministic_flash_attn": False,
+            "initializer_cutoff_factor": 2.0,
+            "layer_norm_eps": 1e-05,
+            "position_embedding_type": "absolute",
+            "reference_compile": None,
+            "sparse_prediction": False,
+            "sparse_pred_ignore_index": -100,
+        },
+    ),
+    "clip-vit-base-patch32": (
+        "clip",
+        {
+            "initializer_factor": 1.0,
+            "logit_scale_init_value": 2.6592,
+            "_commit_hash": None,
+            "text_config_dict": {"dropout": 0.0, "projection_dim": 512, "top_p": 1.0},
+            "vision_config_dict": None,
+        },
+    ),
+    "mpnet-base": ("mpnet", {"relative_attention_num_buckets": 32, "_num_labels": 2}),
     "SmolLM": (
         "llama tied",
         {
@@ -99,13 +161,39 @@ HARMFUL = [
     ("bert", {"pooler_type": "mean"}, "pooler_type = 'mean' is not supported"),
     ("bert", {"pruned_heads": {"0": [1]}}, "pruned_heads = {'0': [1]} is not supported"),
     ("bert", {"is_encoder_decoder": True}, "is_encoder_decoder = True is not supported"),
+    ("roberta", {"pad_token_id": None}, "pad_token_id must be a token, got None"),
+    ("xlm-roberta", {"max_position_embeddings": 2}, "max_position_embeddings must be above 2"),
+    ("camembert", {"position_embedding_type": "relative_key"}, "'relative_key' is not supported"),
+    ("camembert", {"tie_word_embeddings": False}, "tie_word_embeddings = False is not supported"),
+    ("distilbert", {"tie_weights_": False}, "tie_weights_ = False is not supported"),
+    ("distilbert", {"qa_dropout": 1.5}, "qa_dropout must be in [0, 1), got 1.5"),
+    ("distilbert", {"hidden_act": "relu"}, "hidden_act = 'relu' is unknown"),
+    ("electra", {"embedding_size": 0}, "embedding_size must be a positive number, got 0"),
+    ("mpnet", {"relative_attention_num_buckets": 16}, "= 16 is not supported, only 32"),
+    ("mpnet", {"classifier_dropout": 0.1}, "classifier_dropout = 0.1 is unknown"),
+    ("clip", {"text_config": {"dropout": 0.1}}, "dropout = 0.1 is not supported"),
+    (
+        "clip",
+        {"vision_config": {"new": 1}},
+        "of vision_config is not supported: new = 1",
+    ),
+    ("clip", {"text_config": 3}, "text_config must be an object, got 3"),
+    ("modernbert", {"classifier_pooling": "max"}, "must be one of ['cls', 'mean'], got 'max'"),
+    ("modernbert", {"decoder_bias": False}, "decoder_bias = False is not supported"),
+    ("modernbert", {"layer_types": ["chunked_attention"]}, "layer_types must be 1 of"),
+    ("modernbert", {"rope_parameters": {"rope_theta": 5.0}}, "rope_parameters must have entries"),
+    (
+        "modernbert",
+        {"rope_scaling": {"rope_type": "nonsense"}},
+        "sliding_attention: rope type 'nonsense': not supported",
+    ),
     ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "truncate": 1}}, "truncate"),
     ("t5", {"feed_forward_proj": None}, "feed_forward_proj must be a name, got None"),
     ("vit", {"image_size": [224]}, "image_size must be one or two positive integers, got [224]"),
     ("vit", {"patch_size": [16, 8]}, "patch_size = (16, 8) is not supported, only squares"),
     ("gpt2", {"quantization_config": {"bits": 4}}, "config={'quantization_config': None} ignores"),
 ]
-FAMILIES = {kind: family for family in (bert, gpt2, llama, t5, vit) for kind in family.MODEL_TYPES}
+FAMILIES = {kind: family for family in pretrained.FAMILIES for kind in family.MODEL_TYPES}
 LLAMA_SIZES = {
     "vocab_size": 5,
     "hidden_size": 16,
@@ -115,13 +203,16 @@ LLAMA_SIZES = {
 }
 T5_SIZES = {"d_kv": 2, "d_ff": 8, "num_layers": 1, "num_heads": 2}
 SIZES = {
-    "bert": LLAMA_SIZES,
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert"), LLAMA_SIZES),
+    **dict.fromkeys(("electra", "mpnet", "modernbert"), LLAMA_SIZES),
+    "distilbert": {"vocab_size": 5, "dim": 8, "hidden_dim": 8, "n_layers": 1, "n_heads": 2},
     "gpt2": {"vocab_size": 5, "n_embd": 8, "n_layer": 1, "n_head": 2},
     "llama": LLAMA_SIZES,
     "mistral": LLAMA_SIZES,
     "gemma2": LLAMA_SIZES,
     "t5": {"vocab_size": 5, "d_model": 8, **T5_SIZES},
     "vit": LLAMA_SIZES,
+    "clip": {},
 }
 
 
@@ -147,6 +238,13 @@ def test_harmful_entries_raise(kind, entries, message):
         ("mistral", "MistralForSequenceClassification"),
         ("gemma2", "Gemma2Model"),
         ("bert", "BertForMultipleChoice"),
+        ("roberta", "RobertaForMultipleChoice"),
+        ("xlm-roberta", "XLMRobertaForCausalLM"),
+        ("distilbert", "DistilBertForMultipleChoice"),
+        ("electra", "ElectraForCausalLM"),
+        ("mpnet", "MPNetForMultipleChoice"),
+        ("modernbert", "ModernBertForMultipleChoice"),
+        ("clip", "CLIPForImageClassification"),
         ("gpt2", "GPT2ForSequenceClassification"),
         ("t5", "T5EncoderModel"),
         ("vit", "ViTForMaskedImageModeling"),
@@ -169,6 +267,27 @@ def test_defaults_equal_those_of_hugging_face():
     assert (gemma.max_length, gemma.layers.windows) == (8192, (4096,))
     gemma = configured("gemma2", attn_logit_softcapping=None, final_logit_softcapping=None)
     assert (gemma.layers.softcap, gemma.logits_softcap) == (None, None)
+
+
+def test_defaults_and_precedence_of_clip():
+    config = configured("clip", text_config={"eos_token_id": 2, "num_hidden_layers": 3})
+    assert (config.end, config.features, config.text.max_length) == (None, 512, 77)
+    assert (config.text.layers.num_layers, config.vision.layers.num_heads) == (3, 12)
+    both = {"text_config": {"hidden_size": 16}, "text_config_dict": {"hidden_size": 24}}
+    config = configured("clip", **both)
+    assert (config.end, config.text.layers.features) == (49_407, 24)
+
+
+def test_layers_of_modernbert_alternate():
+    config = configured("modernbert", num_hidden_layers=5, local_attention=8, local_rope_theta=7.0)
+    assert config.layers.windows == (None, 9, 9, None, 9)  # 4 tokens on either side
+    wide, narrow = Rotary(160_000.0), Rotary(7.0)
+    assert config.layers.rotaries == (wide, narrow, narrow, wide, narrow)
+    given = {"full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 3.0}}
+    config = configured("modernbert", num_hidden_layers=2, rope_parameters=given)
+    assert config.layers.rotaries == (Rotary(3.0, scaling=Linear(2.0)), Rotary(10_000.0))
+    config = configured("modernbert", num_hidden_layers=2, global_attn_every_n_layers=1)
+    assert config.layers.windows == (None, None)
 
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}

@@ -38,7 +38,7 @@ def layers(**more):
 
 
 def decoder(**more):
-    more = {"rotary": Rotary(), "windows": (2, None), **more}
+    more = {"rotary": (Rotary(), None), "windows": (2, None), **more}
     return Decoder(DecoderConfig(V, layers(**more)), rngs=nnx.Rngs(0))
 
 

@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 from flax.core import spmd
 from helpers import mostly_slow, slow
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from attention_jax.models import (
@@ -23,6 +24,7 @@ from attention_jax.models import (
     EncoderConfig,
     EncoderDecoder,
     EncoderDecoderConfig,
+    Experts,
     Layers,
     Relative,
     VisionConfig,
@@ -30,7 +32,7 @@ from attention_jax.models import (
     pretrained,
     sharding,
 )
-from attention_jax.nn import FeedForward, low_rank
+from attention_jax.nn import FeedForward, MixtureOfExperts, low_rank
 from attention_jax.positions import Rotary
 from experiments.bench.sharding import KINDS, WAYS, mesh_of, rules_of, step_collectives
 from experiments.training.checkpoints import LAST, Checkpoints
@@ -85,6 +87,24 @@ MODELS = {
         "dropout_rate": 0.2,
         "attention_dropout_rate": 0.2,
     },
+    "joint norm, fused gates": {
+        "num_layers": 1,
+        "num_kv_heads": 2,
+        "gated": True,
+        "fused": True,
+        "query_key_norm": "joint",
+        "norm": "rms",
+        "order": "after",
+        "rotary": Rotary(width=2),
+    },
+    "joint norm, parallel": {"num_layers": 1, "query_key_norm": "joint", "parallel": True},
+    "experts": {
+        "num_layers": 1,
+        "experts": Experts(4, 2),
+        "gated": True,
+        "feed_forward_bias": False,
+        "activation": "silu",
+    },
 }
 
 
@@ -120,6 +140,9 @@ def on_one_device(model):
         slow("relative", "fsdp", "Auto"),
         slow("relative", "data and model", "Explicit"),
         slow("relative", "fsdp and model", "Explicit"),
+        slow("joint norm, fused gates", "model", "Explicit"),
+        slow("joint norm, parallel", "fsdp and model", "Auto"),
+        slow("experts", "data and model", "Auto"),
     ],
 )
 def test_loss_and_gradient_equal_those_of_one_device(model, name, kind):
@@ -137,6 +160,18 @@ def test_loss_and_gradient_equal_those_of_one_device(model, name, kind):
     chex.assert_trees_all_close(
         jax.device_get(gradient), jax.device_get(expected[1]), atol=1e-5, rtol=1e-3
     )
+
+
+@pytest.mark.slow
+def test_experts_refuse_explicit_axes():
+    mesh = mesh_of("Explicit", data=8)
+    module = MixtureOfExperts(8, 8, experts=2, per_token=1, rngs=nnx.Rngs(0))
+    x = jax.device_put(np.ones((8, 8), np.float32), NamedSharding(mesh, P("data")))
+    with (
+        jax.set_mesh(mesh),
+        pytest.raises(NotImplementedError, match="axis_types of AxisType"),
+    ):
+        module(x)
 
 
 ONE = layers(num_layers=1)

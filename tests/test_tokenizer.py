@@ -202,6 +202,12 @@ def test_a_folder_without_a_tokenizer_raises(tmp_path):
         pretrained.load_tokenizer(tmp_path / "absent")
 
 
+def test_rows_of_positions_that_no_token_has(folder):
+    entries = {"model_type": "roberta", "max_position_embeddings": 12, "pad_token_id": 3}
+    changed(folder / "config.json", **entries)
+    assert pretrained.load_tokenizer(folder).max_length == 8
+
+
 @pytest.mark.parametrize("size", [10, 12, 64, 11 + 64, 192])
 def test_another_vocabulary_than_the_models_raises(folder, size):
     changed(folder / "config.json", vocab_size=size)

@@ -1,4 +1,4 @@
-"""Transformers built from ``nn``: decoder, encoder, encoder-decoder and vision, one file each.
+"""Transformers built from ``nn``: decoder, encoder, encoder-decoder, vision, dual encoder.
 
 A configuration is a frozen value; ``Layers`` describes the stack that all models share. A decoder
 with grouped heads, rotary positions and a local layer, called under ``nnx.jit`` as one program:
@@ -112,8 +112,11 @@ from attention_jax.models.beam_search import Beams as Beams
 from attention_jax.models.beam_search import beam_search as beam_search
 from attention_jax.models.decoder import Decoder as Decoder
 from attention_jax.models.decoder import DecoderConfig as DecoderConfig
+from attention_jax.models.dual_encoder import DualEncoder as DualEncoder
+from attention_jax.models.dual_encoder import DualEncoderConfig as DualEncoderConfig
 from attention_jax.models.encoder import Encoder as Encoder
 from attention_jax.models.encoder import EncoderConfig as EncoderConfig
+from attention_jax.models.encoder import Pooler as Pooler
 from attention_jax.models.encoder_decoder import EncoderDecoder as EncoderDecoder
 from attention_jax.models.encoder_decoder import EncoderDecoderConfig as EncoderDecoderConfig
 from attention_jax.models.generation import Generated as Generated
@@ -130,6 +133,7 @@ from attention_jax.models.heads import classifier as classifier
 from attention_jax.models.heads import label_ids as label_ids
 from attention_jax.models.heads import reader as reader
 from attention_jax.models.heads import tagger as tagger
+from attention_jax.models.layers import Experts as Experts
 from attention_jax.models.layers import Layers as Layers
 from attention_jax.models.layers import Relative as Relative
 from attention_jax.models.resize import resize_image as resize_image
@@ -147,14 +151,18 @@ __all__ = [
     "ClassifierConfig",
     "Decoder",
     "DecoderConfig",
+    "DualEncoder",
+    "DualEncoderConfig",
     "Embedder",
     "EmbedderConfig",
     "Encoder",
     "EncoderConfig",
     "EncoderDecoder",
     "EncoderDecoderConfig",
+    "Experts",
     "Generated",
     "Layers",
+    "Pooler",
     "Reader",
     "ReaderConfig",
     "Relative",

@@ -17,10 +17,13 @@ from attention_jax.core.axes import (
     accumulation_dtype,
     check_finite,
     check_positions,
+    int_at_least,
     positive_float,
 )
 from attention_jax.masks import Mask
-from attention_jax.models.layers import Layers, Stack, check_embeddings, positions_after
+from attention_jax.models.layers import Layers, check_embeddings
+from attention_jax.models.stack import Stack
+from attention_jax.models.tokens import positions_after
 from attention_jax.nn import Embeddings
 from attention_jax.nn.linear import linear
 from attention_jax.nn.padding import as_real, places
@@ -37,7 +40,10 @@ class DecoderConfig:
       positions: vectors added to those of the tokens: ``"learned"``, ``"sinusoidal"``; None, with
         rotary positions for example.
       max_length: rows of learned positions; without those, the length the model was trained for.
+      first_position: row of the table of positions for the first token, 2 in OPT; the rows before
+        it are not used.
       embedding_scale: of the token vectors.
+      head_scale: of the input of the head.
       tied: whether the output head shares the table of token vectors.
       logits_softcap: of the output logits.
       dropout_rate: of the embeddings.
@@ -47,14 +53,18 @@ class DecoderConfig:
     layers: Layers
     positions: str | None = None
     max_length: int | None = None
+    first_position: int = 0
     embedding_scale: float = 1.0
+    head_scale: float = 1.0
     tied: bool = True
     logits_softcap: float | None = None
     dropout_rate: float = 0.0
 
     def __post_init__(self) -> None:
         check_embeddings(self)
+        int_at_least("first_position", self.first_position, 0)
         check_finite("embedding_scale", self.embedding_scale)
+        check_finite("head_scale", self.head_scale)
         if self.logits_softcap is not None:
             positive_float("logits_softcap", self.logits_softcap)
 
@@ -86,6 +96,7 @@ class Decoder(nnx.Module):
             layers.features,
             positions=config.positions,
             max_length=config.max_length,
+            first_position=config.first_position,
             scale=config.embedding_scale,
             dropout_rate=config.dropout_rate,
             **layers.dtypes,
@@ -189,6 +200,8 @@ class Decoder(nnx.Module):
     def logits(self, x: Float[AnyArray, "*B T E"]) -> jax.Array:
         """The output head: ``[*B T E]`` to ``[*B T V]``, in float32 or wider."""
         x = jnp.asarray(x)
+        if self.config.head_scale != 1.0:
+            x = x * jnp.asarray(self.config.head_scale, x.dtype)
         y = self.embed.logits(x) if self.head is None else self.head(x)
         y = y.astype(accumulation_dtype(y.dtype))
         cap = self.config.logits_softcap

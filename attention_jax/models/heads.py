@@ -68,7 +68,8 @@ class TaggerConfig:
     """Configuration of a ``Tagger``.
 
     Attributes:
-      encoder: of the text, without a head; it needs no ``pooler``.
+      encoder: of the text, without a head; it needs a ``pooler`` only
+        if that is applied to each token.
       labels: names of the tags, in the order of their logits.
       dropout_rate: of the vectors of the tokens, before the head.
     """
@@ -88,13 +89,17 @@ class ReaderConfig:
     """Configuration of a ``Reader``.
 
     Attributes:
-      encoder: of question and passage, without a head; it needs no ``pooler``.
+      encoder: of question and passage, without a head; it needs a ``pooler`` only
+        if that is applied to each token.
+      dropout_rate: of the vectors of the tokens, before the head.
     """
 
     encoder: EncoderConfig
+    dropout_rate: float = 0.0
 
     def __post_init__(self) -> None:
         check_encoder(self)
+        check_rate(self.dropout_rate)
 
 
 class SpanLogits(NamedTuple):
@@ -148,7 +153,8 @@ class Classifier(nnx.Module):
           **options: ``types``, ``mask`` and ``positions`` of ``Encoder.hidden``.
         """
         x = self.encoder.hidden(tokens, real=real, **options)
-        return _wide(self.classify(self.dropout(self.encoder.pooled(x, real))))
+        x = self.encoder.pooled(x, real, dropout=self.dropout)
+        return _wide(self.classify(self.dropout(x)))
 
 
 class Tagger(nnx.Module):
@@ -190,7 +196,7 @@ class Tagger(nnx.Module):
           **options: ``types``, ``mask`` and ``positions`` of ``Encoder.hidden``.
         """
         x = self.encoder.hidden(tokens, real=real, **options)
-        return _wide(self.classify(self.dropout(x)))
+        return _wide(self.classify(self.dropout(_per_token(self.encoder, x))))
 
 
 class Reader(nnx.Module):
@@ -221,6 +227,7 @@ class Reader(nnx.Module):
         """
         self.config = config
         self.encoder = given_or_new(config.encoder, encoder, rngs)
+        self.dropout = _dropout(config.dropout_rate, rngs)
         self.spans = _logits(config.encoder, 2, rngs)
 
     def __call__(self, tokens: Any, *, real: Any = None, **options: Any) -> SpanLogits:
@@ -231,7 +238,8 @@ class Reader(nnx.Module):
           real: bool ``[*B T]``, False for padding.
           **options: ``types``, ``mask`` and ``positions`` of ``Encoder.hidden``.
         """
-        y = _wide(self.spans(self.encoder.hidden(tokens, real=real, **options)))
+        x = self.encoder.hidden(tokens, real=real, **options)
+        y = _wide(self.spans(self.dropout(_per_token(self.encoder, x))))
         return SpanLogits(y[..., 0], y[..., 1])
 
 
@@ -307,18 +315,19 @@ def tagger(
     >>> tagger(encoder, ["O", "B", "I"], rngs=nnx.Rngs(1))(np.array([[3, 1, 4]])).shape
     (1, 3, 3)
     """
-    copy = _headless(encoder, rngs)
+    copy = _of_tokens(encoder, rngs)
     rate = copy.config.dropout_rate if dropout_rate is None else dropout_rate
     config = TaggerConfig(copy.config, _names(labels), rate)
     return _evaluating(Tagger(config, encoder=copy, rngs=rngs))
 
 
-def reader(encoder: Encoder, *, rngs: nnx.Rngs) -> Reader:
+def reader(encoder: Encoder, *, dropout_rate: float = 0.0, rngs: nnx.Rngs) -> Reader:
     """Puts a fresh head of spans on an encoder.
 
     Args:
       encoder: a trained one, from ``pretrained.load`` for example. It is not changed.
-      rngs: for the head.
+      dropout_rate: of the vectors of the tokens.
+      rngs: for the head and dropout.
 
     Returns:
       A model with a copy of the encoder, without its pooler, in evaluation mode.
@@ -334,8 +343,8 @@ def reader(encoder: Encoder, *, rngs: nnx.Rngs) -> Reader:
     >>> reader(encoder, rngs=nnx.Rngs(1))(np.array([[3, 1, 4]])).start.shape
     (1, 3)
     """
-    copy = _headless(encoder, rngs)
-    return _evaluating(Reader(ReaderConfig(copy.config), encoder=copy, rngs=rngs))
+    copy = _of_tokens(encoder, rngs)
+    return _evaluating(Reader(ReaderConfig(copy.config, dropout_rate), encoder=copy, rngs=rngs))
 
 
 def label_ids(labels: Sequence[str], names: Iterable[str]) -> np.ndarray:
@@ -377,15 +386,28 @@ def _headless(
     if pool not in POOLS:
         raise ValueError(f"pool must be one of {POOLS}, got {pool!r}")
     copy = nnx.clone(encoder)
-    copy.config = dataclasses.replace(encoder.config, head=None, pool=pool, pooler=pooler)
-    copy.transform = copy.transform_norm = copy.token_bias = nnx.data(None)
+    changes: dict[str, Any] = {"head": None, "pool": pool, "pooler": pooler}
+    copy.config = dataclasses.replace(encoder.config, **changes)
+    copy.transform = copy.transform_norm = nnx.data(None)
+    copy.token_bias = copy.replaced = nnx.data(None)
     if not pooler:
-        copy.pooler = nnx.data(None)
+        copy.pooler = copy.pooler_norm = nnx.data(None)
     elif copy.pooler is None:
-        layers = copy.config.layers
-        E = layers.features
-        copy.pooler = linear(E, E, axes=("embed", None), **layers.dtypes, rngs=rngs)
+        copy.add_pooler(rngs)
     return copy
+
+
+def _of_tokens(encoder: Encoder, rngs: nnx.Rngs) -> Encoder:
+    """A copy of an encoder without its head, with a pooler only if that is for each token."""
+    config = getattr(encoder, "config", None)
+    pooler = isinstance(config, EncoderConfig) and config.pooler_config.tokens
+    return _headless(encoder, rngs, pooler=pooler)
+
+
+def _per_token(encoder: Encoder, x: jax.Array) -> jax.Array:
+    """The vectors that a head of tokens reads."""
+    config = encoder.config
+    return encoder.projected(x) if config.pooler and config.pooler_config.tokens else x
 
 
 def given_or_new(config: EncoderConfig, encoder: Encoder | None, rngs: nnx.Rngs) -> Encoder:

@@ -18,7 +18,7 @@ from flax import nnx
 from attention_jax.core.axes import as_int, check_positions, int_at_least, is_array, kind
 from attention_jax.models.decoder import Decoder
 from attention_jax.models.encoder_decoder import EncoderDecoder, Memory
-from attention_jax.models.layers import last
+from attention_jax.models.tokens import last
 from attention_jax.nn.padding import as_real, filled
 
 

@@ -13,7 +13,8 @@ from jaxtyping import Float
 from attention_jax.core.axes import AnyArray, accumulation_dtype, int_at_least, same_rank
 from attention_jax.core.dropout import check_rate
 from attention_jax.core.shards import gathered
-from attention_jax.models.layers import Layers, Stack
+from attention_jax.models.layers import Layers
+from attention_jax.models.stack import Stack
 from attention_jax.nn import AttentionPooling, ClassToken, pooling
 from attention_jax.nn.embeddings import EMBED_INIT
 from attention_jax.nn.linear import linear
@@ -33,6 +34,8 @@ class VisionConfig:
       layers: the stack.
       classes: number of classes (C); None: the model returns the vectors of the tokens.
       channels: of the images.
+      patch_bias: whether the projection of the patches has a bias.
+      embedding_norm: whether the embeddings are normalized.
       pool: ``"class"``, a class token before the patches, ``"mean"`` or ``"attention"``.
       dropout_rate: of the embeddings.
     """
@@ -42,6 +45,8 @@ class VisionConfig:
     layers: Layers
     classes: int | None = None
     channels: int = 3
+    patch_bias: bool = True
+    embedding_norm: bool = False
     pool: str = "class"
     dropout_rate: float = 0.0
 
@@ -80,8 +85,14 @@ class VisionTransformer(nnx.Module):
         E, param_dtype = layers.features, layers.param_dtype
         self.config = config
         self.embed = linear(
-            config.patch**2 * config.channels, E, axes=(None, "embed"), **layers.dtypes, rngs=rngs
+            config.patch**2 * config.channels,
+            E,
+            axes=(None, "embed"),
+            use_bias=config.patch_bias,
+            **layers.dtypes,
+            rngs=rngs,
         )
+        self.norm: Any = nnx.data(layers.new_norm(rngs)() if config.embedding_norm else None)
         self.class_token = nnx.data(None)
         if config.pool == "class":
             self.class_token = ClassToken(E, param_dtype=param_dtype, rngs=rngs)
@@ -119,7 +130,8 @@ class VisionTransformer(nnx.Module):
         if self.class_token is not None:
             x = self.class_token(x)
         x, positions = same_rank(x, gathered(self.positions[...], 1).astype(x.dtype))
-        return self.dropout(x + positions)
+        x = x + positions
+        return self.dropout(x if self.norm is None else self.norm(x))
 
     def hidden(self, images: Float[AnyArray, "*B rows columns channels"]) -> jax.Array:
         """The hidden states ``[*B T E]``, after the layers."""

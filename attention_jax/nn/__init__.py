@@ -24,7 +24,8 @@ Cross-attention takes a context; ``keys_values`` projects it once for many calls
 >>> bool((cross(tokens, context) == cross(tokens, cross.keys_values(context))).all())
 True
 
-``Block`` combines self-attention, cross-attention and ``FeedForward``, each in a ``Residual``.
+``Block`` combines self-attention, cross-attention and ``FeedForward`` or ``MixtureOfExperts``, each
+in a ``Residual``.
 ``Embeddings`` and ``ClassToken`` turn tokens into vectors, and ``AttentionPooling`` and ``pooling``
 turn many vectors into one. ``attention_jax.models`` builds transformers from them.
 
@@ -60,6 +61,7 @@ from attention_jax.nn.drop_in import attention_fn as attention_fn
 from attention_jax.nn.drop_in import dot_product_attention as dot_product_attention
 from attention_jax.nn.embeddings import Embeddings as Embeddings
 from attention_jax.nn.embeddings import moved_embeddings as moved_embeddings
+from attention_jax.nn.experts import MixtureOfExperts as MixtureOfExperts
 from attention_jax.nn.feed_forward import FeedForward as FeedForward
 from attention_jax.nn.lora import Frozen as Frozen
 from attention_jax.nn.lora import low_rank as low_rank
@@ -79,6 +81,7 @@ __all__ = [
     "FeedForward",
     "Frozen",
     "KeysValues",
+    "MixtureOfExperts",
     "MultiHeadAttention",
     "OnePlusRMSNorm",
     "Residual",

@@ -33,7 +33,7 @@ from attention_jax.nn.context import KeysValues, check_batch, check_context
 from attention_jax.nn.linear import BIAS_INIT, KERNEL_INIT, linear, names_with_bias
 from attention_jax.nn.logical import logical
 from attention_jax.nn.rngs import check_rngs, dropout_key
-from attention_jax.positions import DynamicNTK, Rotary
+from attention_jax.positions import Rotary
 from attention_jax.scores import Score
 
 Scores = Score | tuple[Score, ...]
@@ -53,7 +53,8 @@ class MultiHeadAttention(nnx.Module):
         out     = concat_n(attention(q_n, k_n, v_n)) W_o
 
     Variants are arguments: a mask (local, global, causal), a score, rotary positions. With
-    ``norm``, queries and keys are normalized per head before they are rotated; with ``gate``, the
+    ``norm``, queries and keys are normalized before they are rotated, each head alone or, with
+    ``joint_norm``, all heads of a token together; with ``gate``, the
     heads are multiplied by ``sigmoid(x W_g)`` before the output projection; with ``sinks``, each
     head has a learned logit in the denominator of its softmax.
 
@@ -85,6 +86,7 @@ class MultiHeadAttention(nnx.Module):
         scale: float | None = None,
         rotary: Rotary | None = None,
         norm: Callable[..., nnx.Module] | None = None,
+        joint_norm: bool = False,
         sinks: bool = False,
         gate: bool = False,
         dropout_rate: float = 0.0,
@@ -114,7 +116,7 @@ class MultiHeadAttention(nnx.Module):
           scale: of the logits; default ``1 / sqrt(H)``.
           rotary: rotates queries and keys by their positions.
           norm: constructor of the norms of queries and keys, ``norm(head_dim, rngs=rngs)``.
-          sinks, gate: see above.
+          joint_norm, sinks, gate: see above.
           dropout_rate: of the attention probabilities.
           deterministic: disables dropout; ``train()`` and ``eval()`` set it.
           attention: ``attention`` of this library, or a function with the same arguments, which
@@ -164,7 +166,7 @@ class MultiHeadAttention(nnx.Module):
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
         self.head_dim, self.value_dim = head_dim, value_dim
         self.mask, self.score = _held(as_mask(mask)), _held(score)
-        self.scale, self.rotary = scale, rotary
+        self.scale, self.rotary, self.joint_norm = scale, rotary, joint_norm
         self.dropout_rate, self.deterministic = dropout_rate, deterministic
         self.attention, self.implementation = attention, implementation
         self.dtype, self.param_dtype = dtype, param_dtype
@@ -198,8 +200,9 @@ class MultiHeadAttention(nnx.Module):
             )
             setattr(self, "_".join(names), projection)
         self.together = tuple(tuple(names) for names in together)
-        self.query_norm = nnx.data(None if norm is None else norm(H, rngs=rngs))
-        self.key_norm = nnx.data(None if norm is None else norm(H, rngs=rngs))
+        wide = (N * H, K * H) if joint_norm else (H, H)
+        norms = [None if norm is None else norm(width, rngs=rngs) for width in wide]
+        self.query_norm, self.key_norm = map(nnx.data, norms)
         self.sinks = nnx.data(
             nnx.Param(jnp.zeros(N, param_dtype), **logical("heads")) if sinks else None
         )
@@ -344,11 +347,11 @@ class MultiHeadAttention(nnx.Module):
                 f"{self.context_features} (context_features)"
             )
         scaling: Any = None if self.rotary is None else self.rotary.scaling
-        dynamic = isinstance(scaling, DynamicNTK)
+        dynamic = scaling is not None and scaling.depends_on_length
         if cache is not None and dynamic and (cache.rolling or cache.capacity > scaling.original):
             raise NotImplementedError(
-                f"cache cannot be used with DynamicNTK beyond its {scaling.original} original "
-                f"tokens: cached keys would have to be rotated again; use another scaling"
+                f"cache cannot be used with {type(scaling).__name__} beyond its {scaling.original} "
+                f"original tokens: cached keys would have to be rotated again; use another scaling"
             )
         if context is not None:
             if cache is not None:
@@ -392,7 +395,10 @@ class MultiHeadAttention(nnx.Module):
         self, heads: jax.Array, norm: Callable[..., jax.Array] | None, positions: Any
     ) -> jax.Array:
         """Queries or keys, normalized and rotated."""
-        heads = heads if norm is None else norm(heads)
+        if norm is not None:
+            # Heads are neighbors in the projection, which is normalized as a whole.
+            flat = heads.reshape(*heads.shape[:-2], -1) if self.joint_norm else heads
+            heads = norm(flat).reshape(heads.shape)
         return heads if self.rotary is None else self.rotary(heads, positions)
 
     def _finish(self, heads: jax.Array, x: Any) -> jax.Array:

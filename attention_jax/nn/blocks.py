@@ -5,23 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Float
 
 from attention_jax.cache import KVCache
-from attention_jax.core.axes import AnyArray
+from attention_jax.core.axes import AnyArray, check_finite
 from attention_jax.core.dropout import check_rate
 from attention_jax.nn.attention import MultiHeadAttention
 
-ORDERS = ("pre", "post", "both")
+ORDERS = ("pre", "post", "both", "after")
 
 
 class Residual(nnx.Module):
-    """A residual connection around a sublayer ``f``, with one of three positions of the norm::
+    """A residual connection around a sublayer ``f``, with one of four positions of the norm::
 
-        pre    x + f(norm(x))
-        post   norm(x + f(x))
-        both   x + norm_after(f(norm(x)))
+        pre    x + scale * f(norm(x))
+        post   norm(x + scale * f(x))
+        both   x + scale * norm_after(f(norm(x)))
+        after  x + scale * norm_after(f(x))
 
     Further results of the sublayer are passed through.
 
@@ -33,15 +35,16 @@ class Residual(nnx.Module):
     (5, 8)
 
     Source: Xiong et al. 2020, "On Layer Normalization in the Transformer Architecture"; Gemma Team
-    2024, "Gemma 2" (both).
+    2024, "Gemma 2" (both); OLMo Team 2024, "2 OLMo 2 Furious" (after).
     """
 
     def __init__(
         self,
         sublayer: Callable[..., Any],
-        norm: Callable[[], nnx.Module],
+        norm: Callable[[], nnx.Module] | None,
         *,
         order: str = "pre",
+        scale: float = 1.0,
         dropout_rate: float = 0.0,
         rngs: nnx.Rngs | None = None,
     ) -> None:
@@ -49,36 +52,54 @@ class Residual(nnx.Module):
 
         Args:
           sublayer: a module, or any function of ``x``.
-          norm: constructor of a norm.
-          order: ``"pre"``, ``"post"`` or ``"both"``, see above.
+          norm: constructor of a norm; None for none.
+          order: ``"pre"``, ``"post"``, ``"both"`` or ``"after"``, see above.
+          scale: of the output of the sublayer.
           dropout_rate: of the output of the sublayer.
           rngs: for dropout.
 
         Raises:
-          ValueError: an unknown order.
+          ValueError: an unknown order; no norm with an order other than ``"pre"``.
         """
         if order not in ORDERS:
             raise ValueError(f"order must be one of {ORDERS}, got {order!r}")
+        if norm is None and order != "pre":
+            raise ValueError(f"order must be 'pre' without a norm, got {order!r}")
         check_rate(dropout_rate)
-        self.sublayer, self.order = sublayer, order
-        self.norm = norm()
-        self.norm_after = nnx.data(norm() if order == "both" else None)
+        check_finite("scale", scale)
+        self.sublayer, self.order, self.scale = sublayer, order, scale
+        before, after = order != "after", order in ("both", "after")
+        self.norm = nnx.data(norm() if norm is not None and before else None)
+        self.norm_after = nnx.data(norm() if norm is not None and after else None)
         self.dropout = nnx.Dropout(dropout_rate, rngs=rngs if dropout_rate else None)
 
     def __call__(self, x: Any, *args: Any, **options: Any) -> Any:
         """``x`` plus the output of the sublayer, which ``args`` and ``options`` are passed to."""
-        result = self.sublayer(x if self.order == "post" else self.norm(x), *args, **options)
+        y, *more = self.branch(x, *args, **options)
+        x = x + y
+        if self.order == "post":
+            x = self.norm(x)  # type: ignore[misc]
+        return (x, *more) if more else x
+
+    def branch(self, x: Any, *args: Any, **options: Any) -> tuple[Any, ...]:
+        """The term that a call adds to ``x``, and further results of the sublayer."""
+        before = self.norm if self.order in ("pre", "both") else None
+        result = self.sublayer(x if before is None else before(x), *args, **options)
         y, *more = result if isinstance(result, tuple) else (result,)
         if self.norm_after is not None:
             y = self.norm_after(y)
-        x = x + self.dropout(y)
-        if self.order == "post":
-            x = self.norm(x)
-        return (x, *more) if more else x
+        y = self.dropout(y)
+        if self.scale != 1.0:
+            y = y * jnp.asarray(self.scale, y.dtype)
+        return y, *more
 
 
 class Block(nnx.Module):
     """Self-attention, cross-attention if there is a context, then a feed-forward layer.
+
+    With ``parallel``, attention and feed-forward layer read the same input::
+
+        x + attention(norm(x)) + feed_forward(norm(x))
 
     >>> import functools, numpy as np
     >>> from flax import nnx
@@ -91,6 +112,8 @@ class Block(nnx.Module):
     ... )
     >>> block(np.ones((1, 5, 8), np.float32)).shape
     (1, 5, 8)
+
+    Source: Wang and Komatsuzaki 2021, "GPT-J-6B" (parallel).
     """
 
     def __init__(
@@ -101,7 +124,11 @@ class Block(nnx.Module):
         norm: Callable[[], nnx.Module],
         cross_attention: MultiHeadAttention | None = None,
         order: str = "pre",
+        scale: float = 1.0,
+        parallel: bool = False,
         dropout_rate: float = 0.0,
+        attention_dropout_rate: float | None = None,
+        attention_norm: bool = True,
         rngs: nnx.Rngs | None = None,
     ) -> None:
         """Wraps each sublayer into a ``Residual``.
@@ -111,15 +138,27 @@ class Block(nnx.Module):
           feed_forward: applied to each token.
           norm: constructor of a norm.
           cross_attention: attention to a context, between the two.
-          order: ``"pre"``, ``"post"`` or ``"both"``; see ``Residual``.
+          order: ``"pre"``, ``"post"``, ``"both"`` or ``"after"``; see ``Residual``.
+          scale: of the output of each sublayer.
+          parallel: see above; each sublayer has a norm of its own.
           dropout_rate: of the output of each sublayer.
+          attention_dropout_rate: of the output of the self-attention; default ``dropout_rate``.
+          attention_norm: whether the self-attention has a norm.
           rngs: for dropout.
+
+        Raises:
+          ValueError: ``parallel`` with a cross-attention or ``order="post"``.
         """
+        if parallel and (cross_attention is not None or order == "post"):
+            raise ValueError("parallel must be False with a cross-attention or order='post'")
+        self.parallel = parallel
 
-        def residual(sublayer: Any) -> Residual:
-            return Residual(sublayer, norm, order=order, dropout_rate=dropout_rate, rngs=rngs)
+        def residual(sublayer: Any, rate: float = dropout_rate, normed: bool = True) -> Residual:
+            options: dict[str, Any] = {"order": order, "scale": scale, "rngs": rngs}
+            return Residual(sublayer, norm if normed else None, dropout_rate=rate, **options)
 
-        self.attention = residual(attention)
+        rate = dropout_rate if attention_dropout_rate is None else attention_dropout_rate
+        self.attention = residual(attention, rate, attention_norm)
         self.cross_attention = nnx.data(
             None if cross_attention is None else residual(cross_attention)
         )
@@ -157,9 +196,18 @@ class Block(nnx.Module):
                 f"context must be given if and only if there is a cross-attention: the block has "
                 f"{has} cross-attention, got {got} context"
             )
-        result = self.attention(
-            x, mask=mask, score=score, positions=positions, cache=cache, count=count
-        )
+        options = {
+            "mask": mask,
+            "score": score,
+            "positions": positions,
+            "cache": cache,
+            "count": count,
+        }
+        if self.parallel:
+            attended, *more = self.attention.branch(x, **options)
+            x = x + attended + self.feed_forward.branch(x)[0]
+            return x if cache is None else (x, *more)
+        result = self.attention(x, **options)
         x, new_cache = result if cache is not None else (result, None)
         if self.cross_attention is not None:
             x = self.cross_attention(x, context, mask=context_mask)

@@ -52,6 +52,7 @@ class Embeddings(nnx.Module):
         *,
         positions: str | None = None,
         max_length: int | None = None,
+        first_position: int = 0,
         types: int = 0,
         scale: float = 1.0,
         norm: Callable[[], nnx.Module] | None = None,
@@ -67,7 +68,9 @@ class Embeddings(nnx.Module):
           vocabulary: number of tokens (V).
           features: width of the model (E).
           positions: ``"learned"``, ``"sinusoidal"`` or None.
-          max_length: rows of the table of learned positions.
+          max_length: number of learned positions.
+          first_position: row of the table for position 0. The rows before it are not used:
+            RoBERTa's table has two of them.
           types: number of token types (segments of BERT), 0 for none.
           scale: of the token vectors.
           norm: constructor of a norm, applied to the sum.
@@ -97,14 +100,17 @@ class Embeddings(nnx.Module):
             raise ValueError("max_length must be given with learned positions")
         if max_length is not None:
             int_at_least("max_length", max_length, 1)
+        int_at_least("first_position", first_position, 0)
         self.positions = nnx.data(
-            table(max_length, None) if positions == "learned" else None  # type: ignore[arg-type]
+            table(first_position + max_length, None)  # type: ignore[operator]
+            if positions == "learned"
+            else None
         )
         self.types = nnx.data(table(types, None) if types else None)
         self.norm = nnx.data(None if norm is None else norm())
         self.dropout = nnx.Dropout(dropout_rate, rngs=rngs if dropout_rate else None)
         self.sinusoidal = positions == "sinusoidal"
-        self.scale, self.dtype = scale, dtype
+        self.scale, self.dtype, self.first_position = scale, dtype, first_position
         self.moved: Callable[[jax.Array], jax.Array] | None = None  # set by ``moved_embeddings``
 
     def __call__(
@@ -134,7 +140,8 @@ class Embeddings(nnx.Module):
             positions = jnp.arange(x.shape[-2], dtype=jnp.int32)
         check_broadcasts("positions", check_positions(positions), x.shape[:-1])
         if self.positions is not None:
-            x = _sum(x, self._cast(learned(gathered(self.positions[...], 1), positions)))
+            table = gathered(self.positions[...], 1)[self.first_position :]
+            x = _sum(x, self._cast(learned(table, positions)))
         if self.sinusoidal:
             x = _sum(x, sinusoidal(positions, x.shape[-1], dtype=x.dtype))
         if self.types is not None:

@@ -21,6 +21,8 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "tanh": jnp.tanh,
 }
 
 
@@ -45,6 +47,7 @@ class FeedForward(nnx.Module):
         *,
         activation: str | Callable[[jax.Array], jax.Array] = "gelu",
         gated: bool = False,
+        fused: bool = False,
         bias: bool = True,
         dropout_rate: float = 0.0,
         dtype: Any = None,
@@ -58,8 +61,10 @@ class FeedForward(nnx.Module):
         Args:
           features: width of the model (E).
           hidden: width between the projections.
-          activation: ``"gelu"`` (exact), ``"gelu_tanh"``, ``"relu"``, ``"silu"``, or a function.
+          activation: ``"gelu"`` (exact), ``"gelu_tanh"``, ``"relu"``, ``"silu"``,
+            ``"quick_gelu"``, ``"tanh"``, or a function.
           gated: adds a third projection, see above.
+          fused: project gate and up in one product; no effect if not gated.
           bias: whether the projections have a bias.
           dropout_rate: of the hidden activations.
           dtype, param_dtype, kernel_init, bias_init: as for ``MultiHeadAttention``.
@@ -90,9 +95,15 @@ class FeedForward(nnx.Module):
             bias_init=bias_init,
             rngs=rngs,
         )
-        self.activation = activation
-        self.gate = nnx.data(project(features, hidden, axes=("embed", "mlp")) if gated else None)
-        self.up = project(features, hidden, axes=("embed", "mlp"))
+        self.activation, self.features = activation, features
+        fused = fused and gated
+        split = functools.partial(project, features, hidden, axes=("embed", "mlp"))
+        self.gate = nnx.data(split() if gated and not fused else None)
+        self.up = nnx.data(None if fused else split())
+        # Never sharded by its columns: half of them belong to each of the two.
+        self.gate_up = nnx.data(
+            project(features, 2 * hidden, axes=("embed", None)) if fused else None
+        )
         self.down = project(hidden, features, axes=("mlp", "embed"))
         self.dropout = nnx.Dropout(dropout_rate, rngs=rngs if dropout_rate else None)
 
@@ -105,9 +116,12 @@ class FeedForward(nnx.Module):
     ) -> jax.Array:
         """``[*B T E]`` to the same shape."""
         x = jnp.asarray(x)
-        check_tokens("x", x, "[... E]", self.up.in_features)
-        if self.gate is None:
-            hidden = self.activation(self.up(x))
+        check_tokens("x", x, "[... E]", self.features)
+        if self.gate_up is not None:
+            gate, up = jnp.split(self.gate_up(x), 2, axis=-1)
+            hidden = self.activation(gate) * up
+        elif self.gate is not None:
+            hidden = self.activation(self.gate(x)) * self.up(x)  # type: ignore[misc]
         else:
-            hidden = self.activation(self.gate(x)) * self.up(x)
+            hidden = self.activation(self.up(x))  # type: ignore[misc]
         return self.down(self.dropout(hidden, deterministic=deterministic, rngs=rngs))

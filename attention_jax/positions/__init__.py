@@ -24,6 +24,7 @@ from attention_jax.positions.scalings import NTK as NTK
 from attention_jax.positions.scalings import DynamicNTK as DynamicNTK
 from attention_jax.positions.scalings import Linear as Linear
 from attention_jax.positions.scalings import Llama3 as Llama3
+from attention_jax.positions.scalings import LongRoPE as LongRoPE
 from attention_jax.positions.scalings import Scaling as Scaling
 from attention_jax.positions.scalings import YaRN as YaRN
 from attention_jax.positions.scalings import frequencies as frequencies
@@ -36,6 +37,7 @@ __all__ = [
     "DynamicNTK",
     "Linear",
     "Llama3",
+    "LongRoPE",
     "Rotary",
     "Scaling",
     "YaRN",

@@ -15,7 +15,7 @@ from attention_jax.core.axes import (
     check_positions,
     same_rank,
 )
-from attention_jax.positions.scalings import DynamicNTK, Scaling, angles, frequencies
+from attention_jax.positions.scalings import Scaling, angles, frequencies
 
 
 def rotary(
@@ -110,7 +110,7 @@ class Rotary:
     def __call__(self, x: Float[AnyArray, "*B T N H"], positions: Any) -> Float[Array, "*B T N H"]:
         """``x`` rotated by the angles of ``positions``, integers that broadcast to ``[*B T]``."""
         length = None
-        if isinstance(self.scaling, DynamicNTK):
+        if self.scaling is not None and self.scaling.depends_on_length:
             length = jnp.max(positions, axis=-1, keepdims=True) + 1
         return rotary(
             x,

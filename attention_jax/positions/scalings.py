@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,14 @@ from attention_jax.core.axes import same_rank
 
 
 class Scaling:
-    """A change of rotary frequencies. Subclasses give ``scaled``."""
+    """A change of rotary frequencies. Subclasses give ``scaled``.
+
+    Attributes:
+      depends_on_length: whether ``scaled`` needs the length of the sequence. If so, ``original`` is
+        the length up to which frequencies stay the same.
+    """
+
+    depends_on_length: ClassVar[bool] = False
 
     def scaled(self, f: np.ndarray, width: int, theta: float, length: Any) -> tuple[Any, float]:
         """New frequencies, and the factor of cosine and sine.
@@ -75,6 +82,7 @@ class DynamicNTK(Scaling):
 
     factor: float
     original: int
+    depends_on_length: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _positive(self, "factor", "original")
@@ -172,6 +180,54 @@ class Llama3(Scaling):
         rotations = self.original * f / (2 * np.pi)
         kept = np.clip((rotations - self.low) / (self.high - self.low), 0.0, 1.0)
         return f / self.factor * (1 - kept) + f * kept, 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class LongRoPE(Scaling):
+    """``f_i / short_i`` up to ``original`` tokens, ``f_i / long_i`` in longer sequences.
+
+    The divisors, one for each pair, are results of a search. Cosine and sine are multiplied by
+    ``attention_factor``, at every length.
+
+    Source: Ding et al. 2024, "LongRoPE: Extending LLM Context Window Beyond 2 Million Tokens".
+    """
+
+    short: tuple[float, ...]
+    long: tuple[float, ...]
+    original: int
+    attention_factor: float = 1.0
+    depends_on_length: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _positive(self, "original", "attention_factor")
+        for name in ("short", "long"):
+            x = tuple(float(factor) for factor in getattr(self, name))
+            if not all(0 < factor < math.inf for factor in x):
+                raise ValueError(f"{name} must be positive and finite, got {x}")
+            object.__setattr__(self, name, x)
+        if len(self.short) != len(self.long):
+            raise ValueError(
+                f"short and long must have the same length, got {len(self.short)} and "
+                f"{len(self.long)}"
+            )
+
+    def scaled(self, f: np.ndarray, width: int, theta: float, length: Any) -> tuple[Any, float]:
+        if length is None:
+            raise ValueError("length must be given: LongRoPE depends on it")
+        if len(self.short) != len(f):
+            raise ValueError(
+                f"short and long must have {len(f)} divisors, one for each pair of {width} "
+                f"features, got {len(self.short)}"
+            )
+        short, long = f / np.array(self.short), f / np.array(self.long)
+        if not isinstance(length, jax.Array):
+            return (long if length > self.original else short), self.attention_factor
+        longer, a, b = same_rank(
+            length[..., None] > self.original,
+            jnp.asarray(long, _widest()),
+            jnp.asarray(short, _widest()),
+        )
+        return jnp.where(longer, a, b), self.attention_factor
 
 
 def _positive(value: Any, *names: str) -> None:

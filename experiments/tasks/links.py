@@ -37,7 +37,7 @@ import numpy as np
 from flax import nnx
 
 from attention_jax.models import Layers
-from attention_jax.models.layers import Stack
+from attention_jax.models.stack import Stack
 from experiments.datasets import text
 from experiments.datasets.files import path
 from experiments.models.inference import full_batches, record_weights

@@ -32,7 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from attention_jax.models.layers import Stack
+from attention_jax.models.stack import Stack
 from attention_jax.nn.embeddings import Embeddings
 from attention_jax.nn.linear import Linear
 from experiments.datasets import text

@@ -24,7 +24,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from attention_jax.models import sharding
-from attention_jax.models.layers import Stack
+from attention_jax.models.stack import Stack
 from experiments.options import nearest
 from experiments.training.task import ALL, Rows
 

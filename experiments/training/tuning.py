@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from flax import nnx
 
-from attention_jax.models.layers import Stack
+from attention_jax.models.stack import Stack
 from attention_jax.nn import Embeddings, Frozen, low_rank
 from experiments.training.config import TrainConfig
 

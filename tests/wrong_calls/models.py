@@ -94,6 +94,20 @@ def wrong_models():
             "windows must be a tuple",
             "windows=(4,)",
         ),
+        (
+            lambda: stack(features=8, experts=models.Experts(4, 2)),
+            value,
+            "experts needs gated=True and feed_forward_bias=False",
+        ),
+        (lambda: stack(features=8, query_key_norm="all"), value, "query_key_norm must be", "'all'"),
+        (lambda: stack(features=8, residual_scale=nan), value, "residual_scale must be finite"),
+        (lambda: stack(features=8, rotary=()), value, "rotary must have an entry"),
+        (
+            lambda: stack(features=8, rotary=(None, 1e4)),
+            type_,
+            "rotary must be a Rotary, None, or a tuple of them",
+            "float",
+        ),
         (lambda: stack(features=8, scale=nan), value, "scale must be finite", "nan"),
         (lambda: stack(features=8, softcap=0.0), value, "softcap must be positive", "0.0"),
         (

@@ -29,6 +29,12 @@ def wrong_modules():
         (lambda: new(head_dim=0), value, "head_dim must be at least 1", "0"),
         (lambda: new(value_dim=2.5), type_, "value_dim must be an int", "2.5"),
         (lambda: new(bias=("query", "keys")), value, "bias must name some of", "keys"),
+        (
+            lambda: nn.MixtureOfExperts(8, 8, experts=2, per_token=3, rngs=nnx.Rngs(0)),
+            value,
+            "per_token must be at most experts",
+            "3 and 2",
+        ),
         (lambda: new(bias=("query",), fused=True), value, "bias must be the same for", "fused"),
         (lambda: new(scale=float("inf")), value, "scale must be finite", "inf"),
         (lambda: new(scale="big"), type_, "scale must be a number", "'big'"),

@@ -1,4 +1,8 @@
-"""Checkpoints in Hugging Face's format: BERT, GPT-2, Llama, Mistral, Gemma 2, T5 and ViT.
+"""Checkpoints in Hugging Face's format: encoders, decoders, encoder-decoders and vision.
+
+BERT, RoBERTa, XLM-RoBERTa, CamemBERT, DistilBERT, ELECTRA, MPNet, ModernBERT; GPT-2, GPT-NeoX, OPT,
+Llama, Mistral, Qwen2, Qwen3, Gemma 1 to 3 (text), SmolLM2, SmolLM3, Phi-3, OLMo 2, Granite,
+Mixtral, Qwen3-MoE; T5; ViT; CLIP.
 
 ``load`` reads a folder with ``config.json`` and ``model.safetensors`` (or shards and their index);
 ``save`` writes one that ``load`` and Hugging Face's ``from_pretrained`` read. Torch is not needed;
@@ -17,8 +21,8 @@ the extra ``pretrained`` installs what reads the files:
 >>> generate(model, np.array([[3, 1]]), max_new_tokens=3).tokens.shape
 (1, 3)
 
-A BERT checkpoint with a head is a ``Classifier``, ``Tagger`` or ``Reader``. To fine-tune one with
-other labels, or without a head, put a fresh one on its encoder:
+An encoder with a head is a ``Classifier``, ``Tagger`` or ``Reader``. To fine-tune one with other
+labels, or without a head, put a fresh one on it:
 
 >>> from attention_jax.models import Encoder, EncoderConfig, classifier
 >>> bert = EncoderConfig(10, Layers(features=8, num_layers=1, num_heads=2, order="post"), types=2,
@@ -70,20 +74,34 @@ from attention_jax.models.encoder import EncoderConfig
 from attention_jax.models.heads import ClassifierConfig
 from attention_jax.models.layers import Layers
 from attention_jax.models.pretrained import (
-    bert,
+    clip,
     folders,
+    gemma,
     gpt2,
+    gpt_neox,
+    granite,
     hub,
     llama,
     matching,
+    mistral,
+    opt,
+    phi3,
+    qwen,
     sentences,
+    smollm3,
     t5,
     tensor_files,
     vit,
 )
+from attention_jax.models.pretrained.bert import BERT
+from attention_jax.models.pretrained.distilbert import DISTILBERT
+from attention_jax.models.pretrained.electra import ELECTRA
 from attention_jax.models.pretrained.family import Family
 from attention_jax.models.pretrained.hf_config import HFConfig
 from attention_jax.models.pretrained.lora import load_adapters, save_adapters
+from attention_jax.models.pretrained.modernbert import MODERNBERT
+from attention_jax.models.pretrained.mpnet import MPNET
+from attention_jax.models.pretrained.roberta import ROBERTA
 from attention_jax.models.pretrained.sentences import minilm
 from attention_jax.models.pretrained.tensors import Tensor
 from attention_jax.models.pretrained.tokenizer import (
@@ -102,6 +120,7 @@ from attention_jax.models.pretrained.variables import (
 )
 from attention_jax.models.sentences import Embedder, EmbedderConfig
 from attention_jax.models.sharding import Rules, shardings
+from attention_jax.models.vision import VisionConfig
 
 __all__ = [
     "Padded",
@@ -118,7 +137,20 @@ __all__ = [
     "save_adapters",
 ]
 
-FAMILIES: tuple[Family, ...] = (bert, gpt2, llama, t5, vit)
+ENCODERS = (BERT, ROBERTA, DISTILBERT, ELECTRA, MPNET, MODERNBERT)
+DECODERS: tuple[Family, ...] = (
+    gpt2,
+    *llama.FAMILIES,
+    *mistral.FAMILIES,
+    *qwen.FAMILIES,
+    *smollm3.FAMILIES,
+    *phi3.FAMILIES,
+    *granite.FAMILIES,
+    *gemma.FAMILIES,
+    gpt_neox,
+    opt,
+)
+FAMILIES: tuple[Family, ...] = (*ENCODERS, *DECODERS, t5, vit, clip)
 
 
 def load(
@@ -152,8 +184,9 @@ def load(
       rules: how to shard, from ``sharding.rules``.
 
     Returns:
-      An ``Encoder``, ``Classifier``, ``Tagger`` or ``Reader`` (BERT), ``Decoder`` (GPT-2, Llama,
-      Mistral, Gemma 2), ``EncoderDecoder`` (T5) or ``VisionTransformer`` (ViT).
+      An ``Encoder``, ``Classifier``, ``Tagger`` or ``Reader`` (encoders like BERT), ``Decoder``
+      (GPT-2, Llama and the like), ``EncoderDecoder`` (T5), ``VisionTransformer`` (ViT) or
+      ``DualEncoder`` (CLIP).
 
     Raises:
       FileNotFoundError: no such folder or repository, no configuration, or no tensors.
@@ -209,17 +242,21 @@ def load(
     leaves = dict(nnx.to_flat_state(state))
     tensors = {tensor.name: tensor for tensor in family.tensors(ours)}
     used, left_out, errors = matching.match(found, tensors, family, family.optional(ours), copies)
-    if errors := errors + matching.mismatches(used, tensors, leaves):
+    architecture = str((entries.get("architectures") or [""])[0])
+    if errors := errors + matching.mismatches(used, tensors, leaves, architecture):
         raise ValueError(f"the tensors do not fit this {model_type}: " + "; ".join(errors))
     arrays = random_state(leaves, seed)
     placements = None
     if mesh is not None:
         placements = dict(nnx.to_flat_state(shardings(state, mesh, rules)))
-    for name, (file, theirs) in used.items():
-        tensor = tensors[name]
-        placed = None if placements is None else placements[tensor.path].get_value()
-        x = tensor.form.into(file[theirs])
-        arrays[tensor.path] = converted(theirs, x, param_dtype, placed)
+    by_path: dict[Any, list[str]] = {}
+    for name, tensor in tensors.items():
+        by_path.setdefault(tensor.path, []).append(name)
+    for path, together in by_path.items():
+        placed = None if placements is None else placements[path].get_value()
+        parts = [tensors[name].form.into(used[name][0][used[name][1]]) for name in together]
+        x = np.stack(parts) if tensors[together[0]].stacked else parts[0]
+        arrays[path] = converted(used[together[0]][1], x, param_dtype, placed)
     if placements is not None:
         for path in leaves.keys() - {tensors[name].path for name in used}:
             arrays[path] = jax.device_put(arrays[path], placements[path].get_value())
@@ -246,8 +283,8 @@ def load_embedder(
     """Loads sentence embeddings, pooled and normalized as the checkpoint describes.
 
     Args:
-      folder: of a BERT checkpoint with ``modules.json``, as sentence-transformers writes it; or a
-        repository of the hub.
+      folder: of the checkpoint of an encoder like BERT, with ``modules.json``, as
+        sentence-transformers writes it; or a repository of the hub.
       revision, config, ignore, **options: of ``load``.
 
     Returns:
@@ -277,13 +314,16 @@ def load_embedder(
     """
     described = sentences.describe(hub.local(folder, revision))
     entries = folders.read_config(described.encoder) | dict(config or {})
-    if entries.get("model_type") not in bert.MODEL_TYPES:
+    model_type = entries.get("model_type")
+    encoders = {x: family for family in ENCODERS for x in family.MODEL_TYPES}
+    if model_type not in encoders:
         raise ValueError(
-            f"{described.encoder} must be a checkpoint of {' or '.join(bert.MODEL_TYPES)} for "
-            f"sentence embeddings, got model_type {entries.get('model_type')!r}"
+            f"{described.encoder} must have a model_type of {', '.join(encoders)} for sentence "
+            f"embeddings, got {model_type!r}"
         )
-    overrides = {"architectures": ["BertModel"], **(config or {})}
-    heads = (r"pooler\..*", *bert.HEADLESS)
+    family = encoders[model_type]
+    overrides = {"architectures": [family.headless(model_type)], **(config or {})}
+    heads = (r"pooler\..*", *family.head_tensors)
     encoder = load(described.encoder, config=overrides, ignore=(*ignore, *heads), **options)
     encoder.config = dataclasses.replace(encoder.config, pool=described.pool)
     ours = EmbedderConfig(encoder.config, described.normalize, described.max_length)
@@ -404,15 +444,15 @@ def _read_back(family: Family, config: Any, entries: Mapping[str, Any]) -> Any:
 
 
 def _with_layers(config: Any, changes: Mapping[str, Any]) -> Any:
-    """The configuration with changes in all its ``Layers``, those of its encoder included."""
+    """The configuration with changes in all its ``Layers``, those of its encoders included."""
     fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    new = {
+    new: dict[str, Any] = {
         name: dataclasses.replace(x, **changes)
         for name, x in fields.items()
         if isinstance(x, Layers)
     }
-    if isinstance(encoder := fields.get("encoder"), EncoderConfig):
-        new["encoder"] = _with_layers(encoder, changes)
+    towers = EncoderConfig, DecoderConfig, VisionConfig
+    new |= {name: _with_layers(x, changes) for name, x in fields.items() if isinstance(x, towers)}
     return dataclasses.replace(config, **new)
 
 

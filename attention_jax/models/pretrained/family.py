@@ -1,7 +1,8 @@
 """What a family of checkpoints provides: the interface that ``load`` and ``save`` work with.
 
-A family is a module of this package, such as ``gpt2``, that satisfies ``Family``. To add one, write
-the module and list it in ``pretrained.FAMILIES``::
+A family is a module of this package that satisfies ``Family``, such as ``gpt2``, or a value that
+does: ``bert.BERT`` is an ``encoders.EncoderFamily``, which describes an encoder by what differs
+from BERT. To add one, write the module and list it in ``pretrained.FAMILIES``::
 
     config.json  --HFConfig-->  from_hf  -->  our configuration  -->  model
     tensors of the files  <-->  Tensor(name, path, form)  <-->  parameters of the model
@@ -28,7 +29,7 @@ from attention_jax.models.pretrained.tensors import Tensor
 
 @runtime_checkable
 class Family(Protocol):
-    """A family of checkpoints: constants and functions of its module.
+    """A family of checkpoints: constants and functions of its module, or of a value.
 
     Names of tensors are Hugging Face's. Patterns are regular expressions that match a whole name.
     """

@@ -15,6 +15,7 @@ HARMLESS = {
     "_num_labels",
     "architectures",
     "attn_implementation",
+    "auto_map",  # of code beside the file, which is not run
     "bos_token_id",
     "cache_implementation",
     "chunk_size_feed_forward",  # does not change the result
@@ -106,6 +107,7 @@ ACTIVATIONS = {
     "gelu_python": "gelu",
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
     "relu": "relu",
     "silu": "silu",
     "swish": "silu",
@@ -113,6 +115,7 @@ ACTIVATIONS = {
 ACTIVATION_NAMES = {
     "gelu": "gelu",
     "gelu_tanh": "gelu_pytorch_tanh",
+    "quick_gelu": "quick_gelu",
     "relu": "relu",
     "silu": "silu",
 }

@@ -1,193 +1,296 @@
-"""Llama, Mistral and Gemma 2: rotary positions, RMS norms, gated feed-forward layers."""
+"""Llama and families like it: rotary positions, RMS norms, gated feed-forward layers.
+
+They share one way to read and write; a ``Llama`` describes what is different in each.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from flax import nnx
 
 from attention_jax.models.decoder import Decoder, DecoderConfig
-from attention_jax.models.layers import Layers
+from attention_jax.models.layers import Experts, Layers
 from attention_jax.models.pretrained.hf_config import ACTIVATION_NAMES, HFConfig
 from attention_jax.models.pretrained.rope import rope_parameters, rotary
-from attention_jax.models.pretrained.tensors import Tensor, block, linear, norm
+from attention_jax.models.pretrained.tensors import Path, Tensor, block, expert, linear, norm
+from attention_jax.nn.linear import names_with_bias
 
-MODEL_TYPES = ("llama", "mistral", "gemma2")
-PREFIX = "model."
-RENAMED: dict[str, str] = {}
-IGNORED = (r".*rotary_emb\.inv_freq",)
-COPIES = {"lm_head.weight": "model.embed_tokens.weight"}
-NAMES = {"llama": "Llama", "mistral": "Mistral", "gemma2": "Gemma2"}
+Options = dict[str, Any]
+
 # Hugging Face's defaults of entries that a file may omit.
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": {"max_position_embeddings": 2048, "num_key_value_heads": None},
-    "mistral": {"max_position_embeddings": 131_072, "num_key_value_heads": 8},
-    "gemma2": {"max_position_embeddings": 8192, "num_key_value_heads": 4},
+DEFAULTS: Options = {
+    "max_position_embeddings": 2048,
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10_000.0,
+    "tie_word_embeddings": False,
+}
+
+# Hugging Face's names of the norms by their position, and ours.
+NORMS = {
+    "pre": {"input": "attention_norm", "post_attention": "feed_forward_norm"},
+    "both": {
+        "input": "attention_norm",
+        "post_attention": "attention_norm_after",
+        "pre_feedforward": "feed_forward_norm",
+        "post_feedforward": "feed_forward_norm_after",
+    },
+    "after": {
+        "post_attention": "attention_norm_after",
+        "post_feedforward": "feed_forward_norm_after",
+    },
 }
 
 
-def from_hf(hf: HFConfig, names: set[str]) -> DecoderConfig:
-    """Our configuration from Hugging Face's."""
-    kind = hf.take("model_type", "llama")
-    hf.architecture((f"{NAMES[kind]}ForCausalLM",), f"{NAMES[kind]}ForCausalLM")
-    defaults = DEFAULTS[kind]
-    num_layers, num_heads = hf.number("num_hidden_layers"), hf.number("num_attention_heads")
-    E = hf.number("hidden_size")
-    longest = hf.number("max_position_embeddings", defaults["max_position_embeddings"])
-    shared: dict[str, Any] = {
-        "features": E,
-        "num_layers": num_layers,
-        "num_heads": num_heads,
-        "num_kv_heads": _or_null(hf, "num_key_value_heads", defaults["num_key_value_heads"])
-        or num_heads,
-        "head_dim": _or_null(hf, "head_dim", 256 if kind == "gemma2" else None) or E // num_heads,
-        "hidden": hf.number("intermediate_size"),
-        "gated": True,
-        "norm_epsilon": hf.number("rms_norm_eps", 1e-6),
-        "bias": kind != "mistral" and hf.flag("attention_bias", False),
-        "feed_forward_bias": kind == "llama" and hf.flag("mlp_bias", False),
-        "rotary": rotary(hf, longest),
-        "attention_dropout_rate": hf.rate("attention_dropout", 0.0),
-    }
-    hf.only("pretraining_tp", 1, *range(2, 65))  # how products are split: no effect on the result
-    vocabulary, tied = hf.number("vocab_size"), hf.flag("tie_word_embeddings", kind == "gemma2")
-    window = _or_null(hf, "sliding_window", 4096) if kind != "llama" else None
-    _redundant_entries(hf, kind, window)
-    if kind != "gemma2":
-        layers = Layers(
-            **shared,
-            norm="rms",
-            activation=hf.activation("hidden_act", "silu"),
-            windows=(window,),
+def _nothing(*_: Any) -> Options:
+    return {}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Llama:
+    """A family of decoders: what it has in common with Llama is not listed.
+
+    Attributes:
+      model_type: in ``config.json``.
+      name: in the names of Hugging Face's classes.
+      defaults: of entries that a file may omit, where they differ from ``DEFAULTS``.
+      biases: entries of the file that add biases; in other families they must be false.
+      layers: options of ``Layers`` that all models of the family have.
+      experts: the names of a mixture of experts and of each expert's gate, up and down.
+      padding: the token of padding by default, which must be in the vocabulary.
+      only: entries that state what always holds, with the values they may have.
+      read: reads further entries into options of ``Layers``, given those read before and the
+        length of the model.
+      read_decoder: reads further entries into options of ``DecoderConfig``, given those of
+        ``Layers``.
+      write: these entries, from our configuration.
+    """
+
+    model_type: str
+    name: str
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    biases: tuple[str, ...] = ("attention_bias",)
+    layers: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    experts: tuple[str, str, str, str] = ("mlp", "gate_proj", "up_proj", "down_proj")
+    padding: int = 0
+    only: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
+    read: Callable[[HFConfig, Options, int], Options] = _nothing
+    read_decoder: Callable[[HFConfig, Options], Options] = _nothing
+    write: Callable[[DecoderConfig], Options] = _nothing
+
+    PREFIX = "model."
+    IGNORED = (r".*rotary_emb\.inv_freq",)
+
+    @property
+    def MODEL_TYPES(self) -> tuple[str, ...]:
+        """The one value of ``model_type``."""
+        return (self.model_type,)
+
+    @property
+    def COPIES(self) -> Mapping[str, str]:
+        """The head, if it is tied."""
+        return {"lm_head.weight": "model.embed_tokens.weight"}
+
+    @property
+    def RENAMED(self) -> Mapping[str, str]:
+        """None."""
+        return {}
+
+    def from_hf(self, hf: HFConfig, names: set[str]) -> DecoderConfig:
+        """Our configuration from Hugging Face's."""
+        defaults = DEFAULTS | dict(self.defaults)
+        architecture = f"{self.name}ForCausalLM"
+        hf.architecture((architecture,), architecture)
+        E, num_heads = hf.number("hidden_size"), hf.number("num_attention_heads")
+        longest = hf.number("max_position_embeddings", defaults["max_position_embeddings"])
+        kv_heads = or_null(hf, "num_key_value_heads", defaults["num_key_value_heads"])
+        layers: Options = {
+            "features": E,
+            "num_layers": hf.number("num_hidden_layers"),
+            "num_heads": num_heads,
+            "num_kv_heads": kv_heads or num_heads,
+            "head_dim": or_null(hf, "head_dim", defaults["head_dim"]) or E // num_heads,
+            "hidden": hf.number("intermediate_size"),
+            "gated": True,
+            "norm": "rms",
+            "norm_epsilon": hf.number("rms_norm_eps", defaults["rms_norm_eps"]),
+            "attention_dropout_rate": hf.rate("attention_dropout", 0.0),
+        }
+        for entry, option in (("attention_bias", "bias"), ("mlp_bias", "feed_forward_bias")):
+            layers[option] = entry in self.biases and hf.flag(entry, False)
+            hf.only(entry, False, None)
+        # How products are split among devices, without effect on the result; an older name.
+        hf.only("pretraining_tp", 1, *range(2, 65))
+        hf.take("max_sequence_length", None)
+        for entry, values in self.only.items():
+            hf.only(entry, *values)
+        layers |= self.layers
+        layers |= self.read(hf, layers, longest)
+        if "activation" not in layers:
+            layers["activation"] = hf.activation("hidden_act", "silu")
+        if "rotary" not in layers:
+            layers["rotary"] = rotary(
+                hf, longest, theta=defaults["rope_theta"], head_dim=layers["head_dim"]
+            )
+        return DecoderConfig(
+            vocabulary=hf.number("vocab_size"),
+            layers=Layers(**layers),
+            max_length=longest,
+            tied=hf.flag("tie_word_embeddings", defaults["tie_word_embeddings"]),
+            **self.read_decoder(hf, layers),
         )
-        return DecoderConfig(vocabulary, layers, max_length=longest, tied=tied)
-    hf.only("use_bidirectional_attention", None, False)
-    hf.take("hidden_act", None)  # hidden_activation takes its place
-    activation = hf.take("hidden_activation", None) or "gelu_pytorch_tanh"
-    hf.unused["hidden_activation"] = activation
-    cap = _or_null(hf, "attn_logit_softcapping", 50.0)
-    logits_cap = _or_null(hf, "final_logit_softcapping", 30.0)
-    layers = Layers(
-        **shared,
-        norm="one_plus_rms",
-        order="both",
-        activation=hf.activation("hidden_activation", "gelu_pytorch_tanh"),
-        scale=hf.number("query_pre_attn_scalar", 256) ** -0.5,
-        softcap=None if cap is None else float(cap),
-        windows=_windows(hf, num_layers, window),
-    )
-    return DecoderConfig(
-        vocabulary,
-        layers,
-        max_length=longest,
-        tied=tied,
-        embedding_scale=math.sqrt(E),
-        logits_softcap=None if logits_cap is None else float(logits_cap),
-    )
+
+    def to_hf(self, config: DecoderConfig) -> Options:
+        """Hugging Face's configuration from ours."""
+        layers = config.layers
+        flags = {"attention_bias": layers.bias, "mlp_bias": layers.feed_forward_bias}
+        x = {
+            "model_type": self.model_type,
+            "architectures": [f"{self.name}ForCausalLM"],
+            "vocab_size": config.vocabulary,
+            "hidden_size": layers.features,
+            "intermediate_size": layers.hidden,
+            "num_hidden_layers": layers.num_layers,
+            "num_attention_heads": layers.num_heads,
+            "num_key_value_heads": layers.num_kv_heads,
+            "head_dim": layers.head_dim,
+            "max_position_embeddings": config.max_length or 2048,
+            "rms_norm_eps": layers.norm_epsilon,
+            "tie_word_embeddings": config.tied,
+            "attention_dropout": layers.attention_dropout_rate,
+            **{entry: flags[entry] for entry in self.biases},
+            **self.write(config),
+        }
+        if "hidden_activation" not in x:
+            x["hidden_act"] = ACTIVATION_NAMES[layers.activation]
+        if "rope_parameters" not in x:
+            x["rope_parameters"] = rope_parameters(layers.rotary)  # type: ignore[arg-type]
+        if config.vocabulary <= self.padding:
+            x["pad_token_id"] = None
+        return x
+
+    def model(self, config: DecoderConfig, rngs: nnx.Rngs) -> Decoder:
+        """The model that the configuration describes."""
+        return Decoder(config, rngs=rngs)
+
+    def optional(self, config: DecoderConfig) -> tuple[str, ...]:
+        """Tensors of heads that this model does not have."""
+        return ()
+
+    def tensors(self, config: DecoderConfig) -> Iterator[Tensor]:
+        """Every tensor of a checkpoint, and where it belongs in the model."""
+        layers, has_bias = config.layers, names_with_bias(config.layers.bias)
+        projections = {"q": "query", "k": "key", "v": "value", "o": "out"}
+        products = {name: name for name in ("gate", "up", "down")}
+        if layers.fused:
+            projections = {"qkv": "query_key_value", "o": "out"}
+            products = {"gate_up": "gate_up", "down": "down"}
+        yield Tensor("model.embed_tokens.weight", ("embed", "tokens"))
+        for i in range(layers.num_layers):
+            at, paths = f"model.layers.{i}", block(("stack",), i)
+            for theirs, ours in projections.items():
+                path, bias = (*paths["attention"], ours), has_bias(ours.split("_")[0])
+                yield from linear(f"{at}.self_attn.{theirs}_proj", path, bias=bias)
+            if layers.query_key_norm:
+                for theirs, ours in (("q", "query_norm"), ("k", "key_norm")):
+                    path = *paths["attention"], ours
+                    yield from norm(f"{at}.self_attn.{theirs}_norm", path, bias=False)
+            if layers.experts is not None:
+                yield from self._experts(at, paths["feed_forward"], layers.experts.number)
+                products = {}
+            for theirs, ours in products.items():
+                path = *paths["feed_forward"], ours
+                yield from linear(f"{at}.mlp.{theirs}_proj", path, bias=layers.feed_forward_bias)
+            for theirs, ours in NORMS[layers.order].items():
+                yield from norm(f"{at}.{theirs}_layernorm", paths[ours], bias=False)
+        yield from norm("model.norm", ("stack", "norm"), bias=False)
+        if not config.tied:
+            yield from linear("lm_head", ("head",), bias=False)
+
+    def _experts(self, at: str, path: Path, number: int) -> Iterator[Tensor]:
+        module, *names = self.experts
+        yield from linear(f"{at}.{module}.gate", (*path, "router"), bias=False)
+        for theirs, ours in zip(names, ("gate", "up", "down"), strict=True):
+            for i in range(number):
+                yield expert(f"{at}.{module}.experts.{i}.{theirs}", (*path, ours), i)
 
 
-def _or_null(hf: HFConfig, name: str, default: Any) -> Any:
+# --- Entries of several families.
+
+
+def or_null(hf: HFConfig, name: str, default: Any) -> Any:
     """A positive number, or None for null; the default only if the entry is missing."""
     return hf.number(name, None) if name in hf.unused else default
 
 
-def _redundant_entries(hf: HFConfig, kind: str, window: int | None) -> None:
-    """Entries of published files that repeat others, or state what always holds."""
-    hf.take("max_sequence_length", None)  # max_position_embeddings in the first released code
-    if kind == "llama":
-        hf.only("is_llama_config", True, None)
-        hf.only("rope_interleaved", False, None)
-    else:
-        hf.only("mlp_bias", False, None)
-        hf.same("sliding_window_size", window)
-    if kind == "mistral":
-        hf.only("attention_bias", False, None)
+def windows_by_layer(
+    hf: HFConfig, num_layers: int, window: int | None, default: list[str]
+) -> tuple[int | None, ...]:
+    """The window of each layer by ``layer_types``.
 
-
-def _windows(hf: HFConfig, num_layers: int, window: int | None) -> tuple[int | None, ...]:
-    names = {"sliding_attention": window, "full_attention": None}
+    Args:
+      hf: the entries.
+      num_layers: number of layers.
+      window: of the layers with ``sliding_attention``; None if there can be none.
+      default: the types, if the file omits them.
+    """
     types = hf.take("layer_types", None)
-    if types is None:
-        types = [("sliding_attention", "full_attention")[i % 2] for i in range(num_layers)]
+    types = default if types is None else types
+    names = {"full_attention": None} | ({"sliding_attention": window} if window else {})
     if len(types) != num_layers or not set(types) <= set(names):
         hf.errors.append(f"layer_types must be {num_layers} of {sorted(names)}, got {types}")
         return (None,)
     return tuple(names[t] for t in types)
 
 
-def optional(config: DecoderConfig) -> tuple[str, ...]:
-    """Tensors of heads that this model does not have."""
-    return ()
+def sliding(window: int | None, which: list[bool]) -> list[str]:
+    """``layer_types``: ``sliding_attention`` for some of the layers if there is a window."""
+    return ["sliding_attention" if x and window else "full_attention" for x in which]
 
 
-def to_hf(config: DecoderConfig) -> dict[str, Any]:
-    """Hugging Face's configuration from ours."""
-    layers = config.layers
-    gemma, windows = layers.norm == "one_plus_rms", set(layers.windows) - {None}
-    kind = "gemma2" if gemma else "mistral" if windows else "llama"
-    x: dict[str, Any] = {
-        "model_type": kind,
-        "architectures": [f"{NAMES[kind]}ForCausalLM"],
-        "vocab_size": config.vocabulary,
-        "hidden_size": layers.features,
-        "intermediate_size": layers.hidden,
-        "num_hidden_layers": layers.num_layers,
-        "num_attention_heads": layers.num_heads,
-        "num_key_value_heads": layers.num_kv_heads,
-        "head_dim": layers.head_dim,
-        "hidden_activation" if gemma else "hidden_act": ACTIVATION_NAMES[layers.activation],
-        "max_position_embeddings": config.max_length or 2048,
-        "rms_norm_eps": layers.norm_epsilon,
-        "rope_parameters": rope_parameters(layers.rotary),  # type: ignore[arg-type]
-        "tie_word_embeddings": config.tied,
-        "attention_dropout": layers.attention_dropout_rate,
-    }
-    if kind != "mistral":
-        x["attention_bias"] = layers.bias
-    if kind == "llama":
-        x["mlp_bias"] = layers.feed_forward_bias
-    if kind == "mistral":
-        (x["sliding_window"],) = windows
-    if gemma:
-        x |= {
-            "query_pre_attn_scalar": round(layers.scale**-2),  # type: ignore[operator]
-            "sliding_window": next(iter(windows), 4096),
-            "layer_types": [
-                "full_attention" if w is None else "sliding_attention" for w in layers.windows
-            ],
-            "attn_logit_softcapping": layers.softcap,
-            "final_logit_softcapping": config.logits_softcap,
-        }
-    return x
+def window_entries(layers: Layers) -> Options:
+    """The entries that ``windows_by_layer`` reads; ValueError for different windows."""
+    (window,) = set(layers.windows) - {None} or {None}
+    types = sliding(window, [w is not None for w in layers.windows])
+    return {"sliding_window": window, "layer_types": types}
 
 
-def model(config: DecoderConfig, rngs: nnx.Rngs) -> Decoder:
-    """The model that the configuration describes."""
-    return Decoder(config, rngs=rngs)
+def one_window(config: DecoderConfig) -> Options:
+    """The entry of a window that all layers have; ValueError for different ones."""
+    (window,) = set(config.layers.windows)
+    return {"sliding_window": window}
 
 
-def tensors(config: DecoderConfig) -> Iterator[Tensor]:
-    """Every tensor of a checkpoint, and where it belongs in the model."""
-    layers = config.layers
-    bias = bool(layers.bias)
-    yield Tensor(f"{PREFIX}embed_tokens.weight", ("embed", "tokens"))
-    for i in range(layers.num_layers):
-        at, paths = f"{PREFIX}layers.{i}", block(("stack",), i)
-        for theirs, ours in (("q", "query"), ("k", "key"), ("v", "value"), ("o", "out")):
-            path = *paths["attention"], ours
-            yield from linear(f"{at}.self_attn.{theirs}_proj", path, bias=bias)
-        for name in ("gate", "up", "down"):
-            path = *paths["feed_forward"], name
-            yield from linear(f"{at}.mlp.{name}_proj", path, bias=layers.feed_forward_bias)
-        norms = {"input": "attention_norm", "post_attention": "feed_forward_norm"}
-        if layers.order == "both":
-            norms["post_attention"] = "attention_norm_after"
-            norms["pre_feedforward"] = "feed_forward_norm"
-            norms["post_feedforward"] = "feed_forward_norm_after"
-        for theirs, ours in norms.items():
-            yield from norm(f"{at}.{theirs}_layernorm", paths[ours], bias=False)
-    yield from norm(f"{PREFIX}norm", ("stack", "norm"), bias=False)
-    if not config.tied:
-        yield from linear("lm_head", ("head",), bias=False)
+def read_routing(hf: HFConfig) -> None:
+    """Reads entries of a mixture of experts that are about its loss in training."""
+    for entry in ("output_router_logits", "router_aux_loss_coef"):
+        hf.take(entry, None)
+
+
+def experts_of(layers: Layers) -> Experts:
+    """The mixture of experts; NotImplementedError if there is none."""
+    if layers.experts is None:
+        raise NotImplementedError("experts must be given")
+    return layers.experts
+
+
+NO = (False, None)
+FAMILIES = (
+    Llama(
+        model_type="llama",
+        name="Llama",
+        biases=("attention_bias", "mlp_bias"),
+        only={"is_llama_config": (True, None), "rope_interleaved": NO},
+    ),
+    Llama(
+        model_type="olmo2",
+        name="Olmo2",
+        defaults={"rms_norm_eps": 1e-5},
+        layers={"order": "after", "query_key_norm": "joint"},
+        padding=1,
+    ),
+)

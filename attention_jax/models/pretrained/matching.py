@@ -18,13 +18,10 @@ Place = tuple[File, str]
 Stored = dict[str, Place]
 """Places by name."""
 
+_LABELS = ("classifier.weight", "classifier.out_proj.weight")  # the heads of classes and tags
 _FRESH = {  # what to do without the tensors of a head
-    name: f" (load with config={{'architectures': ['BertModel']}}, and put a fresh head on with "
-    f"models.{maker})"
-    for name, maker in (
-        ("classifier.weight", "classifier or models.tagger"),
-        ("qa_outputs.weight", "reader"),
-    )
+    **dict.fromkeys(_LABELS, "classifier or models.tagger"),
+    "qa_outputs.weight": "reader",
 }
 
 
@@ -118,9 +115,20 @@ def match(
     return Matched(used, left_out, errors)
 
 
-def mismatches(used: Stored, tensors: Mapping[str, Tensor], leaves: Any) -> list[str]:
-    """Errors for tensors that are missing, unexpected, or of another shape or dtype."""
-    missing = [f"{name} is missing{_FRESH.get(name, '')}" for name in tensors if name not in used]
+def mismatches(
+    used: Stored, tensors: Mapping[str, Tensor], leaves: Any, architecture: str
+) -> list[str]:
+    """Errors for tensors that are missing, unexpected, or of another shape or dtype.
+
+    Args:
+      used: the stored tensors, from ``match``.
+      tensors: those that the model expects.
+      leaves: the variables of the model.
+      architecture: Hugging Face's name of the model.
+    """
+    missing = [
+        f"{name} is missing{_fresh(name, architecture)}" for name in tensors if name not in used
+    ]
     if "lm_head.weight is missing" in missing:
         missing[-1] += " (config={'tie_word_embeddings': True} makes the embedding the head)"
     unexpected = [
@@ -136,11 +144,22 @@ def mismatches(used: Stored, tensors: Mapping[str, Tensor], leaves: Any) -> list
         if entry.shape != expected:
             others.append(
                 f"{name} has shape {list(entry.shape)}, expected {list(expected)}"
-                + (f": {expected[0]} labels in id2label" if name == "classifier.weight" else "")
+                + (f": {expected[0]} labels in id2label" if name in _LABELS else "")
             )
         if entry.dtype not in ("F64", "F32", "F16", "BF16"):
             others.append(f"{name} has dtype {entry.dtype}, expected a floating one")
     return [*_some(missing), *_some(sorted(unexpected)), *_some(others)]
+
+
+def _fresh(name: str, architecture: str) -> str:
+    """What to do if a tensor is missing because the checkpoint has no head."""
+    if name not in _FRESH:
+        return ""
+    headless = re.sub(r"For\w*$", "Model", architecture)
+    return (
+        f" (load with config={{'architectures': [{headless!r}]}}, and put a fresh head on with "
+        f"models.{_FRESH[name]})"
+    )
 
 
 def _some(errors: list[str], most: int = 8) -> list[str]:

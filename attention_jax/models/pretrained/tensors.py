@@ -31,6 +31,8 @@ class Tensor(NamedTuple):
     path: Path
     """In the state of the model."""
     form: Form = SAME
+    stacked: bool = False
+    """Whether tensors of the same path are stacked along a new first axis, in their order."""
 
 
 def linear(name: str, path: Path, *, bias: bool = True) -> Iterator[Tensor]:
@@ -38,6 +40,12 @@ def linear(name: str, path: Path, *, bias: bool = True) -> Iterator[Tensor]:
     yield Tensor(f"{name}.weight", (*path, "kernel"), TRANSPOSED)
     if bias:
         yield Tensor(f"{name}.bias", (*path, "bias"))
+
+
+def expert(name: str, path: Path, i: int) -> Tensor:
+    """A ``torch.nn.Linear`` without bias, number ``i`` of those stacked in one parameter."""
+    form = Form(TRANSPOSED.into, lambda x: x[i].T)
+    return Tensor(f"{name}.weight", path, form, stacked=True)
 
 
 def norm(name: str, path: Path, *, bias: bool = True) -> Iterator[Tensor]:

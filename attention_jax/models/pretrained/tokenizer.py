@@ -22,6 +22,9 @@ from attention_jax.models.pretrained import folders, hub
 FILE, SETTINGS = "tokenizer.json", "tokenizer_config.json"
 NO_LIMIT = 10**9  # Hugging Face's model_max_length of models without positions is 1e30
 ROUND = 64  # tables of embeddings are padded to multiples of this, for speed
+# Models that were distilled from XLM-RoBERTa have more rows than its vocabulary.
+LARGER = {250_002: 250_037}
+FROM_PADDING = {"roberta": 1, "xlm-roberta": 1, "camembert": 1, "mpnet": 1}
 
 
 class Row(NamedTuple):
@@ -307,7 +310,7 @@ def pad(rows: Sequence[Row], length: int | None = None) -> Padded:
 
 def _check_vocabulary(tokens: int, rows: Any, folder: Path) -> None:
     """Checks that the model has a row for each token, and no more but for padding of the table."""
-    if rows is None or tokens == rows:
+    if rows is None or tokens == rows or rows == LARGER.get(tokens):
         return
     if not isinstance(rows, int) or tokens > rows or rows % ROUND or rows - tokens >= 2 * ROUND:
         raise ValueError(
@@ -319,7 +322,11 @@ def _check_vocabulary(tokens: int, rows: Any, folder: Path) -> None:
 def _positions(config: Mapping[str, Any], settings: Mapping[str, Any]) -> int | None:
     """The most tokens that the model reads."""
     of_gpt2 = config.get("n_positions") if config.get("model_type") == "gpt2" else None
-    limits = config.get("max_position_embeddings", of_gpt2), settings.get("model_max_length")
+    rows, kind = config.get("max_position_embeddings", of_gpt2), config.get("model_type")
+    if kind in FROM_PADDING and isinstance(rows, int):  # the rows up to that are not used
+        padding = config.get("pad_token_id", FROM_PADDING[kind])
+        rows -= (padding if isinstance(padding, int) else 0) + 1
+    limits = rows, settings.get("model_max_length")
     numbers = [int(x) for x in limits if isinstance(x, int | float) and 0 < x < NO_LIMIT]
     return min(numbers, default=None)
 

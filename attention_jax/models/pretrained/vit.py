@@ -24,9 +24,7 @@ ARCHITECTURES = ("ViTModel", "ViTForImageClassification")
 def from_hf(hf: HFConfig, names: set[str]) -> VisionConfig:
     """Our configuration from Hugging Face's."""
     architecture = hf.architecture(ARCHITECTURES, "ViTModel")
-    image, patch = _pair(hf, "image_size", 224), _pair(hf, "patch_size", 16)
-    if patch[0] != patch[1]:
-        hf.errors.append(f"patch_size = {patch} is not supported, only squares")
+    image, patch = image_and_patch(hf, 224, 16)
     dropout = hf.rate("hidden_dropout_prob", 0.0)
     for name in ("encoder_stride", "pooler_output_size", "pooler_act"):
         hf.take(name, None)  # of heads that we do not have
@@ -36,7 +34,7 @@ def from_hf(hf: HFConfig, names: set[str]) -> VisionConfig:
     bias: Any = hf.flag("qkv_bias", True) or ("out",)
     return VisionConfig(
         image=image,
-        patch=patch[0],
+        patch=patch,
         channels=hf.number("num_channels", 3),
         classes=classes,
         layers=Layers(
@@ -52,6 +50,14 @@ def from_hf(hf: HFConfig, names: set[str]) -> VisionConfig:
         ),
         dropout_rate=dropout,
     )
+
+
+def image_and_patch(hf: HFConfig, image: int, patch: int) -> tuple[tuple[int, int], int]:
+    """The sides of images and that of patches, from their entries or these defaults."""
+    sides, (rows, columns) = _pair(hf, "image_size", image), _pair(hf, "patch_size", patch)
+    if rows != columns:
+        hf.errors.append(f"patch_size = {(rows, columns)} is not supported, only squares")
+    return sides, rows
 
 
 def _pair(hf: HFConfig, name: str, default: int) -> tuple[int, int]:
@@ -96,18 +102,24 @@ def model(config: VisionConfig, rngs: nnx.Rngs) -> VisionTransformer:
     return VisionTransformer(config, rngs=rngs)
 
 
-def tensors(config: VisionConfig) -> Iterator[Tensor]:
-    """Every tensor of a checkpoint, and where it belongs in the model."""
-    start = "" if config.classes is None else PREFIX
+def convolution(config: VisionConfig) -> Form:
+    """The layout of the projection of patches, which is a convolution in Hugging Face."""
     E, p, c = config.layers.features, config.patch, config.channels
-    convolution = Form(
+    return Form(
         lambda x: x.transpose(2, 3, 1, 0).reshape(p * p * c, E),
         lambda x: x.reshape(p, p, c, E).transpose(3, 2, 0, 1),
     )
+
+
+def tensors(config: VisionConfig) -> Iterator[Tensor]:
+    """Every tensor of a checkpoint, and where it belongs in the model."""
+    start = "" if config.classes is None else PREFIX
     at = f"{start}embeddings"
     yield Tensor(f"{at}.cls_token", ("class_token", "token"), WITHOUT_BATCH)
     yield Tensor(f"{at}.position_embeddings", ("positions",), WITHOUT_BATCH)
-    yield Tensor(f"{at}.patch_embeddings.projection.weight", ("embed", "kernel"), convolution)
+    yield Tensor(
+        f"{at}.patch_embeddings.projection.weight", ("embed", "kernel"), convolution(config)
+    )
     yield Tensor(f"{at}.patch_embeddings.projection.bias", ("embed", "bias"))
     biased = config.layers.bias is True
     for i in range(config.layers.num_layers):

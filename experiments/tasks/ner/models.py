@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from attention_jax.models.layers import Stack
+from attention_jax.models.stack import Stack
 from attention_jax.nn.embeddings import Embeddings
 from attention_jax.nn.linear import Linear
 from experiments.datasets.text import PAD

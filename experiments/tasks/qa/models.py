@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from attention_jax import masks
-from attention_jax.models.layers import Stack
+from attention_jax.models.stack import Stack
 from attention_jax.nn import MultiHeadAttention
 from attention_jax.nn.embeddings import Embeddings
 from attention_jax.nn.linear import Linear

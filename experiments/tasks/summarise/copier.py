@@ -11,7 +11,7 @@ from flax import nnx
 from attention_jax.api import attention_weights
 from attention_jax.models import EncoderDecoder, EncoderDecoderConfig
 from attention_jax.models.encoder_decoder import Memory
-from attention_jax.models.layers import padding
+from attention_jax.models.tokens import padding
 from attention_jax.nn.linear import Linear
 from experiments.datasets.text import UNKNOWN
 from experiments.training.losses import cross_entropy

@@ -1,0 +1,263 @@
+"""Checkpoints of decoders: hidden states, logits and cached steps equal those of Hugging Face."""
+
+import tempfile
+import warnings
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    transformers = pytest.importorskip("transformers")
+
+
+from attention_jax.models import pretrained  # noqa: E402
+from attention_jax.models.pretrained.hf_config import HFConfig  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+
+V, T, B = 31, 11, 5
+LENGTHS = np.array([T, 7, 1, 5, 10])[:, None]
+REAL = np.arange(T) < LENGTHS
+REAL[3:] = REAL[3:, ::-1]  # the last rows are padded on the left
+TOKENS = np.random.default_rng(0).integers(3, V, (B, T))
+
+# Every option that matters has a value that is not neutral, in widths that differ from each other.
+LLAMA = {
+    "vocab_size": V,
+    "hidden_size": 20,
+    "intermediate_size": 28,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 6,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 0.1,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 50.0},
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+GPT_NEOX = {
+    "vocab_size": V,
+    "hidden_size": 24,
+    "intermediate_size": 28,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "layer_norm_eps": 0.1,
+    "rotary_pct": 0.4,
+    "rotary_emb_base": 50,
+    "hidden_act": "gelu_fast",
+}
+OPT = {
+    "vocab_size": V,
+    "hidden_size": 20,
+    "word_embed_proj_dim": 20,
+    "ffn_dim": 28,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 13,
+}
+LONGROPE = LLAMA | {
+    "hidden_size": 24,
+    "original_max_position_embeddings": 16,
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 50.0,
+        "short_factor": [1.0, 1.3, 2.0],
+        "long_factor": [1.5, 3.0, 5.0],
+    },
+}
+WINDOWS = {"use_sliding_window": True, "sliding_window": 4}
+MODELS = {
+    "qwen2": ("Qwen2ForCausalLM", LLAMA | WINDOWS | {"max_window_layers": 1}),
+    "qwen2, tied": ("Qwen2ForCausalLM", LLAMA | {"tie_word_embeddings": True}),
+    "qwen3": ("Qwen3ForCausalLM", LLAMA | {"attention_bias": True}),
+    "qwen3, windows": (
+        "Qwen3ForCausalLM",
+        LLAMA | WINDOWS | {"layer_types": ["sliding_attention", "full_attention"]},
+    ),
+    "gemma": ("GemmaForCausalLM", LLAMA),
+    "smollm3": ("SmolLM3ForCausalLM", LLAMA | {"no_rope_layer_interval": 2, "mlp_bias": True}),
+    "smollm3, windows": (
+        "SmolLM3ForCausalLM",
+        LLAMA | WINDOWS | {"no_rope_layers": [0, 1], "attention_bias": True},
+    ),
+    "phi3": ("Phi3ForCausalLM", LLAMA | {"sliding_window": 4}),
+    "phi3, partial": (
+        "Phi3ForCausalLM",
+        LLAMA | {"partial_rotary_factor": 0.7, "tie_word_embeddings": True},
+    ),
+    "phi3, longrope": ("Phi3ForCausalLM", LONGROPE),
+    "olmo2": ("Olmo2ForCausalLM", LLAMA | {"attention_bias": True}),
+    "granite": (
+        "GraniteForCausalLM",
+        LLAMA
+        | {
+            "attention_multiplier": 0.3,
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.4,
+            "logits_scaling": 49.0,
+            "mlp_bias": True,
+        },
+    ),
+    "gemma3": (
+        "Gemma3ForCausalLM",
+        LLAMA
+        | {
+            "sliding_window": 4,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "query_pre_attn_scalar": 12,
+            "final_logit_softcapping": 3.0,
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 5.0},
+                "full_attention": {"rope_type": "linear", "factor": 3.0, "rope_theta": 50.0},
+            },
+        },
+    ),
+    "mixtral": ("MixtralForCausalLM", LLAMA | {"num_local_experts": 5, "sliding_window": 4}),
+    "qwen3_moe": (
+        "Qwen3MoeForCausalLM",
+        LLAMA | {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 12},
+    ),
+    "qwen3_moe, normalized": (
+        "Qwen3MoeForCausalLM",
+        LLAMA
+        | WINDOWS
+        | {"num_experts": 4, "norm_topk_prob": True, "num_experts_per_tok": 2}
+        | {"moe_intermediate_size": 12, "attention_bias": True},
+    ),
+    "gpt_neox": ("GPTNeoXForCausalLM", GPT_NEOX),
+    "gpt_neox, in sequence": (
+        "GPTNeoXForCausalLM",
+        GPT_NEOX | {"use_parallel_residual": False, "attention_bias": False, "rotary_pct": 1.0},
+    ),
+    "opt": ("OPTForCausalLM", OPT),
+    "opt, norms after": (
+        "OPTForCausalLM",
+        OPT | {"do_layer_norm_before": False, "enable_bias": False, "tie_word_embeddings": False},
+    ),
+}
+
+
+def peer(name):
+    """Hugging Face's model, with every parameter random, since zeros and ones hide mistakes."""
+    architecture, options = MODELS[name]
+    cls = getattr(transformers, architecture)
+    model = cls(cls.config_class(**options, attn_implementation="eager")).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for x in model.parameters():
+            x.add_(0.2 * torch.randn(x.shape, generator=generator))
+    return model
+
+
+def theirs(model, real):
+    """Hidden states and logits."""
+    places = torch.tensor(np.maximum(real.cumsum(-1) - 1, 0))
+    mask = torch.tensor(real.astype(int))
+    with torch.no_grad():
+        out = model(
+            torch.tensor(TOKENS),
+            attention_mask=mask,
+            position_ids=places,
+            output_hidden_states=True,
+        )
+    return out.hidden_states[-1].numpy(), out.logits.numpy()
+
+
+def assert_same(ours, expected, real):
+    for a, b in zip(ours, expected, strict=True):
+        a, b = np.asarray(a)[real], b[real]  # results at padding are undefined
+        assert np.ptp(b) > 0.1  # otherwise the comparison is empty
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4)
+
+
+def loaded_from(model):
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return pretrained.load(folder)
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    """Each model of Hugging Face, and ours loaded from what it writes."""
+    made = {}
+
+    def load(name):
+        if name not in made:
+            model = peer(name)
+            made[name] = model, loaded_from(model)
+        return made[name]
+
+    return load
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_hidden_states_and_logits_equal_hugging_face(name, loaded):
+    model, ours = loaded(name)
+    hidden = ours.hidden(TOKENS, real=REAL)
+    assert_same((hidden, ours.logits(hidden)), theirs(model, REAL), REAL)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_steps_with_caches_equal_the_whole(name, loaded):
+    model, ours = loaded(name)
+    caches, logits = ours.init_caches((B,), T), []
+    for part in np.split(TOKENS, [T - 2, T - 1], axis=1):
+        new, caches = ours(part, caches=caches)
+        logits.append(new)
+    everything = np.ones((B, T), bool)
+    expected = theirs(model, everything)[1:]
+    assert_same((np.concatenate(logits, axis=1),), expected, everything)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_hugging_face_loads_what_we_save(name, loaded, tmp_path):
+    model, ours = loaded(name)
+    pretrained.save(ours, tmp_path)
+    back, report = type(model).from_pretrained(
+        tmp_path, attn_implementation="eager", output_loading_info=True
+    )
+    assert not {key: names for key, names in report.items() if names}
+    for a, b in zip(theirs(back.eval(), REAL), theirs(model, REAL), strict=True):
+        np.testing.assert_allclose(a[REAL], b[REAL], rtol=1e-6, atol=1e-6)
+    assert pretrained.load(tmp_path).config == ours.config
+
+
+def test_longrope_of_longer_sequences(monkeypatch):
+    """Hugging Face takes the longest row of a batch, ours each row alone."""
+    entries = LONGROPE | {"original_max_position_embeddings": 8}
+    monkeypatch.setitem(MODELS, "longer", ("Phi3ForCausalLM", entries))
+    model, everything = peer("longer"), np.ones((B, T), bool)
+    ours = loaded_from(model)
+    assert_same((ours(TOKENS),), theirs(model, everything)[1:], everything)
+    short = ours(TOKENS[:, :8])
+    assert np.abs(short - np.asarray(ours(TOKENS))[:, :8]).max() > 0.01
+    with pytest.raises(
+        NotImplementedError, match="cache cannot be used with LongRoPE beyond its 8"
+    ):
+        ours(TOKENS, caches=ours.init_caches((B,), T))
+
+
+SIZES = {key: LLAMA[key] for key in list(LLAMA)[:5]} | {"hidden_size": 32}
+
+
+@pytest.mark.parametrize("name", dict.fromkeys(cls for cls, _ in MODELS.values()))
+def test_defaults_of_missing_entries_equal_hugging_face(name):
+    given = dict(SIZES)
+    if name.startswith("OPT"):
+        given["ffn_dim"] = given.pop("intermediate_size")
+    config = getattr(transformers, name).config_class(**given)
+    whole = config.to_dict()
+    whole.pop("architectures", None)
+    (family,) = (x for x in pretrained.FAMILIES if config.model_type in x.MODEL_TYPES)
+    configs = []
+    for entries in (given, whole):
+        x = HFConfig({"model_type": config.model_type, **entries})
+        configs.append(family.from_hf(x, set()))
+        x.finish("model")
+    a, b = configs
+    assert a == b
