@@ -14,6 +14,7 @@ from jaxtyping import Float
 
 from attention_jax.core.axes import int_at_least
 from attention_jax.models.vision import VisionTransformer
+from attention_jax.nn.int8 import Quantized
 
 Model = TypeVar("Model", bound=nnx.Module)
 
@@ -33,7 +34,8 @@ def resize_vocabulary(model: Model, vocabulary: int) -> Model:
 
     Raises:
       TypeError: a model without a vocabulary.
-      ValueError: no tokens, or parameters that the ``config`` does not describe (adapters).
+      ValueError: no tokens, parameters that the ``config`` does not describe (adapters), or a
+        quantized model.
 
     >>> from flax import nnx
     >>> from attention_jax.models import Decoder, DecoderConfig, Layers, resize_vocabulary
@@ -152,6 +154,8 @@ def _changed(model: Any, config: Any, change: Callable[[Any], jax.Array]) -> Any
     make: Callable[..., Any] = type(model)
     graph, expected = nnx.split(nnx.eval_shape(lambda: make(config, rngs=nnx.Rngs(0))))
     old = dict(nnx.to_flat_state(nnx.state(model)))
+    if any(isinstance(x.get_raw_value(), Quantized) for x in old.values()):
+        raise ValueError("model is quantized: resize the original model")
     paths = {path for path, _ in nnx.to_flat_state(expected)}
     if paths != old.keys():
         different = sorted(".".join(map(str, path)) for path in paths ^ old.keys())

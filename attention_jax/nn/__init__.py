@@ -48,6 +48,8 @@ freezes everything else; ``merged`` folds the changes back in:
 >>> bool(np.allclose(nn.merged(adapted)(tokens), module(tokens), atol=1e-5))
 True
 
+``quantized`` stores the weights of a model as 8-bit integers.
+
 ``record_weights`` returns the attention weights of every module of a model, and
 ``moved_embeddings`` perturbs its embeddings, for adversarial training.
 """
@@ -63,6 +65,7 @@ from attention_jax.nn.embeddings import Embeddings as Embeddings
 from attention_jax.nn.embeddings import moved_embeddings as moved_embeddings
 from attention_jax.nn.experts import MixtureOfExperts as MixtureOfExperts
 from attention_jax.nn.feed_forward import FeedForward as FeedForward
+from attention_jax.nn.int8 import quantized as quantized
 from attention_jax.nn.lora import Frozen as Frozen
 from attention_jax.nn.lora import low_rank as low_rank
 from attention_jax.nn.lora import low_rank_state as low_rank_state
@@ -92,6 +95,7 @@ __all__ = [
     "merged",
     "moved_embeddings",
     "pooling",
+    "quantized",
     "record_weights",
     "with_low_rank",
 ]

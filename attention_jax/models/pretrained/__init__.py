@@ -121,6 +121,7 @@ from attention_jax.models.pretrained.variables import (
 from attention_jax.models.sentences import Embedder, EmbedderConfig
 from attention_jax.models.sharding import Rules, shardings
 from attention_jax.models.vision import VisionConfig
+from attention_jax.nn import Frozen, int8
 
 __all__ = [
     "Padded",
@@ -161,6 +162,7 @@ def load(
     ignore: Collection[str] = (),
     dtype: Any = None,
     param_dtype: Any = jnp.float32,
+    quantize: str | None = None,
     implementation: str | tuple[str, ...] | None = None,
     seed: int = 0,
     mesh: Mesh | None = None,
@@ -177,6 +179,9 @@ def load(
       ignore: regular expressions; tensors whose names match are treated as if they were absent.
       dtype: of the computation; default that of the parameters.
       param_dtype: of the parameters, whatever the dtype in the file.
+      quantize: ``"int8"`` stores projections and token embeddings as 8-bit integers, one tensor
+        after the other, as ``nn.quantized`` does; a weight changes by at most 1/254 of the largest
+        of its channel.
       implementation: of attention.
       seed: for dropout.
       mesh: load straight into shards on these devices, one tensor at a time: neither the host nor a
@@ -218,6 +223,8 @@ def load(
     """
     if not jnp.issubdtype(param_dtype, jnp.floating):
         raise ValueError(f"param_dtype must be a floating one, got {param_dtype}")
+    if quantize not in (None, "int8"):
+        raise ValueError(f"quantize must be 'int8' or None, got {quantize!r}")
     if rules and mesh is None:
         raise ValueError("mesh must be given with rules: the devices to shard over")
     if isinstance(ignore, str):
@@ -257,10 +264,12 @@ def load(
         parts = [tensors[name].form.into(used[name][0][used[name][1]]) for name in together]
         x = np.stack(parts) if tensors[together[0]].stacked else parts[0]
         arrays[path] = converted(used[together[0]][1], x, param_dtype, placed)
+        if quantize is not None and (axis := int8.axis_of(path, x.shape)) is not None:
+            arrays[path] = int8.quantize(arrays[path], axis)
     if placements is not None:
         for path in leaves.keys() - {tensors[name].path for name in used}:
             arrays[path] = jax.device_put(arrays[path], placements[path].get_value())
-    values = {path: x.replace(arrays[path]) for path, x in leaves.items()}
+    values = {path: _variable(x, arrays[path]) for path, x in leaves.items()}
     model = nnx.merge(graph, nnx.from_flat_state(values))
     model.eval()
     if left_out:
@@ -270,6 +279,13 @@ def load(
             stacklevel=2,
         )
     return model
+
+
+def _variable(x: Any, value: Any) -> Any:
+    """The variable with a value; what is quantized is not trained."""
+    if isinstance(value, int8.Quantized):
+        return Frozen.from_metadata(value, x.get_metadata())
+    return x.replace(value)
 
 
 def load_embedder(

@@ -13,6 +13,7 @@ from jax.experimental import multihost_utils
 
 from attention_jax.models.pretrained.family import Family
 from attention_jax.nn import Embeddings
+from attention_jax.nn.int8 import Quantized
 
 
 def checked_leaves(model: Any, family: Family) -> dict[Any, Any]:
@@ -20,6 +21,8 @@ def checked_leaves(model: Any, family: Family) -> dict[Any, Any]:
     modules = [module for _, module in nnx.iter_modules(model)]
     if any(isinstance(module, nnx.LoRA) for module in modules):
         raise ValueError("model has low-rank adapters: save nn.merged(model)")
+    if any(isinstance(x.get_raw_value(), Quantized) for _, x in _parameters(model)):
+        raise ValueError("model is quantized: save the original model")
     if any(isinstance(module, Embeddings) and module.moved is not None for module in modules):
         raise ValueError(
             "model has moved embeddings (nn.moved_embeddings), which a checkpoint cannot express: "

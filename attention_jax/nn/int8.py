@@ -1,0 +1,143 @@
+"""Weights as 8-bit integers with a scale per channel, a quarter of the memory of float32."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int8
+
+from attention_jax.core.axes import AnyArray
+from attention_jax.nn.lora import Frozen
+
+MOST = 127
+# Parameters by the end of their path, and the axis that a scale is shared along: the inputs of a
+# kernel [E F] or of experts [X E F], and a row of a table [V E].
+AXES = {"kernel": -2, "gate": -2, "up": -2, "down": -2, "tokens": -1}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Quantized:
+    """An array as integers and scales; indexing it gives floating-point numbers.
+
+    Attributes:
+      integers: from -127 to 127.
+      scale: of each channel, in the dtype of the array.
+    """
+
+    integers: Int8[Array, "..."]
+    scale: Float[Array, "..."]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the array."""
+        return self.integers.shape
+
+    @property
+    def ndim(self) -> int:
+        """Its number of axes."""
+        return self.integers.ndim
+
+    @property
+    def size(self) -> int:
+        """Its number of entries."""
+        return math.prod(self.shape)
+
+    @property
+    def dtype(self) -> Any:
+        """Of the array that indexing gives."""
+        return self.scale.dtype
+
+    def __getitem__(self, index: Any) -> jax.Array:
+        return (self.integers.astype(self.dtype) * self.scale)[index]
+
+
+def quantize(x: Float[AnyArray, "..."], axis: int) -> Quantized:
+    """Rounds an array to integers, with one scale along ``axis``::
+
+        s = max |x| / 127        q = round(x / s)        |q s - x| <= s / 2
+
+    Args:
+      x: any floating dtype.
+      axis: whose entries share a scale.
+
+    Raises:
+      ValueError: infinite or NaN entries, if the values are known.
+
+    >>> import numpy as np
+    >>> from attention_jax.nn.int8 import quantize
+    >>> q = quantize(np.array([[1.0, -100.0], [0.3, 254.0]], np.float32), axis=0)
+    >>> q.integers.tolist(), q.scale.round(4).tolist()
+    ([[127, -50], [38, 127]], [[0.007899999618530273, 2.0]])
+    """
+    x = jnp.asarray(x)
+    largest = jnp.abs(x).astype(jnp.float32).max(axis, keepdims=True)
+    if not isinstance(largest, jax.core.Tracer) and not jnp.isfinite(largest).all():
+        raise ValueError("x must be finite to be quantized, got infinite or NaN entries")
+    scale = jnp.where(largest == 0, 1.0, largest / MOST).astype(x.dtype)
+    integers = jnp.round(x.astype(jnp.float32) / scale.astype(jnp.float32))
+    return Quantized(jnp.clip(integers, -MOST, MOST).astype(jnp.int8), scale)
+
+
+def quantized(model: nnx.Module) -> Any:
+    """A copy of a model whose projections and token embeddings are 8-bit integers.
+
+    Each output of a projection, and each token, has a scale of its own. Weights are widened when
+    they are used: the model needs a quarter of the memory of float32 and half of bfloat16, and its
+    activations are computed as before. On a CPU a step takes longer, since XLA writes the widened
+    weights to memory. Norms, biases, routers and tables of positions stay as they are.
+
+    Args:
+      model: is not changed.
+
+    Returns:
+      A model for inference: what is quantized is ``Frozen`` and cannot be trained, saved as a
+      checkpoint or quantized again. Train small changes of it with ``low_rank``.
+
+    Raises:
+      ValueError: nothing to quantize; infinite or NaN weights.
+
+    >>> import jax, numpy as np
+    >>> from flax import nnx
+    >>> from attention_jax.models import Decoder, DecoderConfig, Layers
+    >>> from attention_jax.nn import quantized
+    >>> model = Decoder(DecoderConfig(50, Layers(features=64, num_layers=1, num_heads=2)),
+    ...                 rngs=nnx.Rngs(0))
+    >>> small = quantized(model)
+    >>> size = lambda model: sum(x.nbytes for x in jax.tree.leaves(nnx.state(model)))
+    >>> round(size(model) / size(small), 1)
+    3.6
+    >>> tokens = np.array([[3, 1, 4]])
+    >>> bool(np.abs(small(tokens) - model(tokens)).max() < 0.1)
+    True
+
+    Source: Dettmers et al. 2022, "LLM.int8()", without its separate outliers.
+    """
+    graph, state = nnx.split(model)
+    old = dict(nnx.to_flat_state(state))
+    flat = {path: in_int8(path, x) for path, x in old.items()}
+    if all(flat[path] is x for path, x in old.items()):
+        raise ValueError("model must have projections or embeddings in floating-point numbers")
+    return nnx.merge(graph, nnx.from_flat_state(flat), copy=True)
+
+
+def axis_of(path: tuple[Any, ...], shape: tuple[int, ...]) -> int | None:
+    """Along which axis a parameter shares a scale; None if it is not quantized.
+
+    A router stays as it is: rounding could make it choose other experts.
+    """
+    return AXES.get(path[-1]) if len(shape) > 1 and "router" not in path else None
+
+
+def in_int8(path: tuple[Any, ...], variable: Any) -> Any:
+    """The variable with a ``Quantized`` value, if it is a projection or a table of tokens."""
+    value = variable.get_raw_value()
+    axis = axis_of(path, getattr(value, "shape", ()))
+    if axis is None or not isinstance(variable, nnx.Param) or isinstance(value, Quantized):
+        return variable
+    return Frozen.from_metadata(quantize(value, axis), variable.get_metadata())

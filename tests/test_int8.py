@@ -1,0 +1,120 @@
+"""Weights as 8-bit integers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from helpers import jax_normal
+
+from attention_jax import models
+from attention_jax.models import pretrained
+from attention_jax.nn import Frozen, MixtureOfExperts, low_rank, quantized
+from attention_jax.nn.int8 import Quantized, quantize
+
+TOKENS = np.array([[3, 1, 4, 1, 5, 9]])
+
+
+@pytest.fixture(scope="module")
+def decoder():
+    layers = models.Layers(
+        features=32, num_layers=2, num_heads=2, fused=True, activation="gelu_tanh"
+    )
+    config = models.DecoderConfig(60, layers, positions="learned", max_length=8)
+    model = models.Decoder(config, rngs=nnx.Rngs(0))
+    model.eval()
+    return model
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_each_weight_is_within_half_a_step(axis, dtype):
+    x = jax_normal(0, 5, 7, dtype=dtype) * jnp.asarray([1, 1e-3, 100, 1, 0, 1, 1], dtype)
+    q = quantize(x, axis)
+    exact, found = (np.asarray(y, np.float64) for y in (x, q[...]))
+    step = np.abs(exact).max(axis, keepdims=True) / 127
+    rounding = 2.0 ** (-7 if dtype == "bfloat16" else -22) * np.abs(exact)
+    assert (np.abs(found - exact) <= step * (0.5 + 2.0**-7) + rounding).all()
+    assert q.integers.dtype == jnp.int8
+    assert q[...].dtype == x.dtype
+    assert q.scale.size == x.shape[1 - axis]
+    assert (q.shape, q.ndim, q.size) == (x.shape, x.ndim, x.size)
+
+
+def test_a_model_computes_nearly_the_same(decoder):
+    small = quantized(decoder)
+    right, found = (np.asarray(nnx.jit(lambda m, x: m(x))(m, TOKENS)) for m in (decoder, small))
+    error = np.abs(found - right).max() / np.abs(right).max()
+    assert 0 < error < 0.03
+    np.testing.assert_allclose(small(TOKENS), found, atol=1e-5)
+
+
+def test_the_widened_weights_give_the_same_result_exactly(decoder):
+    """Only the weights are rounded; nothing else changes."""
+    small = quantized(decoder)
+    graph, state = nnx.split(small)
+    wide = {
+        path: nnx.Param.from_metadata(x[...], x.get_metadata()) if isinstance(x, Frozen) else x
+        for path, x in nnx.to_flat_state(state)
+    }
+    model = nnx.merge(graph, nnx.from_flat_state(wide))
+    np.testing.assert_allclose(small(TOKENS), model(TOKENS), atol=1e-6)
+
+
+def test_generation_with_caches(decoder):
+    small = quantized(decoder)
+    logits = small(TOKENS)
+    prompt = models.generate(small, TOKENS, max_new_tokens=1).tokens
+    assert prompt[0, -1] == np.asarray(logits)[0, -1].argmax()
+
+
+def test_norms_biases_positions_and_routers_stay(decoder):
+    kinds = {
+        path[-1]: type(x.get_raw_value())
+        for path, x in nnx.to_flat_state(nnx.state(quantized(decoder)))
+    }
+    assert {name for name, kind in kinds.items() if kind is Quantized} == {"kernel", "tokens"}
+    experts = quantized(MixtureOfExperts(8, 8, experts=2, per_token=1, rngs=nnx.Rngs(0)))
+    assert not isinstance(experts.router.kernel.get_raw_value(), Quantized)
+    assert isinstance(experts.gate.get_raw_value(), Quantized)
+    assert experts.gate.get_raw_value().scale.shape == (2, 1, 8)
+
+
+@pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
+def test_load_quantizes_as_quantized_does(decoder, param_dtype, tmp_path):
+    pretrained.save(decoder, tmp_path)
+    small = pretrained.load(tmp_path, quantize="int8", param_dtype=jnp.dtype(param_dtype))
+    wide = pretrained.load(tmp_path, param_dtype=jnp.dtype(param_dtype))
+    same = quantized(wide)
+    for (path, x), (_, y) in zip(
+        *(nnx.to_flat_state(nnx.state(m)) for m in (small, same)), strict=True
+    ):
+        assert type(x) is type(y)
+        assert type(x.get_raw_value()) is type(y.get_raw_value()), path
+        jax.tree.map(np.testing.assert_array_equal, x.get_raw_value(), y.get_raw_value())
+    size, full = (
+        sum(x.nbytes for x in jax.tree.leaves(nnx.state(m, (nnx.Param, Frozen))))
+        for m in (small, wide)
+    )
+    assert size < full * {"float32": 0.32, "bfloat16": 0.6}[param_dtype]
+
+
+def test_low_rank_adapters_are_trained_over_quantized_weights(decoder):
+    adapted = low_rank(quantized(decoder), rank=1, where=("out",), rngs=nnx.Rngs(1))
+    gradients = nnx.grad(lambda model: model(TOKENS).sum())(adapted)
+    names = {path[-1] for path, _ in nnx.to_flat_state(gradients)}
+    assert names == {"lora_a", "lora_b"}
+
+
+def test_errors(decoder, tmp_path):
+    small = quantized(decoder)
+    with pytest.raises(ValueError, match="model is quantized: save the original model"):
+        pretrained.save(small, tmp_path)
+    with pytest.raises(ValueError, match="model is quantized: resize the original model"):
+        models.resize_vocabulary(small, 70)
+    with pytest.raises(ValueError, match="model must have projections or embeddings"):
+        quantized(small)
+    with pytest.raises(ValueError, match="x must be finite to be quantized"):
+        quantize(np.array([[1.0, np.inf]], np.float32), 0)
+    with pytest.raises(ValueError, match="quantize must be 'int8' or None, got 'int4'"):
+        pretrained.load(tmp_path, quantize="int4")
