@@ -63,11 +63,21 @@ hypothesis.settings.load_profile("default")
 
 
 def pytest_collection_modifyitems(items):
-    """Examples in docstrings run as pasted, without the names of their module."""
+    """Examples in docstrings run as pasted: without the names of their module, and with JAX's
+    default promotion of dtypes."""
     for item in items:
         if isinstance(item, doctest.DoctestItem):
             item.dtest.globs.clear()
             item.dtest.globs["__name__"] = "__main__"
+            item.runtest = with_standard_promotion(item.runtest)
+
+
+def with_standard_promotion(run):
+    def runtest():
+        with jax.numpy_dtype_promotion("standard"):
+            run()
+
+    return runtest
 
 
 def pytest_collection_finish():

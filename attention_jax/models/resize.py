@@ -73,7 +73,7 @@ def _with_vocabulary(config: Any, vocabulary: int) -> Any:
     raise TypeError("model must have a vocabulary in its config, as those of attention_jax.models")
 
 
-def resize_image(model: VisionTransformer, image: tuple[int, int]) -> VisionTransformer:
+def resize_image(model: nnx.Module, image: tuple[int, int]) -> VisionTransformer:
     """A copy of a vision transformer for images of another size.
 
     The learned positions are a picture with a vector per patch: it is interpolated by bicubic
