@@ -13,6 +13,7 @@ import pytest
 from flax import nnx
 from flax.core import spmd
 from helpers import mostly_slow
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from attention_jax.models import (
@@ -24,6 +25,7 @@ from attention_jax.models import (
     EncoderConfig,
     EncoderDecoder,
     EncoderDecoderConfig,
+    Experts,
     Layers,
     Relative,
     VisionConfig,
@@ -31,7 +33,7 @@ from attention_jax.models import (
     pretrained,
     sharding,
 )
-from attention_jax.nn import FeedForward, low_rank
+from attention_jax.nn import FeedForward, MixtureOfExperts, low_rank
 from attention_jax.positions import Rotary
 from experiments.bench.sharding import KINDS, WAYS, mesh_of, rules_of, step_collectives
 from experiments.training.checkpoints import LAST, Checkpoints
@@ -86,6 +88,24 @@ MODELS = {
         "dropout_rate": 0.2,
         "attention_dropout_rate": 0.2,
     },
+    "joint norm, fused gates": {
+        "num_layers": 1,
+        "num_kv_heads": 2,
+        "gated": True,
+        "fused": True,
+        "query_key_norm": "joint",
+        "norm": "rms",
+        "order": "after",
+        "rotary": Rotary(width=2),
+    },
+    "joint norm, parallel": {"num_layers": 1, "query_key_norm": "joint", "parallel": True},
+    "experts": {
+        "num_layers": 1,
+        "experts": Experts(4, 2),
+        "gated": True,
+        "feed_forward_bias": False,
+        "activation": "silu",
+    },
 }
 FAST = {("grouped, gated, rotary", "fsdp and model", "Auto")}
 
@@ -115,6 +135,7 @@ def on_one_device(model):
         pytest.param(m, n, k, marks=[] if (m, n, k) in FAST else [pytest.mark.slow])
         for (i, m), (j, n) in itertools.product(enumerate(MODELS), enumerate(WAYS))
         for k in [list(KINDS)[(i + j + 1) % 2]]  # every pair of the three
+        if (m, k) != ("experts", "Explicit")
     ],
 )
 def test_loss_and_gradient_equal_those_of_one_device(model, name, kind):
@@ -132,6 +153,18 @@ def test_loss_and_gradient_equal_those_of_one_device(model, name, kind):
     chex.assert_trees_all_close(
         jax.device_get(gradient), jax.device_get(expected[1]), atol=1e-5, rtol=1e-3
     )
+
+
+@pytest.mark.slow
+def test_experts_refuse_explicit_axes():
+    mesh = mesh_of("Explicit", data=8)
+    module = MixtureOfExperts(8, 8, experts=2, per_token=1, rngs=nnx.Rngs(0))
+    x = jax.device_put(np.ones((8, 8), np.float32), NamedSharding(mesh, P("data")))
+    with (
+        jax.set_mesh(mesh),
+        pytest.raises(NotImplementedError, match="axis_types of AxisType"),
+    ):
+        module(x)
 
 
 ONE = layers(num_layers=1)

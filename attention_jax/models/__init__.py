@@ -115,6 +115,7 @@ __all__ = [
     "EncoderConfig",
     "EncoderDecoder",
     "EncoderDecoderConfig",
+    "Experts",
     "Generated",
     "Layers",
     "Pooler",

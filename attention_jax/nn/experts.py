@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from attention_jax.core.axes import AnyArray, accumulation_dtype, check_tokens, int_at_least
 from attention_jax.core.dropout import check_rate
+from attention_jax.core.shards import explicit_mesh
 from attention_jax.nn.feed_forward import ACTIVATIONS
 from attention_jax.nn.linear import linear
 from attention_jax.nn.logical import logical
@@ -28,7 +29,7 @@ class MixtureOfExperts(nnx.Module):
         y = sum_e p_e (activation(x W_gate_e) * x W_up_e) W_down_e
 
     The tokens are sorted by expert, and one ragged product computes all experts. Experts have no
-    capacity: no token is dropped, whatever the router chooses.
+    capacity: no token is dropped, whatever the router chooses. On a mesh, its axes must be Auto.
 
     >>> import numpy as np
     >>> from flax import nnx
@@ -112,9 +113,18 @@ class MixtureOfExperts(nnx.Module):
         deterministic: bool | None = None,
         rngs: Any = None,
     ) -> jax.Array:
-        """``[*B T E]`` to the same shape."""
+        """``[*B T E]`` to the same shape.
+
+        Raises:
+          NotImplementedError: arrays that are sharded over explicit mesh axes.
+        """
         x = jnp.asarray(x)
         check_tokens("x", x, "[... E]", self.features)
+        if explicit_mesh(x, self.gate[...]) is not None:
+            raise NotImplementedError(
+                "MixtureOfExperts sorts tokens of all devices, which explicit mesh axes do not "
+                "allow: make the mesh with axis_types of AxisType.Auto"
+            )
         dtype = self.dtype or jnp.promote_types(x.dtype, self.gate[...].dtype)
         tokens = x.reshape(math.prod(x.shape[:-1]), self.features).astype(dtype)
         k = self.per_token
