@@ -95,6 +95,15 @@ def test_a_fresh_head_is_saved_and_loaded(head, tmp_path):
     assert_same(encoder, model.encoder)
 
 
+def test_the_model_type_of_a_family_with_several_is_written_on_request(tmp_path):
+    model = checkpoints.make("roberta")
+    pretrained.save(model, tmp_path, config={"model_type": "xlm-roberta"})
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "xlm-roberta"
+    assert pretrained.load(tmp_path).config == model.config
+    with pytest.raises(ValueError, match=r"model_type must be one of .*'camembert'.*, got 'bert'"):
+        pretrained.save(model, tmp_path, config={"model_type": "bert"})
+
+
 FAMILIES = {  # each with a head that is unlike that of BERT
     "roberta": "classes",
     "distilbert": "spans",

@@ -105,7 +105,20 @@ PUBLISHED = {
             "initializer_factor": 1.0,
             "logit_scale_init_value": 2.6592,
             "_commit_hash": None,
-            "text_config_dict": {"dropout": 0.0, "projection_dim": 512, "top_p": 1.0},
+            "text_config_dict": {
+                **OLD_DUMP,
+                "dropout": 0.0,
+                "projection_dim": 512,
+                "tie_word_embeddings": True,
+                "tf_legacy_loss": False,
+                "typical_p": 1.0,
+                "vocab_size": 11,
+                "max_position_embeddings": 6,
+                "hidden_size": 8,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "intermediate_size": 12,
+            },
             "vision_config_dict": None,
         },
     ),
@@ -273,9 +286,10 @@ def test_defaults_and_precedence_of_clip():
     config = configured("clip", text_config={"eos_token_id": 2, "num_hidden_layers": 3})
     assert (config.end, config.features, config.text.max_length) == (None, 512, 77)
     assert (config.text.layers.num_layers, config.vision.layers.num_heads) == (3, 12)
-    both = {"text_config": {"hidden_size": 16}, "text_config_dict": {"hidden_size": 24}}
-    config = configured("clip", **both)
-    assert (config.end, config.text.layers.features) == (49_407, 24)
+    newer, older = {"num_attention_heads": 2, "eos_token_id": 2}, {"hidden_size": 24}
+    config = configured("clip", text_config=newer, text_config_dict=older)
+    layers = config.text.layers
+    assert (config.end, layers.features, layers.num_heads) == (49_407, 24, 8)
 
 
 def test_layers_of_modernbert_alternate():

@@ -302,7 +302,8 @@ def tagger(
       rngs: for the head and dropout.
 
     Returns:
-      A model with a copy of the encoder, without its pooler, in evaluation mode.
+      A model with a copy of the encoder in evaluation mode. It has a pooler only if that is applied
+      to each token, as in ModernBERT.
 
     Raises:
       TypeError: not an ``Encoder``.
@@ -330,7 +331,8 @@ def reader(encoder: Encoder, *, dropout_rate: float = 0.0, rngs: nnx.Rngs) -> Re
       rngs: for the head and dropout.
 
     Returns:
-      A model with a copy of the encoder, without its pooler, in evaluation mode.
+      A model with a copy of the encoder in evaluation mode. It has a pooler only if that is applied
+      to each token, as in ModernBERT.
 
     Raises:
       TypeError: not an ``Encoder``.

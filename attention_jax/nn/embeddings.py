@@ -140,7 +140,8 @@ class Embeddings(nnx.Module):
             positions = jnp.arange(x.shape[-2], dtype=jnp.int32)
         check_broadcasts("positions", check_positions(positions), x.shape[:-1])
         if self.positions is not None:
-            table = gathered(self.positions[...], 1)[self.first_position :]
+            table = gathered(self.positions[...], 1)
+            table = table[self.first_position :] if self.first_position else table
             x = _sum(x, self._cast(learned(table, positions)))
         if self.sinusoidal:
             x = _sum(x, sinusoidal(positions, x.shape[-1], dtype=x.dtype))

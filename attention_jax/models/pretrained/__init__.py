@@ -362,7 +362,8 @@ def save(
         may be sharded, over several processes too: then all of them call this function, and the
         first one writes.
       folder: created if it does not exist.
-      config: more entries for ``config.json``, ``eos_token_id`` for example.
+      config: more entries for ``config.json``, ``eos_token_id`` for example, or the ``model_type``
+        of an architecture with several: an XLM-RoBERTa is written as ``"roberta"`` by default.
 
     Raises:
       NotImplementedError: no family has such a model; among them a classifier of the mean of all

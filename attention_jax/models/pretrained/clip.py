@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 from flax import nnx
@@ -11,6 +11,7 @@ from attention_jax.models.decoder import DecoderConfig
 from attention_jax.models.dual_encoder import DualEncoder, DualEncoderConfig
 from attention_jax.models.layers import Layers
 from attention_jax.models.pretrained.hf_config import ACTIVATION_NAMES, HFConfig
+from attention_jax.models.pretrained.rope import an_object
 from attention_jax.models.pretrained.tensors import Form, Path, Tensor, block, linear, norm
 from attention_jax.models.pretrained.vit import convolution, image_and_patch
 from attention_jax.models.vision import VisionConfig
@@ -65,17 +66,12 @@ def from_hf(hf: HFConfig, names: set[str]) -> DualEncoderConfig:
 
 
 def _tower(hf: HFConfig, name: str) -> HFConfig:
-    """The entries of a tower; those of an older object beside take precedence."""
-    entries: dict[str, Any] = {}
-    for key in (name, f"{name}_dict"):
-        given = hf.take(key, None) or {}
-        if not isinstance(given, Mapping):
-            hf.errors.append(f"{key} must be an object, got {given!r}")
-            given = {}
-        entries |= given
-    tower = HFConfig(entries)
+    """The entries of a tower. An older object takes their place, with its own defaults."""
+    newer, older = an_object(hf, name), an_object(hf, f"{name}_dict")
+    tower = HFConfig(older or newer)
     tower.only("dropout", 0.0)
     tower.take("projection_dim", None)  # that of the whole model is used
+    tower.take("tie_word_embeddings", None)  # there is no head
     return tower
 
 

@@ -155,6 +155,8 @@ class EncoderFamily:
     def from_hf(self, hf: HFConfig, names: set[str]) -> Config:
         """Our configuration from Hugging Face's."""
         kind = hf.take("model_type", self.MODEL_TYPES[0])
+        if kind not in self.NAMES:
+            raise ValueError(f"model_type must be one of {list(self.NAMES)}, got {kind!r}")
         known = {x + end: h for x in self.NAMES.values() for end, h in self.architectures.items()}
         head = known[hf.architecture(known, self.headless(kind))]
         hf.only("tie_word_embeddings", True)

@@ -48,6 +48,7 @@ HARMLESS = {
     "sentence_transformers",  # likewise
     "sep_token_id",
     "task_specific_params",
+    "tf_legacy_loss",
     "tokenizer_class",
     "torch_dtype",
     "torchscript",

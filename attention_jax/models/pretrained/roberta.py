@@ -1,4 +1,8 @@
-"""RoBERTa, XLM-RoBERTa and CamemBERT: BERT with positions that count from that of padding."""
+"""RoBERTa, XLM-RoBERTa and CamemBERT: BERT with positions that count from that of padding.
+
+The three differ in nothing but their tokenizers. All are written as RoBERTa, unless ``save`` is
+given another ``model_type``.
+"""
 
 from __future__ import annotations
 

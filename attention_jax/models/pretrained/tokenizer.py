@@ -24,7 +24,8 @@ NO_LIMIT = 10**9  # Hugging Face's model_max_length of models without positions 
 ROUND = 64  # tables of embeddings are padded to multiples of this, for speed
 # Models that were distilled from XLM-RoBERTa have more rows than its vocabulary.
 LARGER = {250_002: 250_037}
-FROM_PADDING = {"roberta": 1, "xlm-roberta": 1, "camembert": 1, "mpnet": 1}
+# Positions count from that of padding in these, which is the token 1 unless the entry says another.
+FROM_PADDING = ("roberta", "xlm-roberta", "camembert", "mpnet")
 
 
 class Row(NamedTuple):
@@ -324,8 +325,8 @@ def _positions(config: Mapping[str, Any], settings: Mapping[str, Any]) -> int | 
     of_gpt2 = config.get("n_positions") if config.get("model_type") == "gpt2" else None
     rows, kind = config.get("max_position_embeddings", of_gpt2), config.get("model_type")
     if kind in FROM_PADDING and isinstance(rows, int):  # the rows up to that are not used
-        padding = config.get("pad_token_id", FROM_PADDING[kind])
-        rows -= (padding if isinstance(padding, int) else 0) + 1
+        padding = 1 if kind == "mpnet" else config.get("pad_token_id", 1)
+        rows -= padding + 1 if isinstance(padding, int) else 0
     limits = rows, settings.get("model_max_length")
     numbers = [int(x) for x in limits if isinstance(x, int | float) and 0 < x < NO_LIMIT]
     return min(numbers, default=None)
