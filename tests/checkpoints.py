@@ -90,6 +90,16 @@ def make(kind):
             layers = models.Layers(**SMALL, fused=True, activation="gelu_tanh")
             config = models.DecoderConfig(11, layers, positions="learned", max_length=6)
             return models.Decoder(config, rngs=rngs)
+        case "gpt_neox":
+            layers = models.Layers(**SMALL, fused=True, parallel=True, rotary=Rotary(width=2))
+            return models.Decoder(models.DecoderConfig(11, layers, tied=False), rngs=rngs)
+        case "opt":
+            layers = models.Layers(**SMALL, activation="relu")
+            options = {"positions": "learned", "max_length": 6, "first_position": 2}
+            return models.Decoder(models.DecoderConfig(11, layers, **options), rngs=rngs)
+        case "mixtral":
+            mixture = dataclasses.replace(LLAMA, experts=models.Experts(3, 2))
+            return models.Decoder(models.DecoderConfig(11, mixture, tied=False), rngs=rngs)
         case "llama" | "llama tied":
             return models.Decoder(models.DecoderConfig(11, LLAMA, tied="tied" in kind), rngs=rngs)
         case "gemma2":

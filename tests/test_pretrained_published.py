@@ -1,10 +1,17 @@
 """Configurations of decoders as they are published: what is read, and what is refused."""
 
+import re
+
+import checkpoints
+import numpy as np
 import pytest
+from checkpoints import assert_same
 
 from attention_jax.models import Experts, pretrained
 from attention_jax.models.pretrained.hf_config import HFConfig
 from attention_jax.positions import Linear, LongRoPE, Rotary
+
+saved = pytest.fixture(checkpoints.saved)
 
 COMMON = {
     "attention_dropout": 0.0,
@@ -279,6 +286,34 @@ def test_rotary_entries():
 
 
 LONGROPE = {"type": "longrope", "short_factor": [1.0] * 3, "long_factor": [2.0] * 3}
+
+
+def with_masks(arrays):
+    """As in older files; the head has its name in Hugging Face's newer models."""
+    at, ones = "gpt_neox.layers.0.attention", np.ones((2, 2), np.float32)
+    masks = {f"{at}.{name}": ones for name in ("bias", "masked_bias", "rotary_emb.inv_freq")}
+    return {x.replace("embed_out", "lm_head"): y for x, y in arrays.items()} | masks
+
+
+def without_prefix(arrays):
+    return {name.removeprefix("model."): x for name, x in arrays.items()}
+
+
+@pytest.mark.parametrize(("kind", "change"), [("gpt_neox", with_masks), ("opt", without_prefix)])
+def test_tensors_of_other_files(kind, change, saved):
+    folder, expected = saved(kind, change)
+    assert_same(pretrained.load(folder), expected)
+
+
+def test_tensors_of_experts(saved):
+    folder, expected = saved("mixtral")
+    assert_same(pretrained.load(folder), expected)
+    name = "model.layers.0.block_sparse_moe.experts.1.w2.weight"
+    folder, _ = saved("mixtral", lambda arrays: {x: arrays[x] for x in arrays if x != name})
+    with pytest.raises(ValueError, match=f"{re.escape(name)} is missing"):
+        pretrained.load(folder)
+
+
 NEAR = {"rope_parameters": {"rope_theta": 5.0}}
 REFUSED = [
     ("qwen2", {"use_mrope": True}, "use_mrope = True is not supported"),
