@@ -37,6 +37,7 @@ def peer(name, seed=0):
     """Hugging Face's model, with every parameter random, since zeros and ones hide mistakes."""
     architecture, options = MODELS[name]
     cls = getattr(transformers, architecture)
+    torch.manual_seed(1 + seed)
     model = cls(cls.config_class(**options, attn_implementation="eager")).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

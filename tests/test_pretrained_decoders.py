@@ -146,6 +146,7 @@ def peer(name):
     """Hugging Face's model, with every parameter random, since zeros and ones hide mistakes."""
     architecture, options = MODELS[name]
     cls = getattr(transformers, architecture)
+    torch.manual_seed(0)
     model = cls(cls.config_class(**options, attn_implementation="eager")).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
