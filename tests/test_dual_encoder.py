@@ -19,6 +19,7 @@ def model():
     return checkpoints.make("clip")
 
 
+@pytest.mark.slow
 def test_the_vector_of_a_text_is_that_of_its_first_end(model):
     whole = model.texts(np.array([[3, 1, END, 4, END]]))
     assert np.allclose(np.linalg.norm(whole), 1, atol=1e-5)

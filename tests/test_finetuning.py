@@ -118,6 +118,7 @@ def test_marked_nouns_are_read_at_their_first_marks(folder):
     np.testing.assert_allclose(*compute(model), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_token_dropout_masks_neither_special_tokens_nor_marks(tmp_path):
     tiny_bert.write(tmp_path, [*tiny_bert.TOKENS, "[MASK]"])
     config = configured(tmp_path, "relations", token_dropout=0.5)
@@ -145,7 +146,7 @@ def test_token_dropout_needs_a_mask_token(folder):
         load("trec").init(config, load("trec").data(config), nnx.Rngs(0))
 
 
-@pytest.mark.parametrize("pool", ["mean", "first"])
+@pytest.mark.parametrize("pool", mostly_slow(["mean", "first"], {"first"}))
 def test_pool_is_what_is_classified(folder, pool):
     config = configured(folder, "trec", pool=pool)
     data = load("trec").data(config)

@@ -215,6 +215,7 @@ def test_a_token_out_of_range_trains_no_row():
     np.testing.assert_array_equal(gradient, np.eye(5)[3][:, None] * np.ones(4))
 
 
+@pytest.mark.slow
 def test_logits_of_a_token_out_of_range_are_nan_under_jit():
     layers = Layers(features=8, num_layers=1, num_heads=2)
     encoder = Encoder(EncoderConfig(13, layers), rngs=nnx.Rngs(0))

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from flax import nnx
+from helpers import slow
 
 from attention_jax import models
 from attention_jax.models.resize import bicubic
@@ -13,7 +14,7 @@ TOKENS = np.array([[3, 1, 4]])
 VISION = models.VisionConfig(image=(8, 8), patch=4, channels=1, classes=3, layers=LAYERS)
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+@pytest.fixture(scope="module", params=[True, slow(False)], ids=["tied", "untied"])
 def decoder(request):
     config = models.DecoderConfig(10, LAYERS, tied=request.param)
     model = models.Decoder(config, rngs=nnx.Rngs(0))
@@ -43,6 +44,7 @@ def test_other_parameters_are_shared_and_the_mode_is_kept(decoder):
     assert same is decoder.stack.norm.scale.get_value()
 
 
+@pytest.mark.slow
 def test_an_encoder_within_a_classifier():
     encoder = models.EncoderConfig(10, LAYERS, head="tokens", max_length=4)
     masked = models.resize_vocabulary(models.Encoder(encoder, rngs=nnx.Rngs(0)), 11)
