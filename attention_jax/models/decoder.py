@@ -39,7 +39,7 @@ class DecoderConfig:
       layers: the stack.
       positions: vectors added to those of the tokens: ``"learned"``, ``"sinusoidal"``; None, with
         rotary positions for example.
-      max_length: rows of learned positions; without those, the length the model was trained for.
+      max_length: number of learned positions; without those, the length the model was trained for.
       first_position: row of the table of positions for the first token, 2 in OPT; the rows before
         it are not used.
       embedding_scale: of the token vectors.

@@ -104,7 +104,8 @@ class DualEncoder(nnx.Module):
         """The vectors of texts, ``[*B T]`` to ``[*B F]``, in float32 or wider.
 
         Raises:
-          ValueError: a text without the token ``end``, where tokens are not traced.
+          ValueError: a text without the token ``end``. Under ``jit``, where tokens are not known, the
+            vector of its first token is used instead.
         """
         tokens = check_positions(tokens, "tokens")
         real = as_real(real, tokens.shape)

@@ -68,8 +68,8 @@ class TaggerConfig:
     """Configuration of a ``Tagger``.
 
     Attributes:
-      encoder: of the text, without a head; it needs a ``pooler`` only
-        if that is applied to each token.
+      encoder: of the text, without a head; it needs a ``pooler`` only if that is applied to each
+        token.
       labels: names of the tags, in the order of their logits.
       dropout_rate: of the vectors of the tokens, before the head.
     """
@@ -89,8 +89,8 @@ class ReaderConfig:
     """Configuration of a ``Reader``.
 
     Attributes:
-      encoder: of question and passage, without a head; it needs a ``pooler`` only
-        if that is applied to each token.
+      encoder: of question and passage, without a head; it needs a ``pooler`` only if that is
+        applied to each token.
       dropout_rate: of the vectors of the tokens, before the head.
     """
 
@@ -257,10 +257,10 @@ def classifier(
     Args:
       encoder: a trained one, from ``pretrained.load`` for example. It is not changed.
       labels: names of the classes.
-      pool: ``"first"``, the vector of the first token, or ``"mean"``, of all tokens, which
-        ``pretrained.save`` refuses, since Hugging Face has no such classifier.
+      pool: ``"first"``, the vector of the first token, or ``"mean"``, of all tokens. Only
+        ModernBERT, with ``pooler=True``, can be saved as a checkpoint with ``"mean"``.
       pooler: whether the pooled vector goes through the encoder's pooler, a fresh one if it has
-        none. Default: as BERT does, with ``"first"`` only; Hugging Face can read no other.
+        none; a checkpoint needs it. Default: with ``"first"`` only, as in BERT.
       dropout_rate: of the pooled vector; default: that of the encoder.
       rngs: for the head and dropout.
 

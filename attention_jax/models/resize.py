@@ -1,4 +1,4 @@
-"""Models of another size with the weights of an old one: more tokens, other images."""
+"""Resized models that keep their weights: more tokens, or images of another size."""
 
 from __future__ import annotations
 
@@ -76,8 +76,8 @@ def _with_vocabulary(config: Any, vocabulary: int) -> Any:
 def resize_image(model: nnx.Module, image: tuple[int, int]) -> VisionTransformer:
     """A copy of a vision transformer for images of another size.
 
-    The learned positions are a picture with a vector per patch: it is interpolated by bicubic
-    splines. That of the class token stays.
+    The learned positions form a grid with one vector per patch, which is resized by bicubic
+    interpolation. The position of the class token stays.
 
     Args:
       model: is not changed.
@@ -88,7 +88,7 @@ def resize_image(model: nnx.Module, image: tuple[int, int]) -> VisionTransformer
 
     Raises:
       TypeError: another model.
-      ValueError: a size that the patches do not divide.
+      ValueError: a size that the patches do not divide, adapters, or a quantized model.
 
     >>> from flax import nnx
     >>> import numpy as np
@@ -121,15 +121,15 @@ def resize_image(model: nnx.Module, image: tuple[int, int]) -> VisionTransformer
 
 
 def bicubic(old: int, new: int) -> Float[np.ndarray, "{new} {old}"]:
-    """The matrix that interpolates ``old`` samples at ``new`` places, both in the middle of cells.
+    """The matrix that interpolates ``old`` samples at ``new`` places, both at centers of cells.
 
     ::
 
         w(d) = (a + 2) |d|^3 - (a + 3) |d|^2 + 1          |d| <= 1
                a |d|^3 - 5 a |d|^2 + 8 a |d| - 4 a    1 < |d| <  2        a = -3/4
 
-    as PyTorch has it, whose interpolation published checkpoints are used with. The samples at the
-    ends go on beyond them.
+    as in PyTorch, whose interpolation published checkpoints are used with. Beyond the ends, the
+    first and the last sample repeat.
 
     >>> from attention_jax.models.resize import bicubic
     >>> bicubic(2, 4).round(3).tolist()[1]

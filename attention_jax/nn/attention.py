@@ -54,9 +54,9 @@ class MultiHeadAttention(nnx.Module):
 
     Variants are arguments: a mask (local, global, causal), a score, rotary positions. With
     ``norm``, queries and keys are normalized before they are rotated, each head alone or, with
-    ``joint_norm``, all heads of a token together; with ``gate``, the
-    heads are multiplied by ``sigmoid(x W_g)`` before the output projection; with ``sinks``, each
-    head has a learned logit in the denominator of its softmax.
+    ``joint_norm``, all heads of a token together; with ``gate``, the heads are multiplied by
+    ``sigmoid(x W_g)`` before the output projection; with ``sinks``, each head has a learned logit
+    in the denominator of its softmax.
 
     >>> import numpy as np
     >>> from flax import nnx
@@ -115,8 +115,9 @@ class MultiHeadAttention(nnx.Module):
           mask, score: applied in every call, together with those of the call.
           scale: of the logits; default ``1 / sqrt(H)``.
           rotary: rotates queries and keys by their positions.
-          norm: constructor of the norms of queries and keys, ``norm(head_dim, rngs=rngs)``.
-          joint_norm, sinks, gate: see above.
+          norm: constructor of the norms of queries and keys, ``norm(width, rngs=rngs)``; the width
+            is that of a head, or of all heads with ``joint_norm``.
+          joint_norm, sinks, gate: see above; ``joint_norm`` has no effect without a norm.
           dropout_rate: of the attention probabilities.
           deterministic: disables dropout; ``train()`` and ``eval()`` set it.
           attention: ``attention`` of this library, or a function with the same arguments, which
@@ -397,7 +398,8 @@ class MultiHeadAttention(nnx.Module):
         """Queries or keys, normalized and rotated."""
         if norm is not None:
             # Heads are neighbors in the projection, which is normalized as a whole.
-            flat = heads.reshape(*heads.shape[:-2], -1) if self.joint_norm else heads
+            N, H = heads.shape[-2:]  # not -1: a batch may be empty
+            flat = heads.reshape(*heads.shape[:-2], N * H) if self.joint_norm else heads
             heads = norm(flat).reshape(heads.shape)
         return heads if self.rotary is None else self.rotary(heads, positions)
 

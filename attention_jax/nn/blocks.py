@@ -131,7 +131,7 @@ class Block(nnx.Module):
         attention_norm: bool = True,
         rngs: nnx.Rngs | None = None,
     ) -> None:
-        """Wraps each sublayer into a ``Residual``.
+        """Wraps each sublayer in a ``Residual``.
 
         Args:
           attention: self-attention.

@@ -65,7 +65,8 @@ class MixtureOfExperts(nnx.Module):
           experts: how many there are (X).
           per_token: how many a token uses.
           normalize: divide the weights of a token's experts by their sum.
-          activation: ``"gelu"`` (exact), ``"gelu_tanh"``, ``"relu"`` or ``"silu"``.
+          activation: ``"gelu"`` (exact), ``"gelu_tanh"``, ``"relu"``, ``"silu"``,
+            ``"quick_gelu"`` or ``"tanh"``.
           dropout_rate: of the hidden activations.
           dtype: of the computation; default: the promoted dtype of inputs and parameters.
           param_dtype: of the parameters.

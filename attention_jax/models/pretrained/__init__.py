@@ -1,4 +1,4 @@
-"""Checkpoints in Hugging Face's format: encoders, decoders, encoder-decoders and vision.
+"""Checkpoints in Hugging Face's format: encoders, decoders, encoder-decoders, vision and CLIP.
 
 BERT, RoBERTa, XLM-RoBERTa, CamemBERT, DistilBERT, ELECTRA, MPNet, ModernBERT; GPT-2, GPT-NeoX, OPT,
 Llama, Mistral, Qwen2, Qwen3, Gemma 1 to 3 (text), SmolLM2, SmolLM3, Phi-3, OLMo 2, Granite,
@@ -181,7 +181,7 @@ def load(
       param_dtype: of the parameters, whatever the dtype in the file.
       quantize: ``"int8"`` stores projections and token embeddings as 8-bit integers, one tensor
         after the other, as ``nn.quantized`` does; a weight changes by at most 1/254 of the largest
-        of its channel.
+        of its channel, and by the rounding of ``param_dtype``.
       implementation: of attention.
       seed: for dropout.
       mesh: load straight into shards on these devices, one tensor at a time: neither the host nor a
@@ -366,8 +366,8 @@ def save(
         of an architecture with several: an XLM-RoBERTa is written as ``"roberta"`` by default.
 
     Raises:
-      NotImplementedError: no family has such a model; among them a classifier of the mean of all
-        tokens, which Hugging Face has no class for: ``nnx.state(model)`` can be saved.
+      NotImplementedError: no family has such a model, for example a classifier of the mean of all
+        tokens outside ModernBERT. Save ``nnx.state(model)`` instead.
       ValueError: the model does not match its ``config``, since it has adapters or other
         parameters; an entry in ``config`` that would change the model.
       TypeError: not a model of ``attention_jax.models``.
