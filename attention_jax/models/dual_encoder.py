@@ -104,8 +104,8 @@ class DualEncoder(nnx.Module):
         """The vectors of texts, ``[*B T]`` to ``[*B F]``, in float32 or wider.
 
         Raises:
-          ValueError: a text without the token ``end``. Under ``jit``, where tokens are not known, the
-            vector of its first token is used instead.
+          ValueError: a text without the token ``end``. Under ``jit``, where tokens are not known,
+            its vector is that of its first token instead.
         """
         tokens = check_positions(tokens, "tokens")
         real = as_real(real, tokens.shape)

@@ -115,8 +115,7 @@ class MultiHeadAttention(nnx.Module):
           mask, score: applied in every call, together with those of the call.
           scale: of the logits; default ``1 / sqrt(H)``.
           rotary: rotates queries and keys by their positions.
-          norm: constructor of the norms of queries and keys, ``norm(width, rngs=rngs)``; the width
-            is that of a head, or of all heads with ``joint_norm``.
+          norm: constructor of the norms of queries and keys, ``norm(width, rngs=rngs)``.
           joint_norm, sinks, gate: see above; ``joint_norm`` has no effect without a norm.
           dropout_rate: of the attention probabilities.
           deterministic: disables dropout; ``train()`` and ``eval()`` set it.
@@ -398,8 +397,7 @@ class MultiHeadAttention(nnx.Module):
         """Queries or keys, normalized and rotated."""
         if norm is not None:
             # Heads are neighbors in the projection, which is normalized as a whole.
-            N, H = heads.shape[-2:]  # not -1: a batch may be empty
-            flat = heads.reshape(*heads.shape[:-2], N * H) if self.joint_norm else heads
+            flat = jax.lax.collapse(heads, heads.ndim - 2) if self.joint_norm else heads
             heads = norm(flat).reshape(heads.shape)
         return heads if self.rotary is None else self.rotary(heads, positions)
 

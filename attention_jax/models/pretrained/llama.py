@@ -28,6 +28,9 @@ DEFAULTS: Options = {
     "rms_norm_eps": 1e-6,
     "rope_theta": 10_000.0,
     "tie_word_embeddings": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "attention_dropout": 0.0,
 }
 
 # Hugging Face's names of the norms by their position, and ours.
@@ -118,10 +121,10 @@ class Llama:
             "gated": True,
             "norm": "rms",
             "norm_epsilon": hf.number("rms_norm_eps", defaults["rms_norm_eps"]),
-            "attention_dropout_rate": hf.rate("attention_dropout", 0.0),
+            "attention_dropout_rate": hf.rate("attention_dropout", defaults["attention_dropout"]),
         }
         for entry, option in (("attention_bias", "bias"), ("mlp_bias", "feed_forward_bias")):
-            layers[option] = entry in self.biases and hf.flag(entry, False)
+            layers[option] = entry in self.biases and hf.flag(entry, defaults[entry])
             hf.only(entry, False, None)
         # How products are split among devices, without effect on the result; an older name.
         hf.only("pretraining_tp", 1, *range(2, 65))
