@@ -168,7 +168,7 @@ def _train(arguments: Sequence[str]) -> int:
         return lost(problem, folder)
     except KeyboardInterrupt:
         if flags.overwrite and before is not None and identity(folder) == before:
-            state = f"{folder} still has the run before"
+            state = f"{folder} still holds the previous run"
             return interrupted(state, "start again with", ["train", *arguments])
         state, resumable = _what_is_saved(folder)
         again = [argument for argument in arguments if argument not in ("--overwrite", "--resume")]

@@ -237,7 +237,7 @@ def test_an_interrupt_before_a_run_is_replaced_says_that_it_is_still_there(
     arguments = "train trec --preset smoke --model attention --overwrite"
     assert main(arguments.split()) == 130
     assert capsys.readouterr().err == (
-        f"interrupted: {folder} still has the run before; start again with: "
+        f"interrupted: {folder} still holds the previous run; start again with: "
         f"python -m experiments {arguments}\n"
     )
 

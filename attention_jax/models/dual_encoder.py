@@ -20,7 +20,7 @@ from attention_jax.nn.logical import logical
 from attention_jax.nn.padding import as_real
 from attention_jax.nn.rngs import check_rngs
 
-TEMPERATURE = 0.07  # of the logits, at first
+TEMPERATURE = 0.07  # of the logits, initially
 
 
 @dataclasses.dataclass(frozen=True)

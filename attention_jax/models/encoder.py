@@ -80,7 +80,7 @@ class EncoderConfig:
       pooler_config: of the pooler; without one, of the pooler that ``models.classifier`` adds.
       pool: ``"first"``, the first real token (the class token), or ``"mean"`` of the real tokens.
       head: ``"tokens"``, logits of the vocabulary for each token; ``"replaced"``, one logit for
-        each token, that it is not the original one (ELECTRA); or None. The heads of
+        each token, whether it was replaced (ELECTRA); or None. The heads of
         ``models.heads`` stand on an encoder without one.
       head_activation: of the projection in front of the logits of the vocabulary; default: that of
         the layers.
@@ -269,7 +269,7 @@ class Encoder(nnx.Module):
         Args:
           x: the vectors of the tokens, from ``hidden``.
           real: bool ``[*B T]``, False for padding.
-          dropout: of a head, applied in front of the pooler if that is configured so.
+          dropout: of a head, applied before the pooler if ``pooler_config.dropout`` is set.
         """
         x = jnp.asarray(x)
         real = as_real(real, x.shape[:-1])

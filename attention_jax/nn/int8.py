@@ -97,7 +97,7 @@ def quantized(model: nnx.Module) -> Any:
 
     Returns:
       A model for inference: what is quantized is ``Frozen`` and cannot be trained, saved as a
-      checkpoint or quantized again. Train small changes of it with ``low_rank``.
+      checkpoint or quantized again. Train adapters on it with ``low_rank``.
 
     Raises:
       ValueError: nothing to quantize; infinite or NaN weights.

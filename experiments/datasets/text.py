@@ -83,7 +83,7 @@ def subwords(texts: Iterable[str], size: int) -> Any:
     return tokenizer
 
 
-# How the Penn Treebank writes what ordinary text, which checkpoints were trained on, does not.
+# Spellings of the Penn Treebank and those of ordinary text, which checkpoints were trained on.
 TREEBANK = {
     "-lrb-": "(",
     "-rrb-": ")",

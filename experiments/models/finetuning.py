@@ -153,7 +153,7 @@ class Subwords:
     """Words that are written as a symbol of the vocabulary: those that mark the nouns of a
     relation."""
     ordinary: Callable[[str], str] = str
-    """What is read in place of a text, if the data are not written as ordinary text."""
+    """Maps a text to the one that is tokenized, where the data are not ordinary text."""
 
     def __len__(self) -> int:
         return self.tokenizer.vocabulary

@@ -116,7 +116,7 @@ def together(
 
 
 def check(task: Task[Any, Any], config: TrainConfig, *, preset: str, flags: Flags) -> Path:
-    """The folder of a run, which may be started, resumed or replaced there; changes nothing.
+    """Checks that a run can be started, resumed or replaced; returns its folder, writes nothing.
 
     Raises:
       ValueError: the run exists and the flags say neither resume nor overwrite; or it cannot be
@@ -143,7 +143,7 @@ def check(task: Task[Any, Any], config: TrainConfig, *, preset: str, flags: Flag
 
 
 def start(task: Task[Any, Any], config: TrainConfig, *, preset: str, flags: Flags) -> Path:
-    """Makes the folder of a run, or finds it to resume; removes what a replaced run left there.
+    """Creates the folder of a run, or finds it to resume; removes the files of a replaced run.
 
     Raises:
       ValueError: see ``check``.
@@ -164,7 +164,7 @@ def start(task: Task[Any, Any], config: TrainConfig, *, preset: str, flags: Flag
 
 
 def identity(folder: Path) -> tuple[int, int] | None:
-    """What tells the run in a folder from one that replaces it; None if there is no run."""
+    """Identifies the run in a folder, so that a replacement is noticed; None if there is none."""
     file = folder / FILE
     return (file.stat().st_ino, file.stat().st_mtime_ns) if file.exists() else None
 

@@ -94,7 +94,7 @@ def run(task: Task[C, D], config: C, *, preset: str, flags: Flags) -> Record:
 
 
 def prepare(task: Task[C, D], config: C, data: D, flags: Flags | None = None) -> Prepared:
-    """Makes the model and traces its first step, which raises what is wrong with any option."""
+    """Builds the model and traces its first step, so that a wrong option raises here."""
     flags = Flags() if flags is None else flags
     split = layout(flags.mesh, fsdp=flags.fsdp, devices=config.devices)
     model = split.create(

@@ -55,7 +55,7 @@ def _nothing(*_: Any) -> Options:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Llama:
-    """A family of decoders: what it has in common with Llama is not listed.
+    """A family of decoders, described by its differences from Llama.
 
     Attributes:
       model_type: in ``config.json``.

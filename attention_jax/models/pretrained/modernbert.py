@@ -18,7 +18,7 @@ PADDING = 50_283
 POOLS = {"cls": "first", "mean": "mean"}
 POOL_NAMES = {ours: name for name, ours in POOLS.items()}
 HEAD = {"head.dense": "pooler", "head.norm": "pooler_norm"}
-# Entries of training, of other software, or of what published files have beside.
+# Entries about training or other software, and leftovers in published files.
 UNREAD = (
     "deterministic_flash_attn",
     "initializer_cutoff_factor",
@@ -32,7 +32,7 @@ UNREAD = (
 
 
 class _ModernBert(EncoderFamily):
-    """What ``config.json`` says is all different."""
+    """Reads and writes the entries of ModernBERT, which are not those of BERT."""
 
     def encoder_from_hf(self, hf: HFConfig, head: str | None, names: set[str]) -> EncoderConfig:
         num_layers = hf.number("num_hidden_layers")
