@@ -63,7 +63,7 @@ def quantize(x: Float[AnyArray, "..."], axis: int) -> Quantized:
         s = max |x| / 127        q = round(x / s)        |q s - x| <= s / 2
 
     Args:
-      x: any floating dtype.
+      x: any floating dtype; the bound holds up to its rounding.
       axis: whose entries share a scale.
 
     Raises:
@@ -100,7 +100,7 @@ def quantized(model: nnx.Module) -> Any:
       checkpoint or quantized again. Train adapters on it with ``low_rank``.
 
     Raises:
-      ValueError: nothing to quantize; infinite or NaN weights.
+      ValueError: nothing to quantize; low-rank adapters; infinite or NaN weights.
 
     >>> import jax, numpy as np
     >>> from flax import nnx
@@ -118,6 +118,8 @@ def quantized(model: nnx.Module) -> Any:
     """
     graph, state = nnx.split(model)
     old = dict(nnx.to_flat_state(state))
+    if any(isinstance(x, nnx.LoRAParam) for x in old.values()):
+        raise ValueError("model has low-rank adapters: quantize it first, then call low_rank")
     flat = {path: in_int8(path, x) for path, x in old.items()}
     if all(flat[path] is x for path, x in old.items()):
         raise ValueError("model must have projections or embeddings in floating-point numbers")
