@@ -54,6 +54,8 @@ def test_logits_are_products_over_a_temperature(model):
 def test_wrong_calls_and_configurations_raise(model):
     with pytest.raises(ValueError, match="tokens must hold end = 10 in each text"):
         model.texts(np.array([[3, END], [3, 1]]))
+    found = nnx.jit(lambda m, x: m.texts(x))(model, np.array([[3, END], [3, 1]]))
+    assert np.isnan(found).all(axis=1).tolist() == [False, True]
     with pytest.raises(ValueError, match="tokens must hold end = 10 in each text"):
         model.texts(np.array([[3, END]]), real=np.array([[True, False]]))
     config = model.config

@@ -9,8 +9,8 @@ from helpers import jax_normal, mostly_slow
 
 from attention_jax import models
 from attention_jax.models import pretrained
-from attention_jax.nn import Frozen, MixtureOfExperts, low_rank, quantized
-from attention_jax.nn.int8 import Quantized, quantize
+from attention_jax.nn import Frozen, low_rank, merged, quantized
+from attention_jax.nn.int8 import quantize
 
 TOKENS = np.array([[3, 1, 4, 1, 5, 9]])
 
@@ -67,22 +67,13 @@ def test_the_widened_weights_give_the_same_result_exactly(decoder):
 
 @pytest.mark.slow
 def test_generation_with_caches(decoder):
-    small = quantized(decoder)
-    logits = run(small)
-    prompt = models.generate(small, TOKENS, max_new_tokens=1).tokens
-    assert prompt[0, -1] == np.asarray(logits)[0, -1].argmax()
-
-
-def test_norms_biases_positions_and_routers_stay(decoder):
-    kinds = {
-        path[-1]: type(x.get_raw_value())
-        for path, x in nnx.to_flat_state(nnx.state(quantized(decoder)))
-    }
-    assert {name for name, kind in kinds.items() if kind is Quantized} == {"kernel", "tokens"}
-    experts = quantized(MixtureOfExperts(8, 8, experts=2, per_token=1, rngs=nnx.Rngs(0)))
-    assert not isinstance(experts.router.kernel.get_raw_value(), Quantized)
-    assert isinstance(experts.gate.get_raw_value(), Quantized)
-    assert experts.gate.get_raw_value().scale.shape == (2, 1, 8)
+    small, tokens = quantized(decoder), TOKENS[:, :3]
+    for _ in range(3):
+        logits = np.asarray(small(tokens))
+        tokens = np.concatenate([tokens, logits[:, -1:].argmax(-1)], axis=1)
+    np.testing.assert_array_equal(
+        models.generate(small, TOKENS[:, :3], max_new_tokens=3).tokens, tokens[:, 3:]
+    )
 
 
 @pytest.mark.parametrize("param_dtype", mostly_slow(["float32", "bfloat16"], {"float32"}))
@@ -110,6 +101,15 @@ def test_low_rank_adapters_are_trained_over_quantized_weights(decoder):
     gradients = nnx.grad(lambda model: model(TOKENS).sum())(adapted)
     names = {path[-1] for path, _ in nnx.to_flat_state(gradients)}
     assert names == {"lora_a", "lora_b"}
+    whole = merged(adapted)
+    np.testing.assert_allclose(run(whole), run(adapted), atol=1e-5)
+    trained = {path[-2] for path, x in nnx.to_flat_state(nnx.state(whole, nnx.Param))}
+    assert "out" in trained
+    assert "query_key_value" not in {
+        path[-2]
+        for path, _ in nnx.to_flat_state(nnx.grad(lambda m: m(TOKENS).sum())(whole))
+        if path[-1] == "kernel"
+    }
 
 
 def test_errors(decoder, tmp_path):
@@ -120,6 +120,8 @@ def test_errors(decoder, tmp_path):
         models.resize_vocabulary(small, 70)
     with pytest.raises(ValueError, match="model must have projections or embeddings"):
         quantized(small)
+    with pytest.raises(ValueError, match="model has low-rank adapters: quantize it first"):
+        quantized(low_rank(decoder, rank=1, rngs=nnx.Rngs(1)))
     with pytest.raises(ValueError, match="x must be finite to be quantized"):
         quantize(np.array([[1.0, np.inf]], np.float32), 0)
     with pytest.raises(ValueError, match="quantize must be 'int8' or None, got 'int4'"):

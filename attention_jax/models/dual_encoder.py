@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Float
 
@@ -105,7 +104,7 @@ class DualEncoder(nnx.Module):
 
         Raises:
           ValueError: a text without the token ``end``. Under ``jit``, where tokens are not known,
-            its vector is that of its first token instead.
+            its vector is NaN instead.
         """
         tokens = check_positions(tokens, "tokens")
         real = as_real(real, tokens.shape)
@@ -114,11 +113,13 @@ class DualEncoder(nnx.Module):
         if end is not None:
             at = jnp.where(at == end, 1, 0)
         at = at if real is None else jnp.where(real, at, -1)
-        known = end is not None and not isinstance(at, jax.core.Tracer)
-        if known and (np.asarray(at).max(axis=-1) < 1).any():
+        ended = at.max(axis=-1) == 1
+        if end is not None and not isinstance(at, jax.core.Tracer) and not ended.all():
             raise ValueError(f"tokens must hold end = {end} in each text, got a text without")
         index = jnp.argmax(at, axis=-1)
         x = jnp.take_along_axis(x, index[..., None, None], axis=-2)[..., 0, :]
+        if end is not None:
+            x = jnp.where(ended[..., None], x, jnp.nan)
         return _normalized(self.project_text(x))
 
     def images(self, images: Float[AnyArray, "*B rows columns channels"]) -> jax.Array:

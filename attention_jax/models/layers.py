@@ -69,6 +69,10 @@ class Experts:
     def __post_init__(self) -> None:
         int_at_least("number", self.number, 1)
         int_at_least("per_token", self.per_token, 1)
+        if self.per_token > self.number:
+            raise ValueError(
+                f"per_token must be at most number, got {self.per_token} of {self.number} experts"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

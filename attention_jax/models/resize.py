@@ -70,7 +70,10 @@ def _with_vocabulary(config: Any, vocabulary: int) -> Any:
     if hasattr(config, "encoder"):
         encoder = _with_vocabulary(config.encoder, vocabulary)
         return dataclasses.replace(config, encoder=encoder)
-    raise TypeError("model must have a vocabulary in its config, as those of attention_jax.models")
+    raise TypeError(
+        f"model must have a vocabulary in its config, as a Decoder has, got one with "
+        f"{type(config).__name__}"
+    )
 
 
 def resize_image(model: nnx.Module, image: tuple[int, int]) -> VisionTransformer:

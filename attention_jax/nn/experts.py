@@ -121,12 +121,12 @@ class MixtureOfExperts(nnx.Module):
         """
         x = jnp.asarray(x)
         check_tokens("x", x, "[... E]", self.features)
-        if explicit_mesh(x, self.gate[...]) is not None:
+        if explicit_mesh(x, *jax.tree.leaves(self.gate.get_raw_value())) is not None:
             raise NotImplementedError(
                 "MixtureOfExperts sorts tokens of all devices, which explicit mesh axes do not "
                 "allow: make the mesh with axis_types of AxisType.Auto"
             )
-        dtype = self.dtype or jnp.promote_types(x.dtype, self.gate[...].dtype)
+        dtype = self.dtype or jnp.promote_types(x.dtype, self.gate.dtype)
         tokens = x.reshape(math.prod(x.shape[:-1]), self.features).astype(dtype)
         k = self.per_token
         weights, chosen = self.route(tokens)

@@ -97,6 +97,8 @@ def low_rank(
 def merged(model: nnx.Module) -> Any:
     """Folds the adapters into the projections, ``W + A B``, and makes all parameters trainable.
 
+    Of a ``quantized`` model, only projections with adapters become floating-point numbers again.
+
     Args:
       model: returned by ``low_rank``, trained or not. It is not changed.
 
@@ -127,7 +129,11 @@ def merged(model: nnx.Module) -> Any:
     for module, name, adapter in adapters:
         if id(adapter) in folded:
             setattr(module, name, folded[id(adapter)])
-    return _changed(copy, Frozen, lambda x: _as(nnx.Param, x))
+
+    def trainable(x: Any) -> Any:
+        return _as(nnx.Param, x) if isinstance(x.get_raw_value(), jax.Array) else x
+
+    return _changed(copy, Frozen, trainable)
 
 
 def low_rank_state(model: nnx.Module) -> dict[str, jax.Array]:

@@ -6,10 +6,7 @@ import math
 
 from attention_jax.models.decoder import DecoderConfig
 from attention_jax.models.pretrained.hf_config import HFConfig
-from attention_jax.models.pretrained.llama import (
-    Llama,
-    Options,
-)
+from attention_jax.models.pretrained.llama import Llama, Options
 
 
 def _granite(hf: HFConfig, layers: Options, longest: int) -> Options:
