@@ -439,7 +439,7 @@ def test_equal_configurations_are_equal():
 def test_rotary_positions_of_each_layer():
     near, far = positions.Rotary(), positions.Rotary(1e6)
     one, two = layers(rotary=near, num_layers=2), layers(rotary=(near, None), num_layers=3)
-    assert one == layers(rotary=(near,), num_layers=2) == layers(rotary=[near, near], num_layers=2)
+    assert one == layers(rotary=(near,), num_layers=2) == layers(rotary=(near, near), num_layers=2)
     assert one.rotaries == (near, near)
     assert two.rotary == two.rotaries == (near, None, near)
     assert (two.period, layers(rotary=(near, far), num_layers=4).period) == (3, 2)

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int8
+from jaxtyping import Float
 
 from attention_jax.core.axes import AnyArray
 from attention_jax.nn.lora import Frozen
@@ -26,12 +26,12 @@ class Quantized:
     """An array as integers and scales; indexing it gives floating-point numbers.
 
     Attributes:
-      integers: from -127 to 127.
-      scale: of each channel, in the dtype of the array.
+      integers: int8, from -127 to 127.
+      scale: of each channel, in the dtype of the array; it broadcasts to ``integers``.
     """
 
-    integers: Int8[Array, "..."]
-    scale: Float[Array, "..."]
+    integers: Any  # within JAX's transformations not always an array
+    scale: Any
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -151,7 +151,8 @@ def _scaling(kind: Any, parameters: dict[str, Any], longest: int) -> Scaling | N
         if scale is None:
             growth = longest / original if factor is None else float(factor)
             scale = math.sqrt(1 + math.log(growth) / math.log(original)) if growth > 1 else 1.0
-        return LongRoPE(take("short_factor"), take("long_factor"), original, float(scale))
+        short, long = (tuple(take(name)) for name in ("short_factor", "long_factor"))
+        return LongRoPE(short, long, original, float(scale))
     raise ValueError(
         "not supported, only 'default', 'linear', 'dynamic', 'yarn', 'llama3', 'longrope'"
     )
