@@ -11,11 +11,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Float
 
-from attention_jax.core.axes import AnyArray, accumulation_dtype, check_positions, int_at_least
+from attention_jax.core.axes import AnyArray, check_positions, int_at_least
 from attention_jax.models.decoder import Decoder, DecoderConfig
 from attention_jax.models.vision import VisionConfig, VisionTransformer
 from attention_jax.nn.linear import linear
 from attention_jax.nn.logical import logical
+from attention_jax.nn.norms import unit
 from attention_jax.nn.padding import as_real
 from attention_jax.nn.rngs import check_rngs
 
@@ -120,13 +121,8 @@ class DualEncoder(nnx.Module):
         x = jnp.take_along_axis(x, index[..., None, None], axis=-2)[..., 0, :]
         if end is not None:
             x = jnp.where(ended[..., None], x, jnp.nan)
-        return _normalized(self.project_text(x))
+        return unit(self.project_text(x))
 
     def images(self, images: Float[AnyArray, "*B rows columns channels"]) -> jax.Array:
         """The vectors of images, ``[*B F]``, in float32 or wider."""
-        return _normalized(self.project_image(self.vision.pooled(self.vision.hidden(images))))
-
-
-def _normalized(x: jax.Array) -> jax.Array:
-    x = x.astype(accumulation_dtype(x.dtype))
-    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+        return unit(self.project_image(self.vision.pooled(self.vision.hidden(images))))

@@ -23,7 +23,7 @@ from attention_jax.masks import Mask
 from attention_jax.models.layers import Layers, check_embeddings
 from attention_jax.models.stack import Stack
 from attention_jax.nn import Embeddings, pooling
-from attention_jax.nn.feed_forward import ACTIVATIONS
+from attention_jax.nn.feed_forward import ACTIVATIONS, check_activation
 from attention_jax.nn.linear import linear
 from attention_jax.nn.logical import logical
 from attention_jax.nn.padding import as_real, places
@@ -52,12 +52,7 @@ class Pooler:
     tokens: bool = False
 
     def __post_init__(self) -> None:
-        _check_activation("activation", self.activation)
-
-
-def _check_activation(name: str, x: Any) -> None:
-    if x not in ACTIVATIONS:
-        raise ValueError(f"{name} must be one of {sorted(ACTIVATIONS)}, got {x!r}")
+        check_activation(self.activation)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +113,7 @@ class EncoderConfig:
         if self.pool not in POOLS:
             raise ValueError(f"pool must be one of {POOLS}, got {self.pool!r}")
         if self.head_activation is not None:
-            _check_activation("head_activation", self.head_activation)
+            check_activation(self.head_activation, "head_activation")
         if self.head_activation == self.layers.activation:
             object.__setattr__(self, "head_activation", None)
 

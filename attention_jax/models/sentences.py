@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -16,6 +15,7 @@ from attention_jax.core.axes import accumulation_dtype, int_at_least
 from attention_jax.models.encoder import Encoder, EncoderConfig
 from attention_jax.models.heads import check_encoder, given_or_new
 from attention_jax.models.pretrained.tokenizer import Tokenizer, pad
+from attention_jax.nn.norms import unit
 
 MULTIPLE = 16  # lengths of batches are rounded up to multiples, so that few programs are compiled
 
@@ -78,10 +78,7 @@ class Embedder(nnx.Module):
           **options: ``types``, ``mask`` and ``positions`` of ``Encoder.hidden``.
         """
         x = self.encoder.pooled(self.encoder.hidden(tokens, real=real, **options), real)
-        x = x.astype(accumulation_dtype(x.dtype))
-        if not self.config.normalize:
-            return x
-        return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+        return unit(x) if self.config.normalize else x.astype(accumulation_dtype(x.dtype))
 
 
 def embed(

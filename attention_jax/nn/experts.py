@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from attention_jax.core.axes import AnyArray, accumulation_dtype, check_tokens, int_at_least
 from attention_jax.core.dropout import check_rate
 from attention_jax.core.shards import explicit_mesh
-from attention_jax.nn.feed_forward import ACTIVATIONS
+from attention_jax.nn.feed_forward import ACTIVATIONS, check_activation
 from attention_jax.nn.linear import linear
 from attention_jax.nn.logical import logical
 from attention_jax.nn.rngs import check_rngs
@@ -81,8 +81,7 @@ class MixtureOfExperts(nnx.Module):
             int_at_least(name, x, 1)
         if per_token > experts:
             raise ValueError(f"per_token must be at most experts, got {per_token} and {experts}")
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"activation must be one of {sorted(ACTIVATIONS)}, got {activation!r}")
+        check_activation(activation)
         check_rngs(rngs)
         check_rate(dropout_rate)
         self.features, self.experts = features, experts

@@ -26,6 +26,12 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
+def check_activation(x: Any, name: str = "activation") -> None:
+    """Raises ValueError unless ``x`` is the name of an activation."""
+    if x not in ACTIVATIONS:
+        raise ValueError(f"{name} must be one of {sorted(ACTIVATIONS)}, got {x!r}")
+
+
 class FeedForward(nnx.Module):
     """``activation(x W_up) W_down``; gated, ``(activation(x W_gate) * x W_up) W_down``.
 

@@ -1,4 +1,4 @@
-"""Gemma's RMSNorm, which Flax does not have."""
+"""Norms that Flax does not have: Gemma's RMSNorm, and vectors of length 1."""
 
 from __future__ import annotations
 
@@ -60,3 +60,16 @@ class OnePlusRMSNorm(nnx.Module):
         normalized = self.normalize(x.astype(wide))
         normalized, factor = same_rank(normalized, 1 + scale.astype(wide))
         return (normalized * factor).astype(dtype)
+
+
+def unit(x: Float[AnyArray, "... E"]) -> jax.Array:
+    """``x / |x|`` in float32 or wider; a vector of zeros stays.
+
+    >>> import numpy as np
+    >>> from attention_jax.nn.norms import unit
+    >>> unit(np.array([3.0, 4.0], np.float32)).round(3).tolist()
+    [0.6000000238418579, 0.800000011920929]
+    """
+    x = jnp.asarray(x)
+    x = x.astype(accumulation_dtype(x.dtype))
+    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
