@@ -43,13 +43,8 @@ OPTIONS: Mapping[str, Any] = {
 }
 SMOKE: Mapping[str, Any] = {**OPTIONS, "batch_size": 4, "steps": 3}
 # For one GPU, where the embeddings cost little. Not yet run on one: only traced, in the tests.
-ACCELERATOR: Mapping[str, Any] = {
-    **OPTIONS,
-    "batch_size": 64,
-    "freeze": None,
-    "dtype": "bfloat16",
-    "minutes": None,
-}
+ON_ACCELERATOR: Mapping[str, Any] = {"freeze": None, "dtype": "bfloat16", "minutes": None}
+ACCELERATOR: Mapping[str, Any] = {**OPTIONS, "batch_size": 64, **ON_ACCELERATOR}
 
 # The options that a sweep of ``pretrained`` searches.
 SPACE: Space = {

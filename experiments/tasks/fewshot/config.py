@@ -110,7 +110,7 @@ _CPU = {
     "evaluations": 1,
     "feature_dropout": 0.1,
 }
-_ACCELERATOR = {**_CPU, "freeze": None, "dtype": "bfloat16", "minutes": None}
+_ACCELERATOR = {**_CPU, **finetuning.ON_ACCELERATOR}
 _ADAPTED = {"learning_rate": 2e-3, "layer_decay": 1.0}
 CHANGES = {
     ("cpu", "pretrained"): _CPU,
