@@ -1,4 +1,10 @@
-"""Small models of every family by their entries in Hugging Face's configuration."""
+"""Small models of every family by their entries in Hugging Face's configuration.
+
+The functions need torch and transformers: their tests skip without.
+"""
+
+from attention_jax.models.pretrained import families
+from attention_jax.models.pretrained.hf_config import HFConfig
 
 V = 31  # tokens
 
@@ -248,3 +254,29 @@ MODELS = {
     "vit": ("ViTModel", VIT),
     "vit classes": ("ViTForImageClassification", VIT | {"num_labels": 5, "qkv_bias": False}),
 }
+
+
+def peer(architecture, options, seed=0):
+    """Hugging Face's model, with every parameter random, since zeros and ones hide mistakes."""
+    import torch
+    import transformers
+
+    cls = getattr(transformers, architecture)
+    torch.manual_seed(1 + seed)
+    model = cls(cls.config_class(**options, attn_implementation="eager")).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for x in model.parameters():
+            x.add_(0.2 * torch.randn(x.shape, generator=generator))
+    return model
+
+
+def read(config, given):
+    """Our configuration from the entries given to Hugging Face's ``config``, and from all of it."""
+    whole = config.to_dict()
+    whole.pop("architectures", None)
+    (family,) = (x for x in families.FAMILIES if config.model_type in x.MODEL_TYPES)
+    for entries in (given, whole):
+        x = HFConfig({"model_type": config.model_type, **entries})
+        yield family.from_hf(x, set())
+        x.finish("model")

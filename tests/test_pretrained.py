@@ -14,11 +14,11 @@ with warnings.catch_warnings():
     transformers = pytest.importorskip("transformers")
 
 
+import peers  # noqa: E402
 from checkpoints import write_modules  # noqa: E402
 from peers import BERT, CLIP, DISTILBERT, LLAMA, MODELS, MODERNBERT, T5, VIT, V  # noqa: E402
 
 from attention_jax.models import pretrained  # noqa: E402
-from attention_jax.models.pretrained.hf_config import HFConfig  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
@@ -34,16 +34,7 @@ LEFT_OUT = {"vit": [r"pooler\..*"]}  # which ours does not have
 
 
 def peer(name, seed=0):
-    """Hugging Face's model, with every parameter random, since zeros and ones hide mistakes."""
-    architecture, options = MODELS[name]
-    cls = getattr(transformers, architecture)
-    torch.manual_seed(1 + seed)
-    model = cls(cls.config_class(**options, attn_implementation="eager")).eval()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for x in model.parameters():
-            x.add_(0.2 * torch.randn(x.shape, generator=generator))
-    return model
+    return peers.peer(*MODELS[name], seed)
 
 
 def tokens(seed, shape=(B, T)):
@@ -250,15 +241,7 @@ def test_defaults_of_missing_entries_equal_hugging_face(name):
     if "hidden_size" in given:
         given |= {"hidden_size": 24}  # an even width of a head
     config = getattr(transformers, name)(**given)
-    whole = config.to_dict()
-    whole.pop("architectures", None)
-    (family,) = (x for x in pretrained.FAMILIES if config.model_type in x.MODEL_TYPES)
-    configs = []
-    for entries in (given, whole):
-        x = HFConfig({"model_type": config.model_type, **entries})
-        configs.append(family.from_hf(x, set()))
-        x.finish("model")
-    a, b = configs
+    a, b = peers.read(config, given)
     assert a == b
 
 

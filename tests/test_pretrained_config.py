@@ -5,6 +5,7 @@ import pytest
 from checkpoints import assert_same
 
 from attention_jax.models import pretrained
+from attention_jax.models.pretrained import families
 from attention_jax.models.pretrained.hf_config import HFConfig
 from attention_jax.positions import Linear, Llama3, Rotary, YaRN
 
@@ -206,7 +207,7 @@ HARMFUL = [
     ("vit", {"patch_size": [16, 8]}, "patch_size = (16, 8) is not supported, only squares"),
     ("gpt2", {"quantization_config": {"bits": 4}}, "config={'quantization_config': None} ignores"),
 ]
-FAMILIES = {kind: family for family in pretrained.FAMILIES for kind in family.MODEL_TYPES}
+FAMILIES = {kind: family for family in families.FAMILIES for kind in family.MODEL_TYPES}
 LLAMA_SIZES = {
     "vocab_size": 5,
     "hidden_size": 16,

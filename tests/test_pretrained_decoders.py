@@ -12,8 +12,9 @@ with warnings.catch_warnings():
     transformers = pytest.importorskip("transformers")
 
 
+import peers  # noqa: E402
+
 from attention_jax.models import pretrained  # noqa: E402
-from attention_jax.models.pretrained.hf_config import HFConfig  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
@@ -143,16 +144,7 @@ MODELS = {
 
 
 def peer(name):
-    """Hugging Face's model, with every parameter random, since zeros and ones hide mistakes."""
-    architecture, options = MODELS[name]
-    cls = getattr(transformers, architecture)
-    torch.manual_seed(0)
-    model = cls(cls.config_class(**options, attn_implementation="eager")).eval()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for x in model.parameters():
-            x.add_(0.2 * torch.randn(x.shape, generator=generator))
-    return model
+    return peers.peer(*MODELS[name])
 
 
 def theirs(model, real):
@@ -252,13 +244,5 @@ def test_defaults_of_missing_entries_equal_hugging_face(name):
     if name.startswith("OPT"):
         given["ffn_dim"] = given.pop("intermediate_size")
     config = getattr(transformers, name).config_class(**given)
-    whole = config.to_dict()
-    whole.pop("architectures", None)
-    (family,) = (x for x in pretrained.FAMILIES if config.model_type in x.MODEL_TYPES)
-    configs = []
-    for entries in (given, whole):
-        x = HFConfig({"model_type": config.model_type, **entries})
-        configs.append(family.from_hf(x, set()))
-        x.finish("model")
-    a, b = configs
+    a, b = peers.read(config, given)
     assert a == b

@@ -8,6 +8,7 @@ import pytest
 from checkpoints import assert_same
 
 from attention_jax.models import Experts, pretrained
+from attention_jax.models.pretrained import families
 from attention_jax.models.pretrained.hf_config import HFConfig
 from attention_jax.positions import Linear, LongRoPE, Rotary
 
@@ -216,7 +217,7 @@ FILES = {
     "gpt_neox": GPT_NEOX,
     "opt": OPT,
 }
-FAMILIES = {kind: family for family in pretrained.FAMILIES for kind in family.MODEL_TYPES}
+FAMILIES = {kind: family for family in families.FAMILIES for kind in family.MODEL_TYPES}
 
 
 def configured(kind, **changes):
@@ -253,7 +254,7 @@ def test_published_files_are_read_and_written(kind):
     config = configured(kind)
     layers = config.layers
     assert {name: getattr(layers, name) for name in EXPECTED[kind]} == EXPECTED[kind]
-    family, entries = pretrained._to_hf(config, {})
+    family, entries = families.of_config(config, {})
     assert (family, entries["model_type"]) == (FAMILIES[kind], kind)
 
 

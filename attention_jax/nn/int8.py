@@ -126,18 +126,12 @@ def quantized(model: nnx.Module) -> Any:
     return nnx.merge(graph, nnx.from_flat_state(flat), copy=True)
 
 
-def axis_of(path: tuple[Any, ...], shape: tuple[int, ...]) -> int | None:
-    """Along which axis a parameter shares a scale; None if it is not quantized.
+def in_int8(path: tuple[Any, ...], variable: Any) -> Any:
+    """The variable with a ``Quantized`` value, if it is a projection or a table of tokens.
 
     A router stays as it is: rounding could make it choose other experts.
     """
-    return AXES.get(path[-1]) if len(shape) > 1 and "router" not in path else None
-
-
-def in_int8(path: tuple[Any, ...], variable: Any) -> Any:
-    """The variable with a ``Quantized`` value, if it is a projection or a table of tokens."""
-    value = variable.get_raw_value()
-    axis = axis_of(path, getattr(value, "shape", ()))
-    if axis is None or not isinstance(variable, nnx.Param) or isinstance(value, Quantized):
+    value, axis = variable.get_raw_value(), AXES.get(path[-1])
+    if axis is None or "router" in path or not isinstance(variable, nnx.Param) or value.ndim < 2:
         return variable
     return Frozen.from_metadata(quantize(value, axis), variable.get_metadata())

@@ -69,39 +69,16 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from attention_jax.models.decoder import DecoderConfig
-from attention_jax.models.encoder import EncoderConfig
-from attention_jax.models.heads import ClassifierConfig
-from attention_jax.models.layers import Layers
 from attention_jax.models.pretrained import (
-    clip,
+    families,
     folders,
-    gemma,
-    gpt2,
-    gpt_neox,
-    granite,
     hub,
-    llama,
     matching,
-    mistral,
-    opt,
-    phi3,
-    qwen,
     sentences,
-    smollm3,
-    t5,
     tensor_files,
-    vit,
 )
-from attention_jax.models.pretrained.bert import BERT
-from attention_jax.models.pretrained.distilbert import DISTILBERT
-from attention_jax.models.pretrained.electra import ELECTRA
-from attention_jax.models.pretrained.family import Family
 from attention_jax.models.pretrained.hf_config import HFConfig
 from attention_jax.models.pretrained.lora import load_adapters, save_adapters
-from attention_jax.models.pretrained.modernbert import MODERNBERT
-from attention_jax.models.pretrained.mpnet import MPNET
-from attention_jax.models.pretrained.roberta import ROBERTA
 from attention_jax.models.pretrained.sentences import minilm
 from attention_jax.models.pretrained.tensors import Tensor
 from attention_jax.models.pretrained.tokenizer import (
@@ -120,8 +97,7 @@ from attention_jax.models.pretrained.variables import (
 )
 from attention_jax.models.sentences import Embedder, EmbedderConfig
 from attention_jax.models.sharding import Rules, shardings
-from attention_jax.models.vision import VisionConfig
-from attention_jax.nn import Frozen, int8
+from attention_jax.nn import int8
 
 __all__ = [
     "Padded",
@@ -137,21 +113,6 @@ __all__ = [
     "save",
     "save_adapters",
 ]
-
-ENCODERS = (BERT, ROBERTA, DISTILBERT, ELECTRA, MPNET, MODERNBERT)
-DECODERS: tuple[Family, ...] = (
-    gpt2,
-    *llama.FAMILIES,
-    *mistral.FAMILIES,
-    *qwen.FAMILIES,
-    *smollm3.FAMILIES,
-    *phi3.FAMILIES,
-    *granite.FAMILIES,
-    *gemma.FAMILIES,
-    gpt_neox,
-    opt,
-)
-FAMILIES: tuple[Family, ...] = (*ENCODERS, *DECODERS, t5, vit, clip)
 
 
 def load(
@@ -233,7 +194,7 @@ def load(
     entries = folders.read_config(folder) | dict(config or {})
     files = folders.weights(folder, entries)
     entries.pop(folders.NAMED, None)
-    family = _family(entries)
+    family = families.of_entries(entries)
     found = matching.stored(files, family, ignore)
     copies = matching.redundant(found, family)
     hf, model_type = HFConfig(entries), str(entries["model_type"])
@@ -243,7 +204,7 @@ def load(
         raise hf.refusal(model_type, str(e)) from e
     hf.finish(model_type)
     changes = {"dtype": dtype, "param_dtype": param_dtype, "implementation": implementation}
-    ours = _with_layers(ours, changes)
+    ours = families.with_layers(ours, changes)
 
     graph, state = nnx.split(nnx.eval_shape(lambda: family.model(ours, nnx.Rngs(0))))
     leaves = dict(nnx.to_flat_state(state))
@@ -252,10 +213,13 @@ def load(
     architecture = str((entries.get("architectures") or [""])[0])
     if errors := errors + matching.mismatches(used, tensors, leaves, architecture):
         raise ValueError(f"the tensors do not fit this {model_type}: " + "; ".join(errors))
-    arrays = random_state(leaves, seed)
+    values = {path: leaves[path].replace(x) for path, x in random_state(leaves, seed).items()}
     placements = None
     if mesh is not None:
         placements = dict(nnx.to_flat_state(shardings(state, mesh, rules)))
+        for path, x in values.items():
+            placed = jax.device_put(x.get_value(), placements[path].get_value())
+            values[path] = x.replace(placed)
     by_path: dict[Any, list[str]] = {}
     for name, tensor in tensors.items():
         by_path.setdefault(tensor.path, []).append(name)
@@ -263,13 +227,10 @@ def load(
         placed = None if placements is None else placements[path].get_value()
         parts = [tensors[name].form.into(used[name][0][used[name][1]]) for name in together]
         x = np.stack(parts) if tensors[together[0]].stacked else parts[0]
-        arrays[path] = converted(used[together[0]][1], x, param_dtype, placed)
-        if quantize is not None and (axis := int8.axis_of(path, x.shape)) is not None:
-            arrays[path] = int8.quantize(arrays[path], axis)
-    if placements is not None:
-        for path in leaves.keys() - {tensors[name].path for name in used}:
-            arrays[path] = jax.device_put(arrays[path], placements[path].get_value())
-    values = {path: _variable(x, arrays[path]) for path, x in leaves.items()}
+        array = converted(used[together[0]][1], x, param_dtype, placed)
+        values[path] = leaves[path].replace(array)
+        if quantize is not None:
+            values[path] = int8.in_int8(path, values[path])
     model = nnx.merge(graph, nnx.from_flat_state(values))
     model.eval()
     if left_out:
@@ -279,13 +240,6 @@ def load(
             stacklevel=2,
         )
     return model
-
-
-def _variable(x: Any, value: Any) -> Any:
-    """The variable with a value; what is quantized is not trained."""
-    if isinstance(value, int8.Quantized):
-        return Frozen.from_metadata(value, x.get_metadata())
-    return x.replace(value)
 
 
 def load_embedder(
@@ -331,7 +285,7 @@ def load_embedder(
     described = sentences.describe(hub.local(folder, revision))
     entries = folders.read_config(described.encoder) | dict(config or {})
     model_type = entries.get("model_type")
-    encoders = {x: family for family in ENCODERS for x in family.MODEL_TYPES}
+    encoders = {x: family for family in families.ENCODERS for x in family.MODEL_TYPES}
     if model_type not in encoders:
         raise ValueError(
             f"{described.encoder} must have a model_type of {', '.join(encoders)} for sentence "
@@ -386,7 +340,7 @@ def save(
     """
     if not dataclasses.is_dataclass(getattr(model, "config", None)):
         raise TypeError(f"model must be one of attention_jax.models, got {type(model).__name__}")
-    family, entries = _to_hf(model.config, dict(config or {}))
+    family, entries = families.of_config(model.config, dict(config or {}))
     leaves = checked_leaves(model, family)
     tensors = list(family.tensors(model.config))
 
@@ -409,72 +363,3 @@ def save(
             array(tensor)
         return
     folders.replace(Path(folder), entries, write_weights)
-
-
-# --- Configurations.
-
-
-def _family(entries: Mapping[str, Any]) -> Family:
-    model_type = entries.get("model_type")
-    for family in FAMILIES:
-        if model_type in family.MODEL_TYPES:
-            return family
-    known = sorted(name for family in FAMILIES for name in family.MODEL_TYPES)
-    raise ValueError(
-        f"config.json has model_type {model_type!r}, expected one of {known} (config= can set it)"
-    )
-
-
-def _to_hf(config: Any, more: dict[str, Any]) -> tuple[Family, dict[str, Any]]:
-    """The family of a configuration and its entries, from which ``load`` reads back the same."""
-    ours = {"dtype": None, "param_dtype": jnp.float32, "implementation": None}
-    ours |= {"remat": False, "scan": False}
-    plain = _with_layers(config, ours)
-    for family in FAMILIES:
-        try:
-            entries = family.to_hf(config)
-            again = _read_back(family, config, entries)
-        except (AttributeError, KeyError, TypeError, ValueError, NotImplementedError):
-            continue  # another class, or something that this family cannot express
-        if again == _with_length(plain, again):
-            if _read_back(family, config, entries | more) != again:
-                raise ValueError(f"config must not change the model, got {more}")
-            return family, entries | more
-    if isinstance(config, ClassifierConfig) and config.encoder.pool != "first":
-        raise NotImplementedError(
-            f"no checkpoint of Hugging Face's has a classifier of the {config.encoder.pool} of all "
-            f"tokens: put a head on the first one, classifier(..., pool='first'), or save "
-            f"nnx.state(model) instead"
-        )
-    raise NotImplementedError(
-        f"no family of checkpoints can express this model: {config}. Save its nnx.state instead"
-    )
-
-
-def _read_back(family: Family, config: Any, entries: Mapping[str, Any]) -> Any:
-    """The configuration that ``load`` would read from the entries."""
-    hf = HFConfig(entries)
-    names = {tensor.name for tensor in family.tensors(config)}
-    again = family.from_hf(hf, names)
-    hf.finish("model")
-    return again
-
-
-def _with_layers(config: Any, changes: Mapping[str, Any]) -> Any:
-    """The configuration with changes in all its ``Layers``, those of its encoders included."""
-    fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    new: dict[str, Any] = {
-        name: dataclasses.replace(x, **changes)
-        for name, x in fields.items()
-        if isinstance(x, Layers)
-    }
-    towers = EncoderConfig, DecoderConfig, VisionConfig
-    new |= {name: _with_layers(x, changes) for name, x in fields.items() if isinstance(x, towers)}
-    return dataclasses.replace(config, **new)
-
-
-def _with_length(config: Any, other: Any) -> Any:
-    """With the ``max_length`` of another, where it is not the size of a table."""
-    if isinstance(config, DecoderConfig) and config.positions != "learned":
-        return dataclasses.replace(config, max_length=getattr(other, "max_length", None))
-    return config

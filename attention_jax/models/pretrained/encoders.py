@@ -179,7 +179,7 @@ class EncoderFamily:
         entries, number = self.entries, self._number
         dropout = hf.rate(entries["dropout"], 0.1)
         hf.only("position_embedding_type", "absolute", None)
-        first = self._first_position(hf)
+        first = self.first_position(hf)
         longest = number(hf, "max_length", 512)
         if longest <= first:
             hf.errors.append(f"{entries['max_length']} must be above {first}, got {longest}")
@@ -306,7 +306,8 @@ class EncoderFamily:
             rates[head] = read[name]
         return rates
 
-    def _first_position(self, hf: HFConfig) -> int:
+    def first_position(self, hf: HFConfig) -> int:
+        """The row of the table of positions for the first token."""
         if self.padding is None:
             return 0
         token: Any = hf.take("pad_token_id", self.padding) if self.padding_entry else self.padding

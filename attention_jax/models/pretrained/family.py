@@ -2,7 +2,7 @@
 
 A family is a module of this package that satisfies ``Family``, such as ``gpt2``, or a value that
 does: ``bert.BERT`` is an ``encoders.EncoderFamily``, which describes an encoder by what differs
-from BERT. To add one, write the module and list it in ``pretrained.FAMILIES``::
+from BERT. To add one, write the module and list it in ``families.FAMILIES``::
 
     config.json  --HFConfig-->  from_hf  -->  our configuration  -->  model
     tensors of the files  <-->  Tensor(name, path, form)  <-->  parameters of the model

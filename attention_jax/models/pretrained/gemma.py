@@ -8,6 +8,7 @@ from typing import Any
 from attention_jax.models.decoder import DecoderConfig
 from attention_jax.models.pretrained.hf_config import ACTIVATION_NAMES, ACTIVATIONS, HFConfig
 from attention_jax.models.pretrained.llama import (
+    NO,
     Llama,
     Options,
     or_null,
@@ -121,7 +122,6 @@ def _gemma3_entries(config: DecoderConfig) -> Options:
     return x | {"rope_parameters": parameters}
 
 
-_NO = (None, False)
 FAMILIES = (
     Llama(
         model_type="gemma",
@@ -133,7 +133,7 @@ FAMILIES = (
             "tie_word_embeddings": True,
         },
         layers={"norm": "one_plus_rms"},
-        only={"use_bidirectional_attention": _NO},
+        only={"use_bidirectional_attention": NO},
         read=_gemma,
         read_decoder=_gemma_decoder,
     ),
@@ -147,7 +147,7 @@ FAMILIES = (
             "tie_word_embeddings": True,
         },
         layers={"norm": "one_plus_rms", "order": "both"},
-        only={"use_bidirectional_attention": _NO},
+        only={"use_bidirectional_attention": NO},
         read=_gemma2,
         read_decoder=_gemma2_decoder,
         write=_gemma2_entries,
@@ -163,7 +163,7 @@ FAMILIES = (
         },
         layers={"norm": "one_plus_rms", "order": "both", "query_key_norm": True},
         # Hugging Face's code does not use the softcap of attention.
-        only={"use_bidirectional_attention": _NO, "attn_logit_softcapping": (None,)},
+        only={"use_bidirectional_attention": NO, "attn_logit_softcapping": (None,)},
         read=_gemma3,
         read_decoder=_gemma3_decoder,
         write=_gemma3_entries,

@@ -1,9 +1,10 @@
-"""MPNet: BERT without types, with a relative position bias beside learned positions."""
+"""MPNet: RoBERTa without types, with a relative position bias beside learned positions."""
 
 from __future__ import annotations
 
 from attention_jax.models.encoder import Pooler
 from attention_jax.models.pretrained.encoders import ENTRIES, EncoderFamily
+from attention_jax.models.pretrained.roberta import ROBERTA
 
 MPNET = EncoderFamily(
     NAMES={"mpnet": "MPNet"},
@@ -23,16 +24,7 @@ MPNET = EncoderFamily(
         "output.dense": "feed_forward.down",
         "output.LayerNorm": "feed_forward_norm",
     },
-    heads={
-        "tokens": {
-            "lm_head.dense": "transform",
-            "lm_head.layer_norm": "transform_norm",
-            "lm_head.bias": "token_bias",
-        },
-        "classes": {"classifier.dense": "pooler", "classifier.out_proj": "classify"},
-        "tags": {"classifier": "classify"},
-        "spans": {"qa_outputs": "spans"},
-    },
+    heads=ROBERTA.heads,
     # Hugging Face computes with 32 buckets whatever the entry says.
     only={"relative_attention_num_buckets": (32,)},
     pooler=Pooler(dropout=True),

@@ -18,14 +18,17 @@ import numpy as np
 
 from attention_jax.core.axes import int_at_least
 from attention_jax.models.pretrained import folders, hub
+from attention_jax.models.pretrained.hf_config import HFConfig
+from attention_jax.models.pretrained.mpnet import MPNET
+from attention_jax.models.pretrained.roberta import ROBERTA
 
 FILE, SETTINGS = "tokenizer.json", "tokenizer_config.json"
 NO_LIMIT = 10**9  # Hugging Face's model_max_length of models without positions is 1e30
 ROUND = 64  # tables of embeddings are padded to multiples of this, for speed
 # Models that were distilled from XLM-RoBERTa have more rows than its vocabulary.
 LARGER = {250_002: 250_037}
-# Positions count from that of padding in these, which is the token 1 unless the entry says another.
-FROM_PADDING = ("roberta", "xlm-roberta", "camembert", "mpnet")
+# Their positions count from that of padding.
+FROM_PADDING = {kind: family for family in (ROBERTA, MPNET) for kind in family.MODEL_TYPES}
 
 
 class Row(NamedTuple):
@@ -325,8 +328,7 @@ def _positions(config: Mapping[str, Any], settings: Mapping[str, Any]) -> int | 
     of_gpt2 = config.get("n_positions") if config.get("model_type") == "gpt2" else None
     rows, kind = config.get("max_position_embeddings", of_gpt2), config.get("model_type")
     if kind in FROM_PADDING and isinstance(rows, int):  # the rows up to that are not used
-        padding = 1 if kind == "mpnet" else config.get("pad_token_id", 1)
-        rows -= padding + 1 if isinstance(padding, int) else 0
+        rows -= FROM_PADDING[kind].first_position(HFConfig(config))
     limits = rows, settings.get("model_max_length")
     numbers = [int(x) for x in limits if isinstance(x, int | float) and 0 < x < NO_LIMIT]
     return min(numbers, default=None)
