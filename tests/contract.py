@@ -39,6 +39,9 @@ IMPLEMENTATIONS = {
     "blockwise 7x5": implementation(Blockwise(7, 5)),
     "native": implementation("native"),
     "native 96": implementation(Native(block_k=96, few_queries=0)),
+    # On a processor that has better ones, which "native" takes.
+    "native avx512": implementation(Native(instructions="avx512")),
+    "native avx2": implementation(Native(instructions="avx2")),
     "auto": implementation(None),
 }
 
@@ -108,6 +111,8 @@ CHECKS = {
     "blockwise 7x5": covering(SMALL, lambda case: {x for x in values(case) if x[0] != "mask"}),
     "native": [*by_native(PROMISES), *(x for x in NATIVE if "small" in x.tags)],
     "native 96": [*by_native(CORE), *(x for x in NATIVE if "long" in x.tags)],
+    "native avx512": [x for x in by_native(PROMISES) if x.dtype == "bfloat16"],
+    "native avx2": by_native(PROMISES),
     # Compiled with XLA's default options; all other tests are compiled fast.
     "auto": testing.cases(tag="numerics"),
 }
@@ -115,6 +120,16 @@ CHECKS = {
 
 # Without a compiler the package installs without the native kernel.
 needs_native = pytest.mark.skipif(library.load().why_not is not None, reason="no native kernel")
+
+
+def needs(name):
+    """Marks of the tests of an implementation."""
+    if not name.startswith("native"):
+        return []
+    others = library.load().instructions[1:]
+    missing = [x for x in library.INSTRUCTIONS if x in name.split() and x not in others]
+    reason = f"no better instructions than {missing}"
+    return [needs_native, pytest.mark.skipif(bool(missing), reason=reason)]
 
 
 def by_default(name, case):
@@ -130,13 +145,12 @@ def by_default(name, case):
 
 def parameters(name, cases, tag=None):
     """``(name, case)`` as parameters of a test; ``tag`` selects those of a default run."""
-    needs = [needs_native] if name.startswith("native") else []
     return [
         pytest.param(
             name,
             c,
             id=f"{c.name}-{name}",
-            marks=needs if quick else [*needs, pytest.mark.slow],
+            marks=needs(name) if quick else [*needs(name), pytest.mark.slow],
         )
         for c in cases
         for quick in [tag in c.tags if tag else by_default(name, c)]

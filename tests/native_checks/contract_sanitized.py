@@ -17,7 +17,12 @@ NAMES = ("everything", "planted, bias", "lse, long, bfloat16", "traced layout")
 def main(built):
     library.path = lambda: pathlib.Path(built)
     cases = [testing.trial(case) for name in NAMES for case in testing.cases(name=name)]
-    for backend in (Native(block_k=96, few_queries=0), Native(few_queries=1000)):
+    backends = [
+        Native(**options, instructions=name)
+        for name in library.load().instructions
+        for options in ({"block_k": 96, "few_queries": 0}, {"few_queries": 1000})
+    ]
+    for backend in backends:
         report = testing.check(functools.partial(attention, implementation=backend), cases=cases)
         wrong = [row for row in report.rows if row.verdict != "ok"]
         assert not wrong, f"{backend}\n{report}"

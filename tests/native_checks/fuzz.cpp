@@ -17,6 +17,7 @@
 
 extern "C" ffi::Error* attention_forward(const ffi::CallFrame*);
 extern "C" ffi::Error* attention_backward(const ffi::CallFrame*);
+extern "C" const char* attention_instructions(int64_t);
 struct ffi::Error {
   std::string message;
 };
@@ -211,7 +212,8 @@ bool call(Generated& g, bool backward, bool wrong) {
       buffers[side].push_back(&x.buffer);
       types[side].push_back(ffi::BUFFER);
     }
-  std::vector<int64_t> options = {chance(0.5) ? 96 : 0, 0, below(17)};
+  std::vector<int64_t> options = {chance(0.5) ? 96 : 0, below(4), below(17)};
+  if (!attention_instructions(options[1])) options[1] = 0;  // the best that there is
   if (wrong && chance(0.3)) options[below(3)] = below(1000) - 500;
   if (wrong && chance(0.2)) sizes[below(sizes.size())] = below(7) - 2;
   const auto array = [](std::vector<int64_t>& x) {

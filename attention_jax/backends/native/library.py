@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import jax
 
 # In the order of ``kernels`` in ffi.cpp, from 1.
-INSTRUCTIONS = ("avx512", "avx2", "neon")
+INSTRUCTIONS = ("avx512bf16", "avx512", "avx2", "neon")
 # Those that have passed the contract suite; the others run only if asked for by name.
-TESTED = ("avx2",)
+TESTED = ("avx512bf16", "avx512", "avx2")
 TARGETS = ("attention_forward", "attention_backward")
 
 

@@ -101,8 +101,8 @@ class Native(PrimitiveBackend):
 
     Attributes:
       block_k: keys per block, a multiple of 96 up to 384.
-      instructions: ``"avx512"``, ``"avx2"`` or ``"neon"``; None chooses among those that have been
-        tested, so far only AVX2.
+      instructions: ``"avx512bf16"``, AVX-512 with products of bfloat16; ``"avx512"``, ``"avx2"`` or
+        ``"neon"``. None chooses the first that the processor has, except NEON, which is untested.
       few_queries: with at most this many queries per key-value head, keys are not packed.
     """
 

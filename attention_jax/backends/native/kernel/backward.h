@@ -37,6 +37,7 @@ struct Totals {
 
 struct BackwardBuffers {
   float *k_columns, *v_columns, *k_panels, *dk, *dv, *q, *dout, *p, *ds, *slope, *tile;
+  float *q_pairs, *dout_pairs;  // where products are of pairs
   float *shift, *rest;
   float* shared_gradient[MAX_SCORES];  // [G shared_entry_count] for each score, or null
   Totals* totals;                      // [G]
@@ -49,6 +50,8 @@ struct BackwardBuffers {
     dv = a.floats(BLOCK * DW);
     q = a.floats(QUERIES * HW);
     dout = a.floats(QUERIES * DW);
+    q_pairs = a.floats(QUERIES * c.H / 2);
+    dout_pairs = a.floats(QUERIES * c.D / 2);
     p = a.floats(QUERIES * BLOCK);
     ds = a.floats(QUERIES * BLOCK);
     slope = a.floats(int64_t(c.softcap_count) * ROWS * BLOCK);
@@ -168,6 +171,7 @@ static void backward_item(const Call& c, const Item& item, char* memory, Progres
   const X* k = static_cast<const X*>(owner.k) + k0 * c.k.row;
   const X* v = static_cast<const X*>(owner.v) + k0 * c.v.row;
   bool packed = false;
+  RowFormat q_format = RowFormat::of<X>(c.H), dout_format = RowFormat::of<X>(c.D);
   NonFiniteRows nonfinite_k, nonfinite_q, nonfinite_dout;
   memset(x.dk, 0, sizeof(float) * BLOCK * HW);
   memset(x.dv, 0, sizeof(float) * BLOCK * DW);
@@ -215,14 +219,25 @@ static void backward_item(const Call& c, const Item& item, char* memory, Progres
       }
       if (visited.end) {
         if (!packed) {
-          pack_columns(k, c.k.row, key_count, padded_keys, c.H, x.k_columns);
-          pack_columns(v, c.v.row, key_count, padded_keys, c.D, x.v_columns);
+          pack_columns(q_format, k, c.k.row, key_count, padded_keys, c.H, x.k_columns);
+          pack_columns(dout_format, v, c.v.row, key_count, padded_keys, c.D, x.v_columns);
           if (pack_rows(k, c.k.row, key_count, padded_keys, c.H, PANEL, 1, x.k_panels))
             nonfinite_k.zero_out(x.k_panels, key_count, padded_keys, c.H, PANEL);
           packed = true;
         }
         if (pack_rows(dout, c.dout.row, rows, strips * ROWS, c.D, DW, 1, x.dout))
           nonfinite_dout.zero_out(x.dout, rows, rows, c.D, DW);
+        if (q_format.pairs) pack_left(q_format, q, c.q.row, rows, strips * ROWS, c.H, 1, x.q_pairs);
+        // A gradient of a bf16 output is a bf16 too. If not, it is multiplied as it is.
+        if (dout_format.pairs &&
+            !pack_pairs(x.dout, DW, rows, strips * ROWS, dout_format.width, x.dout_pairs)) {
+          dout_format = {false, c.D};
+          pack_columns(v, c.v.row, key_count, padded_keys, c.D, x.v_columns);
+        }
+        const float *left_q = q_format.pairs ? x.q_pairs : x.q,
+                    *left_dout = dout_format.pairs ? x.dout_pairs : x.dout;
+        const int64_t ldq = q_format.pairs ? q_format.width : HW,
+                      ldd = dout_format.pairs ? dout_format.width : DW;
         const int first = maximum(0, visited.first - 1), end = minimum(UNITS, visited.end + 1);
         int16_t row_begin[UNITS], row_end[UNITS];  // the rows of the step that visit each unit
         for (int u = first; u < end; u++) row_begin[u] = QUERIES, row_end[u] = 0;
@@ -232,10 +247,10 @@ static void backward_item(const Call& c, const Item& item, char* memory, Progres
           const Strip strip(c, h, b, i0, minimum<int64_t>(ROWS, t0 + rows - i0), visited);
           if (strip.units.end) {
             for (int j = strip.begin(); j < strip.end(); j += PANEL) {
-              product<ROWS, 2, 0, false>(c.H, x.q + t * ROWS * HW, HW, x.k_columns + j * c.H, PANEL,
-                                         p + j, BLOCK);
-              product<ROWS, 2, 0, false>(c.D, x.dout + t * ROWS * DW, DW, x.v_columns + j * c.D,
-                                         PANEL, ds + j, BLOCK);
+              row_products<X>(q_format, left_q + t * ROWS * ldq, ldq,
+                              x.k_columns + j * q_format.width, h.scale * LOG2E, p + j);
+              row_products<X>(dout_format, left_dout + t * ROWS * ldd, ldd,
+                              x.v_columns + j * dout_format.width, 1, ds + j);
             }
             scored.apply(b, strip, p, c.softcap_count ? x.slope : nullptr);
             gradient_strip(h, b, strip, x.shift + t * ROWS, x.rest + t * ROWS, delta + t * ROWS, p,

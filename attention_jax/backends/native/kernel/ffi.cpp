@@ -17,6 +17,9 @@
 namespace attention {
 
 #if defined(__x86_64__)
+namespace avx512bf16 {
+extern const Kernels kernels;
+}
 namespace avx512 {
 extern const Kernels kernels;
 }
@@ -31,18 +34,20 @@ extern const Kernels kernels;
 
 namespace {
 
-// The kernels of instruction set `which` (1: AVX-512, 2: AVX2, 3: NEON; 0: the best available), or
-// null if this processor does not support it.
+// The kernels of instruction set `which` (1: AVX-512 with BF16, 2: AVX-512, 3: AVX2, 4: NEON; 0:
+// the best available), or null if this processor does not support it.
 const Kernels* kernels(int64_t which) {
 #if defined(__x86_64__)
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
                           __builtin_cpu_supports("avx512dq") &&
                           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
-  if (has_avx512 && (which == 0 || which == 1)) return &avx512::kernels;
-  if (has_avx2 && (which == 0 || which == 2)) return &avx2::kernels;
+  const bool has_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
+  if (has_bf16 && (which == 0 || which == 1)) return &avx512bf16::kernels;
+  if (has_avx512 && (which == 0 || which == 2)) return &avx512::kernels;
+  if (has_avx2 && (which == 0 || which == 3)) return &avx2::kernels;
 #elif defined(__aarch64__)
-  if (which == 0 || which == 3) return &neon::kernels;
+  if (which == 0 || which == 4) return &neon::kernels;
 #endif
   return nullptr;
 }

@@ -94,10 +94,11 @@ static void forward_item(const Call& c, const Item& item, char* memory) {
   const int64_t rows = item.end - item.begin, strips = (rows + ROWS - 1) / ROWS;
   const ForwardBuffers x(arena, c, rows);
   const int64_t W = round_up(c.D, PANEL);
+  const RowFormat format = RowFormat::of<X>(c.H);
   for (int64_t g = 0; g < c.G; g++) {
     const Head h = c.head(item.e, g);
-    pack_rows(static_cast<const X*>(h.q) + item.begin * c.q.row, c.q.row, rows, strips * ROWS, c.H,
-              c.H, h.scale * LOG2E, x.q + g * strips * ROWS * c.H);
+    pack_left(format, static_cast<const X*>(h.q) + item.begin * c.q.row, c.q.row, rows,
+              strips * ROWS, c.H, h.scale * LOG2E, x.q + g * strips * ROWS * format.width);
   }
   const int64_t padded = c.G * strips * ROWS;
   memset(x.out, 0, sizeof(float) * padded * W);
@@ -119,7 +120,7 @@ static void forward_item(const Call& c, const Item& item, char* memory) {
     const Head shared = c.head(item.e, 0);
     const X* k = static_cast<const X*>(shared.k) + (k0 + first) * c.k.row;
     const X* v = static_cast<const X*>(shared.v) + (k0 + first) * c.v.row;
-    pack_columns(k, c.k.row, key_count, padded_keys, c.H, x.k);
+    pack_columns(format, k, c.k.row, key_count, padded_keys, c.H, x.k);
     NonFiniteRows nonfinite;
     if (pack_rows(v, c.v.row, key_count, padded_keys, c.D, PANEL, 1, x.v))
       nonfinite.zero_out(x.v, key_count, padded_keys, c.D, PANEL);
@@ -136,8 +137,8 @@ static void forward_item(const Call& c, const Item& item, char* memory) {
         if (!strip.units.end) continue;
         for (int j = strip.begin(); j < strip.end(); j += PANEL)
           if (strip.kind[j / UNIT])
-            product<ROWS, 2, 0, false>(c.H, x.q + at * c.H, c.H, x.k + (j - first) * c.H, PANEL,
-                                       x.s + j, BLOCK);
+            row_products<X>(format, x.q + at * format.width, format.width,
+                            x.k + (j - first) * format.width, h.scale * LOG2E, x.s + j);
         scored.apply(b, strip, x.s, nullptr);
         softmax_strip(h, b, strip, W, x.s, x.row_max + at, x.sum + at * LANES, x.out + at * W);
         for (int j = strip.begin(), end; j < strip.end(); j = end) {  // runs of visited units

@@ -62,6 +62,16 @@ static void pack_columns(const X* x, int64_t ld, int64_t n, int64_t padded_rows,
     }
 }
 
+// Packs columns in this format.
+template <class X>
+static void pack_columns(RowFormat f, const X* x, int64_t ld, int64_t n, int64_t padded_rows,
+                         int64_t H, float* out) {
+  if (f.pairs)
+    pack_columns(reinterpret_cast<const Pair*>(x), ld / 2, n, padded_rows, f.width, out);
+  else
+    pack_columns(x, ld, n, padded_rows, H, out);
+}
+
 // Packs rows [0, n) of x, of this width, times `factor`, as panels of `panel` columns and
 // `padded_rows` rows. Returns whether some entry is NaN or infinite.
 template <class X>
@@ -88,6 +98,35 @@ static bool pack_rows(const X* x, int64_t ld, int64_t n, int64_t padded_rows, in
     out += panel * (padded_rows - n);
   }
   return !(horizontal_sum(zero) == 0.0f);
+}
+
+// Packs rows in this format, as the left operand; as floats they are multiplied by `factor`.
+template <class X>
+static void pack_left(RowFormat f, const X* x, int64_t ld, int64_t n, int64_t padded_rows,
+                      int64_t H, float factor, float* out) {
+  if (!f.pairs) {
+    pack_rows(x, ld, n, padded_rows, H, H, factor, out);
+    return;
+  }
+  for (int64_t i = 0; i < n; i++) memcpy(out + i * f.width, x + i * ld, sizeof(float) * f.width);
+  memset(out + n * f.width, 0, sizeof(float) * f.width * (padded_rows - n));
+}
+
+// Packs rows [0, n) of floats as pairs of bf16. Returns whether each float is one; if not, the
+// result is of no use.
+static bool pack_pairs(const float* x, int64_t ld, int64_t n, int64_t padded_rows, int64_t width,
+                       float* out) {
+  uint32_t rest = 0;
+  for (int64_t i = 0; i < n; i++)
+    for (int64_t h = 0; h < width; h++) {
+      uint32_t two[2];
+      memcpy(two, x + i * ld + 2 * h, sizeof two);
+      rest |= two[0] | two[1];
+      const uint32_t pair = two[0] >> 16 | (two[1] & 0xffff0000u);
+      memcpy(out + i * width + h, &pair, sizeof pair);
+    }
+  memset(out + n * width, 0, sizeof(float) * width * (padded_rows - n));
+  return !(rest & 0xffffu);
 }
 
 // Rows that hold NaN or infinity. Masked rows must not affect a sum, but 0 * NaN is NaN: so these

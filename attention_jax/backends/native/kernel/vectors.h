@@ -28,9 +28,10 @@ INLINE vf vmax(vf a, vf b) {
 #if LANES == 8
   return reinterpret_cast<vf>(
       _mm256_max_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b)));
-#elif LANES == 16 && defined(__AVX512F__)
+#elif LANES == 16
+  // All lanes of the form with a mask: GCC 12 warns of its own header for the one without.
   return reinterpret_cast<vf>(
-      _mm512_max_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
+      _mm512_maskz_max_ps(0xffff, reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
 #else
   return a > b ? a : b;
 #endif
@@ -79,6 +80,14 @@ INLINE vf load(const f16* p) {
   vu value = magnitude >= 0x0f800000u ? magnitude | 0x7f800000u : finite;
   return reinterpret_cast<vf>(value | sign);
 }
+// Two bf16 in a lane, see product.h.
+struct Pair {
+  bf16 first, second;
+};
+INLINE vf load(const Pair* p) {
+  typedef float vector __attribute__((vector_size(4 * LANES), aligned(2), may_alias));
+  return *reinterpret_cast<const vector*>(p);
+}
 template <class X>
 INLINE vf load_first(const X* p, int count) {
   X padded[LANES];
@@ -103,9 +112,9 @@ INLINE vf exp2v(vf t) {
   p = p * f + 0.24022242426872253f;
   p = p * f + 0.6931470036506653f;
   p = p * f + 1.0f;
-#if LANES == 16 && defined(__AVX512F__)
+#if LANES == 16
   return reinterpret_cast<vf>(
-      _mm512_scalef_ps(reinterpret_cast<__m512>(p), reinterpret_cast<__m512>(whole)));
+      _mm512_maskz_scalef_ps(0xffff, reinterpret_cast<__m512>(p), reinterpret_cast<__m512>(whole)));
 #else
   const vu exponent = reinterpret_cast<vu>(__builtin_convertvector(whole, vi));
   const vf scaled = reinterpret_cast<vf>(reinterpret_cast<vu>(p) + (exponent << 23));
