@@ -109,6 +109,10 @@ def make(kind):
         case "t5":
             config = models.EncoderDecoderConfig(11, T5, T5, positions=None, head_scale=8**-0.5)
             return models.EncoderDecoder(config, rngs=rngs)
+        case "whisper":
+            layers = models.Layers(**SMALL, bias=("query", "value", "out"))
+            config = models.SpeechConfig(11, layers, layers, max_length=6, mels=3, frames=8)
+            return models.SpeechTransformer(config, rngs=rngs)
         case "vit":
             config = models.VisionConfig((4, 4), 2, models.Layers(**SMALL), channels=1)
             return models.VisionTransformer(config, rngs=rngs)

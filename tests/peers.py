@@ -72,6 +72,23 @@ T5 = {
     "relative_attention_num_buckets": 8,
     "relative_attention_max_distance": 9,
 }
+WHISPER = {
+    "vocab_size": V,
+    "d_model": 24,
+    "encoder_layers": 2,
+    "decoder_layers": 3,
+    "encoder_attention_heads": 3,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 40,
+    "decoder_ffn_dim": 28,
+    "num_mel_bins": 6,
+    "max_source_positions": 9,
+    "max_target_positions": 20,
+    "decoder_start_token_id": 1,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 VIT = {
     "hidden_size": 24,
     "num_hidden_layers": 2,
@@ -245,6 +262,11 @@ MODELS = {
     "t5 1.1": (
         "T5ForConditionalGeneration",
         T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+    ),
+    "whisper": ("WhisperForConditionalGeneration", WHISPER),
+    "whisper untied, relu": (
+        "WhisperForConditionalGeneration",
+        WHISPER | {"tie_word_embeddings": False, "activation_function": "relu", "dropout": 0.1},
     ),
     "clip": ("CLIPModel", CLIP),
     "clip of the first release": (

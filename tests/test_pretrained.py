@@ -16,7 +16,7 @@ with warnings.catch_warnings():
 
 import peers  # noqa: E402
 from checkpoints import write_modules  # noqa: E402
-from peers import BERT, CLIP, DISTILBERT, LLAMA, MODELS, MODERNBERT, T5, VIT, V  # noqa: E402
+from peers import BERT, CLIP, DISTILBERT, LLAMA, MODELS, MODERNBERT, T5, VIT, WHISPER, V  # noqa: E402
 
 from attention_jax.models import pretrained  # noqa: E402
 
@@ -53,6 +53,10 @@ def ended(real):
     return np.where(real & ~last, tokens(0), V - 1)
 
 
+def spectrograms():
+    return np.random.default_rng(0).normal(size=(B, 18, 6)).astype(np.float32)
+
+
 def theirs(name, model, real=REAL):
     with torch.no_grad():
         if name.startswith("vit"):
@@ -63,6 +67,9 @@ def theirs(name, model, real=REAL):
             mask = torch.tensor(real.astype(int))
             out = model(torch.tensor(ended(real)), torch.tensor(images), mask)
             return out.logits_per_text.numpy()
+        elif name.startswith("whisper"):
+            x = torch.tensor(spectrograms().transpose(0, 2, 1))
+            out = model(input_features=x, decoder_input_ids=torch.tensor(tokens(1, (B, 6))))
         elif name.startswith("t5"):
             out = model(
                 input_ids=torch.tensor(tokens(0)),
@@ -87,6 +94,8 @@ def ours(name, model, real=REAL):
     if name.startswith("clip"):
         images = np.random.default_rng(0).normal(size=(B, 2, 12, 12)).astype(np.float32)
         return model(ended(real), images.transpose(0, 2, 3, 1), real=real)
+    if name.startswith("whisper"):
+        return model(spectrograms(), tokens(1, (B, 6)))
     if name.startswith("t5"):
         return model(tokens(0), tokens(1, (B, 6)), source_real=REAL)
     ids, types = encoded(name, real)
@@ -226,6 +235,7 @@ SIZES = {
     "MistralConfig": LLAMA,
     "Gemma2Config": LLAMA,
     "T5Config": T5,
+    "WhisperConfig": WHISPER,
     "ViTConfig": VIT,
     "CLIPConfig": CLIP,
 }

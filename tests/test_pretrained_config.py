@@ -149,6 +149,25 @@ PUBLISHED = {
         "t5",
         {"n_positions": 512, "output_past": True, "architectures": ["T5WithLMHeadModel"]},
     ),
+    "whisper-tiny": (
+        "whisper",
+        {
+            "begin_suppress_tokens": [220, 50257],
+            "classifier_proj_size": 256,
+            "decoder_layerdrop": 0.0,
+            "encoder_layerdrop": 0.0,
+            "forced_decoder_ids": [[1, 50259], [2, 50359], [3, 50363]],
+            "init_std": 0.02,
+            "mask_time_prob": 0.05,
+            "mask_feature_min_masks": 0,
+            "max_length": 448,
+            "median_filter_width": 7,
+            "num_hidden_layers": 1,
+            "scale_embedding": False,
+            "suppress_tokens": [],
+            "use_weighted_layer_sum": False,
+        },
+    ),
     "vit": ("vit", {"encoder_stride": 16, "pooler_act": "tanh", "pooler_output_size": 8}),
 }
 
@@ -203,6 +222,9 @@ HARMFUL = [
     ),
     ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "truncate": 1}}, "truncate"),
     ("t5", {"feed_forward_proj": None}, "feed_forward_proj must be a name, got None"),
+    ("whisper", {"encoder_layerdrop": 0.1}, "encoder_layerdrop = 0.1 is not supported"),
+    ("whisper", {"apply_spec_augment": True}, "apply_spec_augment = True is not supported"),
+    ("whisper", {"num_hidden_layers": 6}, "num_hidden_layers = 6 contradicts 4"),
     ("vit", {"image_size": [224]}, "image_size must be one or two positive integers, got [224]"),
     ("vit", {"patch_size": [16, 8]}, "patch_size = (16, 8) is not supported, only squares"),
     ("gpt2", {"quantization_config": {"bits": 4}}, "config={'quantization_config': None} ignores"),
@@ -227,6 +249,7 @@ SIZES = {
     "t5": {"vocab_size": 5, "d_model": 8, **T5_SIZES},
     "vit": LLAMA_SIZES,
     "clip": {},
+    "whisper": {},
 }
 
 
@@ -262,6 +285,7 @@ def test_harmful_entries_raise(kind, entries, message):
         ("gpt2", "GPT2ForSequenceClassification"),
         ("t5", "T5EncoderModel"),
         ("vit", "ViTForMaskedImageModeling"),
+        ("whisper", "WhisperForAudioClassification"),
     ],
 )
 def test_unsupported_heads_raise(kind, name):

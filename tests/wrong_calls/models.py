@@ -60,6 +60,12 @@ def wrong_models():
             "(1, 3)",
         ),
         (
+            lambda: models.log_mel(np.zeros(900, np.int16)),
+            type_,
+            "waveform must be floats between -1 and 1",
+            "int16",
+        ),
+        (
             lambda: stack(features=9),
             value,
             "features must be a multiple of num_heads",

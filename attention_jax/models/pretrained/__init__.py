@@ -1,8 +1,8 @@
-"""Checkpoints in Hugging Face's format: encoders, decoders, encoder-decoders, vision and CLIP.
+"""Checkpoints in Hugging Face's format: encoders, decoders, speech, vision and others.
 
 BERT, RoBERTa, XLM-RoBERTa, CamemBERT, DistilBERT, ELECTRA, MPNet, ModernBERT; GPT-2, GPT-NeoX, OPT,
 Llama, Mistral, Qwen2, Qwen3, Gemma 1 to 3 (text), SmolLM2, SmolLM3, Phi-3, OLMo 2, Granite,
-Mixtral, Qwen3-MoE; T5; ViT; CLIP.
+Mixtral, Qwen3-MoE; T5; Whisper; ViT; CLIP.
 
 ``load`` reads a folder with ``config.json`` and ``model.safetensors`` (or shards and their index);
 ``save`` writes one that ``load`` and Hugging Face's ``from_pretrained`` read. Torch is not needed;
@@ -151,8 +151,8 @@ def load(
 
     Returns:
       An ``Encoder``, ``Classifier``, ``Tagger`` or ``Reader`` (encoders like BERT), ``Decoder``
-      (GPT-2, Llama and the like), ``EncoderDecoder`` (T5), ``VisionTransformer`` (ViT) or
-      ``DualEncoder`` (CLIP).
+      (GPT-2, Llama and the like), ``EncoderDecoder`` (T5), ``SpeechTransformer`` (Whisper),
+      ``VisionTransformer`` (ViT) or ``DualEncoder`` (CLIP).
 
     Raises:
       FileNotFoundError: no such folder or repository, no configuration, or no tensors.

@@ -26,6 +26,7 @@ from attention_jax.models.pretrained import (
     smollm3,
     t5,
     vit,
+    whisper,
 )
 from attention_jax.models.pretrained.bert import BERT
 from attention_jax.models.pretrained.distilbert import DISTILBERT
@@ -50,7 +51,7 @@ DECODERS: tuple[Family, ...] = (
     gpt_neox,
     opt,
 )
-FAMILIES: tuple[Family, ...] = (*ENCODERS, *DECODERS, t5, vit, clip)
+FAMILIES: tuple[Family, ...] = (*ENCODERS, *DECODERS, t5, whisper, vit, clip)
 
 
 def of_entries(entries: Mapping[str, Any]) -> Family:
