@@ -288,7 +288,8 @@ def peer(architecture, options, seed=0):
     model = cls(cls.config_class(**options, attn_implementation="eager")).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for x in model.parameters():
+        corrections = [x for name, x in model.named_buffers() if name.endswith("correction_bias")]
+        for x in (*model.parameters(), *corrections):
             x.add_(0.2 * torch.randn(x.shape, generator=generator))
     return model
 

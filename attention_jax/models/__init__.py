@@ -140,6 +140,7 @@ from attention_jax.models.heads import label_ids as label_ids
 from attention_jax.models.heads import reader as reader
 from attention_jax.models.heads import tagger as tagger
 from attention_jax.models.layers import Experts as Experts
+from attention_jax.models.layers import Latent as Latent
 from attention_jax.models.layers import Layers as Layers
 from attention_jax.models.layers import Relative as Relative
 from attention_jax.models.resize import resize_image as resize_image
@@ -170,6 +171,7 @@ __all__ = [
     "EncoderDecoderConfig",
     "Experts",
     "Generated",
+    "Latent",
     "Layers",
     "Pooler",
     "Reader",

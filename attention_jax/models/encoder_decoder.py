@@ -16,7 +16,7 @@ from attention_jax.models.decoder import check_capacity, first_tokens
 from attention_jax.models.layers import Layers, check_embeddings
 from attention_jax.models.stack import Stack
 from attention_jax.models.tokens import padding, positions_after
-from attention_jax.nn import Embeddings, FeedForward, MultiHeadAttention, Residual
+from attention_jax.nn import Embeddings, FeedForward, LatentAttention, MultiHeadAttention, Residual
 from attention_jax.nn.linear import linear
 from attention_jax.nn.padding import as_real, places
 from attention_jax.nn.rngs import check_rngs
@@ -277,7 +277,8 @@ def _sum_in_float32(stack: Stack) -> None:
         if isinstance(module, Residual):
             sublayer: Any = module.sublayer
             last = sublayer.down if isinstance(sublayer, FeedForward) else sublayer
-            last = sublayer.out if isinstance(sublayer, MultiHeadAttention) else last
+            attends = isinstance(sublayer, MultiHeadAttention | LatentAttention)
+            last = sublayer.out if attends else last
             parts += [module.norm, module.norm_after, last]
     for part in parts:
         if part is not None:

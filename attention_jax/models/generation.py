@@ -99,8 +99,8 @@ def generate(
         otherwise.
       stop: the token that ends a row, several of them, or None.
       pad_token: fills a row after its end; any int.
-      source, source_real: for an ``EncoderDecoder``: integers ``[B S]``, or a spectrogram ``[B S M]``
-        for a ``SpeechTransformer``; and bool ``[B S]``, False for padding.
+      source, source_real: for an ``EncoderDecoder``: integers ``[B S]``, and bool ``[B S]``, False
+        for padding. The source of a ``SpeechTransformer`` is a spectrogram ``[B S M]``.
       capacity: of the caches; default ``T + max_new_tokens - 1``, the least that suffices.
       caches: of the tokens before the prompt. They are donated: use those of ``Generated`` after.
 

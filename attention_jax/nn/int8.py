@@ -16,8 +16,8 @@ from attention_jax.nn.lora import Frozen
 
 MOST = 127
 # Parameters by the end of their path, and the axis that a scale is shared along: the inputs of a
-# kernel [E F] or of experts [X E F], and a row of a table [V E].
-AXES = {"kernel": -2, "gate": -2, "up": -2, "down": -2, "tokens": -1}
+# kernel [E F], of experts [X E F], of heads [R N H], and a row of a table [V E].
+AXES = {"kernel": -2, "gate": -2, "up": -2, "down": -2, "key_value_up": -3, "tokens": -1}
 
 
 @jax.tree_util.register_dataclass

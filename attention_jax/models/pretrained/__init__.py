@@ -56,6 +56,7 @@ Each family of checkpoints is a module; ``family.Family`` documents their interf
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import warnings
 from collections.abc import Collection, Mapping
@@ -227,7 +228,8 @@ def load(
         placed = None if placements is None else placements[path].get_value()
         parts = [tensors[name].form.into(used[name][0][used[name][1]]) for name in together]
         x = np.stack(parts) if tensors[together[0]].stacked else parts[0]
-        array = converted(used[together[0]][1], x, param_dtype, placed)
+        kept = leaves[path].get_value().dtype  # param_dtype, or wider where a model needs that
+        array = converted(used[together[0]][1], x, kept, placed)
         values[path] = leaves[path].replace(array)
         if quantize is not None:
             values[path] = int8.in_int8(path, values[path])
@@ -352,8 +354,8 @@ def save(
         return jax.eval_shape(tensor.form.back, jax.ShapeDtypeStruct(x.shape, x.dtype))
 
     shapes = {tensor.name: shape(tensor) for tensor in tensors}
-    dtypes = {np.dtype(x.dtype).name for x in shapes.values()}
-    entries = {"dtype": dtypes.pop() if len(dtypes) == 1 else "float32"} | entries
+    dtypes = collections.Counter(np.dtype(x.dtype).name for x in shapes.values())
+    entries = {"dtype": dtypes.most_common(1)[0][0]} | entries
 
     def write_weights(path: Path) -> None:
         tensor_files.write(path, shapes, map(array, tensors))

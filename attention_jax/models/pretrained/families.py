@@ -14,6 +14,7 @@ from attention_jax.models.heads import ClassifierConfig
 from attention_jax.models.layers import Layers
 from attention_jax.models.pretrained import (
     clip,
+    deepseek,
     gemma,
     gpt2,
     gpt_neox,
@@ -46,6 +47,7 @@ DECODERS: tuple[Family, ...] = (
     *qwen.FAMILIES,
     *smollm3.FAMILIES,
     *phi3.FAMILIES,
+    *deepseek.FAMILIES,
     *granite.FAMILIES,
     *gemma.FAMILIES,
     gpt_neox,
