@@ -100,6 +100,16 @@ def make(kind):
         case "mixtral":
             mixture = dataclasses.replace(LLAMA, experts=models.Experts(3, 2))
             return models.Decoder(models.DecoderConfig(11, mixture, tied=False), rngs=rngs)
+        case "deepseek_v3":
+            routing = {"gating": "sigmoid", "groups": 2, "groups_per_token": 1, "shared": 5}
+            deepseek = dataclasses.replace(
+                LLAMA,
+                num_layers=2,
+                rotary=Rotary(interleaved=True),
+                latent=models.Latent(6, 2, query_features=4),
+                experts=models.Experts(4, 2, hidden=5, **routing, dense_layers=1),
+            )
+            return models.Decoder(models.DecoderConfig(11, deepseek, tied=False), rngs=rngs)
         case "llama" | "llama tied":
             return models.Decoder(models.DecoderConfig(11, LLAMA, tied="tied" in kind), rngs=rngs)
         case "gemma2":

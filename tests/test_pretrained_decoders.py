@@ -14,7 +14,7 @@ with warnings.catch_warnings():
 
 import peers  # noqa: E402
 
-from attention_jax.models import pretrained  # noqa: E402
+from attention_jax.models import generate, pretrained  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
@@ -258,6 +258,17 @@ def test_hugging_face_loads_what_we_save(name, loaded, tmp_path):
     for a, b in zip(theirs(back.eval(), REAL), theirs(model, REAL), strict=True):
         np.testing.assert_allclose(a[REAL], b[REAL], rtol=1e-6, atol=1e-6)
     assert pretrained.load(tmp_path).config == ours.config
+
+
+@pytest.mark.parametrize("name", ["deepseek_v2", "deepseek_v3"])
+def test_greedy_generation_equals_hugging_face(name, loaded):
+    model, ours = loaded(name)
+    with torch.no_grad():
+        expected = model.generate(
+            torch.tensor(TOKENS), max_new_tokens=6, do_sample=False, eos_token_id=None
+        ).numpy()[:, T:]
+    assert len(np.unique(expected)) > 3
+    np.testing.assert_array_equal(generate(ours, TOKENS, max_new_tokens=6).tokens, expected)
 
 
 def test_longrope_of_longer_sequences(monkeypatch):

@@ -2,7 +2,7 @@
 
 BERT, RoBERTa, XLM-RoBERTa, CamemBERT, DistilBERT, ELECTRA, MPNet, ModernBERT; GPT-2, GPT-NeoX, OPT,
 Llama, Mistral, Qwen2, Qwen3, Gemma 1 to 3 (text), SmolLM2, SmolLM3, Phi-3, OLMo 2, Granite,
-Mixtral, Qwen3-MoE; T5; Whisper; ViT; CLIP.
+Mixtral, Qwen3-MoE, DeepSeek-V2 and V3; T5; Whisper; ViT; CLIP.
 
 ``load`` reads a folder with ``config.json`` and ``model.safetensors`` (or shards and their index);
 ``save`` writes one that ``load`` and Hugging Face's ``from_pretrained`` read. Torch is not needed;
