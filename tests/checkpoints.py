@@ -126,11 +126,15 @@ def make(kind):
         case "vit":
             config = models.VisionConfig((4, 4), 2, models.Layers(**SMALL), channels=1)
             return models.VisionTransformer(config, rngs=rngs)
-        case "clip":
+        case "clip" | "clip_text" | "clip_vision":
             layers = models.Layers(**SMALL, activation="quick_gelu")
             text = models.DecoderConfig(11, layers, positions="learned", max_length=6)
             image = {"channels": 1, "patch_bias": False, "embedding_norm": True}
             vision = models.VisionConfig((4, 4), 2, layers, **image)
+            if kind == "clip_text":
+                return models.TextTower(models.TextTowerConfig(text, end=10), rngs=rngs)
+            if kind == "clip_vision":
+                return models.ImageTower(models.ImageTowerConfig(vision, 6), rngs=rngs)
             config = models.DualEncoderConfig(text, vision, 6, end=10)
             return models.DualEncoder(config, rngs=rngs)
         case "bert":

@@ -273,6 +273,16 @@ MODELS = {
         "CLIPModel",
         CLIP | {"text_config": CLIP["text_config"] | {"eos_token_id": 2, "attention_dropout": 0.1}},
     ),
+    "clip_text": ("CLIPTextModel", CLIP["text_config"]),
+    "clip_text projected": (
+        "CLIPTextModelWithProjection",
+        CLIP["text_config"] | {"projection_dim": 10, "attention_dropout": 0.1},
+    ),
+    "clip_vision": ("CLIPVisionModel", CLIP["vision_config"]),
+    "clip_vision projected": (
+        "CLIPVisionModelWithProjection",
+        CLIP["vision_config"] | {"projection_dim": 10},
+    ),
     "vit": ("ViTModel", VIT),
     "vit classes": ("ViTForImageClassification", VIT | {"num_labels": 5, "qkv_bias": False}),
 }

@@ -62,6 +62,13 @@ def theirs(name, model, real=REAL):
         if name.startswith("vit"):
             images = np.random.default_rng(0).normal(size=(B, 2, 12, 12)).astype(np.float32)
             out = model(torch.tensor(images))
+        elif name.startswith("clip_text"):
+            out = model(torch.tensor(ended(real)), torch.tensor(real.astype(int)))
+            return (out.text_embeds if "projected" in name else out.pooler_output).numpy()
+        elif name.startswith("clip_vision"):
+            images = np.random.default_rng(0).normal(size=(B, 2, 12, 12)).astype(np.float32)
+            out = model(torch.tensor(images))
+            return (out.image_embeds if "projected" in name else out.pooler_output).numpy()
         elif name.startswith("clip"):
             images = np.random.default_rng(0).normal(size=(B, 2, 12, 12)).astype(np.float32)
             mask = torch.tensor(real.astype(int))
@@ -88,7 +95,9 @@ def theirs(name, model, real=REAL):
 
 
 def ours(name, model, real=REAL):
-    if name.startswith("vit"):
+    if name.startswith("clip_text"):
+        return model(ended(real), real=real)
+    if name.startswith(("vit", "clip_vision")):
         images = np.random.default_rng(0).normal(size=(B, 2, 12, 12)).astype(np.float32)
         return model(images.transpose(0, 2, 3, 1))
     if name.startswith("clip"):
@@ -238,6 +247,8 @@ SIZES = {
     "WhisperConfig": WHISPER,
     "ViTConfig": VIT,
     "CLIPConfig": CLIP,
+    "CLIPTextConfig": CLIP["text_config"],
+    "CLIPVisionConfig": CLIP["vision_config"],
 }
 REQUIRED = {"vocab_size", "hidden_size", "intermediate_size", "d_model", "d_kv", "d_ff"}
 

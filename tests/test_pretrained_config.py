@@ -210,6 +210,9 @@ HARMFUL = [
         {"vision_config": {"new": 1}},
         "of vision_config is not supported: new = 1",
     ),
+    ("clip_text_model", {"dropout": 0.1}, "dropout = 0.1 is not supported"),
+    ("clip_text_model", {"eos_token_id": None}, "eos_token_id must be a token, got None"),
+    ("clip_vision_model", {"patch_size": [2, 4]}, "only squares"),
     ("clip", {"text_config": 3}, "text_config must be an object, got 3"),
     ("modernbert", {"classifier_pooling": "max"}, "must be one of ['cls', 'mean'], got 'max'"),
     ("modernbert", {"decoder_bias": False}, "decoder_bias = False is not supported"),
@@ -249,6 +252,8 @@ SIZES = {
     "t5": {"vocab_size": 5, "d_model": 8, **T5_SIZES},
     "vit": LLAMA_SIZES,
     "clip": {},
+    "clip_text_model": {},
+    "clip_vision_model": {},
     "whisper": {},
 }
 
@@ -282,6 +287,8 @@ def test_harmful_entries_raise(kind, entries, message):
         ("mpnet", "MPNetForMultipleChoice"),
         ("modernbert", "ModernBertForMultipleChoice"),
         ("clip", "CLIPForImageClassification"),
+        ("clip_text_model", "CLIPModel"),
+        ("clip_vision_model", "CLIPForImageClassification"),
         ("gpt2", "GPT2ForSequenceClassification"),
         ("t5", "T5EncoderModel"),
         ("vit", "ViTForMaskedImageModeling"),

@@ -386,6 +386,22 @@ def test_tensors_of_other_files(kind, change, saved):
     assert_same(pretrained.load(folder), expected)
 
 
+def test_tensors_of_a_tower_of_clip(saved):
+    """Those without a projection have lost their prefix in newer files."""
+    folder, expected = saved("clip_text")
+    assert_same(pretrained.load(folder), expected)
+    folder, _ = saved("clip_text", lambda x: {y.removeprefix("text_model."): x[y] for y in x})
+    assert_same(pretrained.load(folder), expected)
+    folder, expected = saved("clip_vision")
+    assert_same(pretrained.load(folder), expected)
+    with pytest.warns(UserWarning, match=r"left out visual_projection\.weight"):
+        plain = pretrained.load(folder, config={"architectures": ["CLIPVisionModel"]})
+    images = np.random.default_rng(0).normal(size=(2, 4, 4, 1)).astype(np.float32)
+    vectors = np.asarray(plain(images))
+    np.testing.assert_allclose(expected.project(vectors), expected(images), atol=1e-5)
+    assert plain.config.features is None
+
+
 def test_tensors_of_experts(saved):
     folder, expected = saved("mixtral")
     assert_same(pretrained.load(folder), expected)

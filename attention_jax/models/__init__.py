@@ -120,6 +120,10 @@ from attention_jax.models.decoder import Decoder as Decoder
 from attention_jax.models.decoder import DecoderConfig as DecoderConfig
 from attention_jax.models.dual_encoder import DualEncoder as DualEncoder
 from attention_jax.models.dual_encoder import DualEncoderConfig as DualEncoderConfig
+from attention_jax.models.dual_encoder import ImageTower as ImageTower
+from attention_jax.models.dual_encoder import ImageTowerConfig as ImageTowerConfig
+from attention_jax.models.dual_encoder import TextTower as TextTower
+from attention_jax.models.dual_encoder import TextTowerConfig as TextTowerConfig
 from attention_jax.models.encoder import Encoder as Encoder
 from attention_jax.models.encoder import EncoderConfig as EncoderConfig
 from attention_jax.models.encoder import Pooler as Pooler
@@ -171,6 +175,8 @@ __all__ = [
     "EncoderDecoderConfig",
     "Experts",
     "Generated",
+    "ImageTower",
+    "ImageTowerConfig",
     "Latent",
     "Layers",
     "Pooler",
@@ -183,6 +189,8 @@ __all__ = [
     "SpeechTransformer",
     "Tagger",
     "TaggerConfig",
+    "TextTower",
+    "TextTowerConfig",
     "VisionConfig",
     "VisionTransformer",
     "beam_search",

@@ -2,7 +2,8 @@
 
 BERT, RoBERTa, XLM-RoBERTa, CamemBERT, DistilBERT, ELECTRA, MPNet, ModernBERT; GPT-2, GPT-NeoX, OPT,
 Llama, Mistral, Qwen2, Qwen3, Gemma 1 to 3 (text), SmolLM2, SmolLM3, Phi-3, OLMo 2, Granite,
-Mixtral, Qwen3-MoE, DeepSeek-V2 and V3; T5; Whisper; ViT; CLIP.
+Mixtral, Qwen3-MoE, DeepSeek-V2 and V3; T5; Whisper; ViT; CLIP,
+whole or one tower.
 
 ``load`` reads a folder with ``config.json`` and ``model.safetensors`` (or shards and their index);
 ``save`` writes one that ``load`` and Hugging Face's ``from_pretrained`` read. Torch is not needed;
@@ -153,7 +154,7 @@ def load(
     Returns:
       An ``Encoder``, ``Classifier``, ``Tagger`` or ``Reader`` (encoders like BERT), ``Decoder``
       (GPT-2, Llama and the like), ``EncoderDecoder`` (T5), ``SpeechTransformer`` (Whisper),
-      ``VisionTransformer`` (ViT) or ``DualEncoder`` (CLIP).
+      ``VisionTransformer`` (ViT), ``DualEncoder`` (CLIP), or its ``TextTower`` or ``ImageTower``.
 
     Raises:
       FileNotFoundError: no such folder or repository, no configuration, or no tensors.

@@ -14,6 +14,7 @@ from attention_jax.models.heads import ClassifierConfig
 from attention_jax.models.layers import Layers
 from attention_jax.models.pretrained import (
     clip,
+    clip_towers,
     deepseek,
     gemma,
     gpt2,
@@ -53,7 +54,7 @@ DECODERS: tuple[Family, ...] = (
     gpt_neox,
     opt,
 )
-FAMILIES: tuple[Family, ...] = (*ENCODERS, *DECODERS, t5, whisper, vit, clip)
+FAMILIES: tuple[Family, ...] = (*ENCODERS, *DECODERS, t5, whisper, vit, clip, *clip_towers.FAMILIES)
 
 
 def of_entries(entries: Mapping[str, Any]) -> Family:
