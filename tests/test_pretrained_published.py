@@ -8,6 +8,7 @@ import checkpoints
 import numpy as np
 import pytest
 from checkpoints import assert_same
+from flax import nnx
 
 from attention_jax.models import Experts, Latent, pretrained
 from attention_jax.models.pretrained import families
@@ -352,6 +353,16 @@ def test_windows_of_some_layers():
     assert smollm.layers.windows == (None, None, None, 9) * 9
 
 
+@pytest.mark.parametrize("kind", ["gemma3_text", "granite", "deepseek_v3"])
+def test_scales_of_zero_are_not_written(kind):
+    config = configured(kind)
+    wrong = dataclasses.replace(config, head_scale=0.0)
+    layers = dataclasses.replace(config.layers, scale=0.0)
+    for x in (wrong, dataclasses.replace(config, layers=layers)):
+        with pytest.raises(NotImplementedError, match="no family of checkpoints can express"):
+            families.of_config(x, {})
+
+
 def test_rotary_entries():
     gemma = {"rope_theta": 5.0, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}
     local, *_, far = configured("gemma3_text", **gemma).layers.rotaries[:6]
@@ -417,6 +428,17 @@ def with_another_layer(arrays):
     return arrays | more | {"model.layers.2.eh_proj.weight": np.ones((8, 16), np.float32)}
 
 
+def test_every_parameter_is_gathered_once(saved, tmp_path, monkeypatch):
+    """Not once for each of the experts that it holds."""
+    _, model = saved("deepseek_v3")
+    gathered = []
+    on_host = pretrained.on_host
+    monkeypatch.setattr(pretrained, "on_host", lambda x: gathered.append(x) or on_host(x))
+    pretrained.save(model, tmp_path / "again")
+    assert len(gathered) == len(nnx.to_flat_state(nnx.state(model)))
+    assert_same(pretrained.load(tmp_path / "again"), model)
+
+
 def test_tensors_of_deepseek(saved):
     folder, expected = saved("deepseek_v3", with_another_layer)
     with pytest.warns(UserWarning, match=r"left out .*model\.layers\.2\.eh_proj\.weight"):
@@ -453,6 +475,16 @@ REFUSED = [
     ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0 is not"),
     ("gemma3_text", {"sliding_window": None}, "sliding_window must be a positive number"),
     ("gemma3_text", NEAR, "rope_parameters must have ['full_attention', 'sliding_attention']"),
+    (
+        "gemma3_text",
+        {"rope_parameters": {"full_attention": {"rope_type": "linear"}}},
+        "full_attention: rope type 'linear': factor is missing",
+    ),
+    (
+        "phi3",
+        {"rope_scaling": LONGROPE, "original_max_position_embeddings": 1},
+        "at least 2, got 1",
+    ),
     ("gemma3_text", {"_sliding_window_pattern": 2}, "_sliding_window_pattern = 2 is unknown"),
     ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers must be 36 of 0 and 1"),
     ("phi3", {"rope_scaling": LONGROPE}, "short_factor must have 48 numbers, got 3"),

@@ -60,7 +60,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -347,8 +347,12 @@ def save(
     leaves = checked_leaves(model, family)
     tensors = list(family.tensors(model.config))
 
-    def array(tensor: Tensor) -> Any:  # gathered from its shards, one tensor at a time
-        return tensor.form.back(on_host(leaves[tensor.path].get_value()))
+    def arrays() -> Iterator[Any]:  # gathered from their shards, one parameter after the other
+        path, whole = None, None
+        for tensor in tensors:
+            if tensor.path != path:  # experts that are stacked in one parameter follow each other
+                path, whole = tensor.path, on_host(leaves[tensor.path].get_value())
+            yield tensor.form.back(whole)
 
     def shape(tensor: Tensor) -> jax.ShapeDtypeStruct:
         x = leaves[tensor.path].get_value()
@@ -359,10 +363,10 @@ def save(
     entries = {"dtype": dtypes.most_common(1)[0][0]} | entries
 
     def write_weights(path: Path) -> None:
-        tensor_files.write(path, shapes, map(array, tensors))
+        tensor_files.write(path, shapes, arrays())
 
     if jax.process_index() > 0:  # the first process writes, the others send it their shards
-        for tensor in tensors:
-            array(tensor)
+        for _ in arrays():
+            pass
         return
     folders.replace(Path(folder), entries, write_weights)

@@ -85,7 +85,10 @@ def _mscale_entry(layers: Layers, width: int) -> Options:
     near = (temperature - 1) / (growth(positions.scaling.factor, 1.0) - 1)
     tries = [round(near, 9), *(near + i * math.ulp(near) for i in range(-8, 9))]
     fits = (x for x in tries if x > 0 and _scale(width, positions, x) == layers.scale)
-    return {"mscale_all_dim": next(fits)}
+    found = next(fits, None)
+    if found is None:
+        raise NotImplementedError("scale must be one that YaRN makes")
+    return {"mscale_all_dim": found}
 
 
 def _experts(hf: HFConfig, number: int, shared: int, hidden: int, dense: int) -> Options:

@@ -40,6 +40,15 @@ from attention_jax.models.pretrained.mpnet import MPNET
 from attention_jax.models.pretrained.roberta import ROBERTA
 from attention_jax.models.vision import VisionConfig
 
+# What ``Family.to_hf`` may raise.
+INEXPRESSIBLE = (
+    ArithmeticError,
+    AttributeError,
+    KeyError,
+    TypeError,
+    ValueError,
+    NotImplementedError,
+)
 ENCODERS = (BERT, ROBERTA, DISTILBERT, ELECTRA, MPNET, MODERNBERT)
 DECODERS: tuple[Family, ...] = (
     gpt2,
@@ -91,12 +100,24 @@ def of_config(config: Any, more: dict[str, Any]) -> tuple[Family, dict[str, Any]
         try:
             entries = family.to_hf(config)
             again = _read_back(family, config, entries)
-        except (AttributeError, KeyError, TypeError, ValueError, NotImplementedError):
+        except INEXPRESSIBLE:
             continue  # another class, or something that this family cannot express
         if again == _with_length(plain, again):
             if _read_back(family, config, entries | more) != again:
                 raise ValueError(f"config must not change the model, got {more}")
             return family, entries | more
+    if isinstance(config, ClassifierConfig) and not config.encoder.pooler:
+        encoder = dataclasses.replace(config.encoder, pooler=True)
+        try:
+            of_config(dataclasses.replace(config, encoder=encoder), {})
+        except NotImplementedError:
+            pass
+        else:
+            raise NotImplementedError(
+                "checkpoints of this encoder have a pooler below the head of a classifier, which "
+                "the model does not: put the head on with classifier(..., pooler=True), or save "
+                "nnx.state(model) instead"
+            )
     if isinstance(config, ClassifierConfig) and config.encoder.pool != "first":
         raise NotImplementedError(
             f"no checkpoint of Hugging Face's has a classifier of the {config.encoder.pool} of all "

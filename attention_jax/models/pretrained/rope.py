@@ -84,6 +84,16 @@ def of_parameters(
     return Rotary(theta=float(theta), width=width, scaling=scaling)
 
 
+def of_layer_type(
+    hf: HFConfig, kind: str, parameters: Mapping[str, Any], longest: int, head_dim: int
+) -> Rotary:
+    """``of_parameters`` for one type of layer, which its errors name."""
+    each = HFConfig({})
+    found = of_parameters(each, parameters, longest, head_dim)
+    hf.errors += [f"{kind}: {error}" for error in each.errors]
+    return found
+
+
 def an_object(hf: HFConfig, name: str) -> dict[str, Any]:
     """A copy of an entry that is an object; empty if it is missing or null."""
     given = hf.take(name, None) or {}
@@ -149,6 +159,8 @@ def _scaling(kind: Any, parameters: dict[str, Any], longest: int) -> Scaling | N
         original, factor = int(take(ORIGINAL, None) or longest), take("factor", None)
         scale = take("attention_factor", None)
         if scale is None:
+            if original < 2:
+                raise ValueError(f"{ORIGINAL} must be at least 2, got {original}")
             ratio = longest / original if factor is None else float(factor)
             scale = math.sqrt(1 + math.log(ratio) / math.log(original)) if ratio > 1 else 1.0
         short, long = (tuple(take(name)) for name in ("short_factor", "long_factor"))
