@@ -355,7 +355,7 @@ def test_windows_of_some_layers():
 
 @pytest.mark.parametrize("kind", ["gemma3_text", "granite", "deepseek_v3"])
 def test_scales_of_zero_are_not_written(kind):
-    config = configured(kind)
+    config = configured(kind, num_hidden_layers=4)
     wrong = dataclasses.replace(config, head_scale=0.0)
     layers = dataclasses.replace(config.layers, scale=0.0)
     for x in (wrong, dataclasses.replace(config, layers=layers)):
@@ -395,6 +395,13 @@ def without_prefix(arrays):
 def test_tensors_of_other_files(kind, change, saved):
     folder, expected = saved(kind, change)
     assert_same(pretrained.load(folder), expected)
+
+
+@pytest.mark.parametrize(("vocabulary", "end"), [(51_864, 50_256), (51_865, 50_257)])
+def test_the_end_of_a_transcript_in_whisper(vocabulary, end):
+    config = dataclasses.replace(checkpoints.make("whisper").config, vocabulary=vocabulary)
+    entries = families.of_config(config, {})[1]
+    assert (entries["eos_token_id"], entries["decoder_start_token_id"]) == (end, end + 1)
 
 
 def test_tensors_of_a_tower_of_clip(saved):
@@ -454,7 +461,7 @@ def test_tensors_of_deepseek(saved):
 @pytest.mark.parametrize("mscale", [1.0, 0.3, 1 / 3, 0.123456789123])
 def test_scales_of_yarn_are_written(mscale):
     scaling = YARN | {"mscale": 0.7, "mscale_all_dim": mscale}
-    config = configured("deepseek_v3", rope_scaling=scaling)
+    config = configured("deepseek_v3", rope_scaling=scaling, num_hidden_layers=4)
     entries = families.of_config(config, {})[1]
     assert entries["rope_parameters"]["mscale_all_dim"] == pytest.approx(mscale, rel=1e-14)
     other = dataclasses.replace(config.layers, rotary=Rotary(interleaved=True))

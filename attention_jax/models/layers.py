@@ -89,6 +89,7 @@ class Experts:
             self.groups,
             self.groups_per_token,
             self.scale,
+            name="number",
         )
 
 

@@ -212,17 +212,27 @@ def _in_best_groups(rank: Float[Array, " X"], groups: int, kept: int, best: int)
 
 
 def check_routing(
-    experts: int, per_token: int, gating: str, groups: int, groups_per_token: int, scale: float
+    experts: int,
+    per_token: int,
+    gating: str,
+    groups: int,
+    groups_per_token: int,
+    scale: float,
+    *,
+    name: str = "experts",
 ) -> None:
-    """Raises unless a router can choose ``per_token`` of the experts by these options."""
-    sizes = {"experts": experts, "per_token": per_token, "groups": groups}
-    for name, x in {**sizes, "groups_per_token": groups_per_token}.items():
-        int_at_least(name, x, 1)
+    """Raises unless a router can choose ``per_token`` of the experts by these options.
+
+    In errors the number of experts is called ``name``.
+    """
+    sizes = {name: experts, "per_token": per_token, "groups": groups}
+    for argument, x in {**sizes, "groups_per_token": groups_per_token}.items():
+        int_at_least(argument, x, 1)
     if gating not in GATINGS:
         raise ValueError(f"gating must be one of {GATINGS}, got {gating!r}")
     positive_float("scale", scale)
     if experts % groups:
-        raise ValueError(f"groups must divide experts, got {groups} and {experts}")
+        raise ValueError(f"groups must divide {name}, got {groups} and {experts}")
     if groups_per_token > groups:
         raise ValueError(
             f"groups_per_token must be at most groups, got {groups_per_token} and {groups}"
@@ -234,5 +244,5 @@ def check_routing(
             f"experts in {groups} groups"
         )
     if per_token > (most := experts // groups * groups_per_token):
-        of = "experts" if groups == 1 else "the experts of groups_per_token groups"
+        of = name if groups == 1 else "the experts of groups_per_token groups"
         raise ValueError(f"per_token must be at most {of}, got {per_token} and {most}")

@@ -19,7 +19,7 @@ from attention_jax.core.dropout import check_rate
 from attention_jax.masks import Mask
 from attention_jax.mechanisms import absorbed_latent_attention, latent_attention
 from attention_jax.nn import calls
-from attention_jax.nn.attention import Scores
+from attention_jax.nn.attention import Scores, default_head_dim
 from attention_jax.nn.linear import BIAS_INIT, KERNEL_INIT, linear
 from attention_jax.nn.logical import logical
 from attention_jax.nn.rngs import check_rngs
@@ -103,9 +103,7 @@ class LatentAttention(nnx.Module):
         Raises:
           TypeError, ValueError: an option of another kind, or a width that is not positive.
         """
-        if head_dim is None:
-            int_at_least("num_heads", num_heads, 1)
-            head_dim = features // num_heads
+        head_dim = default_head_dim(features, num_heads) if head_dim is None else head_dim
         value_dim = head_dim if value_dim is None else value_dim
         sizes = {
             "features": features,

@@ -159,8 +159,8 @@ def _v2_entries(config: DecoderConfig) -> Options:
 def _v3(hf: HFConfig, layers: Options, longest: int) -> Options:
     hf.only("scoring_func", "sigmoid", None)
     hf.only("topk_method", "noaux_tc", None)
-    hf.only("num_nextn_predict_layers", 1, 0, None)  # left out
-    hf.take("num_mtp_layers", None)  # another name
+    for entry in ("num_nextn_predict_layers", "num_mtp_layers"):  # two names; it is left out
+        hf.only(entry, 1, 0, None)
     return {
         **_attention(hf, layers, longest, interleaved=hf.flag("rope_interleave", True)),
         "experts": Experts(

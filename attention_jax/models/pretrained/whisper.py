@@ -20,6 +20,7 @@ COPIES = {"proj_out.weight": "model.decoder.embed_tokens.weight"}
 ARCHITECTURE = "WhisperForConditionalGeneration"
 BIASED = ("query", "value", "out")  # keys have none
 PROJECTIONS = {"q_proj": "query", "k_proj": "key", "v_proj": "value", "out_proj": "out"}
+ENGLISH, ENGLISH_END = 51_864, 50_256  # tokens of the English models, and the one that ends a text
 # Of generation and its timestamps, and of a head that we do not have.
 UNUSED = (
     "alignment_heads",
@@ -106,10 +107,11 @@ def to_hf(config: SpeechConfig) -> dict[str, Any]:
         x[f"{stack}_layers"] = own.num_layers
         x[f"{stack}_attention_heads"] = own.num_heads
         x[f"{stack}_ffn_dim"] = own.hidden
-    # The defaults, as far as the vocabulary has these tokens.
-    for name, token in (("decoder_start", 50_257), ("pad", 50_256), ("bos", 50_256)):
+    # The end and the start of a transcript, one token later in the vocabularies of many languages.
+    end = ENGLISH_END + (config.vocabulary > ENGLISH)
+    for name, token in (("bos", end), ("eos", end), ("pad", end), ("decoder_start", end + 1)):
         x[f"{name}_token_id"] = min(token, config.vocabulary - 1)
-    return x | {"eos_token_id": x["pad_token_id"]}
+    return x
 
 
 def model(config: SpeechConfig, rngs: nnx.Rngs) -> SpeechTransformer:
