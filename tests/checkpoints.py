@@ -100,6 +100,16 @@ def make(kind):
         case "mixtral":
             mixture = dataclasses.replace(LLAMA, experts=models.Experts(3, 2))
             return models.Decoder(models.DecoderConfig(11, mixture, tied=False), rngs=rngs)
+        case "deepseek_v3":
+            routing = {"gating": "sigmoid", "groups": 2, "groups_per_token": 1, "shared": 5}
+            deepseek = dataclasses.replace(
+                LLAMA,
+                num_layers=2,
+                rotary=Rotary(interleaved=True),
+                latent=models.Latent(6, 2, query_features=4),
+                experts=models.Experts(4, 2, hidden=5, **routing, dense_layers=1),
+            )
+            return models.Decoder(models.DecoderConfig(11, deepseek, tied=False), rngs=rngs)
         case "llama" | "llama tied":
             return models.Decoder(models.DecoderConfig(11, LLAMA, tied="tied" in kind), rngs=rngs)
         case "gemma2":
@@ -109,14 +119,22 @@ def make(kind):
         case "t5":
             config = models.EncoderDecoderConfig(11, T5, T5, positions=None, head_scale=8**-0.5)
             return models.EncoderDecoder(config, rngs=rngs)
+        case "whisper":
+            layers = models.Layers(**SMALL, bias=("query", "value", "out"))
+            config = models.SpeechConfig(11, layers, layers, max_length=6, mels=3, frames=8)
+            return models.SpeechTransformer(config, rngs=rngs)
         case "vit":
             config = models.VisionConfig((4, 4), 2, models.Layers(**SMALL), channels=1)
             return models.VisionTransformer(config, rngs=rngs)
-        case "clip":
+        case "clip" | "clip_text" | "clip_vision":
             layers = models.Layers(**SMALL, activation="quick_gelu")
             text = models.DecoderConfig(11, layers, positions="learned", max_length=6)
             image = {"channels": 1, "patch_bias": False, "embedding_norm": True}
             vision = models.VisionConfig((4, 4), 2, layers, **image)
+            if kind == "clip_text":
+                return models.TextTower(models.TextTowerConfig(text, end=10), rngs=rngs)
+            if kind == "clip_vision":
+                return models.ImageTower(models.ImageTowerConfig(vision, 6), rngs=rngs)
             config = models.DualEncoderConfig(text, vision, 6, end=10)
             return models.DualEncoder(config, rngs=rngs)
         case "bert":

@@ -72,6 +72,23 @@ T5 = {
     "relative_attention_num_buckets": 8,
     "relative_attention_max_distance": 9,
 }
+WHISPER = {
+    "vocab_size": V,
+    "d_model": 24,
+    "encoder_layers": 2,
+    "decoder_layers": 3,
+    "encoder_attention_heads": 3,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 40,
+    "decoder_ffn_dim": 28,
+    "num_mel_bins": 6,
+    "max_source_positions": 9,
+    "max_target_positions": 20,
+    "decoder_start_token_id": 1,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 VIT = {
     "hidden_size": 24,
     "num_hidden_layers": 2,
@@ -246,10 +263,25 @@ MODELS = {
         "T5ForConditionalGeneration",
         T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
     ),
+    "whisper": ("WhisperForConditionalGeneration", WHISPER),
+    "whisper untied, relu": (
+        "WhisperForConditionalGeneration",
+        WHISPER | {"tie_word_embeddings": False, "activation_function": "relu", "dropout": 0.1},
+    ),
     "clip": ("CLIPModel", CLIP),
     "clip of the first release": (
         "CLIPModel",
         CLIP | {"text_config": CLIP["text_config"] | {"eos_token_id": 2, "attention_dropout": 0.1}},
+    ),
+    "clip_text": ("CLIPTextModel", CLIP["text_config"]),
+    "clip_text projected": (
+        "CLIPTextModelWithProjection",
+        CLIP["text_config"] | {"projection_dim": 10, "attention_dropout": 0.1},
+    ),
+    "clip_vision": ("CLIPVisionModel", CLIP["vision_config"]),
+    "clip_vision projected": (
+        "CLIPVisionModelWithProjection",
+        CLIP["vision_config"] | {"projection_dim": 10},
     ),
     "vit": ("ViTModel", VIT),
     "vit classes": ("ViTForImageClassification", VIT | {"num_labels": 5, "qkv_bias": False}),
@@ -266,7 +298,8 @@ def peer(architecture, options, seed=0):
     model = cls(cls.config_class(**options, attn_implementation="eager")).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for x in model.parameters():
+        corrections = [x for name, x in model.named_buffers() if name.endswith("correction_bias")]
+        for x in (*model.parameters(), *corrections):
             x.add_(0.2 * torch.randn(x.shape, generator=generator))
     return model
 

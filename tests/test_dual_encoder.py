@@ -32,9 +32,8 @@ def test_the_vector_of_a_text_is_that_of_its_first_end(model):
 
 @pytest.mark.slow
 def test_without_an_end_it_is_that_of_the_largest_token(model):
-    graph, state = nnx.split(model)
-    old = nnx.merge(graph, state)
-    old.config = dataclasses.replace(model.config, end=None)
+    old = models.DualEncoder(dataclasses.replace(model.config, end=None), rngs=nnx.Rngs(1))
+    nnx.update(old, nnx.state(model))
     expected = model.texts(np.array([[3, 1, END]]))
     np.testing.assert_allclose(old.texts(np.array([[3, 1, END, 4]])), expected, atol=1e-5)
     assert old.texts(np.array([[3, 1, 4]])).shape == (1, 6)  # the last token is the largest

@@ -1,5 +1,6 @@
 """Heads over an encoder: fresh ones, checkpoints of them, and their labels."""
 
+import functools
 import json
 
 import checkpoints
@@ -134,6 +135,14 @@ def test_the_mean_of_all_tokens_has_no_hugging_face_class(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(("kind", "pool"), [("bert", "first"), ("modernbert", "mean")])
+def test_a_classifier_without_the_pooler_of_its_family_is_refused_with_advice(kind, pool, tmp_path):
+    make = functools.partial(models.classifier, checkpoints.make(kind), ["no", "yes"], pool=pool)
+    with pytest.raises(NotImplementedError, match=r"have a pooler .* classifier\(\.\.\., pooler=T"):
+        pretrained.save(make(pooler=False, rngs=nnx.Rngs(1)), tmp_path)
+    pretrained.save(make(pooler=True, rngs=nnx.Rngs(1)), tmp_path)
+
+
 def test_dropout_before_the_head():
     encoder = checkpoints.make("bert")
     model = models.classifier(encoder, ["a", "b"], dropout_rate=0.5, rngs=nnx.Rngs(1))
@@ -147,12 +156,21 @@ def test_dropout_before_the_head():
 def test_an_encoder_without_a_head_is_not_read_as_one(name, saved):
     folder, _ = saved("bert")
     _, entries = checkpoints.checkpoint(name)
-    maker = {"bert tags": r"models\.classifier or models\.tagger", "bert spans": r"models\.reader"}[
-        name
-    ]
+    maker = {"bert tags": r"models\.tagger", "bert spans": r"models\.reader"}[name]
     message = rf"is missing \(load with config={{'architectures': \['BertModel'\]}}.*{maker}"
     with pytest.raises(ValueError, match=message):
         pretrained.load(folder, config={"architectures": entries["architectures"]})
+
+
+@pytest.mark.parametrize(
+    ("head", "maker"),
+    [("QuestionAnswering", "reader"), ("SequenceClassification", "classifier")],
+)
+def test_advice_on_a_missing_head_of_modernbert(head, maker, saved):
+    """Its heads of all kinds are named ``classifier``."""
+    folder, _ = saved("modernbert")
+    with pytest.raises(ValueError, match=rf"classifier\.weight is missing \(.*models\.{maker}\)"):
+        pretrained.load(folder, config={"architectures": [f"ModernBertFor{head}"]})
 
 
 def test_names_of_labels_are_read_and_saved(saved):

@@ -46,6 +46,29 @@ def test_each_weight_is_within_half_a_step(axis, dtype):
     assert (q.shape, q.ndim, q.size) == (x.shape, x.ndim, x.size)
 
 
+@pytest.mark.parametrize("largest", [1e-7, 5e-6, 1e-3, 65504])
+def test_numbers_of_any_size_in_float16(largest):
+    x = (jnp.tanh(jax_normal(0, 5, 7)) * largest).astype(jnp.float16)
+    x = x.at[0].set(largest)
+    q = quantize(x, 0)
+    exact, found = (np.asarray(y, np.float64) for y in (x, q[...]))
+    assert (np.abs(found - exact) <= np.asarray(q.scale, np.float64) * 0.51 + 2**-24).all()
+    least = np.abs(exact).max(0) / 127
+    scale = np.asarray(q.scale, np.float64)[0]
+    assert (scale <= np.maximum(least * (1 + 2**-10), least + 2**-24)).all()
+
+
+def test_numbers_of_any_size_in_float64(x64):
+    x = jax_normal(0, 5, 7) * 1e200
+    q = quantize(x, 0)
+    assert (q.scale.dtype, q[...].dtype) == (np.float64, np.float64)
+    step = np.asarray(q.scale)
+    assert (np.abs(np.asarray(q[...] - x)) <= step * 0.5000001).all()
+    tiny = quantize(x * 1e-320 * 1e-190, 0)[...]
+    assert np.isfinite(tiny).all()
+    assert np.abs(tiny).max() < 1e-300
+
+
 def test_a_model_computes_nearly_the_same(decoder):
     small = quantized(decoder)
     right, found = (np.asarray(run(model)) for model in (decoder, small))

@@ -105,6 +105,43 @@ def test_mixture_of_experts(normalize):
     assert np.abs(got[1]).max() > 0.1
 
 
+@pytest.mark.parametrize(("gating", "best"), [("softmax", 1), ("sigmoid", 2)])
+def test_experts_in_groups(gating, best):
+    """For each token by hand: the best groups, in them the best experts, and a shared one."""
+    options = {"experts": 6, "per_token": 3, "groups": 3, "groups_per_token": 2, "scale": 1.7}
+    m = nn.MixtureOfExperts(E, 7, **options, gating=gating, shared=5, rngs=nnx.Rngs(0))
+    x = normal(0, B * T, E)
+    logits = x @ np.asarray(m.router.kernel[...])
+    p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    rank = p
+    if gating == "sigmoid":
+        p = 1 / (1 + np.exp(-logits))
+        m.correction[...] = normal(1, 6)
+        rank = p + normal(1, 6)
+    chosen = []
+    for row in rank:
+        values = np.sort(row.reshape(3, 2))[:, -best:].sum(-1)
+        kept = [e for e in range(6) if e // 2 in np.argsort(values)[-2:]]
+        chosen.append(sorted(kept, key=lambda e: -row[e])[:3])
+    assert any(set(c) != set(np.argsort(row)[-3:]) for c, row in zip(chosen, rank, strict=True))
+    expected = np.array(m.shared(x))
+    for t, experts in enumerate(chosen):
+        for e in experts:
+            gate, up, down = (np.asarray(k[...])[e] for k in (m.gate, m.up, m.down))
+            y = np.asarray(jax.nn.silu(x[t] @ gate)) * (x[t] @ up) @ down
+            expected[t] += 1.7 * p[t, e] / p[t, experts].sum() * y
+    close(nnx.jit(lambda m, x: m(x))(m, x), expected, atol=1e-5)
+
+
+def test_routing_is_not_rounded_to_half_precision():
+    m = nn.MixtureOfExperts(E, 7, experts=4, per_token=1, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    kernel = np.zeros((E, 4), np.float32)
+    kernel[0] = 1 + np.arange(4) * 1e-4  # equal in bfloat16
+    m.router.kernel[...] = kernel
+    _, chosen = m.route(jnp.ones((1, E), jnp.bfloat16))
+    assert chosen.tolist() == [[3]]
+
+
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu", "silu", jnp.tanh])
 def test_feed_forward(activation, gated):

@@ -16,7 +16,7 @@ with warnings.catch_warnings():
 
 import peers  # noqa: E402
 from checkpoints import write_modules  # noqa: E402
-from peers import BERT, CLIP, DISTILBERT, LLAMA, MODELS, MODERNBERT, T5, VIT, V  # noqa: E402
+from peers import BERT, CLIP, DISTILBERT, LLAMA, MODELS, MODERNBERT, T5, VIT, WHISPER, V  # noqa: E402
 
 from attention_jax.models import pretrained  # noqa: E402
 
@@ -53,16 +53,30 @@ def ended(real):
     return np.where(real & ~last, tokens(0), V - 1)
 
 
+def spectrograms():
+    return np.random.default_rng(0).normal(size=(B, 18, 6)).astype(np.float32)
+
+
 def theirs(name, model, real=REAL):
     with torch.no_grad():
         if name.startswith("vit"):
             images = np.random.default_rng(0).normal(size=(B, 2, 12, 12)).astype(np.float32)
             out = model(torch.tensor(images))
+        elif name.startswith("clip_text"):
+            out = model(torch.tensor(ended(real)), torch.tensor(real.astype(int)))
+            return (out.text_embeds if "projected" in name else out.pooler_output).numpy()
+        elif name.startswith("clip_vision"):
+            images = np.random.default_rng(0).normal(size=(B, 2, 12, 12)).astype(np.float32)
+            out = model(torch.tensor(images))
+            return (out.image_embeds if "projected" in name else out.pooler_output).numpy()
         elif name.startswith("clip"):
             images = np.random.default_rng(0).normal(size=(B, 2, 12, 12)).astype(np.float32)
             mask = torch.tensor(real.astype(int))
             out = model(torch.tensor(ended(real)), torch.tensor(images), mask)
             return out.logits_per_text.numpy()
+        elif name.startswith("whisper"):
+            x = torch.tensor(spectrograms().transpose(0, 2, 1))
+            out = model(input_features=x, decoder_input_ids=torch.tensor(tokens(1, (B, 6))))
         elif name.startswith("t5"):
             out = model(
                 input_ids=torch.tensor(tokens(0)),
@@ -81,12 +95,16 @@ def theirs(name, model, real=REAL):
 
 
 def ours(name, model, real=REAL):
-    if name.startswith("vit"):
+    if name.startswith("clip_text"):
+        return model(ended(real), real=real)
+    if name.startswith(("vit", "clip_vision")):
         images = np.random.default_rng(0).normal(size=(B, 2, 12, 12)).astype(np.float32)
         return model(images.transpose(0, 2, 3, 1))
     if name.startswith("clip"):
         images = np.random.default_rng(0).normal(size=(B, 2, 12, 12)).astype(np.float32)
         return model(ended(real), images.transpose(0, 2, 3, 1), real=real)
+    if name.startswith("whisper"):
+        return model(spectrograms(), tokens(1, (B, 6)))
     if name.startswith("t5"):
         return model(tokens(0), tokens(1, (B, 6)), source_real=REAL)
     ids, types = encoded(name, real)
@@ -226,8 +244,11 @@ SIZES = {
     "MistralConfig": LLAMA,
     "Gemma2Config": LLAMA,
     "T5Config": T5,
+    "WhisperConfig": WHISPER,
     "ViTConfig": VIT,
     "CLIPConfig": CLIP,
+    "CLIPTextConfig": CLIP["text_config"],
+    "CLIPVisionConfig": CLIP["vision_config"],
 }
 REQUIRED = {"vocab_size", "hidden_size", "intermediate_size", "d_model", "d_kv", "d_ff"}
 

@@ -149,6 +149,25 @@ PUBLISHED = {
         "t5",
         {"n_positions": 512, "output_past": True, "architectures": ["T5WithLMHeadModel"]},
     ),
+    "whisper-tiny": (
+        "whisper",
+        {
+            "begin_suppress_tokens": [220, 50257],
+            "classifier_proj_size": 256,
+            "decoder_layerdrop": 0.0,
+            "encoder_layerdrop": 0.0,
+            "forced_decoder_ids": [[1, 50259], [2, 50359], [3, 50363]],
+            "init_std": 0.02,
+            "mask_time_prob": 0.05,
+            "mask_feature_min_masks": 0,
+            "max_length": 448,
+            "median_filter_width": 7,
+            "num_hidden_layers": 1,
+            "scale_embedding": False,
+            "suppress_tokens": [],
+            "use_weighted_layer_sum": False,
+        },
+    ),
     "vit": ("vit", {"encoder_stride": 16, "pooler_act": "tanh", "pooler_output_size": 8}),
 }
 
@@ -191,6 +210,9 @@ HARMFUL = [
         {"vision_config": {"new": 1}},
         "of vision_config is not supported: new = 1",
     ),
+    ("clip_text_model", {"dropout": 0.1}, "dropout = 0.1 is not supported"),
+    ("clip_text_model", {"eos_token_id": None}, "eos_token_id must be a token, got None"),
+    ("clip_vision_model", {"patch_size": [2, 4]}, "only squares"),
     ("clip", {"text_config": 3}, "text_config must be an object, got 3"),
     ("modernbert", {"classifier_pooling": "max"}, "must be one of ['cls', 'mean'], got 'max'"),
     ("modernbert", {"decoder_bias": False}, "decoder_bias = False is not supported"),
@@ -203,6 +225,9 @@ HARMFUL = [
     ),
     ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "truncate": 1}}, "truncate"),
     ("t5", {"feed_forward_proj": None}, "feed_forward_proj must be a name, got None"),
+    ("whisper", {"encoder_layerdrop": 0.1}, "encoder_layerdrop = 0.1 is not supported"),
+    ("whisper", {"apply_spec_augment": True}, "apply_spec_augment = True is not supported"),
+    ("whisper", {"num_hidden_layers": 6}, "num_hidden_layers = 6 contradicts 4"),
     ("vit", {"image_size": [224]}, "image_size must be one or two positive integers, got [224]"),
     ("vit", {"patch_size": [16, 8]}, "patch_size = (16, 8) is not supported, only squares"),
     ("gpt2", {"quantization_config": {"bits": 4}}, "config={'quantization_config': None} ignores"),
@@ -227,6 +252,9 @@ SIZES = {
     "t5": {"vocab_size": 5, "d_model": 8, **T5_SIZES},
     "vit": LLAMA_SIZES,
     "clip": {},
+    "clip_text_model": {},
+    "clip_vision_model": {},
+    "whisper": {},
 }
 
 
@@ -259,9 +287,12 @@ def test_harmful_entries_raise(kind, entries, message):
         ("mpnet", "MPNetForMultipleChoice"),
         ("modernbert", "ModernBertForMultipleChoice"),
         ("clip", "CLIPForImageClassification"),
+        ("clip_text_model", "CLIPModel"),
+        ("clip_vision_model", "CLIPForImageClassification"),
         ("gpt2", "GPT2ForSequenceClassification"),
         ("t5", "T5EncoderModel"),
         ("vit", "ViTForMaskedImageModeling"),
+        ("whisper", "WhisperForAudioClassification"),
     ],
 )
 def test_unsupported_heads_raise(kind, name):

@@ -14,7 +14,7 @@ with warnings.catch_warnings():
 
 import peers  # noqa: E402
 
-from attention_jax.models import pretrained  # noqa: E402
+from attention_jax.models import generate, pretrained  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
@@ -70,6 +70,29 @@ LONGROPE = LLAMA | {
         "short_factor": [1.0, 1.3, 2.0],
         "long_factor": [1.5, 3.0, 5.0],
     },
+}
+DEEPSEEK = {name: x for name, x in LLAMA.items() if name not in ("head_dim", "rms_norm_eps")} | {
+    "num_hidden_layers": 3,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 14,
+    "kv_lora_rank": 10,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 8,
+    "n_routed_experts": 6,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 12,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 1.7,
+}
+DEEPSEEK_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 50.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "mscale": 0.7,
+    "mscale_all_dim": 0.3,
 }
 WINDOWS = {"use_sliding_window": True, "sliding_window": 4}
 MODELS = {
@@ -129,6 +152,23 @@ MODELS = {
         | WINDOWS
         | {"num_experts": 4, "norm_topk_prob": True, "num_experts_per_tok": 2}
         | {"moe_intermediate_size": 12, "attention_bias": True},
+    ),
+    "deepseek_v2": (
+        "DeepseekV2ForCausalLM",
+        DEEPSEEK
+        | {"topk_method": "group_limited_greedy", "n_group": 3, "topk_group": 2}
+        | {"rope_parameters": DEEPSEEK_YARN, "attention_bias": True},
+    ),
+    "deepseek_v2, lite": ("DeepseekV2ForCausalLM", DEEPSEEK | {"q_lora_rank": None}),
+    "deepseek_v3": (
+        "DeepseekV3ForCausalLM",
+        DEEPSEEK | {"n_group": 3, "topk_group": 2, "rope_parameters": DEEPSEEK_YARN},
+    ),
+    "deepseek_v3, halves": (
+        "DeepseekV3ForCausalLM",
+        DEEPSEEK
+        | {"n_group": 1, "topk_group": 1, "norm_topk_prob": False, "rope_interleave": False}
+        | {"attention_bias": True, "n_shared_experts": 1},
     ),
     "gpt_neox": ("GPTNeoXForCausalLM", GPT_NEOX),
     "gpt_neox, in sequence": (
@@ -220,6 +260,17 @@ def test_hugging_face_loads_what_we_save(name, loaded, tmp_path):
     assert pretrained.load(tmp_path).config == ours.config
 
 
+@pytest.mark.parametrize("name", ["deepseek_v2", "deepseek_v3"])
+def test_greedy_generation_equals_hugging_face(name, loaded):
+    model, ours = loaded(name)
+    with torch.no_grad():
+        expected = model.generate(
+            torch.tensor(TOKENS), max_new_tokens=6, do_sample=False, eos_token_id=None
+        ).numpy()[:, T:]
+    assert len(np.unique(expected)) > 3
+    np.testing.assert_array_equal(generate(ours, TOKENS, max_new_tokens=6).tokens, expected)
+
+
 def test_longrope_of_longer_sequences(monkeypatch):
     """Hugging Face takes the longest row of a batch, ours each row alone."""
     entries = LONGROPE | {"original_max_position_embeddings": 8}
@@ -243,6 +294,10 @@ def test_defaults_of_missing_entries_equal_hugging_face(name):
     given = dict(SIZES)
     if name.startswith("OPT"):
         given["ffn_dim"] = given.pop("intermediate_size")
+    if name.startswith("DeepseekV2"):
+        given["num_experts_per_tok"] = 3  # without a default
+    if name.startswith("DeepseekV3"):
+        given["num_key_value_heads"] = given["num_attention_heads"]  # the default is 128
     config = getattr(transformers, name).config_class(**given)
     a, b = peers.read(config, given)
     assert a == b

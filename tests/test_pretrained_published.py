@@ -1,16 +1,19 @@
 """Configurations of decoders as they are published: what is read, and what is refused."""
 
+import dataclasses
+import json
 import re
 
 import checkpoints
 import numpy as np
 import pytest
 from checkpoints import assert_same
+from flax import nnx
 
-from attention_jax.models import Experts, pretrained
+from attention_jax.models import Experts, Latent, pretrained
 from attention_jax.models.pretrained import families
 from attention_jax.models.pretrained.hf_config import HFConfig
-from attention_jax.positions import Linear, LongRoPE, Rotary
+from attention_jax.positions import Linear, LongRoPE, Rotary, YaRN
 
 saved = pytest.fixture(checkpoints.saved)
 
@@ -185,6 +188,66 @@ QWEN3_MOE = sizes(2048, 6144, 48, 32, 4, 151_936, 40_960) | {  # Qwen3-30B-A3B
     "tie_word_embeddings": False,
     "use_sliding_window": False,
 }
+DEEPSEEK = {
+    "attention_bias": False,
+    "aux_loss_alpha": 0.001,
+    "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV2Config"},
+    "ep_size": 1,
+    "hidden_act": "silu",
+    "kv_lora_rank": 512,
+    "moe_layer_freq": 1,
+    "pretraining_tp": 1,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 10000,
+    "seq_aux": True,
+    "tie_word_embeddings": False,
+    "v_head_dim": 128,
+}
+YARN = {
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "factor": 40,
+    "original_max_position_embeddings": 4096,
+    "type": "yarn",
+}
+DEEPSEEK_V2 = sizes(2048, 10_944, 27, 16, 16, 102_400, 163_840) | DEEPSEEK  # DeepSeek-V2-Lite
+DEEPSEEK_V2 |= {
+    "first_k_dense_replace": 1,
+    "moe_intermediate_size": 1408,
+    "n_group": 1,
+    "n_routed_experts": 64,
+    "n_shared_experts": 2,
+    "norm_topk_prob": False,
+    "num_experts_per_tok": 6,
+    "q_lora_rank": None,
+    "rope_scaling": YARN | {"mscale": 0.707, "mscale_all_dim": 0.707},
+    "routed_scaling_factor": 1.0,
+    "scoring_func": "softmax",
+    "topk_group": 1,
+    "topk_method": "greedy",
+}
+DEEPSEEK_V3 = (
+    sizes(7168, 18_432, 61, 128, 128, 129_280, 163_840)
+    | DEEPSEEK
+    | {  # DeepSeek-V3
+        "first_k_dense_replace": 3,
+        "moe_intermediate_size": 2048,
+        "n_group": 8,
+        "n_routed_experts": 256,
+        "n_shared_experts": 1,
+        "norm_topk_prob": True,
+        "num_experts_per_tok": 8,
+        "num_nextn_predict_layers": 1,
+        "q_lora_rank": 1536,
+        "rope_scaling": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0},
+        "routed_scaling_factor": 2.5,
+        "scoring_func": "sigmoid",
+        "topk_group": 4,
+        "topk_method": "noaux_tc",
+    }
+)
 OPT = COMMON | {  # opt-125m
     "_remove_final_layer_norm": False,
     "activation_dropout": 0.0,
@@ -214,6 +277,8 @@ FILES = {
     "granite": GRANITE,
     "mixtral": MIXTRAL,
     "qwen3_moe": QWEN3_MOE,
+    "deepseek_v2": DEEPSEEK_V2,
+    "deepseek_v3": DEEPSEEK_V3,
     "gpt_neox": GPT_NEOX,
     "opt": OPT,
 }
@@ -244,6 +309,22 @@ EXPECTED = {
     "granite": {"scale": 0.015625, "residual_scale": 0.22},
     "mixtral": {"experts": Experts(8, 2), "windows": (None,) * 32, "hidden": 14_336},
     "qwen3_moe": {"experts": Experts(128, 8), "query_key_norm": True, "hidden": 768},
+    "deepseek_v2": {
+        "experts": Experts(64, 6, False, 1408, shared=2816, dense_layers=1),
+        "latent": Latent(512, 64, 128),
+        "head_dim": 128,
+        "hidden": 10_944,
+        "rotary": Rotary(interleaved=True, scaling=YaRN(40.0, 4096, attention_factor=1.0)),
+        # (128 + 64) ** -0.5 * (0.0707 ln 40 + 1) ** 2
+        "scale": 0.11472138679292611,
+    },
+    "deepseek_v3": {
+        "experts": Experts(
+            256, 8, True, 2048, "sigmoid", 8, 4, scale=2.5, shared=2048, dense_layers=3
+        ),
+        "latent": Latent(512, 64, 128, 1536),
+        "bias": False,
+    },
     "gpt_neox": {"parallel": True, "fused": True, "rotary": Rotary(width=16), "bias": True},
     "opt": {"activation": "relu", "order": "pre", "dropout_rate": 0.1},
 }
@@ -270,6 +351,16 @@ def test_windows_of_some_layers():
     assert qwen.layers.windows == (None,) * 20 + (32_768,) * 4
     smollm = configured("smollm3", use_sliding_window=True, sliding_window=9, layer_types=None)
     assert smollm.layers.windows == (None, None, None, 9) * 9
+
+
+@pytest.mark.parametrize("kind", ["gemma3_text", "granite", "deepseek_v3"])
+def test_scales_of_zero_are_not_written(kind):
+    config = configured(kind, num_hidden_layers=4)
+    wrong = dataclasses.replace(config, head_scale=0.0)
+    layers = dataclasses.replace(config.layers, scale=0.0)
+    for x in (wrong, dataclasses.replace(config, layers=layers)):
+        with pytest.raises(NotImplementedError, match="no family of checkpoints can express"):
+            families.of_config(x, {})
 
 
 def test_rotary_entries():
@@ -306,6 +397,29 @@ def test_tensors_of_other_files(kind, change, saved):
     assert_same(pretrained.load(folder), expected)
 
 
+@pytest.mark.parametrize(("vocabulary", "end"), [(51_864, 50_256), (51_865, 50_257)])
+def test_the_end_of_a_transcript_in_whisper(vocabulary, end):
+    config = dataclasses.replace(checkpoints.make("whisper").config, vocabulary=vocabulary)
+    entries = families.of_config(config, {})[1]
+    assert (entries["eos_token_id"], entries["decoder_start_token_id"]) == (end, end + 1)
+
+
+def test_tensors_of_a_tower_of_clip(saved):
+    """Those without a projection have lost their prefix in newer files."""
+    folder, expected = saved("clip_text")
+    assert_same(pretrained.load(folder), expected)
+    folder, _ = saved("clip_text", lambda x: {y.removeprefix("text_model."): x[y] for y in x})
+    assert_same(pretrained.load(folder), expected)
+    folder, expected = saved("clip_vision")
+    assert_same(pretrained.load(folder), expected)
+    with pytest.warns(UserWarning, match=r"left out visual_projection\.weight"):
+        plain = pretrained.load(folder, config={"architectures": ["CLIPVisionModel"]})
+    images = np.random.default_rng(0).normal(size=(2, 4, 4, 1)).astype(np.float32)
+    vectors = np.asarray(plain(images))
+    np.testing.assert_allclose(expected.project(vectors), expected(images), atol=1e-5)
+    assert plain.config.features is None
+
+
 def test_tensors_of_experts(saved):
     folder, expected = saved("mixtral")
     assert_same(pretrained.load(folder), expected)
@@ -313,6 +427,46 @@ def test_tensors_of_experts(saved):
     folder, _ = saved("mixtral", lambda arrays: {x: arrays[x] for x in arrays if x != name})
     with pytest.raises(ValueError, match=f"{re.escape(name)} is missing"):
         pretrained.load(folder)
+
+
+def with_another_layer(arrays):
+    """As published: it predicts the token after the next."""
+    more = {x.replace("layers.1", "layers.2"): y for x, y in arrays.items() if "layers.1" in x}
+    return arrays | more | {"model.layers.2.eh_proj.weight": np.ones((8, 16), np.float32)}
+
+
+def test_every_parameter_is_gathered_once(saved, tmp_path, monkeypatch):
+    """Not once for each of the experts that it holds."""
+    _, model = saved("deepseek_v3")
+    gathered = []
+    on_host = pretrained.on_host
+    monkeypatch.setattr(pretrained, "on_host", lambda x: gathered.append(x) or on_host(x))
+    pretrained.save(model, tmp_path / "again")
+    assert len(gathered) == len(nnx.to_flat_state(nnx.state(model)))
+    assert_same(pretrained.load(tmp_path / "again"), model)
+
+
+def test_tensors_of_deepseek(saved):
+    folder, expected = saved("deepseek_v3", with_another_layer)
+    with pytest.warns(UserWarning, match=r"left out .*model\.layers\.2\.eh_proj\.weight"):
+        assert_same(pretrained.load(folder), expected)
+    with pytest.warns(UserWarning, match="left out"):
+        half = pretrained.load(folder, param_dtype="bfloat16")
+    experts = half.stack.blocks[1].feed_forward.sublayer
+    assert experts.correction.dtype == np.float32  # rounded, it could choose other experts
+    pretrained.save(half, folder)
+    assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("mscale", [1.0, 0.3, 1 / 3, 0.123456789123])
+def test_scales_of_yarn_are_written(mscale):
+    scaling = YARN | {"mscale": 0.7, "mscale_all_dim": mscale}
+    config = configured("deepseek_v3", rope_scaling=scaling, num_hidden_layers=4)
+    entries = families.of_config(config, {})[1]
+    assert entries["rope_parameters"]["mscale_all_dim"] == pytest.approx(mscale, rel=1e-14)
+    other = dataclasses.replace(config.layers, rotary=Rotary(interleaved=True))
+    with pytest.raises(NotImplementedError, match="no family of checkpoints can express"):
+        families.of_config(dataclasses.replace(config, layers=other), {})
 
 
 NEAR = {"rope_parameters": {"rope_theta": 5.0}}
@@ -328,6 +482,16 @@ REFUSED = [
     ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0 is not"),
     ("gemma3_text", {"sliding_window": None}, "sliding_window must be a positive number"),
     ("gemma3_text", NEAR, "rope_parameters must have ['full_attention', 'sliding_attention']"),
+    (
+        "gemma3_text",
+        {"rope_parameters": {"full_attention": {"rope_type": "linear"}}},
+        "full_attention: rope type 'linear': factor is missing",
+    ),
+    (
+        "phi3",
+        {"rope_scaling": LONGROPE, "original_max_position_embeddings": 1},
+        "at least 2, got 1",
+    ),
     ("gemma3_text", {"_sliding_window_pattern": 2}, "_sliding_window_pattern = 2 is unknown"),
     ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers must be 36 of 0 and 1"),
     ("phi3", {"rope_scaling": LONGROPE}, "short_factor must have 48 numbers, got 3"),
@@ -337,6 +501,14 @@ REFUSED = [
     ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise = 0.1 is not supported"),
     ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step = 2 is not supported"),
     ("qwen3_moe", {"mlp_only_layers": [0]}, "mlp_only_layers = [0] is not supported"),
+    ("deepseek_v2", {"norm_topk_prob": True}, "norm_topk_prob = True is not supported"),
+    ("deepseek_v2", {"topk_method": "noaux_tc"}, "topk_method = 'noaux_tc' is not supported"),
+    ("deepseek_v2", {"num_key_value_heads": 8}, "num_key_value_heads = 8 contradicts"),
+    ("deepseek_v2", {"first_k_dense_replace": -1}, "must be a number of layers, got -1"),
+    ("deepseek_v2", {"moe_layer_freq": 2}, "moe_layer_freq = 2 is not supported"),
+    ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func = 'softmax' is not supported"),
+    ("deepseek_v3", {"rope_scaling": YARN | {"mscale_all_dim": "1"}}, "must not be negative"),
+    ("deepseek_v3", {"quantization_config": {"fmt": "e4m3"}}, "{'quantization_config': None}"),
     ("olmo2", {"clip_qkv": 8.0}, "clip_qkv = 8.0 is unknown"),
     ("granite", {"logits_scaling": 0}, "logits_scaling must be a positive number"),
     ("gpt_neox", {"rotary_pct": 1.5}, "partial_rotary_factor must be in (0, 1], got 1.5"),

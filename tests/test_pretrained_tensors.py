@@ -73,6 +73,7 @@ COPIES = [
     ("gemma2", "lm_head.weight", "model.embed_tokens.weight"),
     ("bert tokens", "cls.predictions.decoder.weight", "bert.embeddings.word_embeddings.weight"),
     ("bert tokens", "cls.predictions.decoder.bias", "cls.predictions.bias"),
+    ("whisper", "proj_out.weight", "model.decoder.embed_tokens.weight"),
     ("t5", "encoder.embed_tokens.weight", "shared.weight"),
     ("t5", "decoder.embed_tokens.weight", "shared.weight"),
     ("t5", "lm_head.weight", "shared.weight"),

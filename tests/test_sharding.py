@@ -25,8 +25,11 @@ from attention_jax.models import (
     EncoderDecoder,
     EncoderDecoderConfig,
     Experts,
+    Latent,
     Layers,
     Relative,
+    SpeechConfig,
+    SpeechTransformer,
     VisionConfig,
     VisionTransformer,
     pretrained,
@@ -108,6 +111,15 @@ MODELS = {
 }
 
 
+MODELS["latent"] = MODELS["experts"] | {
+    "latent": Latent(features=8, rotary_dim=4, query_features=6),
+    "experts": Experts(4, 2, gating="sigmoid", groups=2, groups_per_token=1, shared=8),
+    "rotary": Rotary(),
+    "norm": "rms",
+    "bias": False,
+}
+
+
 def loss_and_gradient(graph, state, rest, tokens):
     def total(state):
         return loss(graph, nnx.merge_state(state, jax.tree.map(lambda x: x, rest)), tokens)
@@ -143,6 +155,7 @@ def on_one_device(model):
         slow("joint norm, fused gates", "model", "Explicit"),
         slow("joint norm, parallel", "fsdp and model", "Auto"),
         slow("experts", "data and model", "Auto"),
+        slow("latent", "fsdp and model", "Auto"),
     ],
 )
 def test_loss_and_gradient_equal_those_of_one_device(model, name, kind):
@@ -178,6 +191,7 @@ ONE = layers(num_layers=1)
 RELATIVE = layers(num_layers=1, relative=Relative(4, 8), sinks=True, gate=True, norm="rms")
 VISION = VisionConfig(image=(4, 4), patch=2, channels=1, classes=3, layers=ONE)
 ENCODER = EncoderConfig(V, ONE, max_length=T, types=2, head="tokens")
+SPEECH = SpeechConfig(V, ONE, ONE, max_length=T, mels=3, frames=2 * T)
 CLASSIFIER = ClassifierConfig(EncoderConfig(V, ONE, max_length=T, pooler=True), ("no", "yes"))
 TRANSLATOR = EncoderDecoderConfig(V, RELATIVE, RELATIVE, positions=None)
 EACH = {
@@ -187,6 +201,8 @@ EACH = {
     "classifier": lambda rngs: Classifier(CLASSIFIER, rngs=rngs),
     "translator": lambda rngs: EncoderDecoder(TRANSLATOR, rngs=rngs),
     "vision": lambda rngs: VisionTransformer(VISION, rngs=rngs),
+    "speech": lambda rngs: SpeechTransformer(SPEECH, rngs=rngs),
+    "latent": lambda rngs: decoder(**MODELS["latent"]),
     "adapted": lambda rngs: low_rank(decoder(num_layers=1), rank=2, rngs=rngs),
 }
 

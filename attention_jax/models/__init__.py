@@ -1,4 +1,4 @@
-"""Transformers built from ``nn``: decoder, encoder, encoder-decoder, vision, dual encoder.
+"""Transformers built from ``nn``: decoder, encoder, encoder-decoder, speech, vision, dual encoder.
 
 A configuration is a frozen value; ``Layers`` describes the stack that all models share. A decoder
 with grouped heads, rotary positions and a local layer, called under ``nnx.jit`` as one program:
@@ -9,7 +9,8 @@ with grouped heads, rotary positions and a local layer, called under ``nnx.jit``
 >>> from attention_jax import masks
 >>> from attention_jax.models import (
 ...     Decoder, DecoderConfig, Encoder, EncoderConfig, EncoderDecoder, EncoderDecoderConfig,
-...     Layers, Sampling, VisionConfig, VisionTransformer, beam_search, generate, tagger)
+...     Layers, Sampling, SpeechConfig, SpeechTransformer, VisionConfig, VisionTransformer,
+...     beam_search, generate, log_mel, tagger)
 >>> from attention_jax.positions import Rotary
 >>> layers = Layers(features=8, num_layers=1, num_heads=4, num_kv_heads=2, rotary=Rotary(),
 ...                 windows=(4,), norm="rms", gated=True, activation="silu")
@@ -87,12 +88,17 @@ True
 >>> [model.config.labels[i] for i in np.argmax(logits, axis=-1)]
 ['positive', 'negative']
 
-An encoder-decoder, and a vision transformer:
+An encoder-decoder, one that reads spectrograms of speech, and a vision transformer:
 
 >>> plain = Layers(features=8, num_layers=1, num_heads=2)
 >>> translate = EncoderDecoder(EncoderDecoderConfig(10, plain, plain), rngs=nnx.Rngs(0))
 >>> source, start = np.array([[3, 1, 4]]), np.array([[1]])
 >>> generate(translate, start, source=source, max_new_tokens=2).tokens.shape
+(1, 2)
+>>> speech = SpeechConfig(10, plain, plain, max_length=5, mels=80, frames=100)
+>>> transcribe = SpeechTransformer(speech, rngs=nnx.Rngs(0))
+>>> sound = np.zeros((1, 16_000), np.float32)  # a second
+>>> generate(transcribe, start, source=log_mel(sound), max_new_tokens=2).tokens.shape
 (1, 2)
 >>> vision = VisionConfig(image=(4, 4), patch=2, channels=1, classes=3, layers=plain)
 >>> classify = VisionTransformer(vision, rngs=nnx.Rngs(0))
@@ -114,6 +120,10 @@ from attention_jax.models.decoder import Decoder as Decoder
 from attention_jax.models.decoder import DecoderConfig as DecoderConfig
 from attention_jax.models.dual_encoder import DualEncoder as DualEncoder
 from attention_jax.models.dual_encoder import DualEncoderConfig as DualEncoderConfig
+from attention_jax.models.dual_encoder import ImageTower as ImageTower
+from attention_jax.models.dual_encoder import ImageTowerConfig as ImageTowerConfig
+from attention_jax.models.dual_encoder import TextTower as TextTower
+from attention_jax.models.dual_encoder import TextTowerConfig as TextTowerConfig
 from attention_jax.models.encoder import Encoder as Encoder
 from attention_jax.models.encoder import EncoderConfig as EncoderConfig
 from attention_jax.models.encoder import Pooler as Pooler
@@ -134,6 +144,7 @@ from attention_jax.models.heads import label_ids as label_ids
 from attention_jax.models.heads import reader as reader
 from attention_jax.models.heads import tagger as tagger
 from attention_jax.models.layers import Experts as Experts
+from attention_jax.models.layers import Latent as Latent
 from attention_jax.models.layers import Layers as Layers
 from attention_jax.models.layers import Relative as Relative
 from attention_jax.models.resize import resize_image as resize_image
@@ -142,6 +153,9 @@ from attention_jax.models.sampling import Sampling as Sampling
 from attention_jax.models.sentences import Embedder as Embedder
 from attention_jax.models.sentences import EmbedderConfig as EmbedderConfig
 from attention_jax.models.sentences import embed as embed
+from attention_jax.models.speech import SpeechConfig as SpeechConfig
+from attention_jax.models.speech import SpeechTransformer as SpeechTransformer
+from attention_jax.models.speech import log_mel as log_mel
 from attention_jax.models.vision import VisionConfig as VisionConfig
 from attention_jax.models.vision import VisionTransformer as VisionTransformer
 
@@ -161,6 +175,9 @@ __all__ = [
     "EncoderDecoderConfig",
     "Experts",
     "Generated",
+    "ImageTower",
+    "ImageTowerConfig",
+    "Latent",
     "Layers",
     "Pooler",
     "Reader",
@@ -168,8 +185,12 @@ __all__ = [
     "Relative",
     "Sampling",
     "SpanLogits",
+    "SpeechConfig",
+    "SpeechTransformer",
     "Tagger",
     "TaggerConfig",
+    "TextTower",
+    "TextTowerConfig",
     "VisionConfig",
     "VisionTransformer",
     "beam_search",
@@ -177,6 +198,7 @@ __all__ = [
     "embed",
     "generate",
     "label_ids",
+    "log_mel",
     "pretrained",
     "reader",
     "resize_image",

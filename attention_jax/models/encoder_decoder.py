@@ -16,7 +16,7 @@ from attention_jax.models.decoder import check_capacity, first_tokens
 from attention_jax.models.layers import Layers, check_embeddings
 from attention_jax.models.stack import Stack
 from attention_jax.models.tokens import padding, positions_after
-from attention_jax.nn import Embeddings, FeedForward, MultiHeadAttention, Residual
+from attention_jax.nn import Embeddings, FeedForward, LatentAttention, MultiHeadAttention, Residual
 from attention_jax.nn.linear import linear
 from attention_jax.nn.padding import as_real, places
 from attention_jax.nn.rngs import check_rngs
@@ -141,19 +141,26 @@ class EncoderDecoder(nnx.Module):
           ValueError: a token that is not in the vocabulary. Under ``jit``, where tokens are not
             known, the logits of all tokens that attend to it are NaN instead.
         """
-        source, target = check_positions(source, "source"), check_positions(target, "target")
-        as_real(source_real, source.shape, name="source_real", of="the source's")
+        source, source_real = self.checked_source(source, source_real, name="source_real")
+        target = check_positions(target, "target")
         as_real(target_real, target.shape, name="target_real", of="the target's")
         memory = self.encode(source, real=source_real)
         return self.decode(target, memory, real=target_real)
 
+    def checked_source(self, source: Any, real: Any, *, name: str = "real") -> tuple[Any, Any]:
+        """The source and its padding, which is named ``name`` in errors, after all checks."""
+        source = check_positions(source, "source")
+        return source, as_real(real, source.shape, name=name, of="the source's")
+
     def encode(self, source: Any, *, real: Any = None) -> Memory:
         """Encodes the source ``[*B S]`` for the decoder."""
-        source = check_positions(source, "source")
-        real = as_real(real, source.shape, of="the source's")
+        source, real = self.checked_source(source, real)
         positions = places(None, real)
-        x = _widened(self.embed(source, positions=positions, real=real))
-        x = self.encoder(x, real=real, positions=positions)
+        x = widened(self.embed(source, positions=positions, real=real))
+        return self.memory(self.encoder(x, real=real, positions=positions), real)
+
+    def memory(self, x: Float[jax.Array, "*B S E"], real: Any) -> Memory:
+        """The output of the encoder, projected to the keys and values of the decoder's layers."""
         return Memory(self.decoder.contexts(self.dropout(self._narrow(x))), real)
 
     def decode(
@@ -210,7 +217,7 @@ class EncoderDecoder(nnx.Module):
         positions = None if caches is None else positions_after(caches, T, count)
         positions = places(positions, in_row)
         result = self.decoder(
-            _widened(self.embed(target, positions=positions, real=in_row)),
+            widened(self.embed(target, positions=positions, real=in_row)),
             memory.contexts,
             real=real,
             context_mask=padding(memory.real, T),
@@ -258,7 +265,7 @@ def _with_float16(layers: Layers) -> Layers:
     return layers
 
 
-def _widened(x: jax.Array) -> jax.Array:
+def widened(x: jax.Array) -> jax.Array:
     """The input of a stack: float16 is cast to float32."""
     return x.astype(jnp.float32) if x.dtype == jnp.float16 else x
 
@@ -270,7 +277,8 @@ def _sum_in_float32(stack: Stack) -> None:
         if isinstance(module, Residual):
             sublayer: Any = module.sublayer
             last = sublayer.down if isinstance(sublayer, FeedForward) else sublayer
-            last = sublayer.out if isinstance(sublayer, MultiHeadAttention) else last
+            attends = isinstance(sublayer, MultiHeadAttention | LatentAttention)
+            last = sublayer.out if attends else last
             parts += [module.norm, module.norm_after, last]
     for part in parts:
         if part is not None:

@@ -100,7 +100,7 @@ def generate(
       stop: the token that ends a row, several of them, or None.
       pad_token: fills a row after its end; any int.
       source, source_real: for an ``EncoderDecoder``: integers ``[B S]``, and bool ``[B S]``, False
-        for padding.
+        for padding. The source of a ``SpeechTransformer`` is a spectrogram ``[B S M]``.
       capacity: of the caches; default ``T + max_new_tokens - 1``, the least that suffices.
       caches: of the tokens before the prompt. They are donated: use those of ``Generated`` after.
 

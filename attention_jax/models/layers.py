@@ -20,6 +20,7 @@ from attention_jax.nn import OnePlusRMSNorm
 from attention_jax.nn.attention import default_head_dim
 from attention_jax.nn.blocks import ORDERS
 from attention_jax.nn.embeddings import POSITIONS
+from attention_jax.nn.experts import check_routing
 from attention_jax.nn.feed_forward import ACTIVATIONS
 from attention_jax.nn.logical import logical
 from attention_jax.positions import Rotary
@@ -60,19 +61,62 @@ class Experts:
       number: of experts (X).
       per_token: how many experts a token uses.
       normalize: divide the weights of a token's experts by their sum.
+      hidden: width of each expert; default that of the feed-forward layer.
+      gating, groups, groups_per_token, scale, shared: as for ``nn.MixtureOfExperts``.
+      dense_layers: how many of the first layers have a feed-forward layer instead.
     """
 
     number: int
     per_token: int
     normalize: bool = True
+    hidden: int | None = None
+    gating: str = "softmax"
+    groups: int = 1
+    groups_per_token: int = 1
+    scale: float = 1.0
+    shared: int | None = None
+    dense_layers: int = 0
 
     def __post_init__(self) -> None:
-        int_at_least("number", self.number, 1)
-        int_at_least("per_token", self.per_token, 1)
-        if self.per_token > self.number:
-            raise ValueError(
-                f"per_token must be at most number, got {self.per_token} of {self.number} experts"
-            )
+        for name in ("hidden", "shared"):
+            if getattr(self, name) is not None:
+                int_at_least(name, getattr(self, name), 1)
+        int_at_least("dense_layers", self.dense_layers, 0)
+        check_routing(
+            self.number,
+            self.per_token,
+            self.gating,
+            self.groups,
+            self.groups_per_token,
+            self.scale,
+            name="number",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Latent:
+    """Latent attention in the place of self-attention; see ``nn.LatentAttention``.
+
+    ``Layers.head_dim`` is the width of queries and keys without their rotary part.
+
+    Attributes:
+      features: width of the latents of keys and values (R).
+      rotary_dim: width of the rotary part (P).
+      value_dim: width of values (D); default ``Layers.head_dim``.
+      query_features: width of the latents of queries; None for none.
+      norm_epsilon: of the norms of latents.
+    """
+
+    features: int
+    rotary_dim: int
+    value_dim: int | None = None
+    query_features: int | None = None
+    norm_epsilon: float = 1e-6
+
+    def __post_init__(self) -> None:
+        for name in ("features", "rotary_dim", "value_dim", "query_features"):
+            if getattr(self, name) is not None or name in ("features", "rotary_dim"):
+                int_at_least(name, getattr(self, name), 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,8 +133,9 @@ class Layers:
       activation: of the feed-forward layer: ``"gelu"``, ``"gelu_tanh"``, ``"relu"``, ``"silu"``,
         ``"quick_gelu"`` or ``"tanh"``.
       gated: whether the feed-forward layer is gated, as SwiGLU; see ``nn.FeedForward``.
-      experts: a mixture of gated feed-forward layers of width ``hidden``; needs ``gated`` and no
-        ``feed_forward_bias``.
+      experts: a mixture of gated feed-forward layers; needs ``gated`` and no ``feed_forward_bias``.
+      latent: latent attention; needs one key-value head per head, and ``bias`` True or False, as in
+        ``nn.LatentAttention``.
       norm: ``"layer"``, ``"rms"`` or ``"one_plus_rms"``.
       norm_epsilon: added to the variance.
       norm_bias: whether norms have a bias; RMS norms never do.
@@ -146,6 +191,7 @@ class Layers:
     activation: str = "gelu"
     gated: bool = False
     experts: Experts | None = None
+    latent: Latent | None = None
     norm: str = "layer"
     norm_epsilon: float = 1e-5
     norm_bias: bool = True
@@ -194,6 +240,7 @@ class Layers:
         check_types({"scale": self.scale})
         if self.experts is not None and (not self.gated or self.feed_forward_bias):
             raise ValueError("experts needs gated=True and feed_forward_bias=False")
+        self._check_latent()
         check_finite("residual_scale", self.residual_scale)
         if self.query_key_norm not in (False, True, "joint"):
             raise ValueError(
@@ -219,7 +266,7 @@ class Layers:
                 f"remat must be True, False or one of jax.checkpoint_policies, got {self.remat!r}"
             )
         head_dim = self.head_dim
-        resolved = {
+        resolved: dict[str, Any] = {
             "num_kv_heads": self.num_heads if self.num_kv_heads is None else self.num_kv_heads,
             "head_dim": default_head_dim(self.features, self.num_heads)
             if head_dim is None
@@ -231,6 +278,11 @@ class Layers:
             else self.attention_output_dropout_rate,
             "rotary": self._rotary(),
         }
+        latent, experts = self.latent, self.experts
+        if latent is not None and latent.value_dim is None:
+            resolved["latent"] = dataclasses.replace(latent, value_dim=resolved["head_dim"])
+        if experts is not None and experts.hidden == resolved["hidden"]:
+            resolved["experts"] = dataclasses.replace(experts, hidden=None)
         for name, x in resolved.items():
             object.__setattr__(self, name, x)
         if not self.first_norm and (self.order != "pre" or self.scan):
@@ -238,12 +290,31 @@ class Layers:
                 f"first_norm must be True with scan, and with another order than 'pre', got "
                 f"order={self.order!r}, scan={self.scan}"
             )
+        if self.scan and self.experts is not None and self.experts.dense_layers:
+            raise ValueError(
+                f"scan needs layers of one structure, but the first {self.experts.dense_layers} of "
+                f"experts are dense (dense_layers)"
+            )
         if self.scan and self.num_layers > 1 and self.period == self.num_layers:
             raise ValueError(
                 f"scan needs windows that repeat, and rotary with them, with a period below "
                 f"num_layers = {self.num_layers} that divides it, got {self.windows} and "
                 f"{self.rotary}"
             )
+
+    def _check_latent(self) -> None:
+        """Raises for options that latent attention does not have."""
+        if self.latent is None:
+            return
+        expected = {
+            "num_kv_heads": (None, self.num_heads),
+            "bias": (True, False),
+            **dict.fromkeys(("fused", "query_key_norm", "sinks", "gate"), (False,)),
+            "attention": (attention,),
+        }
+        for name, values in expected.items():
+            if (x := getattr(self, name)) not in values:
+                raise ValueError(f"{name} must be {values[-1]} with latent, got {x!r}")
 
     def _each(self, given: tuple[Any, ...]) -> tuple[Any, ...]:
         """An entry for each layer: those given, repeated."""
@@ -275,14 +346,15 @@ class Layers:
         """``dtype`` and ``param_dtype``, as options of every module."""
         return {"dtype": self.dtype, "param_dtype": self.param_dtype}
 
-    def new_norm(self, rngs: nnx.Rngs) -> Callable[..., nnx.Module]:
+    def new_norm(self, rngs: nnx.Rngs, epsilon: float | None = None) -> Callable[..., nnx.Module]:
         """A constructor of norms, of the model's width unless another is given."""
+        epsilon = self.norm_epsilon if epsilon is None else epsilon
 
         def make(features: int = self.features, *, rngs: nnx.Rngs = rngs) -> nnx.Module:
             norm = NORMS[self.norm]
             if self.norm == "layer":
                 norm = functools.partial(norm, use_bias=self.norm_bias)
-            return norm(features, epsilon=self.norm_epsilon, **self.dtypes, rngs=rngs)
+            return norm(features, epsilon=epsilon, **self.dtypes, rngs=rngs)
 
         return make
 

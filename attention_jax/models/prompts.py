@@ -18,6 +18,7 @@ from flax import nnx
 from attention_jax.core.axes import as_int, check_positions, int_at_least, is_array, kind
 from attention_jax.models.decoder import Decoder
 from attention_jax.models.encoder_decoder import EncoderDecoder, Memory
+from attention_jax.models.speech import SpeechTransformer
 from attention_jax.models.tokens import last
 from attention_jax.nn.padding import as_real, filled
 
@@ -141,7 +142,12 @@ def _memory(model: Any, rows: int, source: Any, source_real: Any) -> Memory | No
     if isinstance(model, EncoderDecoder):
         if source is None:
             raise ValueError("source must be given for an EncoderDecoder")
-        source, real = _tokens(source, source_real, "source", model.vocabulary)
+        if isinstance(model, SpeechTransformer):
+            source, real = model.checked_source(source, source_real, name="source_real")
+            if source.ndim != 3:
+                raise ValueError(f"source must have shape [B S M], got {source.shape}")
+        else:
+            source, real = _tokens(source, source_real, "source", model.vocabulary)
         if source.shape[0] != rows:
             raise ValueError(f"source must have {rows} rows, as the prompt, got {source.shape}")
         return _encode(*nnx.split(model), source, real)

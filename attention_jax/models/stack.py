@@ -17,9 +17,16 @@ from attention_jax.masks import Mask
 from attention_jax.models.layers import Layers
 from attention_jax.models.running import run, scan
 from attention_jax.models.tokens import both, padding
-from attention_jax.nn import Block, FeedForward, MixtureOfExperts, MultiHeadAttention
+from attention_jax.nn import (
+    Block,
+    FeedForward,
+    LatentAttention,
+    MixtureOfExperts,
+    MultiHeadAttention,
+)
 from attention_jax.nn.logical import logical
 from attention_jax.nn.padding import as_real
+from attention_jax.positions import Rotary
 
 
 class Stack(nnx.Module):
@@ -200,10 +207,14 @@ def _block(
         rngs=rngs,
     )
     cross = None
-    own = heads(mask=mask, rotary=config.rotaries[i])
+    own: MultiHeadAttention | LatentAttention
+    if config.latent is not None:
+        own = _latent_attention(config, mask, config.rotaries[i], rngs)
+    else:
+        own = heads(mask=mask, rotary=config.rotaries[i])
     if context_features is not None:
         cross = heads(context_features=context_features)
-    feed_forward = _feed_forward(config, rngs)
+    feed_forward = _feed_forward(config, i, rngs)
     return Block(
         own,
         feed_forward,
@@ -219,20 +230,58 @@ def _block(
     )
 
 
-def _feed_forward(config: Layers, rngs: nnx.Rngs) -> FeedForward | MixtureOfExperts:
-    sizes: Any = config.features, config.hidden
+def _latent_attention(
+    config: Layers, mask: Mask | None, rotary: Rotary | None, rngs: nnx.Rngs
+) -> LatentAttention:
+    latent: Any = config.latent
+    return LatentAttention(
+        config.features,
+        config.num_heads,
+        latent_features=latent.features,
+        query_latent_features=latent.query_features,
+        head_dim=config.head_dim,
+        rotary_dim=latent.rotary_dim,
+        value_dim=latent.value_dim,
+        bias=config.bias is True,
+        mask=mask,
+        score=() if config.softcap is None else scores.softcap(config.softcap),
+        scale=config.scale,
+        rotary=rotary,
+        norm=config.new_norm(rngs, latent.norm_epsilon),
+        dropout_rate=config.attention_dropout_rate,
+        implementation=config.implementation,
+        **config.dtypes,
+        rngs=rngs,
+    )
+
+
+def _feed_forward(config: Layers, i: int, rngs: nnx.Rngs) -> FeedForward | MixtureOfExperts:
+    width: Any = config.hidden
     options = {
         "activation": config.activation,
         "dropout_rate": config.feed_forward_dropout_rate,
         **config.dtypes,
         "rngs": rngs,
     }
-    if config.experts is not None:
-        experts, per_token = config.experts.number, config.experts.per_token
-        options |= {"experts": experts, "per_token": per_token}
-        return MixtureOfExperts(*sizes, normalize=config.experts.normalize, **options)
+    experts = config.experts
+    if experts is not None and i >= experts.dense_layers:
+        return MixtureOfExperts(
+            config.features,
+            experts.hidden or width,
+            experts=experts.number,
+            per_token=experts.per_token,
+            normalize=experts.normalize,
+            gating=experts.gating,
+            groups=experts.groups,
+            groups_per_token=experts.groups_per_token,
+            scale=experts.scale,
+            shared=experts.shared,
+            **options,
+        )
     bias, fused = config.feed_forward_bias, config.fused
-    return FeedForward(*sizes, gated=config.gated, fused=fused, bias=bias, **options)
+    return FeedForward(
+        config.features, width, gated=config.gated, fused=fused, bias=bias, **options
+    )
 
 
 def _window_mask(window: int | None, causal: bool) -> Mask | None:

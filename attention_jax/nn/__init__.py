@@ -24,8 +24,8 @@ Cross-attention takes a context; ``keys_values`` projects it once for many calls
 >>> bool((cross(tokens, context) == cross(tokens, cross.keys_values(context))).all())
 True
 
-``Block`` combines self-attention, cross-attention and ``FeedForward`` or ``MixtureOfExperts``, each
-in a ``Residual``.
+``Block`` combines self-attention (or ``LatentAttention``), cross-attention and ``FeedForward`` or
+``MixtureOfExperts``, each in a ``Residual``.
 ``Embeddings`` and ``ClassToken`` turn tokens into vectors, and ``AttentionPooling`` and ``pooling``
 turn many vectors into one. ``attention_jax.models`` builds transformers from them.
 
@@ -66,6 +66,7 @@ from attention_jax.nn.embeddings import moved_embeddings as moved_embeddings
 from attention_jax.nn.experts import MixtureOfExperts as MixtureOfExperts
 from attention_jax.nn.feed_forward import FeedForward as FeedForward
 from attention_jax.nn.int8 import quantized as quantized
+from attention_jax.nn.latent_attention import LatentAttention as LatentAttention
 from attention_jax.nn.lora import Frozen as Frozen
 from attention_jax.nn.lora import low_rank as low_rank
 from attention_jax.nn.lora import low_rank_state as low_rank_state
@@ -84,6 +85,7 @@ __all__ = [
     "FeedForward",
     "Frozen",
     "KeysValues",
+    "LatentAttention",
     "MixtureOfExperts",
     "MultiHeadAttention",
     "OnePlusRMSNorm",

@@ -23,16 +23,15 @@ from attention_jax.core.axes import (
     Size,
     check_tokens,
     int_at_least,
-    kind,
-    same_rank,
 )
 from attention_jax.core.dropout import check_rate
 from attention_jax.masks import Mask
 from attention_jax.mechanisms.as_attention import check_attention, check_weights
+from attention_jax.nn import calls
 from attention_jax.nn.context import KeysValues, check_batch, check_context
 from attention_jax.nn.linear import BIAS_INIT, KERNEL_INIT, linear, names_with_bias
 from attention_jax.nn.logical import logical
-from attention_jax.nn.rngs import check_rngs, dropout_key
+from attention_jax.nn.rngs import check_rngs
 from attention_jax.positions import Rotary
 from attention_jax.scores import Score
 
@@ -152,8 +151,7 @@ class MultiHeadAttention(nnx.Module):
         check_rate(dropout_rate)
         check_types({"scale": scale})
         as_scores(score)  # raises unless these are scores
-        if rotary is not None and not isinstance(rotary, Rotary):
-            raise TypeError(f"rotary must be a Rotary or None, got {kind(rotary)}")
+        calls.check_rotary(rotary)
         check_rngs(rngs)
         check_attention(attention)
         if rotary is not None and context_features is not None:
@@ -165,7 +163,7 @@ class MultiHeadAttention(nnx.Module):
         self.features, self.context_features = features, context_features
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
         self.head_dim, self.value_dim = head_dim, value_dim
-        self.mask, self.score = _held(as_mask(mask)), _held(score)
+        self.mask, self.score = calls.held(as_mask(mask)), calls.held(score)
         self.scale, self.rotary, self.joint_norm = scale, rotary, joint_norm
         self.dropout_rate, self.deterministic = dropout_rate, deterministic
         self.attention, self.implementation = attention, implementation
@@ -255,16 +253,12 @@ class MultiHeadAttention(nnx.Module):
           NotImplementedError: weights of a mechanism that has none.
         """
         T = self._check(x, context, cache)
-        if cache is None and count is not None:
-            raise ValueError("count must be None without a cache: mark padding with mask")
+        calls.check_cache(cache, count, self.rotary)
         check_flag("return_weights", return_weights)
         if return_weights:
             check_weights(self.attention)
         if positions is None:
-            positions = jnp.arange(T, dtype=jnp.int32)
-            if cache is not None:
-                length, positions = same_rank(cache.length[..., None], positions)
-                positions = length + positions
+            positions = calls.next_positions(cache, T)
         if isinstance(context, KeysValues):
             (query,) = self._project(x, None, "query")
             key, value = context
@@ -274,7 +268,7 @@ class MultiHeadAttention(nnx.Module):
             key = self._normed_and_rotated(key, self.key_norm, positions)
         query = self._normed_and_rotated(query, self.query_norm, positions)
         scores = (*as_scores(self.score), *as_scores(score))
-        visible, new_cache = _both(self.mask, mask, whole=cache is None), None
+        visible, new_cache = calls.both_masks(self.mask, mask, whole=cache is None), None
         if cache is not None:
             key, value, visible, new_cache = caches.extend(
                 cache,
@@ -339,19 +333,10 @@ class MultiHeadAttention(nnx.Module):
 
     def _check(self, x: Any, context: Any, cache: Any) -> Size:
         check_tokens("x", x, "[*B T E]", self.features)
-        if cache is not None and not isinstance(cache, KVCache):
-            raise TypeError(f"cache must be a KVCache or None, got {kind(cache)}")
         if context is None and self.context_features is not None:
             raise ValueError(
                 f"context must be given: this module attends to one, of width "
                 f"{self.context_features} (context_features)"
-            )
-        scaling: Any = None if self.rotary is None else self.rotary.scaling
-        dynamic = scaling is not None and scaling.depends_on_length
-        if cache is not None and dynamic and (cache.rolling or cache.capacity > scaling.original):
-            raise NotImplementedError(
-                f"cache cannot be used with {type(scaling).__name__} beyond its {scaling.original} "
-                f"original tokens: cached keys would have to be rotated again; use another scaling"
             )
         if context is not None:
             if cache is not None:
@@ -411,13 +396,8 @@ class MultiHeadAttention(nnx.Module):
     def _dropout(self, deterministic: bool | None, rngs: Any) -> dict[str, Any]:
         """Options of ``attention``."""
         deterministic = self.deterministic if deterministic is None else deterministic
-        check_flag("deterministic", deterministic)
-        if deterministic or not self.dropout_rate:
-            return {}
-        return {
-            "dropout_rate": self.dropout_rate,
-            "dropout_key": dropout_key(self.rngs if rngs is None else rngs),
-        }
+        rngs = self.rngs if rngs is None else rngs
+        return calls.dropout(self.dropout_rate, deterministic, rngs)
 
     def set_view(self, deterministic: bool | None = None) -> None:
         """For ``nnx.view``."""
@@ -434,16 +414,3 @@ def default_head_dim(features: int, num_heads: int) -> int:
             f"and {num_heads}"
         )
     return features // num_heads
-
-
-def _held(value: Any) -> Any:
-    """A mask or scores as an attribute: data to Flax if they hold arrays, else static."""
-    return nnx.data(value) if jax.tree.leaves(value) else value
-
-
-def _both(own: Mask | None, mask: MaskLike, *, whole: bool) -> MaskLike:
-    """The masks of module and call combined; a bool array is passed on if it is the only one."""
-    if own is None or mask is None or not (whole or isinstance(mask, Mask)):
-        return own if mask is None else mask
-    given = as_mask(mask)
-    return own if given is None else own & given

@@ -13,6 +13,7 @@ from attention_jax.cache import KVCache
 from attention_jax.core.axes import AnyArray, check_finite
 from attention_jax.core.dropout import check_rate
 from attention_jax.nn.attention import MultiHeadAttention
+from attention_jax.nn.latent_attention import LatentAttention
 
 ORDERS = ("pre", "post", "both", "after")
 
@@ -118,7 +119,7 @@ class Block(nnx.Module):
 
     def __init__(
         self,
-        attention: MultiHeadAttention,
+        attention: MultiHeadAttention | LatentAttention,
         feed_forward: Callable[[Any], Any],
         *,
         norm: Callable[[], nnx.Module],

@@ -11,14 +11,21 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from attention_jax.core.axes import AnyArray, accumulation_dtype, check_tokens, int_at_least
+from attention_jax.core.axes import (
+    AnyArray,
+    accumulation_dtype,
+    check_tokens,
+    int_at_least,
+    positive_float,
+)
 from attention_jax.core.dropout import check_rate
 from attention_jax.core.shards import explicit_mesh
-from attention_jax.nn.feed_forward import ACTIVATIONS, check_activation
+from attention_jax.nn.feed_forward import ACTIVATIONS, FeedForward, check_activation
 from attention_jax.nn.linear import linear
 from attention_jax.nn.logical import logical
 from attention_jax.nn.rngs import check_rngs
 
+GATINGS = ("softmax", "sigmoid")
 EXPERTS_INIT = nnx.initializers.lecun_normal(batch_axis=0)
 
 
@@ -27,6 +34,11 @@ class MixtureOfExperts(nnx.Module):
 
         p = softmax(x W_router)
         y = sum_e p_e (activation(x W_gate_e) * x W_up_e) W_down_e
+
+    With ``gating="sigmoid"``, ``p = sigmoid(x W_router)``, and experts are ranked by ``p + b``: the
+    correction ``b``, which gradients do not train, is to keep their loads even. With ``groups``,
+    only the experts of the best ``groups_per_token`` groups are ranked. The value of a group is
+    that of its best expert, with ``"sigmoid"`` the sum of its two best.
 
     The tokens are sorted by expert, and one ragged product computes all experts. Experts have no
     capacity: no token is dropped, whatever the router chooses. On a mesh, its axes must be Auto.
@@ -39,7 +51,8 @@ class MixtureOfExperts(nnx.Module):
     (1, 5, 8)
 
     Source: Shazeer et al. 2017, "Outrageously Large Neural Networks"; Gale et al. 2022,
-    "MegaBlocks" (without dropped tokens); Jiang et al. 2024, "Mixtral of Experts".
+    "MegaBlocks" (without dropped tokens); Jiang et al. 2024, "Mixtral of Experts"; DeepSeek-AI
+    2024, "DeepSeek-V2" (groups) and "DeepSeek-V3" (sigmoid).
     """
 
     def __init__(
@@ -50,6 +63,11 @@ class MixtureOfExperts(nnx.Module):
         experts: int,
         per_token: int,
         normalize: bool = True,
+        gating: str = "softmax",
+        groups: int = 1,
+        groups_per_token: int = 1,
+        scale: float = 1.0,
+        shared: int | None = None,
         activation: str = "silu",
         dropout_rate: float = 0.0,
         dtype: Any = None,
@@ -65,6 +83,11 @@ class MixtureOfExperts(nnx.Module):
           experts: how many there are (X).
           per_token: how many a token uses.
           normalize: divide the weights of a token's experts by their sum.
+          gating: ``"softmax"`` or ``"sigmoid"``, see above.
+          groups: of experts, equally large.
+          groups_per_token: how many of them a token may use.
+          scale: of the weights.
+          shared: hidden width of one more expert, which every token uses with weight 1; None: none.
           activation: ``"gelu"`` (exact), ``"gelu_tanh"``, ``"relu"``, ``"silu"``,
             ``"quick_gelu"`` or ``"tanh"``.
           dropout_rate: of the hidden activations.
@@ -74,28 +97,35 @@ class MixtureOfExperts(nnx.Module):
           rngs: for parameters and dropout.
 
         Raises:
-          ValueError: more experts per token than there are, or an unknown activation.
+          ValueError: more experts per token than there are, groups that do not fit, or an unknown
+            activation or gating.
         """
-        sizes = {"features": features, "hidden": hidden, "experts": experts, "per_token": per_token}
-        for name, x in sizes.items():
+        for name, x in {"features": features, "hidden": hidden}.items():
             int_at_least(name, x, 1)
-        if per_token > experts:
-            raise ValueError(f"per_token must be at most experts, got {per_token} and {experts}")
+        check_routing(experts, per_token, gating, groups, groups_per_token, scale)
         check_activation(activation)
         check_rngs(rngs)
         check_rate(dropout_rate)
         self.features, self.experts = features, experts
         self.per_token, self.normalize = per_token, normalize
+        self.gating, self.scale = gating, scale
+        self.groups, self.groups_per_token = groups, groups_per_token
         self.activation, self.dtype = ACTIVATIONS[activation], dtype
+        types: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
+        # Rounded to half precision, logits could choose other experts.
+        wide = jnp.float32 if jnp.finfo(dtype or param_dtype).bits < 32 else dtype
         self.router = linear(
             features,
             experts,
             axes=("embed", None),
             use_bias=False,
-            dtype=dtype,
-            param_dtype=param_dtype,
+            **types | {"dtype": wide},
             rngs=rngs,
         )
+        self.correction = nnx.data(None)
+        if gating == "sigmoid":
+            zeros = jnp.zeros(experts, accumulation_dtype(param_dtype))
+            self.correction = nnx.data(nnx.Variable(zeros, **logical(None)))
 
         def kernels(*widths: int, axes: tuple[str, str]) -> nnx.Param[jax.Array]:
             init = kernel_init(rngs.params(), (experts, *widths), param_dtype)
@@ -104,6 +134,12 @@ class MixtureOfExperts(nnx.Module):
         self.gate = kernels(features, hidden, axes=("embed", "mlp"))
         self.up = kernels(features, hidden, axes=("embed", "mlp"))
         self.down = kernels(hidden, features, axes=("mlp", "embed"))
+        self.shared = nnx.data(None)
+        if shared is not None:
+            options: dict[str, Any] = {"activation": activation, "gated": True, "bias": False}
+            self.shared = FeedForward(
+                features, shared, **options, dropout_rate=dropout_rate, **types, rngs=rngs
+            )
         self.dropout = nnx.Dropout(dropout_rate, rngs=rngs if dropout_rate else None)
 
     def __call__(
@@ -140,13 +176,73 @@ class MixtureOfExperts(nnx.Module):
         hidden = self.dropout(hidden, deterministic=deterministic, rngs=rngs)
         each = jnp.zeros_like(rows).at[order].set(product(hidden, self.down))
         each = each.reshape(len(tokens), k, self.features) * weights[..., None].astype(dtype)
-        return each.sum(axis=1).reshape(x.shape)
+        result = each.sum(axis=1).reshape(x.shape)
+        if self.shared is not None:
+            result = result + self.shared(x.astype(dtype), deterministic=deterministic, rngs=rngs)
+        return result
 
     def route(self, tokens: Float[Array, "M E"]) -> tuple[jax.Array, jax.Array]:
         """The weights of each token's experts, float32 or wider, and their indices: ``[M k]``."""
         logits = self.router(tokens)
-        p = jax.nn.softmax(logits.astype(accumulation_dtype(logits.dtype)), axis=-1)
-        weights, chosen = jax.lax.top_k(p, self.per_token)
-        if self.normalize:
-            weights = weights / weights.sum(axis=-1, keepdims=True)
-        return weights, chosen
+        gate = jax.nn.softmax if self.gating == "softmax" else jax.nn.sigmoid
+        p = gate(logits.astype(accumulation_dtype(logits.dtype)))
+        rank = p if self.correction is None else p + self.correction[...].astype(p.dtype)
+        if self.groups > 1:
+            best = 1 if self.gating == "softmax" else 2
+            rank = jax.vmap(lambda x: _in_best_groups(x, self.groups, self.groups_per_token, best))(
+                rank
+            )
+        _, chosen = jax.lax.top_k(rank, self.per_token)
+        weights = jnp.take_along_axis(p, chosen, axis=-1)
+        if self.normalize:  # sigmoids may all underflow
+            weights = weights / (weights.sum(axis=-1, keepdims=True) + 1e-20)
+        return self.scale * weights, chosen
+
+
+def _in_best_groups(rank: Float[Array, " X"], groups: int, kept: int, best: int) -> jax.Array:
+    """For one token, ``rank`` with -inf outside the ``kept`` groups of the largest value.
+
+    The value of a group is the sum of its ``best`` largest ranks.
+    """
+    grouped = rank.reshape(groups, -1)
+    value = jax.lax.top_k(grouped, best)[0].sum(axis=-1)
+    _, at = jax.lax.top_k(value, kept)
+    keep = jnp.zeros(groups, bool).at[at].set(True)
+    return jnp.where(keep[:, None], grouped, -jnp.inf).reshape(-1)
+
+
+def check_routing(
+    experts: int,
+    per_token: int,
+    gating: str,
+    groups: int,
+    groups_per_token: int,
+    scale: float,
+    *,
+    name: str = "experts",
+) -> None:
+    """Raises unless a router can choose ``per_token`` of the experts by these options.
+
+    In errors the number of experts is called ``name``.
+    """
+    sizes = {name: experts, "per_token": per_token, "groups": groups}
+    for argument, x in {**sizes, "groups_per_token": groups_per_token}.items():
+        int_at_least(argument, x, 1)
+    if gating not in GATINGS:
+        raise ValueError(f"gating must be one of {GATINGS}, got {gating!r}")
+    positive_float("scale", scale)
+    if experts % groups:
+        raise ValueError(f"groups must divide {name}, got {groups} and {experts}")
+    if groups_per_token > groups:
+        raise ValueError(
+            f"groups_per_token must be at most groups, got {groups_per_token} and {groups}"
+        )
+    least = 1 if gating == "softmax" or groups == 1 else 2
+    if experts // groups < least:
+        raise ValueError(
+            f"groups must have at least {least} experts each with gating={gating!r}, got {experts} "
+            f"experts in {groups} groups"
+        )
+    if per_token > (most := experts // groups * groups_per_token):
+        of = name if groups == 1 else "the experts of groups_per_token groups"
+        raise ValueError(f"per_token must be at most {of}, got {per_token} and {most}")

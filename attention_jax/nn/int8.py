@@ -11,13 +11,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Float
 
-from attention_jax.core.axes import AnyArray
+from attention_jax.core.axes import AnyArray, accumulation_dtype
 from attention_jax.nn.lora import Frozen
 
 MOST = 127
 # Parameters by the end of their path, and the axis that a scale is shared along: the inputs of a
-# kernel [E F] or of experts [X E F], and a row of a table [V E].
-AXES = {"kernel": -2, "gate": -2, "up": -2, "down": -2, "tokens": -1}
+# kernel [E F], of experts [X E F], of heads [R N H], and a row of a table [V E].
+AXES = {"kernel": -2, "gate": -2, "up": -2, "down": -2, "key_value_up": -3, "tokens": -1}
 
 
 @jax.tree_util.register_dataclass
@@ -76,11 +76,17 @@ def quantize(x: Float[AnyArray, "..."], axis: int) -> Quantized:
     ([[127, -50], [38, 127]], [[0.007899999618530273, 2.0]])
     """
     x = jnp.asarray(x)
-    largest = jnp.abs(x).astype(jnp.float32).max(axis, keepdims=True)
+    info, wide = jnp.finfo(x.dtype), accumulation_dtype(x.dtype)
+    largest = jnp.abs(x.astype(wide)).max(axis, keepdims=True)
     if not isinstance(largest, jax.core.Tracer) and not jnp.isfinite(largest).all():
         raise ValueError("x must be finite to be quantized, got infinite or NaN entries")
-    scale = jnp.where(largest == 0, 1.0, largest / MOST).astype(x.dtype)
-    integers = jnp.round(x.astype(jnp.float32) / scale.astype(jnp.float32))
+    # Rounded up, 127 steps could overflow.
+    scale = jnp.minimum(largest / MOST, float(info.max) / MOST * (1 - float(info.eps)))
+    least, unit = float(jnp.finfo(wide).tiny), float(info.smallest_subnormal)
+    if unit >= least:  # float16: a small scale is rounded up, so that 127 steps still suffice
+        scale = jnp.where(scale < float(info.tiny), jnp.ceil(scale / unit) * unit, scale)
+    scale = jnp.where(scale < least, 1, scale).astype(x.dtype)  # zeros, or as good as zeros
+    integers = jnp.round(x.astype(wide) / scale.astype(wide))
     return Quantized(jnp.clip(integers, -MOST, MOST).astype(jnp.int8), scale)
 
 

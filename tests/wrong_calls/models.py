@@ -60,6 +60,12 @@ def wrong_models():
             "(1, 3)",
         ),
         (
+            lambda: models.log_mel(np.zeros(900, np.int16)),
+            type_,
+            "waveform must be floats between -1 and 1",
+            "int16",
+        ),
+        (
             lambda: stack(features=9),
             value,
             "features must be a multiple of num_heads",
@@ -99,6 +105,8 @@ def wrong_models():
             value,
             "experts needs gated=True and feed_forward_bias=False",
         ),
+        (lambda: models.Experts(0, 1), value, "number must be at least 1", "0"),
+        (lambda: models.Experts(2, 3), value, "per_token must be at most number", "3 and 2"),
         (lambda: stack(features=8, query_key_norm="all"), value, "query_key_norm must be", "'all'"),
         (lambda: stack(features=8, residual_scale=nan), value, "residual_scale must be finite"),
         (lambda: stack(features=8, rotary=()), value, "rotary must have an entry"),

@@ -22,6 +22,7 @@ def wrong_modules():
     cross, own, fused = new(context_features=6), new(), new(fused=True)
     turned = new(rotary=positions.Rotary())
     dynamic = new(rotary=positions.Rotary(scaling=positions.DynamicNTK(2.0, 4)))
+    mixture = functools.partial(nn.MixtureOfExperts, 8, 8, experts=4, per_token=2, rngs=rngs)
     return [
         (lambda: nn.MultiHeadAttention(9, 2, rngs=rngs), value, "multiple of num_heads", "9 and 2"),
         (lambda: nn.MultiHeadAttention(8, 0, rngs=rngs), value, "num_heads must be at least 1"),
@@ -35,6 +36,18 @@ def wrong_modules():
             "per_token must be at most experts",
             "3 and 2",
         ),
+        (lambda: mixture(groups=3), value, "groups must divide experts", "3 and 4"),
+        (lambda: mixture(groups=2, groups_per_token=3), value, "groups_per_token must be at most"),
+        (lambda: mixture(groups=4), value, "per_token must be at most the experts of", "2 and 1"),
+        (
+            lambda: mixture(gating="sigmoid", groups=4, groups_per_token=4),
+            value,
+            "groups must have at least 2 experts each",
+            "4 experts in 4 groups",
+        ),
+        (lambda: mixture(gating="tanh"), value, "gating must be one of", "'tanh'"),
+        (lambda: mixture(scale=0.0), value, "scale must be positive", "0.0"),
+        (lambda: mixture(shared=0), value, "hidden must be at least 1", "0"),
         (lambda: new(bias=("query",), fused=True), value, "bias must be the same for", "fused"),
         (lambda: new(scale=float("inf")), value, "scale must be finite", "inf"),
         (lambda: new(scale="big"), type_, "scale must be a number", "'big'"),

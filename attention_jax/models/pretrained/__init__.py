@@ -1,8 +1,9 @@
-"""Checkpoints in Hugging Face's format: encoders, decoders, encoder-decoders, vision and CLIP.
+"""Checkpoints in Hugging Face's format: encoders, decoders, speech, vision and others.
 
 BERT, RoBERTa, XLM-RoBERTa, CamemBERT, DistilBERT, ELECTRA, MPNet, ModernBERT; GPT-2, GPT-NeoX, OPT,
 Llama, Mistral, Qwen2, Qwen3, Gemma 1 to 3 (text), SmolLM2, SmolLM3, Phi-3, OLMo 2, Granite,
-Mixtral, Qwen3-MoE; T5; ViT; CLIP.
+Mixtral, Qwen3-MoE, DeepSeek-V2 and V3; T5; Whisper; ViT; CLIP,
+whole or one tower.
 
 ``load`` reads a folder with ``config.json`` and ``model.safetensors`` (or shards and their index);
 ``save`` writes one that ``load`` and Hugging Face's ``from_pretrained`` read. Torch is not needed;
@@ -56,9 +57,10 @@ Each family of checkpoints is a module; ``family.Family`` documents their interf
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -151,8 +153,8 @@ def load(
 
     Returns:
       An ``Encoder``, ``Classifier``, ``Tagger`` or ``Reader`` (encoders like BERT), ``Decoder``
-      (GPT-2, Llama and the like), ``EncoderDecoder`` (T5), ``VisionTransformer`` (ViT) or
-      ``DualEncoder`` (CLIP).
+      (GPT-2, Llama and the like), ``EncoderDecoder`` (T5), ``SpeechTransformer`` (Whisper),
+      ``VisionTransformer`` (ViT), ``DualEncoder`` (CLIP), or its ``TextTower`` or ``ImageTower``.
 
     Raises:
       FileNotFoundError: no such folder or repository, no configuration, or no tensors.
@@ -227,7 +229,8 @@ def load(
         placed = None if placements is None else placements[path].get_value()
         parts = [tensors[name].form.into(used[name][0][used[name][1]]) for name in together]
         x = np.stack(parts) if tensors[together[0]].stacked else parts[0]
-        array = converted(used[together[0]][1], x, param_dtype, placed)
+        kept = leaves[path].get_value().dtype  # param_dtype, or wider where a model needs that
+        array = converted(used[together[0]][1], x, kept, placed)
         values[path] = leaves[path].replace(array)
         if quantize is not None:
             values[path] = int8.in_int8(path, values[path])
@@ -344,22 +347,26 @@ def save(
     leaves = checked_leaves(model, family)
     tensors = list(family.tensors(model.config))
 
-    def array(tensor: Tensor) -> Any:  # gathered from its shards, one tensor at a time
-        return tensor.form.back(on_host(leaves[tensor.path].get_value()))
+    def arrays() -> Iterator[Any]:  # gathered from their shards, one parameter after the other
+        path, whole = None, None
+        for tensor in tensors:
+            if tensor.path != path:  # experts that are stacked in one parameter follow each other
+                path, whole = tensor.path, on_host(leaves[tensor.path].get_value())
+            yield tensor.form.back(whole)
 
     def shape(tensor: Tensor) -> jax.ShapeDtypeStruct:
         x = leaves[tensor.path].get_value()
         return jax.eval_shape(tensor.form.back, jax.ShapeDtypeStruct(x.shape, x.dtype))
 
     shapes = {tensor.name: shape(tensor) for tensor in tensors}
-    dtypes = {np.dtype(x.dtype).name for x in shapes.values()}
-    entries = {"dtype": dtypes.pop() if len(dtypes) == 1 else "float32"} | entries
+    dtypes = collections.Counter(np.dtype(x.dtype).name for x in shapes.values())
+    entries = {"dtype": dtypes.most_common(1)[0][0]} | entries
 
     def write_weights(path: Path) -> None:
-        tensor_files.write(path, shapes, map(array, tensors))
+        tensor_files.write(path, shapes, arrays())
 
     if jax.process_index() > 0:  # the first process writes, the others send it their shards
-        for tensor in tensors:
-            array(tensor)
+        for _ in arrays():
+            pass
         return
     folders.replace(Path(folder), entries, write_weights)

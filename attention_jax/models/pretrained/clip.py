@@ -38,44 +38,53 @@ def from_hf(hf: HFConfig, names: set[str]) -> DualEncoderConfig:
     hf.architecture(("CLIPModel",), "CLIPModel")
     hf.take("logit_scale_init_value", None)  # the value is stored
     features = hf.number("projection_dim", 512)
-    text = _tower(hf, "text_config")
-    vocabulary, longest = (
-        text.number("vocab_size", 49_408),
-        text.number("max_position_embeddings", 77),
-    )
-    end = text.take("eos_token_id", 49_407)
-    if not isinstance(end, int) or isinstance(end, bool):
-        text.errors.append(f"eos_token_id must be a token, got {end!r}")
-        end = OLD_END
-    texts = DecoderConfig(
-        vocabulary, _layers(text, 512, 2048, 8), positions="learned", max_length=longest
-    )
+    text, vision = _tower(hf, "text_config"), _tower(hf, "vision_config")
+    texts, end = read_text(text)
+    images = read_vision(vision)
     _finish(hf, text, "text_config")
-    vision = _tower(hf, "vision_config")
-    image, patch = image_and_patch(vision, 224, 32)
-    images = VisionConfig(
+    _finish(hf, vision, "vision_config")
+    return DualEncoderConfig(texts, images, features, end)
+
+
+def read_text(hf: HFConfig) -> tuple[DecoderConfig, int | None]:
+    """The tower of texts, and the token that ends one."""
+    end = hf.take("eos_token_id", 49_407)
+    if not isinstance(end, int) or isinstance(end, bool):
+        hf.errors.append(f"eos_token_id must be a token, got {end!r}")
+        end = OLD_END
+    config = DecoderConfig(
+        hf.number("vocab_size", 49_408),
+        _layers(hf, 512, 2048, 8),
+        positions="learned",
+        max_length=hf.number("max_position_embeddings", 77),
+    )
+    return config, None if end == OLD_END else end
+
+
+def read_vision(hf: HFConfig) -> VisionConfig:
+    """The tower of images."""
+    image, patch = image_and_patch(hf, 224, 32)
+    return VisionConfig(
         image=image,
         patch=patch,
-        channels=vision.number("num_channels", 3),
-        layers=_layers(vision, 768, 3072, 12),
+        channels=hf.number("num_channels", 3),
+        layers=_layers(hf, 768, 3072, 12),
         patch_bias=False,
         embedding_norm=True,
     )
-    _finish(hf, vision, "vision_config")
-    return DualEncoderConfig(texts, images, features, None if end == OLD_END else end)
 
 
 def _tower(hf: HFConfig, name: str) -> HFConfig:
     """The entries of a tower. An older object takes their place, with its own defaults."""
     newer, older = an_object(hf, name), an_object(hf, f"{name}_dict")
     tower = HFConfig(older or newer)
-    tower.only("dropout", 0.0)
     tower.take("projection_dim", None)  # that of the whole model is used
-    tower.take("tie_word_embeddings", None)  # there is no head
     return tower
 
 
 def _layers(hf: HFConfig, features: int, hidden: int, heads: int) -> Layers:
+    hf.only("dropout", 0.0)
+    hf.take("tie_word_embeddings", None)  # there is no head
     return Layers(
         features=hf.number("hidden_size", features),
         num_layers=hf.number("num_hidden_layers", 12),
@@ -101,25 +110,35 @@ def optional(config: DualEncoderConfig) -> tuple[str, ...]:
 
 def to_hf(config: DualEncoderConfig) -> dict[str, Any]:
     """Hugging Face's configuration from ours."""
-    rows, columns = config.vision.image
     return {
         "model_type": "clip",
         "architectures": ["CLIPModel"],
         "projection_dim": config.features,
-        "text_config": {
-            "model_type": "clip_text_model",
-            "vocab_size": config.text.vocabulary,
-            "max_position_embeddings": config.text.max_length,
-            "eos_token_id": OLD_END if config.end is None else config.end,
-            **_entries(config.text.layers),
-        },
-        "vision_config": {
-            "model_type": "clip_vision_model",
-            "image_size": rows if rows == columns else [rows, columns],
-            "patch_size": config.vision.patch,
-            "num_channels": config.vision.channels,
-            **_entries(config.vision.layers),
-        },
+        "text_config": text_entries(config.text, config.end),
+        "vision_config": vision_entries(config.vision),
+    }
+
+
+def text_entries(config: DecoderConfig, end: int | None) -> dict[str, Any]:
+    """The entries that ``read_text`` reads."""
+    return {
+        "model_type": "clip_text_model",
+        "vocab_size": config.vocabulary,
+        "max_position_embeddings": config.max_length,
+        "eos_token_id": OLD_END if end is None else end,
+        **_entries(config.layers),
+    }
+
+
+def vision_entries(config: VisionConfig) -> dict[str, Any]:
+    """The entries that ``read_vision`` reads."""
+    rows, columns = config.image
+    return {
+        "model_type": "clip_vision_model",
+        "image_size": rows if rows == columns else [rows, columns],
+        "patch_size": config.patch,
+        "num_channels": config.channels,
+        **_entries(config.layers),
     }
 
 
@@ -142,22 +161,34 @@ def model(config: DualEncoderConfig, rngs: nnx.Rngs) -> DualEncoder:
 
 def tensors(config: DualEncoderConfig) -> Iterator[Tensor]:
     """Every tensor of a checkpoint, and where it belongs in the model."""
-    at = "text_model.embeddings"
-    yield Tensor(f"{at}.token_embedding.weight", ("text", "embed", "tokens"))
-    yield Tensor(f"{at}.position_embedding.weight", ("text", "embed", "positions"))
-    yield from _stack("text_model", ("text", "stack"), config.text.layers)
-    yield from norm("text_model.final_layer_norm", ("text", "stack", "norm"))
-    at = "vision_model.embeddings"
-    yield Tensor(f"{at}.class_embedding", ("vision", "class_token", "token"), ROW)
-    yield Tensor(f"{at}.position_embedding.weight", ("vision", "positions"))
-    form = convolution(config.vision)
-    yield Tensor(f"{at}.patch_embedding.weight", ("vision", "embed", "kernel"), form)
-    yield from norm("vision_model.pre_layrnorm", ("vision", "norm"))  # their spelling
-    yield from _stack("vision_model", ("vision", "stack"), config.vision.layers)
-    yield from norm("vision_model.post_layernorm", ("vision", "stack", "norm"))
-    yield from linear("text_projection", ("project_text",), bias=False)
-    yield from linear("visual_projection", ("project_image",), bias=False)
+    yield from text_tensors(config.text, ("text",), projected=True)
+    yield from vision_tensors(config.vision, ("vision",), projected=True)
     yield Tensor("logit_scale", ("log_scale",))
+
+
+def text_tensors(config: DecoderConfig, tower: Path, *, projected: bool) -> Iterator[Tensor]:
+    """Those of the tower of texts at this path, with its projection or without."""
+    at, path = "text_model", (*tower, "decoder")
+    yield Tensor(f"{at}.embeddings.token_embedding.weight", (*path, "embed", "tokens"))
+    yield Tensor(f"{at}.embeddings.position_embedding.weight", (*path, "embed", "positions"))
+    yield from _stack(at, (*path, "stack"), config.layers)
+    yield from norm(f"{at}.final_layer_norm", (*path, "stack", "norm"))
+    if projected:
+        yield from linear("text_projection", (*tower, "project"), bias=False)
+
+
+def vision_tensors(config: VisionConfig, tower: Path, *, projected: bool) -> Iterator[Tensor]:
+    """Those of the tower of images at this path, with its projection or without."""
+    at, path = "vision_model", (*tower, "transformer")
+    embeddings, form = f"{at}.embeddings", convolution(config)
+    yield Tensor(f"{embeddings}.class_embedding", (*path, "class_token", "token"), ROW)
+    yield Tensor(f"{embeddings}.position_embedding.weight", (*path, "positions"))
+    yield Tensor(f"{embeddings}.patch_embedding.weight", (*path, "embed", "kernel"), form)
+    yield from norm(f"{at}.pre_layrnorm", (*path, "norm"))  # their spelling
+    yield from _stack(at, (*path, "stack"), config.layers)
+    yield from norm(f"{at}.post_layernorm", (*path, "stack", "norm"))
+    if projected:
+        yield from linear("visual_projection", (*tower, "project"), bias=False)
 
 
 def _stack(start: str, path: Path, layers: Layers) -> Iterator[Tensor]:

@@ -14,6 +14,8 @@ from attention_jax.models.heads import ClassifierConfig
 from attention_jax.models.layers import Layers
 from attention_jax.models.pretrained import (
     clip,
+    clip_towers,
+    deepseek,
     gemma,
     gpt2,
     gpt_neox,
@@ -26,6 +28,7 @@ from attention_jax.models.pretrained import (
     smollm3,
     t5,
     vit,
+    whisper,
 )
 from attention_jax.models.pretrained.bert import BERT
 from attention_jax.models.pretrained.distilbert import DISTILBERT
@@ -37,6 +40,15 @@ from attention_jax.models.pretrained.mpnet import MPNET
 from attention_jax.models.pretrained.roberta import ROBERTA
 from attention_jax.models.vision import VisionConfig
 
+# What ``Family.to_hf`` may raise.
+INEXPRESSIBLE = (
+    ArithmeticError,
+    AttributeError,
+    KeyError,
+    TypeError,
+    ValueError,
+    NotImplementedError,
+)
 ENCODERS = (BERT, ROBERTA, DISTILBERT, ELECTRA, MPNET, MODERNBERT)
 DECODERS: tuple[Family, ...] = (
     gpt2,
@@ -45,12 +57,13 @@ DECODERS: tuple[Family, ...] = (
     *qwen.FAMILIES,
     *smollm3.FAMILIES,
     *phi3.FAMILIES,
+    *deepseek.FAMILIES,
     *granite.FAMILIES,
     *gemma.FAMILIES,
     gpt_neox,
     opt,
 )
-FAMILIES: tuple[Family, ...] = (*ENCODERS, *DECODERS, t5, vit, clip)
+FAMILIES: tuple[Family, ...] = (*ENCODERS, *DECODERS, t5, whisper, vit, clip, *clip_towers.FAMILIES)
 
 
 def of_entries(entries: Mapping[str, Any]) -> Family:
@@ -87,12 +100,24 @@ def of_config(config: Any, more: dict[str, Any]) -> tuple[Family, dict[str, Any]
         try:
             entries = family.to_hf(config)
             again = _read_back(family, config, entries)
-        except (AttributeError, KeyError, TypeError, ValueError, NotImplementedError):
+        except INEXPRESSIBLE:
             continue  # another class, or something that this family cannot express
         if again == _with_length(plain, again):
             if _read_back(family, config, entries | more) != again:
                 raise ValueError(f"config must not change the model, got {more}")
             return family, entries | more
+    if isinstance(config, ClassifierConfig) and not config.encoder.pooler:
+        encoder = dataclasses.replace(config.encoder, pooler=True)
+        try:
+            of_config(dataclasses.replace(config, encoder=encoder), {})
+        except NotImplementedError:
+            pass
+        else:
+            raise NotImplementedError(
+                "checkpoints of this encoder have a pooler below the head of a classifier, which "
+                "the model does not: put the head on with classifier(..., pooler=True), or save "
+                "nnx.state(model) instead"
+            )
     if isinstance(config, ClassifierConfig) and config.encoder.pool != "first":
         raise NotImplementedError(
             f"no checkpoint of Hugging Face's has a classifier of the {config.encoder.pool} of all "

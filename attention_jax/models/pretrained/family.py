@@ -69,8 +69,8 @@ class Family(Protocol):
     def to_hf(self, config: Any) -> dict[str, Any]:
         """The entries of ``config.json`` from our configuration.
 
-        It may raise AttributeError, KeyError, TypeError, ValueError or NotImplementedError for a
-        configuration that is not of this family.
+        For a configuration that is not of this family it may raise AttributeError, KeyError,
+        TypeError, ValueError, NotImplementedError, or an ArithmeticError such as a division by 0.
         """
 
     def model(self, config: Any, rngs: nnx.Rngs) -> nnx.Module:

@@ -16,7 +16,7 @@ from attention_jax.models.pretrained.llama import (
     window_entries,
     windows_by_layer,
 )
-from attention_jax.models.pretrained.rope import an_object, of_parameters, rope_parameters
+from attention_jax.models.pretrained.rope import an_object, of_layer_type, rope_parameters
 
 # In Gemma 3, the base of each type of layer, and its older entry.
 THETAS = {
@@ -66,7 +66,7 @@ def _gemma3(hf: HFConfig, layers: Options, longest: int) -> Options:
     for kind, (entry, theta) in THETAS.items():
         parameters = {"rope_theta": hf.take(entry, theta)} | dict(given.get(kind) or {})
         parameters |= scaling if kind == "full_attention" else {}
-        rotaries[kind] = of_parameters(hf, parameters, longest, layers["head_dim"])
+        rotaries[kind] = of_layer_type(hf, kind, parameters, longest, layers["head_dim"])
     return {
         **_activation(hf),
         "scale": hf.number("query_pre_attn_scalar", 256) ** -0.5,

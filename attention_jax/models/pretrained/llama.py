@@ -15,7 +15,7 @@ from attention_jax.models.decoder import Decoder, DecoderConfig
 from attention_jax.models.layers import Experts, Layers
 from attention_jax.models.pretrained.hf_config import ACTIVATION_NAMES, HFConfig
 from attention_jax.models.pretrained.rope import rope_parameters, rotary
-from attention_jax.models.pretrained.tensors import Path, Tensor, block, expert, linear, norm
+from attention_jax.models.pretrained.tensors import Form, Path, Tensor, block, expert, linear, norm
 from attention_jax.nn.linear import names_with_bias
 
 Options = dict[str, Any]
@@ -49,6 +49,9 @@ NORMS = {
 }
 
 
+GATED = ("gate", "up", "down")
+
+
 def _nothing(*_: Any) -> Options:
     return {}
 
@@ -65,6 +68,7 @@ class Llama:
       layers: options of ``Layers`` that all models of the family have.
       experts: the names of a mixture of experts and of each expert's gate, up and down.
       padding: the token of padding by default, which must be in the vocabulary.
+      predicts_further: whether files have one more layer, which predicts the token after the next.
       only: entries that state what always holds, with the values they may have.
       read: reads further entries into options of ``Layers``, given those read before and the
         length of the model.
@@ -80,6 +84,7 @@ class Llama:
     layers: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     experts: tuple[str, str, str, str] = ("mlp", "gate_proj", "up_proj", "down_proj")
     padding: int = 0
+    predicts_further: bool = False
     only: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
     read: Callable[[HFConfig, Options, int], Options] = _nothing
     read_decoder: Callable[[HFConfig, Options], Options] = _nothing
@@ -182,44 +187,77 @@ class Llama:
 
     def optional(self, config: DecoderConfig) -> tuple[str, ...]:
         """Tensors of heads that this model does not have."""
-        return ()
+        further = rf"model\.layers\.{config.layers.num_layers}\..*"
+        return (further,) if self.predicts_further else ()
 
     def tensors(self, config: DecoderConfig) -> Iterator[Tensor]:
         """Every tensor of a checkpoint, and where it belongs in the model."""
-        layers, has_bias = config.layers, names_with_bias(config.layers.bias)
-        projections = {"q": "query", "k": "key", "v": "value", "o": "out"}
-        products = {name: name for name in ("gate", "up", "down")}
-        if layers.fused:
-            projections = {"qkv": "query_key_value", "o": "out"}
-            products = {"gate_up": "gate_up", "down": "down"}
+        layers = config.layers
         yield Tensor("model.embed_tokens.weight", ("embed", "tokens"))
         for i in range(layers.num_layers):
             at, paths = f"model.layers.{i}", block(("stack",), i)
-            for theirs, ours in projections.items():
-                path, bias = (*paths["attention"], ours), has_bias(ours.split("_")[0])
-                yield from linear(f"{at}.self_attn.{theirs}_proj", path, bias=bias)
-            if layers.query_key_norm:
-                for theirs, ours in (("q", "query_norm"), ("k", "key_norm")):
-                    path = *paths["attention"], ours
-                    yield from norm(f"{at}.self_attn.{theirs}_norm", path, bias=False)
-            if layers.experts is not None:
-                yield from self._experts(at, paths["feed_forward"], layers.experts.number)
-                products = {}
-            for theirs, ours in products.items():
-                path = *paths["feed_forward"], ours
-                yield from linear(f"{at}.mlp.{theirs}_proj", path, bias=layers.feed_forward_bias)
+            if layers.latent is None:
+                yield from _attention(f"{at}.self_attn", paths["attention"], layers)
+            else:
+                yield from _latent_attention(f"{at}.self_attn", paths["attention"], layers)
+            if layers.experts is not None and i >= layers.experts.dense_layers:
+                yield from self._experts(at, paths["feed_forward"], layers.experts)
+            else:
+                bias = layers.feed_forward_bias
+                names = ("gate_up", "down") if layers.fused else ("gate", "up", "down")
+                yield from _feed_forward(f"{at}.mlp", paths["feed_forward"], names, bias=bias)
             for theirs, ours in NORMS[layers.order].items():
                 yield from norm(f"{at}.{theirs}_layernorm", paths[ours], bias=False)
         yield from norm("model.norm", ("stack", "norm"), bias=False)
         if not config.tied:
             yield from linear("lm_head", ("head",), bias=False)
 
-    def _experts(self, at: str, path: Path, number: int) -> Iterator[Tensor]:
+    def _experts(self, at: str, path: Path, experts: Experts) -> Iterator[Tensor]:
         module, *names = self.experts
         yield from linear(f"{at}.{module}.gate", (*path, "router"), bias=False)
-        for theirs, ours in zip(names, ("gate", "up", "down"), strict=True):
-            for i in range(number):
+        if experts.gating == "sigmoid":
+            yield Tensor(f"{at}.{module}.gate.e_score_correction_bias", (*path, "correction"))
+        for theirs, ours in zip(names, GATED, strict=True):
+            for i in range(experts.number):
                 yield expert(f"{at}.{module}.experts.{i}.{theirs}", (*path, ours), i)
+        if experts.shared is not None:
+            shared = f"{at}.{module}.shared_experts"
+            yield from _feed_forward(shared, (*path, "shared"), GATED, bias=False)
+
+
+def _attention(at: str, path: Path, layers: Layers) -> Iterator[Tensor]:
+    has_bias = names_with_bias(layers.bias)
+    projections = {"q": "query", "k": "key", "v": "value", "o": "out"}
+    if layers.fused:
+        projections = {"qkv": "query_key_value", "o": "out"}
+    for theirs, ours in projections.items():
+        yield from linear(f"{at}.{theirs}_proj", (*path, ours), bias=has_bias(ours.split("_")[0]))
+    if layers.query_key_norm:
+        for theirs, ours in (("q", "query_norm"), ("k", "key_norm")):
+            yield from norm(f"{at}.{theirs}_norm", (*path, ours), bias=False)
+
+
+def _latent_attention(at: str, path: Path, layers: Layers) -> Iterator[Tensor]:
+    latent: Any = layers.latent
+    bias, query = layers.bias is True, f"{at}.q_proj"
+    if latent.query_features is not None:
+        yield from linear(f"{at}.q_a_proj", (*path, "query_down"), bias=bias)
+        yield from norm(f"{at}.q_a_layernorm", (*path, "query_norm"), bias=False)
+        query = f"{at}.q_b_proj"
+    yield from linear(query, (*path, "query"), bias=False)
+    yield from linear(f"{at}.kv_a_proj_with_mqa", (*path, "down"), bias=bias)
+    yield from norm(f"{at}.kv_a_layernorm", (*path, "latent_norm"), bias=False)
+    up = Form(  # [N (H + D), R] in Hugging Face; in ours [R, N, H + D]
+        lambda x: x.reshape(layers.num_heads, -1, x.shape[-1]).transpose(2, 0, 1),
+        lambda x: x.transpose(1, 2, 0).reshape(-1, x.shape[0]),
+    )
+    yield Tensor(f"{at}.kv_b_proj.weight", (*path, "key_value_up"), up)
+    yield from linear(f"{at}.o_proj", (*path, "out"), bias=bias)
+
+
+def _feed_forward(at: str, path: Path, names: tuple[str, ...], *, bias: bool) -> Iterator[Tensor]:
+    for name in names:
+        yield from linear(f"{at}.{name}_proj", (*path, name), bias=bias)
 
 
 # --- Entries of several families.

@@ -18,10 +18,13 @@ Place = tuple[File, str]
 Stored = dict[str, Place]
 """Places by name."""
 
-_LABELS = ("classifier.weight", "classifier.out_proj.weight")  # the heads of classes and tags
-_FRESH = {  # what to do without the tensors of a head
-    **dict.fromkeys(_LABELS, "classifier or models.tagger"),
-    "qa_outputs.weight": "reader",
+_HEADS = ("classifier.weight", "classifier.out_proj.weight", "qa_outputs.weight")
+_TIED = ("lm_head.weight", "proj_out.weight")  # heads that the embedding can replace
+# What puts a fresh head on, by the end of Hugging Face's name of the model.
+_FRESH = {
+    "ForSequenceClassification": "classifier",
+    "ForTokenClassification": "tagger",
+    "ForQuestionAnswering": "reader",
 }
 
 
@@ -129,7 +132,7 @@ def mismatches(
     missing = [
         f"{name} is missing{_fresh(name, architecture)}" for name in tensors if name not in used
     ]
-    if "lm_head.weight is missing" in missing:
+    if any(f"{name} is missing" in missing for name in _TIED):  # the last tensor
         missing[-1] += " (config={'tie_word_embeddings': True} makes the embedding the head)"
     unexpected = [
         f"{name} is not expected (ignore= leaves tensors out)" for name in used.keys() - tensors
@@ -142,9 +145,10 @@ def mismatches(
         entry = file.entries[theirs]
         expected = jax.eval_shape(tensor.form.back, leaves[tensor.path].get_value()).shape
         if entry.shape != expected:
+            labels = name in _HEADS and not architecture.endswith("ForQuestionAnswering")
             others.append(
                 f"{name} has shape {list(entry.shape)}, expected {list(expected)}"
-                + (f": {expected[0]} labels in id2label" if name in _LABELS else "")
+                + (f": {expected[0]} labels in id2label" if labels else "")
             )
         if entry.dtype not in ("F64", "F32", "F16", "BF16"):
             others.append(f"{name} has dtype {entry.dtype}, expected a floating one")
@@ -153,12 +157,13 @@ def mismatches(
 
 def _fresh(name: str, architecture: str) -> str:
     """What to do if a tensor is missing because the checkpoint has no head."""
-    if name not in _FRESH:
+    kind = next((x for x in _FRESH if architecture.endswith(x)), None)
+    if name not in _HEADS or kind is None:
         return ""
-    headless = re.sub(r"For\w*$", "Model", architecture)
+    headless = architecture.removesuffix(kind) + "Model"
     return (
         f" (load with config={{'architectures': [{headless!r}]}}, and put a fresh head on with "
-        f"models.{_FRESH[name]})"
+        f"models.{_FRESH[kind]})"
     )
 
 
@@ -193,6 +198,6 @@ def _equal(a: Place, b: Place) -> bool:
 
 def _differs(copy: str, original: str) -> str:
     ways = f"ignore=[{re.escape(copy)!r}] leaves it out"
-    if copy == "lm_head.weight":
+    if copy in _TIED:
         ways += ", config={'tie_word_embeddings': False} uses it"
     return f"{copy} should be a copy of {original} but differs ({ways})"

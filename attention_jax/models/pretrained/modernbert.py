@@ -8,7 +8,7 @@ from attention_jax.models.encoder import EncoderConfig, Pooler
 from attention_jax.models.layers import Layers
 from attention_jax.models.pretrained.encoders import EncoderFamily
 from attention_jax.models.pretrained.hf_config import ACTIVATION_NAMES, HFConfig
-from attention_jax.models.pretrained.rope import an_object, of_parameters, rope_parameters
+from attention_jax.models.pretrained.rope import an_object, of_layer_type, rope_parameters
 from attention_jax.positions import Rotary
 
 GLOBAL, LOCAL = "full_attention", "sliding_attention"
@@ -134,9 +134,7 @@ def _rotaries(hf: HFConfig, longest: int, head_dim: int) -> dict[str, Rotary]:
     found = {}
     for kind, (name, default) in THETAS.items():
         parameters = {"rope_theta": hf.take(name, default), **(given.get(kind) or {}), **scaling}
-        each = HFConfig({})
-        found[kind] = of_parameters(each, parameters, longest, head_dim)
-        hf.errors += [f"{kind}: {error}" for error in each.errors]
+        found[kind] = of_layer_type(hf, kind, parameters, longest, head_dim)
     return found
 
 

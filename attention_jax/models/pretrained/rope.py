@@ -84,6 +84,16 @@ def of_parameters(
     return Rotary(theta=float(theta), width=width, scaling=scaling)
 
 
+def of_layer_type(
+    hf: HFConfig, kind: str, parameters: Mapping[str, Any], longest: int, head_dim: int
+) -> Rotary:
+    """``of_parameters`` for one type of layer, which its errors name."""
+    each = HFConfig({})
+    found = of_parameters(each, parameters, longest, head_dim)
+    hf.errors += [f"{kind}: {error}" for error in each.errors]
+    return found
+
+
 def an_object(hf: HFConfig, name: str) -> dict[str, Any]:
     """A copy of an entry that is an object; empty if it is missing or null."""
     given = hf.take(name, None) or {}
@@ -126,7 +136,7 @@ def _scaling(kind: Any, parameters: dict[str, Any], longest: int) -> Scaling | N
         scales = take("mscale", None), take("mscale_all_dim", None)
         attention_factor = take("attention_factor", None)
         if attention_factor is None and all(scales):
-            attention_factor = _growth(factor, scales[0]) / _growth(factor, scales[1])
+            attention_factor = growth(factor, scales[0]) / growth(factor, scales[1])
         truncate = take("truncate", True)
         if not isinstance(truncate, bool):
             raise ValueError(f"truncate must be true or false, got {truncate!r}")
@@ -149,8 +159,10 @@ def _scaling(kind: Any, parameters: dict[str, Any], longest: int) -> Scaling | N
         original, factor = int(take(ORIGINAL, None) or longest), take("factor", None)
         scale = take("attention_factor", None)
         if scale is None:
-            growth = longest / original if factor is None else float(factor)
-            scale = math.sqrt(1 + math.log(growth) / math.log(original)) if growth > 1 else 1.0
+            if original < 2:
+                raise ValueError(f"{ORIGINAL} must be at least 2, got {original}")
+            ratio = longest / original if factor is None else float(factor)
+            scale = math.sqrt(1 + math.log(ratio) / math.log(original)) if ratio > 1 else 1.0
         short, long = (tuple(take(name)) for name in ("short_factor", "long_factor"))
         return LongRoPE(short, long, original, float(scale))
     raise ValueError(
@@ -158,7 +170,7 @@ def _scaling(kind: Any, parameters: dict[str, Any], longest: int) -> Scaling | N
     )
 
 
-def _growth(factor: float, mscale: Any) -> float:
+def growth(factor: float, mscale: Any) -> float:
     """``0.1 mscale ln(factor) + 1``, YaRN's temperature correction of the softmax."""
     return 0.1 * float(mscale) * math.log(factor) + 1.0 if factor > 1 else 1.0
 
