@@ -162,7 +162,7 @@ ffi::Error* handle(const ffi::CallFrame* frame, bool backward) {
     const Pool pool(frame);
     if (backward)
       run_backward(c, *isa, pool);
-    else if (c.T * c.G <= options.few_queries)
+    else if (c.T <= options.few_queries)
       run_few(c, *isa, pool);
     else
       run_forward(c, *isa, pool);

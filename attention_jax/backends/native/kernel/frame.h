@@ -24,7 +24,7 @@ enum class Role : int64_t {
 struct Options {
   int64_t block_k;       // keys per block; 0: the largest
   int64_t instructions;  // see `kernels` in ffi.cpp; 0: the best available
-  int64_t few_queries;   // up to this many query rows per key-value head, run few_queries.h
+  int64_t few_queries;   // up to this many query rows, run few_queries.h
 };
 
 // A wrong call, reported to XLA as INVALID_ARGUMENT.

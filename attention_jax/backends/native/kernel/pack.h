@@ -33,11 +33,10 @@ INLINE void transpose(vf* x) {
   }
 }
 
-// The sums of LANES vectors, as one vector.
+// The sums of LANES vectors, as one vector: halves are added as they are interleaved.
 INLINE vf sums(vf* x) {
-  transpose(x);
   for (int n = LANES / 2; n > 0; n /= 2)
-    for (int i = 0; i < n; i++) x[i] += x[i + n];
+    for (int i = 0; i < n; i++) x[i] = LOW(x[i], x[i + n]) + HIGH(x[i], x[i + n]);
   return x[0];
 }
 

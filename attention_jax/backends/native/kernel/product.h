@@ -7,8 +7,9 @@
 // b is in the L1 cache.
 //
 // Where the processor multiplies bf16, elements of a and b may be pairs: two terms of the sum,
-// which are multiplied exactly and added in float32, at twice the rate of floats. The sum is
-// multiplied by `factor` at its end, because an entry times a factor is not a bf16.
+// which are multiplied exactly and added in float32, at twice the rate of floats; denormal entries
+// count as 0. The sum is multiplied by `factor` at its end, because an entry times a factor is not
+// a bf16.
 
 constexpr int PANEL = 2 * LANES;  // columns of a register tile
 
