@@ -142,10 +142,15 @@ from attention_jax.models.sampling import Sampling as Sampling
 from attention_jax.models.sentences import Embedder as Embedder
 from attention_jax.models.sentences import EmbedderConfig as EmbedderConfig
 from attention_jax.models.sentences import embed as embed
+from attention_jax.models.serving import Batch as Batch
+from attention_jax.models.serving import Event as Event
+from attention_jax.models.serving import Request as Request
+from attention_jax.models.serving import serve as serve
 from attention_jax.models.vision import VisionConfig as VisionConfig
 from attention_jax.models.vision import VisionTransformer as VisionTransformer
 
 __all__ = [
+    "Batch",
     "Beams",
     "Classifier",
     "ClassifierConfig",
@@ -159,6 +164,7 @@ __all__ = [
     "EncoderConfig",
     "EncoderDecoder",
     "EncoderDecoderConfig",
+    "Event",
     "Experts",
     "Generated",
     "Layers",
@@ -166,6 +172,7 @@ __all__ = [
     "Reader",
     "ReaderConfig",
     "Relative",
+    "Request",
     "Sampling",
     "SpanLogits",
     "Tagger",
@@ -182,6 +189,7 @@ __all__ = [
     "resize_image",
     "resize_vocabulary",
     "sampling",
+    "serve",
     "sharding",
     "stream",
     "tagger",
