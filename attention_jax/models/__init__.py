@@ -153,6 +153,10 @@ from attention_jax.models.sampling import Sampling as Sampling
 from attention_jax.models.sentences import Embedder as Embedder
 from attention_jax.models.sentences import EmbedderConfig as EmbedderConfig
 from attention_jax.models.sentences import embed as embed
+from attention_jax.models.serving import Batch as Batch
+from attention_jax.models.serving import Event as Event
+from attention_jax.models.serving import Request as Request
+from attention_jax.models.serving import serve as serve
 from attention_jax.models.speech import SpeechConfig as SpeechConfig
 from attention_jax.models.speech import SpeechTransformer as SpeechTransformer
 from attention_jax.models.speech import log_mel as log_mel
@@ -160,6 +164,7 @@ from attention_jax.models.vision import VisionConfig as VisionConfig
 from attention_jax.models.vision import VisionTransformer as VisionTransformer
 
 __all__ = [
+    "Batch",
     "Beams",
     "Classifier",
     "ClassifierConfig",
@@ -173,6 +178,7 @@ __all__ = [
     "EncoderConfig",
     "EncoderDecoder",
     "EncoderDecoderConfig",
+    "Event",
     "Experts",
     "Generated",
     "ImageTower",
@@ -183,6 +189,7 @@ __all__ = [
     "Reader",
     "ReaderConfig",
     "Relative",
+    "Request",
     "Sampling",
     "SpanLogits",
     "SpeechConfig",
@@ -204,6 +211,7 @@ __all__ = [
     "resize_image",
     "resize_vocabulary",
     "sampling",
+    "serve",
     "sharding",
     "stream",
     "tagger",

@@ -16,14 +16,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from attention_jax.cache import KVCache
+from attention_jax.cache import Cache
 from attention_jax.core.axes import AnyArray, brief_fields, int_at_least, is_array, kind
 from attention_jax.models import prompts
 from attention_jax.models.decoder import Decoder, first_tokens
 from attention_jax.models.encoder_decoder import EncoderDecoder, Memory
 from attention_jax.models.sampling import Choice, Processor, Sampling, as_choice
 
-Caches: TypeAlias = tuple[KVCache, ...]
+Caches: TypeAlias = tuple[Cache, ...]
 
 
 class Generated(NamedTuple):
@@ -78,7 +78,7 @@ def generate(
     source: Any = None,
     source_real: Any = None,
     capacity: int | None = None,
-    caches: Sequence[KVCache] | None = None,
+    caches: Sequence[Cache] | None = None,
 ) -> Generated:
     """The tokens that follow each prompt.
 
@@ -191,7 +191,7 @@ def _prepare(
     source: Any = None,
     source_real: Any = None,
     capacity: int | None = None,
-    caches: Sequence[KVCache] | None = None,
+    caches: Sequence[Cache] | None = None,
 ) -> tuple[
     tuple[nnx.GraphDef[Any], _Settings, nnx.State[Any, Any]],
     tuple[jax.Array, jax.Array, Memory | None, jax.Array | None],
@@ -218,14 +218,14 @@ def _prepare(
             "key must be None without a draw: for random tokens pass sampling too, such as "
             "sampling=Sampling(temperature=0.8)"
         )
-    keys = _row_keys(key, prompt.shape[0]) if choice.draws else None
+    keys = row_keys(key, prompt.shape[0]) if choice.draws else None
     stops = prompts.as_stop(stop, model.vocabulary)
     settings = _Settings(max_new_tokens, choice, stops, prompts.as_pad(pad_token))
     graph, state = nnx.split(model)
     return (graph, settings, state), (prompt, count, memory, keys), tuple(caches)
 
 
-def _row_keys(key: Any, rows: int) -> jax.Array:
+def row_keys(key: Any, rows: int) -> jax.Array:
     """A key for each row."""
     if key is None:
         raise ValueError("key must be given with sampling: a key of jax.random")

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from attention_jax import cache as caches
 from attention_jax.backends.arguments import MaskLike, as_mask, check_flag
-from attention_jax.cache import KVCache
+from attention_jax.cache import Cache
 from attention_jax.core.axes import Size, kind, same_rank
 from attention_jax.masks import Mask
 from attention_jax.nn.rngs import dropout_key
@@ -41,8 +42,8 @@ def check_cache(cache: Any, count: Any, rotary: Rotary | None) -> None:
         if count is not None:
             raise ValueError("count must be None without a cache: mark padding with mask")
         return
-    if not isinstance(cache, KVCache):
-        raise TypeError(f"cache must be a KVCache or None, got {kind(cache)}")
+    if not isinstance(cache, Cache):
+        raise TypeError(f"cache must be a KVCache, a PagedCache or None, got {kind(cache)}")
     scaling: Any = None if rotary is None else rotary.scaling
     dynamic = scaling is not None and scaling.depends_on_length
     if dynamic and (cache.rolling or cache.capacity > scaling.original):
@@ -52,13 +53,33 @@ def check_cache(cache: Any, count: Any, rotary: Rotary | None) -> None:
         )
 
 
-def next_positions(cache: KVCache | None, T: Size) -> jax.Array:
+def next_positions(cache: Cache | None, T: Size) -> jax.Array:
     """The positions of ``T`` new tokens: from 0, or from the end of the cache."""
     positions = jnp.arange(T, dtype=jnp.int32)
     if cache is None:
         return positions
     length, positions = same_rank(cache.length[..., None], positions)
     return length + positions
+
+
+def new_cache(
+    batch: tuple[int, ...],
+    *,
+    rolling: bool,
+    page_size: int | None,
+    pages: int | None,
+    **options: Any,
+) -> Cache:
+    """An empty cache: with a ``page_size`` a paged one, see ``cache.init_paged`` and ``init``."""
+    if page_size is None:
+        if pages is not None:
+            raise ValueError("pages must be None without a page_size")
+        return caches.init(batch, rolling=rolling, **options)
+    if not isinstance(batch, tuple) or len(batch) != 1:
+        raise ValueError(f"batch must be (rows,) with a page_size, got {batch}")
+    if rolling:
+        raise ValueError("rolling must be False with a page_size: pages hold all tokens")
+    return caches.init_paged(batch[0], page_size=page_size, pages=pages, **options)
 
 
 def dropout(rate: float, deterministic: bool, rngs: Any) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from jaxtyping import Float
 
 from attention_jax import cache as caches
 from attention_jax.backends.arguments import MaskLike, as_mask, as_scores, check_types
-from attention_jax.cache import KVCache
+from attention_jax.cache import Cache
 from attention_jax.core.axes import AnyArray, check_tokens, int_at_least
 from attention_jax.core.dropout import check_rate
 from attention_jax.masks import Mask
@@ -167,7 +167,7 @@ class LatentAttention(nnx.Module):
         mask: MaskLike = None,
         score: Scores = (),
         positions: Any = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         count: Any = None,
         deterministic: bool | None = None,
         rngs: Any = None,
@@ -226,17 +226,31 @@ class LatentAttention(nnx.Module):
         return out if cache is None else (out, new_cache)
 
     def init_cache(
-        self, batch: tuple[int, ...], capacity: int, *, dtype: Any = None, rolling: bool = False
-    ) -> KVCache:
-        """An empty cache for latents ``[*B C 1 R]`` and rotary keys ``[*B C 1 P]``."""
-        return caches.init(
+        self,
+        batch: tuple[int, ...],
+        capacity: int,
+        *,
+        dtype: Any = None,
+        rolling: bool = False,
+        page_size: int | None = None,
+        pages: int | None = None,
+        quantize: str | None = None,
+    ) -> Cache:
+        """An empty cache for latents ``[*B C 1 R]`` and rotary keys ``[*B C 1 P]``.
+
+        With a ``page_size`` it is a ``PagedCache`` of ``batch = (rows,)``: ``cache.init_paged``.
+        """
+        return calls.new_cache(
             batch,
+            rolling=rolling,
+            page_size=page_size,
+            pages=pages,
             capacity=capacity,
             num_kv_heads=1,
             head_dim=self.latent_features,
             value_dim=self.rotary_dim,
             dtype=dtype or self.dtype or self.param_dtype,
-            rolling=rolling,
+            quantize=quantize,
         )
 
     def _queries(self, x: Any, positions: Any) -> tuple[jax.Array, jax.Array]:
