@@ -176,3 +176,15 @@ def test_wrong_configurations_raise():
         m(normal(0, B, T, E), cache=m.init_cache((B,), 9))
     with pytest.raises(ValueError, match="count must be None without a cache"):
         m(normal(0, B, T, E), count=3)
+
+
+@pytest.mark.parametrize("options", [{"page_size": 4}, {"quantize": "int8"}], ids=str)
+def test_steps_with_other_caches_equal_the_whole(options):
+    m = module(query_latent_features=None)
+    x = np.random.default_rng(0).normal(size=(2, 7, m.features)).astype(np.float32)
+    cache, outs = m.init_cache((2,), 8, **options), []
+    for chunk in np.split(x, [4, 6], axis=1):
+        out, cache = m(chunk, cache=cache)
+        outs.append(out)
+    close = {"rtol": 0, "atol": 1e-5 if "page_size" in options else 0.05}
+    np.testing.assert_allclose(np.concatenate(outs, 1), m(x, mask=masks.causal()), **close)
