@@ -3,9 +3,10 @@
 //
 //   item: a chunk of the keys of heads that interleave in memory
 //   for each SUB_BLOCK of its keys
+//     read keys and values of all heads, as they lie in memory    L2 cache
 //     for each head
 //       for each ROW_TILE of its rows                       L1 cache: rows of q and out
-//         s = q k^T, KEY_TILE at a time; prefetch values
+//         s = q k^T, KEY_TILE at a time
 //         scores, mask, maximum, p, sum
 //         out = out * 2^(old maximum - maximum) + p v
 //
@@ -16,7 +17,6 @@
 // are merged in order, so results do not depend on the number of threads.
 
 constexpr int ROW_TILE = 4, SUB_BLOCK = 64;
-constexpr int PREFETCH_KEYS = 8;  // prefetch distance, in keys
 // The registers hold ROW_TILE x KEY_TILE sums, KEY_TILE keys and one query.
 constexpr int KEY_TILE = LANES < 16 ? 2 : 4;
 
@@ -35,21 +35,17 @@ struct FewBuffers {
 
 // s[m][j] = q[m] . k[j] for KEY_TILE keys at a time.
 template <class X>
-INLINE void few_logits(const Call& c, const float* q, const X* k, const X* v, int n, float* s) {
+INLINE void few_logits(const Call& c, const float* q, const X* k, int n, float* s) {
   const int64_t H = c.H, padded = round_up(H, LANES), whole = H / LANES * LANES;
   for (int j = 0; j < n; j += KEY_TILE) {
-    const X *key[KEY_TILE], *value[KEY_TILE];
+    const X* key[KEY_TILE];
     for (int i = 0; i < KEY_TILE; i++) key[i] = k + minimum(j + i, n - 1) * c.k.row;
-    for (int i = 0; i < KEY_TILE; i++) value[i] = v + minimum(j + i, n - 1) * c.v.row;
     vf sum[ROW_TILE * KEY_TILE];
     for (int i = 0; i < ROW_TILE * KEY_TILE; i++) sum[i] = vf{};
     for (int64_t h = 0; h < padded; h += LANES) {
       vf x[KEY_TILE];
-      for (int i = 0; i < KEY_TILE; i++) {
+      for (int i = 0; i < KEY_TILE; i++)
         x[i] = h < whole ? load(key[i] + h) : load_first(key[i] + h, H - h);
-        __builtin_prefetch(key[i] + h + PREFETCH_KEYS * c.k.row);
-        __builtin_prefetch(value[i] + h, 0, 2);
-      }
       for (int m = 0; m < ROW_TILE; m++) {
         const vf y = load(q + m * padded + h);
         for (int i = 0; i < KEY_TILE; i++) sum[m * KEY_TILE + i] += y * x[i];
@@ -92,6 +88,26 @@ INLINE void few_values(int64_t D, const float* p, const X* v, int64_t ld, int n,
   }
 }
 
+// Reads a byte of every line of n rows in the order of memory, which the processor's own prefetcher
+// follows, further ahead than prefetch instructions could be: the heads are then computed one by
+// one, at strides that it does not follow.
+template <class X>
+INLINE void read_lines(const X* x, int64_t ld, int64_t width, int n) {
+  int sum = 0;
+  for (int j = 0; j < n; j++) {
+    const char* row = reinterpret_cast<const char*>(x + j * ld);
+    for (int64_t i = 0; i < width * int64_t(sizeof(X)); i += 64) sum += row[i];
+  }
+  asm volatile("" ::"r"(sum));  // otherwise compilers remove the loads
+}
+
+// The width of a row of all heads of an item, each of which has `width` entries.
+static int64_t joint_width(const View& x, const Item& item, int64_t width) {
+  int64_t most = 0;
+  for (int64_t e = item.e; e < item.last; e++) most = maximum(most, x.outer[e] - x.outer[item.e]);
+  return minimum(most, x.row) + width;
+}
+
 template <class X>
 static void few_item(const Call& c, const Item& item, char* memory, float* partial) {
   Arena arena(memory);
@@ -99,6 +115,7 @@ static void few_item(const Call& c, const Item& item, char* memory, float* parti
   const int64_t rows = c.G * c.T, padded = round_up(rows, ROW_TILE);
   const int64_t HP = round_up(c.H, LANES), W = round_up(c.D, LANES);
   const int64_t all = (item.last - item.e) * padded;
+  const int64_t k_width = joint_width(c.k, item, c.H), v_width = joint_width(c.v, item, c.D);
   bool any = false;                          // in a pool, most keys are of other examples
   for (int64_t g = 0; g < c.G && !any; g++)  // the same for all e of an item
     any = any_key(c.head(item.e, g), item.begin, item.end);
@@ -123,6 +140,7 @@ static void few_item(const Call& c, const Item& item, char* memory, float* parti
   for (int64_t k0 = item.begin; k0 < item.end; k0 += SUB_BLOCK) {
     const int n = minimum<int64_t>(SUB_BLOCK, item.end - k0);
     KeyBlock b(c.head(item.e, 0), c.S, k0, n);
+    bool lines_read = false;
     for (int64_t e = item.e; e < item.last; e++) {
       const Head shared = c.head(e, 0);
       const X* k = static_cast<const X*>(shared.k) + k0 * c.k.row;
@@ -139,7 +157,14 @@ static void few_item(const Call& c, const Item& item, char* memory, float* parti
         if (!visited.end) continue;
         const int first = visited.first * UNIT, keys = minimum(visited.end * UNIT, n) - first;
         const X *some_k = k + first * c.k.row, *some_v = v + first * c.v.row;
-        few_logits(c, x.q + at * HP, some_k, some_v, keys, x.s + first);
+        if (!lines_read) {
+          const Head lowest = c.head(item.e, 0);
+          const int64_t begin = k0 + first;
+          read_lines(static_cast<const X*>(lowest.k) + begin * c.k.row, c.k.row, k_width, keys);
+          read_lines(static_cast<const X*>(lowest.v) + begin * c.v.row, c.v.row, v_width, keys);
+          lines_read = true;
+        }
+        few_logits(c, x.q + at * HP, some_k, keys, x.s + first);
         bool visible[ROW_TILE] = {};
         for (int m = 0; m < count; m++) {
           const int64_t g = (r + m) / c.T, i = (r + m) % c.T;
