@@ -232,7 +232,7 @@ def test_requests_wait_for_pages(pages):
 def test_new_numbers_and_lengths_compile_nothing_new():
     one = batch()
     run_all(one, [Request([3, 1, 4], 3), Request([3], 3, Sampling(0.5), jax.random.key(0))])
-    programs = serving_steps.read, serving_steps.decode, serving_steps.choose
+    programs = serving_steps.append, serving_steps.choose
     before = [program._cache_size() for program in programs]
     given = [
         Request([1] * n, 2, Sampling(0.5 + n / 10), jax.random.key(n)) for n in range(1, CAPACITY)
@@ -242,10 +242,21 @@ def test_new_numbers_and_lengths_compile_nothing_new():
     assert [program._cache_size() for program in programs] == before
 
 
+@pytest.mark.slow
+def test_few_of_many_rows_are_decoded_by_a_smaller_program():
+    given = [Request([3, i % V], 2 + i % 7) for i in range(33)]
+    wide = batch(rows=33)
+    assert wide._sizes == [33, 8]
+    tokens, _ = run_all(wide, given)
+    assert tokens == {i: alone(request) for i, request in enumerate(given)}
+
+
 def test_a_step_copies_neither_keys_nor_values():
     wide = batch(rows=2, capacity=2048, page_size=32)
-    state, rows = wide._state, np.zeros(2, np.int32)
-    program = serving_steps.decode.lower(wide._model, wide._weights, state, rows, rows > 0)
+    state, rows = wide._state, np.arange(2)
+    program = serving_steps.append.lower(
+        wide._model, wide._weights, state, rows, rows[:, None], rows
+    )
     planned = program.compile().memory_analysis().temp_size_in_bytes
     assert planned < state.pools[0][0].nbytes
 

@@ -161,18 +161,23 @@ class Pages:
             references=_counted(references, row, 1),
         )
 
-    def row(self, row: Any) -> Pages:
-        """The pages of one row, as if there were no others; ``with_row`` puts them back."""
-        table, length = (jax.lax.dynamic_slice_in_dim(x, row, 1) for x in (self.table, self.length))
-        return dataclasses.replace(self, table=table, length=length)
+    def rows(self, rows: Any) -> Pages:
+        """The pages of some rows, int ``[A]``, as if there were no others.
 
-    def with_row(self, row: Any, pages: Pages) -> Pages:
-        """The pages of all rows, with those of one from ``row``."""
-        put = jax.lax.dynamic_update_slice_in_dim
+        ``with_rows`` puts them back. A number that is no row stands for an empty one.
+        """
         return dataclasses.replace(
             self,
-            table=put(self.table, pages.table, row, 0),
-            length=put(self.length, pages.length, row, 0),
+            table=self.table.at[rows].get(mode="fill", fill_value=NONE),
+            length=self.length.at[rows].get(mode="fill", fill_value=0),
+        )
+
+    def with_rows(self, rows: Any, pages: Pages) -> Pages:
+        """The pages of all rows, with those of some from ``rows``."""
+        return dataclasses.replace(
+            self,
+            table=self.table.at[rows].set(pages.table, mode="drop"),
+            length=self.length.at[rows].set(pages.length, mode="drop"),
             references=pages.references,
         )
 
