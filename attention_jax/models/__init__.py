@@ -142,6 +142,8 @@ from attention_jax.models.sampling import Sampling as Sampling
 from attention_jax.models.sentences import Embedder as Embedder
 from attention_jax.models.sentences import EmbedderConfig as EmbedderConfig
 from attention_jax.models.sentences import embed as embed
+from attention_jax.models.speculative import Speculated as Speculated
+from attention_jax.models.speculative import speculate as speculate
 from attention_jax.models.vision import VisionConfig as VisionConfig
 from attention_jax.models.vision import VisionTransformer as VisionTransformer
 
@@ -168,6 +170,7 @@ __all__ = [
     "Relative",
     "Sampling",
     "SpanLogits",
+    "Speculated",
     "Tagger",
     "TaggerConfig",
     "VisionConfig",
@@ -183,6 +186,7 @@ __all__ = [
     "resize_vocabulary",
     "sampling",
     "sharding",
+    "speculate",
     "stream",
     "tagger",
 ]

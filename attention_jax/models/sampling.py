@@ -300,6 +300,17 @@ class Choice:
         token = token if at is None else at[token]
         return jnp.where(jnp.max(left) > -jnp.inf, token, -1).astype(jnp.int32)
 
+    def probabilities(self, tokens: Any, logits: Float[Array, " V"]) -> Float[Array, " V"]:
+        """What a draw is from, ``softmax`` of the processed logits; 0 if there is none to choose.
+
+        >>> import jax.numpy as jnp
+        >>> from attention_jax.models.sampling import Choice, top_k
+        >>> Choice((top_k(1),), draws=True).probabilities(jnp.array([-1]), jnp.arange(3.0)).tolist()
+        [0.0, 0.0, 1.0]
+        """
+        left = Chain(self.processors)(tokens, logits)
+        return jnp.where(jnp.isfinite(jnp.max(left)), jax.nn.softmax(left), 0)
+
 
 def likeliest(*processors: Processor) -> Choice:
     """For ``generate(sampling=...)``: the likeliest token after the processors, without a draw.

@@ -1,0 +1,418 @@
+"""Speculative decoding: a small draft model proposes tokens, the model checks all of them at once.
+
+At one position of one row the draft drew a token from ``q``, and the model's distribution is ``p``.
+The token stays with probability ``min(1, p(token) / q(token))``; otherwise another one is drawn from
+``norm(max(p - q, 0))``. Either way the result is a draw from ``p``:
+
+>>> import numpy as np
+>>> from attention_jax.models.speculative import redrawn
+>>> p, q = np.array([0.5, 0.3, 0.2]), np.array([0.2, 0.7, 0.1])
+>>> stays = np.minimum(1, p / q)
+>>> np.allclose(q * stays + np.sum(q * (1 - stays)) * redrawn(p, q), p)
+True
+
+After the first token that does not stay, proposals are dropped: the caches of both models are rolled
+back. Each call of the model gives between one token and ``ahead + 1``.
+
+Sources: Leviathan et al. 2023, "Fast Inference from Transformers via Speculative Decoding"; Chen et
+al. 2023, "Accelerating Large Language Model Decoding with Speculative Sampling"; for trees, Miao et
+al. 2024, "SpecInfer".
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from attention_jax.cache import KVCache
+from attention_jax.core.axes import AnyArray, brief_fields, int_at_least, kind
+from attention_jax.models import drafts, prompts
+from attention_jax.models.decoder import Decoder
+from attention_jax.models.draft_trees import Tree, keep_path
+from attention_jax.models.drafts import Caches, Proposed
+from attention_jax.models.generation import Settings, begin, eval_model, row_keys
+from attention_jax.models.sampling import Choice, Processor, Sampling, as_choice
+
+
+class Speculated(NamedTuple):
+    """The result of ``speculate``: that of ``generate``, and how many proposals were accepted.
+
+    Attributes:
+      tokens, count, log_probability, caches: as those of ``Generated``.
+      draft_caches: the draft's, with all tokens except the last one.
+      proposed: int32 ``[B]``, how many tokens the draft proposed, in a row of a tree one for each
+        depth.
+      accepted: int32 ``[B]``, how many of them are in ``tokens``.
+    """
+
+    tokens: Int[Array, "B new"]
+    count: Any  # int32 [B]; a narrower type would clash with tuple.count
+    log_probability: Float[Array, " B"]
+    caches: Caches
+    draft_caches: Caches
+    proposed: Int[Array, " B"]
+    accepted: Int[Array, " B"]
+
+    def __repr__(self) -> str:
+        return brief_fields(self, self._fields)
+
+
+class Verified(NamedTuple):
+    """What the model makes of the proposals.
+
+    Attributes:
+      tokens: int32 ``[B depth+1]``, the accepted proposals and the token that follows them; -1 if
+        there is none to choose. Arbitrary after that.
+      accepted: int32 ``[B]``, how many proposals are accepted.
+      path: int ``[B depth+1]``, the nodes after which these tokens come.
+      logits: ``[B depth+1 V]``, after these nodes.
+      caches: with all nodes.
+    """
+
+    tokens: Int[Array, "B depth+1"]
+    accepted: Int[Array, " B"]
+    path: Int[Array, "B depth+1"]
+    logits: Float[Array, "B depth+1 V"]
+    caches: Caches
+
+
+class _Loop(NamedTuple):
+    """The carry of the loop."""
+
+    so_far: Int[Array, "B T+new"]  # prompts and generated tokens; -1 elsewhere
+    done: Bool[Array, " B"]
+    result: Speculated
+
+
+# --- The formula, for one position of one row.
+
+
+def stays(p: Float[Array, " V"], q: Float[Array, " V"], token: Any, uniform: Any) -> Any:
+    """Whether a token drawn from ``q`` stays: with probability ``min(1, p(token) / q(token))``.
+
+    Args:
+      p, q: ``[V]``, the distributions of the model and the draft.
+      token: drawn from ``q``; -1 if the draft has none, which never stays.
+      uniform: drawn from [0, 1).
+    """
+    return (uniform * q[token] < p[token]) & (token >= 0)
+
+
+def redrawn(p: Float[AnyArray, " V"], q: Float[AnyArray, " V"]) -> Float[Array, " V"]:
+    """The distribution of the token that replaces one that does not stay: norm(max(p - q, 0))."""
+    left = jnp.maximum(p - q, 0)
+    total = left.sum()
+    return jnp.where(total > 0, left / total, p)  # nothing is left only if p and q are equal
+
+
+def verified_draws(
+    p: Float[Array, "ahead+1 V"],
+    q: Float[Array, "ahead V"],
+    tokens: Int[Array, " ahead"],
+    key: jax.Array,
+) -> tuple[Int[Array, " ahead+1"], Int[Array, ""]]:
+    """One row: the tokens that stay, the one that follows them, and how many stay.
+
+    Args:
+      p: the model's distributions, one more than tokens; all 0 where there is no token to choose.
+      q: the draft's.
+      tokens: its draws.
+      key: of the row.
+    """
+    of_draws, of_last = jax.random.split(key)
+    uniform = jax.random.uniform(of_draws, tokens.shape, p.dtype)
+    count = jnp.cumprod(jax.vmap(stays)(p[:-1], q, tokens, uniform)).sum(dtype=jnp.int32)
+    q = jnp.concatenate([q, jnp.zeros_like(q[:1])])  # nothing is proposed after the last token
+    last = jax.random.categorical(of_last, jnp.log(redrawn(p[count], q[count])))
+    last = jnp.where(jnp.any(p[count] > 0), last, -1)
+    return jnp.append(tokens, -1).at[count].set(last), count
+
+
+# --- The whole.
+
+
+def speculate(
+    model: Decoder,
+    draft: Decoder,
+    prompt: Any,
+    *,
+    max_new_tokens: int,
+    ahead: int = 4,
+    branches: int | Sequence[int] = 1,
+    real: Any = None,
+    sampling: Sampling | Choice | Processor | Sequence[Processor] | None = None,
+    key: AnyArray | None = None,
+    stop: Any = (),
+    pad_token: int = 0,
+    capacity: int | None = None,
+    caches: Sequence[KVCache] | None = None,
+    draft_caches: Sequence[KVCache] | None = None,
+) -> Speculated:
+    """The tokens that follow each prompt, as ``generate`` finds them, in fewer calls of the model.
+
+    Greedily the tokens are those of ``generate(model, ...)``, unless two logits are equal up to
+    rounding. Draws are others, from the same distribution. The better the draft predicts the model,
+    the fewer calls there are; a wrong draft only costs time. Rows are independent: the result of a
+    row depends on its prompt, the key and its index.
+
+    Args:
+      model: a ``Decoder``.
+      draft: a smaller ``Decoder`` of the same vocabulary.
+      prompt, max_new_tokens: as for ``generate``.
+      ahead: how many tokens the draft proposes before the model checks them.
+      branches: how many of the draft's likeliest tokens are proposed after each one, an int or one
+        for each depth: ``(3, 2, 1, 1)`` proposes a tree of 3 + 6 + 6 + 6 tokens, and the longest
+        path that is right stays. Only greedily, and for models that look at positions only by
+        rotary or added vectors: without windows, ALiBi, relative biases and masks of their own.
+      real: as for ``generate``.
+      sampling, key: as for ``generate``; processors apply to both models.
+      stop, pad_token: as for ``generate``.
+      capacity: of the caches; default as for ``generate``.
+      caches, draft_caches: of the tokens before the prompt, both or none. They are donated: use
+        those of ``Speculated`` after. Rolling ones hold ``ahead - 1`` tokens more than the window.
+
+    Returns:
+      ``Speculated``.
+
+    Raises:
+      ValueError: as ``generate``; models of different vocabularies; other ``branches`` than 1 with
+        draws, or not one for each depth.
+      NotImplementedError: other ``branches`` than 1 with a model that depends on other positions.
+      TypeError: as ``generate``; a model that is not a ``Decoder``.
+
+    >>> import numpy as np
+    >>> from flax import nnx
+    >>> from attention_jax.models import Decoder, DecoderConfig, generate, Layers, speculate
+    >>> model, draft = (
+    ...     Decoder(DecoderConfig(10, Layers(features=8, num_layers=n, num_heads=2)),
+    ...             rngs=nnx.Rngs(0)) for n in (2, 1))
+    >>> prompt = np.array([[3, 1], [4, 4]])
+    >>> fast = speculate(model, draft, prompt, max_new_tokens=6, ahead=3)
+    >>> (fast.tokens == generate(model, prompt, max_new_tokens=6).tokens).all().item()
+    True
+    """
+    for name, x in (("model", model), ("draft", draft)):
+        if not isinstance(x, Decoder):
+            raise TypeError(f"{name} must be a Decoder, got {kind(x)}")
+    if model.vocabulary != draft.vocabulary:
+        raise ValueError(
+            f"draft must have the vocabulary of the model, {model.vocabulary} tokens, got "
+            f"{draft.vocabulary}"
+        )
+    if (caches is None) != (draft_caches is None):
+        raise ValueError("caches and draft_caches must be given together, of the same tokens")
+    max_new_tokens = int_at_least("max_new_tokens", max_new_tokens, 1)
+    choice, tree = as_choice(sampling), _tree(ahead, branches)
+    if not tree.is_chain:
+        _check_tree(tree, choice, model=model, draft=draft)
+    _check_rolling("caches", model, caches, ahead)
+    _check_rolling("draft_caches", draft, draft_caches, ahead)
+    prepare = functools.partial(
+        prompts.prepare,
+        prompt=prompt,
+        max_new_tokens=max_new_tokens,
+        real=real,
+        source=None,
+        source_real=None,
+        capacity=capacity,
+        rejected=tree.depth,
+        beside=len(tree.parents) - 1 - tree.depth,
+    )
+    tokens, count, _, caches = prepare(model, caches=caches)
+    _, _, _, draft_caches = prepare(draft, caches=draft_caches)
+    if key is not None and not choice.draws:
+        raise ValueError("key must be None without a draw: for random tokens pass sampling too")
+    keys = row_keys(key, tokens.shape[0]) if choice.draws else None
+    stops = prompts.as_stop(stop, model.vocabulary)
+    settings = Settings(max_new_tokens, choice, stops, prompts.as_pad(pad_token))
+    (graph, state), (draft_graph, draft_state) = nnx.split(model), nnx.split(draft)
+    return _run(
+        (graph, draft_graph),
+        settings,
+        tree,
+        (state, draft_state),
+        tokens,
+        count,
+        keys,
+        (tuple(caches), tuple(draft_caches)),
+    )
+
+
+def _tree(ahead: int, branches: int | Sequence[int]) -> Tree:
+    ahead = int_at_least("ahead", ahead, 1)
+    each = tuple(branches) if isinstance(branches, tuple | list) else (branches,) * ahead
+    for x in each:
+        int_at_least("branches", x, 1)
+    if len(each) != ahead:
+        raise ValueError(f"branches must be one int or ahead = {ahead} of them, got {branches}")
+    return Tree(each)
+
+
+def _check_tree(tree: Tree, choice: Choice, **decoders: Decoder) -> None:
+    if choice.draws:
+        raise ValueError("branches must be 1 with draws: only greedy trees are exact")
+    for name, decoder in decoders.items():
+        layers = decoder.config.layers
+        if max(tree.branches) > decoder.vocabulary:
+            raise ValueError(
+                f"branches must be at most {decoder.vocabulary}, the vocabulary, got "
+                f"{max(tree.branches)}"
+            )
+        found = {
+            "windows": set(layers.windows) != {None},
+            "alibi": layers.alibi,
+            "relative": layers.relative is not None,
+            "mask": layers.mask is not None,
+            "prefix_lm": layers.prefix_lm,
+        }
+        if any(found.values()):
+            raise NotImplementedError(
+                f"branches must be 1 for this {name}: in a tree, the distance of two tokens is not "
+                f"that of their places, as {', '.join(x for x in found if found[x])} would take it"
+            )
+
+
+def _check_rolling(name: str, model: Decoder, caches: Any, ahead: int) -> None:
+    """Checks that proposals do not overwrite tokens that are still in the window."""
+    for cache, window in zip(caches or (), model.config.layers.windows, strict=bool(caches)):
+        if cache.rolling and window is not None and cache.capacity < window + ahead - 1:
+            raise ValueError(
+                f"{name} must hold {window + ahead - 1} tokens, the window of {window} and ahead - "
+                f"1 = {ahead - 1}, got a rolling cache of capacity {cache.capacity}: create them "
+                f"with init_caches(..., spare={ahead})"
+            )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnames=("caches",))
+def _run(
+    graphs: tuple[nnx.GraphDef[Any], nnx.GraphDef[Any]],
+    settings: Settings,
+    tree: Tree,
+    states: tuple[nnx.State[Any, Any], nnx.State[Any, Any]],
+    prompt: jax.Array,
+    count: jax.Array,
+    keys: jax.Array | None,
+    caches: tuple[Caches, Caches],
+) -> Speculated:
+    """The whole loop, compiled; arguments are pairs of the model's and the draft's."""
+    model, draft = (eval_model(*both) for both in zip(graphs, states, strict=True))
+    first = begin(model, settings, prompt, count, None, keys, caches[0])
+    _, draft_caches = draft.hidden(prompt, caches=caches[1], count=count)
+    none = jnp.zeros_like(first.result.count)
+    result = Speculated(*first.result, draft_caches, none, none)
+
+    def unfinished(loop: _Loop) -> jax.Array:
+        return ~loop.done.all()
+
+    def round_(loop: _Loop) -> _Loop:
+        return _round(model, draft, settings, tree, prompt.shape[1], keys, loop)
+
+    done = first.done | (settings.max_new_tokens == 1)
+    start = _Loop(first.so_far, done, result)
+    result = jax.lax.while_loop(unfinished, round_, start).result
+    # The draft may not have read the last token but one.
+    length = result.caches[0].length
+    token = drafts.last_tokens(result.tokens, length - first.result.caches[0].length, 1)
+    unread = length - result.draft_caches[0].length
+    _, draft_caches = draft.hidden(token, caches=result.draft_caches, count=unread)
+    return result._replace(draft_caches=draft_caches)
+
+
+def _round(
+    model: Any,
+    draft: Any,
+    settings: Settings,
+    tree: Tree,
+    T: int,
+    keys: jax.Array | None,
+    loop: _Loop,
+) -> _Loop:
+    """The draft proposes, the model verifies, and both keep what is accepted."""
+    result, root = loop.result, loop.result.caches[0].length
+    at = None if keys is None else jax.vmap(jax.random.fold_in)(keys, result.count)
+    of_draft = None if at is None else jax.vmap(lambda key: jax.random.fold_in(key, 0))(at)
+    of_model = None if at is None else jax.vmap(lambda key: jax.random.fold_in(key, 1))(at)
+    rows = drafts.Rows(
+        last=drafts.last_tokens(result.tokens, result.count, 2),
+        so_far=loop.so_far,
+        end=T + result.count,
+        root=root,
+        remaining=jnp.where(loop.done, 0, settings.max_new_tokens - result.count),
+    )
+    proposed = drafts.propose(draft, settings.choice, tree, rows, of_draft, result.draft_caches)
+    verified = _verify(model, settings.choice, tree, rows, of_model, proposed, result.caches)
+    loop, new = _append(settings, rows, verified, loop)
+
+    def kept(caches: Caches, depths: int) -> Caches:
+        count = jnp.minimum(new, depths)
+        if tree.is_chain:
+            return tuple(cache.rollback(root + count) for cache in caches)
+        path = verified.path[:, :depths]
+        return tuple(keep_path(cache, root, path, count) for cache in caches)
+
+    return loop._replace(
+        result=loop.result._replace(
+            caches=kept(verified.caches, tree.depth + 1),
+            draft_caches=kept(proposed.caches, tree.depth),  # it has not read the deepest nodes
+        )
+    )
+
+
+def _verify(
+    model: Any,
+    choice: Choice,
+    tree: Tree,
+    rows: drafts.Rows,
+    keys: jax.Array | None,
+    proposed: Proposed,
+    caches: Caches,
+) -> Verified:
+    """One call of the model for all nodes, and what it makes of them."""
+    logits, caches = drafts.read_tree(model, tree, rows, proposed.nodes, caches)
+    so_far = drafts.with_paths(tree, rows, proposed.nodes)
+    if choice.draws:
+        p = jax.vmap(jax.vmap(choice.probabilities))(so_far, logits)
+        draws = proposed.nodes[:, 1:]
+        tokens, accepted = jax.vmap(verified_draws)(p, proposed.q, draws, keys)
+        path = jnp.broadcast_to(jnp.arange(tree.depth + 1), tokens.shape)
+        return Verified(tokens, accepted, path, logits, caches)
+    choose = jax.vmap(jax.vmap(choice, in_axes=(0, 0, None)), in_axes=(0, 0, None))
+    chosen = choose(so_far, logits, None)
+    path, accepted = jax.vmap(tree.longest_match)(proposed.nodes, chosen)
+    tokens = jnp.take_along_axis(chosen, path, axis=1)
+    logits = jnp.take_along_axis(logits, path[..., None], axis=1)
+    return Verified(tokens, accepted, path, logits, caches)
+
+
+def _append(
+    settings: Settings, rows: drafts.Rows, verified: Verified, loop: _Loop
+) -> tuple[_Loop, jax.Array]:
+    """The loop with the accepted tokens and the one after them, and how many these are."""
+    token, result = verified.tokens, loop.result
+    i = jnp.arange(token.shape[1])
+    none = token < 0
+    ends = none | prompts.is_any(token, settings.stop)
+    within = i < jnp.minimum(verified.accepted + 1, rows.remaining)[:, None]
+    real = within & (jnp.cumsum(ends, axis=1) <= ends.astype(jnp.int32))  # none ends before
+    new = real.sum(axis=1, dtype=jnp.int32)
+    log_p = jnp.take_along_axis(jax.nn.log_softmax(verified.logits), token[..., None], axis=-1)
+    log_p = jnp.where(none, jnp.nan, log_p[..., 0])
+    at = jnp.where(real, result.count[:, None] + i, settings.max_new_tokens)  # that is dropped
+    put = jax.vmap(lambda x, at, token: x.at[at].set(token, mode="drop"))
+    T = loop.so_far.shape[1] - settings.max_new_tokens
+    depth = token.shape[1] - 1
+    result = result._replace(
+        tokens=put(result.tokens, at, token),
+        count=result.count + (real & ~none).sum(axis=1, dtype=jnp.int32),
+        log_probability=result.log_probability + jnp.where(real, log_p, 0).sum(axis=1),
+        proposed=result.proposed + jnp.minimum(depth, rows.remaining),
+        accepted=result.accepted + jnp.minimum(verified.accepted, new),
+    )
+    done = loop.done | (real & ends).any(axis=1) | (new == rows.remaining)
+    return _Loop(put(loop.so_far, T + at, token), done, result), new
