@@ -24,14 +24,14 @@ class Rows(NamedTuple):
       so_far: int32 ``[B L]``, for processors: the tokens of the row, -1 elsewhere.
       end: int32 ``[B]``, the index in ``so_far`` of the next token.
       root: int32 ``[B]``, the index in the caches of the last token.
-      remaining: int32 ``[B]``, how many tokens are still to be generated; 0 if the row has ended.
+      most: int32 ``[B]``, how many tokens the round may add; 0 if the row has ended.
     """
 
     last: Int[Array, "B 2"]
     so_far: Int[Array, "B L"]
     end: Int[Array, " B"]
     root: Int[Array, " B"]
-    remaining: Int[Array, " B"]
+    most: Int[Array, " B"]
 
 
 class Proposed(NamedTuple):
@@ -58,7 +58,7 @@ def propose(
 ) -> Proposed:
     """The draft's proposals after the last token of each row."""
     # If all proposals of the last round were accepted, the draft has not read the last of them.
-    unread = jnp.where(rows.remaining > 0, rows.root + 1 - caches[0].length, 0)
+    unread = jnp.where(rows.most > 0, rows.root + 1 - caches[0].length, 0)
     last = jnp.where(unread[:, None] == 1, rows.last[:, ::-1], rows.last)
     logits, caches = prompts.next_logits(draft, last, unread, None, caches)
     if tree.is_chain:
@@ -92,7 +92,7 @@ def _chain(
         """Reads proposal ``i - 1`` and chooses proposal ``i``."""
         token, so_far, caches = carry
         read = jnp.maximum(token, 0)[:, None]  # after a missing proposal, others do not matter
-        count = (i < rows.remaining).astype(jnp.int32)
+        count = (i < rows.most).astype(jnp.int32)
         logits, caches = prompts.next_logits(draft, read, count, None, caches)
         token, q, so_far = choose(i, so_far, logits)
         return (token, so_far, caches), (token, q)
@@ -133,7 +133,7 @@ def read_tree(
 ) -> tuple[jax.Array, Caches]:
     """Logits ``[B m V]`` after the nodes, or a part of them, and the caches with them."""
     depths = jnp.asarray(tree.depths)[part]
-    count = (depths < rows.remaining[:, None]).sum(axis=1, dtype=jnp.int32)
+    count = (depths < rows.most[:, None]).sum(axis=1, dtype=jnp.int32)
     options = {}
     if not tree.is_chain:
         options = {"mask": tree.mask(rows.root), "positions": rows.root[:, None] + depths}

@@ -87,6 +87,7 @@ class _Loop(NamedTuple):
 
     so_far: Int[Array, "B T+new"]  # prompts and generated tokens; -1 elsewhere
     done: Bool[Array, " B"]
+    alone: Bool[Array, " B"]  # the last token is read without proposals
     result: Speculated
 
 
@@ -314,7 +315,7 @@ def _run(
         return _round(model, draft, settings, tree, prompt.shape[1], keys, loop)
 
     done = first.done | (settings.max_new_tokens == 1)
-    start = _Loop(first.so_far, done, result)
+    start = _Loop(first.so_far, done, jnp.zeros_like(done), result)
     result = jax.lax.while_loop(unfinished, round_, start).result
     # The draft may not have read the last token but one.
     length = result.caches[0].length
@@ -335,6 +336,7 @@ def _round(
 ) -> _Loop:
     """The draft proposes, the model verifies, and both keep what is accepted."""
     result, root = loop.result, loop.result.caches[0].length
+    left = settings.max_new_tokens - result.count
     at = None if keys is None else jax.vmap(jax.random.fold_in)(keys, result.count)
     of_draft = None if at is None else jax.vmap(lambda key: jax.random.fold_in(key, 0))(at)
     of_model = None if at is None else jax.vmap(lambda key: jax.random.fold_in(key, 1))(at)
@@ -343,7 +345,7 @@ def _round(
         so_far=loop.so_far,
         end=T + result.count,
         root=root,
-        remaining=jnp.where(loop.done, 0, settings.max_new_tokens - result.count),
+        most=jnp.where(loop.done, 0, jnp.where(loop.alone, 1, left)),
     )
     proposed = drafts.propose(draft, settings.choice, tree, rows, of_draft, result.draft_caches)
     verified = _verify(model, settings.choice, tree, rows, of_model, proposed, result.caches)
@@ -393,26 +395,32 @@ def _verify(
 def _append(
     settings: Settings, rows: drafts.Rows, verified: Verified, loop: _Loop
 ) -> tuple[_Loop, jax.Array]:
-    """The loop with the accepted tokens and the one after them, and how many these are."""
+    """The loop with the accepted tokens and the one after them, and how many these are.
+
+    A rejected proposal that the model reads as NaN may make logits before it NaN too. A row without
+    a token to choose therefore ends only if its last token was read alone, in a round of its own.
+    """
     token, result = verified.tokens, loop.result
     i = jnp.arange(token.shape[1])
     none = token < 0
     ends = none | prompts.is_any(token, settings.stop)
-    within = i < jnp.minimum(verified.accepted + 1, rows.remaining)[:, None]
-    real = within & (jnp.cumsum(ends, axis=1) <= ends.astype(jnp.int32))  # none ends before
+    within = i < jnp.minimum(verified.accepted + 1, rows.most)[:, None]
+    within &= jnp.cumsum(ends, axis=1) <= ends.astype(jnp.int32)  # no token before it ends the row
+    doubtful = within & none & ~loop.alone[:, None]
+    real = within & ~doubtful
     new = real.sum(axis=1, dtype=jnp.int32)
     log_p = jnp.take_along_axis(jax.nn.log_softmax(verified.logits), token[..., None], axis=-1)
     log_p = jnp.where(none, jnp.nan, log_p[..., 0])
     at = jnp.where(real, result.count[:, None] + i, settings.max_new_tokens)  # that is dropped
     put = jax.vmap(lambda x, at, token: x.at[at].set(token, mode="drop"))
     T = loop.so_far.shape[1] - settings.max_new_tokens
-    depth = token.shape[1] - 1
+    count = result.count + (real & ~none).sum(axis=1, dtype=jnp.int32)
     result = result._replace(
         tokens=put(result.tokens, at, token),
-        count=result.count + (real & ~none).sum(axis=1, dtype=jnp.int32),
+        count=count,
         log_probability=result.log_probability + jnp.where(real, log_p, 0).sum(axis=1),
-        proposed=result.proposed + jnp.minimum(depth, rows.remaining),
+        proposed=result.proposed + jnp.minimum(token.shape[1] - 1, rows.most),
         accepted=result.accepted + jnp.minimum(verified.accepted, new),
     )
-    done = loop.done | (real & ends).any(axis=1) | (new == rows.remaining)
-    return _Loop(put(loop.so_far, T + at, token), done, result), new
+    done = loop.done | (real & ends).any(axis=1) | (count == settings.max_new_tokens)
+    return _Loop(put(loop.so_far, T + at, token), done, doubtful.any(axis=1), result), new
