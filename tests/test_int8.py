@@ -8,9 +8,9 @@ from flax import nnx
 from helpers import jax_normal, mostly_slow
 
 from attention_jax import models
+from attention_jax.core.int8 import quantize
 from attention_jax.models import pretrained
 from attention_jax.nn import Frozen, low_rank, merged, quantized
-from attention_jax.nn.int8 import quantize
 
 TOKENS = np.array([[3, 1, 4, 1, 5, 9]])
 

@@ -1,4 +1,4 @@
-"""Speculative decoding: the tokens, the distribution and the caches are those of the model alone."""
+"""Speculative decoding: tokens, distribution and caches are those of the model alone."""
 
 import functools
 import itertools
@@ -23,7 +23,7 @@ from attention_jax.models import (
     speculate,
 )
 from attention_jax.models.draft_trees import Tree
-from attention_jax.models.speculative import redrawn, stays
+from attention_jax.models.rejection import redrawn, stays
 from attention_jax.positions import Rotary
 
 V, NEW = 7, 9
@@ -153,6 +153,21 @@ def test_one_new_token_needs_no_draft():
 def test_an_empty_batch_gives_an_empty_result():
     found = speculate(model(), draft(), np.zeros((0, 3), int), max_new_tokens=NEW)
     assert found.tokens.shape == (0, NEW)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{"page_size": 4}, {"quantize": "int8"}], ids=str)
+def test_caches_may_be_paged_or_int8(options):
+    def caches(of):
+        return of.init_caches((3,), 20, **options)
+
+    given = {"real": REAL, "max_new_tokens": NEW}
+    expected = generate(model(), PROMPT, caches=caches(model()), **given)
+    run = functools.partial(speculate, model(), draft(), PROMPT, **given)
+    found = run(caches=caches(model()), draft_caches=caches(draft()))
+    np.testing.assert_array_equal(found.tokens, expected.tokens)
+    with pytest.raises(NotImplementedError, match="branches must be 1 with caches that are paged"):
+        run(branches=2, caches=caches(model()), draft_caches=caches(draft()))
 
 
 # --- NaN.
@@ -304,7 +319,9 @@ def test_a_node_attends_to_its_ancestors_and_the_row():
 
 
 def encoder():
-    return Encoder(EncoderConfig(V, Layers(features=8, num_layers=1, num_heads=2)), rngs=nnx.Rngs(0))
+    return Encoder(
+        EncoderConfig(V, Layers(features=8, num_layers=1, num_heads=2)), rngs=nnx.Rngs(0)
+    )
 
 
 @pytest.mark.parametrize(
@@ -348,6 +365,4 @@ def test_a_rolling_cache_must_hold_what_is_rejected():
     windowed = model(**ROTARY, windows=(3,))
     caches, drafts = windowed.init_caches((3,), 20), draft().init_caches((3,), 20)
     with pytest.raises(ValueError, match=r"caches must hold 6 tokens.*spare=4"):
-        speculate(
-            windowed, draft(), PROMPT, max_new_tokens=3, caches=caches, draft_caches=drafts
-        )
+        speculate(windowed, draft(), PROMPT, max_new_tokens=3, caches=caches, draft_caches=drafts)

@@ -36,10 +36,21 @@ Checks that depend on lengths (the prefix in one call, arrays long enough) are s
 are traced. In ``attend``, dropout masks depend on positions too.
 """
 
+from attention_jax.cache.calls import Cache as Cache
 from attention_jax.cache.calls import attend as attend
 from attention_jax.cache.calls import extend as extend
 from attention_jax.cache.calls import placed_scores as placed_scores
 from attention_jax.cache.kv_cache import KVCache as KVCache
 from attention_jax.cache.kv_cache import init as init
+from attention_jax.cache.paged_cache import PagedCache as PagedCache
+from attention_jax.cache.paged_cache import init_paged as init_paged
 
-__all__ = ["KVCache", "attend", "extend", "init", "placed_scores"]
+__all__ = [
+    "KVCache",
+    "PagedCache",
+    "attend",
+    "extend",
+    "init",
+    "init_paged",
+    "placed_scores",
+]

@@ -7,18 +7,22 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
+from attention_jax.cache.tokens import (
+    as_count,
+    check_new_tokens,
+    empty,
+    kept_length,
+    like,
+    stored,
+)
 from attention_jax.core.axes import (
     AnyArray,
     brief_fields,
-    check_float_array,
-    check_positions,
     int_at_least,
     kind,
     same_rank,
-    with_sizes,
 )
 
 
@@ -28,7 +32,7 @@ class KVCache:
     """Keys and values of the tokens so far.
 
     Attributes:
-      key: ``[*B C K H]``, ``C`` slots.
+      key: ``[*B C K H]``, ``C`` slots; an array, or ``Quantized``.
       value: ``[*B C K D]``.
       length: int32 ``[*B]``, how many tokens were appended to each row. In a plain cache, tokens
         beyond ``C`` were dropped; see ``overflowed``.
@@ -118,14 +122,9 @@ class KVCache:
         >>> cache.append(x, x, count=np.array([3, 1])).length.tolist()
         [3, 1]
         """
-        T = self._check(key, value)
         batch = self.length.shape
-        count = T if count is None else count
-        if not isinstance(count, jax.core.Tracer):
-            checked = np.asarray(check_positions(count, "count"))
-            if checked.size and not (checked.min() >= 0 and checked.max() <= T):
-                raise ValueError(f"count must be from 0 to T = {T}, got {count}")
-        count = jnp.broadcast_to(jnp.asarray(count, jnp.int32), batch)
+        T = check_new_tokens(key, value, self.key, self.value, batch)
+        count = as_count(count, T, batch)
         after = self.length + count
         known = not isinstance(after, jax.core.Tracer)
         if known and not self.rolling and (most := int(after.max(initial=0))) > self.capacity:
@@ -142,15 +141,13 @@ class KVCache:
             slot = slot % self.capacity
         slot = jnp.where(keep, slot, self.capacity)  # mode="drop" drops indices out of range
 
-        def store(old: jax.Array, x: Any, at: jax.Array) -> jax.Array:
-            return old.at[at].set(x, mode="drop")
-
+        put = stored
         for _ in batch:
-            store = jax.vmap(store)
+            put = jax.vmap(put)
         return dataclasses.replace(
             self._longer(count),
-            key=store(self.key, jnp.asarray(key), slot),
-            value=store(self.value, jnp.asarray(value), slot),
+            key=put(self.key, like(self.key, key), slot),
+            value=put(self.value, like(self.value, value), slot),
         )
 
     def _longer(self, count: Any) -> KVCache:
@@ -188,42 +185,15 @@ class KVCache:
         >>> cache.append(x, x).rollback(np.array([1, 2])).positions().tolist()
         [[0, -1, -1, -1], [0, 1, -1, -1]]
         """
-        length = jnp.asarray(check_positions(length, "length"), jnp.int32)
-        length = jnp.broadcast_to(length, self.length.shape)
+        length = kept_length(length, self.length)
         first = self._first() if self.rolling else None
-        least = jnp.zeros((), jnp.int32) if first is None else first
-        if not any(isinstance(x, jax.core.Tracer) for x in (length, self.length, least)):
-            if bool((length < 0).any() | (length > self.length).any()):
-                raise ValueError(
-                    f"length must be from 0 to the cache's length {self.length}, got {length}"
-                )
-            if bool((length < least).any()):
-                raise ValueError(
-                    f"length must be at least {least}: earlier tokens are overwritten in a rolling "
-                    f"cache of capacity {self.capacity}, got {length}"
-                )
-        return dataclasses.replace(self, length=length, first=first)
-
-    def _check(self, key: Any, value: Any) -> int:
-        both = (("key", "H", key, self.key), ("value", "D", value, self.value))
-        for name, letter, x, stored in both:
-            check_float_array(name, x)
-            if x.dtype != stored.dtype:
-                raise TypeError(
-                    f"{name} must have the cache's dtype {stored.dtype}, got {x.dtype}: cast it"
-                )
-            batch, (K, width) = stored.shape[:-3], stored.shape[-2:]
-            if x.ndim != stored.ndim or (x.shape[:-3], x.shape[-2:]) != (batch, (K, width)):
-                expected = with_sizes(f"[*B T K {letter}]", {"*B": batch, "K": K, letter: width})
-                raise ValueError(
-                    f"{name} must have shape {expected} to fit the cache, got {x.shape}"
-                )
-        if key.shape[-3] != value.shape[-3]:
+        known = not any(isinstance(x, jax.core.Tracer) for x in (length, first))
+        if first is not None and known and bool((length < first).any()):
             raise ValueError(
-                f"key has {key.shape[-3]} tokens (T) but value has {value.shape[-3]}: they must "
-                f"have equally many"
+                f"length must be at least {first}: earlier tokens are overwritten in a rolling "
+                f"cache of capacity {self.capacity}, got {length}"
             )
-        return int(key.shape[-3])
+        return dataclasses.replace(self, length=length, first=first)
 
 
 def init(
@@ -235,6 +205,7 @@ def init(
     value_dim: int | None = None,
     dtype: Any = jnp.float32,
     rolling: bool = False,
+    quantize: str | None = None,
 ) -> KVCache:
     """An empty cache.
 
@@ -247,6 +218,8 @@ def init(
       value_dim: width of a value (D); default ``head_dim``.
       dtype: of keys and values.
       rolling: whether new tokens overwrite the oldest.
+      quantize: ``"int8"`` to store keys and values as 8-bit integers, with a scale in ``dtype`` for
+        each token and head; see the module docstring.
 
     >>> from attention_jax.cache import init
     >>> init((2,), capacity=8, num_kv_heads=2, head_dim=4).key.shape
@@ -257,15 +230,14 @@ def init(
             f"batch must be a tuple, the batch axes *B, got {kind(batch)}: for one axis, write "
             f"({batch},)"
         )
-    value_dim = head_dim if value_dim is None else value_dim
-    sizes = {"num_kv_heads": num_kv_heads, "head_dim": head_dim, "value_dim": value_dim}
-    int_at_least("capacity", capacity, 1)
-    for name, x in sizes.items():
-        int_at_least(name, x, 1)
-    return KVCache(
-        jnp.zeros((*batch, capacity, num_kv_heads, head_dim), dtype),
-        jnp.zeros((*batch, capacity, num_kv_heads, value_dim), dtype),
-        jnp.zeros(batch, jnp.int32),
-        rolling,
-        jnp.zeros(batch, jnp.int32) if rolling else None,
+    capacity = int_at_least("capacity", capacity, 1)
+    key, value = empty(
+        (*batch, capacity),
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        value_dim=value_dim,
+        dtype=dtype,
+        quantize=quantize,
     )
+    first = jnp.zeros(batch, jnp.int32) if rolling else None
+    return KVCache(key, value, jnp.zeros(batch, jnp.int32), rolling, first)

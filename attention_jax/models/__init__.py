@@ -30,6 +30,9 @@ come, and ``models.sampling`` has processors of logits that compose:
 >>> beam_search(decoder, prompts, real=real, max_new_tokens=3, stop=2, beams=2).tokens.shape
 (2, 2, 3)
 
+With a smaller ``draft``, ``speculate(model, draft, prompts, max_new_tokens=n)`` gives the tokens of
+``generate`` in fewer calls of the model.
+
 An encoder over packed documents: masks of a call are combined with those of the configuration.
 
 >>> config = EncoderConfig(vocabulary=10, max_length=6,
@@ -142,12 +145,17 @@ from attention_jax.models.sampling import Sampling as Sampling
 from attention_jax.models.sentences import Embedder as Embedder
 from attention_jax.models.sentences import EmbedderConfig as EmbedderConfig
 from attention_jax.models.sentences import embed as embed
+from attention_jax.models.serving import Batch as Batch
+from attention_jax.models.serving import Event as Event
+from attention_jax.models.serving import Request as Request
+from attention_jax.models.serving import serve as serve
 from attention_jax.models.speculative import Speculated as Speculated
 from attention_jax.models.speculative import speculate as speculate
 from attention_jax.models.vision import VisionConfig as VisionConfig
 from attention_jax.models.vision import VisionTransformer as VisionTransformer
 
 __all__ = [
+    "Batch",
     "Beams",
     "Classifier",
     "ClassifierConfig",
@@ -161,6 +169,7 @@ __all__ = [
     "EncoderConfig",
     "EncoderDecoder",
     "EncoderDecoderConfig",
+    "Event",
     "Experts",
     "Generated",
     "Layers",
@@ -168,6 +177,7 @@ __all__ = [
     "Reader",
     "ReaderConfig",
     "Relative",
+    "Request",
     "Sampling",
     "SpanLogits",
     "Speculated",
@@ -185,6 +195,7 @@ __all__ = [
     "resize_image",
     "resize_vocabulary",
     "sampling",
+    "serve",
     "sharding",
     "speculate",
     "stream",

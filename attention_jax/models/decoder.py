@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Float
 
-from attention_jax.cache import KVCache
+from attention_jax.cache import Cache
 from attention_jax.core.axes import (
     AnyArray,
     Shape,
@@ -118,7 +118,7 @@ class Decoder(nnx.Module):
         self,
         tokens: Any,
         *,
-        caches: tuple[KVCache, ...] | None = None,
+        caches: tuple[Cache, ...] | None = None,
         **options: Any,
     ) -> Any:
         """The logits ``[*B T V]`` of the token after each token.
@@ -146,7 +146,7 @@ class Decoder(nnx.Module):
         real: Any = None,
         mask: Mask | None = None,
         positions: Any = None,
-        caches: tuple[KVCache, ...] | None = None,
+        caches: tuple[Cache, ...] | None = None,
         count: Any = None,
         prefix: Any = None,
     ) -> Any:
@@ -208,15 +208,15 @@ class Decoder(nnx.Module):
         return y if cap is None else cap * jnp.tanh(y / cap)
 
     def init_caches(
-        self, batch: tuple[int, ...], capacity: int, *, dtype: Any = None, spare: int = 0
-    ) -> tuple[KVCache, ...]:
-        """Empty caches, one for each layer; see ``Stack.init_caches``.
+        self, batch: tuple[int, ...], capacity: int, **options: Any
+    ) -> tuple[Cache, ...]:
+        """Empty caches, one for each layer; arguments and options of ``Stack.init_caches``.
 
         Raises:
           ValueError: ``capacity`` exceeds the learned positions.
         """
         check_capacity(capacity, self.config)
-        return self.stack.init_caches(batch, capacity, dtype=dtype, spare=spare)
+        return self.stack.init_caches(batch, capacity, **options)
 
 
 def first_tokens(count: Any, shape: Shape) -> jax.Array:

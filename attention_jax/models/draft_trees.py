@@ -11,7 +11,6 @@ import dataclasses
 import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
@@ -123,7 +122,5 @@ def keep_path(cache: KVCache, root: Any, path: Any, count: Any) -> KVCache:
       count: int ``[B]``.
     """
     at = (root[:, None] + path)[..., None, None]
-    key, value = (
-        jnp.take_along_axis(x, at, axis=1, mode="clip") for x in (cache.key, cache.value)
-    )
+    key, value = (jnp.take_along_axis(x, at, axis=1, mode="clip") for x in (cache.key, cache.value))
     return cache.rollback(root).append(key, value, count)

@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from attention_jax.cache import KVCache
+from attention_jax.cache import Cache
 from attention_jax.models import prompts
 from attention_jax.models.draft_trees import Tree
 from attention_jax.models.sampling import Chain, Choice
 
-Caches: TypeAlias = tuple[KVCache, ...]
+Caches: TypeAlias = tuple[Cache, ...]
 
 
 class Rows(NamedTuple):
@@ -108,7 +108,7 @@ def _tree(
     draft: Any, choice: Choice, tree: Tree, rows: Rows, logits: jax.Array, caches: Caches
 ) -> Proposed:
     """After each node the draft's likeliest tokens, depth by depth."""
-    B, V = logits.shape
+    B = logits.shape[0]
     nodes = jnp.full((B, len(tree.parents)), -1, jnp.int32).at[:, 0].set(rows.last[:, 1])
     processed = jax.vmap(jax.vmap(Chain(choice.processors)))
     logits = logits[:, None]

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Float
 
-from attention_jax.cache import KVCache
+from attention_jax.cache import Cache
 from attention_jax.core.axes import AnyArray, accumulation_dtype, brief_fields, check_positions
 from attention_jax.models.decoder import check_capacity, first_tokens
 from attention_jax.models.layers import Layers, check_embeddings
@@ -161,7 +161,7 @@ class EncoderDecoder(nnx.Module):
         target: Any,
         memory: Memory,
         *,
-        caches: tuple[KVCache, ...] | None = None,
+        caches: tuple[Cache, ...] | None = None,
         **options: Any,
     ) -> Any:
         """The logits ``[*B T V]`` of the token after each token.
@@ -186,7 +186,7 @@ class EncoderDecoder(nnx.Module):
         memory: Memory,
         *,
         real: Any = None,
-        caches: tuple[KVCache, ...] | None = None,
+        caches: tuple[Cache, ...] | None = None,
         count: Any = None,
     ) -> Any:
         """The hidden states ``[*B T E]``, the input of the head.
@@ -240,15 +240,15 @@ class EncoderDecoder(nnx.Module):
         return y.astype(accumulation_dtype(y.dtype))
 
     def init_caches(
-        self, batch: tuple[int, ...], capacity: int, *, dtype: Any = None, spare: int = 0
-    ) -> tuple[KVCache, ...]:
-        """Empty caches for the decoder's layers; see ``Stack.init_caches``.
+        self, batch: tuple[int, ...], capacity: int, **options: Any
+    ) -> tuple[Cache, ...]:
+        """Empty caches for the decoder's layers; arguments and options of ``Stack.init_caches``.
 
         Raises:
           ValueError: ``capacity`` exceeds the learned positions.
         """
         check_capacity(capacity, self.config)
-        return self.decoder.init_caches(batch, capacity, dtype=dtype, spare=spare)
+        return self.decoder.init_caches(batch, capacity, **options)
 
 
 def _with_float16(layers: Layers) -> Layers:

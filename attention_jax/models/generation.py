@@ -16,14 +16,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from attention_jax.cache import KVCache
+from attention_jax.cache import Cache
 from attention_jax.core.axes import AnyArray, brief_fields, int_at_least, is_array, kind
 from attention_jax.models import prompts
 from attention_jax.models.decoder import Decoder, first_tokens
 from attention_jax.models.encoder_decoder import EncoderDecoder, Memory
 from attention_jax.models.sampling import Choice, Processor, Sampling, as_choice
 
-Caches: TypeAlias = tuple[KVCache, ...]
+Caches: TypeAlias = tuple[Cache, ...]
 
 
 class Generated(NamedTuple):
@@ -78,7 +78,7 @@ def generate(
     source: Any = None,
     source_real: Any = None,
     capacity: int | None = None,
-    caches: Sequence[KVCache] | None = None,
+    caches: Sequence[Cache] | None = None,
 ) -> Generated:
     """The tokens that follow each prompt.
 
@@ -191,7 +191,7 @@ def _prepare(
     source: Any = None,
     source_real: Any = None,
     capacity: int | None = None,
-    caches: Sequence[KVCache] | None = None,
+    caches: Sequence[Cache] | None = None,
 ) -> tuple[
     tuple[nnx.GraphDef[Any], Settings, nnx.State[Any, Any]],
     tuple[jax.Array, jax.Array, Memory | None, jax.Array | None],
@@ -317,6 +317,7 @@ def _split_caches(loop: _Loop) -> tuple[_Loop, Caches]:
 
 
 def eval_model(graph: nnx.GraphDef[Any], state: nnx.State[Any, Any]) -> Decoder | EncoderDecoder:
+    """The model, in evaluation mode."""
     model = nnx.merge(graph, state)
     model.eval()
     return model

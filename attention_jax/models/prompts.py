@@ -60,6 +60,19 @@ def as_pad(pad_token: Any) -> int:
     return x
 
 
+def as_row(name: str, tokens: Any, vocabulary: int) -> np.ndarray:
+    """The tokens of one prompt, int32 ``[T]``; raises unless there are some, all in the vocabulary."""
+    row = np.asarray(check_positions(np.asarray(tokens), name))
+    if row.ndim != 1 or not row.size:
+        raise ValueError(f"{name} must be a sequence of at least one token, got shape {row.shape}")
+    if row.min() < 0 or row.max() >= vocabulary:
+        raise ValueError(
+            f"{name} must hold tokens from 0 to {vocabulary - 1}, the vocabulary, got "
+            f"{row.min()} to {row.max()}"
+        )
+    return row.astype(np.int32)
+
+
 def _known_int(name: str, x: Any) -> int:
     if isinstance(x, jax.core.Tracer):
         raise TypeError(f"{name} must be known when the loop is compiled, got a traced value")

@@ -13,8 +13,8 @@ from flax import nnx
 from jaxtyping import Float
 
 from attention_jax.core.axes import int_at_least
+from attention_jax.core.int8 import Quantized
 from attention_jax.models.vision import VisionTransformer
-from attention_jax.nn.int8 import Quantized
 
 Model = TypeVar("Model", bound=nnx.Module)
 

@@ -22,7 +22,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +38,7 @@ class Formula:
     """A processor: a formula and its parameter."""
 
     formula: Callable[[Any, Any, Any], Any]
-    number: float
+    number: Any  # a float or int; None or traced while serving
 
     def __call__(self, tokens: Any, logits: Any) -> Any:
         return self.formula(self.number, tokens, logits)
@@ -310,6 +310,35 @@ class Choice:
         """
         left = Chain(self.processors)(tokens, logits)
         return jnp.where(jnp.isfinite(jnp.max(left)), jax.nn.softmax(left), 0)
+
+
+def split_numbers(choice: Choice) -> tuple[Choice, tuple[float, ...]]:
+    """A choice without those numbers that need not be part of the program, and the numbers.
+
+    >>> from attention_jax.models.sampling import as_choice, split_numbers, temperature, top_k
+    >>> split_numbers(as_choice((top_k(5), temperature(0.7))))
+    (Choice(processors=(top_k(5), temperature(None)), draws=True), (0.7,))
+    """
+    numbers = tuple(x.number for x in choice.processors if _has_number(x))
+    rest = tuple(
+        dataclasses.replace(x, number=None) if _has_number(x) else x for x in choice.processors
+    )
+    return dataclasses.replace(choice, processors=rest), numbers
+
+
+def with_numbers(choice: Choice, numbers: Sequence[Any]) -> Choice:
+    """The inverse of ``split_numbers``; numbers may be traced."""
+    left = iter(numbers)
+    whole = tuple(
+        dataclasses.replace(x, number=next(left)) if _has_number(x) else x
+        for x in choice.processors
+    )
+    return dataclasses.replace(choice, processors=whole)
+
+
+def _has_number(processor: Any) -> TypeGuard[Formula]:
+    """Whether a processor has a number that may be traced, which ``top_k`` may not."""
+    return isinstance(processor, Formula) and processor.formula is not _top_k
 
 
 def likeliest(*processors: Processor) -> Choice:

@@ -1,18 +1,8 @@
-"""Speculative decoding: a small draft model proposes tokens, the model checks all of them at once.
+"""Speculative decoding: a small draft model proposes tokens, the model checks them in one call.
 
-At one position of one row the draft drew a token from ``q``, and the model's distribution is ``p``.
-The token stays with probability ``min(1, p(token) / q(token))``; otherwise another one is drawn from
-``norm(max(p - q, 0))``. Either way the result is a draw from ``p``:
-
->>> import numpy as np
->>> from attention_jax.models.speculative import redrawn
->>> p, q = np.array([0.5, 0.3, 0.2]), np.array([0.2, 0.7, 0.1])
->>> stays = np.minimum(1, p / q)
->>> np.allclose(q * stays + np.sum(q * (1 - stays)) * redrawn(p, q), p)
-True
-
-After the first token that does not stay, proposals are dropped: the caches of both models are rolled
-back. Each call of the model gives between one token and ``ahead + 1``.
+Proposals stay as long as the model agrees (``rejection`` has the formula for draws); the caches of
+both models are rolled back to the first that does not. Each call of the model gives between one
+token and ``ahead + 1``.
 
 Sources: Leviathan et al. 2023, "Fast Inference from Transformers via Speculative Decoding"; Chen et
 al. 2023, "Accelerating Large Language Model Decoding with Speculative Sampling"; for trees, Miao et
@@ -30,13 +20,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from attention_jax.cache import KVCache
+from attention_jax.cache import Cache, KVCache
 from attention_jax.core.axes import AnyArray, brief_fields, int_at_least, kind
+from attention_jax.core.int8 import Quantized
 from attention_jax.models import drafts, prompts
 from attention_jax.models.decoder import Decoder
 from attention_jax.models.draft_trees import Tree, keep_path
 from attention_jax.models.drafts import Caches, Proposed
 from attention_jax.models.generation import Settings, begin, eval_model, row_keys
+from attention_jax.models.rejection import verified_draws
 from attention_jax.models.sampling import Choice, Processor, Sampling, as_choice
 
 
@@ -91,53 +83,6 @@ class _Loop(NamedTuple):
     result: Speculated
 
 
-# --- The formula, for one position of one row.
-
-
-def stays(p: Float[Array, " V"], q: Float[Array, " V"], token: Any, uniform: Any) -> Any:
-    """Whether a token drawn from ``q`` stays: with probability ``min(1, p(token) / q(token))``.
-
-    Args:
-      p, q: ``[V]``, the distributions of the model and the draft.
-      token: drawn from ``q``; -1 if the draft has none, which never stays.
-      uniform: drawn from [0, 1).
-    """
-    return (uniform * q[token] < p[token]) & (token >= 0)
-
-
-def redrawn(p: Float[AnyArray, " V"], q: Float[AnyArray, " V"]) -> Float[Array, " V"]:
-    """The distribution of the token that replaces one that does not stay: norm(max(p - q, 0))."""
-    left = jnp.maximum(p - q, 0)
-    total = left.sum()
-    return jnp.where(total > 0, left / total, p)  # nothing is left only if p and q are equal
-
-
-def verified_draws(
-    p: Float[Array, "ahead+1 V"],
-    q: Float[Array, "ahead V"],
-    tokens: Int[Array, " ahead"],
-    key: jax.Array,
-) -> tuple[Int[Array, " ahead+1"], Int[Array, ""]]:
-    """One row: the tokens that stay, the one that follows them, and how many stay.
-
-    Args:
-      p: the model's distributions, one more than tokens; all 0 where there is no token to choose.
-      q: the draft's.
-      tokens: its draws.
-      key: of the row.
-    """
-    of_draws, of_last = jax.random.split(key)
-    uniform = jax.random.uniform(of_draws, tokens.shape, p.dtype)
-    count = jnp.cumprod(jax.vmap(stays)(p[:-1], q, tokens, uniform)).sum(dtype=jnp.int32)
-    q = jnp.concatenate([q, jnp.zeros_like(q[:1])])  # nothing is proposed after the last token
-    last = jax.random.categorical(of_last, jnp.log(redrawn(p[count], q[count])))
-    last = jnp.where(jnp.any(p[count] > 0), last, -1)
-    return jnp.append(tokens, -1).at[count].set(last), count
-
-
-# --- The whole.
-
-
 def speculate(
     model: Decoder,
     draft: Decoder,
@@ -152,8 +97,8 @@ def speculate(
     stop: Any = (),
     pad_token: int = 0,
     capacity: int | None = None,
-    caches: Sequence[KVCache] | None = None,
-    draft_caches: Sequence[KVCache] | None = None,
+    caches: Sequence[Cache] | None = None,
+    draft_caches: Sequence[Cache] | None = None,
 ) -> Speculated:
     """The tokens that follow each prompt, as ``generate`` finds them, in fewer calls of the model.
 
@@ -212,6 +157,7 @@ def speculate(
     choice, tree = as_choice(sampling), _tree(ahead, branches)
     if not tree.is_chain:
         _check_tree(tree, choice, model=model, draft=draft)
+        _check_plain(caches=caches, draft_caches=draft_caches)
     _check_rolling("caches", model, caches, ahead)
     _check_rolling("draft_caches", draft, draft_caches, ahead)
     prepare = functools.partial(
@@ -247,9 +193,8 @@ def speculate(
 
 def _tree(ahead: int, branches: int | Sequence[int]) -> Tree:
     ahead = int_at_least("ahead", ahead, 1)
-    each = tuple(branches) if isinstance(branches, tuple | list) else (branches,) * ahead
-    for x in each:
-        int_at_least("branches", x, 1)
+    several = branches if isinstance(branches, tuple | list) else (branches,) * ahead
+    each = tuple(int_at_least("branches", x, 1) for x in several)
     if len(each) != ahead:
         raise ValueError(f"branches must be one int or ahead = {ahead} of them, got {branches}")
     return Tree(each)
@@ -279,6 +224,16 @@ def _check_tree(tree: Tree, choice: Choice, **decoders: Decoder) -> None:
             )
 
 
+def _check_plain(**given: Any) -> None:
+    """Checks that nodes of a tree can be moved within the caches."""
+    for name, caches in given.items():
+        for cache in caches or ():
+            if not isinstance(cache, KVCache) or isinstance(cache.key, Quantized):
+                raise NotImplementedError(
+                    f"branches must be 1 with {name} that are paged or of 8-bit integers"
+                )
+
+
 def _check_rolling(name: str, model: Decoder, caches: Any, ahead: int) -> None:
     """Checks that proposals do not overwrite tokens that are still in the window."""
     for cache, window in zip(caches or (), model.config.layers.windows, strict=bool(caches)):
@@ -302,7 +257,8 @@ def _run(
     caches: tuple[Caches, Caches],
 ) -> Speculated:
     """The whole loop, compiled; arguments are pairs of the model's and the draft's."""
-    model, draft = (eval_model(*both) for both in zip(graphs, states, strict=True))
+    decoders: Any = [eval_model(*both) for both in zip(graphs, states, strict=True)]
+    model, draft = decoders
     first = begin(model, settings, prompt, count, None, keys, caches[0])
     _, draft_caches = draft.hidden(prompt, caches=caches[1], count=count)
     none = jnp.zeros_like(first.result.count)
@@ -351,7 +307,7 @@ def _round(
     verified = _verify(model, settings.choice, tree, rows, of_model, proposed, result.caches)
     loop, new = _append(settings, rows, verified, loop)
 
-    def kept(caches: Caches, depths: int) -> Caches:
+    def kept(caches: Any, depths: int) -> Caches:
         count = jnp.minimum(new, depths)
         if tree.is_chain:
             return tuple(cache.rollback(root + count) for cache in caches)
@@ -371,7 +327,7 @@ def _verify(
     choice: Choice,
     tree: Tree,
     rows: drafts.Rows,
-    keys: jax.Array | None,
+    keys: Any,
     proposed: Proposed,
     caches: Caches,
 ) -> Verified:
@@ -380,8 +336,8 @@ def _verify(
     so_far = drafts.with_paths(tree, rows, proposed.nodes)
     if choice.draws:
         p = jax.vmap(jax.vmap(choice.probabilities))(so_far, logits)
-        draws = proposed.nodes[:, 1:]
-        tokens, accepted = jax.vmap(verified_draws)(p, proposed.q, draws, keys)
+        q: Any = proposed.q
+        tokens, accepted = jax.vmap(verified_draws)(p, q, proposed.nodes[:, 1:], keys)
         path = jnp.broadcast_to(jnp.arange(tree.depth + 1), tokens.shape)
         return Verified(tokens, accepted, path, logits, caches)
     choose = jax.vmap(jax.vmap(choice, in_axes=(0, 0, None)), in_axes=(0, 0, None))

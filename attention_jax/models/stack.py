@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Bool, Float
 
 from attention_jax import masks, scores
-from attention_jax.cache import KVCache
+from attention_jax.cache import Cache
 from attention_jax.core.axes import AnyArray
 from attention_jax.core.shards import split_along
 from attention_jax.masks import Mask
@@ -72,7 +72,7 @@ class Stack(nnx.Module):
         mask: Mask | None = None,
         context_mask: Mask | None = None,
         positions: Any = None,
-        caches: tuple[KVCache, ...] | None = None,
+        caches: tuple[Cache, ...] | None = None,
         count: Any = None,
         prefix: Any = None,
     ) -> Any:
@@ -132,8 +132,16 @@ class Stack(nnx.Module):
         return tuple(residual.sublayer.keys_values(context) for residual in cross)
 
     def init_caches(
-        self, batch: tuple[int, ...], capacity: int, *, dtype: Any = None, spare: int = 0
-    ) -> tuple[KVCache, ...]:
+        self,
+        batch: tuple[int, ...],
+        capacity: int,
+        *,
+        dtype: Any = None,
+        spare: int = 0,
+        page_size: int | None = None,
+        pages: int | None = None,
+        quantize: str | None = None,
+    ) -> tuple[Cache, ...]:
         """Empty caches; for a layer with a window, a rolling one no larger than the window.
 
         Args:
@@ -141,13 +149,20 @@ class Stack(nnx.Module):
           capacity: the largest number of tokens per row.
           dtype: of keys and values; default that of the layers.
           spare: how many tokens one ``rollback`` can remove.
+          page_size: tokens per page of paged caches, see ``cache.init_paged``, which hold all
+            tokens also for layers with a window; None for plain and rolling ones.
+          pages: the pages of each layer; default as many as all rows could need.
+          quantize: ``"int8"`` to store keys and values as 8-bit integers, see ``cache.init``.
         """
         caches = []
+        options: dict[str, Any] = {"page_size": page_size, "pages": pages, "quantize": quantize}
         for block, window in zip(self.blocks, self.windows, strict=True):
-            needed = capacity if window is None else window + spare
+            needed = capacity if window is None or page_size is not None else window + spare
             rolling, size = needed < capacity, min(needed, capacity)
             attention: Any = block.attention.sublayer
-            caches.append(attention.init_cache(batch, size, dtype=dtype, rolling=rolling))
+            caches.append(
+                attention.init_cache(batch, size, dtype=dtype, rolling=rolling, **options)
+            )
         return tuple(caches)
 
     def _causal_mask(self, prefix: Any) -> Mask | None:

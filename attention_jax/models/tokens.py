@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Bool
 
 from attention_jax import masks
-from attention_jax.cache import KVCache
+from attention_jax.cache import Cache
 from attention_jax.core.axes import AnyArray, same_rank
 from attention_jax.masks import Mask
 
@@ -24,7 +24,7 @@ def both(a: Mask | None, b: Mask | None) -> Mask | None:
     return b if a is None else a if b is None else a & b
 
 
-def positions_after(caches: tuple[KVCache, ...], T: int, count: Any) -> jax.Array:
+def positions_after(caches: tuple[Cache, ...], T: int, count: Any) -> jax.Array:
     """Positions ``[*B T]`` of new tokens; padding, after ``count``, repeats the last one."""
     new, length = same_rank(jnp.arange(T, dtype=jnp.int32), caches[0].length[..., None])
     if count is not None:

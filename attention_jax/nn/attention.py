@@ -17,7 +17,7 @@ from attention_jax import cache as caches
 from attention_jax.api import attention as softmax_attention
 from attention_jax.api import attention_weights
 from attention_jax.backends.arguments import MaskLike, as_mask, as_scores, check_flag, check_types
-from attention_jax.cache import KVCache
+from attention_jax.cache import Cache, PagedCache
 from attention_jax.core.axes import (
     AnyArray,
     Size,
@@ -223,7 +223,7 @@ class MultiHeadAttention(nnx.Module):
         mask: MaskLike = None,
         score: Scores = (),
         positions: Any = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         count: Any = None,
         return_weights: bool = False,
         deterministic: bool | None = None,
@@ -275,6 +275,17 @@ class MultiHeadAttention(nnx.Module):
         query = self._normed_and_rotated(query, self.query_norm, positions)
         scores = (*as_scores(self.score), *as_scores(score))
         visible, new_cache = _both(self.mask, mask, whole=cache is None), None
+        options: dict[str, Any] = {
+            "sinks": None if self.sinks is None else self.sinks[...],
+            "scale": self.scale,
+        }
+        named = {} if self.implementation is None else {"implementation": self.implementation}
+        named |= self._dropout(deterministic, rngs)
+        in_place = self.attention is softmax_attention and not return_weights
+        if isinstance(cache, PagedCache) and in_place:  # others get the pages of each row, gathered
+            options |= {"mask": visible, "score": scores, "count": count, **named}
+            heads, new_cache = caches.attend(cache, query, key, value, **options)
+            return self._finish(heads, x), new_cache
         if cache is not None:
             key, value, visible, new_cache = caches.extend(
                 cache,
@@ -284,16 +295,8 @@ class MultiHeadAttention(nnx.Module):
                 count=count,
             )
             scores = caches.placed_scores(cache, scores, T, count=count)
-        options: dict[str, Any] = {
-            "mask": visible,
-            "score": scores,
-            "sinks": None if self.sinks is None else self.sinks[...],
-            "scale": self.scale,
-        }
-        named = {} if self.implementation is None else {"implementation": self.implementation}
-        heads = self.attention(
-            query, key, value, **options, **self._dropout(deterministic, rngs), **named
-        )
+        options |= {"mask": visible, "score": scores}
+        heads = self.attention(query, key, value, **options, **named)
         result = self._finish(heads, x)
         more: tuple[Any, ...] = ()
         if return_weights:
@@ -322,25 +325,44 @@ class MultiHeadAttention(nnx.Module):
         return KeysValues(self._normed_and_rotated(key, self.key_norm, None), value)
 
     def init_cache(
-        self, batch: tuple[int, ...], capacity: int, *, dtype: Any = None, rolling: bool = False
-    ) -> KVCache:
-        """An empty cache for the keys and values of this module; see ``cache.init``."""
-        return caches.init(
-            batch,
-            capacity=capacity,
-            num_kv_heads=self.num_kv_heads,
-            head_dim=self.head_dim,
-            value_dim=self.value_dim,
-            dtype=dtype or self.dtype or self.param_dtype,
-            rolling=rolling,
-        )
+        self,
+        batch: tuple[int, ...],
+        capacity: int,
+        *,
+        dtype: Any = None,
+        rolling: bool = False,
+        page_size: int | None = None,
+        pages: int | None = None,
+        quantize: str | None = None,
+    ) -> Cache:
+        """An empty cache for the keys and values of this module; see ``cache.init``.
+
+        With a ``page_size`` it is a ``PagedCache`` of ``batch = (rows,)``; see ``init_paged``.
+        """
+        options: dict[str, Any] = {
+            "capacity": capacity,
+            "num_kv_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "value_dim": self.value_dim,
+            "dtype": dtype or self.dtype or self.param_dtype,
+            "quantize": quantize,
+        }
+        if page_size is None:
+            if pages is not None:
+                raise ValueError("pages must be None without a page_size")
+            return caches.init(batch, rolling=rolling, **options)
+        if not isinstance(batch, tuple) or len(batch) != 1:
+            raise ValueError(f"batch must be (rows,) with a page_size, got {batch}")
+        if rolling:
+            raise ValueError("rolling must be False with a page_size: pages hold all tokens")
+        return caches.init_paged(batch[0], page_size=page_size, pages=pages, **options)
 
     # --- Parts.
 
     def _check(self, x: Any, context: Any, cache: Any) -> Size:
         check_tokens("x", x, "[*B T E]", self.features)
-        if cache is not None and not isinstance(cache, KVCache):
-            raise TypeError(f"cache must be a KVCache or None, got {kind(cache)}")
+        if cache is not None and not isinstance(cache, Cache):
+            raise TypeError(f"cache must be a KVCache, a PagedCache or None, got {kind(cache)}")
         if context is None and self.context_features is not None:
             raise ValueError(
                 f"context must be given: this module attends to one, of width "

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Float
 
-from attention_jax.cache import KVCache
+from attention_jax.cache import Cache
 from attention_jax.core.axes import AnyArray, check_finite
 from attention_jax.core.dropout import check_rate
 from attention_jax.nn.attention import MultiHeadAttention
@@ -173,7 +173,7 @@ class Block(nnx.Module):
         context_mask: Any = None,
         score: Any = (),
         positions: Any = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         count: Any = None,
     ) -> Any:
         """Tokens ``[*B T E]`` to tokens of the same shape.

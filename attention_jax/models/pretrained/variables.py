@@ -11,9 +11,9 @@ import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 
+from attention_jax.core.int8 import Quantized
 from attention_jax.models.pretrained.family import Family
 from attention_jax.nn import Embeddings
-from attention_jax.nn.int8 import Quantized
 
 
 def checked_leaves(model: Any, family: Family) -> dict[Any, Any]:
