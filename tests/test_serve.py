@@ -4,6 +4,8 @@ import asyncio
 import contextlib
 import functools
 import json
+import pathlib
+import re
 import signal
 import socket
 import subprocess
@@ -34,6 +36,12 @@ JSON = {"content-type": "application/json"}
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tiny_llama.write(tmp_path_factory.mktemp("llama") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def endless(tmp_path_factory):
+    """A checkpoint whose answers only end where they must."""
+    return tiny_llama.write(tmp_path_factory.mktemp("endless"), max_length=8192, ends=False)
 
 
 @functools.cache
@@ -155,6 +163,12 @@ def test_models_and_health(client):
     (model,) = client.get("/v1/models").json()["data"]
     assert (model["id"], model["object"]) == ("tiny", "model")
     assert client.get("/health").json() == {"status": "ok", "requests": 0}
+
+
+def test_the_example_of_the_readme_runs(client):
+    readme = (pathlib.Path(server.__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    path, body = re.search(r"curl http://[\d.:]+(\S+) .*?-d '(.*?)'", readme, re.DOTALL).groups()
+    assert events(client.post(path, content=body.encode(), headers=JSON))
 
 
 # --- Bad input.
@@ -350,8 +364,8 @@ async def call(app, body, until):
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_leaves_frees_its_row(stream, folder):
-    with running(folder, rows=1, context=4096, max_new_tokens=4000) as (app, engine):
+def test_a_client_that_leaves_frees_its_row(stream, endless):
+    with running(endless, rows=1, context=4096, max_new_tokens=4000) as (app, engine):
         engine.start()
 
         async def leave():
@@ -393,8 +407,8 @@ def post(address, body, timeout=60):
 
 
 @pytest.mark.parametrize("number", mostly_slow([signal.SIGTERM, signal.SIGINT], [signal.SIGTERM]))
-def test_over_a_socket_it_answers_survives_and_stops(number, folder):
-    with started(folder, "--context", "4096", "--max-new-tokens", "4000", "--grace", "1") as (
+def test_over_a_socket_it_answers_survives_and_stops(number, endless):
+    with started(endless, "--context", "4096", "--max-new-tokens", "4000", "--grace", "1") as (
         process,
         address,
     ):

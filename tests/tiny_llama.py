@@ -19,8 +19,8 @@ TEMPLATE = """{% for message in messages %}
 {% endif %}"""
 
 
-def write(folder, *, template=TEMPLATE, max_length=512, seed=0):
-    """Writes model and tokenizer; returns the folder."""
+def write(folder, *, template=TEMPLATE, max_length=512, ends=True):
+    """Writes model and tokenizer; returns the folder. Without ``ends`` no token ends a text."""
     words = {x: i for i, x in enumerate(BYTES)}
     made = Tokenizer(models.BPE(vocab=words, merges=[]))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -31,10 +31,10 @@ def write(folder, *, template=TEMPLATE, max_length=512, seed=0):
         activation="silu", bias=False, feed_forward_bias=False,
     )  # fmt: skip
     config = DecoderConfig(len(words) + 2, layers, tied=False, max_length=max_length)
-    model = randomized(Decoder(config, rngs=nnx.Rngs(seed)), seed)
+    model = randomized(Decoder(config, rngs=nnx.Rngs(0)))
     folder.mkdir(parents=True, exist_ok=True)
-    pretrained.save(model, folder, config={"eos_token_id": len(words)})
+    pretrained.save(model, folder, config={"eos_token_id": len(words)} if ends else None)
     made.save(str(folder / "tokenizer.json"))
-    settings = {"eos_token": END, "chat_template": template}
+    settings = {"eos_token": END if ends else None, "chat_template": template}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return folder
