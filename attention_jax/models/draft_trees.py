@@ -96,7 +96,7 @@ class Tree:
 
     def longest_match(
         self, nodes: Int[Array, " M"], chosen: Int[Array, " M"]
-    ) -> tuple[Int[Array, " depth+1"], Int[Array, ""]]:
+    ) -> tuple[Int[Array, " path"], Int[Array, ""]]:
         """The longest path whose nodes are all what the model chooses after their parents.
 
         Args:

@@ -44,11 +44,11 @@ def redrawn(p: Float[AnyArray, " V"], q: Float[AnyArray, " V"]) -> Float[Array, 
 
 
 def verified_draws(
-    p: Float[Array, "ahead+1 V"],
+    p: Float[Array, "path V"],
     q: Float[Array, "ahead V"],
     tokens: Int[Array, " ahead"],
     key: jax.Array,
-) -> tuple[Int[Array, " ahead+1"], Int[Array, ""]]:
+) -> tuple[Int[Array, " path"], Int[Array, ""]]:
     """One row: the tokens that stay, the one that follows them, and how many stay.
 
     Args:

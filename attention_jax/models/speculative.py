@@ -59,18 +59,18 @@ class Verified(NamedTuple):
     """What the model makes of the proposals.
 
     Attributes:
-      tokens: int32 ``[B depth+1]``, the accepted proposals and the token that follows them; -1 if
+      tokens: int32 ``[B path]``, the accepted proposals and the token that follows them; -1 if
         there is none to choose. Arbitrary after that.
       accepted: int32 ``[B]``, how many proposals are accepted.
-      path: int ``[B depth+1]``, the nodes after which these tokens come.
-      logits: ``[B depth+1 V]``, after these nodes.
+      path: int ``[B path]``, the nodes after which these tokens come.
+      logits: ``[B path V]``, after these nodes.
       caches: with all nodes.
     """
 
-    tokens: Int[Array, "B depth+1"]
+    tokens: Int[Array, "B path"]
     accepted: Int[Array, " B"]
-    path: Int[Array, "B depth+1"]
-    logits: Float[Array, "B depth+1 V"]
+    path: Int[Array, "B path"]
+    logits: Float[Array, "B path V"]
     caches: Caches
 
 
