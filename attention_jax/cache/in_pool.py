@@ -38,7 +38,7 @@ def attention_in_pool(
       query: ``[R T N H]``.
       key, value: ``[S K H]`` and ``[S K D]``, the pool, without the axis of rows.
       mask, score: with arrays ``[R ...]``, in the order of these queries and keys.
-      positions: of the queries ``[R T]`` and of the keys ``[R S]``, -1 where a key is not the row's.
+      positions: of the queries ``[R T]`` and of the keys ``[R S]``; -1 for keys of other rows.
       implementation, return_lse, **options: of ``attention``.
     """
     asked = backends.as_backends(implementation)
@@ -80,7 +80,7 @@ def _squeezed(value: V, argument: str, rows: int) -> V:
             return x
         if x.shape[0] != 1:
             raise ValueError(
-                f"{argument}: {leaf.name} has batch axes {x.shape[:1]}, expected ({rows},), the rows"
+                f"{argument}: {leaf.name} has batch axes {x.shape[:1]}, expected ({rows},) (rows)"
             )
         return x[0]
 
@@ -90,7 +90,6 @@ def _squeezed(value: V, argument: str, rows: int) -> V:
 def _axes_of_rows(rules: Any) -> Any:
     """Of each array, 0 if it has an axis of rows, else None."""
     arrays, structure = jax.tree.flatten(rules)
-    axes = [
-        0 if _has_rows(x, leaf) else None for x, leaf in zip(arrays, leaves(rules), strict=True)
-    ]
+    every = zip(arrays, leaves(rules), strict=True)
+    axes = [0 if _has_rows(x, leaf) else None for x, leaf in every]
     return jax.tree.unflatten(structure, axes)

@@ -246,8 +246,8 @@ def _check_room(before: Pages, after: Pages) -> None:
     if bool((after.overflowed & ~before.overflowed).any()):
         raise ValueError(
             f"the cache has {after.num_pages} pages of {after.page_size} tokens, of which "
-            f"{int(before.free_pages)} are free, too few for these tokens: free rows, or make a cache "
-            f"with more pages"
+            f"{int(before.free_pages)} are free, too few for these tokens: free rows, or make a "
+            f"cache with more pages"
         )
 
 

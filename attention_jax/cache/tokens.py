@@ -60,9 +60,9 @@ def kept_length(length: Any, before: Any) -> jax.Array:
     """The argument ``length`` of ``rollback`` as int32 ``[*B]``, checked if lengths are known."""
     length = jnp.asarray(check_positions(length, "length"), jnp.int32)
     length = jnp.broadcast_to(length, before.shape)
-    if not any(isinstance(x, jax.core.Tracer) for x in (length, before)):
-        if bool((length < 0).any() | (length > before).any()):
-            raise ValueError(f"length must be from 0 to the cache's length {before}, got {length}")
+    known = not any(isinstance(x, jax.core.Tracer) for x in (length, before))
+    if known and bool((length < 0).any() | (length > before).any()):
+        raise ValueError(f"length must be from 0 to the cache's length {before}, got {length}")
     return length
 
 

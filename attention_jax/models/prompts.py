@@ -61,7 +61,7 @@ def as_pad(pad_token: Any) -> int:
 
 
 def as_row(name: str, tokens: Any, vocabulary: int) -> np.ndarray:
-    """The tokens of one prompt, int32 ``[T]``; raises unless there are some, all in the vocabulary."""
+    """The tokens of one prompt, int32 ``[T]``; raises for none, or one not in the vocabulary."""
     row = np.asarray(check_positions(np.asarray(tokens), name))
     if row.ndim != 1 or not row.size:
         raise ValueError(f"{name} must be a sequence of at least one token, got shape {row.shape}")

@@ -41,7 +41,15 @@ from attention_jax.models.sampling import (
     as_choice,
     split_numbers,
 )
-from attention_jax.models.serving_steps import Draws, State, choose, decode, read, share
+from attention_jax.models.serving_steps import (
+    Draws,
+    State,
+    Structure,
+    choose,
+    decode,
+    read,
+    share,
+)
 
 End = Literal["stop", "length", "capacity", "invalid"]
 SMALLEST = 16  # tokens of the smallest program that reads prompts
@@ -216,12 +224,13 @@ class Batch:
         options = {"page_size": page_size, "pages": pages, "dtype": dtype, "quantize": quantize}
         caches: Any = model.init_caches((rows,), capacity, **options)
         self._page_size, self._num_pages = page_size, caches[0].pages.num_pages
-        self._graph, self._weights = nnx.split(model)
+        graph, self._weights = nnx.split(model)
+        self._model = Structure(graph)
         pools = tuple((cache.key, cache.value) for cache in caches)
         empty = State(caches[0].pages, pools, jnp.zeros((rows, model.vocabulary), jnp.float32))
         one = np.zeros(rows, np.int32)
         after = jax.eval_shape(
-            functools.partial(decode, self._graph), self._weights, empty, one, one > 0
+            functools.partial(decode, self._model), self._weights, empty, one, one > 0
         )
         self._state = empty._replace(logits=jnp.zeros(after.logits.shape, after.logits.dtype))
         self._slots = [_Row(np.zeros(0, np.int32)) for _ in range(rows)]
@@ -411,14 +420,14 @@ class Batch:
         size = min(self.chunk, max(SMALLEST, 1 << (count - 1).bit_length()))
         tokens = np.zeros(size, np.int32)
         tokens[:count] = request.tokens[request.read : request.read + count]
-        self._state = read(self._graph, self._weights, self._state, row, tokens, np.int32(count))
+        self._state = read(self._model, self._weights, self._state, row, tokens, np.int32(count))
         self._took(row, count)
 
     def _decode(self, rows: list[int]) -> None:
         """Appends the last token of each of these rows, which leaves the logits of the next one."""
         tokens = self._of_rows(rows, [self._request(i).last for i in rows], np.int32)
         running = self._of_rows(rows, [True for _ in rows], bool)
-        self._state = decode(self._graph, self._weights, self._state, tokens, running)
+        self._state = decode(self._model, self._weights, self._state, tokens, running)
         for row in rows:
             self._took(row, 1)
 

@@ -15,6 +15,19 @@ from attention_jax.models import prompts
 from attention_jax.models.sampling import Choice, with_numbers
 
 
+class Structure:
+    """A model without its arrays, as a static argument that is hashed once, not in every call."""
+
+    def __init__(self, graph: nnx.GraphDef[Any]) -> None:
+        self.graph, self._hash = graph, hash(graph)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, Structure) and self.graph == other.graph)
+
+
 class State(NamedTuple):
     """What the device holds.
 
@@ -30,10 +43,10 @@ class State(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def read(graph: Any, weights: Any, state: State, row: Any, tokens: Any, count: Any) -> State:
+def read(model: Structure, weights: Any, state: State, row: Any, tokens: Any, count: Any) -> State:
     """Appends the first ``count`` of the tokens ``[C]`` to a row."""
     caches = tuple(PagedCache(*pool, state.pages.row(row)) for pool in state.pools)
-    logits, caches = _next_logits(graph, weights, tokens[None], count[None], caches)
+    logits, caches = _next_logits(model, weights, tokens[None], count[None], caches)
     return State(
         state.pages.with_row(row, caches[0].pages),
         tuple((cache.key, cache.value) for cache in caches),
@@ -42,10 +55,10 @@ def read(graph: Any, weights: Any, state: State, row: Any, tokens: Any, count: A
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def decode(graph: Any, weights: Any, state: State, tokens: Any, running: Any) -> State:
+def decode(model: Structure, weights: Any, state: State, tokens: Any, running: Any) -> State:
     """Appends a token ``[R]`` to each row that is running, bool ``[R]``."""
     caches = tuple(PagedCache(*pool, state.pages) for pool in state.pools)
-    logits, caches = _next_logits(graph, weights, tokens[:, None], running, caches)
+    logits, caches = _next_logits(model, weights, tokens[:, None], running, caches)
     return State(
         caches[0].pages,
         tuple((cache.key, cache.value) for cache in caches),
@@ -53,10 +66,10 @@ def decode(graph: Any, weights: Any, state: State, tokens: Any, running: Any) ->
     )
 
 
-def _next_logits(graph: Any, weights: Any, tokens: Any, count: Any, caches: Any) -> Any:
-    model = nnx.merge(graph, weights)
-    model.eval()
-    return prompts.next_logits(model, tokens, count, None, caches)
+def _next_logits(model: Structure, weights: Any, tokens: Any, count: Any, caches: Any) -> Any:
+    merged = nnx.merge(model.graph, weights)
+    merged.eval()
+    return prompts.next_logits(merged, tokens, count, None, caches)
 
 
 class Draws(NamedTuple):

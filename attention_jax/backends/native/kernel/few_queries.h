@@ -9,7 +9,8 @@
 //         scores, mask, maximum, p, sum
 //         out = out * 2^(old maximum - maximum) + p v
 //
-// Heads that interleave in memory belong to one item, so that memory is read sequentially. Keys
+// Heads that interleave in memory belong to one item, so that memory is read sequentially, unless
+// their keys have other positions, as the examples that share a pool of pages. Keys
 // that no query attends to are not read, so the cost of a KV cache follows the tokens that it
 // holds. Chunks have at least 1024 keys. Their number depends on S alone, and their partial results
 // are merged in order, so results do not depend on the number of threads.
@@ -98,6 +99,17 @@ static void few_item(const Call& c, const Item& item, char* memory, float* parti
   const int64_t rows = c.G * c.T, padded = round_up(rows, ROW_TILE);
   const int64_t HP = round_up(c.H, LANES), W = round_up(c.D, LANES);
   const int64_t all = (item.last - item.e) * padded;
+  bool any = false;                          // in a pool, most keys are of other examples
+  for (int64_t g = 0; g < c.G && !any; g++)  // the same for all e of an item
+    any = any_key(c.head(item.e, g), item.begin, item.end);
+  if (!any) {
+    for (int64_t r = 0; r < (item.last - item.e) * rows; r++) {
+      float* to = partial + (item.e * rows + r) * partial_size(c);
+      memset(to, 0, sizeof(float) * partial_size(c));
+      to[0] = NO_MAXIMUM;
+    }
+    return;
+  }
   memset(x.q, 0, sizeof(float) * all * HP);
   memset(x.out, 0, sizeof(float) * all * W);
   for (int64_t i = 0; i < all; i++) x.sum[i] = 0, x.row_max[i] = NO_MAXIMUM;
@@ -110,6 +122,7 @@ static void few_item(const Call& c, const Item& item, char* memory, float* parti
     }
   for (int64_t k0 = item.begin; k0 < item.end; k0 += SUB_BLOCK) {
     const int n = minimum<int64_t>(SUB_BLOCK, item.end - k0);
+    KeyBlock b(c.head(item.e, 0), c.S, k0, n);
     for (int64_t e = item.e; e < item.last; e++) {
       const Head shared = c.head(e, 0);
       const X* k = static_cast<const X*>(shared.k) + k0 * c.k.row;
@@ -117,16 +130,24 @@ static void few_item(const Call& c, const Item& item, char* memory, float* parti
       for (int64_t r = 0; r < rows; r += ROW_TILE) {
         const int64_t at = (e - item.e) * padded + r;
         const int count = minimum<int64_t>(ROW_TILE, rows - r);
-        bool any_visible = false;  // logits are computed only if some row has a visible key
+        UnitRange visited;  // by any of these rows; only logits of these units are computed
+        for (int m = 0; m < count; m++) {
+          const int64_t g = (r + m) / c.T, i = (r + m) % c.T;
+          b.of(c, e, g, n);
+          visited.include(Strip(c, c.head(e, g), b, i, 1, {0, b.units}).units);
+        }
+        if (!visited.end) continue;
+        const int first = visited.first * UNIT, keys = minimum(visited.end * UNIT, n) - first;
+        const X *some_k = k + first * c.k.row, *some_v = v + first * c.v.row;
+        few_logits(c, x.q + at * HP, some_k, some_v, keys, x.s + first);
         bool visible[ROW_TILE] = {};
         for (int m = 0; m < count; m++) {
           const int64_t g = (r + m) / c.T, i = (r + m) % c.T;
           const Head h = c.head(e, g);
-          const KeyBlock b(h, c.S, k0, n);
+          b.of(c, e, g, n);
           const Strip strip(c, h, b, i, 1, {0, b.units});
           if (!strip.units.end) continue;
-          if (!any_visible) few_logits(c, x.q + at * HP, k, v, n, x.s);
-          any_visible = visible[m] = true;
+          visible[m] = true;
           float* s = x.s + m * BLOCK;
           HeadScore scores[MAX_SCORES];
           for (int z = 0; z < c.score_count; z++) scores[z] = c.score(z, e, g);
@@ -152,10 +173,9 @@ static void few_item(const Call& c, const Item& item, char* memory, float* parti
           if (new_max != old_max)
             for (int64_t d = 0; d < W; d += LANES) store(out + d, load(out + d) * rescale);
         }
-        if (!any_visible) continue;
         for (int m = 0; m < ROW_TILE; m++)
           if (!visible[m]) memset(x.s + m * BLOCK, 0, sizeof(float) * SUB_BLOCK);
-        few_values(c.D, x.s, v, c.v.row, n, x.tile, x.out + at * W);
+        few_values(c.D, x.s + first, some_v, c.v.row, keys, x.tile, x.out + at * W);
       }
     }
   }
@@ -177,6 +197,7 @@ static void few_merge(const Call& c, int64_t e, int64_t r, float* partial, int64
   for (int64_t p = 0; p < chunks; p++) row_max = maximum(row_max, first[p * stride]);
   for (int64_t p = 0; p < chunks; p++) {
     const float* x = first + p * stride;
+    if (p && x[0] == NO_MAXIMUM) continue;
     const float rescale = p == 0 && x[0] == row_max ? 1 : exp2v(splat(x[0] - row_max))[0];
     for (int64_t d = 1; d < c.D + 2; d++) first[d] = (p ? first[d] : 0) + rescale * x[d];
   }

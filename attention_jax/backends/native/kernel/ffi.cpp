@@ -77,7 +77,9 @@ void run_few(const Call& c, const Kernels& isa, const Pool& pool) {
   for (int64_t e = 0, last; e < c.E; e = last) {
     const auto within = [&](int64_t other) {
       const int64_t away = c.k.outer[other] - c.k.outer[e];
-      return away >= 0 && away < c.k.row;
+      const bool same_keys = c.positions.raw(other, 0) == c.positions.raw(e, 0) &&
+                             c.key_ids.raw(other, 0) == c.key_ids.raw(e, 0);
+      return away >= 0 && away < c.k.row && same_keys;
     };
     for (last = e + 1; last < c.E && last - e < 256 && within(last);) last++;
     max_heads = std::max(max_heads, last - e);

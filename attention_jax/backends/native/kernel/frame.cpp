@@ -34,7 +34,8 @@ Numbers attribute(const ffi::CallFrame* frame, const char* name) {
 int64_t itemsize(ffi::DataType dtype) { return dtype == ffi::F16 || dtype == ffi::BF16 ? 2 : 4; }
 
 // The vmapped axes of the call. A group axis is one that key and value lack: its query heads share
-// a key-value head.
+// a key-value head. In the forward pass, an axis along which positions of the keys differ is none:
+// the keys are a pool, from which each example reads few.
 struct Levels {
   std::vector<int64_t> size;
   std::vector<bool> group;
@@ -43,7 +44,7 @@ struct Levels {
 
 class Reader {
  public:
-  Reader(const ffi::CallFrame* frame) : frame_(frame) {
+  Reader(const ffi::CallFrame* frame, bool backward) : frame_(frame) {
     const Numbers sizes = attribute(frame, "levels");
     require(sizes.size >= 1 && sizes.data[0] == sizes.size - 1 && sizes.size <= 64,
             "levels must hold their number and then their sizes");
@@ -55,7 +56,7 @@ class Reader {
     read_rows("arguments", frame->arguments);
     read_rows("results", frame->results);
     for (const Entry& x : entries_)
-      if (x.role == Role::key || x.role == Role::value)
+      if (x.role == Role::key || x.role == Role::value || (x.role == Role::positions && !backward))
         for (size_t l = 0; l < levels_.size.size(); l++)
           if (x.axes[l] >= 0) levels_.group[l] = false;
     for (size_t l = 0; l < levels_.size.size(); l++) {
@@ -226,7 +227,7 @@ Call read_call(const ffi::CallFrame* frame, bool backward, Options* options) {
   const Numbers given = attribute(frame, "options");
   require(given.size == 3, "options must be block_k, instructions and few_queries");
   *options = {given.data[0], given.data[1], given.data[2]};
-  const Reader reader(frame);
+  const Reader reader(frame, backward);
   Call c;
   c.E = reader.levels().E;
   c.G = reader.levels().G;

@@ -25,29 +25,49 @@ struct KeyBlock {
     bool padded;  // some key is masked for all queries
   } range[UNITS];
 
-  KeyBlock(const Head& h, int64_t S, int64_t first, int64_t count) : k0(first) {
+  const int32_t *positions, *ids;  // where they are from
+
+  KeyBlock(const Head& h, int64_t S, int64_t first, int64_t count) { fill(h, S, first, count); }
+
+  // Reads the positions and ids of a head, unless they are those that it has.
+  void of(const Call& c, int64_t e, int64_t g, int64_t count) {
+    if (positions == c.positions.at<int32_t>(e, g) && ids == c.key_ids.at<int32_t>(e, g)) return;
+    fill(c.head(e, g), c.S, k0, count);
+  }
+
+  void fill(const Head& h, int64_t S, int64_t first, int64_t count) {
+    k0 = first, positions = h.positions, ids = h.key_ids;
     const int have = minimum(count, S - first);
     units = (have + UNIT - 1) / UNIT;
-    for (int j = 0; j < units * UNIT; j++) {
-      const bool inside = j < have;
-      position[j] = !inside ? -1 : h.positions ? h.positions[first + j] : first + j;
-      id[j] = !inside ? -1 : h.key_ids ? h.key_ids[first + j] : 0;
-    }
+    for (int j = 0; j < have; j++) position[j] = positions ? positions[first + j] : first + j;
+    for (int j = 0; j < have; j++) id[j] = ids ? ids[first + j] : 0;
+    for (int j = have; j < units * UNIT; j++) position[j] = id[j] = -1;
     for (int u = 0; u < units; u++) {
       Range r = {INT32_MAX, INT32_MIN, INT32_MAX, INT32_MIN, false};
-      for (int j = u * UNIT; j < (u + 1) * UNIT; j++) {
-        const bool masked = position[j] < 0 || id[j] < 0;
+      for (int j = u * UNIT; j < (u + 1) * UNIT; j++) {  // without branches: as vectors
+        const bool masked = (position[j] < 0) | (id[j] < 0);
         r.padded |= masked;
-        if (masked) continue;
-        r.min_position = minimum(r.min_position, position[j]);
-        r.max_position = maximum(r.max_position, position[j]);
-        r.min_id = minimum(r.min_id, id[j]);
-        r.max_id = maximum(r.max_id, id[j]);
+        r.min_position = minimum(r.min_position, masked ? INT32_MAX : position[j]);
+        r.max_position = maximum(r.max_position, masked ? INT32_MIN : position[j]);
+        r.min_id = minimum(r.min_id, masked ? INT32_MAX : id[j]);
+        r.max_id = maximum(r.max_id, masked ? INT32_MIN : id[j]);
       }
       range[u] = r;
     }
   }
 };
+
+// Whether some key in [begin, end) is not masked for all queries.
+INLINE bool any_key(const Head& h, int64_t begin, int64_t end) {
+  bool any = !h.positions && !h.key_ids;
+  for (int64_t j = begin; j < end && !any; j += UNIT) {
+    int32_t mask = INT32_MIN;
+    for (int64_t i = j; i < minimum<int64_t>(j + UNIT, end); i++)
+      mask &= (h.positions ? h.positions[i] : 0) | (h.key_ids ? h.key_ids[i] : 0);
+    any = mask >= 0;  // the sign of some key is not set
+  }
+  return any;
+}
 
 struct Row {
   int32_t lo, hi, id;  // attends to keys with lo <= position < hi and this id
