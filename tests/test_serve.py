@@ -364,7 +364,10 @@ async def call(app, body, until):
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_leaves_frees_its_row(stream, endless):
+def test_a_client_that_leaves_frees_its_row(stream, endless, monkeypatch):
+    step = Batch.step
+    slow = lambda batch: (time.sleep(0.01), step(batch))[1]  # noqa: E731
+    monkeypatch.setattr(Batch, "step", slow)  # so that the answer would take 40 seconds
     with running(endless, rows=1, context=4096, max_new_tokens=4000) as (app, engine):
         engine.start()
 
