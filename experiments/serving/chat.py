@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
+from unicodedata import category
 
 import jax
 
@@ -173,7 +174,7 @@ def main(folder: str, options: Options) -> int:
         with _interrupts() as interrupted:
             try:
                 for piece in chat.ask(text, note=notes.append, interrupted=interrupted):
-                    print(piece, end="", flush=True)
+                    print(_harmless(piece) if terminal else piece, end="", flush=True)
             except ValueError as problem:
                 notes.append(str(problem))
                 if not terminal:
@@ -182,6 +183,16 @@ def main(folder: str, options: Options) -> int:
         for x in notes:
             print(f"({x})", file=sys.stderr, flush=True)
     return 0
+
+
+def _harmless(text: str) -> str:
+    """Without control characters, which would be commands to the terminal.
+
+    >>> from experiments.serving.chat import _harmless
+    >>> _harmless("one\x1b[2J\\ntwo")
+    'one\ufffd[2J\\ntwo'
+    """
+    return "".join("\ufffd" if x not in "\n\t" and category(x) == "Cc" else x for x in text)
 
 
 def _lines(terminal: bool) -> Iterable[str]:
