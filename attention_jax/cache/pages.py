@@ -106,12 +106,7 @@ class Pages:
           count: int ``[R]`` or an int, 0 or more.
         """
         count = jnp.broadcast_to(jnp.asarray(count, jnp.int32), self.length.shape)
-        first, length = self._first_tokens(), self.length[:, None]
-        after = length + count[:, None]
-        begun = (first >= length) & (first < after)
-        continued = (first < length) & (length < first + self.page_size) & (length < after)
-        uses = jnp.where(self.table == NONE, 0, self.references[self.table])
-        shared = continued & (uses > 1)
+        begun, shared = self._places(count)
         needed = begun | shared
         free = jnp.nonzero(self.references == 0, size=self.num_pages, fill_value=NONE)[0]
         number = jnp.cumsum(needed.reshape(-1)).reshape(needed.shape) - 1  # among those needed
@@ -128,6 +123,20 @@ class Pages:
             references=_counted(_counted(self.references, new, 1), old, -1),
         )
         return pages, copies
+
+    def needed(self, count: Any) -> Any:
+        """int32 ``[]``: how many free pages rows take for ``count`` more tokens, int ``[R]``."""
+        begun, shared = self._places(count)
+        return jnp.sum(begun | shared, dtype=jnp.int32)
+
+    def _places(self, count: Any) -> tuple[Any, Any]:
+        """Bool ``[R M]``: the pages that new tokens begin, and shared ones that they continue."""
+        first, length = self._first_tokens(), self.length[:, None]
+        after = length + count[:, None]
+        begun = (first >= length) & (first < after)
+        continued = (first < length) & (length < first + self.page_size) & (length < after)
+        uses = jnp.where(self.table == NONE, 0, self.references[self.table])
+        return begun, continued & (uses > 1)
 
     def rollback(self, length: Any) -> Pages:
         """The pages without the tokens from position ``length`` on, int ``[R]``."""
@@ -152,18 +161,23 @@ class Pages:
             references=_counted(references, row, 1),
         )
 
-    def row(self, row: Any) -> Pages:
-        """The pages of one row, as if there were no others; ``with_row`` puts them back."""
-        table, length = (jax.lax.dynamic_slice_in_dim(x, row, 1) for x in (self.table, self.length))
-        return dataclasses.replace(self, table=table, length=length)
+    def rows(self, rows: Any) -> Pages:
+        """The pages of some rows, int ``[A]``, as if there were no others.
 
-    def with_row(self, row: Any, pages: Pages) -> Pages:
-        """The pages of all rows, with those of one from ``row``."""
-        put = jax.lax.dynamic_update_slice_in_dim
+        ``with_rows`` puts them back. A number that is no row stands for an empty one.
+        """
         return dataclasses.replace(
             self,
-            table=put(self.table, pages.table, row, 0),
-            length=put(self.length, pages.length, row, 0),
+            table=self.table.at[rows].get(mode="fill", fill_value=NONE),
+            length=self.length.at[rows].get(mode="fill", fill_value=0),
+        )
+
+    def with_rows(self, rows: Any, pages: Pages) -> Pages:
+        """The pages of all rows, with those of some from ``rows``."""
+        return dataclasses.replace(
+            self,
+            table=self.table.at[rows].set(pages.table, mode="drop"),
+            length=self.length.at[rows].set(pages.length, mode="drop"),
             references=pages.references,
         )
 

@@ -80,7 +80,7 @@ def quantize(x: Float[AnyArray, "..."], axis: int) -> Quantized:
 
 
 def rounded(x: Float[Array, "..."], axis: int) -> Quantized:
-    """``quantize`` without the check: entries that share a scale with an infinite one become NaN."""
+    """``quantize`` without the check: what shares a scale with an infinite entry is NaN."""
     largest = jnp.abs(x).astype(jnp.float32).max(axis, keepdims=True)
     scale = jnp.where(largest == 0, 1.0, largest / MOST).astype(x.dtype)
     integers = jnp.round(x.astype(jnp.float32) / scale.astype(jnp.float32))

@@ -9,7 +9,8 @@ with grouped heads, rotary positions and a local layer, called under ``nnx.jit``
 >>> from attention_jax import masks
 >>> from attention_jax.models import (
 ...     Decoder, DecoderConfig, Encoder, EncoderConfig, EncoderDecoder, EncoderDecoderConfig,
-...     Layers, Sampling, VisionConfig, VisionTransformer, beam_search, generate, tagger)
+...     Layers, Request, Sampling, VisionConfig, VisionTransformer, beam_search, generate, serve,
+...     tagger)
 >>> from attention_jax.positions import Rotary
 >>> layers = Layers(features=8, num_layers=1, num_heads=4, num_kv_heads=2, rotary=Rotary(),
 ...                 windows=(4,), norm="rms", gated=True, activation="silu")
@@ -32,6 +33,15 @@ come, and ``models.sampling`` has processors of logits that compose:
 
 With a smaller ``draft``, ``speculate(model, draft, prompts, max_new_tokens=n)`` gives the tokens of
 ``generate`` in fewer calls of the model.
+
+Serving: requests join and leave a running batch, whose caches are pages that they share. Each gets
+the tokens of ``generate`` for it alone; ``Batch`` is the same, step by step:
+
+>>> requests = [Request([5, 7], max_new_tokens=3), Request([3, 1, 4, 1], max_new_tokens=2)]
+>>> events = list(serve(decoder, requests))
+>>> [event.token for event in events if event.request == 0] == generate(
+...     decoder, np.array([[5, 7]]), max_new_tokens=3).tokens[0].tolist()
+True
 
 An encoder over packed documents: masks of a call are combined with those of the configuration.
 

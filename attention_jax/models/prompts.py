@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from attention_jax.cache import PagedCache
 from attention_jax.core.axes import as_int, check_positions, int_at_least, is_array, kind
 from attention_jax.models.decoder import Decoder, check_capacity
 from attention_jax.models.encoder_decoder import EncoderDecoder, Memory
@@ -62,9 +63,10 @@ def as_pad(pad_token: Any) -> int:
 
 def as_row(name: str, tokens: Any, vocabulary: int) -> np.ndarray:
     """The tokens of one prompt, int32 ``[T]``; raises for none, or one not in the vocabulary."""
-    row = np.asarray(check_positions(np.asarray(tokens), name))
+    row = np.asarray(tokens)
     if row.ndim != 1 or not row.size:
         raise ValueError(f"{name} must be a sequence of at least one token, got shape {row.shape}")
+    check_positions(row, name)
     if row.min() < 0 or row.max() >= vocabulary:
         raise ValueError(
             f"{name} must hold tokens from 0 to {vocabulary - 1}, the vocabulary, got "
@@ -226,6 +228,14 @@ def _with_capacity(
                 f"caches have capacity {cache.capacity}, but a row could reach {most + beside} "
                 f"tokens: create larger ones"
             )
+        if isinstance(cache, PagedCache):
+            pages = cache.pages
+            needed = int(pages.needed(count + max_new_tokens - 1))
+            if needed > (free := int(pages.free_pages)):
+                raise ValueError(
+                    f"the rows of these caches could need {needed} pages, but only {free} are "
+                    f"free: create them with more pages"
+                )
         if learned and most > model.config.max_length:
             raise ValueError(
                 f"the model has {model.config.max_length} learned positions (max_length), but a "

@@ -5,11 +5,10 @@
     while batch.running or batch.waiting:
         for event in batch.step(): ...
 
-``Batch`` keeps the books on the host; keys, values and logits stay on the device, where three pure
-functions change them, each compiled once for every shape that it needs:
+``Batch`` keeps the books on the host. Keys, values and logits stay on the device, where two pure
+functions run, each compiled once for every shape that it needs:
 
-- ``read``: the next tokens of one row's prompt;
-- ``decode``: the last token of every running row, as one batch;
+- ``append``: some tokens of one prompt, or the last token of every row that generates;
 - ``choose``: the next tokens, from the logits that these leave behind.
 
 The tokens of a request are those of ``generate`` for it alone, whatever else is in the batch and
@@ -45,14 +44,14 @@ from attention_jax.models.serving_steps import (
     Draws,
     State,
     Structure,
+    append,
     choose,
-    decode,
-    read,
     share,
 )
 
 End = Literal["stop", "length", "capacity", "invalid"]
 SMALLEST = 16  # tokens of the smallest program that reads prompts
+LEAST_ROWS = 8  # rows of the smallest program that decodes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,11 +227,17 @@ class Batch:
         self._model = Structure(graph)
         pools = tuple((cache.key, cache.value) for cache in caches)
         empty = State(caches[0].pages, pools, jnp.zeros((rows, model.vocabulary), jnp.float32))
-        one = np.zeros(rows, np.int32)
+        rows_of_one = np.zeros(1, np.int32)  # tracing it raises for models that cannot be served
         after = jax.eval_shape(
-            functools.partial(decode, self._model), self._weights, empty, one, one > 0
+            functools.partial(append, self._model),
+            self._weights,
+            empty,
+            rows_of_one,
+            rows_of_one[:, None],
+            rows_of_one,
         )
         self._state = empty._replace(logits=jnp.zeros(after.logits.shape, after.logits.dtype))
+        self._sizes = _sizes(rows)
         self._slots = [_Row(np.zeros(0, np.int32)) for _ in range(rows)]
         self._queue: deque[_Running] = deque()
         self._submitted = self._clock = 0
@@ -418,18 +423,24 @@ class Batch:
         """Reads the next tokens of a prompt, with the smallest program that takes so many."""
         request = self._request(row)
         size = min(self.chunk, max(SMALLEST, 1 << (count - 1).bit_length()))
-        tokens = np.zeros(size, np.int32)
-        tokens[:count] = request.tokens[request.read : request.read + count]
-        self._state = read(self._model, self._weights, self._state, row, tokens, np.int32(count))
-        self._took(row, count)
+        tokens = np.zeros((1, size), np.int32)
+        tokens[0, :count] = request.tokens[request.read : request.read + count]
+        self._append([row], tokens, [count])
 
     def _decode(self, rows: list[int]) -> None:
-        """Appends the last token of each of these rows, which leaves the logits of the next one."""
-        tokens = self._of_rows(rows, [self._request(i).last for i in rows], np.int32)
-        running = self._of_rows(rows, [True for _ in rows], bool)
-        self._state = decode(self._model, self._weights, self._state, tokens, running)
-        for row in rows:
-            self._took(row, 1)
+        """Appends the last token of each of these rows, with the smallest program for so many."""
+        size = min(x for x in self._sizes if x >= len(rows))
+        tokens = np.zeros((size, 1), np.int32)
+        tokens[: len(rows), 0] = [self._request(i).last for i in rows]
+        idle = size - len(rows)
+        self._append(rows + [self.rows] * idle, tokens, [1] * len(rows) + [0] * idle)
+
+    def _append(self, rows: list[int], tokens: np.ndarray, count: list[int]) -> None:
+        given = np.array(rows, np.int32), tokens, np.array(count, np.int32)
+        self._state = append(self._model, self._weights, self._state, *given)
+        for row, n in zip(rows, count, strict=True):
+            if n:
+                self._took(row, n)
 
     def _took(self, row: int, count: int) -> None:
         """Notes that a row holds ``count`` more tokens of its request."""
@@ -479,6 +490,14 @@ class Batch:
         return Event(request.number, token, ended)
 
 
+def _sizes(rows: int) -> list[int]:
+    """For how many rows there are programs: fewer than 8 take as long, as they read all weights."""
+    sizes = [rows]
+    while sizes[-1] >= 4 * LEAST_ROWS:
+        sizes.append(sizes[-1] // 4)
+    return sizes
+
+
 def serve(model: Decoder, requests: Iterable[Request], **options: Any) -> Iterator[Event]:
     """The events of requests, all of which are submitted at once, until the last one ends.
 
@@ -496,7 +515,7 @@ def serve(model: Decoder, requests: Iterable[Request], **options: Any) -> Iterat
     >>> config = DecoderConfig(10, Layers(features=8, num_layers=1, num_heads=2))
     >>> model = Decoder(config, rngs=nnx.Rngs(0))
     >>> events = list(serve(model, [Request([3, 1], 2), Request([4], 1)]))
-    >>> sorted((event.request, event.ended) for event in events)
+    >>> [(event.request, event.ended) for event in events]
     [(0, 'length'), (0, None), (1, 'length')]
     """
     requests = list(requests)

@@ -6,7 +6,6 @@ import functools
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from attention_jax.cache import PagedCache
@@ -43,33 +42,26 @@ class State(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def read(model: Structure, weights: Any, state: State, row: Any, tokens: Any, count: Any) -> State:
-    """Appends the first ``count`` of the tokens ``[C]`` to a row."""
-    caches = tuple(PagedCache(*pool, state.pages.row(row)) for pool in state.pools)
-    logits, caches = _next_logits(model, weights, tokens[None], count[None], caches)
-    return State(
-        state.pages.with_row(row, caches[0].pages),
-        tuple((cache.key, cache.value) for cache in caches),
-        state.logits.at[row].set(logits[0]),
-    )
+def append(
+    model: Structure, weights: Any, state: State, rows: Any, tokens: Any, count: Any
+) -> State:
+    """Appends tokens to some rows, which leaves the logits of their next ones.
 
-
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def decode(model: Structure, weights: Any, state: State, tokens: Any, running: Any) -> State:
-    """Appends a token ``[R]`` to each row that is running, bool ``[R]``."""
-    caches = tuple(PagedCache(*pool, state.pages) for pool in state.pools)
-    logits, caches = _next_logits(model, weights, tokens[:, None], running, caches)
-    return State(
-        caches[0].pages,
-        tuple((cache.key, cache.value) for cache in caches),
-        jnp.where(running[:, None], logits, state.logits),
-    )
-
-
-def _next_logits(model: Structure, weights: Any, tokens: Any, count: Any, caches: Any) -> Any:
+    Args:
+      rows: int32 ``[A]``; the number of rows stands for none.
+      tokens: int32 ``[A T]``.
+      count: int32 ``[A]``, how many of them are real.
+    """
+    pages = state.pages.rows(rows)
+    caches: Any = tuple(PagedCache(*pool, pages) for pool in state.pools)
     merged = nnx.merge(model.graph, weights)
     merged.eval()
-    return prompts.next_logits(merged, tokens, count, None, caches)
+    logits, caches = prompts.next_logits(merged, tokens, count, None, caches)
+    return State(
+        state.pages.with_rows(rows, caches[0].pages),
+        tuple((cache.key, cache.value) for cache in caches),
+        state.logits.at[rows].set(logits, mode="drop"),
+    )
 
 
 class Draws(NamedTuple):

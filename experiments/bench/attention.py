@@ -31,7 +31,7 @@ import jax
 import attention_jax as aj
 from attention_jax.backends import Blockwise
 from attention_jax.backends.blockwise.run import SPEED
-from experiments.bench import finetuning, scaling
+from experiments.bench import finetuning, scaling, serving
 from experiments.bench.contenders import (
     TIMED,
     have_torch,
@@ -75,6 +75,7 @@ Section = Literal[
     "finetune",
     "generate",
     "cache",
+    "serve",
     "short",
     "blocks",
 ]
@@ -359,6 +360,11 @@ def cache(options: Options) -> list[Measurement]:
     return [Measurement("cache", work, {}, 0.0, {}, note) for work, note in cache_sizes()]
 
 
+def serve(options: Options) -> list[Measurement]:
+    """Requests for GPT-2 and a model of Qwen2's shape: one, eight, and 32 of mixed lengths."""
+    return serving.measurements(_fewer(options))
+
+
 def short(options: Options) -> list[Measurement]:
     """Short sequences, to find the length from which the loops are faster than the full logits."""
     measurements = []
@@ -415,6 +421,7 @@ SECTIONS: dict[str, Callable[[Options], list[Measurement]]] = {
     "finetune": finetune,
     "generate": generate,
     "cache": cache,
+    "serve": serve,
     "short": short,
     "blocks": blocks,
 }

@@ -16,7 +16,7 @@ import numpy as np
 from experiments.bench.contenders import have_torch
 
 # Sections on whole models, in their own table.
-MODELS = ("step", "finetune", "generate", "cache", "tasks")
+MODELS = ("step", "finetune", "generate", "cache", "serve", "tasks")
 TUNING = ("short", "blocks")  # sections that tune the library, run only by name
 
 
