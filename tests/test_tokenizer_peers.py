@@ -7,6 +7,7 @@ import warnings
 import checkpoints
 import numpy as np
 import pytest
+import tiny_llama
 
 torch = pytest.importorskip("torch")
 with warnings.catch_warnings():
@@ -14,6 +15,7 @@ with warnings.catch_warnings():
     transformers = pytest.importorskip("transformers")
 
 from attention_jax.models import embed, pretrained  # noqa: E402
+from experiments.serving import template  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
@@ -123,3 +125,13 @@ def test_sentence_embeddings(tmp_path, pool, normalize):
         expected.append((x / x.norm() if normalize else x).numpy())
     np.testing.assert_allclose(got, np.stack(expected), rtol=1e-4, atol=1e-5)
     assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["BertModel"]
+
+
+def test_a_chat_template_gives_the_text_of_transformers(tmp_path):
+    folder = tiny_llama.write(tmp_path)
+    roles = "system", "user", "assistant", "user"
+    contents = "short", 'é <b> "q"\n', "yes", "{{ x }}"
+    messages = [{"role": x, "content": y} for x, y in zip(roles, contents, strict=True)]
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    expected = theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    assert template.load_template(folder)(messages) == expected

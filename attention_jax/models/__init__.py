@@ -31,6 +31,9 @@ come, and ``models.sampling`` has processors of logits that compose:
 >>> beam_search(decoder, prompts, real=real, max_new_tokens=3, stop=2, beams=2).tokens.shape
 (2, 2, 3)
 
+With a smaller ``draft``, ``speculate(model, draft, prompts, max_new_tokens=n)`` gives the tokens of
+``generate`` in fewer calls of the model.
+
 Serving: requests join and leave a running batch, whose caches are pages that they share. Each gets
 the tokens of ``generate`` for it alone; ``Batch`` is the same, step by step:
 
@@ -169,6 +172,8 @@ from attention_jax.models.serving import serve as serve
 from attention_jax.models.speech import SpeechConfig as SpeechConfig
 from attention_jax.models.speech import SpeechTransformer as SpeechTransformer
 from attention_jax.models.speech import log_mel as log_mel
+from attention_jax.models.speculative import Speculated as Speculated
+from attention_jax.models.speculative import speculate as speculate
 from attention_jax.models.vision import VisionConfig as VisionConfig
 from attention_jax.models.vision import VisionTransformer as VisionTransformer
 
@@ -203,6 +208,7 @@ __all__ = [
     "SpanLogits",
     "SpeechConfig",
     "SpeechTransformer",
+    "Speculated",
     "Tagger",
     "TaggerConfig",
     "TextTower",
@@ -222,6 +228,7 @@ __all__ = [
     "sampling",
     "serve",
     "sharding",
+    "speculate",
     "stream",
     "tagger",
 ]

@@ -46,7 +46,7 @@ class Generated(NamedTuple):
         return brief_fields(self, self._fields)
 
 
-class _Settings(NamedTuple):
+class Settings(NamedTuple):
     """The static arguments of the compiled loop."""
 
     max_new_tokens: int
@@ -193,7 +193,7 @@ def _prepare(
     capacity: int | None = None,
     caches: Sequence[Cache] | None = None,
 ) -> tuple[
-    tuple[nnx.GraphDef[Any], _Settings, nnx.State[Any, Any]],
+    tuple[nnx.GraphDef[Any], Settings, nnx.State[Any, Any]],
     tuple[jax.Array, jax.Array, Memory | None, jax.Array | None],
     Caches,
 ]:
@@ -220,7 +220,7 @@ def _prepare(
         )
     keys = row_keys(key, prompt.shape[0]) if choice.draws else None
     stops = prompts.as_stop(stop, model.vocabulary)
-    settings = _Settings(max_new_tokens, choice, stops, prompts.as_pad(pad_token))
+    settings = Settings(max_new_tokens, choice, stops, prompts.as_pad(pad_token))
     graph, state = nnx.split(model)
     return (graph, settings, state), (prompt, count, memory, keys), tuple(caches)
 
@@ -245,7 +245,7 @@ def row_keys(key: Any, rows: int) -> jax.Array:
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnames=("caches",))
 def _run(
     graph: nnx.GraphDef[Any],
-    settings: _Settings,
+    settings: Settings,
     state: nnx.State[Any, Any],
     prompt: jax.Array,
     count: jax.Array,
@@ -254,8 +254,8 @@ def _run(
     caches: Caches,
 ) -> Generated:
     """The whole loop, compiled."""
-    model = _eval_model(graph, state)
-    loop = _begin(model, settings, prompt, count, memory, keys, caches)
+    model = eval_model(graph, state)
+    loop = begin(model, settings, prompt, count, memory, keys, caches)
 
     def unfinished(loop: _Loop) -> jax.Array:
         return (loop.step < settings.max_new_tokens) & ~loop.done.all()
@@ -265,7 +265,7 @@ def _run(
 
 
 def _steps(
-    fixed: tuple[nnx.GraphDef[Any], _Settings, nnx.State[Any, Any]],
+    fixed: tuple[nnx.GraphDef[Any], Settings, nnx.State[Any, Any]],
     start: tuple[jax.Array, jax.Array, Memory | None, jax.Array | None],
     caches: Caches,
 ) -> Generator[jax.Array, None, Generated]:
@@ -285,7 +285,7 @@ def _steps(
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnames=("caches",))
 def _first_step(
     graph: nnx.GraphDef[Any],
-    settings: _Settings,
+    settings: Settings,
     state: nnx.State[Any, Any],
     prompt: jax.Array,
     count: jax.Array,
@@ -293,14 +293,14 @@ def _first_step(
     keys: jax.Array | None,
     caches: Caches,
 ) -> tuple[_Loop, Caches]:
-    model = _eval_model(graph, state)
-    return _split_caches(_begin(model, settings, prompt, count, memory, keys, caches))
+    model = eval_model(graph, state)
+    return _split_caches(begin(model, settings, prompt, count, memory, keys, caches))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnames=("caches",))
 def _next_step(
     graph: nnx.GraphDef[Any],
-    settings: _Settings,
+    settings: Settings,
     state: nnx.State[Any, Any],
     memory: Memory | None,
     keys: jax.Array | None,
@@ -308,7 +308,7 @@ def _next_step(
     caches: Caches,
 ) -> tuple[_Loop, Caches]:
     loop = loop._replace(result=loop.result._replace(caches=caches))
-    return _split_caches(_step(_eval_model(graph, state), settings, memory, keys, loop))
+    return _split_caches(_step(eval_model(graph, state), settings, memory, keys, loop))
 
 
 def _split_caches(loop: _Loop) -> tuple[_Loop, Caches]:
@@ -316,15 +316,16 @@ def _split_caches(loop: _Loop) -> tuple[_Loop, Caches]:
     return loop._replace(result=loop.result._replace(caches=())), loop.result.caches
 
 
-def _eval_model(graph: nnx.GraphDef[Any], state: nnx.State[Any, Any]) -> Decoder | EncoderDecoder:
+def eval_model(graph: nnx.GraphDef[Any], state: nnx.State[Any, Any]) -> Decoder | EncoderDecoder:
+    """The model, in evaluation mode."""
     model = nnx.merge(graph, state)
     model.eval()
     return model
 
 
-def _begin(
+def begin(
     model: Decoder | EncoderDecoder,
-    settings: _Settings,
+    settings: Settings,
     prompt: jax.Array,
     count: jax.Array,
     memory: Memory | None,
@@ -348,7 +349,7 @@ def _begin(
 
 def _step(
     model: Decoder | EncoderDecoder,
-    settings: _Settings,
+    settings: Settings,
     memory: Memory | None,
     keys: jax.Array | None,
     loop: _Loop,
@@ -362,7 +363,7 @@ def _step(
 
 
 def _choose(
-    settings: _Settings, keys: jax.Array | None, loop: _Loop, logits: Float[Array, "B V"]
+    settings: Settings, keys: jax.Array | None, loop: _Loop, logits: Float[Array, "B V"]
 ) -> _Loop:
     """Chooses a token in every row that has not ended."""
     step, done, result = loop.step, loop.done, loop.result

@@ -17,7 +17,7 @@ from flax import nnx
 
 from attention_jax.cache import PagedCache
 from attention_jax.core.axes import as_int, check_positions, int_at_least, is_array, kind
-from attention_jax.models.decoder import Decoder
+from attention_jax.models.decoder import Decoder, check_capacity
 from attention_jax.models.encoder_decoder import EncoderDecoder, Memory
 from attention_jax.models.speech import SpeechTransformer
 from attention_jax.models.tokens import last
@@ -94,13 +94,22 @@ def prepare(
     source_real: Any,
     capacity: int | None,
     caches: Any,
+    rejected: int = 0,
+    beside: int = 0,
 ) -> tuple[jax.Array, jax.Array, Memory | None, Any]:
-    """Prompts moved to the left, their lengths, the encoded source, and caches."""
+    """Prompts moved to the left, their lengths, the encoded source, and caches.
+
+    Args:
+      model, prompt, max_new_tokens, real, source, source_real, capacity, caches: of ``generate``.
+      rejected: how many tokens one rollback removes.
+      beside: how many tokens a cache holds for a time beside those of the row.
+    """
     if not isinstance(model, Decoder | EncoderDecoder):
         raise TypeError(f"model must be a Decoder or an EncoderDecoder, got {kind(model)}")
     prompt, count = _moved_left(prompt, real, model.vocabulary)
     memory = _memory(model, prompt.shape[0], source, source_real)
-    caches = _with_capacity(model, prompt, count, max_new_tokens, capacity, caches)
+    room = max_new_tokens, rejected, beside
+    caches = _with_capacity(model, prompt, count, room, capacity, caches)
     return prompt, count, memory, caches
 
 
@@ -182,11 +191,17 @@ def _with_capacity(
     model: Any,
     prompt: jax.Array,
     count: jax.Array,
-    max_new_tokens: int,
+    room: tuple[int, int, int],
     capacity: int | None,
     caches: Any,
 ) -> Any:
-    """Caches with capacity for prompts and new tokens; raises if it is known not to suffice."""
+    """Caches with capacity for prompts and new tokens; raises if it is known not to suffice.
+
+    Args:
+      model, prompt, count, capacity, caches: of ``prepare``.
+      room: ``max_new_tokens``, ``rejected`` and ``beside`` of ``prepare``.
+    """
+    max_new_tokens, rejected, beside = room
     if caches is None:
         known = not isinstance(count, jax.core.Tracer)
         longest = int(count.max(initial=1)) if known else prompt.shape[-1]
@@ -197,7 +212,11 @@ def _with_capacity(
                 f"capacity must be at least {longest}, the longest prompt plus max_new_tokens - 1 "
                 f"= {max_new_tokens - 1}, got {capacity}"
             )
-        return model.init_caches(prompt.shape[:1], capacity)
+        batch = prompt.shape[:1]
+        if not beside:
+            return model.init_caches(batch, capacity, spare=rejected)
+        check_capacity(capacity, model.config)  # tokens beside the row have its positions
+        return model.stack.init_caches(batch, capacity + beside, spare=rejected)
     if capacity is not None:
         raise ValueError("capacity must be None with caches, which have one")
     learned = model.config.positions == "learned"
@@ -210,10 +229,10 @@ def _with_capacity(
         if isinstance(after, jax.core.Tracer):
             continue
         most = int(after.max(initial=0))
-        if not cache.rolling and most > cache.capacity:
+        if not cache.rolling and most + beside > cache.capacity:
             raise ValueError(
-                f"caches have capacity {cache.capacity}, but a row could reach {most} tokens: "
-                f"create larger ones"
+                f"caches have capacity {cache.capacity}, but a row could reach {most + beside} "
+                f"tokens: create larger ones"
             )
         if isinstance(cache, PagedCache):
             pages = cache.pages

@@ -182,7 +182,7 @@ def chain(*processors: Processor) -> Processor:
     return Chain(_checked(processors))
 
 
-def _temperature(temperature: float, tokens: Any, logits: Float[Array, " V"]) -> Any:
+def _temperature(temperature: Any, tokens: Any, logits: Float[Array, " V"]) -> Any:
     return logits / temperature
 
 
@@ -193,18 +193,18 @@ def _top_k(k: int, tokens: Any, logits: Float[Array, " V"]) -> Any:
     return jnp.full_like(logits, -jnp.inf).at[at].set(likeliest)
 
 
-def _top_p(p: float, tokens: Any, logits: Float[Array, " V"]) -> Any:
+def _top_p(p: Any, tokens: Any, logits: Float[Array, " V"]) -> Any:
     likeliest, at = jax.lax.top_k(logits, logits.shape[-1])
     probability = jax.nn.softmax(likeliest)
     before = jnp.cumsum(probability) - probability
     return jnp.full_like(logits, -jnp.inf).at[at].set(jnp.where(before < p, likeliest, -jnp.inf))
 
 
-def _min_p(p: float, tokens: Any, logits: Float[Array, " V"]) -> Any:
+def _min_p(p: Any, tokens: Any, logits: Float[Array, " V"]) -> Any:
     return jnp.where(jnp.exp(logits - jnp.max(logits)) >= p, logits, -jnp.inf)
 
 
-def _repetition_penalty(penalty: float, tokens: Any, logits: Float[Array, " V"]) -> Any:
+def _repetition_penalty(penalty: Any, tokens: Any, logits: Float[Array, " V"]) -> Any:
     V = logits.shape[-1]
     at = jnp.where(tokens < 0, V, tokens)  # out of range: dropped
     present = jnp.zeros(V, bool).at[at].set(True, mode="drop")
@@ -300,6 +300,17 @@ class Choice:
         token = token if at is None else at[token]
         return jnp.where(jnp.max(left) > -jnp.inf, token, -1).astype(jnp.int32)
 
+    def probabilities(self, tokens: Any, logits: Float[Array, " V"]) -> Float[Array, " V"]:
+        """What a draw is from, ``softmax`` of the processed logits; 0 if there is none to choose.
+
+        >>> import jax.numpy as jnp
+        >>> from attention_jax.models.sampling import Choice, top_k
+        >>> Choice((top_k(1),), draws=True).probabilities(jnp.array([-1]), jnp.arange(3.0)).tolist()
+        [0.0, 0.0, 1.0]
+        """
+        left = Chain(self.processors)(tokens, logits)
+        return jnp.where(jnp.isfinite(jnp.max(left)), jax.nn.softmax(left), 0)
+
 
 def split_numbers(choice: Choice) -> tuple[Choice, tuple[float, ...]]:
     """A choice without those numbers that need not be part of the program, and the numbers.
@@ -315,8 +326,8 @@ def split_numbers(choice: Choice) -> tuple[Choice, tuple[float, ...]]:
     return dataclasses.replace(choice, processors=rest), numbers
 
 
-def with_numbers(choice: Choice, numbers: Sequence[Any]) -> Choice:
-    """The inverse of ``split_numbers``; numbers may be traced."""
+def with_numbers(choice: Choice, numbers: Any) -> Choice:
+    """The inverse of ``split_numbers``; numbers may be an array, also a traced one."""
     left = iter(numbers)
     whole = tuple(
         dataclasses.replace(x, number=next(left)) if _has_number(x) else x

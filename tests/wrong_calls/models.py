@@ -14,7 +14,7 @@ def wrong_models():
     from flax import nnx
 
     from attention_jax import models, nn
-    from attention_jax.models import Layers, Sampling, beam_search, generate
+    from attention_jax.models import Layers, Sampling, beam_search, generate, speculate
 
     value, type_ = "ValueError", "TypeError"
     nan = float("nan")
@@ -28,6 +28,7 @@ def wrong_models():
     )
     prompt, real = np.array([[3, 1, 4]] * B), np.array([[True] * 3, [False] * 3])
     go = functools.partial(generate, decoder, prompt=prompt, max_new_tokens=2)
+    ahead = functools.partial(speculate, decoder, decoder, prompt, max_new_tokens=2)
     other = models.DecoderConfig(10, small)
     encoder = models.Encoder(models.EncoderConfig(10, small, head="tokens"), rngs=nnx.Rngs(0))
     plain = models.EncoderConfig(10, small)
@@ -289,6 +290,20 @@ def wrong_models():
             "'always'",
         ),
         (lambda: generate(images, prompt, max_new_tokens=1), type_, "VisionTransformer"),
+        (
+            lambda: speculate(encoder, decoder, prompt, max_new_tokens=1),
+            type_,
+            "model must be a Decoder",
+            "Encoder",
+        ),
+        (
+            lambda: speculate(decoder, 3, prompt, max_new_tokens=1),
+            type_,
+            "draft must be a Decoder",
+            "int",
+        ),
+        (lambda: ahead(ahead=2.0), type_, "ahead must be an int", "2.0"),
+        (lambda: ahead(branches="2222"), type_, "branches must be an int", "'2222'"),
         (lambda: Sampling(temperature=0.0), value, "temperature must be positive", "greedy"),
         (lambda: Sampling(top_k=0), value, "top_k must be at least 1", "0"),
         (lambda: Sampling(top_p=1.5), value, "top_p must be in (0, 1]", "1.5"),

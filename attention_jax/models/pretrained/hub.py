@@ -8,7 +8,7 @@ from os import PathLike
 from pathlib import Path
 
 # Not the weights of other libraries, which some repositories store beside these.
-FILES = ["*.json", "model.safetensors", "model-*.safetensors"]
+FILES = ["*.json", "chat_template.jinja", "model.safetensors", "model-*.safetensors"]
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
