@@ -169,11 +169,11 @@ from attention_jax.models.serving import Batch as Batch
 from attention_jax.models.serving import Event as Event
 from attention_jax.models.serving import Request as Request
 from attention_jax.models.serving import serve as serve
+from attention_jax.models.speculative import Speculated as Speculated
+from attention_jax.models.speculative import speculate as speculate
 from attention_jax.models.speech import SpeechConfig as SpeechConfig
 from attention_jax.models.speech import SpeechTransformer as SpeechTransformer
 from attention_jax.models.speech import log_mel as log_mel
-from attention_jax.models.speculative import Speculated as Speculated
-from attention_jax.models.speculative import speculate as speculate
 from attention_jax.models.vision import VisionConfig as VisionConfig
 from attention_jax.models.vision import VisionTransformer as VisionTransformer
 
@@ -206,9 +206,9 @@ __all__ = [
     "Request",
     "Sampling",
     "SpanLogits",
+    "Speculated",
     "SpeechConfig",
     "SpeechTransformer",
-    "Speculated",
     "Tagger",
     "TaggerConfig",
     "TextTower",
