@@ -153,7 +153,7 @@ def test_waveforms_are_cut_and_checked():
         models.log_mel(sound, length=1600), models.log_mel(sound[:1600]), atol=1e-6
     )
     assert models.log_mel(sound.astype(np.float16)).dtype == np.float32
-    with pytest.raises(ValueError, match="waveform must have more than 200 samples, got 200"):
+    with pytest.raises(ValueError, match="waveform must have at least 201 samples, got 200"):
         models.log_mel(sound[:200])
     with pytest.raises(ValueError, match="hop must be at least 1, got 0"):
         models.log_mel(sound, hop=0)

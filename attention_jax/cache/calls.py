@@ -230,11 +230,12 @@ def attend(
     if isinstance(cache, PagedCache) and not isinstance(cache.key, Quantized):
         return _attend_in_pool(cache, query, key, value, mask, score, count, options)
     keys, values, mask, positions, after = _extended(cache, key, value, mask, count)
-    scores = _scores(cache, score, positions, after, in_order=not cache.rolling)
-    if not cache.rolling:
+    in_order = isinstance(cache, KVCache) and not cache.rolling  # pages may be missing in between
+    scores = _scores(cache, score, positions, after, in_order=in_order)
+    if in_order:
         # Contiguous positions do not mark empty slots, which are those from the length on.
         mask = mask & lengths(key=after.length)
-    positions = _for_attention(cache, positions)
+        positions = _for_attention(cache, positions)
     options |= {"query_positions": positions.queries, "key_positions": positions.keys}
     return attention(query, keys, values, mask=mask, score=scores, **options), after
 

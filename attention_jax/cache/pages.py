@@ -100,7 +100,8 @@ class Pages:
         """The pages with ``count`` more tokens in each row, and which pages to copy for that.
 
         A row gets a free page for each page that its new tokens begin. If they continue a page that
-        other rows use too, the row gets a copy of it. Pages that run out leave -1 in the table.
+        other rows use too, the row gets a copy of it; if all of these continue it, the first one
+        keeps it. Pages that run out leave -1 in the table, also in place of a copy.
 
         Args:
           count: int ``[R]`` or an int, 0 or more.
@@ -135,8 +136,12 @@ class Pages:
         after = length + count[:, None]
         begun = (first >= length) & (first < after)
         continued = (first < length) & (length < first + self.page_size) & (length < after)
-        uses = jnp.where(self.table == NONE, 0, self.references[self.table])
-        return begun, continued & (uses > 1)
+        continued &= self.table != NONE
+        page = jnp.where(continued, self.table, NONE).max(-1)  # at most one of each row
+        users = jnp.where(page == NONE, 0, self.references[page])
+        same = (page[:, None] == page) & (page != NONE)
+        first_of_all = (same.sum(-1) == users) & (same.argmax(-1) == jnp.arange(len(page)))
+        return begun, continued & ((users > 1) & ~first_of_all)[:, None]
 
     def rollback(self, length: Any) -> Pages:
         """The pages without the tokens from position ``length`` on, int ``[R]``."""

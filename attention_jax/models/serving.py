@@ -219,6 +219,7 @@ class Batch:
             )
         self.rows = int_at_least("rows", rows, 1)
         self.chunk = int_at_least("chunk", chunk, 1)
+        int_at_least("page_size", page_size, 1)
         self.capacity, self.vocabulary = capacity, model.vocabulary
         options = {"page_size": page_size, "pages": pages, "dtype": dtype, "quantize": quantize}
         caches: Any = model.init_caches((rows,), capacity, **options)
@@ -519,7 +520,7 @@ def serve(model: Decoder, requests: Iterable[Request], **options: Any) -> Iterat
     [(0, 'length'), (0, None), (1, 'length')]
     """
     requests = list(requests)
-    lengths = [len(x.prompt) + x.max_new_tokens - 1 for x in requests]
+    lengths = [_most_tokens(x, model) for x in requests]
     batch = Batch(
         model,
         **{"rows": max(1, min(8, len(requests))), "capacity": max(lengths, default=1), **options},
@@ -527,6 +528,15 @@ def serve(model: Decoder, requests: Iterable[Request], **options: Any) -> Iterat
     for request in requests:
         batch.submit(request)
     return _all_events(batch)
+
+
+def _most_tokens(request: Request, model: Any) -> int:
+    """The tokens that a request can leave in a cache."""
+    if not isinstance(request, Request):
+        raise TypeError(f"requests must be of Request, got {kind(request)}")
+    new = int_at_least("max_new_tokens", request.max_new_tokens, 1)
+    vocabulary = getattr(model, "vocabulary", 1)  # another model is refused by Batch
+    return len(prompts.as_row("prompt", request.prompt, vocabulary)) + new - 1
 
 
 def _all_events(batch: Batch) -> Iterator[Event]:

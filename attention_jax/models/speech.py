@@ -221,8 +221,8 @@ def log_mel(
         missing = length - sound.shape[-1]
         sound = jnp.pad(sound, [(0, 0)] * (sound.ndim - 1) + [(0, missing)])
     samples, half = sound.shape[-1], window // 2
-    if samples <= half:
-        raise ValueError(f"waveform must have more than {half} samples, got {samples}")
+    if samples < (least := max(half + 1, hop)):
+        raise ValueError(f"waveform must have at least {least} samples, got {samples}")
     ends = [(0, 0)] * (sound.ndim - 1) + [(half, half)]
     sound = jnp.pad(sound, ends, mode="reflect")
     at = np.arange(samples // hop)[:, None] * hop + np.arange(window)

@@ -75,7 +75,7 @@ def new_cache(
         if pages is not None:
             raise ValueError("pages must be None without a page_size")
         return caches.init(batch, rolling=rolling, **options)
-    if not isinstance(batch, tuple) or len(batch) != 1:
+    if not isinstance(batch, tuple | list) or len(batch) != 1:
         raise ValueError(f"batch must be (rows,) with a page_size, got {batch}")
     if rolling:
         raise ValueError("rolling must be False with a page_size: pages hold all tokens")

@@ -228,7 +228,7 @@ static void backward_item(const Call& c, const Item& item, char* memory, Progres
         if (pack_rows(dout, c.dout.row, rows, strips * ROWS, c.D, DW, 1, x.dout))
           nonfinite_dout.zero_out(x.dout, rows, rows, c.D, DW);
         if (q_format.pairs) pack_left(q_format, q, c.q.row, rows, strips * ROWS, c.H, 1, x.q_pairs);
-        // A gradient of a bf16 output is a bf16 too. If not, it is multiplied as it is.
+        // The gradient of a bf16 output is bf16 too; of anything else, products use floats.
         if (dout_format.pairs &&
             !pack_pairs(x.dout, DW, rows, strips * ROWS, dout_format.width, x.dout_pairs)) {
           dout_format = {false, c.D};

@@ -10,11 +10,11 @@
 //         scores, mask, maximum, p, sum
 //         out = out * 2^(old maximum - maximum) + p v
 //
-// Heads that interleave in memory belong to one item, so that memory is read sequentially, unless
-// their keys have other positions, as the examples that share a pool of pages. Keys
-// that no query attends to are not read, so the cost of a KV cache follows the tokens that it
-// holds. Chunks have at least 1024 keys. Their number depends on S alone, and their partial results
-// are merged in order, so results do not depend on the number of threads.
+// Heads that interleave in memory belong to one item, so that memory is read sequentially. Examples
+// that share a pool of pages have positions of their own, so each is an item of its own. Keys that
+// no query attends to are not read, so the cost of a KV cache follows the tokens that it holds.
+// Chunks have at least 1024 keys. Their number depends on S alone, and their partial results are
+// merged in order, so results do not depend on the number of threads.
 
 constexpr int ROW_TILE = 4, SUB_BLOCK = 64;
 // The registers hold ROW_TILE x KEY_TILE sums, KEY_TILE keys and one query.
@@ -222,7 +222,7 @@ static void few_merge(const Call& c, int64_t e, int64_t r, float* partial, int64
   for (int64_t p = 0; p < chunks; p++) row_max = maximum(row_max, first[p * stride]);
   for (int64_t p = 0; p < chunks; p++) {
     const float* x = first + p * stride;
-    if (p && x[0] == NO_MAXIMUM) continue;
+    if (p && x[0] == NO_MAXIMUM && x[1] == 0) continue;  // with a NaN, the sum is NaN
     const float rescale = p == 0 && x[0] == row_max ? 1 : exp2v(splat(x[0] - row_max))[0];
     for (int64_t d = 1; d < c.D + 2; d++) first[d] = (p ? first[d] : 0) + rescale * x[d];
   }

@@ -34,8 +34,8 @@ Numbers attribute(const ffi::CallFrame* frame, const char* name) {
 int64_t itemsize(ffi::DataType dtype) { return dtype == ffi::F16 || dtype == ffi::BF16 ? 2 : 4; }
 
 // The vmapped axes of the call. A group axis is one that key and value lack: its query heads share
-// a key-value head. In the forward pass, an axis along which positions of the keys differ is none:
-// the keys are a pool, from which each example reads few.
+// a key-value head. In the forward pass, an axis along which positions of the keys differ is not
+// one: the keys are a pool, from which each example reads few.
 struct Levels {
   std::vector<int64_t> size;
   std::vector<bool> group;

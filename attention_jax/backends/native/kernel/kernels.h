@@ -1,6 +1,7 @@
-// The kernels of one instruction set. avx2.cpp, avx512.cpp and neon.cpp each compile this source
-// and export a table of entry points. The including file defines LANES (floats per vector), ROWS
-// (rows of a register tile), ISA (the namespace) and ISA_NAME.
+// The kernels of one instruction set. avx2.cpp, avx512.cpp, avx512bf16.cpp and neon.cpp each
+// compile this source and export a table of entry points. The including file defines LANES (floats
+// per vector), ROWS (rows of a register tile), ISA (the namespace), ISA_NAME, and BF16_PRODUCTS
+// where the processor multiplies bf16.
 //
 // Do not use function templates of the standard library here: the linker keeps one instance of
 // each, possibly one compiled for instructions that this processor lacks.
