@@ -362,10 +362,10 @@ def test_decoding_updates_the_cache_in_place(K):
 
 def test_a_nan_that_is_alone_in_a_chunk_of_keys_reaches_the_queries_that_see_it():
     q, k, v = inputs(B=(), T=1, S=2048, N=1, K=1, H=8, D=8)
-    for mask, k in (
+    for mask, keys in (
         (None, k.at[1024:].set(jnp.nan)),
         (masks.dense(jnp.isin(jnp.arange(2048), jnp.array([3, 1500]))), k.at[1500].set(jnp.nan)),
     ):
         for few in (0, 4):
-            out = attention(q, k, v, mask=mask, implementation=Native(few_queries=few))
+            out = attention(q, keys, v, mask=mask, implementation=Native(few_queries=few))
             assert jnp.isnan(out).all()

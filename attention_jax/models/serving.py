@@ -535,7 +535,7 @@ def _most_tokens(request: Request, model: Any) -> int:
     if not isinstance(request, Request):
         raise TypeError(f"requests must be of Request, got {kind(request)}")
     new = int_at_least("max_new_tokens", request.max_new_tokens, 1)
-    vocabulary = getattr(model, "vocabulary", 1)  # another model is refused by Batch
+    vocabulary = getattr(model, "vocabulary", 2**31)  # Batch refuses another model
     return len(prompts.as_row("prompt", request.prompt, vocabulary)) + new - 1
 
 

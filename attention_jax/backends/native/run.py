@@ -1,8 +1,8 @@
 """Attention on a CPU in C++, forward and backward: the fastest backend for calls it supports.
 
 The kernel keeps a tile of logits in registers and caches, and runs on XLA's thread pool. The header
-of each source file in ``kernel/`` shows its loops and what each cache holds. It computes in float32,
-with exact products of bfloat16 where the processor has them, and sums in a fixed order, so results
+of each source file in ``kernel/`` shows its loops and what each cache holds. It computes in
+float32, with exact products of bfloat16 where the processor has them, and sums in a fixed order, so results
 do not depend on the number of threads or the rest of the batch. ``blockwise`` computes tangents and
 replaces the kernel in exported programs.
 """
