@@ -2,9 +2,9 @@
 
 The kernel keeps a tile of logits in registers and caches, and runs on XLA's thread pool. The header
 of each source file in ``kernel/`` shows its loops and what each cache holds. It computes in
-float32, with exact products of bfloat16 where the processor has them, and sums in a fixed order, so results
-do not depend on the number of threads or the rest of the batch. ``blockwise`` computes tangents and
-replaces the kernel in exported programs.
+float32, with exact products of bfloat16 where the processor has them, and sums in a fixed order, so
+results do not depend on the number of threads or the rest of the batch. ``blockwise`` computes
+tangents and replaces the kernel in exported programs.
 """
 
 from __future__ import annotations
