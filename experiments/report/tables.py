@@ -84,8 +84,9 @@ What self-attention buys on real tasks, beside classic models. Each row is one m
 ladder, trained by `python -m experiments train TASK --model MODEL` with the `cpu` preset unless its
 name says otherwise. Scores are those of the test split, with the weights that were best on the
 validation split; `±` is the standard deviation over seeds. Seconds are those of a whole run. The
-Transformer of `shakespeare` and the models `pretrained` had both cores of a machine with two; the
-other runs had one core, with other work beside them. How to run a task:
+Transformer of `shakespeare` and the models `pretrained` had both cores of a machine with two, in
+`relations` and `ner` beside other work and until their 15 minutes were over; the other runs had one
+core, with other work beside them. How to run a task:
 [experiments](../README.md). Speed and memory of attention itself: [SPEED.md](SPEED.md); over
 several devices: [SHARDING.md](SHARDING.md).
 
