@@ -161,7 +161,7 @@ def wrong_ranks_and_types_of_modules(rngs):
         (lambda: new(score=3.0), type_, "score must be a Score", "float"),
         (lambda: own(x, score=3.0), type_, "score must be a Score", "float"),
         (lambda: own(x, score=None), type_, "score must be a Score", "NoneType"),
-        (lambda: own(x, cache=3), type_, "cache must be a KVCache or None", "int"),
+        (lambda: own(x, cache=3), type_, "cache must be a KVCache, a PagedCache or None", "int"),
         (lambda: own.init_cache(B, 9), type_, "batch must be a tuple", "int 2", "(2,)"),
         (lambda: own(x, count=3), value, "count must be None without a cache"),
         (lambda: own(x, return_weights=1), type_, "return_weights must be True or False", "1"),
