@@ -246,7 +246,7 @@ def test_new_numbers_and_lengths_compile_nothing_new():
 def test_few_of_many_rows_are_decoded_by_a_smaller_program():
     given = [Request([3, i % V], 2 + i % 7) for i in range(33)]
     wide = batch(rows=33)
-    assert wide._sizes == [33, 8]
+    assert wide._sizes == [33, 8, 2]
     tokens, _ = run_all(wide, given)
     assert tokens == {i: alone(request) for i, request in enumerate(given)}
 

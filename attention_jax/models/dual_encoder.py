@@ -46,10 +46,6 @@ class TextTowerConfig:
             raise ValueError("text must be tied: a head of its own would not be used")
         if self.end is not None:
             int_at_least("end", self.end, 0)
-            if self.end >= (most := self.text.vocabulary):
-                raise ValueError(
-                    f"end must be a token below {most}, the vocabulary, got {self.end}"
-                )
 
 
 @dataclasses.dataclass(frozen=True)

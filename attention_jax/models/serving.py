@@ -51,7 +51,7 @@ from attention_jax.models.serving_steps import (
 
 End = Literal["stop", "length", "capacity", "invalid"]
 SMALLEST = 16  # tokens of the smallest program that reads prompts
-LEAST_ROWS = 8  # rows of the smallest program that decodes
+LEAST_ROWS = 2  # rows of the smallest program that decodes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -492,7 +492,7 @@ class Batch:
 
 
 def _sizes(rows: int) -> list[int]:
-    """For how many rows there are programs: fewer than 8 take as long, as they read all weights."""
+    """For how many rows there are programs that decode, so that the last ones need not wait."""
     sizes = [rows]
     while sizes[-1] >= 4 * LEAST_ROWS:
         sizes.append(sizes[-1] // 4)
@@ -517,7 +517,7 @@ def serve(model: Decoder, requests: Iterable[Request], **options: Any) -> Iterat
     >>> model = Decoder(config, rngs=nnx.Rngs(0))
     >>> events = list(serve(model, [Request([3, 1], 2), Request([4], 1)]))
     >>> [(event.request, event.ended) for event in events]
-    [(0, 'length'), (0, None), (1, 'length')]
+    [(0, None), (1, 'length'), (0, 'length')]
     """
     requests = list(requests)
     lengths = [_most_tokens(x, model) for x in requests]
