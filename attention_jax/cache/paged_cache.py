@@ -80,8 +80,8 @@ class PagedCache:
         """bool ``[R]``: tokens were dropped, since pages ran out or the row was full."""
         return self.pages.overflowed
 
-    def positions(self) -> Int[Array, "R M*page"]:
-        """The position of the token in each place of a row's pages, ``-1`` if it is empty."""
+    def positions(self) -> Int[Array, "R S"]:
+        """The position of the token in each of the ``M page`` places of a row, ``-1`` if empty."""
         places = jnp.arange(self.table.shape[-1] * self.page_size, dtype=jnp.int32)
         real = jnp.repeat(self.table != NONE, self.page_size, axis=-1)
         real = real & (places < jnp.minimum(self.length, self.capacity)[:, None])

@@ -35,8 +35,6 @@ from attention_jax.models.decoder import Decoder
 from attention_jax.models.generation import row_keys
 from attention_jax.models.sampling import (
     Choice,
-    Processor,
-    Sampling,
     as_choice,
     split_numbers,
 )
@@ -59,16 +57,17 @@ class Request:
     """A prompt to continue.
 
     Attributes:
-      prompt: tokens, at least one.
+      prompt: tokens, integers, at least one.
       max_new_tokens: largest number of tokens to generate.
       sampling: how tokens are chosen, as for ``generate``.
       key: a key of ``jax.random``, as for ``generate``.
       stop: the token that ends the request, several of them, or None.
     """
 
-    prompt: Sequence[int] | np.ndarray
+    # Not annotated more narrowly: ``submit`` says what is wrong with a request, by name.
+    prompt: Any
     max_new_tokens: int
-    sampling: Sampling | Choice | Processor | Sequence[Processor] | None = None
+    sampling: Any = None
     key: Any = None
     stop: Any = ()
 
@@ -253,11 +252,12 @@ class Batch:
         """How many requests have a row."""
         return sum(slot.request is not None for slot in self._slots)
 
-    def submit(self, request: Request) -> int:
+    def submit(self, request: Any) -> int:
         """Adds a request; returns its number, by which events refer to it.
 
         Raises:
-          ValueError, TypeError: a request that can never run; the message names the argument.
+          ValueError, TypeError: not a ``Request``, or one that can never run; the message names the
+            argument.
         """
         running = self._checked(request)
         running.number = self._submitted
@@ -265,7 +265,7 @@ class Batch:
         self._queue.append(running)
         return running.number
 
-    def cancel(self, request: int) -> None:
+    def cancel(self, request: Any) -> None:
         """Ends a request without a further event; one that has ended already stays as it is.
 
         Raises:
@@ -294,7 +294,7 @@ class Batch:
 
     # --- Requests.
 
-    def _checked(self, request: Request) -> _Running:
+    def _checked(self, request: Any) -> _Running:
         if not isinstance(request, Request):
             raise TypeError(f"request must be a Request, got {kind(request)}")
         prompt = prompts.as_row("prompt", request.prompt, self.vocabulary)
@@ -530,7 +530,7 @@ def serve(model: Decoder, requests: Iterable[Request], **options: Any) -> Iterat
     return _all_events(batch)
 
 
-def _most_tokens(request: Request, model: Any) -> int:
+def _most_tokens(request: Any, model: Any) -> int:
     """The tokens that a request can leave in a cache."""
     if not isinstance(request, Request):
         raise TypeError(f"requests must be of Request, got {kind(request)}")
