@@ -136,7 +136,11 @@ def run_all(batch, given):
 
 @pytest.mark.slow
 def test_an_old_key_and_one_for_each_row_are_those_of_generate():
-    for key in (jax.random.PRNGKey(3), jax.random.split(jax.random.key(3), 1)):
+    for key in (
+        jax.random.PRNGKey(3),
+        jax.random.split(jax.random.key(3), 1),
+        jax.random.key(3, impl="rbg"),
+    ):
         request = Request([3, 1, 4], 5, Sampling(), key)
         assert run_all(batch(), [request])[0] == {0: alone(request)}
 
@@ -246,7 +250,7 @@ def test_new_numbers_and_lengths_compile_nothing_new():
 def test_few_of_many_rows_are_decoded_by_a_smaller_program():
     given = [Request([3, i % V], 2 + i % 7) for i in range(33)]
     wide = batch(rows=33)
-    assert wide._sizes == [33, 8]
+    assert wide._sizes == [33, 8, 2]
     tokens, _ = run_all(wide, given)
     assert tokens == {i: alone(request) for i, request in enumerate(given)}
 

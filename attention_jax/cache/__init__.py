@@ -55,8 +55,8 @@ a violation raises an error:
   is a causal window of ``capacity`` keys.
 
 Checks that depend on lengths (the prefix in one call, arrays long enough, free pages) are skipped
-when lengths are traced; ``overflowed`` then says which rows lost tokens. In ``attend``, dropout masks
-depend on positions too.
+when lengths are traced; ``overflowed`` then says which rows lost tokens. In ``attend``, dropout
+masks depend on positions too.
 """
 
 from attention_jax.cache.calls import Cache as Cache
