@@ -136,7 +136,11 @@ def run_all(batch, given):
 
 @pytest.mark.slow
 def test_an_old_key_and_one_for_each_row_are_those_of_generate():
-    for key in (jax.random.PRNGKey(3), jax.random.split(jax.random.key(3), 1)):
+    for key in (
+        jax.random.PRNGKey(3),
+        jax.random.split(jax.random.key(3), 1),
+        jax.random.key(3, impl="rbg"),
+    ):
         request = Request([3, 1, 4], 5, Sampling(), key)
         assert run_all(batch(), [request])[0] == {0: alone(request)}
 

@@ -159,6 +159,8 @@ from attention_jax.models.layers import Experts as Experts
 from attention_jax.models.layers import Latent as Latent
 from attention_jax.models.layers import Layers as Layers
 from attention_jax.models.layers import Relative as Relative
+from attention_jax.models.requests import Event as Event
+from attention_jax.models.requests import Request as Request
 from attention_jax.models.resize import resize_image as resize_image
 from attention_jax.models.resize import resize_vocabulary as resize_vocabulary
 from attention_jax.models.sampling import Sampling as Sampling
@@ -166,8 +168,6 @@ from attention_jax.models.sentences import Embedder as Embedder
 from attention_jax.models.sentences import EmbedderConfig as EmbedderConfig
 from attention_jax.models.sentences import embed as embed
 from attention_jax.models.serving import Batch as Batch
-from attention_jax.models.serving import Event as Event
-from attention_jax.models.serving import Request as Request
 from attention_jax.models.serving import serve as serve
 from attention_jax.models.speculative import Speculated as Speculated
 from attention_jax.models.speculative import speculate as speculate

@@ -22,7 +22,7 @@ import dataclasses
 import functools
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,14 +30,8 @@ import numpy as np
 from flax import nnx
 
 from attention_jax.core.axes import int_at_least, is_int, kind
-from attention_jax.models import prompts
 from attention_jax.models.decoder import Decoder
-from attention_jax.models.generation import row_keys
-from attention_jax.models.sampling import (
-    Choice,
-    as_choice,
-    split_numbers,
-)
+from attention_jax.models.requests import End, Event, Request, Running, checked, most_tokens
 from attention_jax.models.serving_steps import (
     Draws,
     State,
@@ -47,95 +41,8 @@ from attention_jax.models.serving_steps import (
     share,
 )
 
-End = Literal["stop", "length", "capacity", "invalid"]
 SMALLEST = 16  # tokens of the smallest program that reads prompts
 LEAST_ROWS = 2  # rows of the smallest program that decodes
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """A prompt to continue.
-
-    Attributes:
-      prompt: tokens, integers, at least one.
-      max_new_tokens: largest number of tokens to generate.
-      sampling: how tokens are chosen, as for ``generate``.
-      key: a key of ``jax.random``, as for ``generate``.
-      stop: the token that ends the request, several of them, or None.
-    """
-
-    # Not annotated more narrowly: ``submit`` says what is wrong with a request, by name.
-    prompt: Any
-    max_new_tokens: int
-    sampling: Any = None
-    key: Any = None
-    stop: Any = ()
-
-
-class Event(NamedTuple):
-    """A token of a request.
-
-    Attributes:
-      request: its number, from ``submit``.
-      token: the token, a stop token included; -1 if none can be chosen, since logits are NaN or
-        processors leave none.
-      ended: why the request ended with this token, None if it goes on: ``"stop"`` after a stop
-        token, ``"length"`` after ``max_new_tokens``, ``"capacity"`` if its row is full,
-        ``"invalid"`` if the token is -1.
-    """
-
-    request: int
-    token: int
-    ended: End | None
-
-
-@dataclasses.dataclass(eq=False)
-class _Running:
-    """A request in a row.
-
-    Attributes:
-      limit: how many tokens it may generate, ``max_new_tokens`` or fewer if its row is full then.
-      tokens: of the prompt and generated, int32; -1 for those that may follow.
-      known: how many of these there are.
-      read: how many of these the row holds.
-      needed: the largest number of pages that it may use.
-      begun: whether its row holds its tokens, not those of the request before it.
-    """
-
-    number: int
-    prompt: int
-    limit: int
-    at_limit: End
-    choice: Choice
-    numbers: tuple[float, ...]
-    key: np.ndarray | None
-    impl: str | None
-    stop: tuple[int, ...]
-    tokens: np.ndarray
-    needed: int
-    known: int
-    read: int = 0
-    begun: bool = False
-
-    @property
-    def made(self) -> int:
-        """How many tokens it has generated."""
-        return self.known - self.prompt
-
-    @property
-    def last(self) -> int:
-        """Its last token."""
-        return int(self.tokens[self.known - 1])
-
-    @property
-    def kind(self) -> tuple[Choice, str | None]:
-        """What the program that chooses its tokens depends on."""
-        return self.choice, self.impl
-
-    def add(self, token: int) -> None:
-        """Adds a generated token."""
-        self.tokens[self.known] = token
-        self.known += 1
 
 
 @dataclasses.dataclass(eq=False)
@@ -150,7 +57,7 @@ class _Row:
     """
 
     tokens: np.ndarray
-    request: _Running | None = None
+    request: Running | None = None
     reserved: int = 0
     used: int = 0
 
@@ -239,7 +146,7 @@ class Batch:
         self._state = empty._replace(logits=jnp.zeros(after.logits.shape, after.logits.dtype))
         self._sizes = _sizes(rows)
         self._slots = [_Row(np.zeros(0, np.int32)) for _ in range(rows)]
-        self._queue: deque[_Running] = deque()
+        self._queue: deque[Running] = deque()
         self._submitted = self._clock = 0
 
     @property
@@ -259,11 +166,17 @@ class Batch:
           ValueError, TypeError: not a ``Request``, or one that can never run; the message names the
             argument.
         """
-        running = self._checked(request)
-        running.number = self._submitted
+        number = self._submitted
+        running = checked(
+            request,
+            number,
+            vocabulary=self.vocabulary,
+            capacity=min(self.capacity, self._num_pages * self._page_size),
+            page_size=self._page_size,
+        )
         self._submitted += 1
         self._queue.append(running)
-        return running.number
+        return number
 
     def cancel(self, request: Any) -> None:
         """Ends a request without a further event; one that has ended already stays as it is.
@@ -292,49 +205,7 @@ class Batch:
         ready = sorted(decoding + complete)
         return self._choose(ready) if ready else []
 
-    # --- Requests.
-
-    def _checked(self, request: Any) -> _Running:
-        if not isinstance(request, Request):
-            raise TypeError(f"request must be a Request, got {kind(request)}")
-        prompt = prompts.as_row("prompt", request.prompt, self.vocabulary)
-        new = int_at_least("max_new_tokens", request.max_new_tokens, 1)
-        most = min(self.capacity, self._num_pages * self._page_size)
-        if len(prompt) > most:
-            raise ValueError(
-                f"prompt must have at most {most} tokens, the capacity of a row, got {len(prompt)}"
-            )
-        choice, numbers = split_numbers(as_choice(request.sampling))
-        key = impl = None
-        if choice.draws:
-            keys = row_keys(request.key, 1)
-            if not jnp.issubdtype(keys.dtype, jax.dtypes.prng_key):
-                keys = jax.random.wrap_key_data(keys)
-            key, impl = np.asarray(jax.random.key_data(keys))[0], str(jax.random.key_impl(keys))
-        elif request.key is not None:
-            raise ValueError(
-                "key must be None without a draw: for random tokens pass sampling too, such as "
-                "sampling=Sampling(temperature=0.8)"
-            )
-        limit = min(new, most - len(prompt) + 1)
-        tokens = np.full(self.capacity + 1, -1, np.int32)
-        tokens[: len(prompt)] = prompt
-        return _Running(
-            number=-1,
-            prompt=len(prompt),
-            limit=limit,
-            at_limit="length" if limit == new else "capacity",
-            choice=choice,
-            numbers=numbers,
-            key=key,
-            impl=impl,
-            stop=prompts.as_stop(request.stop, self.vocabulary),
-            tokens=tokens,
-            needed=-(-(len(prompt) + limit - 1) // self._page_size),
-            known=len(prompt),
-        )
-
-    def _request(self, row: int) -> _Running:
+    def _request(self, row: int) -> Running:
         """The request of a row that has one."""
         request = self._slots[row].request
         if request is None:
@@ -377,7 +248,7 @@ class Batch:
         self._state = self._state._replace(pages=share(self._state.pages, *rows, length))
         target.tokens = source.tokens[:length]
 
-    def _common(self, request: _Running, slot: _Row) -> int:
+    def _common(self, request: Running, slot: _Row) -> int:
         """How many tokens of whole pages a row has in common with the beginning of a prompt.
 
         The last token of the prompt is not among them, since its logits are needed.
@@ -414,7 +285,7 @@ class Batch:
                 complete.append(row)
         return complete
 
-    def _begin(self, slot: _Row, request: _Running) -> None:
+    def _begin(self, slot: _Row, request: Running) -> None:
         """Starts a prompt with the tokens that some row already holds, if there are any."""
         source = max(self._slots, key=lambda x: self._common(request, x))
         request.read, request.begun = self._common(request, source), True
@@ -520,7 +391,8 @@ def serve(model: Decoder, requests: Iterable[Request], **options: Any) -> Iterat
     [(0, None), (1, 'length'), (0, 'length')]
     """
     requests = list(requests)
-    lengths = [_most_tokens(x, model) for x in requests]
+    vocabulary = getattr(model, "vocabulary", 2**31)  # Batch refuses another model
+    lengths = [most_tokens(x, vocabulary) for x in requests]
     batch = Batch(
         model,
         **{"rows": max(1, min(8, len(requests))), "capacity": max(lengths, default=1), **options},
@@ -528,15 +400,6 @@ def serve(model: Decoder, requests: Iterable[Request], **options: Any) -> Iterat
     for request in requests:
         batch.submit(request)
     return _all_events(batch)
-
-
-def _most_tokens(request: Any, model: Any) -> int:
-    """The tokens that a request can leave in a cache."""
-    if not isinstance(request, Request):
-        raise TypeError(f"requests must be of Request, got {kind(request)}")
-    new = int_at_least("max_new_tokens", request.max_new_tokens, 1)
-    vocabulary = getattr(model, "vocabulary", 2**31)  # Batch refuses another model
-    return len(prompts.as_row("prompt", request.prompt, vocabulary)) + new - 1
 
 
 def _all_events(batch: Batch) -> Iterator[Event]:

@@ -83,7 +83,7 @@ class Draws(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def choose(choice: Choice, impl: str | None, logits: Any, draws: Draws, others: Any) -> Any:
+def choose(choice: Choice, impl: Any, logits: Any, draws: Draws, others: Any) -> Any:
     """The next token of some rows, int32 ``[R]``; that of the other rows is from ``others``.
 
     Args:
