@@ -284,3 +284,27 @@ def test_weights_of_a_module_with_a_paged_cache():
     out, weights, _ = run(module, module.init_cache((2,), 4, page_size=2))
     expected, of_plain, _ = run(module, module.init_cache((2,), 4))
     close([out, weights], [expected, of_plain])
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_a_row_without_a_page_attends_to_no_other_rows_tokens(quantize):
+    x = jnp.ones((2, 4, 1, 4))
+    start = cache.init_paged(
+        2, capacity=4, num_kv_heads=1, head_dim=4, page_size=2, pages=2, quantize=quantize
+    )
+    step = jax.jit(lambda c, x, count: cache.attend(c, x, x, x, count=count))
+    _, full = step(start, x, jnp.array([4, 0]))
+    out, after = step(full, x[:, :1], jnp.array([0, 1]))
+    assert after.overflowed.tolist() == [False, True]
+    assert not out[1].any()
+
+
+def test_the_first_of_all_users_of_a_page_keeps_it():
+    x = jnp.arange(16.0).reshape(2, 2, 1, 4)
+    start = cache.init_paged(2, capacity=4, num_kv_heads=1, head_dim=4, page_size=4, pages=2)
+    both = start.append(x, x, count=np.array([2, 0])).share(0, 1, 2)
+    after = both.append(10 * x[:, :1], 10 * x[:, :1])  # both continue the page, and one is free
+    assert after.table.tolist() == [[0], [1]]
+    assert after.pages.references.tolist() == [1, 1]
+    keys, _ = after.gathered()
+    assert keys[:, :3, 0, 0].tolist() == [[0, 4, 0], [0, 4, 80]]
