@@ -322,7 +322,7 @@ class Batch:
 
     def _choose(self, ready: list[int]) -> list[Event]:
         """Chooses the next token of these rows, with one program for each kind of choice."""
-        tokens: Any = np.zeros(self.rows, np.int32)
+        tokens: Any = jnp.zeros(self.rows, jnp.int32)  # like the results of choose
         for choice, impl in dict.fromkeys(self._request(i).kind for i in ready):
             rows = [i for i in ready if self._request(i).kind == (choice, impl)]
             tokens = choose(choice, impl, self._state.logits, self._draws(rows), tokens)
