@@ -165,8 +165,7 @@ def _run(
     memory: Memory | None,
     caches: Any,
 ) -> Beams:
-    model = nnx.merge(graph, state)
-    model.eval()
+    model = prompts.eval_model(graph, state)
     B, K, new = prompt.shape[0], settings.beams, settings.max_new_tokens
 
     def repeated(x: Any) -> Any:

@@ -213,20 +213,22 @@ def _prepare(
         capacity=capacity,
         caches=caches,
     )
-    if key is not None and not choice.draws:
-        raise ValueError(
-            "key must be None without a draw: for random tokens pass sampling too, such as "
-            "sampling=Sampling(temperature=0.8)"
-        )
-    keys = row_keys(key, prompt.shape[0]) if choice.draws else None
+    keys = row_keys(choice, key, prompt.shape[0])
     stops = prompts.as_stop(stop, model.vocabulary)
     settings = Settings(max_new_tokens, choice, stops, prompts.as_pad(pad_token))
     graph, state = nnx.split(model)
     return (graph, settings, state), (prompt, count, memory, keys), tuple(caches)
 
 
-def row_keys(key: Any, rows: int) -> jax.Array:
-    """A key for each row."""
+def row_keys(choice: Choice, key: Any, rows: int) -> jax.Array | None:
+    """A key for each row, None for a choice that does not draw."""
+    if not choice.draws:
+        if key is None:
+            return None
+        raise ValueError(
+            "key must be None without a draw: for random tokens pass sampling too, such as "
+            "sampling=Sampling(temperature=0.8)"
+        )
     if key is None:
         raise ValueError("key must be given with sampling: a key of jax.random")
     typed = is_array(key) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
@@ -254,7 +256,7 @@ def _run(
     caches: Caches,
 ) -> Generated:
     """The whole loop, compiled."""
-    model = eval_model(graph, state)
+    model = prompts.eval_model(graph, state)
     loop = begin(model, settings, prompt, count, memory, keys, caches)
 
     def unfinished(loop: _Loop) -> jax.Array:
@@ -293,7 +295,7 @@ def _first_step(
     keys: jax.Array | None,
     caches: Caches,
 ) -> tuple[_Loop, Caches]:
-    model = eval_model(graph, state)
+    model = prompts.eval_model(graph, state)
     return _split_caches(begin(model, settings, prompt, count, memory, keys, caches))
 
 
@@ -308,19 +310,12 @@ def _next_step(
     caches: Caches,
 ) -> tuple[_Loop, Caches]:
     loop = loop._replace(result=loop.result._replace(caches=caches))
-    return _split_caches(_step(eval_model(graph, state), settings, memory, keys, loop))
+    return _split_caches(_step(prompts.eval_model(graph, state), settings, memory, keys, loop))
 
 
 def _split_caches(loop: _Loop) -> tuple[_Loop, Caches]:
     """Loop and caches, of which only the caches are donated: yielded tokens must stay valid."""
     return loop._replace(result=loop.result._replace(caches=())), loop.result.caches
-
-
-def eval_model(graph: nnx.GraphDef[Any], state: nnx.State[Any, Any]) -> Decoder | EncoderDecoder:
-    """The model, in evaluation mode."""
-    model = nnx.merge(graph, state)
-    model.eval()
-    return model
 
 
 def begin(

@@ -24,6 +24,13 @@ from attention_jax.models.tokens import last
 from attention_jax.nn.padding import as_real, filled
 
 
+def eval_model(graph: Any, state: Any) -> Any:
+    """The model of a graph and its arrays, in evaluation mode."""
+    model = nnx.merge(graph, state)
+    model.eval()
+    return model
+
+
 def next_logits(
     model: Any, tokens: jax.Array, count: Any, memory: Memory | None, caches: Any
 ) -> tuple[jax.Array, Any]:
@@ -68,12 +75,17 @@ def as_row(name: str, tokens: Any, vocabulary: int) -> np.ndarray:
     if row.ndim != 1 or not row.size:
         raise ValueError(f"{name} must be a sequence of at least one token, got shape {row.shape}")
     check_positions(row, name)
-    if row.min() < 0 or row.max() >= vocabulary:
-        raise ValueError(
-            f"{name} must hold tokens from 0 to {vocabulary - 1}, the vocabulary, got "
-            f"{row.min()} to {row.max()}"
-        )
+    _check_vocabulary(name, row, vocabulary)
     return row.astype(np.int32)
+
+
+def _check_vocabulary(name: str, tokens: Any, vocabulary: int) -> None:
+    least, most = int(tokens.min()), int(tokens.max())
+    if least < 0 or most >= vocabulary:
+        raise ValueError(
+            f"{name} must hold tokens from 0 to {vocabulary - 1}, the vocabulary, got {least} to "
+            f"{most}"
+        )
 
 
 def _known_int(name: str, x: Any) -> int:
@@ -128,12 +140,7 @@ def _tokens(tokens: Any, real: Any, name: str, vocabulary: int) -> tuple[Any, An
     real = as_real(real, tokens.shape, name=argument, of=of)
     tokens = filled(tokens, real)
     if not isinstance(tokens, jax.core.Tracer) and tokens.size:
-        least, most = int(tokens.min()), int(tokens.max())
-        if least < 0 or most >= vocabulary:
-            raise ValueError(
-                f"{name} must hold tokens from 0 to {vocabulary - 1}, the vocabulary, got "
-                f"{least} to {most}"
-            )
+        _check_vocabulary(name, tokens, vocabulary)
     return jnp.asarray(tokens, jnp.int32), real
 
 
@@ -182,9 +189,7 @@ def _memory(model: Any, rows: int, source: Any, source_real: Any) -> Memory | No
 
 @functools.partial(jax.jit, static_argnums=0)
 def _encode(graph: Any, state: Any, source: Any, real: Any) -> Memory:
-    model = nnx.merge(graph, state)
-    model.eval()
-    return model.encode(source, real=real)
+    return eval_model(graph, state).encode(source, real=real)
 
 
 def _with_capacity(

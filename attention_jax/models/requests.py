@@ -114,11 +114,17 @@ class Running:
 
 
 def most_tokens(request: Any, vocabulary: int) -> int:
-    """The tokens that a request can leave in a cache."""
+    """The tokens that a request can leave in a cache; raises as ``checked``."""
+    prompt, new = _prompt_and_new(request, vocabulary)
+    return len(prompt) + new - 1
+
+
+def _prompt_and_new(request: Any, vocabulary: int) -> tuple[np.ndarray, int]:
+    """The prompt, and the largest number of new tokens."""
     if not isinstance(request, Request):
-        raise TypeError(f"requests must be of Request, got {kind(request)}")
-    new = int_at_least("max_new_tokens", request.max_new_tokens, 1)
-    return len(prompts.as_row("prompt", request.prompt, vocabulary)) + new - 1
+        raise TypeError(f"request must be a Request, got {kind(request)}")
+    prompt = prompts.as_row("prompt", request.prompt, vocabulary)
+    return prompt, int_at_least("max_new_tokens", request.max_new_tokens, 1)
 
 
 def checked(
@@ -135,26 +141,18 @@ def checked(
     Raises:
       ValueError, TypeError: it can never run.
     """
-    if not isinstance(request, Request):
-        raise TypeError(f"request must be a Request, got {kind(request)}")
-    prompt = prompts.as_row("prompt", request.prompt, vocabulary)
-    new = int_at_least("max_new_tokens", request.max_new_tokens, 1)
+    prompt, new = _prompt_and_new(request, vocabulary)
     if len(prompt) > capacity:
         raise ValueError(
             f"prompt must have at most {capacity} tokens, the capacity of a row, got {len(prompt)}"
         )
     choice, numbers = split_numbers(as_choice(request.sampling))
     key = impl = None
-    if choice.draws:
-        keys = row_keys(request.key, 1)
+    keys = row_keys(choice, request.key, 1)
+    if keys is not None:
         if not jnp.issubdtype(keys.dtype, jax.dtypes.prng_key):
             keys = jax.random.wrap_key_data(keys)
         key, impl = np.asarray(jax.random.key_data(keys))[0], jax.random.key_impl(keys)
-    elif request.key is not None:
-        raise ValueError(
-            "key must be None without a draw: for random tokens pass sampling too, such as "
-            "sampling=Sampling(temperature=0.8)"
-        )
     limit = min(new, capacity - len(prompt) + 1)
     tokens = np.full(capacity + 1, -1, np.int32)
     tokens[: len(prompt)] = prompt

@@ -116,8 +116,7 @@ class Batch:
           TypeError, ValueError: another model; sizes that do not fit.
           NotImplementedError: a prefix-LM, or another model whose prompt must be read at once.
         """
-        if not isinstance(model, Decoder):
-            raise TypeError(f"model must be a Decoder, got {kind(model)}")
+        _check_decoder(model)
         if model.config.layers.prefix_lm:
             raise NotImplementedError(
                 "a prefix-LM cannot be served: its prompt must be read in one call, and here it is "
@@ -362,6 +361,11 @@ class Batch:
         return Event(request.number, token, ended)
 
 
+def _check_decoder(model: Any) -> None:
+    if not isinstance(model, Decoder):
+        raise TypeError(f"model must be a Decoder, got {kind(model)}")
+
+
 def _sizes(rows: int) -> list[int]:
     """For how many rows there are programs that decode, so that the last ones need not wait."""
     sizes = [rows]
@@ -391,8 +395,8 @@ def serve(model: Decoder, requests: Iterable[Request], **options: Any) -> Iterat
     [(0, None), (1, 'length'), (0, 'length')]
     """
     requests = list(requests)
-    vocabulary = getattr(model, "vocabulary", 2**31)  # Batch refuses another model
-    lengths = [most_tokens(x, vocabulary) for x in requests]
+    _check_decoder(model)
+    lengths = [most_tokens(x, model.vocabulary) for x in requests]
     batch = Batch(
         model,
         **{"rows": max(1, min(8, len(requests))), "capacity": max(lengths, default=1), **options},

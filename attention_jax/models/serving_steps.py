@@ -54,9 +54,8 @@ def append(
     """
     pages = state.pages.rows(rows)
     caches: Any = tuple(PagedCache(*pool, pages) for pool in state.pools)
-    merged = nnx.merge(model.graph, weights)
-    merged.eval()
-    logits, caches = prompts.next_logits(merged, tokens, count, None, caches)
+    whole = prompts.eval_model(model.graph, weights)
+    logits, caches = prompts.next_logits(whole, tokens, count, None, caches)
     return State(
         state.pages.with_rows(rows, caches[0].pages),
         tuple((cache.key, cache.value) for cache in caches),

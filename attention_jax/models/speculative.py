@@ -27,7 +27,7 @@ from attention_jax.models import drafts, prompts
 from attention_jax.models.decoder import Decoder
 from attention_jax.models.draft_trees import Tree, keep_path
 from attention_jax.models.drafts import Caches, Proposed
-from attention_jax.models.generation import Settings, begin, eval_model, row_keys
+from attention_jax.models.generation import Settings, begin, row_keys
 from attention_jax.models.rejection import verified_draws
 from attention_jax.models.sampling import Choice, Processor, Sampling, as_choice
 
@@ -173,9 +173,7 @@ def speculate(
     )
     tokens, count, _, caches = prepare(model, caches=caches)
     _, _, _, draft_caches = prepare(draft, caches=draft_caches)
-    if key is not None and not choice.draws:
-        raise ValueError("key must be None without a draw: for random tokens pass sampling too")
-    keys = row_keys(key, tokens.shape[0]) if choice.draws else None
+    keys = row_keys(choice, key, tokens.shape[0])
     stops = prompts.as_stop(stop, model.vocabulary)
     settings = Settings(max_new_tokens, choice, stops, prompts.as_pad(pad_token))
     (graph, state), (draft_graph, draft_state) = nnx.split(model), nnx.split(draft)
@@ -257,7 +255,7 @@ def _run(
     caches: tuple[Caches, Caches],
 ) -> Speculated:
     """The whole loop, compiled; arguments are pairs of the model's and the draft's."""
-    decoders: Any = [eval_model(*both) for both in zip(graphs, states, strict=True)]
+    decoders: Any = [prompts.eval_model(*both) for both in zip(graphs, states, strict=True)]
     model, draft = decoders
     first = begin(model, settings, prompt, count, None, keys, caches[0])
     _, draft_caches = draft.hidden(prompt, caches=caches[1], count=count)

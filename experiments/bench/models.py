@@ -216,8 +216,8 @@ class Decoding:
         )
 
 
-def decode_ours(decoding: Decoding) -> Callable[[], Any]:
-    """Greedy decoding with caches of exactly the length needed, as ``generate`` makes them."""
+def gpt2(decoding: Decoding) -> DecoderConfig:
+    """Our configuration of it."""
     layers = Layers(
         features=decoding.features,
         num_layers=decoding.num_layers,
@@ -225,10 +225,30 @@ def decode_ours(decoding: Decoding) -> Callable[[], Any]:
         activation="gelu_tanh",
         fused=True,
     )
-    config = DecoderConfig(
+    return DecoderConfig(
         decoding.vocabulary, layers, positions="learned", max_length=decoding.max_length
     )
-    model = Decoder(config, rngs=nnx.Rngs(0))
+
+
+def hugging_face_gpt2(decoding: Decoding) -> Any:
+    """Hugging Face's model of it."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            vocab_size=decoding.vocabulary,
+            n_embd=decoding.features,
+            n_layer=decoding.num_layers,
+            n_head=decoding.num_heads,
+            n_positions=decoding.max_length,
+        )
+    ).eval()
+
+
+def decode_ours(decoding: Decoding) -> Callable[[], Any]:
+    """Greedy decoding with caches of exactly the length needed, as ``generate`` makes them."""
+    model = Decoder(gpt2(decoding), rngs=nnx.Rngs(0))
     prompt = np.random.default_rng(0).integers(0, decoding.vocabulary, (1, decoding.prompt))
     return lambda: jax.block_until_ready(
         generate(model, prompt, max_new_tokens=decoding.new).tokens
@@ -238,18 +258,8 @@ def decode_ours(decoding: Decoding) -> Callable[[], Any]:
 def decode_hugging_face(decoding: Decoding) -> Callable[[], Any]:
     """``generate`` of Hugging Face's GPT-2 of the same size, with its cache."""
     import torch
-    import transformers
 
-    transformers.logging.set_verbosity_error()
-    model = transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(
-            vocab_size=decoding.vocabulary,
-            n_embd=decoding.features,
-            n_layer=decoding.num_layers,
-            n_head=decoding.num_heads,
-            n_positions=decoding.max_length,
-        )
-    ).eval()
+    model = hugging_face_gpt2(decoding)
     rng = np.random.default_rng(0)
     prompt = torch.tensor(rng.integers(0, decoding.vocabulary, (1, decoding.prompt)))
     options = {"do_sample": False, "use_cache": True, "pad_token_id": 0}

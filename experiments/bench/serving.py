@@ -20,17 +20,12 @@ from flax import nnx
 from attention_jax.models import Batch, Decoder, DecoderConfig, Layers, Request, generate
 from attention_jax.positions import Rotary
 from experiments.bench.contenders import in_turns
-from experiments.bench.models import have_transformers
+from experiments.bench.models import Decoding, gpt2, have_transformers, hugging_face_gpt2
 from experiments.bench.tables import Measurement
 
 ROWS = 8  # of a padded batch
 
-GPT2 = DecoderConfig(
-    50_257,
-    Layers(features=768, num_layers=12, num_heads=12, activation="gelu_tanh", fused=True),
-    positions="learned",
-    max_length=1024,
-)
+GPT2 = gpt2(Decoding())
 QWEN2 = DecoderConfig(
     151_936,
     Layers(
@@ -151,20 +146,12 @@ def transformers(config: DecoderConfig, work: Work, rows: int = ROWS) -> Callabl
 
 def hugging_face(config: DecoderConfig) -> Any:
     """The model of transformers with this configuration."""
+    if config is GPT2:
+        return hugging_face_gpt2(Decoding())
     import transformers
 
     transformers.logging.set_verbosity_error()
     layers = config.layers
-    if config is GPT2:
-        return transformers.GPT2LMHeadModel(
-            transformers.GPT2Config(
-                vocab_size=config.vocabulary,
-                n_embd=layers.features,
-                n_layer=layers.num_layers,
-                n_head=layers.num_heads,
-                n_positions=config.max_length,
-            )
-        ).eval()
     return transformers.Qwen2ForCausalLM(
         transformers.Qwen2Config(
             vocab_size=config.vocabulary,

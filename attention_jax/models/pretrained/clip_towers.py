@@ -53,12 +53,12 @@ class Tower:
 
     @property
     def COPIES(self) -> Mapping[str, str]:
-        """None."""
+        """No tensor repeats another."""
         return {}
 
     @property
     def RENAMED(self) -> Mapping[str, str]:
-        """None."""
+        """No older files have other names."""
         return {}
 
     def from_hf(self, hf: HFConfig, names: set[str]) -> Any:
